@@ -1,0 +1,1 @@
+"""Small things everybody uses: errors, logging, rank facts, files. Imports nothing of swiftlite."""

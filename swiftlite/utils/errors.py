@@ -1,0 +1,50 @@
+"""The errors that users see. One line each: what was seen, what is allowed, what to do next.
+
+Commands print them without a traceback (unless `--debug true`); `UsageError` ends with exit code 2, the rest with 1.
+"""
+
+from __future__ import annotations
+
+
+class SwiftliteError(ValueError):
+    """A mistake in the input that the user can mend. `exit_code` is what the command ends with."""
+
+    exit_code = 1
+
+
+class UsageError(SwiftliteError):
+    """A wrong flag, value or combination of flags."""
+
+    exit_code = 2
+
+
+class ConfigError(SwiftliteError):
+    """A model config that cannot be expressed, or that contradicts itself."""
+
+
+class MapError(SwiftliteError):
+    """Tensor names that are unknown, missing or claimed twice."""
+
+
+class ShapeError(SwiftliteError):
+    """A tensor whose shape or dtype is not what the config says."""
+
+
+class CheckpointError(SwiftliteError):
+    """A checkpoint that is missing, truncated, corrupt or of the other format."""
+
+
+class BudgetError(SwiftliteError):
+    """A memory or disk budget that the plan cannot meet."""
+
+
+class TemplateError(SwiftliteError):
+    """A conversation that the chat template cannot express."""
+
+
+class DatasetError(SwiftliteError):
+    """A dataset that cannot be read or used."""
+
+
+class VerifyError(SwiftliteError):
+    """Two models that should agree do not."""

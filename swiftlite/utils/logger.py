@@ -1,0 +1,45 @@
+"""One logger for the package. Library code never prints; commands print only their results."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+class _RankZeroFilter(logging.Filter):
+    """Let warnings of every rank through, the rest only from rank 0."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or os.environ.get("RANK", "0") == "0"
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Write to whatever `sys.stderr` is now, so that progress bars and test captures see it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def get_logger() -> logging.Logger:
+    """Return the `swiftlite` logger; the level is `SWIFTLITE_LOG_LEVEL` (default INFO)."""
+    logger = logging.getLogger("swiftlite")
+    if not logger.handlers:
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
+        handler.addFilter(_RankZeroFilter())
+        logger.addHandler(handler)
+        logger.setLevel(os.environ.get("SWIFTLITE_LOG_LEVEL", "INFO").upper())
+        logger.propagate = False
+    return logger
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Log a warning the first time this text is seen in the process."""
+    if message not in _warned:
+        _warned.add(message)
+        get_logger().warning(message)
