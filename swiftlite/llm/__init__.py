@@ -1,0 +1,1 @@
+"""The Hugging Face side: arguments, models, templates, data sets, inference."""

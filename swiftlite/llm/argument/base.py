@@ -1,0 +1,255 @@
+"""The parts that commands are made of: model, template, data, tuner, generation, run; and BaseArguments.
+
+Values are plain (text, numbers, lists, dicts): torch is not imported here. `__post_init__` checks and normalises and
+has no side effects; what needs files or the hub is added later by `swiftlite.llm.pipeline.resolve(args)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from swiftlite.llm.argument.flags import COMMON_NOTES
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.parser import Arguments, Note, arguments, field
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {
+    "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16", "half": "float16",
+    "float32": "float32", "fp32": "float32", "float": "float32",
+}  # fmt: skip
+
+# The two libraries' names of one choice: Hugging Face's `attn_implementation` -> Megatron's `attention_backend`.
+ATTENTION_BACKENDS = {
+    "auto": "auto", "flash": "flash", "fused": "fused", "unfused": "unfused", "local": "local",
+    "flash_attn": "flash", "flash_attention_2": "flash", "flash_attention_3": "flash", "sdpa": "fused",
+    "eager": "unfused",
+}  # fmt: skip
+
+
+def normalize_dtype(value: Any, flag: str = "torch_dtype") -> str | None:
+    """`bf16`, `torch.bfloat16`, `torch.bfloat16` the object -> "bfloat16"; None and "auto" -> None.
+
+    Raises: UsageError for a dtype that weights cannot be trained or converted in.
+    """
+    if value is None or value == "auto":
+        return None
+    name = DTYPES.get(str(value).removeprefix("torch."))
+    if name is None:
+        raise UsageError(f"--{flag} {value}: must be bfloat16, float16 or float32")
+    return name
+
+
+@arguments
+class RunArguments(Arguments):
+    """Run: where results go, seed, precision, kernels"""
+
+    output_dir: str | None = field(None, "directory that is written", aliases=["save"])
+    seed: int = field(42, "seed of weights' initialisation, data order and dropout")
+    torch_dtype: Any = field(
+        None, "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)", aliases=["dtype"]
+    )
+    attention_backend: str | None = field(
+        None,
+        "attention kernels: auto, flash, fused, unfused, local, or Hugging Face's flash_attention_2, sdpa, eager "
+        "(default: the fastest that is there)",
+        aliases=["attn_impl"],
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.torch_dtype = normalize_dtype(self.torch_dtype)
+        if self.attention_backend is not None:
+            if self.attention_backend not in ATTENTION_BACKENDS:
+                raise UsageError(
+                    f"--attention_backend {self.attention_backend}: must be one of {', '.join(ATTENTION_BACKENDS)}"
+                )
+            self.attention_backend = ATTENTION_BACKENDS[self.attention_backend]
+
+    @property
+    def hf_attn_implementation(self) -> str | None:
+        """`attn_implementation` for transformers, None for its own choice."""
+        names = {"flash": "flash_attention_2", "fused": "sdpa", "unfused": "eager", "local": "eager"}
+        return names.get(self.attention_backend or "")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """`torch_dtype` as an object, None while it is not known."""
+        if self.torch_dtype is None:
+            return None
+        import torch
+
+        return getattr(torch, self.torch_dtype)  # type: ignore[no-any-return]
+
+
+@arguments
+class ModelArguments(Arguments):
+    """Model: which checkpoint, and how it is read"""
+
+    model: str | None = field(None, "directory, ModelScope id, or Hugging Face id with --use_hf true")
+    model_type: str | None = field(None, "registered type; needed only where the directory does not settle it")
+    model_revision: str | None = field(None, "branch, tag or commit on the hub", aliases=["revision"])
+    use_hf: bool = field(False, "download from Hugging Face instead of ModelScope")
+    hub_token: str | None = field(None, "access token of the hub")
+    new_special_tokens: list[str] = field([], "tokens to add; an item that ends in .txt is a file of tokens")
+    task_type: str | None = field(None, "what the model is for", choices=["causal_lm", "seq_cls"])
+    num_labels: int | None = field(None, "number of classes of a seq_cls model")
+    device_map: Any = field(None, "where transformers puts the layers: auto, cpu, cuda:0 or a JSON map")
+    trust_remote_code: bool = field(False, "allow Python code that a checkpoint brings to run")
+    ignore_requirements: bool = field(False, "go on although a package version that the model asks for is missing")
+    adapters: list[str] = field([], "directories of LoRA adapters in PEFT's format")
+    merge_lora: bool | None = field(None, "add LoRA weights into the model that is written")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_labels is not None and self.num_labels < 1:
+            raise UsageError(f"--num_labels {self.num_labels}: must be at least 1")
+        if isinstance(self.device_map, str) and self.device_map.startswith("{"):
+            import json
+
+            self.device_map = json.loads(self.device_map)
+
+
+@arguments
+class TemplateArguments(Arguments):
+    """Template: how a conversation becomes tokens"""
+
+    template: str | None = field(None, "chat template (default: the model's own)", aliases=["template_type"])
+    system: str | None = field(None, "system message where a conversation has none")
+    max_length: int | None = field(None, "longest sample in tokens (default: what the model allows; export 2048)")
+    truncation_strategy: str = field(
+        "delete", "what happens to longer samples", choices=["delete", "left", "right", "split", "raise"]
+    )
+    max_pixels: int | None = field(None, "largest image; without effect for text models")
+    agent_template: str | None = field(None, "format of tool calls (default: the template's own)")
+    norm_bbox: str | None = field(None, "how boxes are normalised; without effect for text models")
+    use_chat_template: bool = field(True, "false: plain text, as base models read it")
+    padding_free: bool | None = field(None, "join the samples of a batch into one sequence without padding")
+    padding_side: str = field("right", "side that shorter samples are padded on", choices=["left", "right"])
+    loss_scale: str = field("default", "which tokens are trained on, and how much")
+    response_prefix: str | None = field(None, "text that each answer starts with (default: the template's own)")
+    template_backend: str = field(
+        "swift", "registered template, or the tokenizer's own Jinja", choices=["swift", "jinja"]
+    )
+    enable_thinking: bool | None = field(None, "ask a thinking model to think or not to think")
+    add_non_thinking_prefix: bool = field(True, "mark answers without thoughts as the template does for such answers")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 1:
+            raise UsageError(f"--max_length {self.max_length}: must be at least 1")
+
+    def get_template_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of `get_template`, 14 entries.
+
+        `delete` becomes `raise`: the template reports a sample that is too long and the data set drops it.
+        """
+        return {
+            "default_system": self.system,
+            "max_length": self.max_length,
+            "truncation_strategy": "raise" if self.truncation_strategy == "delete" else self.truncation_strategy,
+            "max_pixels": self.max_pixels,
+            "agent_template": self.agent_template,
+            "norm_bbox": self.norm_bbox,
+            "use_chat_template": self.use_chat_template,
+            "remove_unused_columns": True,
+            "padding_free": bool(self.padding_free),
+            "padding_side": self.padding_side,
+            "loss_scale": self.loss_scale,
+            "sequence_parallel_size": getattr(self, "context_parallel_size", 1),
+            "response_prefix": self.response_prefix,
+            "template_backend": self.template_backend,
+        }
+
+
+@arguments
+class DataArguments(Arguments):
+    """Data: what is trained or run on"""
+
+    dataset: list[str] = field([], "JSONL files or hub ids, `id:subset#N` takes N rows")
+    val_dataset: list[str] = field([], "the same, for evaluation")
+    split_dataset_ratio: float = field(0.0, "share of the data set kept for evaluation where --val_dataset is absent")
+    columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
+    dataset_num_proc: int = field(1, "processes that read and tokenise")
+    max_drop_ratio: float = field(0.05, "stop when a larger share of the rows cannot be used")
+    data_seed: int | None = field(None, "seed of the data order (default: --seed)")
+    dataset_shuffle: bool = field(True, "shuffle the training rows")
+    model_name: list[str] = field([], "name that self-cognition rows teach the model")
+    model_author: list[str] = field([], "author that self-cognition rows teach the model")
+    packing: bool = field(False, "fill each training sequence with several samples")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("split_dataset_ratio", "max_drop_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
+        if self.dataset_num_proc < 1:
+            raise UsageError(f"--dataset_num_proc {self.dataset_num_proc}: must be at least 1")
+        if self.data_seed is None:
+            self.data_seed = self.seed if hasattr(self, "seed") else 42
+
+
+@arguments
+class TunerArguments(Arguments):
+    """Tuner: which parameters are trained"""
+
+    train_type: str = field(
+        "full", "all parameters, or adapters only", aliases=["tuner_type"], choices=["full", "lora", "freeze"]
+    )
+    freeze_parameters: list[str] = field([], "prefixes of parameters that stay as they are")
+    freeze_parameters_regex: str | None = field(None, "regular expression of parameters that stay as they are")
+    freeze_parameters_ratio: float = field(0.0, "share of the parameters, from the bottom, that stay as they are")
+    trainable_parameters: list[str] = field([], "prefixes of parameters that are trained although frozen otherwise")
+    trainable_parameters_regex: str | None = field(None, "regular expression of parameters that are trained anyway")
+    target_modules: list[str] = field(["all-linear"], "layers that get LoRA, by Hugging Face name")
+    target_regex: str | None = field(None, "regular expression of layers that get LoRA")
+    modules_to_save: list[str] = field([], "layers that are trained fully beside LoRA")
+    lora_rank: int = field(8, "LoRA rank")
+    lora_alpha: int = field(32, "LoRA scale times rank")
+    lora_dropout: float = field(0.05, "dropout before LoRA")
+    lora_bias: str = field("none", "which biases are trained with LoRA", choices=["none", "all", "lora_only"])
+    lora_dtype: str | None = field(None, "dtype of LoRA weights", choices=["float16", "bfloat16", "float32"])
+    use_rslora: bool = field(False, "scale by alpha / sqrt(rank)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.freeze_parameters_ratio <= 1:
+            raise UsageError(f"--freeze_parameters_ratio {self.freeze_parameters_ratio}: must be between 0 and 1")
+        if self.lora_rank < 1:
+            raise UsageError(f"--lora_rank {self.lora_rank}: must be at least 1")
+
+
+@arguments
+class GenerationArguments(Arguments):
+    """Generation: how answers are made"""
+
+    max_new_tokens: int | None = field(None, "longest answer in tokens (default: what the model's length leaves)")
+    temperature: float | None = field(None, "0 takes the most likely token (default: the model's own)")
+    top_p: float | None = field(None, "nucleus sampling")
+    top_k: int | None = field(None, "sample among the k most likely tokens")
+    repetition_penalty: float | None = field(None, "above 1: repeats become less likely")
+    num_beams: int = field(1, "beams of beam search")
+    stop_words: list[str] = field([], "text that ends an answer")
+    stream: bool | None = field(None, "show the answer while it is made (default: in the chat, not for a data set)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature is not None and self.temperature < 0:
+            raise UsageError(f"--temperature {self.temperature}: must be 0 or more")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
+
+
+@arguments
+class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArguments):
+    """General"""
+
+    NOTES: ClassVar[Mapping[str, Note]] = COMMON_NOTES
+
+    custom_register_path: list[str] = field(
+        [], "Python files that register models, templates or data sets", aliases=["external_plugins"]
+    )
+    exist_ok: bool = field(False, "write although the output directory exists")
+    debug: bool = field(False, "show the traceback of an error")

@@ -1,0 +1,78 @@
+"""Arguments of `swiftlite export`: conversion both ways, merging of adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import ClassVar
+
+from swiftlite.llm.argument.base import BaseArguments, normalize_dtype
+from swiftlite.llm.argument.flags import EXPORT_NOTES
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.parser import Arguments, Note, arguments, field
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """`5GB` -> 5_000_000_000, `4GiB` -> 4 * 2**30; a bare number is bytes. Raises: UsageError."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?B?)\s*", str(text).upper())
+    unit = match.group(2) if match else None
+    if unit is not None and unit and not unit.endswith("B"):
+        unit += "B"
+    if match is None or unit not in _UNITS:
+        raise UsageError(f"--{flag} {text}: must be a size like 5GB, 512MB or 4GiB")
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
+@arguments
+class McoreArguments(Arguments):
+    """Megatron checkpoints: where torch_dist weights come from"""
+
+    mcore_model: str | None = field(None, "directory with latest_checkpointed_iteration.txt", aliases=["load"])
+    mcore_adapter: str | None = field(None, "adapter checkpoint of a Megatron run", aliases=["adapter_load"])
+
+
+@arguments
+class ExportArguments(McoreArguments, BaseArguments):
+    """Export: what is converted and how it is checked"""
+
+    NOTES: ClassVar[Mapping[str, Note]] = EXPORT_NOTES
+
+    to_mcore: bool = field(False, "Hugging Face -> Megatron-core torch_dist")
+    to_hf: bool = field(False, "Megatron-core torch_dist -> Hugging Face")
+    test_convert_precision: bool = field(False, "run both models on one conversation and fail where they disagree")
+    test_convert_dtype: str = field("float32", "dtype of that run")
+    thread_count: int | None = field(None, "number of torch_dist files (default: about 10 GB each, at least 2)")
+    max_shard_size: str = field("5GB", "largest safetensors file")
+    max_memory: str | None = field(None, "memory that the conversion may use, like 4GB (default: chosen by the plan)")
+    verify: str = field(
+        "names", "check afterwards: names and shapes, or every byte both ways", choices=["none", "names", "bitwise"]
+    )
+    dry_run: bool = field(False, "show the plan and stop")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.to_mcore and self.to_hf:
+            raise UsageError("--to_mcore true and --to_hf true: give one direction")
+        if self.to_hf and not (self.mcore_model or self.mcore_adapter):
+            raise UsageError("--to_hf true: give the Megatron checkpoint with --mcore_model DIR")
+        if self.to_mcore and not self.model:
+            raise UsageError("--to_mcore true: give the Hugging Face checkpoint with --model DIR_OR_ID")
+        self.test_convert_dtype = normalize_dtype(self.test_convert_dtype, "test_convert_dtype") or "float32"
+        if self.thread_count is not None and self.thread_count < 1:
+            raise UsageError(f"--thread_count {self.thread_count}: must be at least 1")
+        parse_bytes(self.max_shard_size, "max_shard_size")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory, "max_memory")
+        if self.max_length is None:
+            self.max_length = 2048
+
+    @property
+    def max_shard_bytes(self) -> int:
+        return parse_bytes(self.max_shard_size, "max_shard_size")
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        return None if self.max_memory is None else parse_bytes(self.max_memory, "max_memory")

@@ -1,0 +1,89 @@
+"""Flags that users of other tools type and that are no fields here: accepted with the reason, or refused with it.
+
+Together with the fields they make docs/flags.md. A setting that has a field but no effect yet is in UNAVAILABLE:
+its default is accepted, another value is an error, so that nobody trains with a setting that is silently ignored.
+"""
+
+from __future__ import annotations
+
+from swiftlite.utils.parser import Note
+
+_TEXT_ONLY = "the models here are text only, there is no vision tower"
+_NO_PARALLEL = "conversion streams tensors and makes no model, so its result is the same for every layout"
+_DPO = "preference training is not available yet; swiftlite trains with `sft`"
+
+COMMON_NOTES: dict[str, Note] = {
+    "load_from_cache_file": Note("default", "tokenised data is not kept between runs"),
+    "freeze_llm": Note("default", _TEXT_ONLY, allowed=("false",)),
+    "freeze_vit": Note("default", _TEXT_ONLY),
+    "freeze_aligner": Note("default", _TEXT_ONLY),
+    "linear_decoupled_in_proj": Note("rejected", "belongs to hybrid attention models, which are not supported"),
+    "quant_method": Note("rejected", "quantising is not supported; export bf16 and quantise with the tool of choice"),
+    "push_to_hub": Note("rejected", "not available yet; upload the directory with the hub's own command"),
+}
+
+EXPORT_NOTES: dict[str, Note] = {
+    **COMMON_NOTES,
+    "tensor_model_parallel_size": Note("default", _NO_PARALLEL),
+    "pipeline_model_parallel_size": Note("default", _NO_PARALLEL),
+    "expert_model_parallel_size": Note("default", _NO_PARALLEL),
+    "expert_tensor_parallel_size": Note("default", _NO_PARALLEL),
+    "context_parallel_size": Note("default", _NO_PARALLEL),
+    "sequence_parallel": Note("default", _NO_PARALLEL),
+    "decoder_first_pipeline_num_layers": Note("default", _NO_PARALLEL),
+    "decoder_last_pipeline_num_layers": Note("default", _NO_PARALLEL),
+    "mtp_num_layers": Note("default", "MTP layers of the checkpoint are always converted"),
+    "save_missing_weights": Note("default", "every tensor of the source is accounted for, or the command fails"),
+    "fp8_format": Note("rejected", "writing FP8 weights is not supported; export bf16"),
+    "fp8_recipe": Note("rejected", "writing FP8 weights is not supported; export bf16"),
+    "fp8_param_gather": Note("rejected", "writing FP8 weights is not supported; export bf16"),
+    "to_cached_dataset": Note("rejected", "tokenised caches are not available yet"),
+}
+
+TRAIN_NOTES: dict[str, Note] = {
+    **COMMON_NOTES,
+    "finetune": Note("default", "a first start loads weights only, and the same command resumes its own run"),
+    "rlhf_type": Note("rejected", _DPO),
+    "beta": Note("rejected", _DPO),
+    "loss_type": Note("rejected", _DPO),
+    "rpo_alpha": Note("rejected", _DPO),
+    "ref_model": Note("rejected", _DPO),
+    "mcore_ref_model": Note("rejected", _DPO),
+    "ref_adapters": Note("rejected", _DPO),
+    "use_distributed_optimizer": Note(
+        "default", "the optimizer is always the distributed one, so that one checkpoint format serves every layout",
+        allowed=("true",),
+    ),
+    "ckpt_format": Note("default", "checkpoints are torch_dist", allowed=("torch_dist",)),
+    "async_save": Note("default", "saving in the background is not available yet", allowed=("false",)),
+    "overlap_p2p_comm": Note("default", "megatron-core decides this by the pipeline schedule"),
+    "transformer_impl": Note("default", "Transformer Engine is used where it is installed with CUDA"),
+    "no_initialization": Note("default", "weights are loaded, not initialised", allowed=("true",)),
+    "position_embedding_type": Note("default", "all supported models use rotary embeddings", allowed=("rope",)),
+}  # fmt: skip
+
+_LORA = "adapters are not available yet; train with --train_type full"
+_FP8 = "training in FP8 is not available yet"
+_PACKING = "packed sequences are not available yet"
+_OFFLOAD = "optimizer offload is not available yet"
+
+UNAVAILABLE: dict[str, str] = {
+    "train_type": _LORA,
+    "freeze_parameters": _LORA,
+    "freeze_parameters_regex": _LORA,
+    "freeze_parameters_ratio": _LORA,
+    "trainable_parameters": _LORA,
+    "trainable_parameters_regex": _LORA,
+    "adapters": _LORA,
+    "mcore_adapter": _LORA,
+    "merge_lora": _LORA,
+    "packing": _PACKING,
+    "padding_free": _PACKING,
+    "context_parallel_size": "context parallelism is not available yet",
+    "optimizer_cpu_offload": _OFFLOAD,
+    "optimizer_offload_fraction": _OFFLOAD,
+    "use_precision_aware_optimizer": _OFFLOAD,
+    "fp8_format": _FP8,
+    "fp8_recipe": _FP8,
+    "fp8_param_gather": _FP8,
+}

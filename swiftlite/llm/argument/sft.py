@@ -1,0 +1,127 @@
+"""Arguments of supervised fine-tuning; TrainArguments is what every trainer on either side shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from swiftlite.llm.argument.base import BaseArguments, TunerArguments
+from swiftlite.llm.argument.flags import TRAIN_NOTES, UNAVAILABLE
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.parser import Arguments, Note, arguments, field, specs
+
+
+@arguments
+class TrainArguments(Arguments):
+    """Training: batch, schedule, optimizer, saving, logging
+
+    One name serves both sides; transformers' names for the same things are aliases.
+    Global batch = micro batch x gradient accumulation x data-parallel size, see `batch_sizes`.
+    """
+
+    micro_batch_size: int = field(1, "samples of one forward pass on one rank", aliases=["per_device_train_batch_size"])
+    global_batch_size: int | None = field(None, "samples of one step over all ranks (default 16)")
+    gradient_accumulation_steps: int | None = field(None, "forward passes of one step, instead of a global batch")
+    num_train_epochs: float | None = field(None, "passes over the data", aliases=["max_epochs"])
+    train_iters: int | None = field(None, "steps, instead of epochs", aliases=["max_steps"])
+
+    lr: float | None = field(None, "highest learning rate (default 1e-5, with LoRA 1e-4)", aliases=["learning_rate"])
+    min_lr: float = field(0, "learning rate at the end")
+    lr_decay_style: str = field(
+        "cosine", "shape of the schedule", aliases=["lr_scheduler_type"], choices=["constant", "linear", "cosine"]
+    )
+    lr_decay_iters: int | None = field(None, "steps until --min_lr (default: all)")
+    lr_warmup_fraction: float | None = field(None, "share of the steps that warm up", aliases=["warmup_ratio"])
+    lr_warmup_iters: int = field(0, "steps that warm up", aliases=["warmup_steps"])
+    weight_decay: float = field(0.1, "decoupled weight decay")
+    clip_grad: float = field(1.0, "largest norm of the gradient", aliases=["max_grad_norm"])
+    adam_beta1: float = field(0.9, "Adam's first decay rate")
+    adam_beta2: float = field(0.95, "Adam's second decay rate")
+    adam_eps: float = field(1e-8, "Adam's epsilon", aliases=["adam_epsilon"])
+
+    recompute: str | None = field(
+        None, "recompute activations to save memory: full, selective or none; sets the three --recompute_* flags",
+        aliases=["gradient_checkpointing"],
+    )  # fmt: skip
+    save_steps: int = field(500, "steps between checkpoints", aliases=["save_interval"])
+    save_total_limit: int | None = field(None, "newest checkpoints that are kept")
+    save_weights_only: bool = field(False, "checkpoints without optimizer and RNG", aliases=["save_only_model"])
+    save_safetensors: bool = field(False, "also write each checkpoint as a Hugging Face directory")
+    resume: bool = field(True, "go on from the newest finished checkpoint of this run in --output_dir")
+    add_version: bool = field(False, "write into a new directory v0-DATE below --output_dir")
+    eval_steps: int | None = field(None, "steps between evaluations (default: --save_steps)", aliases=["eval_interval"])
+    eval_iters: int = field(-1, "batches of one evaluation, -1: the whole validation set")
+    logging_steps: int = field(5, "steps between log lines", aliases=["log_interval"])
+    logging_dir: str | None = field(None, "TensorBoard files (default: OUTPUT_DIR/runs)", aliases=["tensorboard_dir"])
+    report_to: list[str] = field(["tensorboard"], "where metrics go", choices=["tensorboard", "none"])
+    dataloader_num_workers: int = field(4, "processes that prepare batches", aliases=["num_workers"])
+    dataloader_persistent_workers: bool = field(True, "keep these processes between epochs")
+    dataloader_prefetch_factor: int = field(10, "batches that each process prepares ahead")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("micro_batch_size", "global_batch_size", "gradient_accumulation_steps", "train_iters",
+                     "save_steps", "eval_steps", "logging_steps", "save_total_limit"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value}: must be at least 1")
+        for name in ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "dataloader_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"--{name} {value}: must be 0 or more")
+        if self.num_train_epochs is not None and self.num_train_epochs <= 0:
+            raise UsageError(f"--num_train_epochs {self.num_train_epochs}: must be more than 0")
+        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction <= 1:
+            raise UsageError(f"--lr_warmup_fraction {self.lr_warmup_fraction}: must be between 0 and 1")
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
+            raise UsageError("--lr_warmup_fraction and --lr_warmup_iters: give one of them")
+        if self.lr is None:
+            self.lr = 1e-5 if getattr(self, "train_type", "full") == "full" else 1e-4
+        if self.min_lr > self.lr:
+            raise UsageError(f"--min_lr {self.min_lr}: must not be above --lr {self.lr}")
+        if self.recompute is not None:
+            by_bool = {"true": "full", "false": "none"}
+            self.recompute = by_bool.get(self.recompute.lower(), self.recompute)
+            if self.recompute not in ("full", "selective", "none"):
+                raise UsageError(f"--recompute {self.recompute}: must be full, selective or none")
+        if self.global_batch_size is None and self.gradient_accumulation_steps is None:
+            self.global_batch_size = 16
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+
+    def batch_sizes(self, data_parallel_size: int) -> tuple[int, int, int]:
+        """(micro batch, accumulation steps, global batch) for this many data-parallel ranks.
+
+        Raises: UsageError if the sizes that were given do not fit together.
+        """
+        per_pass = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size is None:
+            steps = self.gradient_accumulation_steps or 1
+            return self.micro_batch_size, steps, per_pass * steps
+        if self.global_batch_size % per_pass:
+            raise UsageError(
+                f"--global_batch_size {self.global_batch_size}: must be a multiple of --micro_batch_size "
+                f"{self.micro_batch_size} x {data_parallel_size} data-parallel ranks"
+            )
+        steps = self.global_batch_size // per_pass
+        if self.gradient_accumulation_steps not in (None, steps):
+            raise UsageError(
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: --global_batch_size "
+                f"{self.global_batch_size} over {per_pass} samples at a time makes {steps}; leave one of them out"
+            )
+        return self.micro_batch_size, steps, self.global_batch_size
+
+
+@arguments
+class SftArguments(TrainArguments, TunerArguments, BaseArguments):
+    """Supervised fine-tuning"""
+
+    NOTES: ClassVar[Mapping[str, Note]] = TRAIN_NOTES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, spec in specs(type(self)).items():
+            if name in UNAVAILABLE and getattr(self, name) not in (spec.default, False, None):
+                raise UsageError(f"--{name} {getattr(self, name)}: {UNAVAILABLE[name]}")
+        if self.num_train_epochs is None and self.train_iters is None:
+            self.num_train_epochs = 1.0

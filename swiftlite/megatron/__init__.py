@@ -1,0 +1,1 @@
+"""The Megatron-core side: argument bridge, model, conversion, training."""

@@ -1,0 +1,1 @@
+"""Arguments of the Megatron side, and their form as Megatron-LM's own command line."""

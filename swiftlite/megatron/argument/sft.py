@@ -1,0 +1,18 @@
+"""Arguments of `swiftlite megatron sft`."""
+
+from __future__ import annotations
+
+from swiftlite.llm.argument.sft import SftArguments
+from swiftlite.megatron.argument.megatron import MegatronArguments
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.parser import arguments
+
+
+@arguments
+class MegatronSftArguments(MegatronArguments, SftArguments):
+    """Supervised fine-tuning on megatron-core"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None and self.mcore_model is None:
+            raise UsageError("give the weights with --model HF_DIR_OR_ID or --mcore_model DIR (a converted checkpoint)")

@@ -1,0 +1,383 @@
+"""Dataclasses as command-line flags and config files: declaration, conversion, aliases, help.
+
+`@arguments` declares a set of arguments, `field(...)` one of them. `parse(cls, argv)` reads
+`[config.yaml|config.json] [--flag value ...]`: the file first, then the flags. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from typing import Any, TypeVar
+
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
+
+T = TypeVar("T")
+
+
+def field(
+    default: Any = MISSING, help: str = "", *, aliases: Iterable[str] = (), choices: Iterable[str] | None = None
+) -> Any:
+    """A dataclass field with what the command line needs. A list or dict default is copied for each object.
+
+    Args:
+        aliases: other names that users type for the same thing; they work as flags, keys, keywords and attributes.
+        choices: the allowed strings (None is allowed too where it is the default).
+    """
+    metadata = {"help": help, "aliases": tuple(aliases), "choices": tuple(choices) if choices is not None else None}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=functools.partial(type(default), default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A flag that users type and that is no field here.
+
+    kind: "default" (swiftlite does this anyway: accepted, logged) or "rejected".
+    allowed: for "default", the values that mean what swiftlite does; another value is an error. None: any value.
+    """
+
+    kind: str
+    reason: str
+    allowed: tuple[str, ...] | None = None
+
+
+@typing.dataclass_transform(field_specifiers=(field,))
+def arguments(cls: type[T]) -> type[T]:
+    """`dataclass`, with aliases accepted by the constructor as well."""
+    cls = dataclass(cls)
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs = canonical_names(type(self), kwargs)
+        self.__dict__.setdefault("_given", frozenset(kwargs))
+        init(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@arguments
+class Arguments:
+    """Root of all arguments: value checks, alias attributes, plain-data form.
+
+    Class attributes that a subclass may set:
+        NOTES: flags that are accepted without a field, or refused, each with the reason.
+        HIDDEN: fields that this command does not offer on its command line, name -> reason.
+    """
+
+    NOTES: typing.ClassVar[Mapping[str, Note]] = {}
+    HIDDEN: typing.ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        """Convert and check each value by its declared type and choices. Subclasses call super() first."""
+        for spec in specs(type(self)).values():
+            setattr(self, spec.name, spec.convert(getattr(self, spec.name)))
+
+    def __getattr__(self, name: str) -> Any:
+        canonical = None if name.startswith("_") else alias_table(type(self)).get(name)
+        if canonical is None or canonical == name:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self, canonical)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the fields that were set: by file, flags or keyword."""
+        return self.__dict__.get("_given", frozenset())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {spec.name: getattr(self, spec.name) for spec in specs(type(self)).values()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One field as the command line sees it."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    aliases: tuple[str, ...]
+    choices: tuple[str, ...] | None
+    owner: type
+
+    def convert(self, value: Any) -> Any:
+        value = convert(value, self.type, self.name)
+        if self.choices is not None and value is not None:
+            for item in value if isinstance(value, list) else [value]:
+                if item not in self.choices:
+                    raise UsageError(f"--{self.name} {item}: must be one of {', '.join(self.choices)}")
+        return value
+
+
+@functools.cache
+def specs(cls: type) -> dict[str, Spec]:
+    """Fields of an arguments class by name, in declaration order."""
+    hints = typing.get_type_hints(cls)
+    result = {}
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        owner = next(base for base in reversed(cls.__mro__) if f.name in base.__dict__.get("__annotations__", {}))
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        meta = f.metadata
+        result[f.name] = Spec(
+            f.name, hints[f.name], default, meta.get("help", ""), meta.get("aliases", ()), meta.get("choices"), owner
+        )
+    return result
+
+
+@functools.cache
+def alias_table(cls: type) -> dict[str, str]:
+    """Every name that may be typed -> field name."""
+    table = {name: name for name in specs(cls)}
+    for spec in specs(cls).values():
+        for alias in spec.aliases:
+            if table.setdefault(alias, spec.name) != spec.name:
+                raise AssertionError(f"{cls.__name__}: {alias} names both {table[alias]} and {spec.name}")
+    return table
+
+
+def canonical_names(cls: type, values: Mapping[str, Any], spell: Callable[[str], str] = str) -> dict[str, Any]:
+    """Replace aliases by field names; names that are unknown stay (the constructor or the parser refuses them).
+
+    Raises: UsageError if two names of one field carry different values.
+    """
+    table = alias_table(cls)
+    result: dict[str, Any] = {}
+    typed: dict[str, str] = {}
+    for name, value in values.items():
+        target = table.get(name, name)
+        if target in result and result[target] != value:
+            raise UsageError(
+                f"{spell(typed[target])} and {spell(name)} are two names of one setting but differ "
+                f"({result[target]} and {value}): give one of them"
+            )
+        result[target], typed[target] = value, name
+    return result
+
+
+def convert(value: Any, hint: Any, name: str) -> Any:
+    """Turn text or plain data into `hint`: bool, int, float, str, list[...], dict, and unions with None.
+
+    Raises: UsageError naming the flag, the value and what is allowed.
+    """
+    if hint is Any:
+        return value
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        optional = type(None) in inner
+        if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+            return None
+        options = [option for option in inner if option is not type(None)]
+        for option in options[:-1]:
+            try:
+                return convert(value, option, name)
+            except UsageError:
+                continue
+        return convert(value, options[-1], name)
+    if origin is list:
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        return [convert(item, inner[0] if inner else str, name) for item in items]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if origin is dict or hint is dict:
+        return _to_dict(value, name)
+    return _to_scalar(value, hint, name)
+
+
+def _to_dict(value: Any, name: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"--{name} {value}: not JSON ({error}); write it like '{{\"key\": 1}}'") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"--{name} {value}: must be a JSON object, like '{{\"key\": 1}}'")
+    return value
+
+
+def _to_scalar(value: Any, hint: Any, name: str) -> Any:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "one value"}
+    wrong = UsageError(f"--{name} {value if not isinstance(value, list) else ' '.join(map(str, value))}: "
+                       f"must be {kinds.get(hint, hint)}")  # fmt: skip
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        text = str(value).lower()
+        if text in ("true", "1", "yes", "on"):
+            return True
+        if text in ("false", "0", "no", "off"):
+            return False
+        raise wrong
+    if isinstance(value, list | dict) or value is None or (isinstance(value, bool) and hint is not str):
+        raise wrong
+    if hint is float and isinstance(value, int | float):
+        return value  # 0 stays 0: how a number is spelled is visible in the Megatron-LM arguments
+    try:
+        if hint is int and isinstance(value, float) and value != int(value):
+            raise wrong
+        return hint(value)
+    except (TypeError, ValueError):
+        raise wrong from None
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """`; did you mean --a or --b?`, or nothing if no known name is close."""
+    close = difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def split_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Split into leading positional words and `{flag: values}`. `--a-b`, `--a_b` and `--a=x` are read alike.
+
+    A value that itself begins with `--` is written `--flag=--value`. A repeated flag: the last one counts.
+    """
+    positional: list[str] = []
+    flags: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            current = flags[name.replace("-", "_")] = [value] if equals else []
+        elif current is None:
+            positional.append(word)
+        else:
+            current.append(word)
+    return positional, flags
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """Read a YAML or JSON file that holds one mapping of setting -> value.
+
+    Raises: UsageError naming the file if it is missing, malformed or not a mapping.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"{path}: no such config file; a command takes [config.yaml|config.json] [--flag value ...]")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        if path.endswith(".json"):
+            data = json.loads(text)
+        else:
+            import yaml
+
+            data = yaml.safe_load(text)
+    except Exception as error:  # the two readers' errors have no common base
+        raise UsageError(f"{path}: cannot be read as {'JSON' if path.endswith('.json') else 'YAML'}: "
+                         f"{' '.join(str(error).split())}") from None  # fmt: skip
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UsageError(f"{path}: must hold one mapping of setting to value at the top")
+    return {key.lstrip("-").replace("-", "_"): value for key, value in data.items()}
+
+
+def parse(cls: type[T], argv: Sequence[str]) -> T:
+    """Make an arguments object from `[config file] [--flag value ...]`; flags override the file.
+
+    Raises: UsageError for an unknown flag (naming the nearest), a wrong value, or a flag that is refused.
+    """
+    positional, flags = split_argv(argv)
+    if "config" in flags and "config" not in alias_table(cls):
+        positional += flags.pop("config")
+    if len(positional) > 1:
+        raise UsageError(f"{positional[1]}: unexpected word; a command takes one config file, then --flag value pairs")
+    values: dict[str, Any] = {}
+    if positional:
+        values.update(_accept(cls, read_config_file(positional[0]), where=f"{positional[0]}: "))
+    values.update(_accept(cls, {name: _flag_value(cls, name, words) for name, words in flags.items()}))
+    return from_dict(cls, values)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Make an arguments object from plain data (field names or aliases). Raises: UsageError as `parse`."""
+    return cls(**_accept(cls, values))
+
+
+def _flag_value(cls: type, name: str, words: list[str]) -> Any:
+    spec = specs(cls).get(alias_table(cls).get(name, name))
+    if words:
+        return words if len(words) > 1 or (spec is not None and _is_list(spec.type)) else words[0]
+    if spec is None or spec.type is bool or bool in typing.get_args(spec.type):
+        return "true"
+    if _is_list(spec.type):
+        return []
+    raise UsageError(f"--{name}: a value is missing")
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is list or any(typing.get_origin(option) is list for option in typing.get_args(hint))
+
+
+def _accept(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Canonical names of what was given, without the names that are accepted but have no field."""
+    spell: Callable[[str], str] = (lambda name: name) if where else (lambda name: f"--{name}")
+    table = alias_table(cls)
+    notes, hidden = cls.NOTES, cls.HIDDEN  # type: ignore[attr-defined]
+    kept = {}
+    for name, value in values.items():
+        target = table.get(name)
+        if target is not None and target not in hidden:
+            kept[name] = value
+            continue
+        if target is not None:
+            raise UsageError(f"{where}{spell(name)}: {hidden[target]}")
+        note = notes.get(name)
+        if note is None:
+            known = [spell(n) for n in table if table[n] not in hidden] + [spell(n) for n in notes]
+            raise UsageError(f"{where}{spell(name)}: unknown {'setting' if where else 'flag'}"
+                             f"{nearest(spell(name), known) or '; see --help'}")  # fmt: skip
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if note.kind == "rejected":
+            raise UsageError(f"{where}{spell(name)}: {note.reason}")
+        if note.allowed is not None and text.lower() not in note.allowed:
+            raise UsageError(f"{where}{spell(name)} {text}: only {' or '.join(note.allowed)} ({note.reason})")
+        get_logger().info(f"{where}{spell(name)}: not needed, {note.reason}")
+    return canonical_names(cls, kept, spell)
+
+
+def format_help(cls: type, usage: str) -> str:
+    """The text of `COMMAND --help`: flags grouped by the part of the arguments that declares them."""
+    groups: dict[type, list[Spec]] = {}
+    for spec in specs(cls).values():
+        if spec.name not in cls.HIDDEN:  # type: ignore[attr-defined]
+            groups.setdefault(spec.owner, []).append(spec)
+    lines = [f"usage: {usage} [config.yaml|config.json] [--flag value ...]"]
+    for owner, members in groups.items():
+        lines += ["", f"{(owner.__doc__ or owner.__name__).strip().splitlines()[0]}"]
+        for spec in members:
+            notes = []
+            if spec.choices is not None:
+                notes.append("one of " + ", ".join(spec.choices))
+            if spec.default not in (None, "", MISSING) and spec.default != []:
+                notes.append(f"default {_show(spec.default)}")
+            if spec.aliases:
+                notes.append("also " + ", ".join(f"--{alias}" for alias in spec.aliases))
+            lines.append(f"  --{spec.name} {_metavar(spec.type)}")
+            lines.append(f"      {'; '.join(part for part in (spec.help, *notes) if part)}")
+    return "\n".join(lines)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _metavar(hint: Any) -> str:
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return "|".join(dict.fromkeys(_metavar(option) for option in options))
+    if typing.get_origin(hint) is list:
+        return f"{_metavar(options[0])} ..."
+    names = {bool: "true|false", int: "N", float: "X", str: "TEXT", dict: "JSON"}
+    return names.get(typing.get_origin(hint) or hint, "VALUE")
