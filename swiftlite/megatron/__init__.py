@@ -1,1 +1,1 @@
-"""The Megatron-core side: argument bridge, model, conversion, training."""
+"""The Megatron-core side: arguments, models, checkpoints, conversion, trainers."""

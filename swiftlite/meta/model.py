@@ -1,4 +1,4 @@
-"""Registry records of Hugging Face models. Dataclasses only; functions are named by dotted path and resolved in llm/."""
+"""Registry records of Hugging Face models. Dataclasses only; functions are named by path and resolved in llm/."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ModelMeta:
 
 @dataclass
 class ModelInfo:
-    """What one checkpoint directory says about itself. `config` is the dict of config.json, `torch_dtype` a torch.dtype."""
+    """What one checkpoint directory says about itself. `config`: config.json as a dict; `torch_dtype`: a torch.dtype."""
 
     model_type: str | None
     model_dir: str

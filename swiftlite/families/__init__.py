@@ -1,0 +1,87 @@
+"""The registered families and models, and the registry views made of them. One data file a family or extra model.
+
+The data files are imported at the first look-up, so that they can use this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+
+from swiftlite.meta.family import Family
+from swiftlite.meta.model import ModelMeta
+from swiftlite.utils.errors import ConfigError, UsageError
+
+BUILT_IN = ("qwen2", "llama", "qwen3", "qwen3_moe", "glm4_moe", "smollm2")
+
+_FAMILIES: dict[str, Family] = {}
+_MODELS: dict[str, ModelMeta] = {}
+
+
+def register_family(family: Family, *, exist_ok: bool = False) -> Family:
+    """Add a family; its model types and architectures are known from then on.
+
+    Raises: UsageError if its name, one of its model types or architectures is taken (exist_ok: a family of the same
+        name is replaced).
+    """
+    if family.name in _FAMILIES and not exist_ok:
+        raise UsageError(f"family {family.name!r} is registered already; pass exist_ok=True to replace it")
+    for other in _FAMILIES.values():
+        taken = set(other.architectures) & set(family.architectures)
+        if taken and other.name != family.name:
+            raise UsageError(f"{sorted(taken)[0]!r} of family {family.name!r} belongs to family {other.name!r} already")
+    _FAMILIES[family.name] = family
+    for meta in family.models:
+        register_model(meta, exist_ok=exist_ok)
+    return family
+
+
+def register_model(meta: ModelMeta, *, exist_ok: bool = False) -> ModelMeta:
+    """Add a model type. Its Megatron side is that of the family which owns its architecture.
+
+    Raises: UsageError if the model type is taken, unless exist_ok.
+    """
+    if meta.model_type in _MODELS and not exist_ok:
+        raise UsageError(f"model type {meta.model_type!r} is registered already; pass exist_ok=True to replace it")
+    _MODELS[meta.model_type] = meta
+    return meta
+
+
+def _load_built_in() -> None:
+    for name in BUILT_IN:
+        import_module(f"swiftlite.families.{name}")
+
+
+def families() -> tuple[Family, ...]:
+    """All families, the built-in ones first."""
+    _load_built_in()
+    return tuple(_FAMILIES.values())
+
+
+def family_of(architecture: str) -> Family:
+    """The family that a config.json's `architectures[0]` belongs to. Raises: ConfigError listing what is supported."""
+    for family in families():
+        if architecture in family.architectures:
+            return family
+    known = sorted(a for f in families() for a in f.architectures)
+    raise ConfigError(f"architecture {architecture!r} has no Megatron mapping; supported are {', '.join(known)}")
+
+
+class _ModelView(Mapping[str, ModelMeta]):
+    """The registered models, always up to date."""
+
+    def __getitem__(self, key: str) -> ModelMeta:
+        _load_built_in()
+        return _MODELS[key]
+
+    def __iter__(self) -> Iterator[str]:
+        _load_built_in()
+        return iter(tuple(_MODELS))
+
+    def __len__(self) -> int:
+        _load_built_in()
+        return len(_MODELS)
+
+
+MODEL_MAPPING: Mapping[str, ModelMeta] = _ModelView()
+"""model type -> ModelMeta"""

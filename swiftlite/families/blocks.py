@@ -1,0 +1,229 @@
+"""Rule blocks that families share: parts of weight maps and config rules. Data and one-line lambdas only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from swiftlite.meta.mcore import ConfigRule, Derived, Refuse
+from swiftlite.weights.ops import CONCAT, QKV
+from swiftlite.weights.rule import ALWAYS, Condition, Duplicate, Source, WeightRule
+
+Config = Mapping[str, Any]
+
+DENSE = Condition("dense layer", lambda m, moe: not moe)
+MOE = Condition("MoE layer", lambda m, moe: moe)
+TIED = Condition("tied embeddings", lambda m, moe: m.tied)
+UNTIED = Condition("untied embeddings", lambda m, moe: not m.tied)
+QKV_BIAS = Condition("qkv bias", lambda m, moe: m.qkv_bias)
+HAS_QK_NORM = Condition("q/k norm", lambda m, moe: m.qk_norm)
+SHARED = MOE & Condition("shared experts", lambda m, moe: m.shared_ffn > 0)
+SHARED_GATE = SHARED & Condition("shared expert gate", lambda m, moe: m.shared_gate)
+EXPERT_BIAS = MOE & Condition("expert bias", lambda m, moe: m.expert_bias)
+Q_LORA = Condition("q_lora_rank", lambda m, moe: m.q_lora > 0)
+NO_Q_LORA = Condition("no q_lora_rank", lambda m, moe: m.q_lora == 0)
+
+
+def copy(mcore: str, hf: str, *dims: str | int, when: Condition = ALWAYS, keep_dtype: bool = False) -> WeightRule:
+    """One tensor under two names."""
+    return WeightRule(mcore, (Source(hf, dims),), when=when, keep_dtype=keep_dtype)
+
+
+def gated_mlp(mcore: str, hf: str, width: str, when: Condition) -> tuple[WeightRule, ...]:
+    """linear_fc1 = [gate; up] and linear_fc2 = down of one gated MLP of that width."""
+    return (
+        WeightRule(
+            f"{mcore}.linear_fc1.weight",
+            (Source(f"{hf}.gate_proj.weight", (width, "hidden")), Source(f"{hf}.up_proj.weight", (width, "hidden"))),
+            CONCAT,
+            when,
+        ),
+        copy(f"{mcore}.linear_fc2.weight", f"{hf}.down_proj.weight", "hidden", width, when=when),
+    )
+
+
+# ---- weights ----
+
+EMBED = (
+    copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", "vocab", "hidden"),
+    copy("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
+    copy("output_layer.weight", "lm_head.weight", "vocab", "hidden", when=UNTIED),
+)
+STORED_TIED_HEAD = (Duplicate("lm_head.weight", of="model.embed_tokens.weight", when=TIED),)
+
+ATTENTION = (
+    copy("{layer}.self_attention.linear_qkv.layer_norm_weight", "{layer}.input_layernorm.weight", "hidden"),
+    WeightRule(
+        "{layer}.self_attention.linear_qkv.weight",
+        (
+            Source("{layer}.self_attn.q_proj.weight", ("q_rows", "hidden")),
+            Source("{layer}.self_attn.k_proj.weight", ("kv_rows", "hidden")),
+            Source("{layer}.self_attn.v_proj.weight", ("kv_rows", "hidden")),
+        ),
+        QKV,
+    ),
+    WeightRule(
+        "{layer}.self_attention.linear_qkv.bias",
+        (
+            Source("{layer}.self_attn.q_proj.bias", ("q_rows",)),
+            Source("{layer}.self_attn.k_proj.bias", ("kv_rows",)),
+            Source("{layer}.self_attn.v_proj.bias", ("kv_rows",)),
+        ),
+        QKV,
+        QKV_BIAS,
+    ),
+    copy("{layer}.self_attention.linear_proj.weight", "{layer}.self_attn.o_proj.weight", "hidden", "attn_cols"),
+)
+QK_NORM = (
+    copy("{layer}.self_attention.q_layernorm.weight", "{layer}.self_attn.q_norm.weight", "head_dim", when=HAS_QK_NORM),
+    copy("{layer}.self_attention.k_layernorm.weight", "{layer}.self_attn.k_norm.weight", "head_dim", when=HAS_QK_NORM),
+)
+MLP = (
+    copy("{layer}.mlp.linear_fc1.layer_norm_weight", "{layer}.post_attention_layernorm.weight", "hidden", when=DENSE),
+    *gated_mlp("{layer}.mlp", "{layer}.mlp", "ffn", DENSE),
+)
+ROUTER = (
+    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
+    copy("{layer}.mlp.router.weight", "{layer}.mlp.gate.weight", "experts", "hidden", when=MOE),
+)
+ROUTER_BIAS = (
+    copy(
+        "{layer}.mlp.router.expert_bias", "{layer}.mlp.gate.e_score_correction_bias", "experts",
+        when=EXPERT_BIAS, keep_dtype=True,
+    ),
+)  # fmt: skip
+EXPERTS = gated_mlp("{layer}.mlp.experts.experts", "{layer}.mlp.experts.{expert}", "moe_ffn", MOE)
+SHARED_EXPERTS = gated_mlp("{layer}.mlp.shared_experts", "{layer}.mlp.shared_experts", "shared_ffn", SHARED)
+
+_SELF, _HF_SELF = "{layer}.self_attention", "{layer}.self_attn"
+MLA_ATTENTION = (
+    copy("{layer}.input_layernorm.weight", "{layer}.input_layernorm.weight", "hidden"),
+    copy(f"{_SELF}.linear_q_proj.weight", f"{_HF_SELF}.q_proj.weight", "q_rows", "hidden", when=NO_Q_LORA),
+    copy(f"{_SELF}.linear_q_down_proj.weight", f"{_HF_SELF}.q_a_proj.weight", "q_lora", "hidden", when=Q_LORA),
+    copy(f"{_SELF}.linear_q_up_proj.layer_norm_weight", f"{_HF_SELF}.q_a_layernorm.weight", "q_lora", when=Q_LORA),
+    copy(f"{_SELF}.linear_q_up_proj.weight", f"{_HF_SELF}.q_b_proj.weight", "q_rows", "q_lora", when=Q_LORA),
+    copy(f"{_SELF}.linear_kv_down_proj.weight", f"{_HF_SELF}.kv_a_proj_with_mqa.weight", "kv_down_rows", "hidden"),
+    copy(f"{_SELF}.linear_kv_up_proj.layer_norm_weight", f"{_HF_SELF}.kv_a_layernorm.weight", "kv_lora"),
+    copy(f"{_SELF}.linear_kv_up_proj.weight", f"{_HF_SELF}.kv_b_proj.weight", "kv_up_rows", "kv_lora"),
+    copy(f"{_SELF}.linear_proj.weight", f"{_HF_SELF}.o_proj.weight", "hidden", "attn_cols"),
+)
+
+# MTP blocks that follow the decoder layers under the next layer numbers (deepseek_v3, glm4_moe). Their layer has the
+# kind of the last decoder layer; embedding and head are copies of the main ones.
+NEXT_LAYER_MTP = (
+    copy("{layer}.enorm.weight", "{layer}.enorm.weight", "hidden"),
+    copy("{layer}.hnorm.weight", "{layer}.hnorm.weight", "hidden"),
+    copy("{layer}.eh_proj.weight", "{layer}.eh_proj.weight", "hidden", "hidden2"),
+    copy("{layer}.final_layernorm.weight", "{layer}.shared_head.norm.weight", "hidden"),
+)
+NEXT_LAYER_MTP_COPIES = (
+    Duplicate("{layer}.embed_tokens.weight", of="model.embed_tokens.weight"),
+    Duplicate("{layer}.shared_head.head.weight", of="lm_head.weight"),
+)
+
+# ---- config: HF key -> Megatron-LM argument, in the order in which a converted config lists them ----
+
+GPT_CONFIG: tuple[ConfigRule | Derived | Refuse, ...] = (
+    Refuse(
+        lambda c: (
+            f"hidden_act {c['hidden_act']!r} is not 'silu'; only gated SiLU MLPs are supported"
+            if c.get("hidden_act", "silu") != "silu"
+            else None
+        )
+    ),
+    Refuse(
+        lambda c: (
+            "it uses sliding window attention; only full attention is supported"
+            if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ())
+            else None
+        )
+    ),
+    Refuse(lambda c: "mlp_bias true is not supported" if c.get("mlp_bias") else None),
+    Refuse(
+        lambda c: (
+            f"{c['architectures'][0]} is not a causal language model"
+            if c.get("architectures") and not str(c["architectures"][0]).endswith(("ForCausalLM", "LMHeadModel"))
+            else None
+        )
+    ),
+    ConfigRule("num_layers", ("num_hidden_layers",)),
+    ConfigRule("hidden_size", ("hidden_size",)),
+    ConfigRule("ffn_hidden_size", ("intermediate_size",)),
+    ConfigRule("num_attention_heads", ("num_attention_heads",)),
+    ConfigRule("num_query_groups", ("num_key_value_heads", "num_attention_heads")),
+    ConfigRule("max_position_embeddings", ("max_position_embeddings",)),
+    ConfigRule("norm_epsilon", ("rms_norm_eps",), default=1e-6),
+    ConfigRule("rotary_base", ("rope_theta",), int),
+    ConfigRule("padded_vocab_size", ("vocab_size",)),
+    ConfigRule("attention_dropout", ("attention_dropout",)),
+    ConfigRule("untie_embeddings_and_output_weights", ("tie_word_embeddings",), lambda v: not v, default=True),
+    ConfigRule("swiglu", ("hidden_act",), lambda v: v == "silu"),
+    ConfigRule("add_qkv_bias", ("attention_bias", "qkv_bias", "use_bias"), default=False),
+    ConfigRule("disable_bias_linear", ("mlp_bias",), lambda v: not v),
+    ConfigRule("kv_channels", ("head_dim",)),
+    ConfigRule("architectures", ("architectures",)),
+    ConfigRule("moe_ffn_hidden_size", ("moe_intermediate_size",)),
+    ConfigRule("moe_shared_expert_intermediate_size", ("shared_expert_intermediate_size",)),
+    ConfigRule("moe_router_topk", ("num_experts_per_tok", "moe_topk", "moe_k")),
+    ConfigRule("num_experts", ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")),
+    ConfigRule("moe_router_pre_softmax", ("norm_topk_prob",), lambda v: not v),
+    ConfigRule("q_lora_rank", ("q_lora_rank",)),
+    ConfigRule("kv_lora_rank", ("kv_lora_rank",)),
+    Derived("multi_latent_attention", lambda c: True if c.get("kv_lora_rank") else None),
+    ConfigRule("qk_head_dim", ("qk_nope_head_dim",)),
+    ConfigRule("qk_pos_emb_head_dim", ("qk_rope_head_dim",)),
+    ConfigRule("v_head_dim", ("v_head_dim",)),
+    ConfigRule("moe_router_topk_scaling_factor", ("routed_scaling_factor",)),
+    ConfigRule("qk_layernorm", ("use_qk_norm",)),
+    ConfigRule("rope_scaling", ("rope_scaling",)),
+    ConfigRule("partial_rotary_factor", ("partial_rotary_factor",)),
+)
+
+
+def _dense_first(config: Config) -> str | None:
+    dense = config.get("first_k_dense_replace")
+    return None if dense is None else f"[0]*{dense}+[1]*{config['num_hidden_layers'] - dense}"
+
+
+def _sparse_step(config: Config) -> str:
+    """Qwen's pattern: experts where (layer + 1) % decoder_sparse_step == 0, except mlp_only_layers."""
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    pattern = [int((i + 1) % step == 0 and i not in dense) for i in range(config["num_hidden_layers"])]
+    return f"[{','.join(map(str, pattern))}]"
+
+
+def constant(field: str, value: Any) -> Derived:
+    """What an architecture fixes without a key in its config."""
+    return Derived(field, lambda c: value)
+
+
+SIGMOID_ROUTER: tuple[ConfigRule | Derived | Refuse, ...] = (
+    Refuse(
+        lambda c: (
+            "norm_topk_prob false with a sigmoid router is not expressible: Megatron always normalises"
+            if c.get("norm_topk_prob") is False
+            else None
+        )
+    ),
+    constant("moe_router_score_function", "sigmoid"),
+)
+DENSE_FIRST = (Derived("moe_layer_freq", _dense_first),)
+SPARSE_STEP = (Derived("moe_layer_freq", _sparse_step),)
+EXPERT_BIAS_ON = (constant("moe_router_enable_expert_bias", True),)
+SHARED_WIDTH = (
+    Derived(
+        "moe_shared_expert_intermediate_size",
+        lambda c: (c.get("n_shared_experts") or 0) * c["moe_intermediate_size"] or None,
+    ),
+)
+# Softmax routers whose Hugging Face class does not normalise unless told to.
+NORM_TOPK_DEFAULT_FALSE = (Derived("moe_router_pre_softmax", lambda c: not c.get("norm_topk_prob", False)),)
+REFUSE_OUTPUT_BIAS = (
+    Refuse(
+        lambda c: (
+            "attention_bias true puts a bias on o_proj, which Megatron's attention does not have"
+            if c.get("attention_bias")
+            else None
+        )
+    ),
+)

@@ -1,0 +1,278 @@
+"""Weight rules and their binding to one model: names, shapes and row gathers of all tensors, the coverage check."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from swiftlite.utils.errors import MapError, ShapeError
+from swiftlite.weights.ops import COPY, Op, Segment, Shape
+from swiftlite.weights.shape import ModelShape
+
+Dims = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When a rule applies: `test(model, is_moe_layer)`. Outside layers is_moe_layer is False."""
+
+    name: str
+    test: Callable[[ModelShape, bool], bool]
+
+    def __and__(self, other: Condition) -> Condition:
+        return Condition(f"{self.name} and {other.name}", lambda m, moe: self.test(m, moe) and other.test(m, moe))
+
+
+ALWAYS = Condition("always", lambda m, moe: True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face tensor: its name with {layer} and {expert} holes, its dimensions as names of ModelShape."""
+
+    name: str
+    dims: Dims
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """`mcore` is made of the `hf` tensors by `op`.
+
+    mcore: canonical name, which is the Transformer Engine spec's name on disk; {layer} stands for the whole prefix of a
+    layer. A rule with {expert} in its sources gives one slice per expert of a tensor with a leading [E].
+    keep_dtype: stays as stored, whatever --torch_dtype says (router bias).
+    """
+
+    mcore: str
+    hf: tuple[Source, ...]
+    op: Op = COPY
+    when: Condition = ALWAYS
+    keep_dtype: bool = False
+
+    @property
+    def per_expert(self) -> bool:
+        return any("{expert}" in s.name for s in self.hf)
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """`name` may exist in a checkpoint as a byte-equal copy of `of` (a stored tied lm_head, MTP's own embedding).
+
+    Megatron holds it once. Presence is recorded in the manifest and the copy is written again on export.
+    """
+
+    name: str
+    of: str
+    when: Condition = ALWAYS
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """All rules of a family.
+
+    top: rules without a layer. layer: rules for each decoder layer, also for the layer inside an MTP block.
+    mtp: rules of an MTP block itself, {layer} being the block's prefix. mtp_layer: HF prefix of MTP block {index},
+    where {number} counts on after the decoder layers; None = the family has none.
+    ignore: patterns of tensors that are derived, never weights.
+    """
+
+    top: tuple[WeightRule, ...]
+    layer: tuple[WeightRule, ...]
+    mtp: tuple[WeightRule, ...] = ()
+    mtp_layer: str | None = None
+    duplicates: tuple[Duplicate, ...] = ()
+    ignore: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    hf_layer: str = "model.layers.{index}"
+
+    def bind(self, model: ModelShape) -> BoundMap:
+        """Write the rules out for one model. Raises: MapError if two rules claim one name."""
+        entries = [e for rule in self.top if rule.when.test(model, False) for e in _expand(rule, model)]
+        for index, is_moe in enumerate(model.moe_layers):
+            place = Place(self.hf_layer.format(index=index), "decoder.layers", index, "")
+            entries += self._layer_entries(self.layer, place, is_moe, model)
+        duplicates = [d for d in self.duplicates if d.when.test(model, False) and "{layer}" not in d.name]
+        for index in range(model.num_mtp if self.mtp_layer else 0):
+            assert self.mtp_layer is not None
+            prefix = self.mtp_layer.format(index=index, number=model.num_layers + index)
+            entries += self._layer_entries(self.mtp, Place(prefix, "mtp.layers", index, ""), False, model)
+            inner = Place(prefix, "mtp.layers", index, "transformer_layer.")
+            entries += self._layer_entries(self.layer, inner, model.moe_layers[-1], model)
+            duplicates += [
+                Duplicate(d.name.format(layer=prefix), d.of, d.when)
+                for d in self.duplicates
+                if d.when.test(model, False) and "{layer}" in d.name
+            ]
+        return BoundMap(model, tuple(entries), tuple(duplicates), self.ignore)
+
+    @staticmethod
+    def _layer_entries(rules: Iterable[WeightRule], place: Place, is_moe: bool, model: ModelShape) -> Iterator[Entry]:
+        for rule in rules:
+            if rule.when.test(model, is_moe):
+                yield from _expand(rule, model, place)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer sits: its HF prefix; on the Megatron side `{stack}.{index}.{inner}`."""
+
+    hf: str
+    stack: str
+    index: int
+    inner: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron tensor (or one expert's slice of it) and the HF tensors it is made of. Shapes leave out [E]."""
+
+    name: str
+    stack: str | None
+    index: int | None
+    expert: int | None
+    hf: tuple[str, ...]
+    hf_shapes: tuple[Shape, ...]
+    shape: Shape
+    rule: WeightRule = field(repr=False)
+    model: ModelShape = field(repr=False)
+
+    @property
+    def mcore(self) -> str:
+        """Canonical full name; experts of one layer share it."""
+        return self.name if self.stack is None else f"{self.stack}.{self.index}.{self.name}"
+
+    @property
+    def label(self) -> str:
+        return self.mcore if self.expert is None else f"{self.mcore}[expert {self.expert}]"
+
+    @property
+    def row_size(self) -> int:
+        return self.rule.op.row_size(self.hf_shapes, self.model)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Rows of the HF tensors in the order of the Megatron tensor."""
+        return self.rule.op.segments(self.hf_shapes, self.model)
+
+    def inverse(self, source: int) -> tuple[Segment, ...]:
+        """Rows of the Megatron tensor (as input 0) in the order of HF tensor number `source`."""
+        found, row = [], 0
+        for segment in self.segments:
+            if segment.source == source:
+                found.append((segment.start, Segment(0, row, segment.size)))
+            row += segment.size
+        return tuple(s for _, s in sorted(found, key=lambda item: item[0]))
+
+
+def _expand(rule: WeightRule, model: ModelShape, place: Place | None = None) -> Iterator[Entry]:
+    if place is None:
+        name, stack, index = rule.mcore, None, None
+    else:
+        name, stack, index = place.inner + rule.mcore.removeprefix("{layer}."), place.stack, place.index
+    shapes = tuple(tuple(model.dim(d) for d in s.dims) for s in rule.hf)
+    shape = rule.op.out_shape(shapes, model)
+    for expert in range(model.experts) if rule.per_expert else (None,):
+        hf = tuple(s.name.format(layer=place.hf if place else "", expert=expert) for s in rule.hf)
+        yield Entry(name, stack, index, expert, hf, shapes, shape, rule, model)
+
+
+def clip(segments: Iterable[Segment], start: int, stop: int) -> Iterator[Segment]:
+    """The part of a gather that lands on output rows [start, stop)."""
+    row = 0
+    for segment in segments:
+        low, high = max(start - row, 0), min(stop - row, segment.size)
+        if low < high:
+            yield Segment(segment.source, segment.start + low, high - low)
+        row += segment.size
+        if row >= stop:
+            return
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a checkpoint holds besides the mapped tensors, by decision."""
+
+    ignored: tuple[str, ...]
+    duplicates: tuple[Duplicate, ...]
+
+
+@dataclass(frozen=True)
+class BoundMap:
+    """The rules written out for one model."""
+
+    model: ModelShape
+    entries: tuple[Entry, ...]
+    duplicates: tuple[Duplicate, ...]
+    ignore: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        claims: dict[str, str] = {}
+        for entry in self.entries:
+            _check_gather(entry)
+            for name in (*entry.hf, entry.label):
+                if name in claims:
+                    raise MapError(f"{name} is claimed twice: by {claims[name]} and by {entry.label}")
+                claims[name] = entry.label
+
+    @cached_property
+    def by_hf(self) -> Mapping[str, tuple[Entry, int]]:
+        """HF name -> (its entry, its position among the entry's inputs)."""
+        return {name: (entry, i) for entry in self.entries for i, name in enumerate(entry.hf)}
+
+    @cached_property
+    def by_mcore(self) -> Mapping[tuple[str, int | None], Entry]:
+        """(canonical name, expert) -> entry."""
+        return {(entry.mcore, entry.expert): entry for entry in self.entries}
+
+    def check(self, shapes: Mapping[str, Shape], where: str) -> Coverage:
+        """Hold a checkpoint's HF names and shapes against the map.
+
+        Args: shapes: name -> shape of every tensor in the checkpoint. where: the checkpoint, for messages.
+        Raises: MapError naming missing and unknown tensors; ShapeError naming the first wrong shape.
+        """
+        duplicates = {d.name: d for d in self.duplicates}
+        ignored, present, unknown = [], [], []
+        for name in shapes:
+            if name in self.by_hf:
+                continue
+            if name in duplicates:
+                present.append(duplicates[name])
+            elif any(fnmatch.fnmatch(name, pattern) for pattern in self.ignore):
+                ignored.append(name)
+            else:
+                unknown.append(name)
+        missing = [name for name in self.by_hf if name not in shapes]
+        if missing or unknown:
+            raise MapError(f"{where} does not match its config.json: {_listing('missing', missing)}"
+                           f"{'; ' if missing and unknown else ''}{_listing('unknown', unknown)}. Check that all files "
+                           "of the model are there and that the model type is right (--model_type)")  # fmt: skip
+        for name, (entry, position) in self.by_hf.items():
+            if tuple(shapes[name]) != entry.hf_shapes[position]:
+                raise ShapeError(
+                    f"{name} in {where} has shape {list(shapes[name])}, but config.json makes it "
+                    f"{list(entry.hf_shapes[position])}; the two files do not belong together"
+                )
+        return Coverage(tuple(ignored), tuple(present))
+
+
+def _listing(what: str, names: list[str], limit: int = 5) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} {what} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:limit])}{more}"
+
+
+def _check_gather(entry: Entry) -> None:
+    """Every input row is used exactly once and the output has the promised size."""
+    size = entry.row_size
+    total = 0
+    for i, shape in enumerate(entry.hf_shapes):
+        row = 0
+        for segment in sorted((s for s in entry.segments if s.source == i), key=lambda s: s.start):
+            assert segment.start == row, f"{entry.label}: row {row} of {entry.hf[i]} is used twice or not at all"
+            row += segment.size
+        assert row * size == math.prod(shape), f"{entry.label}: rows of {entry.hf[i]} are left over"
+        total += row * size
+    assert total == math.prod(entry.shape), f"{entry.label}: {total} elements for shape {entry.shape}"

@@ -1,0 +1,157 @@
+"""`ModelShape`: the numbers of one model that weight rules refer to by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from swiftlite.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one model. Rules name these attributes as tensor dimensions.
+
+    hidden = H, vocab = V, heads = query heads, groups = key/value heads, ffn = width of a dense MLP, moe_ffn = width of
+    one expert, shared_ffn = width of all shared experts together, moe_layers[l] = layer l has experts.
+    Sizes that the model does not have are 0.
+    """
+
+    num_layers: int
+    hidden: int
+    vocab: int
+    heads: int
+    groups: int
+    head_dim: int
+    ffn: int
+    moe_layers: tuple[bool, ...]
+    experts: int = 0
+    moe_ffn: int = 0
+    shared_ffn: int = 0
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    shared_gate: bool = False
+    expert_bias: bool = False
+    mla: bool = False
+    q_lora: int = 0
+    kv_lora: int = 0
+    nope_dim: int = 0
+    rope_dim: int = 0
+    v_dim: int = 0
+    num_mtp: int = 0
+
+    @property
+    def q_rows(self) -> int:
+        """Rows of q_proj: heads x head_dim; under MLA heads x (nope + rope)."""
+        return self.heads * (self.nope_dim + self.rope_dim if self.mla else self.head_dim)
+
+    @property
+    def kv_rows(self) -> int:
+        return self.groups * self.head_dim
+
+    @property
+    def attn_cols(self) -> int:
+        """Columns of o_proj: heads x size of one value head."""
+        return self.heads * (self.v_dim if self.mla else self.head_dim)
+
+    @property
+    def kv_down_rows(self) -> int:
+        return self.kv_lora + self.rope_dim
+
+    @property
+    def kv_up_rows(self) -> int:
+        return self.heads * (self.nope_dim + self.v_dim)
+
+    @property
+    def hidden2(self) -> int:
+        return 2 * self.hidden
+
+    @property
+    def homogeneous(self) -> bool:
+        """No experts anywhere: Megatron stacks the layers of such a model into one tensor per name."""
+        return not any(self.moe_layers)
+
+    def dim(self, name: str | int) -> int:
+        """The size that a dimension name stands for."""
+        return name if isinstance(name, int) else int(getattr(self, name))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], num_mtp: int = 0) -> ModelShape:
+        """Build from converted config fields (Megatron-LM names, see megatron/model/hf_config.py).
+
+        Raises: ConfigError where sizes contradict each other.
+        """
+        get = config.get
+        num_layers, heads = int(config["num_layers"]), int(config["num_attention_heads"])
+        mla = bool(get("multi_latent_attention"))
+        groups = heads if mla else int(get("num_query_groups") or heads)
+        if heads % groups:
+            raise ConfigError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}; check config.json"
+            )
+        experts = int(get("num_experts") or 0)
+        moe_layers = layer_pattern(get("moe_layer_freq"), num_layers) if experts else (False,) * num_layers
+        return cls(
+            num_layers=num_layers,
+            hidden=int(config["hidden_size"]),
+            vocab=int(config["padded_vocab_size"]),
+            heads=heads,
+            groups=groups,
+            head_dim=int(get("kv_channels") or config["hidden_size"] // heads),
+            ffn=int(get("ffn_hidden_size") or 0),
+            moe_layers=moe_layers,
+            experts=experts,
+            moe_ffn=int(get("moe_ffn_hidden_size") or 0),
+            shared_ffn=int(get("moe_shared_expert_intermediate_size") or 0),
+            tied=not get("untie_embeddings_and_output_weights", True),
+            qkv_bias=bool(get("add_qkv_bias")),
+            qk_norm=bool(get("qk_layernorm")),
+            shared_gate=bool(get("use_shared_expert_gate")),
+            expert_bias=bool(get("moe_router_enable_expert_bias")),
+            mla=mla,
+            q_lora=int(get("q_lora_rank") or 0),
+            kv_lora=int(get("kv_lora_rank") or 0) if mla else 0,
+            nope_dim=int(get("qk_head_dim") or 0) if mla else 0,
+            rope_dim=int(get("qk_pos_emb_head_dim") or 0) if mla else 0,
+            v_dim=int(get("v_head_dim") or 0) if mla else 0,
+            num_mtp=num_mtp,
+        )
+
+
+def layer_pattern(freq: Any, num_layers: int) -> tuple[bool, ...]:
+    """Read Megatron's moe_layer_freq: None or 1 = experts everywhere, N = every Nth layer, a 0/1 list or its text.
+
+    The text form is what Megatron-LM's command line takes, `[0]*1+[1]*45`.
+    Raises: ConfigError if the pattern does not have num_layers entries.
+    """
+    if freq is None:
+        freq = 1
+    if isinstance(freq, str):
+        freq = _parse_pattern(freq)
+    if isinstance(freq, int):
+        return tuple(i % freq == 0 for i in range(num_layers))
+    pattern = tuple(bool(x) for x in freq)
+    if len(pattern) != num_layers:
+        raise ConfigError(
+            f"moe_layer_freq has {len(pattern)} entries, the model {num_layers} layers; check config.json"
+        )
+    return pattern
+
+
+def _parse_pattern(text: str) -> int | list[int]:
+    """`3`, `[0,1,1]` or sums of `[0]*1` terms."""
+    text = text.replace(" ", "")
+    if text.isdigit():
+        return int(text)
+    pattern: list[int] = []
+    try:
+        for term in text.split("+"):
+            values, _, times = term.partition("*")
+            pattern += [int(v) for v in values.strip("()[]").split(",")] * (int(times) if times else 1)
+    except ValueError:
+        raise ConfigError(
+            f"moe_layer_freq {text!r} is not understood; write it as 3, [0,1,1] or [0]*1+[1]*45"
+        ) from None
+    return pattern

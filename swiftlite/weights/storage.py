@@ -1,0 +1,123 @@
+"""Where the bytes of tensors lie: specs, extents in files, and the protocol that checkpoints of either format serve.
+
+A tensor is a row-major run of bytes; a source says in which files and at which offsets any part of that run lies.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from swiftlite.utils.errors import CheckpointError
+from swiftlite.weights.ops import Shape
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Type and shape of a stored tensor."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`size` bytes at `offset` of `file`."""
+
+    file: Path
+    offset: int
+    size: int
+
+
+class TensorSource(Protocol):
+    """Tensors that can be located byte by byte."""
+
+    def spec(self, name: str) -> TensorSpec:
+        """Type and shape of `name`."""
+
+    def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
+        """Where bytes [start, stop) of the row-major tensor `name` lie, in order."""
+
+
+class Files:
+    """Open file descriptors by path, read and written by position from any thread. A context manager."""
+
+    def __init__(self) -> None:
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def fd(self, path: Path, writable: bool = False) -> int:
+        with self._lock:
+            if path not in self._fds:
+                self._fds[path] = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+            return self._fds[path]
+
+    def read_into(self, extent: Extent, buffer: memoryview) -> None:
+        """Fill `buffer` (of extent.size bytes). Raises: CheckpointError if the file ends too early."""
+        fd, done = self.fd(extent.file), 0
+        while done < extent.size:
+            count = os.preadv(fd, [buffer[done:]], extent.offset + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{extent.file} ends at byte {extent.offset + done}, {extent.size - done} bytes too early; "
+                    "the file is truncated, download or copy it again"
+                )
+            done += count
+
+    def write(self, path: Path, offset: int, buffer: memoryview) -> None:
+        fd, done = self.fd(path, writable=True), 0
+        while done < len(buffer):
+            done += os.pwrite(fd, buffer[done:], offset + done)
+
+    def sync(self) -> None:
+        """Force everything written to the disk."""
+        for fd in self._fds.values():
+            os.fsync(fd)
+
+
+def read_tensor(source: TensorSource, name: str, files: Files, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """Read a tensor, or rows [start, stop) of its first dimension."""
+    spec = source.spec(name)
+    shape = spec.shape
+    start, stop = 0, spec.nbytes
+    if rows is not None:
+        row_bytes = spec.nbytes // max(shape[0], 1)
+        start, stop, shape = rows[0] * row_bytes, rows[1] * row_bytes, (rows[1] - rows[0], *shape[1:])
+    tensor = torch.empty(shape, dtype=spec.dtype)
+    if tensor.numel():
+        view, done = byte_view(tensor), 0
+        for extent in source.extents(name, start, stop):
+            files.read_into(extent, view[done : done + extent.size])
+            done += extent.size
+    return tensor
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
