@@ -1,0 +1,107 @@
+"""Turns what the user calls a model (local directory, ModelScope id, Hugging Face id) into a local directory.
+
+The hub clients are imported only when something has to be downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from swiftlite.utils.errors import CheckpointError, UsageError
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+# Formats that transformers does not load from such a directory; they can be as large as the weights themselves.
+FOREIGN_FILES = ("*.zip", "*.gguf", "*.pth", "*.pt", "consolidated*", "onnx/*", "*.onnx", "*.msgpack", "*.h5", "*.ot")
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CACHE_NAME = re.compile(r"models--[^/]+?--([^/]+)/snapshots/")
+
+
+def model_name(model_id_or_path: str) -> str:
+    """The lower-case name by which a model is matched: the last path component, with both hubs' cache escapes undone.
+
+    `.../models--ORG--NAME/snapshots/HASH` (Hugging Face cache) gives NAME; ModelScope writes `.` as `___`.
+    """
+    path = str(model_id_or_path)
+    if os.path.isdir(path):
+        path = os.path.abspath(path)
+    path = path.replace(os.sep, "/").rstrip("/")
+    cached = _CACHE_NAME.search(path + "/")
+    name = cached.group(1) if cached else path.rsplit("/", 1)[-1]
+    return name.replace("___", ".").lower()
+
+
+def _has_weights(directory: str) -> bool:
+    return any(any(Path(directory).glob(pattern)) for pattern in WEIGHT_FILES)
+
+
+def _glob(pattern: str) -> str:
+    """Registry records may write file patterns as regular expressions; the hub clients take shell patterns."""
+    return pattern.rstrip("$").replace(".+", "*").replace(".*", "*").replace("\\.", ".")
+
+
+def _download(
+    model_id: str, use_hf: bool, revision: str | None, ignore: list[str], token: str | None, local_only: bool
+) -> str:
+    """Call the hub's own client, which keeps what it has downloaded in its own cache."""
+    if use_hf:
+        from huggingface_hub import snapshot_download
+    else:
+        from modelscope import snapshot_download
+    return str(
+        snapshot_download(model_id, revision=revision, ignore_patterns=ignore, token=token, local_files_only=local_only)
+    )
+
+
+def fetch(
+    model_id_or_path: str,
+    *,
+    use_hf: bool = False,
+    revision: str | None = None,
+    download_model: bool = True,
+    ignore_patterns: Sequence[str] | None = None,
+    token: str | None = None,
+) -> str:
+    """Return the local directory of a model, downloading it first where it is a hub id.
+
+    Args: download_model: False leaves the weight files on the hub. ignore_patterns: more file names to leave there.
+    Raises: UsageError for a path that does not exist, CheckpointError where the hub cannot be reached.
+    """
+    path = os.path.expanduser(str(model_id_or_path))
+    if os.path.isdir(path):
+        return os.path.abspath(path)
+    if os.path.isfile(path):
+        raise UsageError(f"--model {model_id_or_path} is a file; give the directory that holds config.json")
+    if not _HUB_ID.fullmatch(path):
+        raise UsageError(
+            f"--model {model_id_or_path}: no such directory, and not a hub id of the form ORGANISATION/NAME; "
+            "check the path"
+        )
+    hub = "Hugging Face" if use_hf else "ModelScope"
+    ignore = [*FOREIGN_FILES, *map(_glob, ignore_patterns or ())]
+    if not download_model:
+        ignore += WEIGHT_FILES
+    logger.info("getting %s from %s", path, hub)
+    try:
+        return _download(path, use_hf, revision, ignore, token, local_only=False)
+    except Exception as error:  # the clients raise anything from OSError to their own types
+        try:  # a machine without network still uses what an earlier run has downloaded
+            cached = _download(path, use_hf, revision, ignore, token, local_only=True)
+        except Exception:
+            cached = ""
+        if cached and os.path.isfile(os.path.join(cached, "config.json")):
+            if not download_model or _has_weights(cached):
+                logger.warning("%s cannot be reached; using the copy of %s in its cache: %s", hub, path, cached)
+                return cached
+        other = "drop --use_hf to try ModelScope" if use_hf else "--use_hf true to try Hugging Face"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"could not download {path} from {hub}: {reason[:200]}; check the id and the network, "
+            f"use {other}, or give a local directory"
+        ) from error

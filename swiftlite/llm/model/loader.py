@@ -1,0 +1,263 @@
+"""Loads Hugging Face models and tokenizers, and mends what checkpoints commonly leave open.
+
+transformers and torch are imported when something is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from swiftlite.llm.model.register import get_model_info_meta
+from swiftlite.meta.model import ModelInfo, ModelMeta
+from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+# Embedding rows after a resize are a multiple of this, so that tensor parallelism can divide them.
+VOCAB_MULTIPLE = 128
+ATTENTION = {
+    "eager": "eager",
+    "sdpa": "sdpa",
+    "flex_attention": "flex_attention",
+    "flash_attn": "flash_attention_2",
+    "flash_attention_2": "flash_attention_2",
+    "flash_attention_3": "flash_attention_3",
+}
+
+
+def resolve_function(path: str) -> Any:
+    """The object behind `package.module:name`, the form in which registry records name functions."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be imported ({error}); write it as package.module:function") from error
+
+
+def read_special_tokens(items: Sequence[str] | None) -> list[str]:
+    """The tokens that `--new_special_tokens` names; an item ending in `.txt` is a file of them, split at whitespace."""
+    tokens: list[str] = []
+    for item in items or ():
+        if not item.endswith(".txt"):
+            tokens.append(item)
+        elif Path(item).is_file():
+            tokens += Path(item).read_text(encoding="utf-8").split()
+        else:
+            raise UsageError(
+                f"--new_special_tokens {item}: no such file; give a file of tokens or the tokens themselves"
+            )
+    return list(dict.fromkeys(tokens))
+
+
+def resized_vocab_size(vocab_size: int, num_tokens: int) -> int:
+    """Embedding rows needed for `num_tokens`: unchanged where they fit, else the next multiple of VOCAB_MULTIPLE."""
+    return vocab_size if num_tokens <= vocab_size else -(-num_tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def add_special_tokens(tokenizer: Any, model: Any | None, tokens: Sequence[str]) -> int:
+    """Add `tokens` to the tokenizer and, where the model has no room for them, rows to its embedding and output.
+
+    New rows are the mean of the old ones, so that an untrained token is neither favoured nor impossible.
+    Returns: how many tokens were new.
+    """
+    added = int(tokenizer.add_tokens(list(tokens), special_tokens=True))
+    if not added or model is None:
+        return added
+    old = int(model.config.vocab_size)
+    new = resized_vocab_size(old, len(tokenizer))
+    if new == old:
+        return added
+    import torch
+
+    logger.info("vocabulary grows from %d to %d rows for %d new tokens", old, new, added)
+    model.resize_token_embeddings(new, mean_resizing=False)
+    matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
+    with torch.no_grad():
+        for weight in matrices.values():
+            weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+    model.config.vocab_size = new
+    return added
+
+
+def repair_pad_eos(tokenizer: Any, model: Any | None = None) -> None:
+    """Let pad and eos stand in for each other where one is missing, and tell the model's configs the pad id.
+
+    Raises: ConfigError where the tokenizer has neither.
+    """
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise ConfigError(
+            f"the tokenizer in {tokenizer.name_or_path} has neither a pad nor an eos token; "
+            "add one of them to its tokenizer_config.json"
+        )
+    token = tokenizer.convert_ids_to_tokens(pad_id)
+    if tokenizer.eos_token_id is None:
+        logger.info("the tokenizer has no eos token; its pad token %s stands in", token)
+        tokenizer.eos_token = token
+    if tokenizer.pad_token_id is None:
+        logger.info("the tokenizer has no pad token; its eos token %s stands in", token)
+        tokenizer.pad_token = token
+    if model is None:
+        return
+    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
+    for config in (*configs.values(), getattr(model, "generation_config", None)):
+        if getattr(config, "pad_token_id", pad_id) not in (None, pad_id):
+            config.pad_token_id = pad_id
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
+    """AutoTokenizer of a local directory. Raises CheckpointError where there is none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"no tokenizer could be loaded from {model_dir}: {_one_line(error)}; "
+            "it needs tokenizer.json (or the vocabulary files) and tokenizer_config.json"
+        ) from error
+
+
+def get_model_tokenizer_from_local(
+    model_dir: str,
+    model_info: ModelInfo,
+    model_kwargs: dict[str, Any] | None = None,
+    load_model: bool = True,
+    *,
+    automodel_class: Any | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any | None, Any]:
+    """Tokenizer, and with `load_model` the model, of a local directory; pad and eos are repaired on both."""
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    model = None
+    if load_model:
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
+
+        dtype = "auto" if model_info.quant_method == "fp8" else model_info.torch_dtype
+        try:
+            model = (automodel_class or AutoModelForCausalLM).from_pretrained(
+                model_dir, dtype=dtype, trust_remote_code=trust_remote_code, **(model_kwargs or {})
+            )
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+            raise CheckpointError(f"the model in {model_dir} could not be loaded: {_one_line(error)}") from error
+    repair_pad_eos(tokenizer, model)
+    return model, tokenizer
+
+
+def get_model_tokenizer_with_flash_attn(
+    model_dir: str,
+    model_info: ModelInfo,
+    model_kwargs: dict[str, Any] | None = None,
+    load_model: bool = True,
+    *,
+    attn_impl: str | None = None,
+    **kwargs: Any,
+) -> tuple[Any | None, Any]:
+    """The usual loader: `get_model_tokenizer_from_local` with the attention implementation of `--attn_impl`."""
+    model_kwargs = dict(model_kwargs or {})
+    if attn_impl is not None:
+        if attn_impl not in ATTENTION:
+            raise UsageError(f"--attn_impl {attn_impl} is not known; allowed: {', '.join(ATTENTION)}")
+        model_kwargs["attn_implementation"] = ATTENTION[attn_impl]
+    return get_model_tokenizer_from_local(model_dir, model_info, model_kwargs, load_model, **kwargs)
+
+
+def get_model_tokenizer(
+    model_id_or_path: str,
+    torch_dtype: Any = None,
+    device_map: Any = None,
+    *,
+    load_model: bool = True,
+    use_hf: bool = False,
+    model_type: str | None = None,
+    revision: str | None = None,
+    new_special_tokens: Sequence[str] | None = None,
+    attn_impl: str | None = None,
+    trust_remote_code: bool = False,
+    need_template: bool = True,
+    ignore_requirements: bool = False,
+    download_model: bool | None = None,
+    hub_token: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[Any | None, Any]:
+    """Load a model and its tokenizer from a local directory, ModelScope (default hub) or Hugging Face (`use_hf`).
+
+    Args:
+        torch_dtype: torch dtype or its name; None takes the checkpoint's.
+        device_map: as transformers takes it ("auto", "cuda:0", a dict); None loads on the CPU.
+        load_model: False loads the tokenizer only, and downloads no weights unless `download_model`.
+        model_type: registered type, where it cannot be told from the files.
+        new_special_tokens: tokens to add, or `.txt` files of them; embeddings grow only if the vocabulary has no room.
+        attn_impl: eager, sdpa, flash_attn, ...
+        trust_remote_code: run Python files that the checkpoint brings along.
+        model_kwargs: further keywords of `from_pretrained`.
+        kwargs: further keywords of the type's own loader.
+    Returns: `(model or None, tokenizer)`; both carry `model_info` and `model_meta`.
+    Raises: SwiftliteError subclasses, one line each.
+    """
+    model_info, model_meta = get_model_info_meta(
+        model_id_or_path,
+        torch_dtype=torch_dtype,
+        use_hf=use_hf,
+        model_type=model_type,
+        revision=revision,
+        download_model=load_model if download_model is None else download_model,
+        need_template=need_template,
+        ignore_requirements=ignore_requirements,
+        hub_token=hub_token,
+    )
+    if model_info.quant_method in ("gptq", "awq"):
+        raise SwiftliteError(
+            f"{model_info.model_dir} holds {model_info.quant_method.upper()} weights, which cannot be trained or "
+            "converted; use the unquantised checkpoint"
+        )
+    model_kwargs = dict(model_kwargs or {})
+    if device_map is not None:
+        model_kwargs["device_map"] = device_map
+    get_function = resolve_function(model_meta.get_function)
+    if attn_impl is not None:
+        kwargs["attn_impl"] = attn_impl
+    if trust_remote_code or "trust_remote_code" in inspect.signature(get_function).parameters:
+        kwargs["trust_remote_code"] = trust_remote_code
+    model, tokenizer = get_function(model_info.model_dir, model_info, model_kwargs, load_model, **kwargs)
+    tokens = read_special_tokens(new_special_tokens)
+    if tokens:
+        add_special_tokens(tokenizer, model, tokens)
+    for loaded in (model, tokenizer):
+        if loaded is not None:
+            loaded.model_info, loaded.model_meta = model_info, model_meta
+    if model is not None:
+        model.model_dir = model_info.model_dir
+        if model_info.config is not None and model.config.vocab_size != model_info.config.get("vocab_size"):
+            model_info.config = {**model_info.config, "vocab_size": model.config.vocab_size}
+    return model, tokenizer
+
+
+def get_model_processor(model_id_or_path: str, *args: Any, **kwargs: Any) -> tuple[Any | None, Any]:
+    """`get_model_tokenizer` under the name that covers models whose tokenizer is part of a processor."""
+    return get_model_tokenizer(model_id_or_path, *args, **kwargs)
+
+
+__all__ = [
+    "ModelMeta",
+    "add_special_tokens",
+    "get_model_processor",
+    "get_model_tokenizer",
+    "get_model_tokenizer_from_local",
+    "get_model_tokenizer_with_flash_attn",
+    "load_tokenizer",
+    "read_special_tokens",
+    "repair_pad_eos",
+    "resized_vocab_size",
+]
