@@ -51,10 +51,10 @@ class Note:
     allowed: tuple[str, ...] | None = None
 
 
-@typing.dataclass_transform(field_specifiers=(field,))
+@typing.dataclass_transform(eq_default=False, field_specifiers=(field,))
 def arguments(cls: type[T]) -> type[T]:
     """`dataclass`, with aliases accepted by the constructor as well."""
-    cls = dataclass(cls)
+    cls = dataclass(eq=False)(cls)
     init = cls.__init__
 
     @functools.wraps(init)
@@ -93,10 +93,14 @@ class Arguments:
     @property
     def given(self) -> frozenset[str]:
         """Names of the fields that were set: by file, flags or keyword."""
-        return self.__dict__.get("_given", frozenset())
+        given: frozenset[str] = self.__dict__.get("_given", frozenset())
+        return given
 
     def to_dict(self) -> dict[str, Any]:
         return {spec.name: getattr(self, spec.name) for spec in specs(type(self)).values()}
+
+
+A = TypeVar("A", bound=Arguments)
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,19 @@ class Spec:
         return value
 
 
-@functools.cache
 def specs(cls: type) -> dict[str, Spec]:
     """Fields of an arguments class by name, in declaration order."""
+    found: dict[str, Spec] | None = cls.__dict__.get("_specs")
+    if found is None:
+        found = _read_specs(cls)
+        cls._specs = found  # type: ignore[attr-defined]
+    return found
+
+
+def _read_specs(cls: type) -> dict[str, Spec]:
     hints = typing.get_type_hints(cls)
     result = {}
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for f in dataclasses.fields(cls):
         owner = next(base for base in reversed(cls.__mro__) if f.name in base.__dict__.get("__annotations__", {}))
         default = f.default if f.default_factory is MISSING else f.default_factory()
         meta = f.metadata
@@ -135,9 +146,16 @@ def specs(cls: type) -> dict[str, Spec]:
     return result
 
 
-@functools.cache
 def alias_table(cls: type) -> dict[str, str]:
     """Every name that may be typed -> field name."""
+    found: dict[str, str] | None = cls.__dict__.get("_aliases")
+    if found is None:
+        found = _read_aliases(cls)
+        cls._aliases = found  # type: ignore[attr-defined]
+    return found
+
+
+def _read_aliases(cls: type) -> dict[str, str]:
     table = {name: name for name in specs(cls)}
     for spec in specs(cls).values():
         for alias in spec.aliases:
@@ -281,7 +299,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     return {key.lstrip("-").replace("-", "_"): value for key, value in data.items()}
 
 
-def parse(cls: type[T], argv: Sequence[str]) -> T:
+def parse(cls: type[A], argv: Sequence[str]) -> A:
     """Make an arguments object from `[config file] [--flag value ...]`; flags override the file.
 
     Raises: UsageError for an unknown flag (naming the nearest), a wrong value, or a flag that is refused.
@@ -298,12 +316,12 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     return from_dict(cls, values)
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+def from_dict(cls: type[A], values: Mapping[str, Any]) -> A:
     """Make an arguments object from plain data (field names or aliases). Raises: UsageError as `parse`."""
     return cls(**_accept(cls, values))
 
 
-def _flag_value(cls: type, name: str, words: list[str]) -> Any:
+def _flag_value(cls: type[Arguments], name: str, words: list[str]) -> Any:
     spec = specs(cls).get(alias_table(cls).get(name, name))
     if words:
         return words if len(words) > 1 or (spec is not None and _is_list(spec.type)) else words[0]
@@ -318,11 +336,11 @@ def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is list or any(typing.get_origin(option) is list for option in typing.get_args(hint))
 
 
-def _accept(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def _accept(cls: type[Arguments], values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Canonical names of what was given, without the names that are accepted but have no field."""
     spell: Callable[[str], str] = (lambda name: name) if where else (lambda name: f"--{name}")
     table = alias_table(cls)
-    notes, hidden = cls.NOTES, cls.HIDDEN  # type: ignore[attr-defined]
+    notes, hidden = cls.NOTES, cls.HIDDEN
     kept = {}
     for name, value in values.items():
         target = table.get(name)
@@ -345,11 +363,11 @@ def _accept(cls: type, values: Mapping[str, Any], where: str = "") -> dict[str, 
     return canonical_names(cls, kept, spell)
 
 
-def format_help(cls: type, usage: str) -> str:
+def format_help(cls: type[Arguments], usage: str) -> str:
     """The text of `COMMAND --help`: flags grouped by the part of the arguments that declares them."""
     groups: dict[type, list[Spec]] = {}
     for spec in specs(cls).values():
-        if spec.name not in cls.HIDDEN:  # type: ignore[attr-defined]
+        if spec.name not in cls.HIDDEN:
             groups.setdefault(spec.owner, []).append(spec)
     lines = [f"usage: {usage} [config.yaml|config.json] [--flag value ...]"]
     for owner, members in groups.items():

@@ -161,7 +161,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     )
     moe_router_dtype: str | None = field("fp32", "dtype of the router", choices=["fp32", "fp64"])
     moe_router_bias_update_rate: float = field(
-        0.0, "step by which training moves the expert bias; Hugging Face leaves it as it is"
+        1e-3, "step by which training moves the expert bias (default of trainers: 0, as Hugging Face leaves it)"
     )
     moe_aux_loss_coeff: float = field(0.0, "weight of the load-balancing loss", aliases=["router_aux_loss_coef"])
     moe_z_loss_coeff: float | None = field(None, "weight of the router's z-loss")
@@ -266,10 +266,11 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     def _check_model(self) -> None:
         pp, heads, groups = self.pipeline_model_parallel_size, self.num_attention_heads, self.num_query_groups
         tp, ep = self.tensor_model_parallel_size, self.expert_model_parallel_size
-        uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
-        if pp > 1 and not uneven and self.num_layers % pp:
+        ends = [n for n in (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers) if n]
+        layers, stages = (self.num_layers or 0) - sum(ends), pp - len(ends)
+        if pp > 1 and (layers < stages or (stages == 0 and layers) or (stages and layers % stages)):
             raise UsageError(
-                f"--pipeline_model_parallel_size {pp}: does not divide {self.num_layers} layers; give "
+                f"--pipeline_model_parallel_size {pp}: {layers} layers cannot be divided over {stages} stages; change "
                 "--decoder_first_pipeline_num_layers or --decoder_last_pipeline_num_layers"
             )
         if heads is not None and heads % tp:
@@ -304,6 +305,18 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
                 continue
             setattr(self, name, value)
         self._complete_model()
+
+    def parse_to_megatron(self) -> tuple[list[str], dict[str, Any]]:
+        """(argv, extra_args), see `swiftlite.megatron.argument.bridge.parse_to_megatron`."""
+        from swiftlite.megatron.argument.bridge import parse_to_megatron
+
+        return parse_to_megatron(self)
+
+    def megatron_lm_args(self) -> list[str] | str:
+        """Arguments for stock Megatron-LM, see `swiftlite.megatron.argument.bridge.megatron_lm_args`."""
+        from swiftlite.megatron.argument.bridge import megatron_lm_args
+
+        return megatron_lm_args(self)
 
     @property
     def moe_layer_pattern(self) -> list[int]:

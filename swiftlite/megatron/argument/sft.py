@@ -14,5 +14,7 @@ class MegatronSftArguments(MegatronArguments, SftArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "moe_router_bias_update_rate" not in self.given:
+            self.moe_router_bias_update_rate = 0.0
         if self.model is None and self.mcore_model is None:
             raise UsageError("give the weights with --model HF_DIR_OR_ID or --mcore_model DIR (a converted checkpoint)")
