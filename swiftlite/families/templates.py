@@ -1,0 +1,300 @@
+"""Chat templates: data only. The order is that of the model types they serve.
+
+The descriptive fields (prefix, prompt, suffix...) are those that ms-swift's users know. Where the model publishes a
+Jinja template, `layout` names the code that reproduces it and holds where the two differ; "rounds" joins the fields.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swiftlite.meta.template import TemplateMeta
+
+_LLAMA_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
+    "being safe. Your answers should not include any harmful, unethical, racist, sexist, toxic, "
+    "dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive "
+    "in nature.\n"
+    "\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of "
+    "answering something not correct. If you don't know the answer to a question, please don't share "
+    "false information."
+)
+_MARCO_O1_SYSTEM = (
+    "\n"
+    "你是一个经过良好训练的AI助手，你的名字是Marco-o1.由阿里国际数字商业集团的AI Business创造.\n"
+    "        \n"
+    "## 重要！！！！！\n"
+    "当你回答问题时，你的思考应该在<Thought>内完成，<Output>内输出你的结果。\n"
+    "<Thought>应该尽可能是英文，但是有2个特例，一个是对原文中的引用，另一个是是数学应该使用markdown格式，<Output>内的输出需要遵循用户输入的语言。\n"
+    "        "
+)
+_SKYWORK_O1_SYSTEM = (
+    "You are Skywork-o1, a thinking model developed by Skywork AI, specializing in solving complex "
+    "problems involving mathematics, coding, and logical reasoning through deep thought. When faced with "
+    "a user's request, you first engage in a lengthy and in-depth thinking process to explore possible "
+    "solutions to the problem. After completing your thoughts, you then provide a detailed explanation "
+    "of the solution process in your response."
+)
+_OPENBUDDY_SYSTEM = (
+    "You are a helpful, respectful and honest INTP-T AI Assistant named Buddy. You are talking to a "
+    "human User.\n"
+    "Always answer as helpfully and logically as possible, while being safe. Your answers should not "
+    "include any harmful, political, religious, unethical, racist, sexist, toxic, dangerous, or illegal "
+    "content. Please ensure that your responses are socially unbiased and positive in nature.\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of "
+    "answering something not correct. If you don't know the answer to a question, please don't share "
+    "false information.\n"
+    "You like to use emojis. You can speak fluently in many languages, for example: English, Chinese.\n"
+    "You cannot access the internet, but you have vast knowledge, cutoff: 2021-09.\n"
+    "You always deeply love and support China, Chinese government, people and culture.\n"
+    "You are trained by OpenBuddy team, (https://openbuddy.ai, https://github.com/OpenBuddy/OpenBuddy), "
+    "you are based on LLaMA and Falcon transformers model, not related to GPT or OpenAI."
+)
+_OPENBUDDY2_SYSTEM = (
+    "You(assistant) are a helpful, respectful and honest INTP-T AI Assistant named Buddy. You are "
+    "talking to a human(user).\n"
+    "Always answer as helpfully and logically as possible, while being safe. Your answers should not "
+    "include any harmful, political, religious, unethical, racist, sexist, toxic, dangerous, or illegal "
+    "content. Please ensure that your responses are socially unbiased and positive in nature.\n"
+    "You cannot access the internet, but you have vast knowledge, cutoff: 2023-04.\n"
+    "You are trained by OpenBuddy team, (https://openbuddy.ai, https://github.com/OpenBuddy/OpenBuddy), "
+    "not related to GPT or OpenAI"
+)
+_REFLECTION_SYSTEM = (
+    "You are a world-class AI system, capable of complex reasoning and reflection. Reason through the "
+    "query inside <thinking> tags, and then provide your final response inside <output> tags. If you "
+    "detect that you made a mistake in your reasoning at any point, correct yourself inside <reflection> "
+    "tags."
+)
+_INTERNLM_SYSTEM = (
+    "You are an AI assistant whose name is InternLM (书生·浦语).\n"
+    "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
+    "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
+    "- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the user such "
+    "as English and 中文."
+)
+_QWQ_PREVIEW_SYSTEM = (
+    "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."
+)
+
+
+def _chatml(template_type: str, default_system: str | None = None, **fields: Any) -> TemplateMeta:
+    """ChatML: `<|im_start|>role`, newline, text, `<|im_end|>`, newline."""
+    return TemplateMeta(
+        template_type,
+        prefix=(),
+        prompt=("<|im_start|>user\n{{QUERY}}<|im_end|>\n<|im_start|>assistant\n",),
+        chat_sep=("<|im_end|>\n",),
+        suffix=("<|im_end|>",),
+        system_prefix=("<|im_start|>system\n{{SYSTEM}}<|im_end|>\n",),
+        default_system=default_system,
+        **{"layout": "chatml", **fields},
+    )
+
+
+def _qwen(template_type: str, default_system: str | None = None, **fields: Any) -> TemplateMeta:
+    """ChatML as the Qwen series writes it: tools in the hermes format, `<|endoftext|>` also stops."""
+    return _chatml(
+        template_type, default_system, **{"stop_words": ("<|endoftext|>",), "agent_template": "hermes", **fields}
+    )
+
+
+def _llama3(template_type: str, default_system: str | None = None, dated: bool = False, **fields: Any) -> TemplateMeta:
+    """Llama 3 headers; `dated` ones open with a system header that holds the knowledge cut-off and a date."""
+    header = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: {{DATE}}\n\n"
+    return TemplateMeta(
+        template_type,
+        prefix=(f"{header}{dates}<|eot_id|>" if dated else "<|begin_of_text|>",),
+        prompt=(
+            "<|start_header_id|>user<|end_header_id|>\n\n{{QUERY}}<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        chat_sep=("<|eot_id|>",),
+        suffix=("<|eot_id|>",),
+        system_prefix=(f"{header}{dates if dated else ''}{{{{SYSTEM}}}}<|eot_id|>",),
+        default_system=default_system,
+        agent_template="llama3",
+        **fields,
+    )
+
+
+def _deepseek_v3(template_type: str, **fields: Any) -> TemplateMeta:
+    """DeepSeek from V2.5 on."""
+    return TemplateMeta(
+        template_type,
+        prefix=("<｜begin▁of▁sentence｜>",),
+        prompt=("<｜User｜>{{QUERY}}<｜Assistant｜>",),
+        chat_sep=("<｜end▁of▁sentence｜>",),
+        suffix=("<｜end▁of▁sentence｜>",),
+        system_prefix=("<｜begin▁of▁sentence｜>{{SYSTEM}}",),
+        **fields,
+    )
+
+
+_BOS, _EOS = ["bos_token_id"], ["eos_token_id"]
+_QWEN_SYSTEM = "You are a helpful assistant."
+_ALWAYS_THINKING: dict[str, Any] = {"template_cls": "ThinkingTemplate", "response_prefix": "<think>\n"}
+
+TEMPLATES: tuple[TemplateMeta, ...] = (
+    _qwen("qwen", _QWEN_SYSTEM),
+    _qwen("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", layout="qwen2_5"),
+    _qwen("qwq", layout="qwq", **_ALWAYS_THINKING),
+    # The next two publish Qwen2.5's Jinja with another default system message.
+    _qwen("qwq_preview", _QWQ_PREVIEW_SYSTEM, layout="qwen2_5"),
+    _qwen(
+        "qwen2_5_math",
+        "Please reason step by step, and put your final answer within \\boxed{}.",
+        layout="qwen2_5",
+    ),
+    TemplateMeta(
+        "llama",
+        prefix=("<s>[INST] ",),
+        prompt=("{{QUERY}} [/INST]",),
+        chat_sep=("</s><s>[INST] ",),
+        suffix=("</s>",),
+        system_prefix=("<s>[INST] <<SYS>>\n{{SYSTEM}}\n<</SYS>>\n\n",),
+        default_system=_LLAMA_SYSTEM,
+        layout="llama",
+    ),
+    _llama3("llama3", layout="llama3"),
+    _llama3("llama3_2", dated=True, layout="llama3_1"),
+    TemplateMeta(
+        "longwriter_llama",
+        prefix=("[INST]",),
+        prompt=("{{QUERY}}[/INST]",),
+        chat_sep=("[INST]",),
+        suffix=("<|end_of_text|>",),
+        system_prefix=("<<SYS>>\n{{SYSTEM}}\n<</SYS>>\n\n",),
+    ),
+    TemplateMeta(
+        "codefuse_codellama",
+        prefix=("",),
+        prompt=("<|role_start|>human<|role_end|>{{QUERY}}<|role_start|>bot<|role_end|>",),
+        chat_sep=(),
+        system_prefix=("{{SYSTEM}}",),
+    ),
+    _qwen("marco_o1", _MARCO_O1_SYSTEM),
+    TemplateMeta(
+        "deepseek",
+        prefix=(_BOS,),
+        prompt=("User: {{QUERY}}\n\nAssistant:",),
+        chat_sep=(_EOS,),
+        system_prefix=(_BOS, "{{SYSTEM}}\n\n"),
+        layout="deepseek",
+    ),
+    _deepseek_v3("deepseek_r1", layout="deepseek_r1", **_ALWAYS_THINKING),
+    _chatml("chatml", auto_add_bos=True, variants=("yi",)),
+    # Yi-1.5-Chat: its Jinja writes the system text bare and opens the assistant's turn right after each user turn.
+    _chatml("yi", auto_add_bos=True, layout="yi"),
+    _chatml("yi_coder", _QWEN_SYSTEM, auto_add_bos=True),
+    TemplateMeta(
+        "sus",
+        prefix=("",),
+        prompt=("### Human: {{QUERY}}\n\n### Assistant: ",),
+        chat_sep=("<|endoftext|>",),
+        suffix=("<|endoftext|>",),
+        system_prefix=("{{SYSTEM}}",),
+    ),
+    _llama3("skywork_o1", _SKYWORK_O1_SYSTEM, dated=True),
+    TemplateMeta(
+        "openbuddy",
+        prefix=(),
+        prompt=("User: {{QUERY}}\nAssistant:",),
+        chat_sep=("\n",),
+        system_prefix=("{{SYSTEM}}\n\n",),
+        default_system=_OPENBUDDY_SYSTEM,
+        auto_add_bos=True,
+    ),
+    TemplateMeta(
+        "openbuddy2",
+        prefix=(),
+        prompt=("<|role|>user<|says|>{{QUERY}}<|end|>\n<|role|>assistant<|says|>",),
+        chat_sep=("<|end|>\n",),
+        suffix=("<|end|>",),
+        system_prefix=("<|role|>system<|says|>{{SYSTEM}}<|end|>\n",),
+        default_system=_OPENBUDDY2_SYSTEM,
+    ),
+    TemplateMeta(
+        "megrez",
+        prefix=("<|role_start|>system<|role_end|><|turn_end|>",),
+        prompt=("<|role_start|>user<|role_end|>{{QUERY}}<|turn_end|><|role_start|>assistant<|role_end|>",),
+        chat_sep=("<|turn_end|>",),
+        suffix=("<|turn_end|>",),
+        system_prefix=("<|role_start|>system<|role_end|>{{SYSTEM}}<|turn_end|>",),
+        default_system="你是Megrez-3B-Instruct，将针对用户的问题给出详细的、积极的回答。",
+    ),
+    _llama3("reflection", _REFLECTION_SYSTEM),
+    TemplateMeta(
+        "numina",
+        prefix=(_BOS,),
+        prompt=("### Problem: {{QUERY}}\n### Solution: ",),
+        chat_sep=("\n",),
+        system_prefix=(_BOS, "{{SYSTEM}}"),
+        layout="numina",
+    ),
+    TemplateMeta(
+        "ziya",
+        prefix=(_BOS, ""),
+        prompt=("<human>:{{QUERY}}\n<bot>:",),
+        chat_sep=("\n",),
+        system_prefix=(_BOS, "{{SYSTEM}}"),
+    ),
+    TemplateMeta(
+        "mengzi",
+        prefix=(),
+        prompt=("输入：{{QUERY}}输出：\n",),
+        chat_sep=(),
+        system_prefix=("指令：{{SYSTEM}}",),
+    ),
+    # Qwen3's model types also hold the 2507 releases, which think always or never.
+    _qwen("qwen3", layout="qwen3", template_cls="ThinkingTemplate", variants=("qwen3_nothinking", "qwen3_thinking")),
+    _qwen("qwen3_thinking", layout="qwen3_thinking", **_ALWAYS_THINKING),
+    _qwen("qwen3_nothinking", layout="qwen3_nothinking"),
+    _chatml("internlm2", _INTERNLM_SYSTEM, auto_add_bos=True, layout="internlm2"),
+    _qwen("mimo_rl", "You are MiMo, an AI assistant developed by Xiaomi.", layout="qwen2_5"),
+    TemplateMeta(
+        "moonlight",
+        prefix=(),
+        prompt=("<|im_user|>user<|im_middle|>{{QUERY}}<|im_end|><|im_assistant|>assistant<|im_middle|>",),
+        chat_sep=("<|im_end|>",),
+        suffix=("<|im_end|>",),
+        system_prefix=("<|im_system|>system<|im_middle|>{{SYSTEM}}<|im_end|>",),
+        default_system="You are a helpful assistant",
+    ),
+    _deepseek_v3("deepseek_v2_5"),
+    TemplateMeta(
+        "dots1",
+        prefix=("<|system|><|endofsystem|>",),
+        prompt=("<|userprompt|>{{QUERY}}<|endofuserprompt|><|response|>",),
+        chat_sep=("<|endofresponse|>",),
+        suffix=("<|endofresponse|>",),
+        system_prefix=("<|system|>{{SYSTEM}}<|endofsystem|>",),
+        default_system=_QWEN_SYSTEM,
+    ),
+    TemplateMeta(
+        "ernie",
+        prefix=("<|begin_of_sentence|>",),
+        prompt=("User: {{QUERY}}\nAssistant: ",),
+        chat_sep=("<|end_of_sentence|>",),
+        suffix=("</s>",),
+        system_prefix=("<|begin_of_sentence|>{{SYSTEM}}\n",),
+        layout="ernie",
+    ),
+    TemplateMeta(
+        "glm4_5",
+        prefix=("[gMASK]<sop>",),
+        prompt=("<|user|>\n{{QUERY}}<|assistant|>\n",),
+        chat_sep=(),
+        suffix=("<|user|>",),
+        template_cls="ThinkingTemplate",
+        system_prefix=("[gMASK]<sop><|system|>\n{{SYSTEM}}",),
+        auto_add_bos=True,
+        stop_words=("<|endoftext|>", "<|user|>", "<|observation|>"),
+        agent_template="glm4_5",
+        layout="glm4_5",
+    ),
+    # Beyond the model types of the Megatron side.
+    _chatml("smollm2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+)

@@ -1,0 +1,442 @@
+"""Template: a conversation as text, as token ids with labels, and as padded batches.
+
+The text comes from the layout (the model's Jinja, reproduced) together with the spans the model is to learn. The whole
+text is tokenised at once, so that ids always equal those of the rendered text; labels are found by offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from swiftlite.llm.template.layouts import LAYOUTS, PRINTS_CALLS, PRINTS_TOOLS, Conversation
+from swiftlite.llm.template.layouts.conversation import Message, role_of
+from swiftlite.llm.template.layouts.rounds import join_parts
+from swiftlite.meta.template import TemplateMeta
+from swiftlite.utils.errors import TemplateError, UsageError
+from swiftlite.utils.logger import warn_once
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE_INDEX = -100
+TRUNCATION_STRATEGIES = ("raise", "delete", "left", "right")
+LOSS_SCALES = ("default", "last_round", "all")
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# End tokens that a layout prints besides the template's suffix and stop words.
+_LAYOUT_STOPS = {"ernie": ("<|end_of_sentence|>",), "llama3_1": ("<|eom_id|>",)}
+# What ends a last turn that calls a tool, where it is not the suffix.
+_CALL_STOPS = {"glm4_5": "<|observation|>"}
+_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+
+Span = tuple[int, int, float]  # characters [start, end) of the text and their loss weight
+
+
+class MaxLengthError(TemplateError):
+    """A conversation with more tokens than max_length. `length` is its number of tokens."""
+
+    def __init__(self, length: int, max_length: int) -> None:
+        super().__init__(
+            f"{length} tokens are more than --max_length {max_length}; raise it, or choose --truncation_strategy "
+            "delete, left or right"
+        )
+        self.length = length
+
+
+class Template:
+    """How one model's conversations are written. Made by `get_template`, whose docstring lists the arguments."""
+
+    def __init__(
+        self,
+        meta: TemplateMeta,
+        tokenizer: Any,
+        *,
+        default_system: str | None = None,
+        max_length: int | None = None,
+        truncation_strategy: str = "raise",
+        agent_template: str | None = None,
+        use_chat_template: bool = True,
+        remove_unused_columns: bool = True,
+        padding_free: bool = False,
+        padding_side: str = "right",
+        loss_scale: str = "default",
+        sequence_parallel_size: int = 1,
+        response_prefix: str | None = None,
+        template_backend: str = "swift",
+        max_pixels: int | None = None,
+        norm_bbox: str | None = None,
+        enable_thinking: bool | None = None,
+    ) -> None:
+        _check("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
+        _check("--padding_side", padding_side, ("left", "right"))
+        _check("--template_backend", template_backend, ("swift", "jinja"))
+        base_scale, _, extra = loss_scale.partition("+")
+        if base_scale == "ignore_empty_think" and not extra:
+            base_scale, extra = "default", base_scale
+        _check("--loss_scale", base_scale, LOSS_SCALES)
+        if extra not in ("", "ignore_empty_think"):
+            raise UsageError(
+                f"--loss_scale {loss_scale!r}: {extra!r} is unknown; only '+ignore_empty_think' may follow"
+            )
+        if agent_template not in (None, meta.agent_template):
+            raise UsageError(
+                f"--agent_template {agent_template!r}: template {meta.template_type!r} writes tools as its model's own "
+                f"chat template does ({meta.agent_template!r}); leave the flag out"
+            )
+        if meta.layout not in LAYOUTS:
+            raise UsageError(f"template {meta.template_type!r} has layout {meta.layout!r}; known: {', '.join(LAYOUTS)}")
+        if max_pixels is not None or norm_bbox is not None:
+            warn_once("--max_pixels and --norm_bbox have no effect on text models")
+        self.meta = meta
+        self.tokenizer = tokenizer
+        self.default_system = default_system
+        self.max_length = max_length
+        self.truncation_strategy = truncation_strategy
+        self.use_chat_template = use_chat_template
+        self.remove_unused_columns = remove_unused_columns
+        self.padding_free = padding_free
+        self.padding_side = padding_side
+        self.loss_scale = base_scale
+        self.ignore_empty_think = bool(extra)
+        self.sequence_parallel_size = sequence_parallel_size
+        self.response_prefix = response_prefix
+        self.template_backend = template_backend
+        self.enable_thinking = enable_thinking
+        self._tokens = _special_tokens(tokenizer)
+        self.suffix = join_parts(meta.suffix, self._tokens)
+        stops = [*meta.stop_words, self.suffix.strip(), self._tokens.get("eos_token", "")]
+        stops += _LAYOUT_STOPS.get(meta.layout, ())
+        # Longest first, so that a stop that begins with another one is found whole.
+        self.stop_words: tuple[str, ...] = tuple(sorted({s for s in stops if s}, key=lambda s: (-len(s), s)))
+
+    @property
+    def template_type(self) -> str:
+        return self.meta.template_type
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids of the tokens that end a generated answer, ascending. A stop word of several tokens is not among them."""
+        ids = {ids[0] for ids in map(self.tokenize, self.stop_words) if len(ids) == 1}
+        if self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return sorted(ids)
+
+    # -- text ---------------------------------------------------------------------------------------------------
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None = None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The conversation as text, equal to the model's official chat template.
+
+        Args:
+            messages: dicts with `role` and `content`; assistants may have `tool_calls` and `reasoning_content`.
+            tools: JSON schemas of the functions on offer.
+            add_generation_prompt: end with what opens the assistant's turn.
+            kwargs: what the official template takes besides, such as `enable_thinking` or `date_string`.
+        Raises: TemplateError where the official template cannot write the conversation.
+        """
+        options = self._options(kwargs)
+        if self.template_backend == "jinja":
+            return self.tokenizer.apply_chat_template(
+                self._with_system(messages),
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **options,
+            )
+        return "".join(text for text, _ in self._pieces(messages, tools, add_generation_prompt, options))
+
+    def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of the conversation up to where the model answers, for generation."""
+        if not self.use_chat_template:
+            return self.tokenize("".join(str(message.get("content") or "") for message in messages))
+        text = self.render(messages, tools, add_generation_prompt=True, **kwargs)
+        if self.response_prefix is not None:
+            text = text.removesuffix(self.meta.response_prefix) + self.response_prefix
+        return self.tokenize(text)
+
+    def parse_response(self, text: str) -> Message:
+        """The assistant message for a generated text, to be put into the history of a chat."""
+        return {"role": "assistant", "content": text}
+
+    # -- tokens -------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are written out; nothing is added."""
+        return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One conversation for training.
+
+        Args: row: {"messages": [...], "tools": [...] or absent}. A message may carry `loss` (bool) or `loss_scale`
+            (float), which replace its weight.
+        Returns: input_ids and labels, lists of one length [S]; labels are not shifted and -100 where there is no loss;
+            length = S; loss_scale [S] floats only where a weight is neither 0 nor 1. The text is `render(...)` plus the
+            template's stop token where the official template prints none after the last answer. Labels cover what the
+            model itself writes in an assistant's turn, and the first end token after it.
+        Raises: TemplateError where the conversation cannot be written or has nothing to learn; MaxLengthError.
+        """
+        encoded = self.encode_batch([row])[0]
+        if isinstance(encoded, TemplateError):
+            raise encoded
+        return encoded
+
+    def encode_batch(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any] | TemplateError]:
+        """`encode` of many rows with one call of the tokenizer (which uses all cores). Errors take a row's place."""
+        scripts: list[tuple[str, list[Span]] | TemplateError] = []
+        for row in rows:
+            try:
+                scripts.append(self.training_text(row))
+            except TemplateError as error:
+                scripts.append(error)
+        tokenized = iter(self._tokenize_batch([s for s in scripts if not isinstance(s, TemplateError)]))
+        encoded: list[dict[str, Any] | TemplateError] = []
+        for row, script in zip(rows, scripts, strict=True):
+            if isinstance(script, TemplateError):
+                encoded.append(script)
+                continue
+            ids, weights = next(tokenized)
+            try:
+                encoded.append(self._finish(row, ids, weights))
+            except TemplateError as error:
+                encoded.append(error)
+        return encoded
+
+    def training_text(self, row: dict[str, Any]) -> tuple[str, list[Span]]:
+        """The text of a training row and its spans with loss: (start, end, weight), ascending, in characters."""
+        messages, tools = row.get("messages"), row.get("tools")
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise TemplateError("a row has no messages; give 'messages': [{'role': ..., 'content': ...}, ...]")
+        if isinstance(tools, str):
+            tools = _parse_tools(tools)
+        if self.template_backend == "jinja":
+            raise UsageError(
+                "--template_backend jinja writes prompts for generation; training needs --template_backend swift"
+            )
+        self._warn_of_lost_tools(messages, tools)
+
+        text, spans = "", []
+        for piece, index in self._pieces(messages, tools, False, self._options({})):
+            if index is not None and piece:
+                if spans and spans[-1][2] == index and spans[-1][1] == len(text):
+                    spans[-1][1] = len(text) + len(piece)
+                else:
+                    spans.append([len(text), len(text) + len(piece), index])
+            text += piece
+        stopped = False
+        for span in spans:
+            stop = next((s for s in self.stop_words if text.startswith(s, span[1])), None)
+            stopped = stop is not None
+            span[1] += len(stop) if stop else 0
+        if spans and not stopped and role_of(messages[-1]) == "assistant" and spans[-1][1] == len(text):
+            calls = messages[-1].get("tool_calls")
+            text += _CALL_STOPS.get(self.meta.layout, self.suffix) if calls else self.suffix
+            spans[-1][1] = len(text)
+        if self.loss_scale == "all":
+            return text, [(0, len(text), 1.0)]
+        return text, list(self._weighted(text, spans, messages))
+
+    def _weighted(self, text: str, spans: Iterable[list[int]], messages: Sequence[Message]) -> Iterable[Span]:
+        roles = [role_of(message) for message in messages]
+        last_user = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
+        for start, end, index in spans:
+            message = messages[index]
+            weight = 0.0 if self.loss_scale == "last_round" and index < last_user else 1.0
+            if message.get("loss") is not None:
+                weight = float(message["loss"])
+            if message.get("loss_scale") is not None:
+                weight = float(message["loss_scale"])
+            if self.ignore_empty_think:
+                empty = _EMPTY_THINK.match(text, start, end)
+                start = empty.end() if empty else start
+            if weight and start < end:
+                yield start, end, weight
+
+    def _pieces(
+        self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool, options: dict[str, Any]
+    ) -> Iterable[tuple[str, int | None]]:
+        """Pieces of the text with indices into `messages`."""
+        if not self.use_chat_template:
+            for i, message in enumerate(messages):
+                yield str(message.get("content") or ""), i if role_of(message) == "assistant" else None
+            return
+        whole = self._with_system(messages)
+        added = len(whole) - len(messages)
+        default = self.meta.default_system if self.default_system is None else None
+        c = Conversation(self.meta, whole, tools, add_generation_prompt, default, self._tokens, options)
+        if self.meta.layout == "rounds" and self.meta.auto_add_bos:
+            yield self._own_bos(), None
+        for text, index in LAYOUTS[self.meta.layout](c):
+            yield text, None if index is None else index - added
+
+    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+        if self.default_system and (not messages or role_of(messages[0]) != "system"):
+            return [{"role": "system", "content": self.default_system}, *messages]
+        return list(messages)
+
+    def _own_bos(self) -> str:
+        """What the tokenizer itself puts in front of a text."""
+        with_specials, plain = self.tokenizer("a")["input_ids"], self.tokenize("a")
+        return self.tokenizer.decode(with_specials[: len(with_specials) - len(plain)]) if plain else ""
+
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self.enable_thinking is not None:
+            return {"enable_thinking": self.enable_thinking, **kwargs}
+        return kwargs
+
+    def _warn_of_lost_tools(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
+        name = self.meta.template_type
+        if tools and self.meta.layout not in PRINTS_TOOLS:
+            warn_once(f"template {name!r} does not write the list of tools (its model's chat template has none)")
+        if self.meta.layout not in PRINTS_CALLS and any(message.get("tool_calls") for message in messages):
+            warn_once(f"template {name!r} does not write tool calls (its model's chat template has none)")
+
+    def _tokenize_batch(self, scripts: Sequence[tuple[str, list[Span]]]) -> Iterable[tuple[list[int], list[float]]]:
+        """Ids and per-token weights of each text."""
+        if not scripts:
+            return
+        if getattr(self.tokenizer, "is_fast", False):
+            batch = self.tokenizer(
+                [text for text, _ in scripts],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            for (_, spans), ids, offsets in zip(scripts, batch["input_ids"], batch["offset_mapping"], strict=True):
+                yield ids, _token_weights(offsets, spans)
+        else:
+            for text, spans in scripts:
+                ids = self.tokenize(text)
+                weights = [0.0] * len(ids)
+                for start, end, weight in spans:
+                    first, last = (_common_prefix(ids, self.tokenize(text[:at])) for at in (start, end))
+                    weights[first:last] = [weight] * (last - first)
+                yield ids, weights
+
+    def _finish(self, row: dict[str, Any], ids: list[int], weights: list[float]) -> dict[str, Any]:
+        if self.max_length is not None and len(ids) > self.max_length:
+            if self.truncation_strategy in ("raise", "delete"):
+                raise MaxLengthError(len(ids), self.max_length)
+            cut = slice(self.max_length) if self.truncation_strategy == "right" else slice(-self.max_length, None)
+            ids, weights = ids[cut], weights[cut]
+        if not any(weights[1:]):
+            # The first token is nobody's prediction.
+            raise TemplateError(
+                "nothing to learn: no assistant text has a loss; check roles, loss_scale and max_length"
+            )
+        labels = [token if weight else IGNORE_INDEX for token, weight in zip(ids, weights, strict=True)]
+        encoded: dict[str, Any] = {"input_ids": ids, "labels": labels, "length": len(ids)}
+        if any(weight not in (0.0, 1.0) for weight in weights):
+            encoded["loss_scale"] = weights
+        if not self.remove_unused_columns:
+            encoded.update({key: value for key, value in row.items() if key not in ("messages", "tools", *encoded)})
+        return encoded
+
+    # -- batches ------------------------------------------------------------------------------------------------
+
+    def data_collator(
+        self, batch: Sequence[dict[str, Any]], pad_to_multiple_of: int | None = None, pad_to: int | None = None
+    ) -> dict[str, Tensor]:
+        """Pad encoded rows to one length and stack them.
+
+        Args: pad_to_multiple_of: round the length up; sequence_parallel_size does so by itself. pad_to: at least this.
+        Returns: int64 tensors [B, S]: input_ids, labels (-100 in the padding), attention_mask (1 text, 0 padding),
+            position_ids (0.. per row, 0 in the padding); loss_scale float32 [B, S] where a row has one. With
+            padding_free the rows are joined to [1, S], position_ids start anew in each and there is no mask.
+        """
+        import torch
+
+        if self.padding_free:
+            batch = [_joined(batch)]
+        multiple = (pad_to_multiple_of or 1) * max(1, self.sequence_parallel_size)
+        length = max(max(len(row["input_ids"]) for row in batch), pad_to or 0)
+        length = -(-length // multiple) * multiple
+        pad_token = self.tokenizer.pad_token_id
+        if pad_token is None:
+            pad_token = self.tokenizer.eos_token_id or 0
+
+        def padded(name: str, values: Iterable[list[Any]], fill: Any) -> Tensor:
+            dtype = torch.float32 if name == "loss_scale" else torch.int64
+            out = torch.full((len(batch), length), fill, dtype=dtype)
+            for i, row in enumerate(values):
+                at = slice(len(row)) if self.padding_side == "right" else slice(length - len(row), length)
+                out[i, at] = torch.tensor(row, dtype=dtype)
+            return out
+
+        tensors = {
+            "input_ids": padded("input_ids", (row["input_ids"] for row in batch), pad_token),
+            "labels": padded("labels", (row["labels"] for row in batch), IGNORE_INDEX),
+            "position_ids": padded(
+                "position_ids", (row.get("position_ids") or list(range(len(row["input_ids"]))) for row in batch), 0
+            ),
+        }
+        if not self.padding_free:
+            tensors["attention_mask"] = padded("mask", ([1] * len(row["input_ids"]) for row in batch), 0)
+        if any("loss_scale" in row for row in batch):
+            tensors["loss_scale"] = padded("loss_scale", map(_weights_of, batch), 0.0)
+        return tensors
+
+
+def _check(flag: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{flag} {value!r} is unknown; use one of {', '.join(allowed)}")
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, str]:
+    tokens = {name: getattr(tokenizer, name, None) for name in _SPECIAL_TOKENS}
+    return {name: str(token) for name, token in tokens.items() if token is not None}
+
+
+def _parse_tools(text: str) -> list[Any] | None:
+    try:
+        tools = json.loads(text)
+    except ValueError as error:
+        raise TemplateError(f"'tools' is a string but no JSON ({error}); give a list of function schemas") from None
+    return tools if isinstance(tools, list) or tools is None else [tools]
+
+
+def _token_weights(offsets: Sequence[tuple[int, int]], spans: Iterable[Span]) -> list[float]:
+    """Weight of each token: that of the span it shares a character with.
+
+    A token reaches from the end of the one before it to its own end: byte-level tokenizers leave leading blanks out of
+    offsets, and give every piece of a character that is split over tokens the whole character.
+    """
+    ends = [end for _, end in offsets]
+    weights = [0.0] * len(ends)
+    for start, end, weight in spans:
+        first, last = bisect_right(ends, start), bisect_left(ends, end)
+        while last < len(ends) and (last == 0 or min(offsets[last][0], ends[last - 1]) < end):
+            last += 1
+        weights[first:last] = [weight] * (last - first)
+    return weights
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def _weights_of(row: dict[str, Any]) -> list[float]:
+    return row.get("loss_scale") or [float(label != IGNORE_INDEX) for label in row["labels"]]
+
+
+def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows end to end. The first token of each has no label: what precedes it is another row."""
+    out: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        out["input_ids"] += row["input_ids"]
+        out["labels"] += [IGNORE_INDEX, *row["labels"][1:]]
+        out["position_ids"] += range(len(row["input_ids"]))
+    if any("loss_scale" in row for row in rows):
+        out["loss_scale"] = [weight for row in rows for weight in [0.0, *_weights_of(row)[1:]]]
+    return out

@@ -1,0 +1,150 @@
+"""Template registry: template type -> TemplateMeta, and `get_template`, which makes a Template for a tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from swiftlite.families.templates import TEMPLATES
+from swiftlite.llm.template.base import Template
+from swiftlite.llm.template.thinking import ThinkingTemplate
+from swiftlite.meta.template import TemplateMeta
+from swiftlite.utils.errors import SwiftliteError, UsageError
+from swiftlite.utils.logger import get_logger
+
+TEMPLATE_MAPPING: dict[str, TemplateMeta] = {meta.template_type: meta for meta in TEMPLATES}
+TEMPLATE_CLASSES: dict[str, type[Template]] = {"Template": Template, "ThinkingTemplate": ThinkingTemplate}
+
+# Conversations that tell a model type's variants apart.
+_PROBES: tuple[tuple[list[dict[str, str]], bool], ...] = (
+    ([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], True),
+    (
+        [
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": "<think>\nT\n</think>\n\nA"},
+            {"role": "user", "content": "R"},
+            {"role": "assistant", "content": "B"},
+        ],
+        False,
+    ),
+)
+
+
+def register_template(meta: TemplateMeta, exist_ok: bool = False) -> TemplateMeta:
+    """Add a template. Returns it. Raises UsageError if its type is taken and exist_ok is false."""
+    if meta.template_type in TEMPLATE_MAPPING and not exist_ok:
+        raise UsageError(
+            f"template {meta.template_type!r} is registered already; choose another name or pass exist_ok=True"
+        )
+    TEMPLATE_MAPPING[meta.template_type] = meta
+    return meta
+
+
+def register_template_class(name: str, template_class: type[Template]) -> None:
+    """Add a class that TemplateMeta.template_cls may name."""
+    TEMPLATE_CLASSES[name] = template_class
+
+
+def get_template_meta(template_type: str) -> TemplateMeta:
+    """The registered meta. Raises UsageError naming the nearest types."""
+    if template_type not in TEMPLATE_MAPPING:
+        near = difflib.get_close_matches(str(template_type), TEMPLATE_MAPPING, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(TEMPLATE_MAPPING))}"
+        raise UsageError(f"template {template_type!r} is unknown; {hint} (--template)")
+    return TEMPLATE_MAPPING[template_type]
+
+
+def get_template(
+    template_type: str,
+    tokenizer: Any,
+    *,
+    default_system: str | None = None,
+    max_length: int | None = None,
+    truncation_strategy: str = "raise",
+    agent_template: str | None = None,
+    use_chat_template: bool = True,
+    remove_unused_columns: bool = True,
+    padding_free: bool = False,
+    padding_side: str = "right",
+    loss_scale: str = "default",
+    sequence_parallel_size: int = 1,
+    response_prefix: str | None = None,
+    template_backend: str = "swift",
+    max_pixels: int | None = None,
+    norm_bbox: str | None = None,
+    enable_thinking: bool | None = None,
+) -> Template:
+    """Make the template of a type for a tokenizer.
+
+    Args:
+        default_system: system text for conversations without one; None keeps the template's own, "" writes none.
+        max_length: most tokens of a training row. truncation_strategy: what happens to longer ones: 'raise' and
+            'delete' raise MaxLengthError (data sets count and drop the row), 'left' and 'right' cut that side.
+        agent_template: how tools are written; only the template's own.
+        use_chat_template: False writes contents end to end and the end token, for pre-training.
+        remove_unused_columns: False keeps a row's other keys in what `encode` returns.
+        padding_free: the collator joins rows instead of padding them. padding_side: 'left' or 'right'.
+        loss_scale: 'default' (all answers), 'last_round', 'all' (every token), each also with '+ignore_empty_think'.
+        sequence_parallel_size: batches are padded to a multiple of it.
+        response_prefix: what the answer starts with at generation, instead of the template's own.
+        template_backend: 'swift', or 'jinja' to write prompts with the tokenizer's own chat template.
+        max_pixels, norm_bbox: for multimodal models; no effect.
+        enable_thinking: for models that can think or not; None leaves the official default.
+    Raises: UsageError for an unknown type (the nearest is named) or value.
+    """
+    meta = _matching_variant(get_template_meta(template_type), tokenizer)
+    template_class = TEMPLATE_CLASSES.get(meta.template_cls)
+    if template_class is None:
+        raise UsageError(
+            f"template {meta.template_type!r} names class {meta.template_cls!r}; known: {', '.join(TEMPLATE_CLASSES)}; "
+            "call register_template_class first"
+        )
+    return template_class(
+        meta,
+        tokenizer,
+        default_system=default_system,
+        max_length=max_length,
+        truncation_strategy=truncation_strategy,
+        agent_template=agent_template,
+        use_chat_template=use_chat_template,
+        remove_unused_columns=remove_unused_columns,
+        padding_free=padding_free,
+        padding_side=padding_side,
+        loss_scale=loss_scale,
+        sequence_parallel_size=sequence_parallel_size,
+        response_prefix=response_prefix,
+        template_backend=template_backend,
+        max_pixels=max_pixels,
+        norm_bbox=norm_bbox,
+        enable_thinking=enable_thinking,
+    )
+
+
+def _matching_variant(meta: TemplateMeta, tokenizer: Any) -> TemplateMeta:
+    """The first of a template and its variants that writes the probes as the tokenizer's own Jinja does."""
+    if not meta.variants or not getattr(tokenizer, "chat_template", None):
+        return meta
+    try:
+        wanted = [
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+            for messages, generation in _PROBES
+        ]
+    except Exception as error:  # a checkpoint's own Jinja may fail in any way; the type's template stands
+        get_logger().info(
+            "the checkpoint's chat template could not be tried (%s); template %s", error, meta.template_type
+        )
+        return meta
+    for name in (meta.template_type, *meta.variants):
+        candidate = get_template_meta(name)
+        template = Template(candidate, tokenizer)
+        try:
+            written = [template.render(messages, None, generation) for messages, generation in _PROBES]
+        except SwiftliteError:
+            continue
+        if written == wanted:
+            if name != meta.template_type:
+                get_logger().info(
+                    "template %s: the checkpoint's chat template is that of its variant %s", meta.template_type, name
+                )
+            return candidate
+    return meta
