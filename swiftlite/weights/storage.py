@@ -120,4 +120,4 @@ def read_tensor(source: TensorSource, name: str, files: Files, rows: tuple[int, 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -181,8 +181,8 @@ class TorchDistSource:
         self.directory = directory
         path = directory / ".metadata"
         try:
-            with path.open("rb") as file:
-                metadata = _SafeUnpickler(file).load()
+            with path.open("rb") as raw:
+                metadata = _SafeUnpickler(raw).load()
             entries, storage = metadata.state_dict_metadata, metadata.storage_data
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
             raise CheckpointError(
@@ -207,9 +207,9 @@ class TorchDistSource:
                 file = directory / info.relative_path
                 chunks.append(_Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
             self.tensors[name] = _Chunks(name, TensorSpec(item.properties.dtype, tuple(item.size)), chunks)
-        for file in sorted({c.file for t in self.tensors.values() for c in t.chunks}):
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing; copy the checkpoint again")
+        for part in sorted({c.file for t in self.tensors.values() for c in t.chunks}):
+            if not part.is_file():
+                raise CheckpointError(f"{part} is missing; copy the checkpoint again")
 
     def spec(self, name: str) -> TensorSpec:
         return self.tensors[name].spec
@@ -407,7 +407,7 @@ def _frame(spec: TensorSpec) -> _Frame:
     """What `torch.save` writes around a tensor of this type and shape."""
     sparse = _Sparse()
     with torch.serialization.skip_data():
-        torch.save(torch.empty(spec.shape, dtype=spec.dtype), sparse)
+        torch.save(torch.empty(spec.shape, dtype=spec.dtype), sparse)  # type: ignore[arg-type]
     merged: list[tuple[int, bytes]] = []
     for position, data in sorted(sparse.pieces):
         if merged and merged[-1][0] + len(merged[-1][1]) == position:

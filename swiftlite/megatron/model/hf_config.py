@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from swiftlite.families import family_of
@@ -18,8 +19,8 @@ Rules = tuple[ConfigRule | Derived | Refuse, ...]
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give rope settings the keys that hub configs use, whichever transformers version wrote the config.
 
-    transformers 5 moves rope_theta, partial_rotary_factor and rope_scaling into `rope_parameters`; `type` is the old name
-    of `rope_type`; 'default' means no scaling.
+    transformers 5 moves rope_theta, partial_rotary_factor and rope_scaling into `rope_parameters`; `type` is the old
+    name of `rope_type`; 'default' means no scaling.
     """
     flat = dict(config)
     scaling = flat.get("rope_scaling")
@@ -85,8 +86,19 @@ def _apply(rules: Rules, config: Mapping[str, Any], result: dict[str, Any]) -> d
     return result
 
 
-def bind_map(config: Mapping[str, Any], family: Family | None = None) -> BoundMap:
-    """The weight map of the model that a config.json describes, with its MTP blocks."""
-    family = family or family_of(architecture_of(config))
+def bind_map(config: Mapping[str, Any], names: Iterable[str] = ()) -> BoundMap:
+    """The weight map of the model that a config.json describes.
+
+    Args: names: tensors of the checkpoint, under Hugging Face or Megatron names. config.json may announce MTP blocks
+        that the files do not have (transformers drops them when it saves); such a model is bound without them.
+    """
+    family = family_of(architecture_of(config))
+    shape = ModelShape.from_config(convert_hf_config(config, family))
     num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.mcore.weights.mtp_layer else 0
-    return family.mcore.weights.bind(ModelShape.from_config(convert_hf_config(config, family), num_mtp))
+    if num_mtp:
+        with_mtp = family.mcore.weights.bind(replace(shape, num_mtp=num_mtp))
+        plain = set(family.mcore.weights.bind(shape).by_hf)
+        blocks = {name for name in with_mtp.by_hf if name not in plain}
+        if any(name in blocks or name.startswith("mtp.") for name in names):
+            return with_mtp
+    return family.mcore.weights.bind(shape)
