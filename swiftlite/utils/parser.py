@@ -370,13 +370,13 @@ def format_help(cls: type[Arguments], usage: str) -> str:
         if spec.name not in cls.HIDDEN:
             groups.setdefault(spec.owner, []).append(spec)
     lines = [f"usage: {usage} [config.yaml|config.json] [--flag value ...]"]
-    for owner, members in groups.items():
+    for owner, members in reversed(groups.items()):
         lines += ["", f"{(owner.__doc__ or owner.__name__).strip().splitlines()[0]}"]
         for spec in members:
             notes = []
             if spec.choices is not None:
                 notes.append("one of " + ", ".join(spec.choices))
-            if spec.default not in (None, "", MISSING) and spec.default != []:
+            if spec.default not in (None, "", MISSING) and spec.default not in ([], {}):
                 notes.append(f"default {_show(spec.default)}")
             if spec.aliases:
                 notes.append("also " + ", ".join(f"--{alias}" for alias in spec.aliases))

@@ -6,9 +6,13 @@ has no side effects; what needs files or the hub is added later by `swiftlite.ll
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from swiftlite import __version__
 from swiftlite.llm.argument.flags import COMMON_NOTES
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.parser import Arguments, Note, arguments, field
@@ -68,6 +72,10 @@ class RunArguments(Arguments):
                 )
             self.attention_backend = ATTENTION_BACKENDS[self.attention_backend]
 
+    def set_dtype(self, dtype: str | None) -> None:
+        """Settle the dtype after the arguments were read, by what the checkpoint says."""
+        self.torch_dtype = dtype
+
     @property
     def hf_attn_implementation(self) -> str | None:
         """`attn_implementation` for transformers, None for its own choice."""
@@ -107,8 +115,6 @@ class ModelArguments(Arguments):
         if self.num_labels is not None and self.num_labels < 1:
             raise UsageError(f"--num_labels {self.num_labels}: must be at least 1")
         if isinstance(self.device_map, str) and self.device_map.startswith("{"):
-            import json
-
             self.device_map = json.loads(self.device_map)
 
 
@@ -253,3 +259,20 @@ class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArgumen
     )
     exist_ok: bool = field(False, "write although the output directory exists")
     debug: bool = field(False, "show the traceback of an error")
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `directory`/args.json: every setting as it stands, and the model's facts once they are resolved.
+
+        Access tokens are written as null, values that JSON does not know as their text. Returns: the file.
+        """
+        values = {name: None if "_token" in name and name != "new_special_tokens" else value
+                  for name, value in self.to_dict().items()}  # fmt: skip
+        info = getattr(self, "model_info", None)
+        if info is not None:
+            values.update(model_dir=info.model_dir, max_model_len=info.max_model_len, is_moe_model=info.is_moe_model)
+            values["vocab_size"] = (info.config or {}).get("vocab_size")
+        values["swiftlite_version"] = __version__
+        path = Path(directory) / "args.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        return path

@@ -324,3 +324,39 @@ def megatron_lm_args(args: MegatronArguments) -> list[str] | str:
     if limit is not None:
         return f"Stock Megatron-LM cannot compute this model: {limit}. Train it with `swiftlite megatron sft`."
     return [word for row in STOCK for word in row.words(args)]
+
+
+# Where Megatron-LM keeps a flag's value under another name, and what the flag means there.
+_STORED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "--disable-bias-linear": ("add_bias_linear", lambda value: not value),
+    "--no-rope-fusion": ("apply_rope_fusion", lambda value: not value),
+}
+
+
+def checkpoint_args(args: MegatronArguments) -> dict[str, Any]:
+    """Megatron-LM's argument namespace for this model as plain values, as a checkpoint carries it.
+
+    What stock Megatron-LM compares or takes over with `--use-checkpoint-args`; parallel sizes are 1, as torch_dist
+    checkpoints are independent of them. A flag that `megatron_lm_args` leaves out is None or False here.
+    """
+    stored: dict[str, Any] = {}
+    for row in STOCK:
+        name, change = _STORED.get(row.flag, (row.flag[2:].replace("-", "_"), lambda value: value))
+        stored[name] = change(row.value(args))
+    stored["moe_layer_freq"] = args.moe_layer_pattern if _is_moe(args) else 1
+    stored.update(
+        padded_vocab_size=args.padded_vocab_size,
+        add_position_embedding=True,
+        use_rotary_position_embeddings=False,
+        apply_query_key_layer_scaling=False,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        expert_model_parallel_size=1,
+        context_parallel_size=1,
+        data_parallel_random_init=False,
+        ckpt_format="torch_dist",
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )
+    return stored

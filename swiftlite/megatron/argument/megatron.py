@@ -318,6 +318,12 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
 
         return megatron_lm_args(self)
 
+    def checkpoint_args(self) -> dict[str, Any]:
+        """Plain values for a checkpoint's `args`, see `swiftlite.megatron.argument.bridge.checkpoint_args`."""
+        from swiftlite.megatron.argument.bridge import checkpoint_args
+
+        return checkpoint_args(self)
+
     @property
     def moe_layer_pattern(self) -> list[int]:
         """1 for each layer with experts, 0 for each dense one; all 0 without experts. Length `num_layers`."""

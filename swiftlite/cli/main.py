@@ -1,0 +1,125 @@
+"""`swiftlite COMMAND [config.yaml] [--flag value ...]`: finds the command, reads its arguments, runs or launches it.
+
+Nothing heavy is imported before the arguments are known to be right.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from swiftlite import __version__
+from swiftlite.cli.routes import ROUTES, Route
+from swiftlite.utils.errors import SwiftliteError, UsageError
+from swiftlite.utils.logger import get_logger
+from swiftlite.utils.parser import format_help, nearest, parse
+
+_TRUE = ("true", "1", "yes", "on")
+
+
+def usage() -> str:
+    lines = ["usage: swiftlite COMMAND [config.yaml|config.json] [--flag value ...]", "", "commands:"]
+    lines += [f"  {' '.join(words):<18}{route.help}" for words, route in ROUTES.items()]
+    lines += ["", "`swiftlite COMMAND --help` lists a command's flags; `swiftlite --version` prints the version.",
+              "Several processes: NPROC_PER_NODE=4 swiftlite COMMAND ... (and NNODES, NODE_RANK, MASTER_ADDR, "
+              "MASTER_PORT)."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def find_route(argv: Sequence[str]) -> tuple[tuple[str, ...], Route, list[str]]:
+    """(command words, route, the remaining arguments). Raises: UsageError naming the nearest command."""
+    for length in (2, 1):
+        words = tuple(argv[:length])
+        if words in ROUTES:
+            return words, ROUTES[words], list(argv[length:])
+    typed = " ".join(word for word in argv[:2] if not word.startswith("-"))
+    names = [" ".join(words) for words in ROUTES]
+    if argv[0] == "megatron":
+        names = [name for name in names if name.startswith("megatron ")]
+    hint = nearest(typed, names)
+    raise UsageError(f"unknown command {typed or argv[0]!r}{hint or ';'} commands: {', '.join(names)}")
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def wants_debug(argv: Sequence[str]) -> bool:
+    """True for `--debug`, `--debug true`, `--debug=true`; read from the words, as parsing itself may fail."""
+    for index, word in enumerate(argv):
+        if word.startswith("--debug="):
+            return word.partition("=")[2].lower() in _TRUE
+        if word == "--debug":
+            following = argv[index + 1] if index + 1 < len(argv) else "--"
+            return following.startswith("--") or following.lower() in _TRUE
+    return False
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command. Returns: the exit code. Raises whatever the command raises."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage() + "\n")
+        return 0
+    if argv[0] in ("-V", "--version", "version"):
+        sys.stdout.write(f"swiftlite {__version__}\n")
+        return 0
+    if list(argv[:1]) == ["megatron"] and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+        sys.stdout.write(usage() + "\n")
+        return 0
+    words, route, rest = find_route(argv)
+    arguments = _load(route.arguments)
+    if "-h" in rest or "--help" in rest:
+        sys.stdout.write(format_help(arguments, f"swiftlite {' '.join(words)}") + "\n")
+        return 0
+    torchrun: list[str] | None = None
+    if route.launch:
+        from swiftlite.cli.launcher import launch, torchrun_args
+
+        torchrun = torchrun_args(os.environ)
+    if torchrun is None:
+        args = parse(arguments, rest)
+        _load(route.handler)(args)
+        return 0
+    # Mistakes in the arguments are told once, here, instead of once per process; remarks are left to the workers.
+    logger = get_logger()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    parse(arguments, rest)
+    logger.setLevel(level)
+    return launch(torchrun, argv, os.environ)
+
+
+def _message(error: BaseException) -> str:
+    """One line: errors of swiftlite speak for themselves, others are named by type."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SwiftliteError):
+        return text
+    return f"{type(error).__name__}: {text or 'no message'} (the traceback: --debug true)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `swiftlite` script. Returns: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(argv)
+    except KeyboardInterrupt:
+        sys.stderr.write("swiftlite: interrupted\n")
+        return 130
+    except SystemExit:
+        raise
+    except BaseException as error:  # some libraries' failures are no Exception (torch's CheckpointException)
+        if wants_debug(argv):
+            traceback.print_exc()
+        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        sys.stderr.write(f"swiftlite: error:{rank} {_message(error)}\n")
+        return error.exit_code if isinstance(error, SwiftliteError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

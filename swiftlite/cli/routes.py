@@ -1,0 +1,40 @@
+"""The commands: which arguments they read, which function runs them, whether torchrun may start them. Data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Route:
+    """`arguments` and `handler` are `module:name`, imported when the command runs."""
+
+    arguments: str
+    handler: str
+    launch: bool
+    help: str
+
+
+_EXPORT = Route(
+    "swiftlite.llm.argument.export:ExportArguments",
+    "swiftlite.megatron.convert:export_main",
+    True,
+    "convert Hugging Face <-> Megatron-core checkpoints",
+)
+
+ROUTES: dict[tuple[str, ...], Route] = {
+    ("export",): _EXPORT,
+    ("infer",): Route(
+        "swiftlite.llm.argument.infer:InferArguments",
+        "swiftlite.llm.infer:infer_main",
+        False,
+        "chat with a model, or answer a data set",
+    ),
+    ("megatron", "sft"): Route(
+        "swiftlite.megatron.argument.sft:MegatronSftArguments",
+        "swiftlite.megatron.trainers.sft:megatron_sft_main",
+        True,
+        "supervised fine-tuning on megatron-core",
+    ),
+    ("megatron", "export"): _EXPORT,
+}

@@ -1,0 +1,184 @@
+"""From parsed arguments to what a command works with: model facts, template, defaults; and args.json, both ways.
+
+Everything that reads files or asks a hub for the arguments' sake is here, not in the dataclasses.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from swiftlite.utils.errors import CheckpointError, UsageError
+from swiftlite.utils.logger import get_logger
+from swiftlite.utils.parser import Arguments, parse
+
+if TYPE_CHECKING:
+    from swiftlite.llm.argument.base import BaseArguments
+
+A = TypeVar("A", bound=Arguments)
+
+ARGS_FILE = "args.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+# What a converted checkpoint tells later commands, where the user says nothing.
+RECORDED = ("model_type", "template", "task_type", "num_labels", "agent_template", "response_prefix")
+
+
+def as_arguments(cls: type[A], args: A | Sequence[str]) -> A:
+    """Commands may be called with an arguments object or with words as typed (`["--model", "DIR"]`)."""
+    return args if isinstance(args, Arguments) else parse(cls, args)
+
+
+def load_args(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """args.json of a directory that a command wrote, {} if there is none.
+
+    Raises: CheckpointError if the file is not a JSON object.
+    """
+    path = Path(directory) / ARGS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy it again or remove it") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object; copy it again or remove it")
+    return values
+
+
+def save_args(args: BaseArguments, directory: str | os.PathLike[str]) -> Path:
+    """Write args.json: every setting as resolved, plus the model's facts. Access tokens are left out. Returns: path."""
+    return args.save(directory)
+
+
+def mcore_root(path: str) -> Path:
+    """The checkpoint directory that `--mcore_model` means; an `iter_*` directory inside it is accepted too.
+
+    Raises: UsageError if there is no such directory; CheckpointError if it is no Megatron checkpoint.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UsageError(f"--mcore_model {path}: no such directory")
+    if root.name.startswith("iter_") and (root / "metadata.json").is_file():
+        return root.parent
+    if (root / TRACKER).is_file():
+        return root
+    if list(root.glob("*.safetensors")) or (root / "model.safetensors.index.json").is_file():
+        raise CheckpointError(f"--mcore_model {path}: this is a Hugging Face directory; give it with --model")
+    raise CheckpointError(f"--mcore_model {path}: no {TRACKER} in it, so it is no (finished) Megatron checkpoint")
+
+
+_registered: set[str] = set()
+
+
+def register_custom(paths: Sequence[str]) -> None:
+    """Run each Python file of `--custom_register_path` once. Raises: UsageError naming a file that is missing."""
+    for path in paths:
+        full = os.path.abspath(os.path.expanduser(path))
+        if full in _registered:
+            continue
+        if not os.path.isfile(full) or not full.endswith(".py"):
+            raise UsageError(f"--custom_register_path {path}: must be an existing .py file")
+        spec = importlib.util.spec_from_file_location(f"swiftlite_custom_{len(_registered)}", full)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        _registered.add(full)
+        get_logger().info("registered %s", full)
+
+
+def resolve(args: Any, *, download_model: bool | None = None, need_template: bool = True) -> Any:
+    """Find out what the model is and fill in what follows from it; `args` is changed and returned.
+
+    Adds `args.model_info` and `args.model_meta`; sets model_type, template, torch_dtype and max_length where the user
+    did not. With `--mcore_model DIR` alone, DIR's args.json, config.json and tokenizer are the model's.
+
+    Args:
+        download_model: fetch a hub id's weights too; default: unless they come from --mcore_model or it is a dry run.
+        need_template: False where no conversation is encoded; then types that differ only in it need not be told apart.
+    Raises: UsageError, CheckpointError, ConfigError: one line each.
+    """
+    from swiftlite.llm.model.register import get_model_info_meta
+
+    register_custom(args.custom_register_path)
+    mcore_model = getattr(args, "mcore_model", None)
+    source = args.model
+    if mcore_model:
+        root = mcore_root(mcore_model)
+        recorded = load_args(root)
+        for name in RECORDED:
+            if name not in args.given and getattr(args, name) is None and recorded.get(name) is not None:
+                setattr(args, name, recorded[name])
+        if source is None:
+            source = str(root)
+            if not (root / "config.json").is_file():
+                source = recorded.get("model_dir") or recorded.get("model")
+                if not source:
+                    raise UsageError(
+                        f"--mcore_model {mcore_model}: it holds neither {ARGS_FILE} nor config.json; give the Hugging "
+                        "Face model that it comes from with --model"
+                    )
+    if source is None:
+        raise UsageError("give a model with --model DIR_OR_ID")
+    if download_model is None:
+        download_model = not mcore_model and not getattr(args, "dry_run", False)
+    args.model_info, args.model_meta = get_model_info_meta(
+        source,
+        torch_dtype=args.torch_dtype,
+        use_hf=args.use_hf,
+        model_type=args.model_type,
+        revision=args.model_revision,
+        download_model=download_model,
+        need_template=need_template,
+        ignore_requirements=args.ignore_requirements,
+        task_type=args.task_type,
+        num_labels=args.num_labels,
+        hub_token=args.hub_token,
+    )
+    args.model_type = args.model_info.model_type
+    args.task_type = args.model_info.task_type
+    args.template = args.template or args.model_meta.template
+    if args.max_length is None:
+        args.max_length = args.model_info.max_model_len
+    args.set_dtype(str(args.model_info.torch_dtype).removeprefix("torch."))
+    return args
+
+
+def prepare_model_template(args: Any, *, load_model: bool = True) -> tuple[Any | None, Any]:
+    """(model, template): the Hugging Face model, None without `load_model`, and the template with its tokenizer.
+
+    Resolves `args` if that has not happened.
+    """
+    from swiftlite.llm.model.loader import get_model_tokenizer
+    from swiftlite.llm.template.register import get_template
+
+    if not hasattr(args, "model_info"):
+        resolve(args, download_model=load_model)
+    if args.template is None:
+        raise UsageError(f"{args.model_info.model_dir}: no chat template is known for it; name one with --template")
+    model, tokenizer = get_model_tokenizer(
+        args.model_info.model_dir,
+        args.model_info.torch_dtype,
+        args.device_map,
+        load_model=load_model,
+        model_type=args.model_type,
+        new_special_tokens=args.new_special_tokens,
+        attn_impl=args.hf_attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+        ignore_requirements=args.ignore_requirements,
+    )
+    template = get_template(
+        args.template, tokenizer, enable_thinking=args.enable_thinking, **args.get_template_kwargs()
+    )
+    return model, template
+
+
+def prepare_template(args: Any) -> Any:
+    """The template with its tokenizer, without a model."""
+    return prepare_model_template(args, load_model=False)[1]
