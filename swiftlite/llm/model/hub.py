@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.logger import get_logger
@@ -20,7 +22,8 @@ FOREIGN_FILES = ("*.zip", "*.gguf", "*.pth", "*.pt", "consolidated*", "onnx/*", 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_CACHE_NAME = re.compile(r"models--[^/]+?--([^/]+)/snapshots/")
+# Hugging Face writes models--ORG--NAME/snapshots/COMMIT, ModelScope models/ORG--NAME/snapshots/REVISION.
+_CACHE_NAME = re.compile(r"(?:models--)?[^/]+?--([^/]+)/snapshots/")
 
 
 def model_name(model_id_or_path: str) -> str:
@@ -50,12 +53,11 @@ def _download(
     model_id: str, use_hf: bool, revision: str | None, ignore: list[str], token: str | None, local_only: bool
 ) -> str:
     """Call the hub's own client, which keeps what it has downloaded in its own cache."""
-    if use_hf:
-        from huggingface_hub import snapshot_download
-    else:
-        from modelscope import snapshot_download
+    client: Any = import_module("huggingface_hub" if use_hf else "modelscope")
     return str(
-        snapshot_download(model_id, revision=revision, ignore_patterns=ignore, token=token, local_files_only=local_only)
+        client.snapshot_download(
+            model_id, revision=revision, ignore_patterns=ignore, token=token, local_files_only=local_only
+        )
     )
 
 
@@ -87,21 +89,23 @@ def fetch(
     ignore = [*FOREIGN_FILES, *map(_glob, ignore_patterns or ())]
     if not download_model:
         ignore += WEIGHT_FILES
+    other = "leave out --use_hf (ModelScope)" if use_hf else "add --use_hf true (Hugging Face)"
+    advice = f"check the id and the network, {other}, or give a local directory"
     logger.info("getting %s from %s", path, hub)
     try:
-        return _download(path, use_hf, revision, ignore, token, local_only=False)
+        directory = _download(path, use_hf, revision, ignore, token, local_only=False)
     except Exception as error:  # the clients raise anything from OSError to their own types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         try:  # a machine without network still uses what an earlier run has downloaded
-            cached = _download(path, use_hf, revision, ignore, token, local_only=True)
+            directory = _download(path, use_hf, revision, ignore, token, local_only=True)
         except Exception:
-            cached = ""
-        if cached and os.path.isfile(os.path.join(cached, "config.json")):
-            if not download_model or _has_weights(cached):
-                logger.warning("%s cannot be reached; using the copy of %s in its cache: %s", hub, path, cached)
-                return cached
-        other = "drop --use_hf to try ModelScope" if use_hf else "--use_hf true to try Hugging Face"
-        reason = " ".join(str(error).split()) or type(error).__name__
+            directory = ""
+        if not directory or not os.path.isfile(os.path.join(directory, "config.json")):
+            raise CheckpointError(f"could not download {path} from {hub}: {reason}; {advice}") from error
+        logger.warning("%s cannot be reached (%s); using the copy of %s in its cache", hub, reason, path)
+    # Without network the clients may answer with what they have, be it only the config.
+    if download_model and not _has_weights(directory):
         raise CheckpointError(
-            f"could not download {path} from {hub}: {reason[:200]}; check the id and the network, "
-            f"use {other}, or give a local directory"
-        ) from error
+            f"could not download {path} from {hub}: {directory} holds neither .safetensors nor .bin files; {advice}"
+        )
+    return directory

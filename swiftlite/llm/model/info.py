@@ -46,9 +46,7 @@ def read_config(model_dir: str) -> dict[str, Any]:
         raise CheckpointError(f"{model_dir} is a Megatron checkpoint without config.json; use --mcore_model for it")
     if (Path(model_dir) / "adapter_config.json").is_file():
         raise CheckpointError(f"{model_dir} is an adapter; use --adapters for it and --model for its base model")
-    raise CheckpointError(
-        f"{model_dir} has no config.json, so it is not a Hugging Face model directory; check the path"
-    )
+    raise CheckpointError(f"{model_dir} has no config.json, so it is no Hugging Face model directory; check the path")
 
 
 def first_of(config: Mapping[str, Any], *keys: str) -> Any:

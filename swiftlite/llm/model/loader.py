@@ -48,9 +48,7 @@ def read_special_tokens(items: Sequence[str] | None) -> list[str]:
         elif Path(item).is_file():
             tokens += Path(item).read_text(encoding="utf-8").split()
         else:
-            raise UsageError(
-                f"--new_special_tokens {item}: no such file; give a file of tokens or the tokens themselves"
-            )
+            raise UsageError(f"--new_special_tokens {item}: no such file; give a file of tokens, or tokens")
     return list(dict.fromkeys(tokens))
 
 

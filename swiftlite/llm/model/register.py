@@ -72,13 +72,15 @@ def _architecture(config: Mapping[str, Any], model_dir: str) -> str:
     architectures = config.get("architectures") or []
     if architectures:
         return str(architectures[0])
-    hf_type = config.get("model_type")
+    hf_type = str(config.get("model_type"))
     try:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        known = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     except ImportError:
-        names = {}
-    if hf_type in names:
-        return str(names[hf_type])
+        known = {}
+    if hf_type in known:
+        return str(known[hf_type])
     raise ConfigError(
         f"{model_dir}/config.json names no architecture and its model_type {hf_type!r} is not known to transformers; "
         "give --model_type"
@@ -98,7 +100,7 @@ def _resolve_type(
 ) -> tuple[str | None, ModelMeta, str]:
     """`(model_type, meta, explanation)` from the recorded arguments, the name, or the architecture with its clues."""
     architecture = _architecture(facts.config, facts.model_dir)
-    recorded = info.recorded_args(facts.model_dir).get("model_type")
+    recorded = str(info.recorded_args(facts.model_dir).get("model_type"))
     if recorded in registry:
         return recorded, registry[recorded], "args.json beside the weights says so"
     for name in (facts.given_name, facts.model_dir):

@@ -1,0 +1,151 @@
+"""Shared fixtures: tiny Hugging Face model directories and a tiny tokenizer, made on the spot without network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "What is the capital of France? The capital of France is Paris.",
+    "You are a helpful assistant. Hello! How can I help you today?",
+    "Weights are read from the file, one tensor at a time.",
+]
+
+# Small configs as hubs write them: rope_theta at the top level, no transformers version.
+_DENSE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "initializer_range": 0.05,
+    "attention_dropout": 0.0,
+    "use_cache": True,
+    "rope_theta": 10000.0,
+}
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**_DENSE, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False},
+    "qwen2": {**_DENSE, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
+    "qwen3": {
+        **_DENSE,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 32,
+        "attention_bias": False,
+        "use_sliding_window": False,
+    },
+    "qwen3_moe": {
+        **_DENSE,
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 32,
+        "attention_bias": False,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 0.0,
+    },
+    "glm4_moe": {
+        **_DENSE,
+        "model_type": "glm4_moe",
+        "architectures": ["Glm4MoeForCausalLM"],
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "attention_bias": True,
+        "partial_rotary_factor": 0.5,
+        "use_qk_norm": False,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of about 300 tokens with bos <s> (1), eos </s> (2), pad <pad> (0)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=310,
+        special_tokens=["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    directory = tmp_path_factory.mktemp("tokenizer")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
+    )
+    fast.save_pretrained(directory)
+    stated = json.loads((directory / "tokenizer_config.json").read_text())
+    stated["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that every transformers release knows
+    (directory / "tokenizer_config.json").write_text(json.dumps(stated, indent=1))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Callable[..., Path]:
+    """`tiny_model("qwen3", vocab_size=333)` -> directory with random fp32 weights, config and tokenizer.
+
+    1-D parameters and expert biases are randomised too: they start at 1 or 0, where mistakes in their mapping hide.
+    The same arguments give the same directory, so tests must not write into it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(family: str, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
+        key = json.dumps([family, seed, tokenizer, overrides], sort_keys=True)
+        if key in made:
+            return made[key]
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = {**TINY_CONFIGS[family], **overrides}
+        directory = tmp_path_factory.mktemp(f"{family}-model")
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer += 0.05 * torch.randn_like(buffer)
+        model.save_pretrained(directory)
+        (directory / "config.json").write_text(json.dumps(config, indent=2))  # hub style, not this transformers' style
+        if tokenizer:
+            for file in tiny_tokenizer_dir.iterdir():
+                shutil.copy(file, directory)
+        made[key] = directory
+        return directory
+
+    return make
