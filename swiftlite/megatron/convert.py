@@ -23,14 +23,21 @@ from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import check_disk, format_bytes, new_directory, peak_memory_bytes, write_json
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights import stream, torch_dist
+from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Coverage, Duplicate, Entry
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
-from swiftlite.weights.storage import Extent, Files, TensorSpec
-from swiftlite.weights.torch_dist import DistPlan, McoreView, TorchDistSource, find_iteration, plan_torch_dist
+from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec
+from swiftlite.weights.torch_dist import DistPlan, HfNames, McoreView, TorchDistSource, find_iteration, plan_torch_dist
 
 MANIFEST = "manifest.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
 NOT_COPIED = {"args.json", MANIFEST, "model.safetensors.index.json", "megatron_lm_args.txt", torch_dist.TRACKER}
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """manifest.json of a checkpoint that swiftlite converted, None for others."""
+    path = directory / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -75,7 +82,7 @@ class ToMcorePlan:
             file, offset = self.dist.data[entry.mcore, entry.expert]
             jobs.append(
                 stream.Job(
-                    entry.label, entry.segments, entry.row_size, _locate_hf(self.source, entry.hf),
+                    entry.label, entry.segments, entry.row_size, _locate(self.source, entry.hf),
                     tuple(tensors[n].spec.dtype for n in entry.hf), self.dtypes[entry.mcore, entry.expert],
                     directory / file, offset,
                 )
@@ -120,7 +127,7 @@ def _target_dtype(source: SafetensorsSource, entry: Entry, dtype: torch.dtype | 
     return stored.pop()
 
 
-def _locate_hf(source: SafetensorsSource, names: Sequence[str]) -> stream.Locate:
+def _locate(source: TensorSource, names: Sequence[str]) -> stream.Locate:
     def locate(index: int, start: int, stop: int) -> Iterator[Extent]:
         return source.extents(names[index], start, stop)
 
@@ -187,23 +194,21 @@ class ToHfPlan:
 
     def jobs(self, places: Mapping[str, tuple[Path, int]]) -> list[stream.Job]:
         """places: tensor -> (file, offset of its data). In the order of the source, so that reading is sequential."""
+        source = HfNames(self.view)
         keyed = []
-        for name in self.specs:
-            entry, position = self.view.bound.by_hf[self.copies.get(name, name)]
-            dtype = self.view.spec(entry).dtype
-            job = stream.Job(
-                name, entry.inverse(position), entry.row_size, self._locate(entry), (dtype,), self.specs[name].dtype,
-                *places[name],
-            )  # fmt: skip
-            first = next(self.view.extents(entry, 0, dtype.itemsize), None)
-            keyed.append(((first.file.name, first.offset) if first else ("", 0), position, job))
-        return [job for _, _, job in sorted(keyed, key=lambda item: item[:2])]
+        for name, spec in self.specs.items():
+            origin = self.copies.get(name, name)
+            job = copy_job(source, origin, *places[name], spec.dtype)
+            first = next(source.extents(origin, 0, min(spec.nbytes, 1)), None)
+            keyed.append(((first.file.name, first.offset) if first else ("", 0), job))
+        return [job for _, job in sorted(keyed, key=lambda item: item[0])]
 
-    def _locate(self, entry: Entry) -> stream.Locate:
-        def locate(_: int, start: int, stop: int) -> Iterator[Extent]:
-            return self.view.extents(entry, start, stop)
 
-        return locate
+def copy_job(source: TensorSource, name: str, file: Path, offset: int, dtype: torch.dtype) -> stream.Job:
+    """Copy one tensor as it is, but for its dtype."""
+    spec = source.spec(name)
+    rows = (Segment(0, 0, spec.numel),)
+    return stream.Job(name, rows, 1, _locate(source, (name,)), (spec.dtype,), dtype, file, offset)
 
 
 def plan_to_hf(
@@ -256,9 +261,7 @@ def convert_mcore2hf(args: Any) -> Path:
     model_dir = Path(args.model_info.model_dir) if args.model else root
     config = read_config(model_dir)
     dtype = args.dtype if "torch_dtype" in args.given else None
-    manifest_file = root / MANIFEST
-    manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else None
-    plan = plan_to_hf(iteration, config, dtype, manifest)
+    plan = plan_to_hf(iteration, config, dtype, read_manifest(root))
     layout = None if "max_shard_size" in args.given else plan.layout
     shards = plan_shards(plan.specs, args.max_shard_bytes, layout)
     output_dir = Path(args.output_dir or default_output_dir(root, "hf"))

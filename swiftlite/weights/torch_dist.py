@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from swiftlite.utils.errors import CheckpointError, MapError, ShapeError
-from swiftlite.weights.ops import Shape
-from swiftlite.weights.rule import BoundMap, Entry
+from swiftlite.weights.ops import Segment, Shape
+from swiftlite.weights.rule import BoundMap, Entry, clip
 from swiftlite.weights.storage import Extent, TensorSpec
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -336,6 +336,37 @@ class McoreView:
             position = position * size + value
         base = position * self.spec(entry).nbytes
         yield from self.source.extents(slot.key, base + start, base + stop)
+
+
+class HfNames:
+    """The same checkpoint as Hugging Face tensors: a TensorSource that finds their bytes through the inverse gather."""
+
+    def __init__(self, view: McoreView) -> None:
+        self.view = view
+        self._inverse = lru_cache(maxsize=64)(lambda name: tuple(self._rows(name)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.view.bound.by_hf)
+
+    def spec(self, name: str) -> TensorSpec:
+        entry, position = self.view.bound.by_hf[name]
+        return TensorSpec(self.view.spec(entry).dtype, entry.hf_shapes[position])
+
+    def _rows(self, name: str) -> Sequence[Segment]:
+        entry, position = self.view.bound.by_hf[name]
+        return entry.inverse(position)
+
+    def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
+        entry, _ = self.view.bound.by_hf[name]
+        width = entry.row_size * self.spec(name).dtype.itemsize
+        if start == stop:
+            return
+        skip, left = start % width, stop - start
+        for segment in clip(self._inverse(name), start // width, -(-stop // width)):
+            first = segment.start * width + skip
+            size = min(segment.size * width - skip, left)
+            yield from self.view.extents(entry, first, first + size)
+            skip, left = 0, left - size
 
 
 def find_iteration(directory: Path) -> Path:

@@ -1,0 +1,194 @@
+"""Live models and Hugging Face files: each rank reads and writes exactly its own slices, through the weight map.
+
+What a rank holds is read off the modules' own `sharded_state_dict()`, so every parallel layout is covered.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+
+from swiftlite.megatron.convert import copy_job, copy_side_files, read_config, read_manifest, update_config
+from swiftlite.megatron.model.hf_config import bind_map
+from swiftlite.utils.dist import get_rank, get_world_size
+from swiftlite.utils.errors import MapError
+from swiftlite.utils.io import replace_directory
+from swiftlite.utils.logger import get_logger
+from swiftlite.weights import stream
+from swiftlite.weights.rule import BoundMap, Entry
+from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
+from swiftlite.weights.shard import read_shard, write_shard
+from swiftlite.weights.storage import Files, TensorSource, TensorSpec
+from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource, find_iteration, is_state, slot_of
+
+
+def iter_shards(models: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
+    """Every weight shard of the model chunks on this rank; `data` are views of the live tensors.
+
+    Gated MLPs come as two shards, one in each half of the global tensor.
+    """
+    for model in models:
+        yield from _flatten(unwrap(model).sharded_state_dict())
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside Float16Module and DDP."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _flatten(value: Any) -> Iterator[ShardedTensor]:
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _flatten(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _flatten(item)
+    elif isinstance(value, ShardedTensorFactory):
+        yield from _flatten(value.build())
+    elif isinstance(value, ShardedTensor) and not is_state(value.key) and value.data is not None:
+        yield value
+
+
+class LiveMap:
+    """Finds the entry of a live shard."""
+
+    def __init__(self, bound: BoundMap) -> None:
+        self._by_slot = {(slot.key, slot.index): entry for entry in bound.entries for slot in (slot_of(entry),)}
+
+    def entry(self, shard: ShardedTensor) -> tuple[Entry, tuple[int, ...]]:
+        """(entry, offset of the shard within it). Raises: MapError for a tensor that no rule covers."""
+        lead = shard.prepend_axis_num
+        entry = self._by_slot.get((shard.key, tuple(shard.global_offset[:lead])))
+        if entry is None:
+            raise MapError(f"the model has {shard.key}{list(shard.global_offset[:lead])}, which no weight rule covers")
+        return entry, tuple(shard.global_offset[lead:])
+
+
+class Origin:
+    """The checkpoint that a run starts from, of either format, as tensors under Hugging Face names."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Raises: CheckpointError, MapError, ShapeError if files and config.json do not match."""
+        directory = Path(directory)
+        self.source: TensorSource
+        self.names: Sequence[str]
+        if any(directory.glob("*.safetensors")):
+            files = SafetensorsSource(directory)
+            self.bound = bind_map(read_config(directory), files.tensors)
+            self.bound.check({name: t.spec.shape for name, t in files.tensors.items()}, str(directory))
+            self.source, self.names = files, [n for n in files.tensors if n in self.bound.by_hf]
+            self.dtypes = {name: files.spec(name).dtype for name in self.names}
+        else:
+            iteration = find_iteration(directory)
+            dist = TorchDistSource(iteration)
+            self.bound = bind_map(read_config(iteration.parent), dist.tensors)
+            self.source = HfNames(McoreView.open(dist, self.bound))
+            stored = (read_manifest(iteration.parent) or {}).get("tensors", {})
+            self.names = [n for n in stored if n in self.bound.by_hf]
+            if set(self.names) != set(self.bound.by_hf):
+                self.names = list(self.bound.by_hf)
+            self.dtypes = {
+                n: getattr(torch, stored[n]["dtype"]) if n in stored else self.source.spec(n).dtype for n in self.names
+            }
+
+
+def load_weights(models: Sequence[torch.nn.Module], directory: str | Path) -> int:
+    """Fill live models from a Hugging Face directory or a torch_dist checkpoint. Returns: bytes read by this rank.
+
+    Writes with `copy_` into the live tensors: call it after Float16Module and DDP wrapping, so that fp32 buffers stay
+    fp32, and let the optimizer reload its main parameters afterwards.
+    Raises: CheckpointError, MapError, ShapeError before anything is changed if files and config do not match.
+    """
+    origin = Origin(directory)
+    live, read = LiveMap(origin.bound), 0
+    with Files() as files, torch.no_grad():
+        for shard in iter_shards(models):
+            entry, offset = live.entry(shard)
+            stored = origin.source.spec(entry.hf[0]).dtype
+            data = read_shard(origin.source, entry, offset, shard.local_shape, files, stored)
+            shard.data.view(shard.local_shape).copy_(data)
+            read += data.nbytes
+    return read
+
+
+def save_hf_weights(
+    models: Sequence[torch.nn.Module], output_dir: str | Path, origin_dir: str | Path, max_shard_bytes: int = 5 * 10**9
+) -> list[str]:
+    """Write live models as a Hugging Face directory; each rank writes its own slices in place. Collective.
+
+    Args: origin_dir: the checkpoint that the run started from. config.json, tokenizer, names and order come from it,
+        and so do tensors that the live model does not hold (MTP blocks that are not trained). Returns: their names.
+    """
+    output_dir, origin = Path(output_dir), Origin(origin_dir)
+    side_files = origin_root(origin_dir)
+    live = LiveMap(origin.bound)
+    shards = [(shard, *live.entry(shard)) for shard in iter_shards(models)]
+    held: dict[str, torch.dtype] = {}
+    for part in _all_gather({name: shard.data.dtype for shard, entry, _ in shards for name in entry.hf}):
+        held.update(part)
+    specs = {}
+    for name in origin.names:
+        entry, position = origin.bound.by_hf[name]
+        kept = name not in held or entry.rule.keep_dtype
+        specs[name] = TensorSpec(origin.dtypes[name] if kept else held[name], entry.hf_shapes[position])
+    carried = [name for name in origin.names if name not in held]
+    plan = plan_shards(specs, max_shard_bytes)
+    directory = output_dir.with_name(f".{output_dir.name}.saving")
+    main = get_rank() == 0
+    if main:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        copy_side_files(side_files, directory, {})
+        create_shards(directory, plan)
+    _barrier()
+    places = {name: (directory / s.file, offset) for s in plan for name, offset in s.offsets.items()}
+    with Files() as files:
+        for shard, entry, offset in shards:
+            if is_main_replica(shard.replica_id):
+                data = shard.data.detach().view(shard.local_shape).cpu()
+                write_shard(data, entry, offset, files, lambda n: (*places[n], specs[n].dtype))
+        files.sync()
+    if main and carried:
+        stream.run([copy_job(origin.source, name, *places[name], specs[name].dtype) for name in carried])
+        get_logger().info("%d tensors that training does not hold are carried over unchanged", len(carried))
+    _barrier()
+    if main:
+        dtype = max(specs.values(), key=lambda s: s.numel).dtype
+        if str(dtype).removeprefix("torch.") != stored_dtype(directory):
+            update_config(directory / "config.json", {"torch_dtype": dtype})
+        write_index(directory, plan, sum(s.nbytes for s in specs.values()))
+        replace_directory(directory, output_dir)
+    _barrier()
+    return carried
+
+
+def origin_root(directory: str | Path) -> Path:
+    """Where config.json and the tokenizer of a checkpoint lie."""
+    directory = Path(directory)
+    return directory if (directory / "config.json").is_file() else find_iteration(directory).parent
+
+
+def stored_dtype(directory: Path) -> str | None:
+    config = read_config(directory)
+    value = config.get("torch_dtype") or config.get("dtype")
+    return None if value is None else str(value)
+
+
+def _all_gather(value: Any) -> list[Any]:
+    if get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def _barrier() -> None:
+    if get_world_size() > 1:
+        torch.distributed.barrier()
