@@ -74,15 +74,20 @@ class Arguments:
     Class attributes that a subclass may set:
         NOTES: flags that are accepted without a field, or refused, each with the reason.
         HIDDEN: fields that this command does not offer on its command line, name -> reason.
+        UNAVAILABLE: fields of which only the default (or false) is possible so far, name -> reason.
     """
 
     NOTES: typing.ClassVar[Mapping[str, Note]] = {}
     HIDDEN: typing.ClassVar[Mapping[str, str]] = {}
+    UNAVAILABLE: typing.ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         """Convert and check each value by its declared type and choices. Subclasses call super() first."""
         for spec in specs(type(self)).values():
-            setattr(self, spec.name, spec.convert(getattr(self, spec.name)))
+            value = spec.convert(getattr(self, spec.name))
+            setattr(self, spec.name, value)
+            if spec.name in self.UNAVAILABLE and value not in (spec.default, False, None):
+                raise UsageError(f"--{spec.name} {_show(value)}: {self.UNAVAILABLE[spec.name]}")
 
     def __getattr__(self, name: str) -> Any:
         canonical = None if name.startswith("_") else alias_table(type(self)).get(name)
@@ -162,6 +167,11 @@ def _read_aliases(cls: type) -> dict[str, str]:
             if table.setdefault(alias, spec.name) != spec.name:
                 raise AssertionError(f"{cls.__name__}: {alias} names both {table[alias]} and {spec.name}")
     return table
+
+
+def hide(part: type, reason: str, keep: Iterable[str] = ()) -> dict[str, str]:
+    """HIDDEN entries for the fields of a part of the arguments that a command has no use for."""
+    return {name: reason for name in specs(part) if name not in keep}
 
 
 def canonical_names(cls: type, values: Mapping[str, Any], spell: Callable[[str], str] = str) -> dict[str, Any]:
@@ -347,9 +357,9 @@ def _accept(cls: type[Arguments], values: Mapping[str, Any], where: str = "") ->
         if target is not None and target not in hidden:
             kept[name] = value
             continue
-        if target is not None:
-            raise UsageError(f"{where}{spell(name)}: {hidden[target]}")
         note = notes.get(name)
+        if note is None and target is not None:
+            raise UsageError(f"{where}{spell(name)}: {hidden[target]}")
         if note is None:
             known = [spell(n) for n in table if table[n] not in hidden] + [spell(n) for n in notes]
             raise UsageError(f"{where}{spell(name)}: unknown {'setting' if where else 'flag'}"

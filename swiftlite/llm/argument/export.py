@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.llm.argument.base import BaseArguments, normalize_dtype
-from swiftlite.llm.argument.flags import EXPORT_NOTES
+from swiftlite.llm.argument.base import BaseArguments, DataArguments, normalize_dtype
+from swiftlite.llm.argument.flags import EXPORT_NOTES, EXPORT_UNAVAILABLE
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.parser import Arguments, Note, arguments, field
+from swiftlite.utils.parser import Arguments, Note, arguments, field, hide
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -39,6 +39,11 @@ class ExportArguments(McoreArguments, BaseArguments):
     """Export: what is converted and how it is checked"""
 
     NOTES: ClassVar[Mapping[str, Note]] = EXPORT_NOTES
+    UNAVAILABLE: ClassVar[Mapping[str, str]] = EXPORT_UNAVAILABLE
+    HIDDEN: ClassVar[Mapping[str, str]] = {
+        **hide(DataArguments, "export reads no data set"),
+        "device_map": "export chooses its devices itself",
+    }
 
     to_mcore: bool = field(False, "Hugging Face -> Megatron-core torch_dist")
     to_hf: bool = field(False, "Megatron-core torch_dist -> Hugging Face")

@@ -1,7 +1,7 @@
 """Flags that users of other tools type and that are no fields here: accepted with the reason, or refused with it.
 
-Together with the fields they make docs/flags.md. A setting that has a field but no effect yet is in UNAVAILABLE:
-its default is accepted, another value is an error, so that nobody trains with a setting that is silently ignored.
+Together with the fields they make docs/flags.md. A setting that has a field but no effect yet is in one of
+the *_UNAVAILABLE tables: its default is accepted, another value is an error, so that nobody trains with a setting that is silently ignored.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ EXPORT_NOTES: dict[str, Note] = {
     "sequence_parallel": Note("default", _NO_PARALLEL),
     "decoder_first_pipeline_num_layers": Note("default", _NO_PARALLEL),
     "decoder_last_pipeline_num_layers": Note("default", _NO_PARALLEL),
+    "device_map": Note("default", "conversion streams on the CPU, and the precision check chooses its device"),
     "mtp_num_layers": Note("default", "MTP layers of the checkpoint are always converted"),
     "save_missing_weights": Note("default", "every tensor of the source is accounted for, or the command fails"),
     "fp8_format": Note("rejected", "writing FP8 weights is not supported; export bf16"),
@@ -63,17 +64,27 @@ TRAIN_NOTES: dict[str, Note] = {
 }  # fmt: skip
 
 _LORA = "adapters are not available yet; train with --train_type full"
+_ADAPTER = "adapters are not converted, merged or loaded yet; merge them with peft first"
 _FP8 = "training in FP8 is not available yet"
 _PACKING = "packed sequences are not available yet"
 _OFFLOAD = "optimizer offload is not available yet"
 
-UNAVAILABLE: dict[str, str] = {
+TRAIN_UNAVAILABLE: dict[str, str] = {
     "train_type": _LORA,
     "freeze_parameters": _LORA,
     "freeze_parameters_regex": _LORA,
     "freeze_parameters_ratio": _LORA,
     "trainable_parameters": _LORA,
     "trainable_parameters_regex": _LORA,
+    "target_modules": _LORA,
+    "target_regex": _LORA,
+    "modules_to_save": _LORA,
+    "lora_rank": _LORA,
+    "lora_alpha": _LORA,
+    "lora_dropout": _LORA,
+    "lora_bias": _LORA,
+    "lora_dtype": _LORA,
+    "use_rslora": _LORA,
     "adapters": _LORA,
     "mcore_adapter": _LORA,
     "merge_lora": _LORA,
@@ -87,3 +98,6 @@ UNAVAILABLE: dict[str, str] = {
     "fp8_recipe": _FP8,
     "fp8_param_gather": _FP8,
 }
+
+EXPORT_UNAVAILABLE: dict[str, str] = {"adapters": _ADAPTER, "mcore_adapter": _ADAPTER, "merge_lora": _ADAPTER}
+INFER_UNAVAILABLE: dict[str, str] = {"adapters": _ADAPTER}

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from swiftlite.llm.argument.base import BaseArguments, GenerationArguments
+from collections.abc import Mapping
+from typing import ClassVar
+
+from swiftlite.llm.argument.base import BaseArguments, DataArguments, GenerationArguments
+from swiftlite.llm.argument.flags import INFER_UNAVAILABLE
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.parser import arguments, field
+from swiftlite.utils.parser import arguments, field, hide
 
 
 @arguments
 class InferArguments(GenerationArguments, BaseArguments):
     """Inference: chat, one prompt, or a data set"""
+
+    UNAVAILABLE: ClassVar[Mapping[str, str]] = INFER_UNAVAILABLE
+    HIDDEN: ClassVar[Mapping[str, str]] = {
+        **hide(DataArguments, "has no effect on inference", keep=["val_dataset", "columns", "dataset_num_proc"]),
+        "merge_lora": "has no effect on inference",
+        "output_dir": "inference writes only --result_path",
+        "padding_free": "has no effect on inference",
+        "loss_scale": "has no effect on inference",
+    }
 
     prompt: str | None = field(None, "answer this and end", aliases=["query"])
     result_path: str | None = field(None, "JSONL file for the answers to --val_dataset")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.llm.argument.base import BaseArguments, TunerArguments
-from swiftlite.llm.argument.flags import TRAIN_NOTES, UNAVAILABLE
+from swiftlite.llm.argument.flags import TRAIN_NOTES, TRAIN_UNAVAILABLE
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.parser import Arguments, Note, arguments, field, specs
+from swiftlite.utils.parser import Arguments, Note, arguments, field
 
 
 @arguments
@@ -117,11 +117,9 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
     """Supervised fine-tuning"""
 
     NOTES: ClassVar[Mapping[str, Note]] = TRAIN_NOTES
+    UNAVAILABLE: ClassVar[Mapping[str, str]] = TRAIN_UNAVAILABLE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, spec in specs(type(self)).items():
-            if name in UNAVAILABLE and getattr(self, name) not in (spec.default, False, None):
-                raise UsageError(f"--{name} {getattr(self, name)}: {UNAVAILABLE[name]}")
         if self.num_train_epochs is None and self.train_iters is None:
             self.num_train_epochs = 1.0

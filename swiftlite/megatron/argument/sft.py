@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from swiftlite.llm.argument.sft import SftArguments
-from swiftlite.megatron.argument.megatron import MegatronArguments
+from swiftlite.megatron.argument.megatron import STRUCTURE, MegatronArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.parser import arguments
 
@@ -11,6 +14,12 @@ from swiftlite.utils.parser import arguments
 @arguments
 class MegatronSftArguments(MegatronArguments, SftArguments):
     """Supervised fine-tuning on megatron-core"""
+
+    HIDDEN: ClassVar[Mapping[str, str]] = {
+        **{name: "is read from the checkpoint's config.json; leave it out" for name in STRUCTURE},
+        "architectures": "is read from the checkpoint's config.json; leave it out",
+        "device_map": "megatron-core places the model: one process per device (NPROC_PER_NODE)",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
