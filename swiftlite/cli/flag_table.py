@@ -90,9 +90,12 @@ def table() -> str:
     lines = [
         "# Flags that ms-swift users type",
         "",
-        "Written by `python -m swiftlite.cli.flag_table`. *acts*: it does what it says; *default here*: accepted, since",
-        "swiftlite does this anyway; *default only*: another value than the default is an error; *rejected*: an error. Both",
-        "errors give the reason.",
+        "Written by `python -m swiftlite.cli.flag_table`.",
+        "",
+        "- *acts*: it does what it says.",
+        "- *default here*: accepted; swiftlite does this anyway.",
+        "- *default only*: another value than the default is an error that gives the reason.",
+        "- *rejected*: an error that gives the reason.",
     ]
     for _, title, cls, flags in SECTIONS:
         lines += ["", f"## {title}", "", "| flag | here | |", "|---|---|---|"]

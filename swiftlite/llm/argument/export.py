@@ -42,6 +42,7 @@ class ExportArguments(McoreArguments, BaseArguments):
     UNAVAILABLE: ClassVar[Mapping[str, str]] = EXPORT_UNAVAILABLE
     HIDDEN: ClassVar[Mapping[str, str]] = {
         **hide(DataArguments, "export reads no data set"),
+        "seed": "conversion draws no random numbers",
         "device_map": "export chooses its devices itself",
     }
 

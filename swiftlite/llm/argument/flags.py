@@ -1,7 +1,7 @@
 """Flags that users of other tools type and that are no fields here: accepted with the reason, or refused with it.
 
-Together with the fields they make docs/flags.md. A setting that has a field but no effect yet is in one of
-the *_UNAVAILABLE tables: its default is accepted, another value is an error, so that nobody trains with a setting that is silently ignored.
+Together with the fields they make docs/flags.md. A setting that has a field but no effect yet is in one of the
+*_UNAVAILABLE tables: its default is accepted, another value is an error, so that nothing is silently ignored.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ EXPORT_NOTES: dict[str, Note] = {
     "sequence_parallel": Note("default", _NO_PARALLEL),
     "decoder_first_pipeline_num_layers": Note("default", _NO_PARALLEL),
     "decoder_last_pipeline_num_layers": Note("default", _NO_PARALLEL),
+    "seed": Note("default", "conversion draws no random numbers"),
     "device_map": Note("default", "conversion streams on the CPU, and the precision check chooses its device"),
     "mtp_num_layers": Note("default", "MTP layers of the checkpoint are always converted"),
     "save_missing_weights": Note("default", "every tensor of the source is accounted for, or the command fails"),
@@ -99,5 +100,9 @@ TRAIN_UNAVAILABLE: dict[str, str] = {
     "fp8_param_gather": _FP8,
 }
 
-EXPORT_UNAVAILABLE: dict[str, str] = {"adapters": _ADAPTER, "mcore_adapter": _ADAPTER, "merge_lora": _ADAPTER}
-INFER_UNAVAILABLE: dict[str, str] = {"adapters": _ADAPTER}
+EXPORT_UNAVAILABLE: dict[str, str] = {
+    "adapters": _ADAPTER,
+    "mcore_adapter": _ADAPTER,
+    "merge_lora": _ADAPTER,
+    "verify": "comparing every byte is not available yet",
+}

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.llm.argument.base import BaseArguments, DataArguments, GenerationArguments
-from swiftlite.llm.argument.flags import INFER_UNAVAILABLE
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.parser import arguments, field, hide
 
@@ -15,9 +14,8 @@ from swiftlite.utils.parser import arguments, field, hide
 class InferArguments(GenerationArguments, BaseArguments):
     """Inference: chat, one prompt, or a data set"""
 
-    UNAVAILABLE: ClassVar[Mapping[str, str]] = INFER_UNAVAILABLE
     HIDDEN: ClassVar[Mapping[str, str]] = {
-        **hide(DataArguments, "has no effect on inference", keep=["val_dataset", "columns", "dataset_num_proc"]),
+        **hide(DataArguments, "has no effect on inference", keep=["val_dataset"]),
         "merge_lora": "has no effect on inference",
         "output_dir": "inference writes only --result_path",
         "padding_free": "has no effect on inference",

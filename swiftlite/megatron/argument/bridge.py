@@ -337,12 +337,14 @@ def checkpoint_args(args: MegatronArguments) -> dict[str, Any]:
     """Megatron-LM's argument namespace for this model as plain values, as a checkpoint carries it.
 
     What stock Megatron-LM compares or takes over with `--use-checkpoint-args`; parallel sizes are 1, as torch_dist
-    checkpoints are independent of them. A flag that `megatron_lm_args` leaves out is None or False here.
+    checkpoints are independent of them. What does not apply to the model is absent.
     """
     stored: dict[str, Any] = {}
     for row in STOCK:
         name, change = _STORED.get(row.flag, (row.flag[2:].replace("-", "_"), lambda value: value))
-        stored[name] = change(row.value(args))
+        value = row.value(args)
+        if value is not None:
+            stored[name] = change(value)
     stored["moe_layer_freq"] = args.moe_layer_pattern if _is_moe(args) else 1
     stored.update(
         padded_vocab_size=args.padded_vocab_size,

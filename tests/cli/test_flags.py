@@ -1,0 +1,104 @@
+"""Every flag that ms-swift users type parses, is explained or is refused with a reason; none is silently ignored."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from swiftlite.cli.flag_table import SECTIONS, status, table
+from swiftlite.cli.routes import ROUTES
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.parser import alias_table, parse, specs
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "swiftlite"
+
+# What another flag needs beside it.
+COMPANIONS = {
+    "to_mcore": ["--model", "DIR"],
+    "to_hf": ["--mcore_model", "DIR"],
+    "recompute_method": ["--recompute_granularity", "full"],
+    "recompute_num_layers": ["--recompute_granularity", "full"],
+    "min_lr": ["--lr", "1e-4"],
+    "sequence_parallel": ["--tensor_model_parallel_size", "2"],
+}
+ALL = [(cls, flag, value) for _, _, cls, flags in SECTIONS for flag, value in flags.items()]
+
+
+def _parse(cls, flag, value):
+    base = [] if flag in ("model", "mcore_model", "load") or cls.__name__ == "ExportArguments" else ["--model", "DIR"]
+    return parse(cls, [*base, *COMPANIONS.get(flag, []), f"--{flag}", value])
+
+
+@pytest.mark.parametrize("cls, flag, value", ALL, ids=lambda item: item if isinstance(item, str) else None)
+def test_flag_does_what_the_table_says(cls, flag, value):
+    kind, text = status(cls, flag)
+    assert text and text != "unknown"
+    if kind == "acts":
+        args = _parse(cls, flag, value)
+        name = alias_table(cls)[flag]
+        assert name in args.given
+        assert getattr(args, name) is not None or flag == "recompute"
+    elif kind == "default here":
+        assert flag not in _parse(cls, flag, value).given
+    elif kind == "default only":
+        spec = specs(cls)[alias_table(cls)[flag]]
+        if spec.convert(value) in (spec.default, False, None):
+            _parse(cls, flag, value)
+        else:
+            with pytest.raises(UsageError, match=re.escape(text)):
+                _parse(cls, flag, value)
+    else:
+        assert kind == "rejected"
+        with pytest.raises(UsageError, match=re.escape(text)):
+            _parse(cls, flag, value)
+
+
+def test_docs_are_what_the_generator_writes():
+    assert (ROOT / "docs/flags.md").read_text(encoding="utf-8") == table()
+
+
+# Fields that the arguments themselves turn into another setting, and that setting.
+TURNED_INTO = {
+    "debug": "--debug",
+    "recompute": "recompute_granularity",
+    "save_weights_only": "no_save_optim",
+    "gradient_accumulation_steps": "batch_sizes",
+    "global_batch_size": "batch_sizes",
+    "micro_batch_size": "batch_sizes",
+    "bf16": "torch_dtype",
+    "fp16": "torch_dtype",
+    "attention_backend": "attention_backend|hf_attn_implementation",
+    "max_shard_size": "max_shard_bytes",
+    "max_memory": "max_memory_bytes",
+    "torch_dtype": "torch_dtype|dtype",
+}
+TEMPLATE = "get_template_kwargs"
+VIA_TEMPLATE = {"system", "max_length", "truncation_strategy", "max_pixels", "agent_template", "norm_bbox",
+                "use_chat_template", "padding_free", "padding_side", "loss_scale", "response_prefix",
+                "template_backend", "context_parallel_size"}  # fmt: skip
+
+
+def _sources():
+    skipped = {PACKAGE / "llm/argument", PACKAGE / "megatron/argument"}
+    return "\n".join(p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py") if not skipped & set(p.parents))
+
+
+@pytest.mark.parametrize("words", sorted(ROUTES), ids=" ".join)
+def test_every_flag_that_acts_is_read_somewhere(words):
+    """A flag that no code reads would be accepted and silently ignored."""
+    route = ROUTES[words]
+    if importlib.util.find_spec(route.handler.partition(":")[0]) is None:
+        pytest.skip(f"{route.handler} does not exist yet")
+    module, _, name = route.arguments.partition(":")
+    cls = getattr(importlib.import_module(module), name)
+    text = _sources()
+    unread = []
+    for field in specs(cls):
+        if field in cls.HIDDEN or field in cls.UNAVAILABLE:
+            continue
+        target = TEMPLATE if field in VIA_TEMPLATE else TURNED_INTO.get(field, field)
+        if not any(re.search(rf"args\.{re.escape(t)}\b|[\"']{re.escape(t)}[\"']", text) for t in target.split("|")):
+            unread.append(field)
+    assert not unread, f"{' '.join(words)}: read nowhere: {unread}"

@@ -1,0 +1,213 @@
+"""The command line as a user meets it: help, errors, exit codes, torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from swiftlite.cli import launcher
+from swiftlite.cli.main import find_route, main, wants_debug
+from swiftlite.cli.routes import ROUTES, Route
+from swiftlite.utils.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+
+
+def swiftlite(*argv, **environ):
+    return subprocess.run(
+        [sys.executable, "-m", "swiftlite", *argv], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ}, timeout=120,
+    )  # fmt: skip
+
+
+# ---- help and version ----
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], [], ["export", "--help"], ["megatron", "sft", "--help"]])
+def test_help_imports_nothing_heavy(argv):
+    code = (
+        "import sys\nfrom swiftlite.cli.main import main\n"
+        f"code = main({argv!r})\n"
+        "heavy = {'torch', 'transformers', 'megatron', 'numpy', 'datasets', 'yaml'} & set(sys.modules)\n"
+        "assert code == 0 and not heavy, (code, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "swiftlite" in done.stdout
+
+
+def test_help_answers_within_300_ms():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert swiftlite("--help").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
+
+
+def test_every_route_has_arguments_and_help(capsys):
+    for words in ROUTES:
+        assert main([*words, "--help"]) == 0
+        assert f"usage: swiftlite {' '.join(words)}" in capsys.readouterr().out
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["exprt"], "unknown command 'exprt'; did you mean export?"),
+        (["megatron", "stf"], "did you mean megatron sft"),
+        (["nonsense", "--x", "1"], "unknown command 'nonsense'; commands: export, infer"),
+        (["export", "--to_mcre", "true"], "--to_mcre: unknown flag; did you mean --to_mcore"),
+        (["export", "--to_mcore", "true"], "--to_mcore true: give the Hugging Face checkpoint with --model"),
+        (["export", "--to_hf", "true"], "--to_hf true: give the Megatron checkpoint with --mcore_model"),
+        (["export", "--max_shard_size", "5XB"], "--max_shard_size 5XB: must be a size like 5GB"),
+        (["export", "missing.yaml"], "missing.yaml: no such config file"),
+        (["megatron", "sft", "--model", "DIR", "--beta", "0.1"], "--beta: preference training"),
+    ],
+)
+def test_usage_errors(argv, message, capsys):
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("swiftlite: error: ") and message in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.fixture
+def route(monkeypatch):
+    """Replace the handler of `infer` by a function of the test."""
+
+    def replace(function):
+        monkeypatch.setitem(ROUTES, ("infer",), Route(ROUTES[("infer",)].arguments, f"{__name__}:_handler", False, ""))
+        monkeypatch.setattr(sys.modules[__name__], "_handler", function, raising=False)
+        monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+
+    return replace
+
+
+def test_other_exceptions_are_one_line_with_a_hint(route, capsys):
+    def fail(args):
+        raise RuntimeError("two\nlines")
+
+    route(fail)
+    assert main(["infer", "--model", "DIR"]) == 1
+    assert capsys.readouterr().err == "swiftlite: error: RuntimeError: two lines (the traceback: --debug true)\n"
+    assert main(["infer", "--model", "DIR", "--debug", "true"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupt_is_130_and_success_is_0(route, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    route(interrupt)
+    assert main(["infer", "--model", "DIR"]) == 130
+    seen = []
+    route(seen.append)
+    assert main(["infer", "--model", "DIR", "--prompt", "hi"]) == 0
+    assert seen[0].prompt == "hi" and seen[0].model == "DIR"
+
+
+def test_debug_is_read_from_the_words():
+    assert wants_debug(["--debug"]) and wants_debug(["--debug", "true"]) and wants_debug(["--debug=1"])
+    assert not wants_debug(["--debug", "false"]) and not wants_debug(["--prompt", "debug"])
+
+
+def test_megatron_export_is_export():
+    assert find_route(["megatron", "export", "--a"])[1] is find_route(["export"])[1]
+
+
+# ---- torchrun ----
+
+
+def test_torchrun_only_when_asked_for():
+    assert launcher.torchrun_args({}) is None
+    assert launcher.torchrun_args({"NPROC_PER_NODE": "1", "NNODES": "1"}) is None
+    assert launcher.torchrun_args({"NPROC_PER_NODE": "2", "TORCHELASTIC_RUN_ID": "none"}) is None
+    args = launcher.torchrun_args({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"})
+    assert args == ["--nproc_per_node=2", "--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1",
+                    "--master_port=1234"]  # fmt: skip
+    args = launcher.torchrun_args({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host"})
+    assert args == ["--nproc_per_node=1", "--nnodes=2", "--node_rank=1", "--master_addr=host", "--master_port=29500"]
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        ({"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE=two: must be a whole number from 1"),
+        ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE=0: must be"),
+        ({"NNODES": "2"}, "NNODES=2: set MASTER_ADDR"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "h"}, "NODE_RANK=2: must be below NNODES=2"),
+    ],
+)
+def test_launcher_mistakes(environ, message):
+    with pytest.raises(UsageError, match=message):
+        launcher.torchrun_args(environ)
+
+
+def test_threads_are_divided_but_a_choice_is_kept():
+    cores = len(os.sched_getaffinity(0))
+    assert launcher.worker_environment({"NPROC_PER_NODE": str(cores)})["OMP_NUM_THREADS"] == "1"
+    assert launcher.worker_environment({"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+
+
+def test_usage_errors_are_told_once_before_torchrun_starts():
+    done = swiftlite("export", "--to_mcre", "true", NPROC_PER_NODE="2")
+    assert done.returncode == 2 and done.stderr.count("error") == 1
+
+
+# A stand-in for the package's entry module: each worker runs this instead of a command.
+WORKER = """
+import os, sys, time, signal
+out = os.path.join(os.environ["OUT"], os.environ["RANK"])
+open(out, "w").write(os.environ["WORLD_SIZE"] + " " + " ".join(sys.argv[1:]))
+if "fail" in sys.argv and os.environ["RANK"] == "1":
+    sys.exit(7)
+if "wait" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda *a: (open(out + ".term", "w").close(), sys.exit(0)))
+    open(out + ".ready", "w").close()
+    time.sleep(60)
+"""
+
+
+def start(tmp_path, word):
+    """Launch two workers from another process, with a module `swiftlite_worker` in place of `swiftlite`."""
+    (tmp_path / "swiftlite_worker.py").write_text(WORKER)
+    code = (
+        "import os, sys, subprocess\nfrom swiftlite.cli import launcher\n"
+        "popen = subprocess.Popen\n"
+        "def swap(command, **kw):\n"
+        "    return popen(['swiftlite_worker' if w == 'swiftlite' else w for w in command], **kw)\n"
+        "launcher.subprocess.Popen = swap\n"
+        f"sys.exit(launcher.launch(launcher.torchrun_args(os.environ), [{word!r}], os.environ))"
+    )
+    environ = {**os.environ, "NPROC_PER_NODE": "2", "OUT": str(tmp_path), "OMP_NUM_THREADS": "1",
+               "PYTHONPATH": f"{ROOT}:{tmp_path}"}  # fmt: skip
+    return subprocess.Popen([sys.executable, "-c", code], env=environ, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.dist
+def test_workers_get_the_words_and_their_exit_code_is_passed_on(tmp_path):
+    done = start(tmp_path, "ok")
+    assert done.wait(60) == 0
+    assert sorted(p.read_text() for p in tmp_path.glob("[01]")) == ["2 ok", "2 ok"]
+    failed = start(tmp_path, "fail")
+    assert failed.wait(60) == 7
+    assert "Traceback" not in failed.stderr.read()
+
+
+@pytest.mark.dist
+def test_sigterm_reaches_the_workers(tmp_path):
+    process = start(tmp_path, "wait")
+    deadline = time.time() + 60
+    while len(list(tmp_path.glob("*.ready"))) < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert len(list(tmp_path.glob("*.term"))) == 2
