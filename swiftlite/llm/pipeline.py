@@ -135,7 +135,7 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
         model_type=args.model_type,
         revision=args.model_revision,
         download_model=download_model,
-        need_template=need_template,
+        need_template=need_template and args.template is None,
         ignore_requirements=args.ignore_requirements,
         task_type=args.task_type,
         num_labels=args.num_labels,
@@ -171,6 +171,7 @@ def prepare_model_template(args: Any, *, load_model: bool = True) -> tuple[Any |
         new_special_tokens=args.new_special_tokens,
         attn_impl=args.hf_attn_implementation,
         trust_remote_code=args.trust_remote_code,
+        need_template=False,
         ignore_requirements=args.ignore_requirements,
     )
     template = get_template(

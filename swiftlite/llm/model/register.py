@@ -10,11 +10,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from swiftlite.families import MODEL_MAPPING
-from swiftlite.families.templates import TEMPLATES
+from swiftlite.families import MODEL_MAPPING, families
 from swiftlite.llm.model import hub, info
 from swiftlite.llm.model.resolve import Facts, choose
 from swiftlite.meta.model import Model, ModelGroup, ModelInfo, ModelMeta
+from swiftlite.meta.template import TemplateMeta
 from swiftlite.utils.errors import ConfigError, SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
 
@@ -96,7 +96,7 @@ def _candidates(architecture: str, config: Mapping[str, Any], registry: Mapping[
 
 
 def _resolve_type(
-    facts: Facts, need_template: bool, registry: Mapping[str, ModelMeta], templates: Mapping[str, Any]
+    facts: Facts, need_template: bool, registry: Mapping[str, ModelMeta], templates: Mapping[str, TemplateMeta]
 ) -> tuple[str | None, ModelMeta, str]:
     """`(model_type, meta, explanation)` from the recorded arguments, the name, or the architecture with its clues."""
     architecture = _architecture(facts.config, facts.model_dir)
@@ -164,6 +164,13 @@ def _check_requirements(model_type: str, requires: tuple[str, ...], ignore: bool
         logger.warning("%s; going on as --ignore_requirements says", message)
 
 
+def _templates() -> dict[str, TemplateMeta]:
+    """Every known template: built in, registered, or part of a family."""
+    from swiftlite.llm.template.register import TEMPLATE_MAPPING
+
+    return {**{t.template_type: t for f in families() for t in f.templates}, **TEMPLATE_MAPPING}
+
+
 def _excludes_supported(requirement: Any) -> bool:
     from packaging.version import Version
 
@@ -185,7 +192,7 @@ def get_model_info_meta(
     num_labels: int | None = None,
     hub_token: str | None = None,
     registry: Mapping[str, ModelMeta] | None = None,
-    templates: Mapping[str, Any] | None = None,
+    templates: Mapping[str, TemplateMeta] | None = None,
 ) -> tuple[ModelInfo, ModelMeta]:
     """Find out what a model is, without touching its weights.
 
@@ -203,7 +210,7 @@ def get_model_info_meta(
         unreachable hub; ConfigError for an unsupported architecture; SwiftliteError for an unmet requirement.
     """
     registry = MODEL_MAPPING if registry is None else registry
-    templates = {t.template_type: t for t in TEMPLATES} if templates is None else templates
+    templates = _templates() if templates is None else templates
     if model_type is not None and model_type not in registry:
         raise _unknown_type(model_type, registry)
     found = _match(model_id_or_path, registry)
@@ -225,7 +232,8 @@ def get_model_info_meta(
     else:
         facts = Facts(model_dir, config, given_name=str(model_id_or_path))
         resolved, meta, explanation = _resolve_type(facts, need_template, registry, templates)
-    logger.info("%s is of type %s: %s", model_dir, resolved or "(undecided)", explanation)
+    log = logger.debug if model_type else logger.info  # no news where the user, or an earlier look, has said it
+    log("%s is of type %s: %s", model_dir, resolved or "(undecided)", explanation)
     _check_requirements(meta.model_type, meta.requires, ignore_requirements)
     method, bits = info.quantization(config)
     dtype = info.to_torch_dtype(torch_dtype) or info.to_torch_dtype(meta.torch_dtype) or info.config_dtype(config)

@@ -1,0 +1,328 @@
+"""`swiftlite infer`: chat in the terminal, answer one prompt, or answer a data set, with transformers' generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swiftlite.llm.argument.infer import InferArguments
+from swiftlite.llm.pipeline import as_arguments, prepare_model_template
+from swiftlite.utils.errors import DatasetError, SwiftliteError, TemplateError
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+Message = dict[str, Any]
+
+HELP = "Type a message. `clear` starts a new conversation, `system TEXT` sets the system message, `exit` ends."
+
+
+@dataclass
+class Generator:
+    """Answers conversations with a Hugging Face model; a template writes the prompts and says what ends an answer."""
+
+    model: Any
+    template: Any
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    num_beams: int = 1
+    stop_words: Sequence[str] = ()
+
+    @classmethod
+    def from_arguments(cls, args: InferArguments) -> Generator:
+        """Load what `args` names, put it on the GPU if there is one, add adapters."""
+        import torch
+
+        torch.manual_seed(args.seed)
+        model, template = prepare_model_template(args)
+        if model is None:
+            raise SwiftliteError(f"--model {args.model}: no weights were loaded")
+        for adapter in args.adapters:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter)
+        if args.device_map is None and torch.cuda.is_available():
+            model = model.to("cuda")
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words")
+        return cls(model.eval(), template, **{name: getattr(args, name) for name in names})
+
+    @property
+    def response_prefix(self) -> str:
+        """What the prompt already says of the answer, such as the opening of a thought."""
+        given = self.template.response_prefix
+        return str(self.template.meta.response_prefix if given is None else given)
+
+    def _config(self, prompt_length: int) -> Any:
+        """The model's own generation config with the user's settings over it."""
+        from transformers import GenerationConfig
+
+        config = GenerationConfig.from_dict(self.model.generation_config.to_dict())
+        if self.temperature is not None:
+            config.do_sample = self.temperature > 0
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(config, name, value)
+        if not config.do_sample:  # without sampling these have no meaning, and transformers warns of them
+            config.temperature = config.top_p = config.top_k = None
+        config.num_beams = self.num_beams
+        config.max_length = None
+        config.max_new_tokens = self.max_new_tokens or self._room(prompt_length)
+        config.eos_token_id = self.template.stop_token_ids
+        config.pad_token_id = self.template.tokenizer.pad_token_id
+        config.stop_strings = list(self.stop_words) or None
+        return config
+
+    def _room(self, prompt_length: int) -> int:
+        longest = self.model.model_info.max_model_len if hasattr(self.model, "model_info") else None
+        room = (longest or prompt_length + 2048) - prompt_length
+        if room < 1:
+            raise TemplateError(
+                f"the conversation has {prompt_length} tokens, the model holds {longest}; shorten it or type `clear`"
+            )
+        return int(room)
+
+    def _inputs(self, conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
+        """Prompts padded on the left: input_ids and attention_mask, int64 [B, S]."""
+        import torch
+
+        prompts = [self.template.encode_prompt(list(messages)) for messages in conversations]
+        length = max(map(len, prompts))
+        ids = torch.full((len(prompts), length), self.template.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask[row, length - len(prompt) :] = 1
+        device = self.model.device
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    def _end(self, text: str, start: int = 0) -> int:
+        """Where the first stop word begins, from `start` on; -1: nowhere. The last token may reach beyond it."""
+        return min((at for word in self.stop_words if (at := text.find(word, start)) >= 0), default=-1)
+
+    def _cut(self, text: str) -> str:
+        end = self._end(text)
+        return text if end < 0 else text[:end]
+
+    def answer(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """The answers to several conversations, generated as one batch; each conversation ends with the user."""
+        import torch
+
+        inputs = self._inputs(conversations)
+        length = inputs["input_ids"].shape[1]
+        tokenizer = self.template.tokenizer
+        with torch.inference_mode():
+            out = self.model.generate(**inputs, generation_config=self._config(length), tokenizer=tokenizer)
+        texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        return [self.response_prefix + self._cut(text) for text in texts]
+
+    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+        """The answer in pieces, as they are generated. Leaving the iterator early ends the generation."""
+        import torch
+        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+        abandoned = threading.Event()
+        failures: list[BaseException] = []
+
+        class Abandoned(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+                return torch.full((input_ids.shape[0],), abandoned.is_set(), device=input_ids.device)
+
+        inputs = self._inputs([messages])
+        tokenizer = self.template.tokenizer
+        streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        config = self._config(inputs["input_ids"].shape[1])
+
+        def generate() -> None:
+            try:
+                with torch.inference_mode():
+                    self.model.generate(
+                        **inputs,
+                        generation_config=config,
+                        streamer=streamer,
+                        tokenizer=tokenizer,
+                        stopping_criteria=StoppingCriteriaList([Abandoned()]),
+                    )
+            except BaseException as error:  # raised again below, in the caller's thread
+                failures.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            if self.response_prefix:
+                yield self.response_prefix
+            held = max(map(len, self.stop_words), default=1) - 1  # what may be the beginning of a stop word
+            text, shown = "", 0
+            for piece in streamer:
+                text += piece
+                end = self._end(text, shown)
+                safe = len(text) - held if end < 0 else end
+                if safe > shown:
+                    yield text[shown:safe]
+                    shown = safe
+                if end >= 0:
+                    break
+            else:
+                if text[shown:]:
+                    yield text[shown:]
+        finally:
+            abandoned.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+
+def chat(generator: Generator, stream: bool = True) -> None:
+    """Talk with the model until `exit` or the end of the input. Ctrl-C ends an answer, not the chat."""
+    logger.info(HELP)
+    system: list[Message] = []
+    history: list[Message] = []
+    while True:
+        try:
+            query = input("<<< ").strip()
+        except (EOFError, KeyboardInterrupt):
+            sys.stdout.write("\n")
+            return
+        if query in ("exit", "quit"):
+            return
+        if query == "clear":
+            history = []
+            continue
+        if query.startswith("system "):
+            system, history = [{"role": "system", "content": query.removeprefix("system ").strip()}], []
+            continue
+        if not query:
+            continue
+        history.append({"role": "user", "content": query})
+        try:
+            text = write_answer(generator, system + history, stream)
+        except TemplateError as error:
+            logger.error("%s", error)
+            history.pop()
+            continue
+        history.append(generator.template.parse_response(text))
+
+
+def write_answer(generator: Generator, messages: Sequence[Message], stream: bool) -> str:
+    """Write the answer to standard output, in pieces with `stream`. Returns: the text."""
+    text = ""
+    pieces = generator.stream(messages) if stream and generator.num_beams == 1 else iter(generator.answer([messages]))
+    try:
+        for piece in pieces:
+            text += piece
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if hasattr(pieces, "close"):
+            pieces.close()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return text
+
+
+def read_rows(files: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of JSONL files: objects with `messages`, or with `query` (and `system`, `history`).
+
+    Raises: DatasetError naming file and line of a row that is no such object.
+    """
+    rows = []
+    for file in files:
+        if not Path(file).is_file():
+            raise DatasetError(f"--val_dataset {file}: no such file; give a JSONL file")
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DatasetError(f"{file}:{number}: not valid JSON ({error})") from None
+                if not isinstance(row, dict) or not ("messages" in row or "query" in row):
+                    raise DatasetError(f"{file}:{number}: must be an object with `messages` or `query`")
+                rows.append(row)
+    return rows
+
+
+def split_row(row: dict[str, Any]) -> tuple[list[Message], str | None]:
+    """The conversation up to the last question, and the reference answer if the row holds one."""
+    if "messages" in row:
+        messages = list(row["messages"])
+        reference = None
+        while messages and messages[-1].get("role") == "assistant":
+            reference = messages.pop().get("content")
+        return messages, reference
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for question, reply in row.get("history") or ():
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return [*messages, {"role": "user", "content": row["query"]}], row.get("response")
+
+
+def answer_rows(generator: Generator, rows: Sequence[dict[str, Any]], batch_size: int) -> Iterator[dict[str, Any]]:
+    """Each row with `response` (the model's) and `labels` (the reference, where it has one).
+
+    A row that cannot be written as a prompt gets `response` None and `error`.
+    """
+    for start in range(0, len(rows), batch_size):
+        batch = [(row, *split_row(row)) for row in rows[start : start + batch_size]]
+        errors: dict[int, str] = {}
+        for i, (_, messages, _) in enumerate(batch):
+            try:
+                generator.template.encode_prompt(messages)
+            except TemplateError as error:
+                errors[i] = str(error)
+        good = [messages for i, (_, messages, _) in enumerate(batch) if i not in errors]
+        answers = iter(generator.answer(good) if good else ())
+        for i, (row, _, reference) in enumerate(batch):
+            done = {**row, "response": None if i in errors else next(answers)}
+            if reference is not None:
+                done["labels"] = reference
+            if i in errors:
+                done["error"] = errors[i]
+            yield done
+
+
+def infer_dataset(generator: Generator, args: InferArguments) -> None:
+    """Answer `--val_dataset`; the result file appears when it is complete."""
+    from tqdm import tqdm
+
+    rows = read_rows(args.val_dataset)
+    answered = tqdm(answer_rows(generator, rows, args.max_batch_size), total=len(rows), desc="rows", disable=None)
+    if args.result_path is None:
+        for row in answered:
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return
+    path = Path(args.result_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    failed = 0
+    with open(partial, "w", encoding="utf-8") as out:
+        for row in answered:
+            failed += "error" in row
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.flush()
+        os.fsync(out.fileno())
+    os.replace(partial, path)
+    logger.info("%d rows answered, %d could not be; results in %s", len(rows) - failed, failed, path)
+
+
+def infer_main(args: InferArguments | Sequence[str]) -> None:
+    """Chat, or with `--prompt` answer once, or with `--val_dataset` answer a file (see InferArguments)."""
+    args = as_arguments(InferArguments, args)
+    generator = Generator.from_arguments(args)
+    stream = args.stream is not False
+    if args.val_dataset:
+        infer_dataset(generator, args)
+    elif args.prompt is not None:
+        write_answer(generator, [{"role": "user", "content": args.prompt}], stream)
+    else:
+        chat(generator, stream)

@@ -1,0 +1,190 @@
+"""Inference on tiny models: one prompt, a data set, a chat; streaming and batches give what generate gives."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swiftlite.llm import infer
+from swiftlite.llm.argument.infer import InferArguments
+from swiftlite.utils.errors import DatasetError
+from swiftlite.utils.parser import parse
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_model: Callable[..., Path]) -> str:
+    return str(tiny_model("qwen2"))
+
+
+def arguments(model_dir: str, *words: str) -> InferArguments:
+    common = ["--model", model_dir, "--model_type", "qwen2", "--temperature", "0", "--max_new_tokens", "12"]
+    return parse(InferArguments, [*common, *words])
+
+
+def make_generator(model_dir: str, *words: str) -> infer.Generator:
+    """A generator whose model says only words that begin with a blank, so that its random answers are text."""
+    generator = infer.Generator.from_arguments(arguments(model_dir, *words))
+    tokenizer = generator.template.tokenizer
+    vocab = [tokenizer.convert_ids_to_tokens(i) or "" for i in range(generator.model.config.vocab_size)]
+    silent = torch.tensor([not (t.startswith("\u0120") and t[1:].isascii() and t[1:].isalpha()) for t in vocab])
+    generator.model.lm_head.register_forward_hook(lambda _m, _i, out: out.masked_fill(silent, -1e9))
+    return generator
+
+
+@pytest.fixture(scope="module")
+def generator(model_dir: str) -> infer.Generator:
+    return make_generator(model_dir)
+
+
+def greedy(generator: infer.Generator, messages: list[dict[str, Any]], count: int = 12) -> list[int]:
+    """The most likely tokens, one forward pass each."""
+    ids = generator.template.encode_prompt(messages)
+    answer: list[int] = []
+    while len(answer) < count:
+        logits = generator.model(torch.tensor([ids + answer])).logits[0, -1]
+        token = int(logits.argmax())
+        if token in generator.template.stop_token_ids:
+            break
+        answer.append(token)
+    return answer
+
+
+def test_answers_are_the_most_likely_tokens(generator: infer.Generator) -> None:
+    with torch.no_grad():
+        tokens = greedy(generator, QUESTION)
+    expected = generator.template.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert expected
+    assert generator.answer([QUESTION]) == [expected]
+    assert "".join(generator.stream(QUESTION)) == expected
+
+
+def test_a_batch_gives_each_its_own_answer(generator: infer.Generator) -> None:
+    other = [{"role": "user", "content": "Hello, fox!"}]
+    assert generator.answer([QUESTION, other]) == [*generator.answer([QUESTION]), *generator.answer([other])]
+
+
+def test_stop_words_end_the_answer_and_are_cut(model_dir: str, generator: infer.Generator) -> None:
+    full = generator.answer([QUESTION])[0]
+    word = full[4:8]
+    stopped = make_generator(model_dir, "--stop_words", word)
+    expected = full[: full.index(word)]
+    assert stopped.answer([QUESTION]) == [expected]
+    assert "".join(stopped.stream(QUESTION)) == expected
+
+
+def test_leaving_a_stream_ends_the_generation(model_dir: str) -> None:
+    generator = make_generator(model_dir, "--max_new_tokens", "200")
+    steps = 0
+    forward = generator.model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return forward(*args, **kwargs)
+
+    generator.model.forward = counted
+    pieces = generator.stream(QUESTION)
+    next(pieces)
+    pieces.close()
+    assert 0 < steps < 200
+
+
+def test_errors_of_the_generation_reach_the_caller(model_dir: str) -> None:
+    generator = make_generator(model_dir)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of order")
+
+    generator.model.forward = broken
+    with pytest.raises(RuntimeError, match="out of order"):
+        list(generator.stream(QUESTION))
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_prompt(
+    model_dir: str,
+    generator: infer.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stream: str,
+) -> None:
+    monkeypatch.setattr(infer.Generator, "from_arguments", lambda _args: generator)
+    infer.infer_main(arguments(model_dir, "--prompt", QUESTION[0]["content"], "--stream", stream))
+    assert capsys.readouterr().out == generator.answer([QUESTION])[0] + "\n"
+
+
+def test_data_set(model_dir: str, generator: infer.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(infer.Generator, "from_arguments", lambda _args: generator)
+    rows = [
+        {"messages": [*QUESTION, {"role": "assistant", "content": "Paris."}], "id": 7},
+        {"query": "Hello, fox!", "system": "You are a fox."},
+        {"query": "And?", "history": [["Hello", "Good day"]]},
+    ]
+    source, result = tmp_path / "rows.jsonl", tmp_path / "made" / "result.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    infer.infer_main(
+        arguments(model_dir, "--val_dataset", str(source), "--result_path", str(result), "--max_batch_size", "2")
+    )
+    found = [json.loads(line) for line in result.read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k not in ("response", "labels")} for row in found] == rows
+    assert found[0]["labels"] == "Paris." and "labels" not in found[1]
+    conversations = [
+        QUESTION,
+        [{"role": "system", "content": "You are a fox."}, {"role": "user", "content": "Hello, fox!"}],
+        [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Good day"},
+            {"role": "user", "content": "And?"},
+        ],
+    ]
+    assert [row["response"] for row in found] == [generator.answer([c])[0] for c in conversations]
+    assert list(result.parent.iterdir()) == [result]  # nothing half-written is left
+
+
+def test_rows_that_are_no_conversations(generator: infer.Generator, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"query": "Hello"}\n{"text": "x"}\n')
+    with pytest.raises(DatasetError, match=r"rows.jsonl:2: must be an object with `messages` or `query`"):
+        infer.read_rows([str(file)])
+    file.write_text('{"query": ')
+    with pytest.raises(DatasetError, match=r"rows.jsonl:1: not valid JSON"):
+        infer.read_rows([str(file)])
+    with pytest.raises(DatasetError, match="no such file"):
+        infer.read_rows([str(tmp_path / "absent.jsonl")])
+    bad, good = {"messages": [{"content": "who says this?"}]}, {"query": "Hello"}
+    done = list(infer.answer_rows(generator, [bad, good], batch_size=2))
+    assert done[0]["response"] is None and "role" in done[0]["error"]
+    assert done[1]["response"] == generator.answer([[{"role": "user", "content": "Hello"}]])[0]
+
+
+def test_chat_keeps_the_history(
+    generator: infer.Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("Hello\n\nAnd?\nclear\nsystem You are a fox.\nHello\nexit\nnever read\n")
+    )
+    seen: list[list[dict[str, Any]]] = []
+    original = infer.Generator.stream
+
+    def recorded(self: infer.Generator, messages: list[dict[str, Any]]) -> Any:
+        seen.append([dict(m) for m in messages])
+        return original(self, messages)
+
+    monkeypatch.setattr(infer.Generator, "stream", recorded)
+    infer.chat(generator)
+    assert [[m["role"] for m in messages] for messages in seen] == [
+        ["user"],
+        ["user", "assistant", "user"],
+        ["system", "user"],
+    ]
+    first = generator.answer([seen[0]])[0]
+    assert seen[1][1]["content"] == first
+    assert first in capsys.readouterr().out
