@@ -208,10 +208,11 @@ class BoundMap:
     ignore: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        claims: dict[str, str] = {}
+        hf: dict[str, str] = {}
+        mcore: dict[str, str] = {}
         for entry in self.entries:
             _check_gather(entry)
-            for name in (*entry.hf, entry.label):
+            for claims, name in (*((hf, name) for name in entry.hf), (mcore, entry.label)):
                 if name in claims:
                     raise MapError(f"{name} is claimed twice: by {claims[name]} and by {entry.label}")
                 claims[name] = entry.label

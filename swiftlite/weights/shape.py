@@ -142,14 +142,14 @@ def layer_pattern(freq: Any, num_layers: int) -> tuple[bool, ...]:
 
 def _parse_pattern(text: str) -> int | list[int]:
     """`3`, `[0,1,1]` or sums of `[0]*1` terms."""
-    text = text.replace(" ", "")
+    text = text.replace(" ", "").removeprefix("(").removesuffix(")")
     if text.isdigit():
         return int(text)
     pattern: list[int] = []
     try:
         for term in text.split("+"):
             values, _, times = term.partition("*")
-            pattern += [int(v) for v in values.strip("()[]").split(",")] * (int(times) if times else 1)
+            pattern += [int(v) for v in values.strip("[]").split(",")] * (int(times) if times else 1)
     except ValueError:
         raise ConfigError(
             f"moe_layer_freq {text!r} is not understood; write it as 3, [0,1,1] or [0]*1+[1]*45"

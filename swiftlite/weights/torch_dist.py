@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -231,19 +232,39 @@ def _data_offset(file: Path, offset: int, length: int, nbytes: int) -> int:
             names = {name.partition("/")[2]: name for name in archive.namelist()}
             if nbytes == 0:
                 return offset
-            info = archive.getinfo(names["data/0"])
-            if info.file_size != nbytes or info.compress_type != zipfile.ZIP_STORED:
+            (info,) = (archive.getinfo(name) for part, name in names.items() if re.fullmatch(r"data/\d+", part))
+            start = _TensorPickle(io.BytesIO(archive.read(names["data.pkl"]))).start_bytes(nbytes)
+            if start + nbytes > info.file_size or info.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
-                    f"{file}: record at {offset} holds {info.file_size} bytes where the metadata says {nbytes}"
+                    f"{file}: record at {offset} holds {info.file_size} bytes where the metadata says {start + nbytes}"
                 )
             raw.seek(offset + info.header_offset)
             header = raw.read(30)
             return (
-                offset + info.header_offset + 30
+                offset + info.header_offset + 30 + start
                 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             )  # fmt: skip
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{file}: the record at byte {offset} is damaged or truncated ({error})") from None
+
+
+class _TensorPickle(pickle.Unpickler):
+    """Reads where in its storage a saved tensor starts, from the pickle of a `torch.save` record; runs none of it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return lambda *args: args
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+    def start_bytes(self, nbytes: int) -> int:
+        """Raises: ValueError if the record is no contiguous tensor of `nbytes` bytes."""
+        _, first, size, stride, *_ = self.load()
+        numel = math.prod(size)
+        expected = [math.prod(size[d + 1 :]) for d in range(len(size))]
+        if any(s != e and n > 1 for s, e, n in zip(stride, expected, size, strict=True)) or nbytes % max(numel, 1):
+            raise ValueError("not a contiguous tensor of the expected size")
+        return int(first) * (nbytes // max(numel, 1))
 
 
 class _Window(io.RawIOBase):
