@@ -1,0 +1,130 @@
+"""Process group, megatron-core's parallel groups and seeds. The layout is handed on as a value, `ParallelState`.
+
+Works with and without torchrun: one plain process gets a group of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from swiftlite.megatron import backend
+from swiftlite.utils.dist import get_rank, get_world_size
+from swiftlite.utils.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Sizes of the parallel axes and this process' place on each."""
+
+    rank: int
+    world_size: int
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    dp_size: int
+    dp_rank: int
+    ep_size: int
+    ep_rank: int
+    cp_size: int
+    vpp_size: int | None
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This process holds the output layer, in its last model chunk."""
+        return self.pp_rank == self.pp_size - 1
+
+    def describe(self) -> str:
+        sizes = {"TP": self.tp_size, "PP": self.pp_size, "VPP": self.vpp_size or 1, "EP": self.ep_size,
+                 "CP": self.cp_size, "DP": self.dp_size}  # fmt: skip
+        named = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        return named or "one process"
+
+
+def initialize(args: Any) -> ParallelState:
+    """Make the process group and the parallel groups of `args`, set all seeds. Collective.
+
+    Args: args: fields of ParallelArguments, `seed`.
+    Raises: UsageError if the sizes do not divide the number of processes, before any group is made.
+    """
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    found = backend.setup()
+    world_size = get_world_size()
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    args.data_parallel_size(world_size)
+    vpp = args.num_virtual_stages_per_pipeline_rank
+    if vpp is not None and vpp > 1 and pp == 1:
+        raise UsageError(
+            f"--num_virtual_stages_per_pipeline_rank {vpp}: needs --pipeline_model_parallel_size of at least 2"
+        )
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    if not dist.is_initialized():
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(found.collectives, timeout=timeout)
+        else:
+            dist.init_process_group(
+                found.collectives, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    model_parallel_cuda_manual_seed(args.seed)
+    return get_parallel_state()
+
+
+def get_parallel_state() -> ParallelState:
+    """The layout in force. Call after `initialize`."""
+    from megatron.core import parallel_state as mpu
+
+    return ParallelState(
+        rank=get_rank(),
+        world_size=dist.get_world_size(),
+        tp_size=mpu.get_tensor_model_parallel_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_size=mpu.get_pipeline_model_parallel_world_size(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        ep_size=mpu.get_expert_model_parallel_world_size(),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
+        vpp_size=mpu.get_virtual_pipeline_model_parallel_world_size(),
+    )
+
+
+def destroy() -> None:
+    """Take down what `initialize` made; does nothing where it did not run."""
+    from megatron.core import parallel_state as mpu
+
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def parallel_groups(args: Any) -> Iterator[ParallelState]:
+    """`initialize`, and `destroy` however the block ends."""
+    try:
+        yield initialize(args)
+    finally:
+        destroy()

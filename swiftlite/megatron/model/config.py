@@ -1,0 +1,167 @@
+"""MegatronArguments -> megatron-core's TransformerConfig.
+
+`config_fields` gives the keywords as the arguments say them; what the machine cannot do is changed afterwards, by the
+table in `backend`. megatron-core is imported inside functions, after `backend.setup()`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from swiftlite.megatron import backend
+from swiftlite.megatron.argument.megatron import expand_pattern
+from swiftlite.utils.errors import ConfigError
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+# What no argument decides: every model here is a plain decoder with RMSNorm, trained with variable-length batches.
+FIXED: Mapping[str, Any] = {
+    "normalization": "RMSNorm",
+    "deallocate_pipeline_outputs": True,
+    "persist_layer_norm": True,
+    "cp_comm_type": "p2p",
+    "fp8_amax_history_len": 1024,
+    "fp8_amax_compute_algo": "max",
+    "cpu_offloading_weights": True,
+    "batch_p2p_comm": True,
+}
+
+Rule = Callable[[Any], Any]
+
+# TransformerConfig field <- argument of another name or another form. Fields of the same name need no row.
+RULES: Mapping[str, Rule] = {
+    "num_moe_experts": lambda a: a.num_experts,
+    "layernorm_epsilon": lambda a: a.norm_epsilon,
+    "add_bias_linear": lambda a: not a.disable_bias_linear,
+    "gated_linear_unit": lambda a: a.swiglu,
+    "activation_func": lambda a: torch.nn.functional.silu if a.swiglu else torch.nn.functional.gelu,
+    "bias_activation_fusion": lambda a: a.bias_swiglu_fusion,
+    "perform_initialization": lambda a: getattr(a, "perform_initialization", False),
+    "moe_layer_freq": lambda a: moe_layers(a),
+    "moe_shared_expert_gate": lambda a: a.use_shared_expert_gate,
+    "moe_router_load_balancing_type": lambda a: a.moe_router_load_balancing_type,
+    "moe_grouped_gemm": lambda a: bool(a.num_experts) if a.moe_grouped_gemm is None else a.moe_grouped_gemm,
+    "kv_channels": lambda a: a.kv_channels or a.hidden_size // a.num_attention_heads,
+    "expert_tensor_parallel_size": lambda a: a.expert_tensor_parallel_size or a.tensor_model_parallel_size,
+    "num_layers_in_first_pipeline_stage": lambda a: a.decoder_first_pipeline_num_layers,
+    "num_layers_in_last_pipeline_stage": lambda a: a.decoder_last_pipeline_num_layers,
+    "virtual_pipeline_model_parallel_size": lambda a: virtual_stages(a),
+    "microbatch_group_size_per_vp_stage": lambda a: a.pipeline_model_parallel_size,
+    "bf16": lambda a: torch_dtype(a) == torch.bfloat16,
+    "fp16": lambda a: torch_dtype(a) == torch.float16,
+    "params_dtype": lambda a: torch_dtype(a),
+    "pipeline_dtype": lambda a: torch_dtype(a),
+    "autocast_dtype": lambda a: torch_dtype(a),
+    "attention_backend": lambda a: attention_backend(a.attention_backend),
+    "fp8": lambda a: a.fp8_format,
+    "fp8_param": lambda a: a.fp8_param_gather,
+}
+
+# The same for models with multi-latent attention.
+MLA_RULES: Mapping[str, Rule] = {
+    "q_lora_rank": lambda a: a.q_lora_rank,
+    # Latent norms exist in every MLA model; megatron-core ties them to this switch.
+    "qk_layernorm": lambda a: True,
+    "rope_type": lambda a: "yarn" if rope_type(a) == "yarn" else "rope",
+    # Only the softmax scale reads these: the frequencies come from transformers' own functions.
+    "rotary_scaling_factor": lambda a: (a.rope_scaling or {}).get("factor", 1.0),
+    "mscale": lambda a: (a.rope_scaling or {}).get("mscale", 1.0),
+    "mscale_all_dim": lambda a: (a.rope_scaling or {}).get("mscale_all_dim", 0.0),
+    "apply_rope_fusion": lambda a: False,
+}
+# None is their value there, not "take the default".
+_MAY_BE_NONE = ("q_lora_rank",)
+
+
+def torch_dtype(args: Any) -> torch.dtype:
+    """dtype of the weights, float32 where nothing was said."""
+    dtype = args.torch_dtype
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return torch.float32 if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))  # type: ignore[no-any-return]
+
+
+def rope_type(args: Any) -> str:
+    """'default', 'linear', 'dynamic', 'llama3', 'yarn', ..."""
+    scaling = args.rope_scaling or {}
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def moe_layers(args: Any) -> list[int] | None:
+    """1 per layer with experts, 0 per dense layer; None for a dense model.
+
+    Always the list, also where all entries are 1: it decides whether a checkpoint's layers are stacked.
+    """
+    if not args.num_experts:
+        return None
+    freq = args.moe_layer_freq
+    pattern = list(freq) if isinstance(freq, list | tuple) else expand_pattern(str(freq or "1"), args.num_layers)
+    if len(pattern) != args.num_layers:
+        raise ConfigError(f"moe_layer_freq {freq}: describes {len(pattern)} layers, not {args.num_layers}")
+    return pattern
+
+
+def virtual_stages(args: Any) -> int | None:
+    stages = args.num_virtual_stages_per_pipeline_rank
+    return stages if stages and stages > 1 else None
+
+
+def attention_backend(name: str | None) -> Any:
+    from megatron.core.transformer.enums import AttnBackend
+
+    return AttnBackend[name or "auto"]
+
+
+def config_class(args: Any) -> type:
+    """TransformerConfig, or MLATransformerConfig for multi-latent attention."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    return MLATransformerConfig if args.multi_latent_attention else TransformerConfig
+
+
+def config_fields(args: Any) -> dict[str, Any]:
+    """Keywords of `config_class(args)` as the arguments say them, before this machine has its say.
+
+    Fields whose argument is None are absent: megatron-core's default holds.
+    """
+    backend.setup()
+    known = {f.name for f in dataclasses.fields(config_class(args)) if f.init}
+    rules: dict[str, Rule] = {**RULES, **(MLA_RULES if args.multi_latent_attention else {})}
+    fields: dict[str, Any] = {k: v for k, v in FIXED.items() if k in known}
+    for name in sorted(known):
+        if name in rules:
+            value = rules[name](args)
+        elif name in FIXED:
+            continue
+        else:
+            value = getattr(args, name, None)
+        if value is not None or (name in _MAY_BE_NONE and name in rules):
+            fields[name] = value
+    if not args.multi_latent_attention and args.num_query_groups is None:
+        fields["num_query_groups"] = args.num_attention_heads
+    if args.multi_latent_attention:
+        fields["num_query_groups"] = args.num_attention_heads
+        fields.pop("kv_channels", None)
+    return fields
+
+
+def to_transformer_config(args: Any, **overrides: Any) -> Any:
+    """The TransformerConfig (or MLATransformerConfig) that a model is built with on this machine.
+
+    Args: overrides: fields that a caller sets over everything else.
+    Raises: ConfigError if megatron-core refuses the combination.
+    """
+    fields, changes = backend.adjust_config(config_fields(args))
+    for change in changes:
+        logger.debug("%s = %s: %s", change.field, change.value, change.reason)
+    fields.update(overrides)
+    known = {f.name for f in dataclasses.fields(config_class(args)) if f.init}
+    try:
+        return config_class(args)(**{name: value for name, value in fields.items() if name in known})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"megatron-core refuses this combination of settings: {error}") from error
