@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from swiftlite.llm.argument.export import ExportArguments
+from swiftlite.llm.pipeline import as_arguments, resolve
 from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
@@ -137,10 +139,11 @@ def _locate(source: TensorSource, names: Sequence[str]) -> stream.Locate:
 def convert_hf2mcore(args: Any) -> Path:
     """Convert the Hugging Face checkpoint `args.model` to a torch_dist checkpoint. Returns: the output directory.
 
-    args: ExportArguments with model_info resolved. The output appears under its name only when everything, including
+    args: ExportArguments, or words as typed. The output appears under its name only when everything, including
     the precision check if asked for, has succeeded.
     """
     started = time.time()
+    args = _ready(args)
     model_dir = Path(args.model_info.model_dir)
     config = read_config(model_dir)
     dtype = args.dtype if "torch_dtype" in args.given else None
@@ -255,6 +258,7 @@ def convert_mcore2hf(args: Any) -> Path:
     Megatron-LM or another tool wrote.
     """
     started = time.time()
+    args = _ready(args)
     root = Path(args.mcore_model)
     iteration = find_iteration(root)
     root = iteration.parent
@@ -413,8 +417,17 @@ def _join(argv: Sequence[str]) -> str:
     return " ".join(shlex.quote(a) for a in argv) + "\n"
 
 
+def _ready(args: Any) -> Any:
+    """ExportArguments with the model's facts, from such an object or from words as typed."""
+    args = as_arguments(ExportArguments, args)
+    if not hasattr(args, "model_info"):
+        resolve(args, need_template=args.test_convert_precision)
+    return args
+
+
 def export_main(args: Any) -> Path:
-    """`swiftlite export`. Raises: UsageError if no direction is given."""
+    """`swiftlite export`; `args`: ExportArguments, or words as typed. Raises: UsageError if no direction is given."""
+    args = as_arguments(ExportArguments, args)
     if args.to_mcore:
         return convert_hf2mcore(args)
     if args.to_hf:
