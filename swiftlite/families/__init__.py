@@ -12,7 +12,10 @@ from swiftlite.meta.family import Family
 from swiftlite.meta.model import ModelMeta
 from swiftlite.utils.errors import ConfigError, UsageError
 
-BUILT_IN = ("qwen2", "llama", "qwen3", "qwen3_moe", "glm4_moe", "smollm2")
+BUILT_IN = (
+    "qwen2", "llama", "qwen3", "qwen2_moe", "qwen3_moe", "internlm3", "mimo", "deepseek_moe", "deepseek_v2",
+    "deepseek_v3", "dots1", "ernie4_5", "glm4_moe", "smollm2",
+)  # fmt: skip
 
 _FAMILIES: dict[str, Family] = {}
 _MODELS: dict[str, ModelMeta] = {}

@@ -227,3 +227,34 @@ REFUSE_OUTPUT_BIAS = (
         )
     ),
 )
+
+# ---- DeepSeek and Ernie ----
+
+MLA_CONFIG = (
+    Refuse(
+        lambda c: (
+            "attention_bias true puts biases on latent projections, which Megatron's MLA does not have"
+            if c.get("attention_bias")
+            else None
+        )
+    ),
+    constant("qk_layernorm", True),
+)
+SEQ_AUX_LOSS = (constant("moe_router_load_balancing_type", "seq_aux_loss"),)
+EXPERT_GROUPS = (
+    Derived("moe_router_num_groups", lambda c: c.get("n_group") if (c.get("n_group") or 1) > 1 else None),
+    Derived("moe_router_group_topk", lambda c: c.get("topk_group") if (c.get("n_group") or 1) > 1 else None),
+)
+
+
+def _dense_first_every(config: Config) -> str | None:
+    """DeepSeek's pattern: experts from first_k_dense_replace on, in every moe_layer_freq-th layer."""
+    every = config.get("moe_layer_freq") or 1
+    if every == 1:
+        return _dense_first(config)
+    dense = config.get("first_k_dense_replace") or 0
+    pattern = [int(i >= dense and i % every == 0) for i in range(config["num_hidden_layers"])]
+    return f"[{','.join(map(str, pattern))}]"
+
+
+DENSE_FIRST_EVERY = (Derived("moe_layer_freq", _dense_first_every),)

@@ -1,0 +1,115 @@
+"""ERNIE 4.5, dense and MoE: interleaved rotary, softmax router whose correction bias only chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from swiftlite.families import register_family
+from swiftlite.families.blocks import (
+    ATTENTION,
+    EMBED,
+    EXPERT_BIAS,
+    EXPERTS,
+    GPT_CONFIG,
+    MLP,
+    MOE,
+    SHARED_EXPERTS,
+    STORED_TIED_HEAD,
+    Config,
+    constant,
+    copy,
+)
+from swiftlite.meta.family import Family
+from swiftlite.meta.mcore import Derived, McoreMeta, Refuse
+from swiftlite.meta.model import ModelGroup, ModelMeta, ids
+from swiftlite.weights.ops import FLATTEN
+from swiftlite.weights.rule import Source, WeightMap, WeightRule
+
+ROUTER = (
+    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
+    copy("{layer}.mlp.router.weight", "{layer}.mlp.gate.weight", "experts", "hidden", when=MOE, keep_dtype=True),
+    WeightRule(
+        "{layer}.mlp.router.expert_bias",
+        (Source("{layer}.mlp.moe_statics.e_score_correction_bias", (1, "experts")),),
+        FLATTEN,
+        EXPERT_BIAS,
+        keep_dtype=True,
+    ),
+)
+
+
+def _text_width(config: Config) -> int | None:
+    """Width of a text expert; multimodal releases list one per modality."""
+    width = config.get("moe_intermediate_size")
+    return width[0] if isinstance(width, list) else width
+
+
+def _moe_layers(config: Config) -> str | None:
+    """Experts from moe_layer_start_index to moe_layer_end_index where (layer + 1) % moe_layer_interval == 0."""
+    if not config.get("moe_num_experts"):
+        return None
+    layers = config["num_hidden_layers"]
+    start, end = config.get("moe_layer_start_index", 0), config.get("moe_layer_end_index")
+    end = layers - 1 if end in (None, -1) else end
+    every = config.get("moe_layer_interval", 1)
+    return f"[{','.join(str(int(start <= i <= end and (i + 1) % every == 0)) for i in range(layers))}]"
+
+
+def _if_moe(value: Any) -> Callable[[Config], Any]:
+    return lambda c: value if c.get("moe_num_experts") else None
+
+
+PATCHES = (
+    Refuse(lambda c: "use_bias true is not supported" if c.get("use_bias") else None),
+    Derived("untie_embeddings_and_output_weights", lambda c: not c.get("tie_word_embeddings", True)),
+    constant("rotary_interleaved", True),
+    Derived("moe_ffn_hidden_size", _text_width),
+    Derived("moe_layer_freq", _moe_layers),
+    Derived("moe_router_pre_softmax", _if_moe(False)),
+    Derived("moe_router_enable_expert_bias", _if_moe(True)),
+    Derived(
+        "moe_shared_expert_intermediate_size",
+        lambda c: (c.get("moe_num_shared_experts") or 0) * (_text_width(c) or 0) or None,
+    ),
+)
+
+register_family(
+    Family(
+        "ernie4_5",
+        architectures=("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"),
+        mcore=McoreMeta(
+            config=GPT_CONFIG,
+            patches=PATCHES,
+            block="softmax_bias_router",
+            weights=WeightMap(
+                top=EMBED,
+                layer=ATTENTION + MLP + ROUTER + EXPERTS + SHARED_EXPERTS,
+                duplicates=STORED_TIED_HEAD,
+            ),
+        ),
+        models=(
+            ModelMeta(
+                "ernie",
+                (
+                    ModelGroup(
+                        ids(
+                            ("PaddlePaddle/ERNIE-4.5-0.3B-Base-PT", "baidu/ERNIE-4.5-0.3B-PT"),
+                            ("PaddlePaddle/ERNIE-4.5-0.3B-PT", "baidu/ERNIE-4.5-0.3B-PT"),
+                        ),
+                    ),
+                    ModelGroup(
+                        ids(
+                            ("PaddlePaddle/ERNIE-4.5-21B-A3B-Base-PT", "baidu/ERNIE-4.5-21B-A3B-Base-PT"),
+                            ("PaddlePaddle/ERNIE-4.5-21B-A3B-PT", "baidu/ERNIE-4.5-21B-A3B-PT"),
+                            ("PaddlePaddle/ERNIE-4.5-300B-A47B-Base-PT", "baidu/ERNIE-4.5-300B-A47B-Base-PT"),
+                            ("PaddlePaddle/ERNIE-4.5-300B-A47B-PT", "baidu/ERNIE-4.5-300B-A47B-PT"),
+                        ),
+                    ),
+                ),
+                template="ernie",
+                architectures=("Ernie4_5_ForCausalLM", "Ernie4_5_MoeForCausalLM"),
+            ),
+        ),
+    )
+)
