@@ -1,0 +1,125 @@
+"""Resolution of arguments: from a model directory, from a converted checkpoint, from args.json."""
+
+import json
+import shutil
+
+import pytest
+
+from swiftlite.llm import pipeline
+from swiftlite.llm.argument.export import ExportArguments
+from swiftlite.llm.argument.infer import InferArguments
+from swiftlite.megatron.argument.resolve import resolve_megatron
+from swiftlite.megatron.argument.sft import MegatronSftArguments
+from swiftlite.utils.errors import CheckpointError, UsageError
+
+
+@pytest.fixture
+def mcore_dir(tiny_model, tmp_path):
+    """What a conversion leaves beside its weights; the weights themselves are not looked at."""
+    source = tiny_model("glm4_moe")
+    root = tmp_path / "converted"
+    root.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, root)
+    args = pipeline.resolve(ExportArguments(model=str(source), to_mcore=True, output_dir=str(root)))
+    pipeline.save_args(args, root)
+    (root / "latest_checkpointed_iteration.txt").write_text("1")
+    (root / "iter_0000001").mkdir()
+    (root / "iter_0000001/metadata.json").write_text("{}")
+    return root
+
+
+def test_model_directory(tiny_model):
+    args = pipeline.resolve(InferArguments(model=str(tiny_model("glm4_moe"))))
+    assert (args.model_type, args.template, args.max_length, args.task_type) == ("glm4_5", "glm4_5", 256, "causal_lm")
+    assert args.torch_dtype == str(args.model_info.torch_dtype).removeprefix("torch.")
+    assert args.model_meta.architectures == ("Glm4MoeForCausalLM",)
+
+
+def test_what_the_user_says_holds(tiny_model):
+    args = InferArguments(model=str(tiny_model("glm4_moe")), template="qwen3", max_length=33, torch_dtype="bfloat16")
+    pipeline.resolve(args)
+    assert (args.template, args.max_length, args.torch_dtype) == ("qwen3", 33, "bfloat16")
+    assert args.given == {"model", "template", "max_length", "torch_dtype"}
+
+
+@pytest.mark.parametrize("inside", ["", "iter_0000001"])
+def test_converted_checkpoint_alone_knows_its_model(mcore_dir, inside):
+    args = MegatronSftArguments(mcore_model=str(mcore_dir / inside), max_length=128)
+    resolve_megatron(args)
+    assert (args.model_type, args.template, args.padded_vocab_size) == ("glm4_5", "glm4_5", 320)
+    assert (args.num_layers, args.moe_layer_pattern, args.seq_length) == (3, [0, 1, 1], 128)
+    assert args.model_info.model_dir == str(mcore_dir)
+
+
+def test_converted_checkpoint_keeps_a_template_that_was_chosen(mcore_dir):
+    values = pipeline.load_args(mcore_dir)
+    values["template"] = "qwen3"
+    (mcore_dir / "args.json").write_text(json.dumps(values))
+    assert pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir))).template == "qwen3"
+    assert pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir), template="glm4_5")).template == "glm4_5"
+
+
+def test_foreign_checkpoint_needs_its_model(mcore_dir, tiny_model):
+    (mcore_dir / "args.json").unlink()
+    (mcore_dir / "config.json").unlink()
+    with pytest.raises(UsageError, match="neither args.json nor config.json; give .* with --model"):
+        pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
+    args = MegatronSftArguments(mcore_model=str(mcore_dir), model=str(tiny_model("glm4_moe")))
+    assert pipeline.resolve(args).model_type == "glm4_5"
+
+
+def test_directories_of_the_wrong_kind(tiny_model, tmp_path):
+    hf = str(tiny_model("glm4_moe"))
+    with pytest.raises(CheckpointError, match="this is a Hugging Face directory; give it with --model"):
+        pipeline.resolve(MegatronSftArguments(mcore_model=hf))
+    with pytest.raises(UsageError, match="no such directory"):
+        pipeline.resolve(MegatronSftArguments(mcore_model=str(tmp_path / "nowhere")))
+    with pytest.raises(CheckpointError, match="no finished|no latest_checkpointed_iteration.txt"):
+        pipeline.resolve(MegatronSftArguments(mcore_model=str(tmp_path)))
+    with pytest.raises(UsageError, match="give a model with --model"):
+        pipeline.resolve(InferArguments())
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_broken_args_json(mcore_dir, text):
+    (mcore_dir / "args.json").write_text(text)
+    with pytest.raises(CheckpointError, match="args.json"):
+        pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
+
+
+def test_args_json_round_trip(mcore_dir):
+    values = pipeline.load_args(mcore_dir)
+    assert values["model_type"] == values["template"] == "glm4_5"
+    assert values["vocab_size"] == 320 and values["torch_dtype"] == "float32"
+    assert pipeline.load_args(mcore_dir / "iter_0000001") == {}
+
+
+def test_layout_is_judged_against_the_model(mcore_dir):
+    with pytest.raises(UsageError, match="3 layers cannot be divided over 2 stages"):
+        resolve_megatron(MegatronSftArguments(mcore_model=str(mcore_dir), pipeline_model_parallel_size=2))
+
+
+def test_custom_registration_runs_once(tmp_path, tiny_model):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("import pathlib\np = pathlib.Path(__file__).with_name('ran')\n"
+                      "p.write_text(p.read_text() + 'x' if p.exists() else 'x')\n")  # fmt: skip
+    for _ in range(2):
+        pipeline.resolve(InferArguments(model=str(tiny_model("glm4_moe")), external_plugins=[str(plugin)]))
+    assert (tmp_path / "ran").read_text() == "x"
+    with pytest.raises(UsageError, match="must be an existing .py file"):
+        pipeline.register_custom([str(tmp_path / "nothing.py")])
+
+
+def test_model_and_template(tiny_model):
+    model, template = pipeline.prepare_model_template(InferArguments(model=str(tiny_model("glm4_moe"))))
+    assert type(model).__name__ == "Glm4MoeForCausalLM"
+    encoded = template.encode({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    assert len(encoded["input_ids"]) == len(encoded["labels"])
+    assert pipeline.prepare_template(InferArguments(model=str(tiny_model("glm4_moe")))).max_length == 256
+
+
+def test_arguments_or_words():
+    args = InferArguments(model="DIR")
+    assert pipeline.as_arguments(InferArguments, args) is args
+    assert pipeline.as_arguments(InferArguments, ["--model", "DIR"]).model == "DIR"
