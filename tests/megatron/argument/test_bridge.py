@@ -10,6 +10,7 @@ import torch
 from swiftlite.megatron.argument.bridge import ARGV, EXTRA, STOCK
 from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.argument.megatron import MegatronArguments, expand_pattern
+from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.utils.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[2] / "golden/glm4_5_air"
@@ -48,6 +49,26 @@ def test_extra_args_equal_the_record():
     assert extra.pop("torch_dtype") is torch.bfloat16 and want.pop("torch_dtype") == "torch.bfloat16"
     assert extra == want
     assert {key: type(value) for key, value in extra.items()} == {key: type(value) for key, value in want.items()}
+
+
+@pytest.mark.parametrize("style", ["hub", "transformers 5"])
+def test_from_config_json_to_argv(style):
+    """The whole way, with rope settings where either transformers version writes them; sizes follow config.json."""
+    hf = golden("config.json")
+    if style == "transformers 5":
+        hf["rope_parameters"] = {
+            "rope_type": "default", "rope_theta": hf.pop("rope_theta"),
+            "partial_rotary_factor": hf.pop("partial_rotary_factor"),
+        }  # fmt: skip
+        hf["dtype"] = hf.pop("torch_dtype")
+        del hf["rope_scaling"]
+    argv, extra = convert(convert_hf_config(hf)).parse_to_megatron()
+    assert argv == golden("argv.json") and extra["partial_rotary_factor"] == 0.5
+    hf.update(num_hidden_layers=7, n_routed_experts=6, num_experts_per_tok=3, vocab_size=333, first_k_dense_replace=2)
+    argv, extra = convert(convert_hf_config(hf)).parse_to_megatron()
+    found = flags(argv)
+    assert (found["--num-layers"], found["--num-experts"], found["--moe-router-topk"]) == (["7"], ["6"], ["3"])
+    assert found["--moe-layer-freq"] == ["[0]*2+[1]*5"] and extra["padded_vocab_size"] == 333
 
 
 def test_dtype_may_be_an_object():
