@@ -77,13 +77,13 @@ def run(argv: Sequence[str]) -> int:
     if "-h" in rest or "--help" in rest:
         sys.stdout.write(format_help(arguments, f"swiftlite {' '.join(words)}") + "\n")
         return 0
-    torchrun: list[str] | None = None
-    if route.launch:
-        from swiftlite.cli.launcher import launch, torchrun_args
+    from swiftlite.cli.launcher import launch, torchrun_args
 
-        torchrun = torchrun_args(os.environ)
-    if torchrun is None:
+    torchrun = torchrun_args(os.environ)
+    if torchrun is None or not route.launch:
         args = parse(arguments, rest)
+        if torchrun is not None:
+            get_logger().warning("%s runs in one process; NPROC_PER_NODE and NNODES have no effect", " ".join(words))
         _load(route.handler)(args)
         return 0
     # Mistakes in the arguments are told once, here, instead of once per process; remarks are left to the workers.

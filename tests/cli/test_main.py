@@ -86,7 +86,6 @@ def route(monkeypatch):
     def replace(function):
         monkeypatch.setitem(ROUTES, ("infer",), Route(ROUTES[("infer",)].arguments, f"{__name__}:_handler", False, ""))
         monkeypatch.setattr(sys.modules[__name__], "_handler", function, raising=False)
-        monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
 
     return replace
 
@@ -117,6 +116,13 @@ def test_interrupt_is_130_and_success_is_0(route, capsys):
 def test_debug_is_read_from_the_words():
     assert wants_debug(["--debug"]) and wants_debug(["--debug", "true"]) and wants_debug(["--debug=1"])
     assert not wants_debug(["--debug", "false"]) and not wants_debug(["--prompt", "debug"])
+
+
+def test_commands_of_one_process_say_so(route, capsys, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    route(lambda args: None)
+    assert main(["infer", "--model", "DIR"]) == 0
+    assert "infer runs in one process; NPROC_PER_NODE" in capsys.readouterr().err
 
 
 def test_megatron_export_is_export():
@@ -158,7 +164,7 @@ def test_threads_are_divided_but_a_choice_is_kept():
 
 
 def test_usage_errors_are_told_once_before_torchrun_starts():
-    done = swiftlite("export", "--to_mcre", "true", NPROC_PER_NODE="2")
+    done = swiftlite("megatron", "sft", "--modle", "DIR", NPROC_PER_NODE="2")
     assert done.returncode == 2 and done.stderr.count("error") == 1
 
 
