@@ -1,0 +1,85 @@
+"""Tiny Hugging Face models of every registered type, with random norms and biases, written by transformers itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = json.loads(
+    (Path(__file__).parents[1] / "golden" / "tiny_configs.json").read_text()
+)
+CASES = [f"{model_type}:{variant}" for model_type, variants in CONFIGS.items() for variant in variants]
+
+
+def config_of(case: str) -> dict[str, Any]:
+    model_type, variant = case.split(":")
+    return dict(CONFIGS[model_type][variant])
+
+
+def distinct_cases() -> list[str]:
+    """One case of each distinct config."""
+    seen: dict[str, str] = {}
+    for case in CASES:
+        seen.setdefault(json.dumps(config_of(case), sort_keys=True), case)
+    return list(seen.values())
+
+
+def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """Make a model of this config with transformers, save it and return it (eval mode).
+
+    config.json is rewritten as hubs have it. 1-D parameters and expert biases are randomised: they start at 1 or 0,
+    where mistakes in their mapping hide. MTP tensors, which transformers leaves out, are added to the files.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from swiftlite.megatron.model.hf_config import bind_map
+
+    directory.mkdir(parents=True, exist_ok=True)
+    known = {**config, "model_type": "deepseek_v3"} if config["model_type"] == "kimi_k2" else config
+    (directory / "config.json").write_text(json.dumps(known))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("e_score_correction_bias"):
+                tensor += 0.05 * torch.randn_like(tensor)
+    model.eval().save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    missing = mtp_tensors(config, tensors, dtype)
+    if missing:
+        save_file({**tensors, **missing}, path, {"format": "pt"})
+    assert set(bind_map(config, {**tensors, **missing}).by_hf) <= {*tensors, *missing}
+    return model
+
+
+def mtp_tensors(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Random MTP blocks as official checkpoints store them, with their copies of embedding and head."""
+    from swiftlite.families import family_of
+    from swiftlite.megatron.model.hf_config import convert_hf_config
+    from swiftlite.weights.shape import ModelShape
+
+    weights = family_of(config["architectures"][0]).mcore.weights
+    count = config.get("num_nextn_predict_layers") or 0
+    if not count or weights.mtp_layer is None:
+        return {}
+    bound = weights.bind(ModelShape.from_config(convert_hf_config(config), count))
+    found = {}
+    for name, (entry, position) in bound.by_hf.items():
+        if name not in tensors:
+            found[name] = (0.1 * torch.randn(entry.hf_shapes[position])).to(dtype)
+    for duplicate in bound.duplicates:
+        if duplicate.name != "lm_head.weight":
+            of = duplicate.of if duplicate.of in tensors else "model.embed_tokens.weight"
+            found[duplicate.name] = tensors[of].clone()
+    return found
