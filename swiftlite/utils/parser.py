@@ -74,6 +74,7 @@ class Arguments:
     Class attributes that a subclass may set:
         NOTES: flags that are accepted without a field, or refused, each with the reason.
         HIDDEN: fields that this command does not offer on its command line, name -> reason.
+        ADVANCED: set on a part whose flags --help lists last.
         UNAVAILABLE: fields of which only the default (or false) is possible so far, name -> reason.
     """
 
@@ -377,10 +378,11 @@ def format_help(cls: type[Arguments], usage: str) -> str:
     """The text of `COMMAND --help`: flags grouped by the part of the arguments that declares them."""
     groups: dict[type, list[Spec]] = {}
     for spec in specs(cls).values():
-        if spec.name not in cls.HIDDEN:
+        if spec.name not in cls.HIDDEN and spec.name not in cls.UNAVAILABLE:
             groups.setdefault(spec.owner, []).append(spec)
     lines = [f"usage: {usage} [config.yaml|config.json] [--flag value ...]"]
-    for owner, members in reversed(groups.items()):
+    # What the command itself adds comes first, parts that few people need last.
+    for owner, members in sorted(reversed(groups.items()), key=lambda group: "ADVANCED" in group[0].__dict__):
         lines += ["", f"{(owner.__doc__ or owner.__name__).strip().splitlines()[0]}"]
         for spec in members:
             notes = []

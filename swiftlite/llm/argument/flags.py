@@ -98,6 +98,8 @@ TRAIN_UNAVAILABLE: dict[str, str] = {
     "fp8_format": _FP8,
     "fp8_recipe": _FP8,
     "fp8_param_gather": _FP8,
+    "wandb_project": "metrics go to TensorBoard and logging.jsonl so far",
+    "wandb_exp_name": "metrics go to TensorBoard and logging.jsonl so far",
 }
 
 EXPORT_UNAVAILABLE: dict[str, str] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from swiftlite.llm.argument.base import RunArguments, TunerArguments
 from swiftlite.llm.argument.export import McoreArguments
@@ -103,10 +103,20 @@ STRUCTURE = (
     "use_shared_expert_gate", "moe_router_enable_expert_bias",
 )  # fmt: skip
 
+# Fields that say how these weights compute. They too come from config.json, so that what is saved agrees with it.
+COMPUTATION = (
+    "max_position_embeddings", "norm_epsilon", "rotary_base", "rotary_interleaved", "partial_rotary_factor",
+    "rope_scaling", "original_max_position_embeddings", "architectures", "init_method_std", "moe_router_topk",
+    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups",
+    "moe_router_group_topk", "apply_query_key_layer_scaling",
+)  # fmt: skip
+
 
 @arguments
 class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, McoreArguments, RunArguments):
     """Megatron: the model as megatron-core builds it, kernels, router"""
+
+    ADVANCED: ClassVar[bool] = True
 
     # The model. Set from the Hugging Face config; names are Megatron-LM's.
     num_layers: int | None = field(None, "transformer layers")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.llm.argument.sft import SftArguments
-from swiftlite.megatron.argument.megatron import STRUCTURE, MegatronArguments
+from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE, MegatronArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.parser import arguments
 
@@ -16,8 +16,7 @@ class MegatronSftArguments(MegatronArguments, SftArguments):
     """Supervised fine-tuning on megatron-core"""
 
     HIDDEN: ClassVar[Mapping[str, str]] = {
-        **{name: "is read from the checkpoint's config.json; leave it out" for name in STRUCTURE},
-        "architectures": "is read from the checkpoint's config.json; leave it out",
+        **{name: "is read from the checkpoint's config.json; leave it out" for name in STRUCTURE + COMPUTATION},
         "device_map": "megatron-core places the model: one process per device (NPROC_PER_NODE)",
     }
 
