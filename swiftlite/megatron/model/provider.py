@@ -1,0 +1,118 @@
+"""The one model_provider: verification and training build the same GPTModel here.
+
+Models are always lists, one chunk per virtual pipeline stage. Shapes: V vocabulary rows, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from swiftlite.families import family_of
+from swiftlite.megatron import backend
+from swiftlite.megatron.model import rope
+from swiftlite.megatron.model.blocks import load_block
+from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
+
+# Hugging Face builds MLA's latent norms with this epsilon, whatever rms_norm_eps says.
+LATENT_NORM_EPS = 1e-6
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the live embedding: the checkpoint's, rounded up to a multiple of the TP size."""
+    return math.ceil(vocab_size / tp_size) * tp_size
+
+
+def model_provider(
+    args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **overrides: Any
+) -> GPTModel:
+    """Build one model chunk of this rank on the CPU or the rank's GPU, without weights.
+
+    Args:
+        args: MegatronArguments with the model's fields set; parallel groups must exist.
+        pre_process, post_process: the chunk holds the embedding, the output layer.
+        vp_stage: number of the chunk under virtual pipelining.
+        overrides: TransformerConfig fields, over those of `args` (`perform_initialization=True` for random weights).
+    Raises: ConfigError for what megatron-core cannot compute.
+    """
+    config = to_transformer_config(args, **overrides)
+    frequencies = rope.Rope(args)
+    if not args.multi_latent_attention:
+        frequencies.set_attention_factor(config)
+    block = load_block(family_of(args.architectures).mcore.block if args.architectures else None)
+    replacements = getattr(block, "replacements", None)
+    spec = backend.block_spec(config, vp_stage, replacements(args) if replacements else None)
+    vocab_size = int(args.padded_vocab_size)
+    live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=live_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=args.rotary_base,
+        mtp_block_spec=backend.mtp_spec(config, spec, vp_stage),
+        vp_stage=vp_stage,
+    )
+    model.vp_stage = vp_stage
+    rope.install(model, frequencies)
+    if args.multi_latent_attention:
+        _set_latent_norm_eps(model)
+    if live_vocab_size > vocab_size:
+        _mask_padded_vocabulary(model, vocab_size, live_vocab_size)
+    adapt = getattr(block, "adapt", None)
+    if adapt:
+        adapt(model, args)
+    return model
+
+
+def build_models(args: Any, **overrides: Any) -> list[GPTModel]:
+    """All model chunks of this rank, one per virtual pipeline stage, before Float16Module and DDP. See model_provider."""
+    stages = virtual_stages(args)
+    first = mpu.get_pipeline_model_parallel_rank() == 0
+    last = mpu.get_pipeline_model_parallel_rank() == mpu.get_pipeline_model_parallel_world_size() - 1
+    if stages is None:
+        return [model_provider(args, first, last, **overrides)]
+    return [
+        model_provider(args, first and stage == 0, last and stage == stages - 1, stage, **overrides)
+        for stage in range(stages)
+    ]
+
+
+def _set_latent_norm_eps(model: GPTModel) -> None:
+    for module in model.modules():
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+            norm = getattr(module, name, None)  # a norm of its own, or one fused into the linear layer
+            if norm is not None and hasattr(norm, "eps"):
+                norm.eps = LATENT_NORM_EPS
+
+
+def _mask_padded_vocabulary(model: GPTModel, vocab_size: int, live_vocab_size: int) -> None:
+    """Rows behind the checkpoint's vocabulary: zero weights, logits of -inf, so the softmax never sees them."""
+    tp_size, tp_rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    rows = live_vocab_size // tp_size
+    used = max(min(vocab_size - tp_rank * rows, rows), 0)  # of this rank's rows
+    with torch.no_grad():
+        if hasattr(model, "embedding"):
+            model.embedding.word_embeddings.weight[used:].zero_()
+        if getattr(model, "output_layer", None) is not None and model.output_layer.weight is not None:
+            model.output_layer.weight[used:].zero_()
+
+    def mask(_: Any, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output  # [S, B, rows], or [S, B, V] where the layer gathers
+        start = used if logits.shape[-1] == rows else vocab_size
+        if start == logits.shape[-1]:
+            return output
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= start
+        return logits.masked_fill(padding, float("-inf")), bias
+
+    if hasattr(model, "output_layer"):
+        model.output_layer.register_forward_hook(mask)
