@@ -181,8 +181,9 @@ class Template:
         Returns: input_ids and labels, lists of one length [S]; labels are not shifted and -100 where there is no loss;
             length = S; loss_scale [S] floats only where a weight is neither 0 nor 1. The text is `render(...)` plus the
             template's stop token where the official template prints none after the last answer. Labels cover what the
-            model itself writes in an assistant's turn, and the first end token after it.
-        Raises: TemplateError where the conversation cannot be written or has nothing to learn; MaxLengthError.
+            model itself writes in an assistant's turn, and the first end token after it; all are -100 where no
+            assistant's text has a loss.
+        Raises: TemplateError where the conversation cannot be written; MaxLengthError.
         """
         encoded = self.encode_batch([row])[0]
         if isinstance(encoded, TemplateError):
@@ -285,7 +286,7 @@ class Template:
     def _own_bos(self) -> str:
         """What the tokenizer itself puts in front of a text."""
         with_specials, plain = self.tokenizer("a")["input_ids"], self.tokenize("a")
-        return self.tokenizer.decode(with_specials[: len(with_specials) - len(plain)]) if plain else ""
+        return self.tokenizer.decode(with_specials[: with_specials.index(plain[0])])
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.enable_thinking is not None:
@@ -329,11 +330,6 @@ class Template:
                 raise MaxLengthError(len(ids), self.max_length)
             cut = slice(self.max_length) if self.truncation_strategy == "right" else slice(-self.max_length, None)
             ids, weights = ids[cut], weights[cut]
-        if not any(weights[1:]):
-            # The first token is nobody's prediction.
-            raise TemplateError(
-                "nothing to learn: no assistant text has a loss; check roles, loss_scale and max_length"
-            )
         labels = [token if weight else IGNORE_INDEX for token, weight in zip(ids, weights, strict=True)]
         encoded: dict[str, Any] = {"input_ids": ids, "labels": labels, "length": len(ids)}
         if any(weight not in (0.0, 1.0) for weight in weights):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from swiftlite.families import families
 from swiftlite.families.templates import TEMPLATES
 from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.thinking import ThinkingTemplate
@@ -47,6 +48,9 @@ def register_template_class(name: str, template_class: type[Template]) -> None:
 
 def get_template_meta(template_type: str) -> TemplateMeta:
     """The registered meta. Raises UsageError naming the nearest types."""
+    if template_type not in TEMPLATE_MAPPING:
+        for meta in (meta for family in families() for meta in family.templates):
+            TEMPLATE_MAPPING.setdefault(meta.template_type, meta)
     if template_type not in TEMPLATE_MAPPING:
         near = difflib.get_close_matches(str(template_type), TEMPLATE_MAPPING, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(TEMPLATE_MAPPING))}"

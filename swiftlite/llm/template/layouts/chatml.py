@@ -12,6 +12,7 @@ from swiftlite.llm.template.layouts.conversation import (
     answer,
     function_of,
     role_of,
+    shown,
     split_thinking,
     to_json,
 )
@@ -53,7 +54,7 @@ def yi(c: Conversation) -> Iterator[Piece]:
     """Yi-1.5: the system text bare; the assistant's turn is opened by each user turn, asked for or not."""
     c.first()
     if c.starts_with_system:
-        yield c.text(0), None
+        yield shown(c.messages[0]), None
     for i, message in enumerate(c.messages):
         if role_of(message) == "user":
             yield f"<|im_start|>user\n{c.text(i)}<|im_end|>\n<|im_start|>assistant\n", None
@@ -76,7 +77,7 @@ def qwen2_5(c: Conversation) -> Iterator[Piece]:
             content = "\n" + c.text(i) if message.get("content") else ""
             yield from _calls_turn(content, calls, i)
         elif role == "tool":
-            yield _tool_response(c, i, _shown(message)), None
+            yield _tool_response(c, i, shown(message)), None
     if c.add_generation_prompt:
         yield "<|im_start|>assistant\n", None
 
@@ -100,7 +101,7 @@ def qwq(c: Conversation) -> Iterator[Piece]:
                 content = _after_thinking(c.text(i))
             yield from _calls_turn(f"\n{content}" if message.get("content") else "", calls, i, opening=_THINK)
         elif role == "tool":
-            yield _tool_response(c, i, _shown(message)), None
+            yield _tool_response(c, i, shown(message)), None
     if c.add_generation_prompt:
         yield f"<|im_start|>assistant\n{_THINK}", None
 
@@ -172,15 +173,18 @@ def _after_thinking(content: str) -> str:
 def _head(c: Conversation, separator_always: bool) -> Iterator[Piece]:
     """The system turn with the tools in it. Qwen3 leaves the blank line out where no system text precedes the tools."""
     c.first()
-    system = c.text(0) if c.starts_with_system else None
+    has_system = c.starts_with_system
     if c.tools:
-        before = c.default_system or "" if system is None else system
-        if separator_always or system is not None or before:
+        # Qwen2.5's Jinja prints the content by itself here, so that anything passes; elsewhere it adds strings.
+        before = c.default_system or ""
+        if has_system:
+            before = shown(c.messages[0]) if separator_always else c.text(0)
+        if separator_always or has_system or before:
             before += "\n\n"
         listed = "".join("\n" + to_json(tool) for tool in c.tools)
         yield f"<|im_start|>system\n{before}{_TOOLS_HEAD}{listed}{_TOOLS_TAIL}<|im_end|>\n", None
-    elif system is not None or c.default_system:
-        yield f"<|im_start|>system\n{c.default_system if system is None else system}<|im_end|>\n", None
+    elif has_system or c.default_system:
+        yield f"<|im_start|>system\n{c.text(0) if has_system else c.default_system}<|im_end|>\n", None
 
 
 def _call(call: Any) -> str:
@@ -208,8 +212,3 @@ def _tool_response(c: Conversation, index: int, content: str) -> str:
     opens = "<|im_start|>user" if c.role(index - 1) != "tool" else ""
     closes = "<|im_end|>\n" if c.role(index + 1) != "tool" else ""
     return f"{opens}\n<tool_response>\n{content}\n</tool_response>{closes}"
-
-
-def _shown(message: dict[str, Any]) -> str:
-    """Content as Jinja prints a bare expression: anything through str(), a missing one as nothing."""
-    return str(message.get("content", ""))

@@ -105,6 +105,11 @@ def function_of(call: Any) -> dict[str, Any]:
     return function
 
 
+def shown(message: Message) -> str:
+    """Content as Jinja prints a bare expression: anything through str(), a missing one as nothing."""
+    return str(message.get("content", ""))
+
+
 def trimmed(value: Any) -> str:
     """Jinja's `trim` filter."""
     return str(value).strip()

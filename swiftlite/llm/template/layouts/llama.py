@@ -20,8 +20,7 @@ _FUNCTION_CALL_RULES = (
 def llama(c: Conversation) -> Iterator[Piece]:
     """Llama 2: strictly alternating turns, the system text inside the first user turn."""
     c.first()
-    system = c.text(0) if c.starts_with_system else None
-    start = 0 if system is None else 1
+    start = 1 if c.starts_with_system else 0
     for i in range(start, len(c.messages)):
         role = role_of(c.messages[i])
         if (role == "user") != ((i - start) % 2 == 0):
@@ -29,12 +28,14 @@ def llama(c: Conversation) -> Iterator[Piece]:
                 f"message {i} ({role}) is out of turn: template {c.meta.template_type!r} needs user and assistant in "
                 "turn, user first; merge or remove messages"
             )
+        if role not in ("user", "assistant"):
+            continue
         content = c.text(i)
-        if i == start and system is not None:
-            content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{content}"
+        if i == start == 1:
+            content = f"<<SYS>>\n{c.text(0)}\n<</SYS>>\n\n{content}"
         if role == "user":
             yield f"{c.bos}[INST] {content.strip()} [/INST]", None
-        elif role == "assistant":
+        else:
             yield f" {content.strip()} ", i
             yield c.eos, None
 
@@ -55,7 +56,7 @@ def llama3(c: Conversation) -> Iterator[Piece]:
 
 
 def llama3_1(c: Conversation) -> Iterator[Piece]:
-    """A system turn with dates always; tools in the first user turn, or (tools_in_user_message=False) in the system turn."""
+    """Dates in a system turn always; tools in the first user turn (tools_in_user_message=False: in the system turn)."""
     builtin_tools = c.options.get("builtin_tools")
     tools = c.options.get("custom_tools", c.tools)
     in_user_message = tools is not None and c.options.get("tools_in_user_message", True)
