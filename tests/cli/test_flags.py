@@ -1,5 +1,6 @@
 """Every flag that ms-swift users type parses, is explained or is refused with a reason; none is silently ignored."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -85,6 +86,12 @@ def _sources():
     return "\n".join(p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py") if not skipped & set(p.parents))
 
 
+def _transformer_config_fields():
+    """megatron/model/config.py hands on every argument that has a TransformerConfig field of its name."""
+    config = pytest.importorskip("megatron.core.transformer.transformer_config")
+    return {field.name for field in dataclasses.fields(config.MLATransformerConfig)}
+
+
 @pytest.mark.parametrize("words", sorted(ROUTES), ids=" ".join)
 def test_every_flag_that_acts_is_read_somewhere(words):
     """A flag that no code reads would be accepted and silently ignored."""
@@ -94,11 +101,14 @@ def test_every_flag_that_acts_is_read_somewhere(words):
     module, _, name = route.arguments.partition(":")
     cls = getattr(importlib.import_module(module), name)
     text = _sources()
+    by_name = _transformer_config_fields() if words[0] == "megatron" else set()
     unread = []
     for field in specs(cls):
-        if field in cls.HIDDEN or field in cls.UNAVAILABLE:
+        if field in cls.HIDDEN or field in cls.UNAVAILABLE or field in by_name:
             continue
         target = TEMPLATE if field in VIA_TEMPLATE else TURNED_INTO.get(field, field)
-        if not any(re.search(rf"args\.{re.escape(t)}\b|[\"']{re.escape(t)}[\"']", text) for t in target.split("|")):
+        if not any(
+            re.search(rf"\b(?:args|a)\.{re.escape(t)}\b|[\"']{re.escape(t)}[\"']", text) for t in target.split("|")
+        ):
             unread.append(field)
     assert not unread, f"{' '.join(words)}: read nowhere: {unread}"
