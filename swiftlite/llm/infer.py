@@ -6,12 +6,13 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swiftlite.llm.argument.infer import InferArguments
+from swiftlite.llm.dataset.preprocess import RowError, preprocess
 from swiftlite.llm.pipeline import as_arguments, prepare_model_template
 from swiftlite.utils.errors import DatasetError, SwiftliteError, TemplateError
 from swiftlite.utils.logger import get_logger
@@ -91,11 +92,12 @@ class Generator:
             )
         return int(room)
 
-    def _inputs(self, conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
+    def _inputs(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Any] | None = None) -> dict[str, Any]:
         """Prompts padded on the left: input_ids and attention_mask, int64 [B, S]."""
         import torch
 
-        prompts = [self.template.encode_prompt(list(messages)) for messages in conversations]
+        offers = tools or [None] * len(conversations)
+        prompts = [self.template.encode_prompt(list(m), t) for m, t in zip(conversations, offers, strict=True)]
         length = max(map(len, prompts))
         ids = torch.full((len(prompts), length), self.template.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -113,11 +115,15 @@ class Generator:
         end = self._end(text)
         return text if end < 0 else text[:end]
 
-    def answer(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """The answers to several conversations, generated as one batch; each conversation ends with the user."""
+    def answer(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Any] | None = None) -> list[str]:
+        """The answers to several conversations, generated as one batch.
+
+        Args: conversations: lists of messages, each ending where the model is to go on. tools: the functions on offer
+            in each conversation, as JSON schemas, or None.
+        """
         import torch
 
-        inputs = self._inputs(conversations)
+        inputs = self._inputs(conversations, tools)
         length = inputs["input_ids"].shape[1]
         tokenizer = self.template.tokenizer
         with torch.inference_mode():
@@ -231,10 +237,7 @@ def write_answer(generator: Generator, messages: Sequence[Message], stream: bool
 
 
 def read_rows(files: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of JSONL files: objects with `messages`, or with `query` (and `system`, `history`).
-
-    Raises: DatasetError naming file and line of a row that is no such object.
-    """
+    """Rows of JSONL files. Raises: DatasetError naming file and line of what is no JSON object."""
     rows = []
     for file in files:
         if not Path(file).is_file():
@@ -246,49 +249,56 @@ def read_rows(files: Sequence[str]) -> list[dict[str, Any]]:
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise DatasetError(f"{file}:{number}: not valid JSON ({error})") from None
-                if not isinstance(row, dict) or not ("messages" in row or "query" in row):
-                    raise DatasetError(f"{file}:{number}: must be an object with `messages` or `query`")
+                    raise DatasetError(f"{file}:{number}: not valid JSON ({error}); mend the line") from None
+                if not isinstance(row, dict):
+                    raise DatasetError(f"{file}:{number}: a row must be a JSON object, this is {line.strip()[:40]}")
                 rows.append(row)
     return rows
 
 
-def split_row(row: dict[str, Any]) -> tuple[list[Message], str | None]:
-    """The conversation up to the last question, and the reference answer if the row holds one."""
-    if "messages" in row:
-        messages = list(row["messages"])
-        reference = None
-        while messages and messages[-1].get("role") == "assistant":
+def split_row(row: dict[str, Any], columns: Mapping[str, str] | None = None) -> tuple[list[Message], Any, str | None]:
+    """`(messages up to where the model answers, tools, reference answer)` of a row in any format that training takes.
+
+    A row with `query` needs no response here. Raises: RowError saying why a row cannot be used.
+    """
+    row = {(columns or {}).get(key, key): value for key, value in row.items()}
+    if isinstance(row.get("query"), str) and row.get("response") is None:
+        row["response"] = "(unknown)"
+        standard, reference = preprocess(row), None
+        messages = standard["messages"][:-1]
+    else:
+        standard, reference = preprocess(row), None
+        messages = list(standard["messages"])
+        while messages and messages[-1]["role"] == "assistant":
             reference = messages.pop().get("content")
-        return messages, reference
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for question, reply in row.get("history") or ():
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    return [*messages, {"role": "user", "content": row["query"]}], row.get("response")
+    return messages, standard.get("tools"), reference
 
 
-def answer_rows(generator: Generator, rows: Sequence[dict[str, Any]], batch_size: int) -> Iterator[dict[str, Any]]:
+def answer_rows(
+    generator: Generator, rows: Sequence[dict[str, Any]], batch_size: int, columns: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Each row with `response` (the model's) and `labels` (the reference, where it has one).
 
     A row that cannot be written as a prompt gets `response` None and `error`.
     """
     for start in range(0, len(rows), batch_size):
-        batch = [(row, *split_row(row)) for row in rows[start : start + batch_size]]
-        errors: dict[int, str] = {}
-        for i, (_, messages, _) in enumerate(batch):
+        batch = [dict(row) for row in rows[start : start + batch_size]]
+        good, conversations, tools = [], [], []
+        for row in batch:
             try:
-                generator.template.encode_prompt(messages)
-            except TemplateError as error:
-                errors[i] = str(error)
-        good = [messages for i, (_, messages, _) in enumerate(batch) if i not in errors]
-        answers = iter(generator.answer(good) if good else ())
-        for i, (row, _, reference) in enumerate(batch):
-            done = {**row, "response": None if i in errors else next(answers)}
+                messages, offered, reference = split_row(row, columns)
+                generator.template.encode_prompt(messages, offered)
+            except (RowError, TemplateError) as error:
+                row |= {"response": None, "error": str(error)}
+                continue
             if reference is not None:
-                done["labels"] = reference
-            if i in errors:
-                done["error"] = errors[i]
-            yield done
+                row["labels"] = reference
+            good.append(row)
+            conversations.append(messages)
+            tools.append(offered)
+        for row, text in zip(good, generator.answer(conversations, tools) if good else (), strict=True):
+            row["response"] = text
+        yield from batch
 
 
 def infer_dataset(generator: Generator, args: InferArguments) -> None:
@@ -296,7 +306,9 @@ def infer_dataset(generator: Generator, args: InferArguments) -> None:
     from tqdm import tqdm
 
     rows = read_rows(args.val_dataset)
-    answered = tqdm(answer_rows(generator, rows, args.max_batch_size), total=len(rows), desc="rows", disable=None)
+    answered = tqdm(
+        answer_rows(generator, rows, args.max_batch_size, args.columns), total=len(rows), desc="rows", disable=None
+    )
     if args.result_path is None:
         for row in answered:
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -127,6 +127,7 @@ def test_data_set(model_dir: str, generator: infer.Generator, monkeypatch: pytes
         {"messages": [*QUESTION, {"role": "assistant", "content": "Paris."}], "id": 7},
         {"query": "Hello, fox!", "system": "You are a fox."},
         {"query": "And?", "history": [["Hello", "Good day"]]},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day"}]},
     ]
     source, result = tmp_path / "rows.jsonl", tmp_path / "made" / "result.jsonl"
     source.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
@@ -144,6 +145,7 @@ def test_data_set(model_dir: str, generator: infer.Generator, monkeypatch: pytes
             {"role": "assistant", "content": "Good day"},
             {"role": "user", "content": "And?"},
         ],
+        [{"role": "user", "content": "Hello"}],
     ]
     assert [row["response"] for row in found] == [generator.answer([c])[0] for c in conversations]
     assert list(result.parent.iterdir()) == [result]  # nothing half-written is left
@@ -151,8 +153,8 @@ def test_data_set(model_dir: str, generator: infer.Generator, monkeypatch: pytes
 
 def test_rows_that_are_no_conversations(generator: infer.Generator, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"query": "Hello"}\n{"text": "x"}\n')
-    with pytest.raises(DatasetError, match=r"rows.jsonl:2: must be an object with `messages` or `query`"):
+    file.write_text('{"query": "Hello"}\n[1]\n')
+    with pytest.raises(DatasetError, match=r"rows.jsonl:2: a row must be a JSON object"):
         infer.read_rows([str(file)])
     file.write_text('{"query": ')
     with pytest.raises(DatasetError, match=r"rows.jsonl:1: not valid JSON"):
@@ -160,7 +162,8 @@ def test_rows_that_are_no_conversations(generator: infer.Generator, tmp_path: Pa
     with pytest.raises(DatasetError, match="no such file"):
         infer.read_rows([str(tmp_path / "absent.jsonl")])
     bad, good = {"messages": [{"content": "who says this?"}]}, {"query": "Hello"}
-    done = list(infer.answer_rows(generator, [bad, good], batch_size=2))
+    done = list(infer.answer_rows(generator, [bad, good, {"colour": "red"}], batch_size=2))
+    assert done[2]["response"] is None and "no known format" in done[2]["error"]
     assert done[0]["response"] is None and "role" in done[0]["error"]
     assert done[1]["response"] == generator.answer([[{"role": "user", "content": "Hello"}]])[0]
 

@@ -1,0 +1,44 @@
+# PYTHON: the interpreter of the environment that has `pip install -e '.[megatron,dev]'`.
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
+COMPAT_VENV ?= .venv-compat
+COMPAT_PYTHON ?= python3.12
+
+.PHONY: venv check format test test-slow test-dist test-gpu test-compat quickstart clean
+
+venv:  ## .venv with everything the tests need
+	python3.11 -m venv .venv
+	.venv/bin/python -m pip install --quiet torch==2.13.0
+	.venv/bin/python -m pip install --quiet -e '.[megatron,dev]'
+
+check:  ## style, layout, types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test:  ## the fast tests: one process, no network
+	$(PYTHON) -m pytest -q
+
+test-slow:
+	$(PYTHON) -m pytest -q -m "slow and not dist and not gpu"
+
+test-dist:  ## two and four processes on one machine (gloo)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m dist
+
+test-gpu:  ## needs CUDA
+	$(PYTHON) -m pytest -q -m gpu
+
+test-compat:  ## the other end of the supported versions: Python 3.12, newest megatron-core, transformers 4.57
+	test -x $(COMPAT_VENV)/bin/python || $(COMPAT_PYTHON) -m venv $(COMPAT_VENV)
+	$(COMPAT_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(COMPAT_VENV)/bin/python -m pip install --quiet -e '.[megatron,dev]' 'megatron-core>=0.19,<0.20' 'transformers>=4.57,<4.58'
+	$(COMPAT_VENV)/bin/python -m pytest -q tests/families tests/weights tests/megatron tests/llm
+
+quickstart:
+	bash examples/quickstart.sh
+
+clean:
+	rm -rf output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
