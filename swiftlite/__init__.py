@@ -1,3 +1,64 @@
-"""swiftlite: fine-tune language models on Hugging Face or Megatron-core, and convert between the two."""
+"""swiftlite: fine-tune language models on Hugging Face or Megatron-core, and convert between the two.
+
+The names below are the Python interface; each is imported when it is first used, so that `import swiftlite` loads
+neither torch nor transformers. Commands take an arguments object or the words one would type: `["--model", "DIR"]`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from swiftlite.families import register_family, register_model
+    from swiftlite.llm.infer import infer_main
+    from swiftlite.llm.model.loader import get_model_processor, get_model_tokenizer
+    from swiftlite.llm.model.register import get_model_info_meta
+    from swiftlite.llm.template.register import get_template, register_template
+    from swiftlite.megatron.convert import convert_hf2mcore, convert_mcore2hf, export_main
+    from swiftlite.megatron.trainers.sft import megatron_sft_main
+
+_WHERE = {
+    "convert_hf2mcore": "swiftlite.megatron.convert",
+    "convert_mcore2hf": "swiftlite.megatron.convert",
+    "export_main": "swiftlite.megatron.convert",
+    "get_model_info_meta": "swiftlite.llm.model.register",
+    "get_model_processor": "swiftlite.llm.model.loader",
+    "get_model_tokenizer": "swiftlite.llm.model.loader",
+    "get_template": "swiftlite.llm.template.register",
+    "infer_main": "swiftlite.llm.infer",
+    "megatron_sft_main": "swiftlite.megatron.trainers.sft",
+    "register_family": "swiftlite.families",
+    "register_model": "swiftlite.families",
+    "register_template": "swiftlite.llm.template.register",
+}
+
+__all__ = [
+    "__version__",
+    "convert_hf2mcore",
+    "convert_mcore2hf",
+    "export_main",
+    "get_model_info_meta",
+    "get_model_processor",
+    "get_model_tokenizer",
+    "get_template",
+    "infer_main",
+    "megatron_sft_main",
+    "register_family",
+    "register_model",
+    "register_template",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'swiftlite' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,101 @@
+"""Imports go one way, megatron.core stays where it belongs, and importing swiftlite is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import swiftlite
+
+PACKAGE = Path(swiftlite.__file__).parent
+LAYERS = ("utils", "weights", "meta", "families", "llm", "megatron", "cli")
+# Where megatron-core may be imported: what runs live models.
+MCORE_FILES = {"backend.py", "distributed.py", "checkpoint.py", "hf_io.py", "verify.py"}
+MCORE_FOLDERS = {"model", "tuners", "trainers"}
+HEAVY = ("torch", "transformers", "megatron.core", "datasets", "modelscope", "trl", "peft", "pyarrow")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports anywhere, inside functions too; `from a import b` counts as a and a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(FILES) > 30
+    assert {f.relative_to(PACKAGE).parts[0] for f in FILES} >= set(LAYERS)
+    assert "swiftlite.meta.model" in imports_of(PACKAGE / "families" / "llama.py")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_import_only_what_is_below_them(layer: str) -> None:
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {module}"
+        for path in (PACKAGE / layer).rglob("*.py")
+        for module in imports_of(path)
+        if any(module == f"swiftlite.{a}" or module.startswith(f"swiftlite.{a}.") for a in above)
+    ]
+    assert not wrong, "; ".join(wrong)
+
+
+def test_megatron_core_is_imported_only_where_live_models_are() -> None:
+    wrong = []
+    for path in FILES:
+        parts = path.relative_to(PACKAGE).parts
+        allowed = parts[0] == "megatron" and (parts[1] in MCORE_FOLDERS or parts[1] in MCORE_FILES)
+        for module in imports_of(path):
+            if module.startswith("megatron.training"):
+                wrong.append(f"{path}: {module} is not in the megatron-core package")
+            elif (module == "megatron" or module.startswith("megatron.")) and not allowed:
+                wrong.append(f"{path}: {module}")
+    assert not wrong, "; ".join(wrong)
+
+
+def test_the_engine_knows_neither_transformers_nor_process_groups() -> None:
+    for layer in ("weights", "meta", "utils"):
+        for path in (PACKAGE / layer).rglob("*.py"):
+            bad = [m for m in imports_of(path) if m.split(".")[0] in ("transformers", "megatron", "peft", "trl")]
+            assert not bad, f"{path}: {bad}"
+
+
+def loaded_after(code: str) -> set[str]:
+    """The heavy packages that a new process has loaded after running `code`."""
+    script = f"{code}\nimport sys\nprint(*[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_swiftlite_loads_nothing_heavy() -> None:
+    assert loaded_after("import swiftlite; dir(swiftlite)") == set()
+    assert loaded_after("import swiftlite.cli.main, swiftlite.llm.model.register") == set()
+    assert "torch" in loaded_after("import torch")  # the check itself sees what it looks for
+
+
+def test_offline_export_needs_torch_only() -> None:
+    assert loaded_after("import swiftlite.megatron.convert") <= {"torch"}
+
+
+@pytest.mark.parametrize("name", [n for n in swiftlite.__all__ if n != "__version__"])
+def test_public_names_are_there_and_documented(name: str) -> None:
+    assert (getattr(swiftlite, name).__doc__ or "").strip(), name
+
+
+def test_unknown_names_are_errors() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'get_tokenizer'; it has .*get_model_tokenizer"):
+        _ = swiftlite.get_tokenizer  # type: ignore[attr-defined]
