@@ -42,7 +42,7 @@ class DeepseekConfig(LlamaConfig):
 class _Gate(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.weight = nn.Parameter(config.initializer_range * torch.randn(config.n_routed_experts, config.hidden_size))
 
 
 class DeepseekMoE(nn.Module):
@@ -91,11 +91,6 @@ class DeepseekForCausalLM(LlamaForCausalLM):
             if config.n_routed_experts and index >= config.first_k_dense_replace and index % config.moe_layer_freq == 0:
                 layer.mlp = DeepseekMoE(config)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, _Gate):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
 
 def register() -> None:

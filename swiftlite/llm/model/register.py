@@ -88,9 +88,12 @@ def _architecture(config: Mapping[str, Any], model_dir: str) -> str:
 
 
 def _candidates(architecture: str, config: Mapping[str, Any], registry: Mapping[str, ModelMeta]) -> list[ModelMeta]:
-    # transformers may save a model under the class it shares with another type and keep only `model_type` as its own.
-    own = registry.get(str(config.get("model_type")))
-    if own and own.architectures and own.architectures[0] != architecture and architecture in own.architectures:
+    # transformers may save a model under the class it shares with another one, keeping only `model_type` as its own
+    # (InternLM3 as LlamaForCausalLM). Such a type is recognised by its class being named after it.
+    hf_type = str(config.get("model_type"))
+    own = registry.get(hf_type)
+    named_after = own and own.architectures and own.architectures[0].lower().startswith(hf_type.replace("_", ""))
+    if own and named_after and own.architectures[0] != architecture:
         return [own]
     return [meta for meta in registry.values() if architecture in meta.architectures]
 

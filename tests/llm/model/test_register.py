@@ -147,6 +147,13 @@ def test_a_registered_name_with_another_architecture_is_not_believed(tmp_path: P
     assert get_model_info_meta(directory)[0].model_type == "glm4_5"
 
 
+def test_a_model_saved_under_a_shared_class_keeps_its_type(tmp_path: Path) -> None:
+    config = config_of("LlamaForCausalLM", model_type="internlm3")
+    assert get_model_info_meta(make_dir(tmp_path / "a", config))[0].model_type == "internlm3"
+    config = config_of("DeepseekForCausalLM", model_type="deepseek")  # `deepseek` is a type of another class
+    assert get_model_info_meta(make_dir(tmp_path / "b", config))[0].model_type == "deepseek_moe"
+
+
 def test_recorded_arguments_win_over_names(tmp_path: Path) -> None:
     directory = make_dir(tmp_path / "Qwen3-8B", config_of("Qwen3ForCausalLM"))
     (Path(directory) / "args.json").write_text(json.dumps({"model_type": "qwen3_thinking"}))
