@@ -33,7 +33,7 @@ def iter_shards(models: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
     Gated MLPs come as two shards, one in each half of the global tensor.
     """
     for model in models:
-        yield from _flatten(unwrap(model).sharded_state_dict())
+        yield from flatten_shards(unwrap(model).sharded_state_dict())
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -43,15 +43,16 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _flatten(value: Any) -> Iterator[ShardedTensor]:
+def flatten_shards(value: Any) -> Iterator[ShardedTensor]:
+    """The weight shards in a sharded state dict, factories built; `data` are views of the tensors it was made from."""
     if isinstance(value, Mapping):
         for item in value.values():
-            yield from _flatten(item)
+            yield from flatten_shards(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _flatten(item)
+            yield from flatten_shards(item)
     elif isinstance(value, ShardedTensorFactory):
-        yield from _flatten(value.build())
+        yield from flatten_shards(value.build())
     elif isinstance(value, ShardedTensor) and not is_state(value.key) and value.data is not None:
         yield value
 

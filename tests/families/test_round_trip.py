@@ -30,6 +30,7 @@ def to_mcore(source: Path, target: Path, **options: Any) -> convert.ToMcorePlan:
     convert.write_manifest(target, plan.source, plan.coverage)
     torch_dist.write_metadata(iteration, plan.dist, {}, 1)
     convert.copy_side_files(source, target, {})
+    (target / torch_dist.TRACKER).write_text("1")
     return plan
 
 

@@ -44,6 +44,10 @@ RULES: Mapping[str, Rule] = {
     "perform_initialization": lambda a: getattr(a, "perform_initialization", False),
     "moe_layer_freq": lambda a: moe_layers(a),
     "moe_shared_expert_gate": lambda a: a.use_shared_expert_gate,
+    # Other routers with a bias (ernie) keep it in a block of their own: megatron-core allows it with sigmoid only.
+    "moe_router_enable_expert_bias": lambda a: (
+        a.moe_router_enable_expert_bias and a.moe_router_score_function == "sigmoid"
+    ),
     "moe_router_load_balancing_type": lambda a: a.moe_router_load_balancing_type,
     "moe_grouped_gemm": lambda a: bool(a.num_experts) if a.moe_grouped_gemm is None else a.moe_grouped_gemm,
     "kv_channels": lambda a: a.kv_channels or a.hidden_size // a.num_attention_heads,
