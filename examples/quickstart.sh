@@ -45,12 +45,12 @@ if [ -z "${PYTHON:-}" ]; then
     fi
     PYTHON=$PWD/.venv/bin/python
     if command -v nvidia-smi >/dev/null; then
-        "$PYTHON" -m pip install --quiet "torch>=2.11"
+        "$PYTHON" -m pip install -qq "torch>=2.11"
     else  # the CPU build is a tenth of the size; where that index cannot be reached, pip takes the usual one
-        "$PYTHON" -m pip install --quiet --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0"
+        "$PYTHON" -m pip install -qq --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0"
     fi
-    "$PYTHON" -m pip install --quiet -e '.[megatron]'
-    if ! $TINY; then "$PYTHON" -m pip install --quiet gguf; fi
+    "$PYTHON" -m pip install -qq -e '.[megatron]'
+    if ! $TINY; then "$PYTHON" -m pip install -qq gguf; fi
 fi
 INSTALL_SECONDS=$((SECONDS - INSTALL_BEGAN))
 

@@ -95,7 +95,12 @@ def _candidates(architecture: str, config: Mapping[str, Any], registry: Mapping[
     named_after = own and own.architectures and own.architectures[0].lower().startswith(hf_type.replace("_", ""))
     if own and named_after and own.architectures[0] != architecture:
         return [own]
-    return [meta for meta in registry.values() if architecture in meta.architectures]
+    found = [meta for meta in registry.values() if architecture in meta.architectures]
+    if found:
+        return found
+    # Other spellings of a class are known to its family only.
+    same = {name for family in families() if architecture in family.architectures for name in family.architectures}
+    return [meta for meta in registry.values() if same.intersection(meta.architectures)]
 
 
 def _resolve_type(

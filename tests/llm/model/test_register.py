@@ -154,6 +154,11 @@ def test_a_model_saved_under_a_shared_class_keeps_its_type(tmp_path: Path) -> No
     assert get_model_info_meta(make_dir(tmp_path / "b", config))[0].model_type == "deepseek_moe"
 
 
+def test_another_spelling_of_a_class_is_known_to_its_family(tmp_path: Path) -> None:
+    directory = make_dir(tmp_path / "x", config_of("Ernie4_5ForCausalLM"))
+    assert get_model_info_meta(directory)[0].model_type == "ernie"
+
+
 def test_recorded_arguments_win_over_names(tmp_path: Path) -> None:
     directory = make_dir(tmp_path / "Qwen3-8B", config_of("Qwen3ForCausalLM"))
     (Path(directory) / "args.json").write_text(json.dumps({"model_type": "qwen3_thinking"}))
