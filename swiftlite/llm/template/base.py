@@ -226,7 +226,7 @@ class Template:
 
         text, spans = "", []
         for piece, index in self._pieces(messages, tools, False, self._options({})):
-            if index is not None and piece:
+            if index is not None:
                 if spans and spans[-1][2] == index and spans[-1][1] == len(text):
                     spans[-1][1] = len(text) + len(piece)
                 else:
@@ -316,6 +316,8 @@ class Template:
             for (_, spans), ids, offsets in zip(scripts, batch["input_ids"], batch["offset_mapping"], strict=True):
                 yield ids, _token_weights(offsets, spans)
         else:
+            # Without offsets: a boundary lies where the ids of the text before it stop agreeing. Blanks of the header
+            # that are tokenised differently once text follows are then learnt too.
             for text, spans in scripts:
                 ids = self.tokenize(text)
                 weights = [0.0] * len(ids)
