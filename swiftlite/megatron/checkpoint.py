@@ -1,0 +1,292 @@
+"""Checkpoints of a live run: torch_dist with optimizer, RNG state and position; tracker file; rotation; resumption.
+
+A checkpoint is written into a hidden sibling and renamed when it is complete; the tracker file moves after that. So a
+run that is killed at any moment leaves the previous checkpoint in use. Offline conversion is in `convert`.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from swiftlite.megatron import backend
+from swiftlite.megatron.hf_io import LiveMap, Origin, iter_shards, unwrap
+from swiftlite.utils.errors import CheckpointError
+from swiftlite.utils.io import replace_directory, write_text_atomic
+from swiftlite.utils.logger import get_logger
+from swiftlite.weights.shard import read_shard
+from swiftlite.weights.storage import Files
+from swiftlite.weights.torch_dist import TRACKER, common_state, find_iteration, slot_of
+
+logger = get_logger()
+
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_STATE = "swiftlite"  # our own part of common.pt
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+def checkpoint_metadata() -> dict[str, Any]:
+    """How optimizer states are laid out on disk: per parameter, whole, independent of any parallel layout.
+
+    One format exists because the distributed optimizer is used at every size.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def iteration_name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+# ---- state dicts ----
+
+
+def _model_states(models: Sequence[torch.nn.Module], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """{'model': ...}, or {'model0': ..., 'model1': ...} for virtual pipeline stages, as Megatron-LM names them."""
+    names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+    states = {}
+    for name, model in zip(names, models, strict=True):
+        state = unwrap(model).sharded_state_dict(metadata=dict(metadata))
+        states[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    return states
+
+
+def _rng_state() -> list[dict[str, Any]]:
+    return [
+        {
+            "random_rng_state": random.getstate(),
+            "torch_rng_state": torch.get_rng_state(),
+            "cuda_rng_state": backend.get_device_rng_state(),
+            "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+        }
+    ]
+
+
+def _rng_object() -> ShardedObject:
+    pp, tp = mpu.get_pipeline_model_parallel_world_size(), mpu.get_tensor_model_parallel_world_size()
+    here = (mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank())
+    replica = mpu.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", _rng_state(), (pp, tp), here, replica_id=replica)
+
+
+def _layout() -> dict[str, int]:
+    """The sizes on which the saved RNG states depend."""
+    return {
+        "tp": mpu.get_tensor_model_parallel_world_size(),
+        "pp": mpu.get_pipeline_model_parallel_world_size(),
+        "ep": mpu.get_expert_model_parallel_world_size(),
+    }
+
+
+def _tensors(state: Any) -> Iterator[tuple[dict[Any, Any] | list[Any], Any, ShardedTensor]]:
+    """(container, key, tensor) of every ShardedTensor in a nested state dict."""
+    items: Any = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    for key, value in list(items):
+        if isinstance(value, ShardedTensor):
+            yield state, key, value
+        else:
+            yield from _tensors(value)
+
+
+def _cut_vocabulary(state: dict[str, Any], vocab_size: int) -> None:
+    """Leave out the rows that pad the live vocabulary, in weights and optimizer states: on disk it is Hugging Face's."""
+    removed = []
+    for container, key, tensor in _tensors(state):
+        if not tensor.key.endswith(_VOCABULARY) or tensor.global_shape[0] <= vocab_size:
+            continue
+        start = tensor.global_offset[0]
+        rows = min(tensor.local_shape[0], vocab_size - start)
+        if rows <= 0:
+            removed.append((container, key))
+            continue
+        container[key] = replace(
+            tensor,
+            data=tensor.data[:rows],
+            local_shape=(rows, *tensor.local_shape[1:]),
+            global_shape=(vocab_size, *tensor.global_shape[1:]),
+            axis_fragmentations=None,  # the last rank's part is smaller: no regular grid
+        )
+    for container, key in removed:
+        del container[key]
+
+
+def carried_tensors(models: Sequence[torch.nn.Module], origin: Origin) -> dict[str, ShardedTensor]:
+    """Tensors of the origin that the live model does not hold (MTP blocks that are not trained), on rank 0. Collective.
+
+    They go unchanged into every checkpoint of the run.
+    """
+    live = LiveMap(origin.bound)
+    held: set[tuple[str, int | None]] = set()
+    mine = {(entry.mcore, entry.expert) for shard in iter_shards(models) for entry, _ in (live.entry(shard),)}
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    for part in gathered:
+        held.update(part)
+    tensors: dict[str, ShardedTensor] = {}
+    if torch.distributed.get_rank() == 0:
+        with Files() as files:
+            for entry in origin.bound.entries:
+                if (entry.mcore, entry.expert) in held:
+                    continue
+                slot = slot_of(entry)
+                dtype = origin.source.spec(entry.hf[0]).dtype
+                data = read_shard(origin.source, entry, (0,) * len(entry.shape), entry.shape, files, dtype)
+                offsets = [(axis, i, n) for axis, (i, n) in enumerate(zip(slot.index, slot.lead, strict=True))]
+                tensors[entry.label] = ShardedTensor.from_rank_offsets(
+                    slot.key, data.view(entry.shape), *offsets, prepend_axis_num=len(slot.lead)
+                )
+    return tensors
+
+
+# ---- saving ----
+
+
+def save_checkpoint(
+    root: Path,
+    position: Position,
+    models: Sequence[torch.nn.Module],
+    args: Any,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    carried: Mapping[str, ShardedTensor] | None = None,
+) -> Path:
+    """Write `root`/iter_XXXXXXX and move the tracker to it. Collective.
+
+    Args: optimizer, scheduler: None leaves them and the RNG state out (weights only). carried: see carried_tensors.
+    Returns: the iteration's directory.
+    """
+    name = iteration_name(position.iteration)
+    temporary, final = root / f".{name}.saving", root / name
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    metadata = checkpoint_metadata()
+    stored_args = {
+        **args.checkpoint_args(),
+        "consumed_train_samples": position.consumed_samples,
+        "iteration": position.iteration,
+    }
+    state: dict[str, Any] = {**common_state(stored_args, position.iteration), **_model_states(models, metadata)}
+    state[_STATE] = {"consumed_samples": position.consumed_samples, "layout": _layout(), "has_optimizer": False}
+    if carried:
+        state["carried"] = dict(carried)
+    if optimizer is not None:
+        weights = {key: value for key, value in state.items() if key.startswith("model")}
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
+        state["opt_param_scheduler"] = scheduler.state_dict()
+        state["rng_state"] = _rng_object()
+        state[_STATE]["has_optimizer"] = True
+    _cut_vocabulary(state, int(args.padded_vocab_size))
+    plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+    dist_checkpointing.save(state, str(temporary), content_metadata=plain)
+    torch.distributed.barrier()
+    if rank == 0:
+        replace_directory(temporary, final)
+        write_text_atomic(root / TRACKER, str(position.iteration))
+    torch.distributed.barrier()
+    return final
+
+
+def rotate(root: Path, keep: int | None, suffix: str = "") -> list[Path]:
+    """Delete all but the `keep` newest finished checkpoints, never the one that the tracker names. Returns: deleted."""
+    if keep is None:
+        return []
+    finished = sorted(
+        p for p in root.glob(f"iter_*{suffix}") if p.is_dir() and p.name[5:].removesuffix(suffix).isdigit()
+    )
+    current = newest_iteration(root)
+    doomed = [p for p in finished[:-keep] if current is None or p.name != iteration_name(current)]
+    for path in doomed:
+        shutil.rmtree(path, ignore_errors=True)
+    return doomed
+
+
+def newest_iteration(root: Path) -> int | None:
+    """Iteration of the newest finished checkpoint, None if there is none."""
+    if not (root / TRACKER).is_file():
+        return None
+    return int(find_iteration(root).name.removeprefix("iter_"))
+
+
+# ---- loading ----
+
+
+def load_checkpoint(
+    root: Path, models: Sequence[torch.nn.Module], args: Any, optimizer: Any = None, scheduler: Any = None
+) -> Position:
+    """Load the newest checkpoint of a run into live models, optimizer and scheduler, under any parallel layout.
+
+    The random generators go on where they were if the layout is the one that was saved. Collective.
+    Raises: CheckpointError if the checkpoint is incomplete or belongs to another model.
+    """
+    directory = find_iteration(root)
+    metadata = {**checkpoint_metadata(), **(dist_checkpointing.load_content_metadata(str(directory)) or {})}
+    common = dist_checkpointing.load_common_state_dict(str(directory))
+    mine = common.get(_STATE) or {}
+    state: dict[str, Any] = _model_states(models, metadata)
+    has_optimizer = optimizer is not None and bool(mine.get("has_optimizer")) and not args.no_load_optim
+    if has_optimizer:
+        # The optimizer replaces data of the weights' entries, so it gets its own view of them.
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
+    has_rng = mine.get("layout") == _layout() and bool(mine.get("has_optimizer")) and not args.no_load_rng
+    if has_rng:
+        state["rng_state"] = _rng_object()
+    try:
+        loaded = dist_checkpointing.load(state, str(directory))
+    except Exception as error:
+        raise CheckpointError(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from error
+    _load_models(models, loaded)
+    if has_optimizer:
+        optimizer.load_state_dict(loaded["optimizer"])
+    elif optimizer is not None:
+        optimizer.reload_model_params()
+    if scheduler is not None and "opt_param_scheduler" in common:
+        scheduler.load_state_dict(copy.deepcopy(common["opt_param_scheduler"]))
+    if has_rng:
+        _set_rng_state(loaded["rng_state"][0])
+    elif mine.get("has_optimizer"):
+        logger.info("the parallel layout changed: random generators start anew")
+    iteration = int(common["iteration"])
+    return Position(iteration, int(mine.get("consumed_samples", common["args"].get("consumed_train_samples", 0))))
+
+
+def _load_models(models: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
+    names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+    for name, model in zip(names, models, strict=True):
+        result = unwrap(model).load_state_dict(loaded[name], strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        if missing or result.unexpected_keys:
+            raise CheckpointError(
+                f"the checkpoint does not fit the model: missing {missing[:3]}, unknown {result.unexpected_keys[:3]}"
+            )
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["random_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    backend.set_device_rng_state(state["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

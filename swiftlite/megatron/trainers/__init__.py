@@ -1,0 +1,1 @@
+"""Trainers on megatron-core: loop, losses, batches, metrics."""

@@ -1,0 +1,393 @@
+"""The training loop on megatron-core, shared by all trainers: model, optimizer, schedule, steps, evaluation, saving.
+
+A subclass says what a forward pass computes (`forward_step`); everything else is here.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from swiftlite.megatron import backend, checkpoint
+from swiftlite.megatron.checkpoint import Position
+from swiftlite.megatron.convert import MANIFEST, copy_side_files, read_manifest, write_manifest
+from swiftlite.megatron.distributed import ParallelState
+from swiftlite.megatron.hf_io import Origin, load_weights, origin_root, save_hf_weights
+from swiftlite.megatron.model.config import torch_dtype, virtual_stages
+from swiftlite.megatron.model.provider import build_models
+from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, SampleOrder, evaluation_samples
+from swiftlite.megatron.trainers.loss import reduce_over_ranks
+from swiftlite.megatron.trainers.metrics import Metrics, format_seconds
+from swiftlite.utils.errors import SwiftliteError, UsageError
+from swiftlite.utils.io import format_bytes, write_json
+from swiftlite.utils.logger import get_logger
+from swiftlite.weights.safetensors import SafetensorsSource
+
+logger = get_logger()
+
+HF_SUFFIX = "-hf"
+
+
+def wrap_models(models: Sequence[torch.nn.Module], args: Any) -> list[torch.nn.Module]:
+    """Move to the device, wrap in Float16Module (half precision) and DDP with one buffer layout for every DP size.
+
+    Router biases stay fp32: Float16Module would round them.
+    """
+    wrapped: list[torch.nn.Module] = []
+    for index, model in enumerate(models):
+        config = model.config
+        model.to(backend.setup().device)
+        if config.bf16 or config.fp16:
+            kept = {m: m.expert_bias.float() for m in model.modules() if getattr(m, "expert_bias", None) is not None}
+            model = Float16Module(config, model)
+            for module, bias in kept.items():
+                module.expert_bias = bias
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=args.overlap_grad_reduce,
+            overlap_param_gather=args.overlap_param_gather,
+            use_distributed_optimizer=True,
+        )
+        wrapped.append(DistributedDataParallel(config, ddp_config, model, disable_bucketing=index > 0))
+    return wrapped
+
+
+def build_optimizer(models: Sequence[torch.nn.Module], args: Any) -> Any:
+    """Adam with fp32 main parameters, always as the distributed optimizer: so one checkpoint format exists."""
+    dtype = torch_dtype(args)
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_eps,
+        clip_grad=args.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_distributed_optimizer=True,
+        overlap_param_gather=args.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, list(models))
+
+
+def build_scheduler(optimizer: Any, args: Any, train_iters: int, global_batch_size: int) -> OptimizerParamScheduler:
+    """Warm-up, then decay to min_lr; counted in samples, as megatron-core does.
+
+    Raises: UsageError if the warm-up takes the whole run.
+    """
+    decay_iters = args.lr_decay_iters or train_iters
+    warmup = args.lr_warmup_iters
+    if args.lr_warmup_fraction is not None:
+        warmup = int(args.lr_warmup_fraction * decay_iters)
+    if warmup >= decay_iters:
+        raise UsageError(f"{warmup} warm-up steps: must be fewer than the {decay_iters} steps of the schedule")
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=warmup * global_batch_size,
+        lr_decay_steps=decay_iters * global_batch_size,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=train_iters * global_batch_size,
+        wd_incr_style="constant",
+        # A resumed run's arguments equal those of the first (run_directory), so they rule.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+class Trainer:
+    """One run. Use: `Trainer(args, parallel, train_set, val_set, pad_token_id).train()`.
+
+    Args:
+        args: MegatronSftArguments with model, dtype and output directory settled.
+        train_set, val_set: EncodedDatasets; val_set None: no evaluation.
+        origin: directory of the weights that the run starts from, either format.
+    """
+
+    def __init__(
+        self, args: Any, parallel: ParallelState, train_set: Any, val_set: Any, pad_token_id: int, origin: str | Path
+    ) -> None:
+        self.args, self.parallel, self.origin_dir = args, parallel, Path(origin)
+        self.root = Path(args.output_dir)
+        micro, accumulation, self.global_batch_size = args.batch_sizes(parallel.dp_size)
+        self.plan = BatchPlan(micro, accumulation, parallel.dp_rank, parallel.dp_size)
+        stages = virtual_stages(args)
+        if stages and accumulation % parallel.pp_size:
+            raise UsageError(
+                f"{accumulation} micro batches a step: with --num_virtual_stages_per_pipeline_rank {stages} they must "
+                f"be a multiple of --pipeline_model_parallel_size {parallel.pp_size}"
+            )
+        self.train_iters = args.train_iters or math.ceil(args.num_train_epochs * len(train_set) / self.global_batch_size)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.order = SampleOrder(len(train_set), seed, args.dataset_shuffle)
+        multiple = parallel.tp_size if args.sequence_parallel else 1
+        self.device = backend.setup().device
+        self.train_loader = BatchLoader(train_set, pad_token_id, multiple, self.device)
+        self.val_size = len(val_set) if val_set is not None else 0
+        self.val_loader = BatchLoader(val_set, pad_token_id, multiple, self.device)
+        self.position = Position()
+        self.written: list[Path] = []
+
+    # ---- what a subclass says ----
+
+    def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        """(output of the model, loss function of that output), as megatron-core's schedules call it."""
+        raise NotImplementedError
+
+    # ---- setting up ----
+
+    def setup(self, resume: bool) -> None:
+        """Build model, optimizer and schedule, load the weights or the newest checkpoint. Collective."""
+        overrides = {"variable_seq_lengths": True} if self.parallel.pp_size > 1 else {}
+        self.models = wrap_models(build_models(self.args, **overrides), self.args)
+        self.config = self.models[0].module.config
+        self.origin = Origin(self.origin_dir)
+        if not resume:
+            read = load_weights(self.models, self.origin_dir)
+            logger.info("loaded %s from %s on this rank", format_bytes(read), self.origin_dir)
+        self.optimizer = build_optimizer(self.models, self.args)
+        self.optimizer.reload_model_params()
+        self.scheduler = build_scheduler(self.optimizer, self.args, self.train_iters, self.global_batch_size)
+        if resume:
+            self.position = checkpoint.load_checkpoint(
+                self.root, self.models, self.args, self.optimizer, self.scheduler
+            )
+            logger.info("going on from step %d in %s", self.position.iteration, self.root)
+        self.carried = checkpoint.carried_tensors(self.models, self.origin)
+        if self.carried:
+            logger.info("%d tensors that training does not hold go unchanged into every checkpoint", len(self.carried))
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        if self.args.overlap_grad_reduce:
+            no_sync = [model.no_sync for model in self.models]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self.forward_backward = get_forward_backward_func()
+
+    def write_run_files(self) -> None:
+        """Config, tokenizer, manifest and arguments beside the checkpoints, before the first one. Rank 0 only."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        copy_side_files(origin_root(self.origin_dir), self.root, {})
+        manifest = read_manifest(origin_root(self.origin_dir))
+        if manifest is not None:
+            write_json(self.root / MANIFEST, manifest)
+        elif isinstance(self.origin.source, SafetensorsSource):
+            shapes = {name: tensor.spec.shape for name, tensor in self.origin.source.tensors.items()}
+            coverage = self.origin.bound.check(shapes, str(self.origin_dir))
+            write_manifest(self.root, self.origin.source, coverage)
+        lm_args = self.args.megatron_lm_args()
+        (self.root / "megatron_lm_args.txt").write_text(
+            lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n", encoding="utf-8"
+        )
+        self.args.save(self.root)
+
+    def banner(self) -> None:
+        """Say what runs, before it runs."""
+        parameters = sum(p.numel() for model in self.models for p in model.parameters())
+        logger.info("%s", backend.setup().describe())
+        logger.info(
+            "%s; dtype %s; %s parameters on this rank; MoE dispatcher %s",
+            self.parallel.describe(), str(torch_dtype(self.args)).removeprefix("torch."), f"{parameters:,}",
+            self.config.moe_token_dispatcher_type if self.config.num_moe_experts else "none",
+        )  # fmt: skip
+        logger.info(
+            "%d steps of %d samples (micro batch %d x %d accumulated x %d data-parallel ranks), %d training and %d "
+            "validation samples", self.train_iters, self.global_batch_size, self.plan.micro_batch_size,
+            self.plan.num_microbatches, self.parallel.dp_size, self.order.num_samples, self.val_size,
+        )  # fmt: skip
+
+    # ---- running ----
+
+    def run_batches(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
+        """Forward (and backward) passes over this rank's micro batches. Returns: [loss sum, tokens with a loss]."""
+        iterators: Any = [iter(batches) for _ in self.models]
+        results = self.forward_backward(
+            forward_step_func=self.forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.models if len(self.models) > 1 else self.models[0],
+            num_microbatches=len(batches),
+            seq_length=max(batch.tokens.shape[1] for batch in batches),
+            micro_batch_size=self.plan.micro_batch_size,
+            forward_only=forward_only,
+        )
+        total = torch.zeros(2, device=self.device)
+        for result in results:  # empty on all but the last pipeline stage
+            total += result["lm"]
+        return total
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step. Returns: loss (mean over the global batch's tokens), lr, grad_norm, token counts."""
+        start = self.position.consumed_samples
+        samples = self.order.slice(start, start + self.global_batch_size)
+        began = time.perf_counter()
+        batches = self.train_loader.load(self.plan.micro_batches(samples))
+        data_seconds = time.perf_counter() - began
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self.run_batches(batches, forward_only=False)
+        lr = next(group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None)
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=self.global_batch_size)
+        counts = torch.tensor(
+            [sum(b.num_tokens for b in batches), sum(b.tokens.numel() for b in batches)], device=self.device
+        )
+        loss_sum, trained, tokens, padded = reduce_over_ranks(torch.cat([loss, self._once(counts)])).tolist()
+        self.position = Position(self.position.iteration + 1, start + self.global_batch_size)
+        values = {
+            "loss": loss_sum / max(trained, 1.0), "lr": lr, "grad_norm": float(grad_norm or 0.0),
+            "trained_tokens": trained, "tokens": tokens, "padded_tokens": padded, "data_s": data_seconds,
+        }  # fmt: skip
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise SwiftliteError(
+                f"step {self.position.iteration}: loss {values['loss']}, gradient norm {values['grad_norm']}; training "
+                "has diverged. Lower --lr or raise --lr_warmup_iters, and start again from the last checkpoint"
+            )
+        return values
+
+    def _once(self, counts: Tensor) -> Tensor:
+        """Counts of the last stage only: every stage sees the same samples."""
+        return counts.float() if self.parallel.is_last_stage else torch.zeros_like(counts, dtype=torch.float32)
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss per token over the validation set; samples in a last, partial batch count like all others."""
+        for model in self.models:
+            model.eval()
+        total = torch.zeros(2, device=self.device)
+        with torch.no_grad():
+            for samples in evaluation_samples(self.val_size, self.global_batch_size, self.args.eval_iters):
+                batches = self.val_loader.load(self.plan.micro_batches(samples))
+                total += self.run_batches(batches, forward_only=True)
+        for model in self.models:
+            model.train()
+        loss_sum, tokens = reduce_over_ranks(total).tolist()
+        return {"eval_loss": loss_sum / max(tokens, 1.0), "eval_tokens": tokens}
+
+    def train(self, resume: bool = False) -> dict[str, Any]:
+        """The whole run. Returns: what it ended with (loss, steps, seconds, files). Collective."""
+        self.setup(resume)
+        self.banner()
+        main = self.parallel.rank == 0
+        if main:
+            self.write_run_files()
+        torch.distributed.barrier()
+        metrics = Metrics(
+            self.root, self.args.logging_dir, self.args.report_to, self.position.iteration, self.train_iters, main
+        )
+        backend.reset_peak_memory()
+        began = time.perf_counter()
+        try:
+            last = self._steps(metrics)
+        finally:
+            metrics.close()
+        seconds = time.perf_counter() - began
+        plot = metrics.plot()
+        if plot is not None:
+            self.written.append(plot)
+        self._summary(seconds, last)
+        return {**last, "iteration": self.position.iteration, "seconds": seconds, "output_dir": str(self.root)}
+
+    def _steps(self, metrics: Metrics) -> dict[str, float]:
+        args, last = self.args, {}
+        window = _Window()
+        while self.position.iteration < self.train_iters:
+            values = self.train_step()
+            step = self.position.iteration
+            window.add(values)
+            metrics.advance(step, values["loss"], values["lr"], values["grad_norm"])
+            is_last = step == self.train_iters
+            if step % args.logging_steps == 0 or step == 1 or is_last:
+                last = window.summary()
+                metrics.log(step, last)
+                window = _Window()
+            if self.val_size and (step % args.eval_steps == 0 or is_last):
+                metrics.log(step, self.evaluate())
+                window.restart_clock()
+            if step % args.save_steps == 0 or is_last:
+                self.save()
+                window.restart_clock()
+        return last
+
+    def save(self) -> None:
+        """Write a checkpoint, and the Hugging Face directory if asked for; delete what is above the limit. Collective."""
+        weights_only = self.args.no_save_optim
+        path = checkpoint.save_checkpoint(
+            self.root, self.position, self.models, self.args,
+            None if weights_only else self.optimizer, None if weights_only else self.scheduler, self.carried,
+        )  # fmt: skip
+        written = [path]
+        if self.args.save_safetensors:
+            hf_dir = self.root / f"{path.name}{HF_SUFFIX}"
+            save_hf_weights(self.models, hf_dir, self.origin_dir)
+            written.append(hf_dir)
+        deleted: list[Path] = []
+        if self.parallel.rank == 0:
+            for suffix in ("", HF_SUFFIX):
+                deleted += checkpoint.rotate(self.root, self.args.save_total_limit, suffix)
+            logger.info("saved %s", " and ".join(str(p) for p in written))
+        self.written = [p for p in self.written + written if p not in deleted]
+
+    def _summary(self, seconds: float, last: dict[str, float]) -> None:
+        logger.info(
+            "finished step %d in %s; loss %.6g; peak memory %s", self.position.iteration, format_seconds(seconds),
+            last.get("loss", float("nan")), format_bytes(backend.peak_memory_bytes()),
+        )  # fmt: skip
+        for path in self.written:
+            logger.info("wrote %s", path)
+        hf_dirs = [p for p in self.written if p.name.endswith(HF_SUFFIX)]
+        if hf_dirs:
+            logger.info("next: swiftlite infer --model %s", hf_dirs[-1])
+        else:
+            logger.info("next: swiftlite export --mcore_model %s --to_hf true", self.root)
+
+
+class _Window:
+    """Steps between two log lines: mean loss per token, rates."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What ran since the last step (evaluation, saving) is no training time."""
+        self._since = time.perf_counter()
+
+    def add(self, values: dict[str, float]) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+        self.steps.append(values)
+
+    def summary(self) -> dict[str, float]:
+        trained = sum(step["trained_tokens"] for step in self.steps)
+        tokens = sum(step["tokens"] for step in self.steps)
+        padded = sum(step["padded_tokens"] for step in self.steps)
+        return {
+            "loss": sum(step["loss"] * step["trained_tokens"] for step in self.steps) / max(trained, 1.0),
+            "lr": self.steps[-1]["lr"],
+            "grad_norm": self.steps[-1]["grad_norm"],
+            "tokens_per_second": tokens / max(self.seconds, 1e-9),
+            "step_s": self.seconds / len(self.steps),
+            "data_s": sum(step["data_s"] for step in self.steps) / len(self.steps),
+            "padding_share": 1 - tokens / max(padded, 1.0),
+            "memory_gib": backend.peak_memory_bytes() / 2**30,
+        }

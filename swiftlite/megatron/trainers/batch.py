@@ -1,0 +1,131 @@
+"""Which samples a step trains on, and how they become tensors. Deterministic: nothing depends on the parallel layout.
+
+Shapes: B samples of a micro batch, S sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+_DUMMY = -1  # stands for a sample that is not there: it fills up the last batch of an evaluation
+
+
+class SampleOrder:
+    """The endless stream of sample indices: one permutation per epoch, by seed; position n is always the same sample."""
+
+    def __init__(self, num_samples: int, seed: int, shuffle: bool = True) -> None:
+        self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    def _permute(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.num_samples))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(self.num_samples, generator=generator).tolist()  # type: ignore[no-any-return]
+
+    def __getitem__(self, position: int) -> int:
+        epoch, index = divmod(position, self.num_samples)
+        return self._permutation(epoch)[index]
+
+    def slice(self, start: int, stop: int) -> list[int]:
+        return [self[position] for position in range(start, stop)]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the samples of a global batch are divided: `num_microbatches` passes of `micro_batch_size` on each DP rank."""
+
+    micro_batch_size: int
+    num_microbatches: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.num_microbatches * self.dp_size
+
+    def micro_batches(self, samples: Sequence[int]) -> list[list[int]]:
+        """This rank's samples, one list per pass. Every rank gets the same number of samples in every pass."""
+        per_pass = self.micro_batch_size * self.dp_size
+        start = self.dp_rank * self.micro_batch_size
+        return [
+            list(samples[begin + start : begin + start + self.micro_batch_size])
+            for begin in range(0, len(samples), per_pass)
+        ]
+
+
+def evaluation_samples(num_samples: int, global_batch_size: int, num_batches: int = -1) -> Iterator[list[int]]:
+    """Global batches over a validation set, the last one filled up with samples that count for nothing.
+
+    num_batches: stop after so many, -1: the whole set.
+    """
+    total = -(-num_samples // global_batch_size)
+    for batch in range(total if num_batches < 0 else min(total, num_batches)):
+        samples = list(range(batch * global_batch_size, min((batch + 1) * global_batch_size, num_samples)))
+        yield samples + [_DUMMY] * (global_batch_size - len(samples))
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass. Labels are shifted: labels[:, t] is the token at t + 1.
+
+    tokens, labels, position_ids: int64 [B, S]. loss_mask: fp32 [B, S], the weight of each label; 0 in prompt and
+    padding. num_tokens: tokens that are no padding.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    loss_mask: Tensor
+    num_tokens: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.position_ids, self.loss_mask))
+        return MicroBatch(*moved, self.num_tokens)
+
+
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int = 0, multiple_of: int = 1) -> MicroBatch:
+    """Pad rows {"input_ids", "labels", "loss_scale"?} on the right to one length, a multiple of `multiple_of`.
+
+    Padding stands behind the text, so causal attention never reads it.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    length = -(-longest // multiple_of) * multiple_of
+    tokens = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
+    weights = torch.ones(len(rows), length)
+    for i, row in enumerate(rows):
+        count = len(row["input_ids"])
+        tokens[i, :count] = torch.tensor(row["input_ids"])
+        labels[i, : count - 1] = torch.tensor(row["labels"][1:], dtype=torch.int64)
+        if row.get("loss_scale") is not None:
+            weights[i, : count - 1] = torch.tensor(row["loss_scale"][1:], dtype=torch.float32)
+    mask = (labels != IGNORE_INDEX).float() * weights
+    labels = labels.masked_fill(labels == IGNORE_INDEX, 0)
+    positions = torch.arange(length).expand(len(rows), length).contiguous()
+    return MicroBatch(tokens, labels, positions, mask, sum(len(row["input_ids"]) for row in rows))
+
+
+class BatchLoader:
+    """Makes the micro batches of a step from an EncodedDataset."""
+
+    def __init__(self, dataset: Any, pad_token_id: int, multiple_of: int, device: torch.device) -> None:
+        self.dataset, self.pad_token_id, self.multiple_of, self.device = dataset, pad_token_id, multiple_of, device
+
+    def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
+        return [
+            collate([self._row(i) for i in samples], self.pad_token_id, self.multiple_of).to(self.device)
+            for samples in micro_batches
+        ]
+
+    def _row(self, index: int) -> dict[str, Any]:
+        if index == _DUMMY:
+            return {"input_ids": [self.pad_token_id] * 2, "labels": [IGNORE_INDEX] * 2}
+        return self.dataset[index]  # type: ignore[no-any-return]

@@ -1,0 +1,112 @@
+"""`swiftlite megatron sft`: supervised fine-tuning of all parameters on megatron-core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftlite.llm.dataset import EncodedDataset, load_dataset
+from swiftlite.llm.pipeline import as_arguments, mcore_root, prepare_template, resolve
+from swiftlite.megatron.argument.sft import MegatronSftArguments
+from swiftlite.megatron.convert import read_config
+from swiftlite.megatron.distributed import ParallelState, parallel_groups
+from swiftlite.megatron.hf_io import origin_root
+from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.trainers import run_directory
+from swiftlite.megatron.trainers.base import Trainer
+from swiftlite.megatron.trainers.batch import MicroBatch
+from swiftlite.megatron.trainers.loss import language_model_loss
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+
+class SftTrainer(Trainer):
+    """Cross entropy on the answers' tokens."""
+
+    def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        """One micro batch through one model chunk. The last stage's output are the token losses [B, S]."""
+        batch = next(batches)
+        output = model(
+            input_ids=batch.tokens,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            labels=batch.labels,
+            loss_mask=batch.loss_mask,
+        )
+        return output, partial(language_model_loss, batch.loss_mask)
+
+
+def settle(args: Any) -> str:
+    """Find model, weights and template, fill in the model's fields and what follows from them. Collective-free.
+
+    Returns: the directory that the weights come from.
+    """
+    if not hasattr(args, "model_info"):
+        resolve(args)
+    origin = str(mcore_root(args.mcore_model)) if args.mcore_model else args.model_info.model_dir
+    args.apply_model_config(convert_hf_config(read_config(origin_root(origin))))
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        if args.num_experts or args.multi_latent_attention:
+            logger.info("--sequence_parallel true: tensor-parallel training of this model needs it")
+            args.sequence_parallel = True
+    if args.output_dir is None:
+        args.output_dir = run_directory.default_output_dir(args)
+    return origin
+
+
+def load_data(args: Any, template: Any) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """(training set, validation set or None). Raises: UsageError without --dataset; DatasetError for unusable data."""
+    if not args.dataset:
+        raise UsageError("give the training data with --dataset FILE")
+    train_rows, val_rows = load_dataset(
+        args.dataset,
+        val_datasets=args.val_dataset,
+        split_dataset_ratio=args.split_dataset_ratio,
+        seed=args.data_seed,
+        columns=args.columns,
+        num_proc=args.dataset_num_proc,
+        max_drop_ratio=args.max_drop_ratio,
+        model_name=args.model_name,
+        model_author=args.model_author,
+    )
+    train_set = EncodedDataset(train_rows, template, max_drop_ratio=args.max_drop_ratio, name="training data")
+    if not val_rows:
+        return train_set, None
+    return train_set, EncodedDataset(val_rows, template, max_drop_ratio=args.max_drop_ratio, name="validation data")
+
+
+def _version_directory(args: Any, parallel: ParallelState) -> None:
+    """One name on all ranks, although it holds the time."""
+    if args.add_version:
+        names = [run_directory.versioned(args.output_dir) if parallel.rank == 0 else None]
+        torch.distributed.broadcast_object_list(names, src=0)
+        args.output_dir = names[0]
+
+
+def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> dict[str, Any]:
+    """Train; the same command again goes on where it stopped. Called on every rank.
+
+    Args: args: an arguments object, or words as typed (`["--model", "DIR", "--dataset", "FILE"]`).
+    Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
+    Raises: SwiftliteError for everything a user can mend, before anything is written where possible.
+    """
+    args = as_arguments(MegatronSftArguments, args)
+    origin = settle(args)
+    template = prepare_template(args)
+    train_set, val_set = load_data(args, template)
+    with parallel_groups(args) as parallel:
+        _version_directory(args, parallel)
+        if args.logging_dir is None or args.add_version:
+            args.logging_dir = f"{args.output_dir}/runs"
+        resume = run_directory.prepare(args)
+        torch.distributed.barrier()  # every rank has looked before rank 0 writes
+        tokenizer = template.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        trainer = SftTrainer(args, parallel, train_set, val_set, pad, origin)
+        return trainer.train(resume)
