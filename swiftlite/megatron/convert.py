@@ -229,7 +229,7 @@ def plan_to_hf(
     bound = bind_map(config, source.tensors)
     view = McoreView.open(source, bound)
     original = (manifest or {}).get("tensors", {})
-    copies = {d.name: _resolve_copy(d, bound) for d in bound.duplicates if d.name in original}
+    copies = {d.name: resolve_copy(d, bound) for d in bound.duplicates if d.name in original}
     names = [n for n in original if n in bound.by_hf or n in copies]
     if set(names) != set(bound.by_hf) | set(copies):
         names = [*bound.by_hf, *copies]
@@ -246,7 +246,7 @@ def plan_to_hf(
     return ToHfPlan(view, specs, copies, layout)
 
 
-def _resolve_copy(duplicate: Duplicate, bound: BoundMap) -> str:
+def resolve_copy(duplicate: Duplicate, bound: BoundMap) -> str:
     """The tensor that holds the bytes of a stored copy; a tied model's head is its embedding."""
     return duplicate.of if duplicate.of in bound.by_hf else "model.embed_tokens.weight"
 

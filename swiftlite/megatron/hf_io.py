@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
-from swiftlite.megatron.convert import copy_job, copy_side_files, read_config, read_manifest, update_config
+from swiftlite.megatron.convert import (
+    copy_job,
+    copy_side_files,
+    read_config,
+    read_manifest,
+    resolve_copy,
+    update_config,
+)
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.utils.dist import get_rank, get_world_size
 from swiftlite.utils.errors import MapError
@@ -73,7 +80,11 @@ class LiveMap:
 
 
 class Origin:
-    """The checkpoint that a run starts from, of either format, as tensors under Hugging Face names."""
+    """The checkpoint that a run starts from, of either format, as tensors under Hugging Face names.
+
+    names: all tensors, in the order of the Hugging Face checkpoint. copies: tensors that are stored a second time under
+    another name -> the tensor they repeat. dtypes: as stored there.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         """Raises: CheckpointError, MapError, ShapeError if files and config.json do not match."""
@@ -84,20 +95,19 @@ class Origin:
             files = SafetensorsSource(directory)
             self.bound = bind_map(read_config(directory), files.tensors)
             self.bound.check({name: t.spec.shape for name, t in files.tensors.items()}, str(directory))
-            self.source, self.names = files, [n for n in files.tensors if n in self.bound.by_hf]
-            self.dtypes = {name: files.spec(name).dtype for name in self.names}
+            self.source, stored = files, {name: t.spec.dtype for name, t in files.tensors.items()}
         else:
             iteration = find_iteration(directory)
             dist = TorchDistSource(iteration)
             self.bound = bind_map(read_config(iteration.parent), dist.tensors)
             self.source = HfNames(McoreView.open(dist, self.bound))
-            stored = (read_manifest(iteration.parent) or {}).get("tensors", {})
-            self.names = [n for n in stored if n in self.bound.by_hf]
-            if set(self.names) != set(self.bound.by_hf):
-                self.names = list(self.bound.by_hf)
-            self.dtypes = {
-                n: getattr(torch, stored[n]["dtype"]) if n in stored else self.source.spec(n).dtype for n in self.names
-            }
+            manifest = (read_manifest(iteration.parent) or {}).get("tensors", {})
+            stored = {name: getattr(torch, tensor["dtype"]) for name, tensor in manifest.items()}
+        self.copies = {d.name: resolve_copy(d, self.bound) for d in self.bound.duplicates if d.name in stored}
+        self.names = [n for n in stored if n in self.bound.by_hf or n in self.copies]
+        if not set(self.names) >= set(self.bound.by_hf):
+            self.names = [*self.bound.by_hf, *self.copies]
+        self.dtypes = {n: stored[n] if n in stored else self.source.spec(n).dtype for n in self.names}
 
 
 def load_weights(models: Sequence[torch.nn.Module], directory: str | Path) -> int:
@@ -136,10 +146,11 @@ def save_hf_weights(
         held.update(part)
     specs = {}
     for name in origin.names:
-        entry, position = origin.bound.by_hf[name]
-        kept = name not in held or entry.rule.keep_dtype
-        specs[name] = TensorSpec(origin.dtypes[name] if kept else held[name], entry.hf_shapes[position])
-    carried = [name for name in origin.names if name not in held]
+        of = origin.copies.get(name, name)
+        entry, position = origin.bound.by_hf[of]
+        kept = of not in held or entry.rule.keep_dtype
+        specs[name] = TensorSpec(origin.dtypes[name] if kept else held[of], entry.hf_shapes[position])
+    carried = [name for name in origin.names if origin.copies.get(name, name) not in held]
     plan = plan_shards(specs, max_shard_bytes)
     directory = output_dir.with_name(f".{output_dir.name}.saving")
     main = get_rank() == 0
@@ -155,6 +166,8 @@ def save_hf_weights(
             if is_main_replica(shard.replica_id):
                 data = shard.data.detach().view(shard.local_shape).cpu()
                 write_shard(data, entry, offset, files, lambda n: (*places[n], specs[n].dtype))
+                for copy in (c for c, of in origin.copies.items() if of == entry.hf[0]):
+                    write_shard(data, entry, offset, files, lambda _, c=copy: (*places[c], specs[c].dtype))
         files.sync()
     if main and carried:
         stream.run([copy_job(origin.source, name, *places[name], specs[name].dtype) for name in carried])
