@@ -39,7 +39,7 @@ _ROLES = {
     "tool_call": "tool_call",
     "function_call": "tool_call",
 }
-_QUERY = ("query", "prompt", "question", "problem", "instruction")
+_QUERY = ("query", "prompt", "question", "problem", "instruction", "input")
 _RESPONSE = ("response", "answer", "output", "completion", "solution", "chosen")
 _SYSTEM = ("system", "system_prompt")
 _REJECTED = ("rejected_response", "rejected")
@@ -171,12 +171,12 @@ def _messages_of(message: Any) -> list[Message]:
         calls = call if isinstance(call, list) else [call]
         return [{"role": "assistant", "content": "", "tool_calls": [_call(call) for call in calls]}]
     out: Message = {"role": standard}
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else None)
-    if calls and standard == "assistant":
-        if not isinstance(calls, (list, tuple)):
-            raise RowError("tool_calls is not a list", type(calls).__name__)
-        out["tool_calls"] = [_call(call) for call in calls]
-    out["content"] = "" if content is None and calls else _content(content)
+    called: Any = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else None)
+    if called and standard == "assistant":
+        if not isinstance(called, (list, tuple)):
+            raise RowError("tool_calls is not a list", type(called).__name__)
+        out["tool_calls"] = [_call(call) for call in called]
+    out["content"] = "" if content is None and called else _content(content)
     if standard == "assistant":
         reasoning = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), None)
         if reasoning:
@@ -202,8 +202,9 @@ def _content(content: Any) -> str:
         texts = [
             item.get("text") if isinstance(item, Mapping) and item.get("type") == "text" else item for item in content
         ]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+        words = [text for text in texts if isinstance(text, str)]
+        if len(words) == len(texts):
+            return "".join(words)
     raise RowError("content is not text", "null" if content is None else type(content).__name__)
 
 

@@ -145,13 +145,14 @@ class Template:
         """
         options = self._options(kwargs)
         if self.template_backend == "jinja":
-            return self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 self._with_system(messages),
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **options,
             )
+            return text
         return "".join(text for text, _ in self._pieces(messages, tools, add_generation_prompt, options))
 
     def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None, **kwargs: Any) -> list[int]:
@@ -171,7 +172,8 @@ class Template:
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text in which special tokens are written out; nothing is added."""
-        return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return list(encoded["input_ids"])
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
         """One conversation for training.
@@ -224,7 +226,8 @@ class Template:
             )
         self._warn_of_lost_tools(messages, tools)
 
-        text, spans = "", []
+        text = ""
+        spans: list[list[int]] = []  # start, end, index of the message
         for piece, index in self._pieces(messages, tools, False, self._options({})):
             if index is not None:
                 if spans and spans[-1][2] == index and spans[-1][1] == len(text):
@@ -286,7 +289,7 @@ class Template:
     def _own_bos(self) -> str:
         """What the tokenizer itself puts in front of a text."""
         with_specials, plain = self.tokenizer("a")["input_ids"], self.tokenize("a")
-        return self.tokenizer.decode(with_specials[: with_specials.index(plain[0])])
+        return str(self.tokenizer.decode(with_specials[: with_specials.index(plain[0])]))
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.enable_thinking is not None:

@@ -67,7 +67,7 @@ def qwen2_5(c: Conversation) -> Iterator[Piece]:
     """Hermes tools; a default system message, also in front of the tools."""
     yield from _head(c, separator_always=True)
     for i, message in enumerate(c.messages):
-        role, calls = role_of(message), message.get("tool_calls")
+        role, calls = role_of(message), message.get("tool_calls") or []
         if role == "user" or (role == "system" and i) or (role == "assistant" and not calls):
             yield f"<|im_start|>{role}\n", None
             yield c.text(i), i if role == "assistant" else None
@@ -86,7 +86,7 @@ def qwq(c: Conversation) -> Iterator[Piece]:
     """As Qwen2.5 without a default system message; thoughts are cut from every turn but the last; always thinks."""
     yield from _head(c, separator_always=True)
     for i, message in enumerate(c.messages):
-        role, calls = role_of(message), message.get("tool_calls")
+        role, calls = role_of(message), message.get("tool_calls") or []
         is_last = i == len(c.messages) - 1
         if role == "user" or (role == "system" and i):
             yield f"<|im_start|>{role}\n{c.text(i)}<|im_end|>\n", None
