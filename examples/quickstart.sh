@@ -20,14 +20,20 @@ ROOT=output/quickstart
 if $TINY; then ROOT=output/quickstart-tiny; fi
 DATA=examples/data/self_cognition.jsonl
 NAME=Swifty
-export TOKENIZERS_PARALLELISM=false SWIFTLITE_LOG_LEVEL="${SWIFTLITE_LOG_LEVEL:-WARNING}"
+# The libraries' remarks on what a machine without a GPU lacks are no news here.
+export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 
 TIMES=()
 STAGE="" ; BEGAN=0
 begin() { STAGE=$1; BEGAN=$SECONDS; printf '\n== %s\n' "$STAGE"; }
 finish() { TIMES+=("$(printf '%5ds  %s' $((SECONDS - BEGAN)) "$STAGE")"); }
 fail() { printf 'quickstart: %s\n' "$*" >&2; exit 1; }
-run() { printf '+ swiftlite %s\n' "$*"; "$PYTHON" -m swiftlite "$@"; }
+run() {  # run LOG COMMAND...: everything goes to the log, the lines that tell the result are shown
+    local log=$ROOT/$1.log; shift
+    printf '   swiftlite %s\n' "$*"
+    "$PYTHON" -m swiftlite "$@" >"$log" 2>&1 || { tail -n 30 "$log" >&2; fail "swiftlite $1 failed; all of it: $log"; }
+    tr '\r' '\n' <"$log" | sed -nE 's/^\[INFO\] ((wrote|logits:|finished) .*)/   \1/p'
+}
 ask() {  # ask MODEL_DIR QUESTION: prints question and answer, leaves the answer in ANSWER
     ANSWER=$("$PYTHON" -m swiftlite infer --model "$1" --prompt "$2" --temperature 0 --max_new_tokens 40 2>"$ROOT/infer.log") \
         || { cat "$ROOT/infer.log" >&2; fail "swiftlite infer failed"; }
@@ -63,9 +69,9 @@ HF=$ROOT/model
 begin "a model in Hugging Face format"
 if $TINY; then
     rm -rf "$HF"
-    "$PYTHON" examples/make_tiny_model.py "$HF" --corpus "$DATA"
+    "$PYTHON" examples/make_tiny_model.py "$HF" --corpus "$DATA" 2>"$ROOT/make.log" || { cat "$ROOT/make.log" >&2; fail "no model"; }
 else
-    "$PYTHON" examples/fetch_smollm2.py "$HF"
+    "$PYTHON" examples/fetch_smollm2.py "$HF" >"$ROOT/fetch.log" 2>&1 || { cat "$ROOT/fetch.log" >&2; fail "no model"; }
 fi
 du -sh "$HF" | sed 's/^/   /'
 finish
@@ -78,7 +84,7 @@ $TINY || has Paris || fail "SmolLM2 should know that the capital of France is Pa
 finish
 
 begin "Hugging Face -> Megatron-core, both models compared layer by layer"
-run export --model "$HF" --to_mcore true --output_dir "$ROOT/mcore" --test_convert_precision true
+run to_mcore export --model "$HF" --to_mcore true --output_dir "$ROOT/mcore" --test_convert_precision true
 finish
 
 TRAIN=(--mcore_model "$ROOT/mcore" --dataset "$DATA" --micro_batch_size 4 --global_batch_size 8 --max_length 256
@@ -89,12 +95,12 @@ if $TINY; then
 else
     TRAIN+=(--lr 1e-4)
     begin "how long a training step takes here"
-    run megatron sft "${TRAIN[@]}" --train_iters 3 --save_steps 1000 --output_dir "$ROOT/probe"
+    run probe megatron sft "${TRAIN[@]}" --train_iters 3 --save_steps 1000 --output_dir "$ROOT/probe"
     # The first step pays for warming up; about 100 seconds of steps, at least 20, at most 60.
     STEPS=$("$PYTHON" - "$ROOT/probe/logging.jsonl" <<'PY'
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
-times = [row["step_time"] for row in rows if "step_time" in row][1:]
+times = [row["step_s"] for row in rows if "step_s" in row][1:]
 print(max(20, min(60, int(100 / (sum(times) / len(times))))))
 PY
     )
@@ -103,11 +109,11 @@ PY
 fi
 
 begin "supervised fine-tuning on megatron-core, $STEPS steps"
-run megatron sft "${TRAIN[@]}" --train_iters "$STEPS" --save_steps "$STEPS" --output_dir "$ROOT/sft"
+run sft megatron sft "${TRAIN[@]}" --train_iters "$STEPS" --save_steps "$STEPS" --output_dir "$ROOT/sft"
 finish
 
 begin "Megatron-core -> Hugging Face, both models compared layer by layer"
-run export --mcore_model "$ROOT/sft" --to_hf true --output_dir "$ROOT/hf" --test_convert_precision true
+run to_hf export --mcore_model "$ROOT/sft" --to_hf true --output_dir "$ROOT/hf" --test_convert_precision true
 finish
 
 begin "its answers after training"
