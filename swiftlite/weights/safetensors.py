@@ -128,6 +128,8 @@ class SafetensorsSource:
             return [single]
         found = sorted(self.directory.glob("*.safetensors"))
         if not found:
+            if (self.directory / "latest_checkpointed_iteration.txt").is_file():
+                raise CheckpointError(f"{self.directory} is a Megatron checkpoint; give it with --mcore_model")
             other = sorted(p.name for p in self.directory.glob("*.bin"))
             hint = f" (it holds {other[0]}: convert it to safetensors first)" if other else ""
             raise CheckpointError(f"{self.directory} holds no *.safetensors files{hint}; is it a Hugging Face model?")
