@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from torch import Tensor
 
 from swiftlite.families import family_of
@@ -64,6 +70,7 @@ def model_provider(
     )
     model.vp_stage = vp_stage
     rope.install(model, frequencies)
+    _mark_divided_weights(model)
     if args.multi_latent_attention:
         _set_latent_norm_eps(model)
     if live_vocab_size > vocab_size:
@@ -85,6 +92,19 @@ def build_models(args: Any, **overrides: Any) -> list[GPTModel]:
         model_provider(args, first and stage == 0, last and stage == stages - 1, stage, **overrides)
         for stage in range(stages)
     ]
+
+
+def _mark_divided_weights(model: GPTModel) -> None:
+    """Mark weights that are divided over TP ranks: the gradient norm counts unmarked ones on rank 0 only.
+
+    megatron-core marks them while it initialises them, so not with perform_initialization false.
+    """
+    for module in model.modules():
+        dim = 0 if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) else 1
+        weight = getattr(module, "weight", None)
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def _set_latent_norm_eps(model: GPTModel) -> None:
