@@ -62,3 +62,9 @@ def make_checkpoint(directory: Path, kind: str, gigabytes: float) -> int:
     write_index(directory, shards, total)
     mark.write_text(json.dumps(config))
     return total
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(make_checkpoint(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])))
