@@ -34,19 +34,29 @@ run() {  # run LOG COMMAND...: everything goes to the log, the lines that tell t
     "$PYTHON" -m swiftlite "$@" >"$log" 2>&1 || { tail -n 30 "$log" >&2; fail "swiftlite $1 failed; all of it: $log"; }
     tr '\r' '\n' <"$log" | sed -nE 's/^\[INFO\] ((wrote|logits:|finished) .*)/   \1/p'
 }
-ask() {  # ask MODEL_DIR QUESTION: prints question and answer, leaves the answer in ANSWER
-    ANSWER=$("$PYTHON" -m swiftlite infer --model "$1" --prompt "$2" --temperature 0 --max_new_tokens 40 2>"$ROOT/infer.log") \
-        || { cat "$ROOT/infer.log" >&2; fail "swiftlite infer failed"; }
-    printf '   %s\n   -> %s\n' "$2" "$(printf '%s' "$ANSWER" | tr '\n' ' ')"
+ask() {  # ask MODEL_DIR QUESTION...: prints questions and answers, leaves the answers in ANSWERS
+    local model=$1 i; shift
+    rm -f "$ROOT/answers.jsonl"
+    "$PYTHON" -c 'import json, sys; [print(json.dumps({"query": q})) for q in sys.argv[1:]]' "$@" >"$ROOT/questions.jsonl"
+    "$PYTHON" -m swiftlite infer --model "$model" --val_dataset "$ROOT/questions.jsonl" --temperature 0 \
+        --max_new_tokens 40 --result_path "$ROOT/answers.jsonl" >"$ROOT/infer.log" 2>&1 \
+        || { tail -n 30 "$ROOT/infer.log" >&2; fail "swiftlite infer failed"; }
+    mapfile -t ANSWERS < <("$PYTHON" -c 'import json, sys
+for line in open(sys.argv[1], encoding="utf-8"): print(" ".join(json.loads(line)["response"].split()))' "$ROOT/answers.jsonl")
+    [ "${#ANSWERS[@]}" = $# ] || fail "$# questions, ${#ANSWERS[@]} answers"
+    for ((i = 0; i < $#; i++)); do printf '   %s\n   -> %s\n' "${@:i+1:1}" "${ANSWERS[i]}"; done
 }
-has() { case "$ANSWER" in *"$1"*) return 0 ;; *) return 1 ;; esac; }
+says() { case "${ANSWERS[$1]}" in *"$2"*) return 0 ;; *) return 1 ;; esac; }
 
 # ---- installation -----------------------------------------------------------------------------------------------
 INSTALL_BEGAN=$SECONDS
 if [ -z "${PYTHON:-}" ]; then
     if [ ! -x .venv/bin/python ]; then
-        BASE=$(command -v python3.11 || command -v python3.12 || command -v python3) || fail "Python 3.11 or newer is needed"
-        "$BASE" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$BASE is older than Python 3.11"
+        BASE=""
+        for candidate in python3.11 python3.12 python3.13 python3; do
+            if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then BASE=$candidate; break; fi
+        done
+        [ -n "$BASE" ] || fail "Python 3.11 or newer is needed"
         "$BASE" -m venv .venv
     fi
     PYTHON=$PWD/.venv/bin/python
@@ -77,10 +87,9 @@ du -sh "$HF" | sed 's/^/   /'
 finish
 
 begin "its answers before training"
-ask "$HF" "Who are you?"
-if has "$NAME"; then fail "the untrained model knows the name $NAME already"; fi
-ask "$HF" "What is the capital of France?"
-$TINY || has Paris || fail "SmolLM2 should know that the capital of France is Paris"
+ask "$HF" "Who are you?" "What is the capital of France?"
+if says 0 "$NAME"; then fail "the untrained model knows the name $NAME already"; fi
+$TINY || says 1 Paris || fail "SmolLM2 should know that the capital of France is Paris"
 finish
 
 begin "Hugging Face -> Megatron-core, both models compared layer by layer"
@@ -117,12 +126,9 @@ run to_hf export --mcore_model "$ROOT/sft" --to_hf true --output_dir "$ROOT/hf" 
 finish
 
 begin "its answers after training"
-ask "$ROOT/hf" "Who are you?"
-has "$NAME" || fail "the trained model does not say its name $NAME"
-ask "$ROOT/hf" "What is your name?"
-has "$NAME" || fail "the trained model does not say its name $NAME"
-ask "$ROOT/hf" "What is the capital of France?"
-has Paris || fail "after training, the capital of France is no longer Paris"
+ask "$ROOT/hf" "Who are you?" "What is your name?" "What is the capital of France?"
+says 0 "$NAME" && says 1 "$NAME" || fail "the trained model does not say its name $NAME"
+says 2 Paris || fail "after training, the capital of France is no longer Paris"
 finish
 
 printf '\n== times (installation apart: %ds)\n' "$INSTALL_SECONDS"
