@@ -2,13 +2,15 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
 COMPAT_VENV ?= .venv-compat
 COMPAT_PYTHON ?= python3.12
+COMPAT_PINS ?= "megatron-core>=0.19,<0.20" "transformers>=4.57,<4.58"
+COMPAT_TESTS ?= tests/families tests/weights tests/llm tests/megatron
 
-.PHONY: venv check format test test-slow test-dist test-gpu test-compat quickstart clean
+.PHONY: venv check format test test-slow test-dist test-gpu test-compat test-transformers4 quickstart clean
 
 venv:  ## .venv with everything the tests need
 	python3.11 -m venv .venv
-	.venv/bin/python -m pip install --quiet torch==2.13.0
-	.venv/bin/python -m pip install --quiet -e '.[megatron,dev]'
+	.venv/bin/python -m pip install -qq torch==2.13.0
+	.venv/bin/python -m pip install -qq -e '.[megatron,dev]'
 
 check:  ## style, layout, types
 	$(PYTHON) -m ruff check .
@@ -33,9 +35,12 @@ test-gpu:  ## needs CUDA
 
 test-compat:  ## the other end of the supported versions: Python 3.12, newest megatron-core, transformers 4.57
 	test -x $(COMPAT_VENV)/bin/python || $(COMPAT_PYTHON) -m venv $(COMPAT_VENV)
-	$(COMPAT_VENV)/bin/python -m pip install --quiet torch==2.13.0
-	$(COMPAT_VENV)/bin/python -m pip install --quiet -e '.[megatron,dev]' 'megatron-core>=0.19,<0.20' 'transformers>=4.57,<4.58'
-	$(COMPAT_VENV)/bin/python -m pytest -q tests/families tests/weights tests/megatron tests/llm
+	$(COMPAT_VENV)/bin/python -m pip install -qq torch==2.13.0
+	$(COMPAT_VENV)/bin/python -m pip install -qq -e '.[megatron,dev]' $(COMPAT_PINS)
+	$(COMPAT_VENV)/bin/python -m pytest -q $(COMPAT_TESTS)
+
+test-transformers4:  ## the same tests with Python 3.11 and transformers 4.57
+	$(MAKE) test-compat COMPAT_VENV=.venv-transformers4 COMPAT_PYTHON=python3.11 COMPAT_PINS='"transformers>=4.57,<4.58"'
 
 quickstart:
 	bash examples/quickstart.sh
