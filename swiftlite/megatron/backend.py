@@ -301,6 +301,46 @@ def _split_sizes_as_lists() -> None:
     mappings._AllToAll.forward = staticmethod(forward)
 
 
+def _uneven_parts_over_gloo() -> None:
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_parts(input_: Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, *args, **kwargs)  # type: ignore[no-any-return]
+        longest = max(output_split_sizes)
+        padded = input_.new_zeros(longest, *input_.shape[1:])
+        padded[: input_.shape[0]] = input_
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_parts(input_: Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, *args, **kwargs)  # type: ignore[no-any-return]
+        total = input_.contiguous().clone()
+        torch.distributed.all_reduce(total, group=group)
+        return torch.split(total, list(input_split_sizes))[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather_parts
+    mappings._reduce_scatter_along_first_dim = reduce_parts
+
+
+def _keep_adam_step() -> None:
+    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    original = optimizer._set_main_param_and_optimizer_states
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {"step": state["step"], **tensors}
+        original(self, model_param, tensors)
+
+    optimizer._set_main_param_and_optimizer_states = set_states
+
+
 SHIMS = (
     Shim(
         "cpu_for_cuda",
@@ -350,6 +390,23 @@ SHIMS = (
         "the all-to-all dispatcher turns split sizes into plain numbers only when they are CUDA tensors; gloo wants lists",
         "the alltoall dispatcher runs with two expert-parallel CPU processes without it",
         _split_sizes_as_lists,
+    ),
+    Shim(
+        "uneven_parts",
+        "0.16-0.19",
+        "cpu",
+        "experts that TP ranks share gather different numbers of tokens from each rank; gloo knows equal parts only",
+        "expert_tensor_parallel_size 2 trains on CPU processes without it",
+        _uneven_parts_over_gloo,
+    ),
+    Shim(
+        "adam_step",
+        "0.16-0.19",
+        "no_te",
+        "loading optimizer states looks for torch Adam's step among the tensors, and lets all parameters share one step "
+        "tensor, which then counts every parameter's update",
+        "a run resumes without Transformer Engine and without it",
+        _keep_adam_step,
     ),
 )
 

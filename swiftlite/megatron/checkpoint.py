@@ -110,6 +110,27 @@ def _tensors(state: Any) -> Iterator[tuple[dict[Any, Any] | list[Any], Any, Shar
             yield from _tensors(value)
 
 
+def _optimizer_parts(state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The states of the optimizers that a chained one consists of; a chain of one has no level of its own."""
+    return [state] if "param_state" in state else [state[index] for index in sorted(state)]
+
+
+def _allocate_optimizer_state(optimizer: Any) -> None:
+    """Give torch's Adam its state before the first step: only what exists can be loaded into."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            continue  # fused optimizers keep no step per parameter and allocate by themselves
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
+
+
 def _cut_vocabulary(state: dict[str, Any], vocab_size: int) -> None:
     """Leave out the rows that pad the live vocabulary, in weights and optimizer states: on disk it is Hugging Face's."""
     removed = []
@@ -199,7 +220,9 @@ def save_checkpoint(
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
         state["opt_param_scheduler"] = scheduler.state_dict()
         state["rng_state"] = _rng_object()
-        state[_STATE]["has_optimizer"] = True
+        first = _optimizer_parts(state["optimizer"])[0]
+        step = next(group["step"] for group in first["optimizer"]["param_groups"] if "step" in group)
+        state[_STATE].update(has_optimizer=True, step=int(step), grad_scaler=first.get("grad_scaler"))
     _cut_vocabulary(state, int(args.padded_vocab_size))
     plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     dist_checkpointing.save(state, str(temporary), content_metadata=plain)
@@ -249,9 +272,13 @@ def load_checkpoint(
     mine = common.get(_STATE) or {}
     state: dict[str, Any] = _model_states(models, metadata)
     has_optimizer = optimizer is not None and bool(mine.get("has_optimizer")) and not args.no_load_optim
+    optimizer_state: Any = {}
     if has_optimizer:
-        # The optimizer replaces data of the weights' entries, so it gets its own view of them.
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
+        _allocate_optimizer_state(optimizer)
+        optimizer_state = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
+        # Only the tensors are asked for. Parameter groups differ by layout (experts have their own only with EP) and
+        # hold nothing but the step that arguments and schedule do not give.
+        state["optimizer_tensors"] = [part["param_state"] for part in _optimizer_parts(optimizer_state)]
     has_rng = mine.get("layout") == _layout() and bool(mine.get("has_optimizer")) and not args.no_load_rng
     if has_rng:
         state["rng_state"] = _rng_object()
@@ -261,7 +288,13 @@ def load_checkpoint(
         raise CheckpointError(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from error
     _load_models(models, loaded)
     if has_optimizer:
-        optimizer.load_state_dict(loaded["optimizer"])
+        for part, tensors in zip(_optimizer_parts(optimizer_state), loaded["optimizer_tensors"], strict=True):
+            part["param_state"] = tensors
+            for group in part["optimizer"]["param_groups"]:
+                group["step"] = mine["step"]
+            if mine.get("grad_scaler") is not None:
+                part["grad_scaler"] = mine["grad_scaler"]
+        optimizer.load_state_dict(optimizer_state)
     elif optimizer is not None:
         optimizer.reload_model_params()
     if scheduler is not None and "opt_param_scheduler" in common:
