@@ -191,3 +191,22 @@ def test_chat_keeps_the_history(
     first = generator.answer([seen[0]])[0]
     assert seen[1][1]["content"] == first
     assert first in capsys.readouterr().out
+
+
+def test_adapters_are_added(model_dir: str, generator: infer.Generator, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from swiftlite.llm.model.loader import get_model_tokenizer
+
+    base, _ = get_model_tokenizer(model_dir, model_type="qwen2")
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path)
+    loaded = infer.Generator.from_arguments(arguments(model_dir, "--adapters", str(tmp_path)))
+    ids = torch.tensor([loaded.template.encode_prompt(QUESTION)])
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+        assert torch.allclose(loaded.model(ids).logits, expected, atol=1e-5)
+        assert not torch.allclose(generator.model(ids).logits, expected, atol=1e-2)
+    assert loaded._room(10) == 246  # the model's facts are found behind the adapter
