@@ -18,7 +18,7 @@ class Route:
 _EXPORT = Route(
     "swiftlite.llm.argument.export:ExportArguments",
     "swiftlite.megatron.convert:export_main",
-    False,
+    True,
     "convert Hugging Face <-> Megatron-core checkpoints",
 )
 

@@ -73,9 +73,7 @@ def initialize(args: Any) -> ParallelState:
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(found.collectives, timeout=timeout)
         else:
-            dist.init_process_group(
-                found.collectives, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+            dist.init_process_group(found.collectives, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

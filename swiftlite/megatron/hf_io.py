@@ -13,16 +13,10 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
-from swiftlite.megatron.convert import (
-    copy_job,
-    copy_side_files,
-    read_config,
-    read_manifest,
-    resolve_copy,
-    update_config,
-)
 from swiftlite.megatron.model.hf_config import bind_map
-from swiftlite.utils.dist import get_rank, get_world_size
+from swiftlite.megatron.plan import copy_job, resolve_copy
+from swiftlite.megatron.side_files import copy_side_files, read_config, read_manifest, update_config
+from swiftlite.utils.dist import all_gather, barrier, get_rank
 from swiftlite.utils.errors import MapError
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger
@@ -142,7 +136,7 @@ def save_hf_weights(
     live = LiveMap(origin.bound)
     shards = [(shard, *live.entry(shard)) for shard in iter_shards(models)]
     held: dict[str, torch.dtype] = {}
-    for part in _all_gather({name: shard.data.dtype for shard, entry, _ in shards for name in entry.hf}):
+    for part in all_gather({name: shard.data.dtype for shard, entry, _ in shards for name in entry.hf}):
         held.update(part)
     specs = {}
     for name in origin.names:
@@ -159,7 +153,7 @@ def save_hf_weights(
         directory.mkdir(parents=True)
         copy_side_files(side_files, directory, {})
         create_shards(directory, plan)
-    _barrier()
+    barrier()
     places = {name: (directory / s.file, offset) for s in plan for name, offset in s.offsets.items()}
     with Files() as files:
         for shard, entry, offset in shards:
@@ -172,14 +166,14 @@ def save_hf_weights(
     if main and carried:
         stream.run([copy_job(origin.source, name, *places[name], specs[name].dtype) for name in carried])
         get_logger().info("%d tensors that training does not hold are carried over unchanged", len(carried))
-    _barrier()
+    barrier()
     if main:
         dtype = max(specs.values(), key=lambda s: s.numel).dtype
         if str(dtype).removeprefix("torch.") != stored_dtype(directory):
             update_config(directory / "config.json", {"torch_dtype": dtype})
         write_index(directory, plan, sum(s.nbytes for s in specs.values()))
         replace_directory(directory, output_dir)
-    _barrier()
+    barrier()
     return carried
 
 
@@ -193,16 +187,3 @@ def stored_dtype(directory: Path) -> str | None:
     config = read_config(directory)
     value = config.get("torch_dtype") or config.get("dtype")
     return None if value is None else str(value)
-
-
-def _all_gather(value: Any) -> list[Any]:
-    if get_world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
-
-
-def _barrier() -> None:
-    if get_world_size() > 1:
-        torch.distributed.barrier()

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from swiftlite.megatron.argument.export import conversion_arguments
-from swiftlite.megatron.convert import read_config
 from swiftlite.megatron.hf_io import flatten_shards
 from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.side_files import read_config
 from swiftlite.utils.errors import ConfigError, VerifyError
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.safetensors import SafetensorsSource

@@ -5,40 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.errors import BudgetError, UsageError
 
 
-@contextmanager
-def new_directory(path: Path, exist_ok: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` that takes its place when the block ends without an error.
-
-    With exist_ok an existing directory is replaced, and only at that moment. After an error the sibling is removed.
-    Raises: UsageError if `path` exists and exist_ok is false.
-    """
+def check_new(path: Path, exist_ok: bool = False) -> None:
+    """Raises: UsageError if `path` exists and is not an empty directory, unless exist_ok."""
     if path.exists() and not exist_ok and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} exists already; choose another --output_dir, or replace it with --exist_ok true")
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        replace_directory(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary siblings whose process is gone: what a killed run left behind."""
-    for found in path.parent.glob(f".{path.name}.tmp-*"):
-        pid = found.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(found, ignore_errors=True)
 
 
 def replace_directory(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO
 
 
 class _RankZeroFilter(logging.Filter):
@@ -14,7 +15,7 @@ class _RankZeroFilter(logging.Filter):
         return record.levelno >= logging.WARNING or os.environ.get("RANK", "0") == "0"
 
 
-class _StderrHandler(logging.StreamHandler):
+class _StderrHandler(logging.StreamHandler[TextIO]):
     """Write to whatever `sys.stderr` is now, so that progress bars and test captures see it."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -59,6 +59,7 @@ class Files:
 
     def __init__(self) -> None:
         self._fds: dict[Path, int] = {}
+        self._written: set[Path] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Files:
@@ -71,9 +72,14 @@ class Files:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+        self._written.clear()
 
     def fd(self, path: Path, writable: bool = False) -> int:
         with self._lock:
+            if writable and path not in self._written:
+                if path in self._fds:
+                    os.close(self._fds.pop(path))
+                self._written.add(path)
             if path not in self._fds:
                 self._fds[path] = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
             return self._fds[path]
@@ -97,8 +103,15 @@ class Files:
 
     def sync(self) -> None:
         """Force everything written to the disk."""
-        for fd in self._fds.values():
+        with self._lock:
+            written = [self._fds[path] for path in self._written]
+        for fd in written:
             os.fsync(fd)
+
+    def forget(self, path: Path) -> None:
+        """Drop a file's clean pages from the cache, so that reading it again reads the disk."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd(path), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_tensor(source: TensorSource, name: str, files: Files, rows: tuple[int, int] | None = None) -> torch.Tensor:

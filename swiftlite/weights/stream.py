@@ -1,23 +1,25 @@
-"""Moving tensors: a plan of byte copies, run block by block by a few threads inside a fixed memory budget.
+"""Moving tensors: a plan of byte copies, run job by job by a few threads inside a fixed memory budget.
 
-A job says which extents make up one run of the output. Blocks are read with pread, cast where the dtype changes, and
-written with pwrite to their final place, so memory does not depend on the size of a tensor and the order is free.
+A job says which extents make up one tensor of the output. It is read with pread in blocks, cast where the dtype changes,
+hashed, and written with pwrite to its final place, so memory does not depend on the size of a tensor.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import xxhash
 
 from swiftlite.utils.errors import BudgetError
+from swiftlite.weights.journal import Journal
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import clip
-from swiftlite.weights.storage import Extent, Files, byte_view
+from swiftlite.weights.storage import Extent, Files, TensorSource, byte_view
 
 BLOCK_BYTES = 8 << 20
 WORKERS = 4
@@ -29,11 +31,12 @@ Locate = Callable[[int, int, int], Iterator[Extent]]
 class Job:
     """One output tensor: gather `segments` of the inputs, cast, and write at `offset` of `file`.
 
-    locate(source, start, stop) gives the extents of bytes [start, stop) of an input. row_size is in elements.
-    source_dtypes: dtype of each input; dtype: of the output.
+    inputs: names of the inputs, for hashes and messages. locate(source, start, stop) gives the extents of bytes
+    [start, stop) of an input. row_size is in elements. source_dtypes: dtype of each input; dtype: of the output.
     """
 
     name: str
+    inputs: tuple[str, ...]
     segments: tuple[Segment, ...]
     row_size: int
     locate: Locate
@@ -50,6 +53,56 @@ class Job:
     def nbytes(self) -> int:
         return self.rows * self.row_size * self.dtype.itemsize
 
+    @property
+    def in_order(self) -> bool:
+        """Each input's rows come in ascending order, so that its hash can be computed on the way."""
+        last = [-1] * len(self.inputs)
+        for segment in self.segments:
+            if segment.start < last[segment.source]:
+                return False
+            last[segment.source] = segment.start
+        return True
+
+
+class Hasher:
+    """xxh3_128 of each input of a job as the output holds it, that is after the cast."""
+
+    def __init__(self, job: Job) -> None:
+        self._hashes = {name: xxhash.xxh3_128() for name in job.inputs} if job.in_order else {}
+
+    def update(self, name: str, data: memoryview) -> None:
+        if name in self._hashes:
+            self._hashes[name].update(data)
+
+    def digests(self, job: Job, files: Files) -> dict[str, str]:
+        """Hash of each input; inputs that were not read in order are read again."""
+        if self._hashes:
+            return {name: h.hexdigest() for name, h in self._hashes.items()}
+        return {name: _hash_input(job, source, files) for source, name in enumerate(job.inputs)}
+
+
+def _hash_input(job: Job, source: int, files: Files) -> str:
+    rows = sum(s.size for s in job.segments if s.source == source)
+    whole = replace(job, segments=(Segment(source, 0, rows),))
+    hasher = Hasher(whole)
+    for block in blocks(whole, BLOCK_BYTES):
+        copy_block(block, files, torch.empty(block.nbytes, dtype=torch.uint8), hasher)
+    return hasher.digests(whole, files)[job.inputs[source]]
+
+
+def hash_tensor(source: TensorSource, name: str, files: Files, dtype: torch.dtype | None = None) -> str:
+    """xxh3_128 of a tensor's row-major bytes, read block by block; of its values in `dtype` if that is another."""
+    spec, digest = source.spec(name), xxhash.xxh3_128()
+    buffer = torch.empty(min(BLOCK_BYTES, spec.nbytes), dtype=torch.uint8)
+    for start in range(0, spec.nbytes, BLOCK_BYTES):
+        block = buffer[: min(BLOCK_BYTES, spec.nbytes - start)]
+        view, done = byte_view(block), 0
+        for extent in source.extents(name, start, start + len(block)):
+            files.read_into(extent, view[done : done + extent.size])
+            done += extent.size
+        digest.update(view if dtype in (None, spec.dtype) else byte_view(block.view(spec.dtype).to(dtype)))
+    return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Block:
@@ -64,38 +117,34 @@ class Block:
         return (self.stop - self.start) * self.job.row_size * self.job.dtype.itemsize
 
 
-def blocks(jobs: Iterable[Job], block_bytes: int) -> Iterator[Block]:
-    """Cut jobs into blocks of at most block_bytes of output, at least one row each."""
-    for job in jobs:
-        rows = job.rows
-        step = max(block_bytes // max(job.row_size * job.dtype.itemsize, 1), 1)
-        for start in range(0, rows, step):
-            yield Block(job, start, min(start + step, rows))
+def blocks(job: Job, block_bytes: int) -> Iterator[Block]:
+    """Cut a job into blocks of at most block_bytes of output, at least one row each."""
+    step = max(block_bytes // max(job.row_size * job.dtype.itemsize, 1), 1)
+    for start in range(0, job.rows, step):
+        yield Block(job, start, min(start + step, job.rows))
 
 
-def copy_block(block: Block, files: Files, buffer: torch.Tensor) -> torch.Tensor:
+def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher) -> torch.Tensor:
     """Read a block's rows into `buffer` (uint8, large enough) and return them in the output dtype, flat."""
     job = block.job
     numel = (block.stop - block.start) * job.row_size
     out = buffer[: numel * job.dtype.itemsize].view(job.dtype)
-    view, done = byte_view(out), 0
+    view, done, out_width = byte_view(out), 0, job.dtype.itemsize
     for segment in clip(job.segments, block.start, block.stop):
         dtype = job.source_dtypes[segment.source]
         count = segment.size * job.row_size
         width = dtype.itemsize
         first = segment.start * job.row_size * width
-        target = out[done : done + count]
-        if dtype == job.dtype:
-            into = view[done * width : (done + count) * width]
-        else:
-            raw = torch.empty(count, dtype=dtype)
-            into = byte_view(raw)
+        target = view[done * out_width : (done + count) * out_width]
+        raw = None if dtype == job.dtype else torch.empty(count, dtype=dtype)
+        into = target if raw is None else byte_view(raw)
         position = 0
         for extent in job.locate(segment.source, first, first + count * width):
             files.read_into(extent, into[position : position + extent.size])
             position += extent.size
-        if dtype != job.dtype:
-            target.copy_(raw)
+        if raw is not None:
+            out[done : done + count].copy_(raw)
+        hasher.update(job.inputs[segment.source], target)
         done += count
     return out
 
@@ -105,36 +154,55 @@ def run(
     *,
     max_memory: int | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
-    sync: bool = True,
-) -> None:
-    """Carry out all jobs. Output files must exist at their final size.
+    journal: Journal | None = None,
+) -> dict[str, str]:
+    """Carry out all jobs. Output files must exist at their final size; they are on the disk when this returns.
 
     Args: max_memory: bytes that blocks in flight may take. on_bytes: told the output bytes of each finished block, by
-        one thread at a time.
+        one thread at a time. journal: jobs that it lists are skipped, finished ones are added once they are on the disk.
+    Returns: input name -> hash of its values as written.
     Raises: BudgetError before anything is written if one block cannot fit; whatever reading or writing raises, after
         all threads have stopped.
     """
     block_bytes, workers = fit_budget(jobs, max_memory)
-    lock, local = threading.Lock(), threading.local()
-    stop = threading.Event()
+    digests: dict[str, str] = {}
+    if journal is not None:
+        for job in jobs:
+            if job.name in journal.done:
+                digests.update(journal.done[job.name])
+                on_bytes(job.nbytes)
+        jobs = [job for job in jobs if job.name not in journal.done]
+    lock, stop = threading.Lock(), threading.Event()
     with Files() as files:
 
-        def work(batch: Iterator[Block]) -> None:
+        def work(pending: Iterator[Job]) -> None:
+            buffer = torch.empty(0, dtype=torch.uint8)
             while not stop.is_set():
                 with lock:
-                    block = next(batch, None)
-                    if block is None:
+                    job = next(pending, None)
+                if job is None:
+                    return
+                hasher = Hasher(job)
+                for block in blocks(job, block_bytes):
+                    if stop.is_set():
                         return
-                    files.fd(block.job.file, writable=True)
-                if getattr(local, "buffer", None) is None or local.buffer.numel() < block.nbytes:
-                    local.buffer = torch.empty(max(block_bytes, block.nbytes), dtype=torch.uint8)
-                out = copy_block(block, files, local.buffer)
-                job = block.job
-                files.write(job.file, job.offset + block.start * job.row_size * job.dtype.itemsize, byte_view(out))
+                    if buffer.numel() < block.nbytes:
+                        buffer = torch.empty(max(block_bytes, block.nbytes), dtype=torch.uint8)
+                    out = copy_block(block, files, buffer, hasher)
+                    place = job.offset + block.start * job.row_size * job.dtype.itemsize
+                    files.write(job.file, place, byte_view(out))
+                    with lock:
+                        on_bytes(block.nbytes)
+                found = hasher.digests(job, files)
                 with lock:
-                    on_bytes(block.nbytes)
+                    digests.update(found)
+                    batch = journal.add(job.name, job.nbytes, found) if journal else []
+                if journal and batch:
+                    files.sync()
+                    with lock:
+                        journal.write(batch)
 
-        pending = blocks(jobs, block_bytes)
+        pending = iter(jobs)
         with ThreadPoolExecutor(workers) as pool:
             futures: list[Future[None]] = [pool.submit(work, pending) for _ in range(workers)]
             try:
@@ -143,8 +211,10 @@ def run(
                 stop.set()
         for future in futures:
             future.result()
-        if sync:
-            files.sync()
+        files.sync()
+    if journal is not None:
+        journal.write(journal.take())
+    return digests
 
 
 def fit_budget(jobs: Sequence[Job], max_memory: int | None) -> tuple[int, int]:

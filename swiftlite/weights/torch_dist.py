@@ -264,7 +264,7 @@ class _TensorPickle(pickle.Unpickler):
         expected = [math.prod(size[d + 1 :]) for d in range(len(size))]
         if any(s != e and n > 1 for s, e, n in zip(stride, expected, size, strict=True)) or nbytes % max(numel, 1):
             raise ValueError("not a contiguous tensor of the expected size")
-        return int(first) * (nbytes // max(numel, 1))
+        return int(first) * (nbytes // max(int(numel), 1))
 
 
 class _Window(io.RawIOBase):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from swiftlite.llm.model import reference
-from swiftlite.megatron import convert
+from swiftlite.megatron import plan as planning
+from swiftlite.megatron import side_files
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 
@@ -19,24 +20,24 @@ from .cases import build_hf, config_of, distinct_cases
 reference.register()
 
 
-def to_mcore(source: Path, target: Path, **options: Any) -> convert.ToMcorePlan:
+def to_mcore(source: Path, target: Path, **options: Any) -> planning.ToMcorePlan:
     """The library's own steps without the command around them."""
-    plan = convert.plan_to_mcore(source, convert.read_config(source), **options)
+    plan = planning.plan_to_mcore(source, side_files.read_config(source), **options)
     iteration = target / "iter_0000001"
     iteration.mkdir(parents=True)
     torch_dist.create_files(iteration, plan.dist)
-    convert.check_duplicates(plan.source, plan.coverage.duplicates)
+    planning.check_duplicates(plan.source, plan.coverage.duplicates)
     stream.run(plan.jobs(iteration))
-    convert.write_manifest(target, plan.source, plan.coverage)
+    side_files.write_manifest(target, plan.source, plan.coverage)
     torch_dist.write_metadata(iteration, plan.dist, {}, 1)
-    convert.copy_side_files(source, target, {})
+    side_files.copy_side_files(source, target, {})
     (target / torch_dist.TRACKER).write_text("1")
     return plan
 
 
 def to_hf(source: Path, target: Path, max_shard_bytes: int = 10**9, manifest: bool = True) -> None:
-    stored = convert.read_manifest(source) if manifest else None
-    plan = convert.plan_to_hf(source / "iter_0000001", convert.read_config(source), None, stored)
+    stored = side_files.read_manifest(source) if manifest else None
+    plan = planning.plan_to_hf(source / "iter_0000001", side_files.read_config(source), None, stored)
     target.mkdir()
     shards = plan_shards(plan.specs, max_shard_bytes, plan.layout)
     create_shards(target, shards)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from swiftlite.llm.model import reference
-from swiftlite.megatron import convert, hf_io
+from swiftlite.megatron import hf_io, side_files
 from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.hf_config import convert_hf_config
@@ -35,7 +35,7 @@ IDS = torch.randint(0, 300, (2, 160), generator=torch.Generator().manual_seed(3)
 @contextmanager
 def live(directory: Path) -> Iterator[tuple[Any, Any]]:
     """(models, args) of an unloaded GPTModel in fp32."""
-    args = conversion_arguments(convert_hf_config(convert.read_config(directory)), str(directory), "float32")
+    args = conversion_arguments(convert_hf_config(side_files.read_config(directory)), str(directory), "float32")
     with parallel_groups(args):
         yield build_models(args), args
 

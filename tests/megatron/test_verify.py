@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from swiftlite.llm.model import reference
-from swiftlite.megatron import convert
+from swiftlite.megatron import plan as planning
+from swiftlite.megatron import side_files
+from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.megatron.verify import TOLERANCES, check_precision
 from swiftlite.utils.errors import VerifyError
 from swiftlite.weights.storage import Files, byte_view, read_tensor
@@ -36,7 +38,7 @@ def test_every_model_type_computes_the_same_logits(case: str, tmp_path: Path) ->
 
 def _copies(directory: Path) -> int:
     """Elements that a checkpoint stores twice and Megatron once."""
-    plan = convert.plan_to_mcore(directory, convert.read_config(directory))
+    plan = planning.plan_to_mcore(directory, side_files.read_config(directory))
     return sum(plan.source.spec(d.name).numel for d in plan.coverage.duplicates)
 
 
@@ -45,7 +47,7 @@ class Mutable:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        bound = convert.bind_map(convert.read_config(root), ["mtp."])
+        bound = bind_map(side_files.read_config(root), ["mtp."])
         self.names = HfNames(McoreView.open(TorchDistSource(root / "iter_0000001"), bound))
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -28,7 +28,7 @@ def job(tmp_path: Path, dtype: torch.dtype) -> stream.Job:
 
     out = tmp_path / "out"
     out.write_bytes(bytes(7 + 18 * 5 * dtype.itemsize))
-    return stream.Job("t", SEGMENTS, 5, locate, (A.dtype, B.dtype), dtype, out, 7)
+    return stream.Job("t", ("a", "b"), SEGMENTS, 5, locate, (A.dtype, B.dtype), dtype, out, 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

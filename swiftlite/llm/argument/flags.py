@@ -106,5 +106,4 @@ EXPORT_UNAVAILABLE: dict[str, str] = {
     "adapters": _ADAPTER,
     "mcore_adapter": _ADAPTER,
     "merge_lora": _ADAPTER,
-    "verify": "comparing every byte is not available yet",
 }

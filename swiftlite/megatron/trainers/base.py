@@ -22,11 +22,11 @@ from torch import Tensor
 
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.checkpoint import Position
-from swiftlite.megatron.convert import MANIFEST, copy_side_files, read_manifest, write_manifest
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import Origin, load_weights, origin_root, save_hf_weights
 from swiftlite.megatron.model.config import torch_dtype, virtual_stages
 from swiftlite.megatron.model.provider import build_models
+from swiftlite.megatron.side_files import MANIFEST, copy_side_files, read_manifest, write_manifest
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, SampleOrder, evaluation_samples
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
 from swiftlite.megatron.trainers.metrics import Metrics, format_seconds

@@ -12,10 +12,10 @@ from torch import Tensor
 from swiftlite.llm.dataset import EncodedDataset, load_dataset
 from swiftlite.llm.pipeline import as_arguments, mcore_root, prepare_template, resolve
 from swiftlite.megatron.argument.sft import MegatronSftArguments
-from swiftlite.megatron.convert import read_config
 from swiftlite.megatron.distributed import ParallelState, parallel_groups
 from swiftlite.megatron.hf_io import origin_root
 from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.side_files import read_config
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch

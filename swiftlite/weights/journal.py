@@ -1,0 +1,158 @@
+"""Where a conversion works until it is whole: a hidden sibling of the output, with a journal so that a killed one goes on.
+
+A journal line is written only after the data it speaks of is on the disk. The fingerprint of source and options stands
+beside the journals; another one makes them void.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swiftlite.utils.dist import barrier, get_rank
+from swiftlite.utils.errors import CheckpointError, SwiftliteError, UsageError
+from swiftlite.utils.io import check_new, replace_directory, write_text_atomic
+from swiftlite.utils.logger import get_logger
+
+FLUSH_BYTES = 512 << 20
+FLUSH_SECONDS = 5.0
+STATE = "conversion-state"  # folder inside the hidden sibling; gone before the rename
+
+Batch = list[tuple[str, dict[str, str]]]
+
+
+class Journal:
+    """Finished jobs of one process. Not thread-safe: callers hold a lock around `add`, `take` and `write`."""
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        """Reads what all processes of earlier runs wrote in `directory`; writes a file of its own."""
+        self.done: dict[str, dict[str, str]] = {}
+        for path in sorted(directory.glob("journal-*.jsonl")):
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                    self.done[record["job"]] = record["hashes"]
+                except (ValueError, KeyError):
+                    continue  # the line that a kill cut short
+        self._file = (directory / f"journal-{rank}.jsonl").open("a")
+        if self._file.tell():
+            self._file.write("\n")  # ends a line that was cut short
+        self._pending: Batch = []
+        self._bytes, self._flushed = 0, time.monotonic()
+
+    def add(self, job: str, nbytes: int, hashes: dict[str, str]) -> Batch:
+        """Note a finished job. Returns: what should be synced and written now, or []."""
+        self._pending.append((job, hashes))
+        self._bytes += nbytes
+        due = self._bytes >= FLUSH_BYTES or time.monotonic() - self._flushed >= FLUSH_SECONDS
+        return self.take() if due else []
+
+    def take(self) -> Batch:
+        """The jobs that are noted but not written."""
+        batch, self._pending = self._pending, []
+        self._bytes, self._flushed = 0, time.monotonic()
+        return batch
+
+    def write(self, batch: Batch) -> None:
+        """Record jobs whose data is on the disk."""
+        for job, hashes in batch:
+            self._file.write(json.dumps({"job": job, "hashes": hashes}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def fingerprint(files: Iterable[Path], options: Any) -> str:
+    """Identity of a conversion: source files by name, size and time of change, and what was asked for."""
+    facts = []
+    for path in sorted(files):
+        stat = path.stat()
+        facts.append([path.name, stat.st_size, stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps([facts, options], sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """directory: the hidden sibling, to be filled. resumed: it holds work of an earlier run."""
+
+    directory: Path
+    journal: Journal
+    resumed: bool
+
+
+@contextmanager
+def workspace(
+    output: Path, exist_ok: bool, identity: Callable[[], str], prepare: Callable[[Path], None]
+) -> Iterator[Workspace]:
+    """Work in a hidden sibling of `output`, which takes its name when the block ends without an error. Collective.
+
+    A kill or an I/O error leaves the sibling, and the next run with the same identity goes on from it; an error in the
+    input removes it. `identity` is asked again at the end: a source that changed meanwhile is an error. `prepare` fills
+    a fresh directory with the files at their final size, on rank 0.
+    Raises: UsageError if `output` exists (exist_ok replaces it at the very end), or another process is at work on it.
+    """
+    check_new(output, exist_ok)
+    directory, lock_file = (output.with_name(f".{output.name}.{suffix}") for suffix in ("partial", "lock"))
+    state, main = directory / STATE, get_rank() == 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    mine = identity()
+    barrier()
+    lock = lock_file.open("w") if main else None
+    try:
+        resumed = False
+        if lock is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"another swiftlite process is writing {output}; wait for it or stop it") from None
+            resumed = _claim(directory, mine, prepare)
+        barrier()
+        journal = Journal(state, get_rank())
+        barrier()
+        try:
+            yield Workspace(directory, journal, resumed)
+            barrier()
+            if identity() != mine:
+                raise CheckpointError("the source changed while it was read; run the command again")
+        except SwiftliteError:
+            if main:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+        finally:
+            journal.close()
+        if main:
+            shutil.rmtree(state)
+            replace_directory(directory, output)
+        barrier()
+    finally:
+        if lock is not None:
+            lock_file.unlink(missing_ok=True)
+            lock.close()
+
+
+def _claim(directory: Path, identity: str, prepare: Callable[[Path], None]) -> bool:
+    """Make the hidden sibling ready. Returns: True if it holds finished work of the same conversion."""
+    mark = directory / STATE / "identity"
+    if mark.is_file() and mark.read_text() == identity:
+        get_logger().info("going on with the unfinished conversion in %s", directory)
+        return True
+    if directory.exists():
+        get_logger().info(
+            "%s belongs to another source or other options, or had hardly begun; starting over", directory
+        )
+        shutil.rmtree(directory)
+    (directory / STATE).mkdir(parents=True)
+    prepare(directory)
+    write_text_atomic(mark, identity)
+    return False
