@@ -31,6 +31,7 @@ setup(
         "pyyaml>=6.0",
         "packaging>=24",
         "tqdm>=4.66",
+        "xxhash>=3.4",
         "rich>=13.7",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
