@@ -24,6 +24,12 @@ _EXPORT = Route(
 
 ROUTES: dict[tuple[str, ...], Route] = {
     ("export",): _EXPORT,
+    ("verify",): Route(
+        "swiftlite.llm.argument.export:VerifyArguments",
+        "swiftlite.megatron.compare:verify_main",
+        False,
+        "compare two checkpoints of either format, tensor by tensor",
+    ),
     ("infer",): Route(
         "swiftlite.llm.argument.infer:InferArguments",
         "swiftlite.llm.infer:infer_main",

@@ -23,6 +23,7 @@ from swiftlite.megatron.side_files import (
     copy_side_files,
     read_config,
     read_manifest,
+    write_hashes,
     write_manifest,
 )
 from swiftlite.utils.dist import all_gather, barrier, get_local_world_size, get_rank, get_world_size, host_group
@@ -73,8 +74,8 @@ def convert_hf2mcore(args: Any) -> Path:
         hashes = _run("to_mcore", plan.jobs(iteration), args.max_memory_bytes, space)
         if get_rank() == 0:
             copy_side_files(model_dir, space.directory, {"torch_dtype": dtype} if dtype else {})
-            unchanged = {n: h for n, h in hashes.items() if plan.stored_as_is(n)}
-            write_manifest(space.directory, plan.source, plan.coverage, unchanged)
+            write_manifest(space.directory, plan.source, plan.coverage)
+            write_hashes(space.directory, hashes)
             lm_args = megatron.megatron_lm_args()
             text = lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n"
             (space.directory / MEGATRON_LM_ARGS).write_text(text)

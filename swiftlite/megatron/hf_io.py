@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
-from swiftlite.megatron.model.hf_config import bind_map
-from swiftlite.megatron.plan import copy_job, resolve_copy
-from swiftlite.megatron.side_files import copy_side_files, read_config, read_manifest, update_config
+from swiftlite.megatron.origin import Origin, origin_root
+from swiftlite.megatron.plan import copy_job
+from swiftlite.megatron.side_files import copy_side_files, read_config, update_config
 from swiftlite.utils.dist import all_gather, barrier, get_rank
 from swiftlite.utils.errors import MapError
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights import stream
 from swiftlite.weights.rule import BoundMap, Entry
-from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
+from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shard import read_shard, write_shard
-from swiftlite.weights.storage import Files, TensorSource, TensorSpec
-from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource, find_iteration, is_state, slot_of
+from swiftlite.weights.storage import Files, TensorSpec
+from swiftlite.weights.torch_dist import is_state, slot_of
 
 
 def iter_shards(models: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
@@ -71,37 +71,6 @@ class LiveMap:
         if entry is None:
             raise MapError(f"the model has {shard.key}{list(shard.global_offset[:lead])}, which no weight rule covers")
         return entry, tuple(shard.global_offset[lead:])
-
-
-class Origin:
-    """The checkpoint that a run starts from, of either format, as tensors under Hugging Face names.
-
-    names: all tensors, in the order of the Hugging Face checkpoint. copies: tensors that are stored a second time under
-    another name -> the tensor they repeat. dtypes: as stored there.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        """Raises: CheckpointError, MapError, ShapeError if files and config.json do not match."""
-        directory = Path(directory)
-        self.source: TensorSource
-        self.names: Sequence[str]
-        if any(directory.glob("*.safetensors")):
-            files = SafetensorsSource(directory)
-            self.bound = bind_map(read_config(directory), files.tensors)
-            self.bound.check({name: t.spec.shape for name, t in files.tensors.items()}, str(directory))
-            self.source, stored = files, {name: t.spec.dtype for name, t in files.tensors.items()}
-        else:
-            iteration = find_iteration(directory)
-            dist = TorchDistSource(iteration)
-            self.bound = bind_map(read_config(iteration.parent), dist.tensors)
-            self.source = HfNames(McoreView.open(dist, self.bound))
-            manifest = (read_manifest(iteration.parent) or {}).get("tensors", {})
-            stored = {name: getattr(torch, tensor["dtype"]) for name, tensor in manifest.items()}
-        self.copies = {d.name: resolve_copy(d, self.bound) for d in self.bound.duplicates if d.name in stored}
-        self.names = [n for n in stored if n in self.bound.by_hf or n in self.copies]
-        if not set(self.names) >= set(self.bound.by_hf):
-            self.names = [*self.bound.by_hf, *self.copies]
-        self.dtypes = {n: stored[n] if n in stored else self.source.spec(n).dtype for n in self.names}
 
 
 def load_weights(models: Sequence[torch.nn.Module], directory: str | Path) -> int:
@@ -175,12 +144,6 @@ def save_hf_weights(
         replace_directory(directory, output_dir)
     barrier()
     return carried
-
-
-def origin_root(directory: str | Path) -> Path:
-    """Where config.json and the tokenizer of a checkpoint lie."""
-    directory = Path(directory)
-    return directory if (directory / "config.json").is_file() else find_iteration(directory).parent
 
 
 def stored_dtype(directory: Path) -> str | None:

@@ -40,11 +40,6 @@ class ToMcorePlan:
     dist: DistPlan
     dtypes: Mapping[tuple[str, int | None], torch.dtype]
 
-    def stored_as_is(self, name: str) -> bool:
-        """True if the Megatron checkpoint holds a tensor in its own dtype."""
-        entry, _ = self.bound.by_hf[name]
-        return self.dtypes[entry.mcore, entry.expert] == self.source.spec(name).dtype
-
     def jobs(self, directory: Path) -> list[stream.Job]:
         """In the order of the source files, so that reading is sequential."""
         tensors = self.source.tensors

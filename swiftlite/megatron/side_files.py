@@ -17,9 +17,10 @@ from swiftlite.weights.safetensors import INDEX, SafetensorsSource
 from swiftlite.weights.torch_dist import TRACKER
 
 MANIFEST = "manifest.json"
+HASHES = "hashes.json"
 MEGATRON_LM_ARGS = "megatron_lm_args.txt"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
-NOT_COPIED = {"args.json", MANIFEST, INDEX, MEGATRON_LM_ARGS, TRACKER}
+NOT_COPIED = {"args.json", MANIFEST, HASHES, INDEX, MEGATRON_LM_ARGS, TRACKER}
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -42,21 +43,25 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def write_manifest(
-    directory: Path, source: SafetensorsSource, coverage: Coverage, hashes: Mapping[str, str] | None = None
-) -> None:
-    """Record names, order, dtypes, shapes and files of the source, so that the way back restores them.
-
-    hashes: xxh3_128 of the tensors' bytes, for those that were written unchanged.
-    """
+def write_manifest(directory: Path, source: SafetensorsSource, coverage: Coverage) -> None:
+    """Record names, order, dtypes, shapes and files of the source, so that the way back restores them."""
     tensors = {}
     for name, located in source.tensors.items():
         if name not in coverage.ignored:
             dtype = str(located.spec.dtype).removeprefix("torch.")
             tensors[name] = {"dtype": dtype, "shape": list(located.spec.shape), "file": located.file.name}
-            if hashes and name in hashes:
-                tensors[name]["xxh3_128"] = hashes[name]
     write_json(directory / MANIFEST, {"ignored": list(coverage.ignored), "tensors": tensors})
+
+
+def write_hashes(directory: Path, hashes: Mapping[str, str]) -> None:
+    """Record the xxh3_128 of every tensor, under its Hugging Face name, as this checkpoint holds it."""
+    write_json(directory / HASHES, dict(sorted(hashes.items())))
+
+
+def read_hashes(directory: Path) -> dict[str, str]:
+    """The recorded hashes of a converted checkpoint, {} where there are none."""
+    path = directory / HASHES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def copy_side_files(source: Path, target: Path, changes: Mapping[str, Any]) -> None:

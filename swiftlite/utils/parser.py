@@ -75,11 +75,13 @@ class Arguments:
         NOTES: flags that are accepted without a field, or refused, each with the reason.
         HIDDEN: fields that this command does not offer on its command line, name -> reason.
         ADVANCED: set on a part whose flags --help lists last.
+        POSITIONAL: list field that leading words fill, in place of a config file.
         UNAVAILABLE: fields of which only the default (or false) is possible so far, name -> reason.
     """
 
     NOTES: typing.ClassVar[Mapping[str, Note]] = {}
     HIDDEN: typing.ClassVar[Mapping[str, str]] = {}
+    POSITIONAL: typing.ClassVar[str | None] = None
     UNAVAILABLE: typing.ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -318,10 +320,12 @@ def parse(cls: type[A], argv: Sequence[str]) -> A:
     positional, flags = split_argv(argv)
     if "config" in flags and "config" not in alias_table(cls):
         positional += flags.pop("config")
-    if len(positional) > 1:
+    if cls.POSITIONAL is None and len(positional) > 1:
         raise UsageError(f"{positional[1]}: unexpected word; a command takes one config file, then --flag value pairs")
     values: dict[str, Any] = {}
-    if positional:
+    if positional and cls.POSITIONAL is not None:
+        values[cls.POSITIONAL] = positional
+    elif positional:
         values.update(_accept(cls, read_config_file(positional[0]), where=f"{positional[0]}: "))
     values.update(_accept(cls, {name: _flag_value(cls, name, words) for name, words in flags.items()}))
     return from_dict(cls, values)

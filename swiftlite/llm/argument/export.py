@@ -82,3 +82,19 @@ class ExportArguments(McoreArguments, BaseArguments):
     @property
     def max_memory_bytes(self) -> int | None:
         return None if self.max_memory is None else parse_bytes(self.max_memory, "max_memory")
+
+
+@arguments
+class VerifyArguments(Arguments):
+    """Verify: are two checkpoints the same?"""
+
+    POSITIONAL: ClassVar[str | None] = "directories"
+
+    directories: list[str] = field([], "two checkpoints, Hugging Face or Megatron, in either order")
+    quick: bool = field(False, "compare recorded hashes where a checkpoint has them, instead of reading its weights")
+    debug: bool = field(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.directories) != 2:
+            raise UsageError(f"verify compares two checkpoints, {len(self.directories)} given: swiftlite verify DIR_A DIR_B")

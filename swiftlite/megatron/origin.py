@@ -1,0 +1,52 @@
+"""A checkpoint of either format as tensors under Hugging Face names. Opening one reads headers only; no megatron-core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from swiftlite.megatron.model.hf_config import bind_map
+from swiftlite.megatron.plan import resolve_copy
+from swiftlite.megatron.side_files import read_config, read_manifest
+from swiftlite.weights.safetensors import SafetensorsSource
+from swiftlite.weights.storage import TensorSource
+from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource, find_iteration
+
+
+class Origin:
+    """The checkpoint that a run starts from, of either format, as tensors under Hugging Face names.
+
+    names: all tensors, in the order of the Hugging Face checkpoint. copies: tensors that are stored a second time under
+    another name -> the tensor they repeat. dtypes: as stored there.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        """Raises: CheckpointError, MapError, ShapeError if files and config.json do not match."""
+        directory = Path(directory)
+        self.source: TensorSource
+        self.names: Sequence[str]
+        if any(directory.glob("*.safetensors")):
+            files = SafetensorsSource(directory)
+            self.bound = bind_map(read_config(directory), files.tensors)
+            self.bound.check({name: t.spec.shape for name, t in files.tensors.items()}, str(directory))
+            self.source, stored = files, {name: t.spec.dtype for name, t in files.tensors.items()}
+        else:
+            iteration = find_iteration(directory)
+            dist = TorchDistSource(iteration)
+            self.bound = bind_map(read_config(iteration.parent), dist.tensors)
+            self.source = HfNames(McoreView.open(dist, self.bound))
+            manifest = (read_manifest(iteration.parent) or {}).get("tensors", {})
+            stored = {name: getattr(torch, tensor["dtype"]) for name, tensor in manifest.items()}
+        self.copies = {d.name: resolve_copy(d, self.bound) for d in self.bound.duplicates if d.name in stored}
+        self.names = [n for n in stored if n in self.bound.by_hf or n in self.copies]
+        if not set(self.names) >= set(self.bound.by_hf):
+            self.names = [*self.bound.by_hf, *self.copies]
+        self.dtypes = {n: stored[n] if n in stored else self.source.spec(n).dtype for n in self.names}
+
+
+def origin_root(directory: str | Path) -> Path:
+    """Where config.json and the tokenizer of a checkpoint lie."""
+    directory = Path(directory)
+    return directory if (directory / "config.json").is_file() else find_iteration(directory).parent
