@@ -70,7 +70,7 @@ class Backend:
 class Shim:
     """A bridge over a gap of megatron-core.
 
-    versions: releases that need it. needed: condition on the machine ('cpu', 'no_te').
+    versions: releases that need it. needed: condition on the machine ('cpu', 'no_te', 'always').
     gone: how to know that it can be deleted.
     """
 
@@ -341,6 +341,35 @@ def _keep_adam_step() -> None:
     optimizer._set_main_param_and_optimizer_states = set_states
 
 
+def _keep_bucket_padding() -> None:
+    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+
+    def get_parameter_state(self: Any, empty_data: bool = False, **_: Any) -> dict[Any, Any]:
+        """{buffer number: {dtypes: {state: [numel of the buffer] fp32}}}, on every rank of the data-parallel group."""
+        group = self.data_parallel_group
+        state: dict[Any, Any] = {"buckets_coalesced": True}
+        for number, ranges in enumerate(self.gbuf_ranges):
+            ((dtypes, bucket_ranges),) = ranges.items()
+            buffer = self.buffers[number]
+            world = {key: torch.zeros(buffer.numel) for key in ("param", "exp_avg", "exp_avg_sq")}
+            for bucket, bucket_range in zip(buffer.buckets, bucket_ranges, strict=True):
+                if empty_data:
+                    break
+                size = bucket.grad_data.numel()
+                for key, whole in world.items():
+                    shard = torch.zeros(size // group.size(), device=bucket.grad_data.device)
+                    for param, places in bucket_range["param_map"].items():
+                        place = places["gbuf_local"]
+                        shard[place.start : place.end] = self._get_main_param_and_optimizer_states(param)[key].detach()
+                    parts = [torch.empty_like(shard) for _ in range(group.size())]
+                    torch.distributed.all_gather(parts, shard, group=group)
+                    whole[bucket.offset : bucket.offset + size] = torch.cat(parts).cpu()
+            state[number] = {dtypes: {**world, "numel_unpadded": buffer.numel_unpadded}}
+        return state
+
+    optimizer.get_parameter_state_dp_zero = get_parameter_state
+
+
 SHIMS = (
     Shim(
         "cpu_for_cuda",
@@ -408,6 +437,16 @@ SHIMS = (
         "a run resumes without Transformer Engine and without it",
         _keep_adam_step,
     ),
+    Shim(
+        "bucket_padding",
+        "0.16-0.19",
+        "always",
+        "fully_reshardable optimizer states are cut out at positions that count the padding between buckets, of a tensor "
+        "that has none: with several buckets (tied embeddings over pipeline stages, overlapped reduction) a checkpoint "
+        "holds shifted states",
+        "a tied model saved from two pipeline stages resumes in one without it",
+        _keep_bucket_padding,
+    ),
 )
 
 
@@ -445,7 +484,7 @@ def setup() -> Backend:
     if on_cuda:
         torch.cuda.set_device(get_local_rank() % torch.cuda.device_count())
     use_te = on_cuda and _has_transformer_engine()
-    situation = {"cpu": not on_cuda, "no_te": not use_te}
+    situation = {"cpu": not on_cuda, "no_te": not use_te, "always": True}
     applied = [shim for shim in SHIMS if situation[shim.needed]]
     for shim in applied:
         shim.apply()
@@ -475,7 +514,7 @@ class Adjustment:
 ADJUSTMENTS = (
     Adjustment("use_cpu_initialization", True, "cpu", "there is no other device"),
     Adjustment("moe_shared_expert_overlap", False, "cpu", "overlap needs CUDA streams"),
-    Adjustment("overlap_p2p_comm", False, "cpu", "overlap needs CUDA streams"),
+    Adjustment("deallocate_pipeline_outputs", False, "cpu", "gloo reads what is sent until it arrives"),
     Adjustment("tp_comm_overlap", False, "local", "needs Transformer Engine"),
     Adjustment("moe_grouped_gemm", False, "local", "grouped experts need Transformer Engine"),
     Adjustment("moe_permute_fusion", False, "local", "needs Transformer Engine kernels"),

@@ -28,7 +28,6 @@ FIXED: Mapping[str, Any] = {
     "fp8_amax_history_len": 1024,
     "fp8_amax_compute_algo": "max",
     "cpu_offloading_weights": True,
-    "batch_p2p_comm": True,
 }
 
 Rule = Callable[[Any], Any]
@@ -55,6 +54,9 @@ RULES: Mapping[str, Rule] = {
     "num_layers_in_first_pipeline_stage": lambda a: a.decoder_first_pipeline_num_layers,
     "num_layers_in_last_pipeline_stage": lambda a: a.decoder_last_pipeline_num_layers,
     "virtual_pipeline_model_parallel_size": lambda a: virtual_stages(a),
+    # Between two stages of an interleaved pipeline several messages travel at once; batched ones would be mixed up.
+    "overlap_p2p_comm": lambda a: virtual_stages(a) is not None,
+    "batch_p2p_comm": lambda a: virtual_stages(a) is None,
     "microbatch_group_size_per_vp_stage": lambda a: a.pipeline_model_parallel_size,
     "bf16": lambda a: torch_dtype(a) == torch.bfloat16,
     "fp16": lambda a: torch_dtype(a) == torch.float16,

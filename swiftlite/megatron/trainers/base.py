@@ -141,9 +141,12 @@ class Trainer:
         self.order = SampleOrder(len(train_set), seed, args.dataset_shuffle)
         multiple = parallel.tp_size if args.sequence_parallel else 1
         self.device = backend.setup().device
-        self.train_loader = BatchLoader(train_set, pad_token_id, multiple, self.device)
+        # Stages tell each other the shapes of what they send, but not in an interleaved pipeline: one length there.
+        self.variable_lengths = parallel.pp_size > 1 and stages is None
+        options = (pad_token_id, multiple, self.device, stages is not None)
+        self.train_loader = BatchLoader(train_set, *options)
         self.val_size = len(val_set) if val_set is not None else 0
-        self.val_loader = BatchLoader(val_set, pad_token_id, multiple, self.device)
+        self.val_loader = BatchLoader(val_set, *options)
         self.position = Position()
         self.written: list[Path] = []
 
@@ -157,8 +160,9 @@ class Trainer:
 
     def setup(self, resume: bool) -> None:
         """Build model, optimizer and schedule, load the weights or the newest checkpoint. Collective."""
-        overrides = {"variable_seq_lengths": True} if self.parallel.pp_size > 1 else {}
-        self.models = wrap_models(build_models(self.args, **overrides), self.args)
+        self.models = wrap_models(
+            build_models(self.args, variable_seq_lengths=self.variable_lengths), self.args
+        )
         self.config = self.models[0].module.config
         self.origin = Origin(self.origin_dir)
         if not resume:

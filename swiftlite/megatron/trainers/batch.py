@@ -91,12 +91,16 @@ class MicroBatch:
         return MicroBatch(*moved, self.num_tokens)
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_token_id: int = 0, multiple_of: int = 1) -> MicroBatch:
+def collate(
+    rows: Sequence[dict[str, Any]], pad_token_id: int = 0, multiple_of: int = 1, at_least: int = 0
+) -> MicroBatch:
     """Pad rows {"input_ids", "labels", "loss_scale"?} on the right to one length, a multiple of `multiple_of`.
+
+    at_least: shortest length.
 
     Padding stands behind the text, so causal attention never reads it.
     """
-    longest = max(len(row["input_ids"]) for row in rows)
+    longest = max(at_least, *(len(row["input_ids"]) for row in rows))
     length = -(-longest // multiple_of) * multiple_of
     tokens = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
@@ -114,16 +118,18 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int = 0, multiple_of: 
 
 
 class BatchLoader:
-    """Makes the micro batches of a step from an EncodedDataset."""
+    """Makes the micro batches of a step from an EncodedDataset. one_length: all of a step have the longest one's length."""
 
-    def __init__(self, dataset: Any, pad_token_id: int, multiple_of: int, device: torch.device) -> None:
+    def __init__(
+        self, dataset: Any, pad_token_id: int, multiple_of: int, device: torch.device, one_length: bool = False
+    ) -> None:
         self.dataset, self.pad_token_id, self.multiple_of, self.device = dataset, pad_token_id, multiple_of, device
+        self.one_length = one_length
 
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
-        return [
-            collate([self._row(i) for i in samples], self.pad_token_id, self.multiple_of).to(self.device)
-            for samples in micro_batches
-        ]
+        passes = [[self._row(i) for i in samples] for samples in micro_batches]
+        longest = max(len(row["input_ids"]) for rows in passes for row in rows) if self.one_length else 0
+        return [collate(rows, self.pad_token_id, self.multiple_of, longest).to(self.device) for rows in passes]
 
     def _row(self, index: int) -> dict[str, Any]:
         if index == _DUMMY:
