@@ -24,6 +24,12 @@ _EXPORT = Route(
 
 ROUTES: dict[tuple[str, ...], Route] = {
     ("export",): _EXPORT,
+    ("check",): Route(
+        "swiftlite.llm.argument.export:CheckArguments",
+        "swiftlite.megatron.check:check_main",
+        False,
+        "self-test a model type: shrink it, convert it both ways, compare logits",
+    ),
     ("verify",): Route(
         "swiftlite.llm.argument.export:VerifyArguments",
         "swiftlite.megatron.compare:verify_main",

@@ -5,8 +5,11 @@ The data files are imported at the first look-up, so that they can use this modu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from swiftlite.meta.family import Family
 from swiftlite.meta.model import ModelMeta
@@ -68,6 +71,13 @@ def family_of(architecture: str) -> Family:
             return family
     known = sorted(a for f in families() for a in f.architectures)
     raise ConfigError(f"architecture {architecture!r} has no Megatron mapping; supported are {', '.join(known)}")
+
+
+def tiny_configs() -> dict[str, dict[str, dict[str, Any]]]:
+    """Model type -> variant -> config.json of a very small model with the type's traits; for self-tests."""
+    text = Path(__file__).with_name("tiny_configs.json").read_text(encoding="utf-8")
+    configs: dict[str, dict[str, dict[str, Any]]] = json.loads(text)
+    return configs
 
 
 class _ModelView(Mapping[str, ModelMeta]):

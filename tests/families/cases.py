@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-CONFIGS: dict[str, dict[str, dict[str, Any]]] = json.loads(
-    (Path(__file__).parents[1] / "golden" / "tiny_configs.json").read_text()
-)
+from swiftlite.families import tiny_configs
+
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = tiny_configs()
 CASES = [f"{model_type}:{variant}" for model_type, variants in CONFIGS.items() for variant in variants]
 
 

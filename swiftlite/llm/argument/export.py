@@ -98,3 +98,20 @@ class VerifyArguments(Arguments):
         super().__post_init__()
         if len(self.directories) != 2:
             raise UsageError(f"verify compares two checkpoints, {len(self.directories)} given: swiftlite verify DIR_A DIR_B")
+
+
+@arguments
+class CheckArguments(Arguments):
+    """Check: does this kind of model convert and compute right?"""
+
+    model: str | None = field(None, "directory or hub id; only its config.json is read")
+    model_type: str | None = field(None, "registered type, or all; tests a small config of the type")
+    use_hf: bool = field(False, "ask Hugging Face instead of ModelScope")
+    hub_token: str | None = field(None, "access token of the hub")
+    trust_remote_code: bool = field(False, "allow Python code that a checkpoint brings to run")
+    debug: bool = field(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.model is None) == (self.model_type is None):
+            raise UsageError("check: give --model DIR_OR_ID or --model_type TYPE (or all)")
