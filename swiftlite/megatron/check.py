@@ -6,6 +6,7 @@ For a user who meets a new checkpoint: seconds on a CPU, only config.json is rea
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ LIMITS = {
     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_shared_experts": 2,
     "moe_num_shared_experts": 2, "num_nextn_predict_layers": 1, "first_k_dense_replace": 2, "moe_layer_start_index": 2,
 }  # fmt: skip
+GRADIENT_TOLERANCE = 1e-4
 EXPERTS = ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")
 TOPK = ("num_experts_per_tok", "moe_topk", "moe_k")
 
@@ -110,12 +112,13 @@ def write_random_model(config: Mapping[str, Any], directory: Path, seed: int = 0
 
 @dataclass(frozen=True)
 class CheckResult:
-    """logits_error: largest difference of logits / max(1, largest logit), fp32."""
+    """logits_error: largest difference of logits / max(1, largest logit), fp32. gradient_error: see there."""
 
     name: str
     architecture: str
     tensors: int
     logits_error: float
+    gradient_error: float
     own_block: str | None
     seconds: float
 
@@ -154,11 +157,69 @@ def check_config(name: str, config: Mapping[str, Any], trust_remote_code: bool =
 
         Arguments.trust_remote_code = trust_remote_code
         report = check_precision(hf, mcore, Arguments())
+        gradient = gradient_error(hf, trust_remote_code)
+        if gradient > GRADIENT_TOLERANCE:
+            raise VerifyError(f"{name}: gradients are {gradient:.1e} off, allowed {GRADIENT_TOLERANCE:.0e}")
     architecture = architecture_of(config)
     return CheckResult(
-        name, architecture, len(bind_map(config, ["mtp."]).by_hf), report.logits_max_diff / report.scale,
+        name, architecture, len(bind_map(config, ["mtp."]).by_hf), report.logits_max_diff / report.scale, gradient,
         family_of(architecture).mcore.block, time.time() - started,
     )  # fmt: skip
+
+
+def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
+    """Gradients of one masked cross-entropy step, Megatron's under Hugging Face names through the weight map.
+
+    Returns: the largest |g - g'| / max(|g'|, 1e-6 |all g'|) over tensors, in norms, fp32, g' being Hugging Face's.
+    Raises: VerifyError if an expert that no token reached has a gradient on one side only.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from swiftlite.megatron import hf_io
+    from swiftlite.megatron.argument.export import conversion_arguments
+    from swiftlite.megatron.distributed import parallel_groups
+    from swiftlite.megatron.model.provider import build_models
+    from swiftlite.megatron.verify import hf_config
+
+    config = read_config(hf_dir)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config["vocab_size"], (2, 160), generator=generator)
+    pad = hf_config(hf_dir, trust_remote_code).pad_token_id  # Hugging Face's embedding gives the pad token no gradient
+    ids[ids == (-1 if pad is None else pad)] = 5 if pad != 5 else 6
+    labels = ids.roll(-1, 1).masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
+    labels[:, -1] = -100
+
+    def step(model: torch.nn.Module, logits: torch.Tensor) -> None:
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).backward()
+        for parameter in model.parameters():  # so that saving the model saves its gradients
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, mine = Path(folder) / "hf", Path(folder) / "mcore"
+        loaded = hf_config(hf_dir, trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            hf_dir, config=loaded, dtype=torch.float32, trust_remote_code=trust_remote_code
+        ).train()
+        step(model, model(input_ids=ids, use_cache=False).logits)
+        model.save_pretrained(theirs)
+        args = conversion_arguments(convert_hf_config(config), str(hf_dir), "float32")
+        with parallel_groups(args):
+            models = build_models(args)
+            hf_io.load_weights(models, hf_dir)
+            step(models[0].train(), models[0](ids, torch.arange(ids.shape[1]).expand_as(ids), None))
+            hf_io.save_hf_weights(models, mine, hf_dir)
+        expected, found = load_file(theirs / "model.safetensors"), load_file(mine / "model.safetensors")
+    everything = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
+    worst = 0.0
+    for name, reference in expected.items():
+        if name.endswith("e_score_correction_bias"):
+            continue  # moved by the router, not by gradients
+        norm = float(reference.norm())
+        if (norm == 0) != (float(found[name].norm()) == 0):
+            raise VerifyError(f"{name} has a gradient on one side only")
+        worst = max(worst, float((found[name] - reference).norm()) / max(norm, 1e-6 * everything))
+    return worst
 
 
 def _configs(args: CheckArguments) -> dict[str, dict[str, Any]]:
@@ -182,13 +243,18 @@ def _configs(args: CheckArguments) -> dict[str, dict[str, Any]]:
 
 def check_main(args: CheckArguments | Sequence[str]) -> list[CheckResult]:
     """`swiftlite check`. Raises: VerifyError naming the first model and place that is off."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     args = as_arguments(CheckArguments, args)
     results = []
     for name, config in _configs(args).items():
         result = check_config(name, config, args.trust_remote_code)
         results.append(result)
         get_logger().info(
-            "%s (%s): %d tensors back bit for bit, logits within %.1e of Hugging Face, %.1f s", result.name,
-            result.architecture, result.tensors, result.logits_error, result.seconds,
+            "%s (%s): %d tensors back bit for bit, logits within %.1e and gradients within %.1e of Hugging Face, %.1f s",
+            result.name, result.architecture, result.tensors, result.logits_error, result.gradient_error,
+            result.seconds,
         )  # fmt: skip
     return results

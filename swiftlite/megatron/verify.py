@@ -199,24 +199,30 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    """The Hugging Face model without weights. Raises: ConfigError if transformers cannot build it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def hf_config(hf_dir: Path, trust_remote_code: bool = False) -> Any:
+    """The config object of a directory; remote-code architectures get the in-repo reference classes."""
+    from transformers import AutoConfig
 
     from swiftlite.llm.model import reference
 
     reference.register()
     raw = read_config(hf_dir)
+    if raw.get("model_type") == "kimi_k2" and not trust_remote_code:  # DeepSeek-V3 under another name
+        return AutoConfig.for_model(**{**raw, "model_type": "deepseek_v3"})
+    return AutoConfig.from_pretrained(hf_dir, trust_remote_code=trust_remote_code)
+
+
+def _build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """The Hugging Face model without weights. Raises: ConfigError if transformers cannot build it."""
+    from transformers import AutoModelForCausalLM
+
     try:
-        if raw.get("model_type") == "kimi_k2" and not trust_remote_code:  # DeepSeek-V3 under another name
-            config = AutoConfig.for_model(**{**raw, "model_type": "deepseek_v3"})
-        else:
-            config = AutoConfig.from_pretrained(hf_dir, trust_remote_code=trust_remote_code)
+        config = hf_config(hf_dir, trust_remote_code)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise ConfigError(
-            f"transformers cannot build {raw.get('architectures')} for the precision check "
+            f"transformers cannot build {read_config(hf_dir).get('architectures')} for the precision check "
             f"({' '.join(str(error).split())}); "
             "if the checkpoint brings its own code, allow it with --trust_remote_code true"
         ) from None
