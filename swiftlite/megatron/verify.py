@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +40,8 @@ MESSAGES = [
 
 @dataclass(frozen=True)
 class Tolerance:
-    """part: relative error (L2) of one part fed the same input. logits: largest difference of the free run / scale."""
+    """part: relative error (L2) of one part fed the same input. logits: error of the free run, in fp32 the largest
+    difference / scale; in lower precision, where one token whose experts tip over moves its logits, the L2 error."""
 
     part: float
     logits: float
@@ -48,8 +50,8 @@ class Tolerance:
 # Chosen from the dtype's rounding: 2^-24, 2^-11, 2^-8 per operation, times the few hundred roundings of a layer.
 TOLERANCES = {
     torch.float32: Tolerance(2e-5, 1e-4),
-    torch.float16: Tolerance(1e-2, 5e-2),
-    torch.bfloat16: Tolerance(5e-2, 3e-1),
+    torch.float16: Tolerance(3e-2, 1e-1),
+    torch.bfloat16: Tolerance(1e-1, 3e-1),
 }
 
 
@@ -88,7 +90,10 @@ class PrecisionReport:
                     f"{part.name} is off: relative error {part.forced:.2e} on the same input, allowed "
                     f"{tolerance.part:.0e}"
                 )
-        if not self.logits_max_diff <= tolerance.logits * self.scale:
+        if self.dtype != torch.float32:
+            if not self.logits_rel_error <= tolerance.logits:
+                return f"the logits are off: relative error {self.logits_rel_error:.2e}, allowed {tolerance.logits:.0e}"
+        elif not self.logits_max_diff <= tolerance.logits * self.scale:
             return (
                 f"the logits are off: largest difference {self.logits_max_diff:.2e}, allowed "
                 f"{tolerance.logits:.0e} x scale {self.scale:.1f}"
@@ -105,6 +110,8 @@ def check_precision(hf_dir: Path, mcore_dir: Path, args: Any = None) -> Precisio
     """
     log = get_logger()
     dtype = getattr(torch, getattr(args, "test_convert_dtype", None) or "float32")
+    if dtype == torch.float32:  # before CUDA starts: Transformer Engine multiplies fp32 in TF32 otherwise
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     iteration = find_iteration(Path(mcore_dir))
     ids = _token_ids(Path(hf_dir), args)
     hf_source, mcore_source = SafetensorsSource(Path(hf_dir)), TorchDistSource(iteration)

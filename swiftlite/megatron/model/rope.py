@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding as CoreRotaryEmbedding
 from torch import Tensor
 
 from swiftlite.megatron.model.config import rope_type
@@ -84,7 +84,7 @@ class Rope:
             config.apply_rope_fusion = False  # the fused form has no factor
 
 
-class HfRotaryEmbedding(RotaryEmbedding):
+class RotaryEmbedding(CoreRotaryEmbedding):  # type: ignore[misc]
     """megatron-core's rotary embedding with the frequencies of `Rope`.
 
     with_factor: forward returns (angles, attention factor), as MLA layers of rope type 'yarn' expect.
@@ -118,9 +118,9 @@ def _head_width(args: Any) -> int:
 def install(model: Any, rope: Rope) -> None:
     """Replace every rotary embedding of a GPTModel: its own one, or those of its MLA layers."""
     if hasattr(model, "rotary_pos_emb"):
-        model.rotary_pos_emb = HfRotaryEmbedding(rope, model.rotary_pos_emb)
+        model.rotary_pos_emb = RotaryEmbedding(rope, model.rotary_pos_emb)
     for module in model.modules():
         if hasattr(module, "linear_kv_up_proj"):
-            module.rotary_pos_emb = HfRotaryEmbedding(
+            module.rotary_pos_emb = RotaryEmbedding(
                 rope, module.rotary_pos_emb, with_factor=module.config.rope_type == "yarn"
             )

@@ -1,0 +1,142 @@
+"""Converted checkpoints in the Transformer Engine spec on a GPU: logits, module tree, the way back. Marker `gpu`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swiftlite.llm.model import reference
+from swiftlite.megatron import backend, hf_io
+from swiftlite.megatron import plan as planning
+from swiftlite.megatron.argument.export import conversion_arguments
+from swiftlite.megatron.distributed import parallel_groups
+from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.model.provider import build_models
+from swiftlite.megatron.side_files import read_config
+from tests.families.cases import build_hf, config_of
+from tests.families.test_round_trip import to_hf, to_mcore
+from tests.megatron.test_golden import AIR, CONFIG, parse_tree
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+reference.register()
+
+# Sizes that the fused kernels take: multiples of 16, heads of 64.
+WIDE = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2, "vocab_size": 512}
+MLA = {"hidden_size": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "vocab_size": 512}
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3:default": WIDE,
+    "qwen2_5:default": {**WIDE, "head_dim": None},
+    "llama3_1:default": {**WIDE, "head_dim": None},
+    "glm4_5:default": WIDE,
+    "glm4_5:qk_norm": WIDE,
+    "qwen3_moe:default": WIDE,
+    "deepseek_r1:default": MLA,
+    "moonlight:default": MLA,
+    "ernie:default": {**WIDE, "head_dim": None},
+    "deepseek_v2:grouped_ratio2": MLA,
+}
+IDS = torch.randint(0, 500, (2, 192), generator=torch.Generator().manual_seed(3))
+
+
+def config(case: str) -> dict[str, Any]:
+    merged = {**config_of(case), **CASES[case]}
+    return {k: v for k, v in merged.items() if v is not None or k in config_of(case)}
+
+
+def arguments(directory: Path, dtype: str) -> Any:
+    args = conversion_arguments(convert_hf_config(read_config(directory)), str(directory), dtype)
+    args.use_cpu_initialization = False
+    return args
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = IDS.cuda()
+    with torch.no_grad():
+        return model(ids, torch.arange(ids.shape[1], device="cuda").expand_as(ids), None).float()
+
+
+def test_the_backend_is_transformer_engine() -> None:
+    found = backend.setup()
+    assert found.spec == "te" and found.is_cuda
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("loader", ["dist_checkpointing", "weight map"])
+def test_logits_and_the_way_back(case: str, loader: str, tmp_path: Path) -> None:
+    """bf16 on the GPU may be at most twice as far from fp32 as Hugging Face's own bf16 is."""
+    from megatron.core import dist_checkpointing
+
+    hf = build_hf(config(case), tmp_path / "hf", dtype=torch.bfloat16)
+    to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    with torch.no_grad():
+        half = hf.cuda()(input_ids=IDS.cuda(), use_cache=False).logits.float()
+        exact = hf.float()(input_ids=IDS.cuda(), use_cache=False).logits.float()
+    with parallel_groups(args := arguments(tmp_path / "mcore", "bfloat16")):
+        models = build_models(args)
+        model = models[0].cuda().eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        if loader == "weight map":
+            hf_io.load_weights(models, tmp_path / "hf")
+        else:
+            state = {"model": model.sharded_state_dict()}
+            loaded = dist_checkpointing.load(state, str(tmp_path / "mcore/iter_0000001"), strict="log_unexpected")
+            missing = model.load_state_dict(loaded["model"], strict=False).missing_keys
+            assert not [name for name in missing if "_extra_state" not in name]
+        mine = logits(model)
+        error, theirs = (float((x - exact).norm() / exact.norm()) for x in (mine, half))
+        print(f"{case} [{loader}]: Megatron bf16 {error:.2e}, Hugging Face bf16 {theirs:.2e} from fp32")
+        assert error <= 2 * theirs + 1e-3
+        written = tmp_path / "live/iter_0000001"
+        written.mkdir(parents=True)
+        dist_checkpointing.save(model.sharded_state_dict(), str(written))
+    view = planning.plan_to_hf(written, {**config(case), "num_nextn_predict_layers": 0}, None, None)
+    assert set(view.specs) <= set(planning.plan_to_mcore(tmp_path / "hf", config(case)).source.tensors)
+    (tmp_path / "live/config.json").write_text(json.dumps({**config(case), "num_nextn_predict_layers": 0}))
+    to_hf(tmp_path / "live", tmp_path / "back", manifest=False)
+    from safetensors.torch import load_file
+
+    original, back = load_file(tmp_path / "hf/model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    for name, tensor in back.items():
+        assert torch.equal(tensor.to(original[name].dtype), original[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["qwen3:default", "glm4_5:default", "deepseek_r1:default"])
+def test_the_command_with_its_precision_check(case: str, dtype: str, tmp_path: Path) -> None:
+    build_hf(config(case), tmp_path / "hf")
+    flags = ["--test_convert_precision", "true", "--test_convert_dtype", dtype, "--model_type", case.split(":")[0]]
+    mcore, back = str(tmp_path / "mcore"), str(tmp_path / "back")
+    for words in (
+        ["--model", str(tmp_path / "hf"), "--to_mcore", "true", "--output_dir", mcore],
+        ["--mcore_model", mcore, "--to_hf", "true", "--output_dir", back],
+    ):
+        command = [sys.executable, "-m", "swiftlite", "export", *words, *flags]
+        result = subprocess.run(command, capture_output=True, text=True)
+        print(result.stderr)
+        assert result.returncode == 0
+
+
+def test_module_tree_of_glm_4_5_air(tmp_path: Path) -> None:
+    """One dense and two MoE layers of the real widths with 8 experts, against the recorded tree."""
+    small = {**CONFIG, "num_hidden_layers": 3, "n_routed_experts": 8, "num_nextn_predict_layers": 0}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    args = arguments(tmp_path, "bfloat16")
+    with parallel_groups(args):
+        mine = parse_tree(str(build_models(args)[0]))
+    expected = parse_tree((AIR / "mg_modules.txt").read_text())
+    only_mine = {k: v for k, v in mine.items() if expected.get(k) != v}
+    only_theirs = {k: v for k, v in expected.items() if mine.get(k) != v}
+    Path(os.environ.get("OUT", tmp_path)).joinpath("tree.json").write_text(
+        json.dumps([only_mine, only_theirs], indent=1)
+    )
+    assert (only_mine, only_theirs) == ({}, {})
