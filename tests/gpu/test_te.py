@@ -134,9 +134,7 @@ def test_module_tree_of_glm_4_5_air(tmp_path: Path) -> None:
     with parallel_groups(args):
         mine = parse_tree(str(build_models(args)[0]))
     expected = parse_tree((AIR / "mg_modules.txt").read_text())
-    only_mine = {k: v for k, v in mine.items() if expected.get(k) != v}
-    only_theirs = {k: v for k, v in expected.items() if mine.get(k) != v}
-    Path(os.environ.get("OUT", tmp_path)).joinpath("tree.json").write_text(
-        json.dumps([only_mine, only_theirs], indent=1)
-    )
-    assert (only_mine, only_theirs) == ({}, {})
+    # Recorded with megatron-core 0.13; since 0.17 an absent q/k norm is no module.
+    for name in [n for n in expected if n.endswith(("q_layernorm", "k_layernorm")) and n not in mine]:
+        assert expected.pop(name) == "IdentityOp"
+    assert mine == expected
