@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
 from swiftlite.megatron.origin import Origin, origin_root
@@ -33,8 +34,9 @@ def iter_shards(models: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
 
     Gated MLPs come as two shards, one in each half of the global tensor.
     """
+    metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     for model in models:
-        yield from flatten_shards(unwrap(model).sharded_state_dict())
+        yield from flatten_shards(unwrap(model).sharded_state_dict(metadata=metadata))
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:

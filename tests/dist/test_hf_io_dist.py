@@ -1,0 +1,63 @@
+"""Live load and save under TP, PP, EP and their mixtures: each rank's shard is the offline slice, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swiftlite.llm.model import reference
+from tests.families.cases import build_hf, config_of
+from tests.families.test_round_trip import to_mcore
+
+reference.register()
+CASES: dict[str, dict[str, Any]] = {
+    "qwen2_5:default": {"vocab_size": 333},  # dense, tied, odd vocabulary
+    "llama3_1:default": {"num_hidden_layers": 4, "vocab_size": 333},
+    "qwen3_moe:default": {},
+    "glm4_5:default": {"num_hidden_layers": 4},  # MoE with MTP
+    "deepseek_r1:default": {"num_hidden_layers": 4},  # MLA with MTP
+    "ernie:default": {},
+}
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
+    2: {
+        "qwen2_5:default": [TP2, {**PP2, "decoder_first_pipeline_num_layers": 1}],
+        "llama3_1:default": [TP2, PP2, {**PP2, "num_virtual_stages_per_pipeline_rank": 2}],
+        "qwen3_moe:default": [TP2, EP2, PP2],
+        "glm4_5:default": [TP2, EP2, PP2, {**TP2, "mtp_num_layers": 1}],
+        "deepseek_r1:default": [TP2, EP2, PP2, {**EP2, "mtp_num_layers": 1}],
+        "ernie:default": [TP2, EP2],
+    },
+    4: {
+        "llama3_1:default": [{**TP2, **PP2}],
+        "glm4_5:default": [{**TP2, **EP2}, {**TP2, **PP2}, {**EP2, **PP2}],
+        "deepseek_r1:default": [{**TP2, **EP2}, {**TP2, **PP2, "mtp_num_layers": 1}],
+    },
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_every_rank_holds_the_offline_slice(processes: int, tmp_path: Path) -> None:
+    job = []
+    for case, layouts in LAYOUTS[processes].items():
+        root = tmp_path / case.replace(":", "-")
+        build_hf({**config_of(case), **CASES[case]}, root / "hf")
+        to_mcore(root / "hf", root / "mcore")
+        job += [[str(root), layout] for layout in layouts]
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "tests.dist.worker_hf_io", str(tmp_path / "job.json")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("ok ") == len(job), result.stdout

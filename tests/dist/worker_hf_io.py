@@ -1,0 +1,75 @@
+"""Run by torchrun: live load and save of several models under several layouts; every rank checks its own shards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swiftlite.megatron import backend, hf_io
+from swiftlite.megatron.argument.export import conversion_arguments
+from swiftlite.megatron.distributed import destroy, initialize
+from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.model.provider import build_models
+from swiftlite.megatron.origin import Origin
+from swiftlite.megatron.side_files import read_config
+from swiftlite.utils.dist import get_rank
+from swiftlite.weights.storage import Files, read_tensor
+from swiftlite.weights.torch_dist import McoreView, TorchDistSource
+
+
+def check(root: Path, layout: dict[str, Any], save_to: Path) -> None:
+    """Load `root`/hf and `root`/mcore, compare each shard with the offline slice, count bytes, save as Hugging Face."""
+    layout = dict(layout)
+    mtp = layout.pop("mtp_num_layers", None)
+    config = read_config(root / "hf")
+    args = conversion_arguments(convert_hf_config(config), str(root), "float32")
+    for name, value in layout.items():
+        setattr(args, name, value)
+    args.mtp_num_layers = mtp
+    try:
+        initialize(args)
+        models = build_models(args)
+        bound = Origin(root / "hf").bound
+        view = McoreView.open(TorchDistSource(root / "mcore/iter_0000001"), bound)
+        live = hf_io.LiveMap(bound)
+        for source in ("hf", "mcore"):
+            for shard in hf_io.iter_shards(models):
+                shard.data.detach().fill_(float("nan"))
+            read = hf_io.load_weights(models, root / source)
+            expected_bytes = compared = 0
+            with Files() as files:
+                for shard in hf_io.iter_shards(models):
+                    entry, offset = live.entry(shard)
+                    slot = view.slots[entry.mcore, entry.expert]
+                    whole = read_tensor(view.source, slot.key, files)[slot.index]
+                    where = tuple(slice(o, o + n) for o, n in zip(offset, shard.local_shape, strict=True))
+                    wanted = whole[where]
+                    mine = shard.data.view(shard.local_shape)
+                    if wanted.shape != mine.shape:  # vocabulary padding: zero rows
+                        assert "vocab" in entry.rule.hf[0].dims and not mine[len(wanted) :].any()
+                        mine = mine[: len(wanted)]
+                    assert torch.equal(mine, wanted), (entry.label, source)
+                    expected_bytes += shard.data.numel() * shard.data.element_size()
+                    compared += 1
+            assert compared > 5 and read == expected_bytes, (read, expected_bytes)
+        hf_io.save_hf_weights(models, save_to, root / "hf")
+    finally:
+        destroy()
+    if get_rank() == 0:
+        for file in (root / "hf").glob("*.safetensors"):
+            assert (save_to / file.name).read_bytes() == file.read_bytes(), f"{layout}: {file.name} differs"
+
+
+if __name__ == "__main__":
+    backend.setup()
+    torch.distributed.init_process_group("gloo")  # one for all cases; `destroy` leaves it
+    job = json.loads(Path(sys.argv[1]).read_text())
+    for number, (root, layout) in enumerate(job):
+        check(Path(root), layout, Path(root) / f"saved-{number}")
+        if get_rank() == 0:
+            print(f"ok {Path(root).name} {layout}", flush=True)
+    torch.distributed.destroy_process_group()
