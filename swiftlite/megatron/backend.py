@@ -250,7 +250,7 @@ def _use_cpu_for_cuda() -> None:
 
 
 def _tensor_cuda_is_identity() -> None:
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
 
 def _run_uncompiled() -> None:
@@ -294,7 +294,7 @@ def _split_sizes_as_lists() -> None:
         def plain(sizes: Any) -> list[int] | None:
             return None if sizes is None else [int(n) for n in sizes]
 
-        return original(ctx, group, input, plain(output_splits), plain(input_splits))
+        return original(ctx, group, input, plain(output_splits), plain(input_splits))  # type: ignore[no-any-return]
 
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
     dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
@@ -302,7 +302,7 @@ def _split_sizes_as_lists() -> None:
 
 
 def _uneven_parts_over_gloo() -> None:
-    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather_parts(input_: Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -320,7 +320,8 @@ def _uneven_parts_over_gloo() -> None:
             return reduce_scatter(input_, group, input_split_sizes, *args, **kwargs)  # type: ignore[no-any-return]
         total = input_.contiguous().clone()
         torch.distributed.all_reduce(total, group=group)
-        return torch.split(total, list(input_split_sizes))[group.rank()].contiguous()
+        start = sum(input_split_sizes[: group.rank()])
+        return total[start : start + input_split_sizes[group.rank()]].contiguous()
 
     mappings._gather_along_first_dim = gather_parts
     mappings._reduce_scatter_along_first_dim = reduce_parts
@@ -629,8 +630,11 @@ class SdpaAttention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         with self._dropout_generator(dropout):
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, width]
             out = torch.nn.functional.scaled_dot_product_attention(
-                *(x.permute(1, 2, 0, 3) for x in (query, key, value)),  # [B, heads, S, width]
+                q,
+                k,
+                v,
                 dropout_p=dropout,
                 is_causal=True,
                 scale=self.softmax_scale,
@@ -644,7 +648,7 @@ class SdpaAttention(torch.nn.Module):
             return contextlib.nullcontext()
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-        return get_cuda_rng_tracker().fork()
+        return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Nothing to save."""
@@ -663,7 +667,7 @@ def substitute(spec: Any, table: Mapping[Any, Any]) -> Any:
         args = [substitute(a, table) for a in spec.args]
         kwargs = {k: substitute(v, table) for k, v in spec.keywords.items()}
         return functools.partial(table.get(spec.func, spec.func), *args, **kwargs)
-    if dataclasses.is_dataclass(spec):
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         changed = {f.name: substitute(getattr(spec, f.name), table) for f in dataclasses.fields(spec)}
         return dataclasses.replace(spec, **changed)
     if isinstance(spec, list | tuple):

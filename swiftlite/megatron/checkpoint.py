@@ -21,7 +21,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from swiftlite.megatron import backend
-from swiftlite.megatron.hf_io import LiveMap, Origin, iter_shards, unwrap
+from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
+from swiftlite.megatron.origin import Origin
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import replace_directory, write_text_atomic
 from swiftlite.utils.logger import get_logger
@@ -68,7 +69,8 @@ def _model_states(models: Sequence[torch.nn.Module], metadata: Mapping[str, Any]
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
     states = {}
     for name, model in zip(names, models, strict=True):
-        state = unwrap(model).sharded_state_dict(metadata=dict(metadata))
+        inner: Any = unwrap(model)
+        state = inner.sharded_state_dict(metadata=dict(metadata))
         states[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
     return states
 

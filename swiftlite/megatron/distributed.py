@@ -20,6 +20,8 @@ from swiftlite.megatron import backend
 from swiftlite.utils.dist import get_rank, get_world_size
 from swiftlite.utils.errors import UsageError
 
+_owns_group = False  # this module made the process group, so it takes it down
+
 
 @dataclass(frozen=True)
 class ParallelState:
@@ -59,6 +61,7 @@ def initialize(args: Any) -> ParallelState:
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    global _owns_group
     found = backend.setup()
     world_size = get_world_size()
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
@@ -70,10 +73,12 @@ def initialize(args: Any) -> ParallelState:
         )
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     if not dist.is_initialized():
+        _owns_group = True
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(found.collectives, timeout=timeout)
         else:
-            dist.init_process_group(found.collectives, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(found.collectives, store=store, rank=0, world_size=1, timeout=timeout)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -110,13 +115,15 @@ def get_parallel_state() -> ParallelState:
 
 
 def destroy() -> None:
-    """Take down what `initialize` made; does nothing where it did not run."""
+    """Take down what `initialize` made; a process group that was there before stays."""
+    global _owns_group
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
-    if dist.is_initialized():
+    if _owns_group and dist.is_initialized():
         dist.destroy_process_group()
+    _owns_group = False
 
 
 @contextmanager

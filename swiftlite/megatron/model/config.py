@@ -89,7 +89,7 @@ def torch_dtype(args: Any) -> torch.dtype:
     dtype = args.torch_dtype
     if isinstance(dtype, torch.dtype):
         return dtype
-    return torch.float32 if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))  # type: ignore[no-any-return]
+    return torch.float32 if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
 
 
 def rope_type(args: Any) -> str:
@@ -127,7 +127,8 @@ def config_class(args: Any) -> type:
     """TransformerConfig, or MLATransformerConfig for multi-latent attention."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    return MLATransformerConfig if args.multi_latent_attention else TransformerConfig
+    chosen: type = MLATransformerConfig if args.multi_latent_attention else TransformerConfig
+    return chosen
 
 
 def config_fields(args: Any) -> dict[str, Any]:

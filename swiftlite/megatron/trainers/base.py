@@ -18,14 +18,16 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.checkpoint import Position
 from swiftlite.megatron.distributed import ParallelState
-from swiftlite.megatron.hf_io import Origin, load_weights, origin_root, save_hf_weights
+from swiftlite.megatron.hf_io import load_weights, save_hf_weights
 from swiftlite.megatron.model.config import torch_dtype, virtual_stages
 from swiftlite.megatron.model.provider import build_models
+from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.side_files import MANIFEST, copy_side_files, read_manifest, write_manifest
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, SampleOrder, evaluation_samples
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
@@ -40,12 +42,12 @@ logger = get_logger()
 HF_SUFFIX = "-hf"
 
 
-def wrap_models(models: Sequence[torch.nn.Module], args: Any) -> list[torch.nn.Module]:
+def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
     """Move to the device, wrap in Float16Module (half precision) and DDP with one buffer layout for every DP size.
 
     Router biases stay fp32: Float16Module would round them.
     """
-    wrapped: list[torch.nn.Module] = []
+    wrapped = []
     for index, model in enumerate(models):
         config = model.config
         model.to(backend.setup().device)
@@ -136,7 +138,9 @@ class Trainer:
                 f"{accumulation} micro batches a step: with --num_virtual_stages_per_pipeline_rank {stages} they must "
                 f"be a multiple of --pipeline_model_parallel_size {parallel.pp_size}"
             )
-        self.train_iters = args.train_iters or math.ceil(args.num_train_epochs * len(train_set) / self.global_batch_size)
+        self.train_iters = args.train_iters or math.ceil(
+            args.num_train_epochs * len(train_set) / self.global_batch_size
+        )
         seed = args.seed if args.data_seed is None else args.data_seed
         self.order = SampleOrder(len(train_set), seed, args.dataset_shuffle)
         multiple = parallel.tp_size if args.sequence_parallel else 1
@@ -160,10 +164,10 @@ class Trainer:
 
     def setup(self, resume: bool) -> None:
         """Build model, optimizer and schedule, load the weights or the newest checkpoint. Collective."""
-        self.models = wrap_models(
+        self.models: list[Any] = wrap_models(
             build_models(self.args, variable_seq_lengths=self.variable_lengths), self.args
         )
-        self.config = self.models[0].module.config
+        self.config: Any = get_model_config(self.models[0])
         self.origin = Origin(self.origin_dir)
         if not resume:
             read = load_weights(self.models, self.origin_dir)
@@ -182,7 +186,7 @@ class Trainer:
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
         if self.args.overlap_grad_reduce:
-            no_sync = [model.no_sync for model in self.models]
+            no_sync: list[Any] = [model.no_sync for model in self.models]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.forward_backward = get_forward_backward_func()
 

@@ -28,7 +28,7 @@ class SampleOrder:
         if not self.shuffle:
             return list(range(self.num_samples))
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(self.num_samples, generator=generator).tolist()  # type: ignore[no-any-return]
+        return torch.randperm(self.num_samples, generator=generator).tolist()
 
     def __getitem__(self, position: int) -> int:
         epoch, index = divmod(position, self.num_samples)
@@ -87,8 +87,10 @@ class MicroBatch:
     num_tokens: int
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.position_ids, self.loss_mask))
-        return MicroBatch(*moved, self.num_tokens)
+        tokens, labels, positions, mask = (
+            t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.position_ids, self.loss_mask)
+        )
+        return MicroBatch(tokens, labels, positions, mask, self.num_tokens)
 
 
 def collate(

@@ -13,8 +13,8 @@ from swiftlite.llm.dataset import EncodedDataset, load_dataset
 from swiftlite.llm.pipeline import as_arguments, mcore_root, prepare_template, resolve
 from swiftlite.megatron.argument.sft import MegatronSftArguments
 from swiftlite.megatron.distributed import ParallelState, parallel_groups
-from swiftlite.megatron.hf_io import origin_root
 from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.origin import origin_root
 from swiftlite.megatron.side_files import read_config
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer

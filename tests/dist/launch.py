@@ -1,0 +1,39 @@
+"""Starts worker.py under torchrun and reads what the runs logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(num_processes: int, cases: list[dict[str, Any]], directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run the cases one after another in `num_processes` processes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "cases.json"
+    file.write_text(json.dumps(cases))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)),
+        *("--master_addr", "127.0.0.1", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+        *(str(WORKER), str(file)),
+    ]  # fmt: skip
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def curve(output_dir: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    lines = [json.loads(line) for line in (output_dir / "logging.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
+
+
+def largest_difference(one: list[tuple[float, float]], two: list[tuple[float, float]]) -> float:
+    """Largest relative difference of losses and gradient norms over all steps."""
+    assert len(one) == len(two)
+    return max(abs(a - b) / abs(a) for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))

@@ -1,0 +1,159 @@
+"""Training under parallel layouts equals training in one process, step by step; runs go on after they were killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.launch import curve, largest_difference, torchrun
+
+pytestmark = pytest.mark.dist
+
+STEPS = 20
+TOLERANCE = 1e-5  # relative, of loss and gradient norm, in fp32
+
+# Samples of different lengths: ranks hold different data under data and expert parallelism.
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
+                  {"role": "assistant", "content": f"It is {2 * i}. " + "The capital of France is Paris. " * (i % 4)}]}
+    for i in range(8)
+]  # fmt: skip
+
+# family, world size, flags beside the common ones, fault
+LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
+    "dense-dp2": ("qwen3", 2, [], None),
+    "dense-tp2-sp": ("qwen3", 2, ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"], None),
+    "dense-pp2": ("qwen3", 2, ["--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "1"], None),
+    "dense-vpp2": (
+        "qwen3", 2, ["--pipeline_model_parallel_size", "2", "--num_virtual_stages_per_pipeline_rank", "2"], None,
+    ),
+    "moe-ep2": ("glm4_moe", 2, ["--expert_model_parallel_size", "2"], None),
+    "moe-tp2": ("glm4_moe", 2, ["--tensor_model_parallel_size", "2"], None),
+    "moe-pp2": (
+        "glm4_moe", 2, ["--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "1"], None,
+    ),
+    "dense-tp2-pp2": (
+        "qwen3", 4,
+        ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true", "--pipeline_model_parallel_size", "2"],
+        None,
+    ),
+    "moe-tp2-ep2": ("glm4_moe", 4, ["--tensor_model_parallel_size", "2", "--expert_model_parallel_size", "2"], None),
+    "control-double-layer": ("qwen3", 2, [], "double_layer"),
+    "control-skip-norm-reduce": (
+        "qwen3", 2, ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"], "skip_norm_reduce",
+    ),
+}  # fmt: skip
+EQUAL = [name for name in LAYOUTS if not name.startswith("control-")]
+CONTROLS = [name for name in LAYOUTS if name.startswith("control-")]
+# The first stage of the uneven pipelines holds 1 layer of 4 or 3; odd vocabulary: rows are padded under TP.
+MODELS = {
+    "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "tie_word_embeddings": True},
+    "glm4_moe": {"vocab_size": 333},
+}
+MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: Callable[..., Path], data: Path) -> Callable[..., list[str]]:
+    """`argv("qwen3", OUTPUT_DIR, *flags)`: the same 8 samples at every step, a constant learning rate of 1e-3."""
+
+    def make(family: str, output_dir: Path, *flags: str) -> list[str]:
+        common = {
+            "model": tiny_model(family, **MODELS[family]), "model_type": MODEL_TYPES[family], "dataset": data,
+            "output_dir": output_dir, "torch_dtype": "float32", "micro_batch_size": 1, "global_batch_size": 8,
+            "train_iters": STEPS, "lr": 1e-3, "lr_decay_style": "constant", "logging_steps": 1, "save_steps": 1000,
+            "save_weights_only": "true",
+            # Adam divides gradients of 1e-8 by themselves, so rounding in them would grow to whole steps.
+            "adam_eps": 1e-5,
+        }  # fmt: skip
+        return [word for name, value in common.items() for word in (f"--{name}", str(value))] + list(flags)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def curves(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The curve of every layout, and of one process for each family under its name. One torchrun per world size."""
+    root = tmp_path_factory.mktemp("layouts")
+    runs = {family: (family, 1, [], None) for family in MODELS} | LAYOUTS
+    for size in sorted({run[1] for run in runs.values()}):
+        cases = [
+            {"argv": argv(family, root / name, *flags), "fault": planted}
+            for name, (family, world_size, flags, planted) in runs.items()
+            if world_size == size
+        ]
+        result = torchrun(size, cases, root / f"torchrun-{size}")
+        assert result.returncode == 0, result.stderr[-5000:]
+    return {name: curve(root / name) for name in runs}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_batch_is_learnable(curves: dict[str, Any], family: str) -> None:
+    losses = [loss for loss, _ in curves[family]]
+    assert len(losses) == STEPS
+    assert losses[-1] < 0.75 * losses[0]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_layout_equals_one_process(curves: dict[str, Any], name: str) -> None:
+    assert largest_difference(curves[LAYOUTS[name][0]], curves[name]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_planted_mistake_is_seen(curves: dict[str, Any], name: str) -> None:
+    assert largest_difference(curves[LAYOUTS[name][0]], curves[name]) > 100 * TOLERANCE
+
+
+SAVE = ["--save_steps", "10", "--save_weights_only", "false"]
+# world size and flags of the run that is killed, and of the one that goes on
+RESUMES: dict[str, tuple[str, tuple[int, list[str]], tuple[int, list[str]]]] = {
+    "dense-dp2": ("qwen3", (2, []), (2, [])),
+    "dense-tp2-to-pp2": (
+        "qwen3", (2, ["--tensor_model_parallel_size", "2"]), (2, ["--pipeline_model_parallel_size", "2"]),
+    ),
+    "dense-pp2-to-dp2": ("qwen3", (2, ["--pipeline_model_parallel_size", "2"]), (2, [])),
+    "moe-ep2-to-tp2": (
+        "glm4_moe", (2, ["--expert_model_parallel_size", "2"]), (2, ["--tensor_model_parallel_size", "2"]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_a_killed_run_goes_on_under_any_layout(
+    name: str, argv: Callable[..., list[str]], curves: dict[str, Any], tmp_path: Path
+) -> None:
+    family, (size, flags), (next_size, next_flags) = RESUMES[name]
+    output_dir = tmp_path / "run"
+    first = [{"argv": argv(family, output_dir, *SAVE, *flags), "fault": "kill_at_13"}]
+    assert torchrun(size, first, tmp_path / "first").returncode != 0
+    assert len(curve(output_dir)) >= 10
+    result = torchrun(next_size, [{"argv": argv(family, output_dir, *SAVE, *next_flags)}], tmp_path / "second")
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert "going on from step 10" in result.stderr
+    assert largest_difference(curves[family], curve(output_dir)) <= TOLERANCE
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before(
+    argv: Callable[..., list[str]], curves: dict[str, Any], tmp_path: Path
+) -> None:
+    output_dir = tmp_path / "run"
+    case = {"argv": argv("qwen3", output_dir, *SAVE)}
+    assert torchrun(1, [case | {"fault": "kill_in_save"}], tmp_path / "first").returncode != 0
+    assert (output_dir / "latest_checkpointed_iteration.txt").read_text() == "10"
+    assert not (output_dir / "iter_0000020").exists()
+    result = torchrun(1, [case], tmp_path / "second")
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert (output_dir / "iter_0000020").is_dir()
+    assert not list(output_dir.glob(".*saving*"))
+    assert largest_difference(curves["qwen3"], curve(output_dir)) <= TOLERANCE

@@ -1,0 +1,95 @@
+"""Runs training cases inside one torchrun: `worker.py CASES.json`. Each case is an argv, and a fault to plant or none.
+
+Faults: 'double_layer' doubles one layer's gradients, 'skip_norm_reduce' leaves out the all-reduce of norm gradients,
+'kill_at_13' kills the process after step 13, 'kill_in_save' after the second checkpoint is written, before it is
+renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+
+@contextmanager
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def fault(name: str | None) -> Iterator[None]:
+    from megatron.core.distributed import finalize_model_grads as finalize
+
+    from swiftlite.megatron import checkpoint
+    from swiftlite.megatron.trainers import base
+
+    def double_layer(original: Any) -> Any:
+        def changed(models: Any, *args: Any, **kwargs: Any) -> None:
+            original(models, *args, **kwargs)
+            for model in models:
+                for parameter_name, parameter in model.named_parameters():
+                    if "layers.1." in parameter_name:
+                        parameter.main_grad.mul_(2)
+
+        return changed
+
+    def kill_at_13(original: Any) -> Any:
+        def changed(self: Any, step: int, *args: Any) -> None:
+            original(self, step, *args)
+            if step == 13:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return changed
+
+    def kill_in_save(original: Any) -> Any:
+        def changed(source: Path, target: Path) -> None:
+            if target.name == "iter_0000020":
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(source, target)
+
+        return changed
+
+    places = {
+        "double_layer": (base, "finalize_model_grads", double_layer),
+        "skip_norm_reduce": (
+            sys.modules[finalize.__module__],
+            "_allreduce_non_tensor_model_parallel_grads",
+            lambda _: lambda *args, **kwargs: None,
+        ),
+        "kill_at_13": (base.Metrics, "advance", kill_at_13),
+        "kill_in_save": (checkpoint, "replace_directory", kill_in_save),
+    }
+    if name is None:
+        yield
+        return
+    with replaced(*places[name]):
+        yield
+
+
+def main() -> None:
+    from swiftlite.megatron.trainers.sft import megatron_sft_main
+
+    dist.init_process_group("gloo")  # one group for all cases
+    try:
+        for case in json.loads(Path(sys.argv[1]).read_text()):
+            with fault(case.get("fault")):
+                megatron_sft_main(case["argv"])
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
