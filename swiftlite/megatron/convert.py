@@ -7,6 +7,7 @@ for). Several processes share the work by output file; they exchange barriers an
 from __future__ import annotations
 
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from swiftlite.megatron.side_files import (
     write_hashes,
     write_manifest,
 )
+from swiftlite.megatron.vocabulary import add_tokens
 from swiftlite.utils.dist import all_gather, barrier, get_local_world_size, get_rank, get_world_size, host_group
 from swiftlite.utils.errors import UsageError, VerifyError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, peak_memory_bytes
@@ -44,12 +46,22 @@ def convert_hf2mcore(args: Any) -> Path:
     args: ExportArguments, or words as typed. The output appears under its name only when everything, including
     the precision check if asked for, has succeeded.
     """
-    started = time.time()
     args = _ready(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _hf2mcore(args, Path(scratch))
+
+
+def _hf2mcore(args: Any, scratch: Path) -> Path:
+    started = time.time()
     model_dir = Path(args.model_info.model_dir)
     config = read_config(model_dir)
     dtype = args.dtype if "torch_dtype" in args.given else None
-    plan = plan_to_mcore(model_dir, config, dtype, args.thread_count, get_world_size())
+    new = add_tokens(args, model_dir, config, scratch)
+    changes: dict[str, Any] = {"torch_dtype": dtype} if dtype else {}
+    if new is not None and new.config["vocab_size"] != config["vocab_size"]:
+        config, changes = new.config, {**changes, "vocab_size": new.config["vocab_size"]}
+    source = new.source if new is not None else None
+    plan = plan_to_mcore(model_dir, config, dtype, args.thread_count, get_world_size(), source)
     total, num_files = plan.dist.total_bytes, len(plan.dist.sizes)
     output_dir = Path(args.output_dir or default_output_dir(args.model, "mcore"))
     _report_plan("to_mcore", model_dir, output_dir, plan.bound, plan.coverage, total, num_files)
@@ -67,13 +79,17 @@ def convert_hf2mcore(args: Any) -> Path:
         torch_dist.create_files(directory / "iter_0000001", plan.dist)
 
     def identity() -> str:
-        return fingerprint([*plan.source.files, model_dir / "config.json"], ["to_mcore", str(dtype), num_files])
+        return fingerprint(
+            [*plan.source.files, model_dir / "config.json"], ["to_mcore", str(dtype), num_files, changes]
+        )
 
     with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
         iteration = space.directory / "iter_0000001"
         hashes = _run("to_mcore", plan.jobs(iteration), args.max_memory_bytes, space)
         if get_rank() == 0:
-            copy_side_files(model_dir, space.directory, {"torch_dtype": dtype} if dtype else {})
+            copy_side_files(model_dir, space.directory, changes)
+            if new is not None:
+                new.tokenizer.save_pretrained(space.directory)
             write_manifest(space.directory, plan.source, plan.coverage)
             write_hashes(space.directory, hashes)
             lm_args = megatron.megatron_lm_args()
@@ -86,7 +102,7 @@ def convert_hf2mcore(args: Any) -> Path:
         if args.verify == "bitwise":
             written = HfNames(McoreView.open(TorchDistSource(iteration), plan.bound))
             _verify_bitwise(written, hashes, args.max_memory_bytes)
-        _check_precision(args, model_dir, space.directory)
+        _check_precision(args, model_dir, space.directory, plan.source, config["vocab_size"])
     _summary(output_dir, total, started, f"swiftlite megatron sft --mcore_model {output_dir} --dataset FILE")
     return output_dir
 
@@ -208,11 +224,13 @@ def _verify_bitwise(written: TensorSource, hashes: Mapping[str, str], max_memory
     get_logger().info("verified: %d tensors read back bit for bit", len(hashes))
 
 
-def _check_precision(args: Any, hf_dir: Path, mcore_dir: Path) -> None:
+def _check_precision(
+    args: Any, hf_dir: Path, mcore_dir: Path, source: SafetensorsSource | None = None, vocab_size: int | None = None
+) -> None:
     if args.test_convert_precision and get_rank() == 0:
         from swiftlite.megatron.verify import check_precision
 
-        check_precision(hf_dir, mcore_dir, args)
+        check_precision(hf_dir, mcore_dir, args, source, vocab_size)
     barrier()
 
 

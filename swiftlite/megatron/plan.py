@@ -63,6 +63,7 @@ def plan_to_mcore(
     dtype: torch.dtype | None = None,
     num_files: int | None = None,
     num_processes: int = 1,
+    source: SafetensorsSource | None = None,
 ) -> ToMcorePlan:
     """Read headers, hold them against config.json and lay out the checkpoint.
 
@@ -70,7 +71,7 @@ def plan_to_mcore(
     Raises: CheckpointError, MapError, ShapeError or ConfigError naming the first thing that is wrong.
     """
     check_quantisation(config)
-    source = SafetensorsSource(model_dir)
+    source = source or SafetensorsSource(model_dir)
     bound = bind_map(config, source.tensors)
     coverage = bound.check({name: t.spec.shape for name, t in source.tensors.items()}, str(model_dir))
     dtypes = {(e.mcore, e.expert): _target_dtype(source, e, dtype) for e in bound.entries}

@@ -101,11 +101,18 @@ class PrecisionReport:
         return None
 
 
-def check_precision(hf_dir: Path, mcore_dir: Path, args: Any = None) -> PrecisionReport:
+def check_precision(
+    hf_dir: Path,
+    mcore_dir: Path,
+    args: Any = None,
+    source: SafetensorsSource | None = None,
+    vocab_size: int | None = None,
+) -> PrecisionReport:
     """Run both models on one conversation and compare every part and the logits.
 
     Args: hf_dir: Hugging Face directory. mcore_dir: torch_dist checkpoint (root or iteration) whose config.json, if it
         has one, describes it. args: ExportArguments (test_convert_dtype, template, trust_remote_code), all optional.
+        source, vocab_size: the Hugging Face side with added vocabulary rows, where it is not `hf_dir` as it stands.
     Raises: VerifyError naming the first part that is off.
     """
     log = get_logger()
@@ -114,13 +121,14 @@ def check_precision(hf_dir: Path, mcore_dir: Path, args: Any = None) -> Precisio
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     iteration = find_iteration(Path(mcore_dir))
     ids = _token_ids(Path(hf_dir), args)
-    hf_source, mcore_source = SafetensorsSource(Path(hf_dir)), TorchDistSource(iteration)
+    hf_source, mcore_source = source or SafetensorsSource(Path(hf_dir)), TorchDistSource(iteration)
     report = PrecisionReport(
         dtype, ids.shape[1], len(hf_source.tensors), sum(t.spec.numel for t in hf_source.tensors.values()),
         len(mcore_source.tensors), sum(t.spec.numel for t in mcore_source.tensors.values()),
     )  # fmt: skip
     log.info("precision check: %d tokens in %s, one layer of each model at a time", report.num_tokens, dtype)
-    hf = _run_hf(Path(hf_dir), hf_source, ids, dtype, getattr(args, "trust_remote_code", False))
+    model = _build_hf(Path(hf_dir), dtype, getattr(args, "trust_remote_code", False), vocab_size)
+    hf = _run_hf(model, hf_source, ids, dtype)
     config_dir = iteration.parent if (iteration.parent / "config.json").is_file() else Path(hf_dir)
     _run_mcore(iteration, read_config(config_dir), ids, dtype, hf, report)
     _log(report)
@@ -219,12 +227,13 @@ def hf_config(hf_dir: Path, trust_remote_code: bool = False) -> Any:
     return AutoConfig.from_pretrained(hf_dir, trust_remote_code=trust_remote_code)
 
 
-def _build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_size: int | None) -> nn.Module:
     """The Hugging Face model without weights. Raises: ConfigError if transformers cannot build it."""
     from transformers import AutoModelForCausalLM
 
     try:
         config = hf_config(hf_dir, trust_remote_code)
+        config.vocab_size = vocab_size or config.vocab_size
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, OSError) as error:
@@ -279,11 +288,10 @@ class _HfWeights:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def _run_hf(hf_dir: Path, source: SafetensorsSource, ids: Tensor, dtype: torch.dtype, trust_remote_code: bool) -> HfRun:
+def _run_hf(model: nn.Module, source: SafetensorsSource, ids: Tensor, dtype: torch.dtype) -> HfRun:
     from swiftlite.megatron import backend
 
     device = backend.setup().device
-    model = _build_hf(hf_dir, dtype, trust_remote_code)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

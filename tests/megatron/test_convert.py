@@ -231,3 +231,36 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
     command = [sys.executable, "-c", code, str(model), str(tmp_path / "m"), str(tmp_path / "h")]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]"), result.stdout
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3"])
+def test_new_special_tokens_grow_the_vocabulary(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """New rows are the mean of the old ones in both matrices; the precision check compares with the grown model."""
+    tied = {"tie_word_embeddings": True} if family == "qwen3" else {}
+    source = Path(shutil.copytree(tiny_model(family, vocab_size=310, **tied), tmp_path / "m"))
+    model_type = {"glm4_moe": "glm4_5", "qwen3": "qwen3"}[family]
+    tokens = [f"<new_{i}>" for i in range(20)]
+    mcore, back = tmp_path / "mcore", tmp_path / "back"
+    flags = ("--model_type", model_type, "--test_convert_precision", "true", "--output_dir")
+    assert export("--model", source, "--to_mcore", "true", "--new_special_tokens", *tokens, *flags, mcore) == 0
+    assert export("--mcore_model", mcore, "--to_hf", "true", *flags, back) == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(back)
+    assert len(tokenizer("<new_7>", add_special_tokens=False)["input_ids"]) == 1
+    assert json.loads((back / "config.json").read_text())["vocab_size"] == 384
+    original, grown = load_file(source / "model.safetensors"), load_file(back / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in original:
+            assert torch.equal(grown[name][:310], original[name])
+            torch.testing.assert_close(grown[name][310:], original[name].mean(0).expand(74, -1))
+    assert AutoModelForCausalLM.from_pretrained(back).get_input_embeddings().weight.shape[0] == 384
+
+
+def test_new_special_tokens_that_fit_change_no_weight(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_model("qwen3", vocab_size=320), tmp_path / "m"))
+    mcore, back = tmp_path / "mcore", tmp_path / "back"
+    flags = ("--model_type", "qwen3", "--output_dir")
+    assert export("--model", source, "--to_mcore", "true", "--new_special_tokens", "<one>", *flags, mcore) == 0
+    assert export("--mcore_model", mcore, "--to_hf", "true", *flags, back) == 0
+    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
