@@ -230,10 +230,17 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(temporary), content_metadata=plain)
     torch.distributed.barrier()
     if rank == 0:
+        _give_args_attributes(temporary / "common.pt", stored_args, position.iteration)
         replace_directory(temporary, final)
         write_text_atomic(root / TRACKER, str(position.iteration))
     torch.distributed.barrier()
     return final
+
+
+def _give_args_attributes(path: Path, args: Mapping[str, Any], iteration: int) -> None:
+    """Megatron-LM reads `args` by attribute, but saving makes a plain dict of it; see common_state."""
+    common = torch.load(path, weights_only=True)
+    torch.save({**common, **common_state(args, iteration)}, path)
 
 
 def rotate(root: Path, keep: int | None, suffix: str = "") -> list[Path]:

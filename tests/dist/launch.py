@@ -13,8 +13,8 @@ WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(num_processes: int, cases: list[dict[str, Any]], directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run the cases one after another in `num_processes` processes."""
+def torchrun(num_processes: int, cases: list[dict[str, Any]], directory: Path) -> tuple[int, str]:
+    """Run the cases one after another in `num_processes` processes. Returns: exit code, what they wrote to stderr."""
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "cases.json"
     file.write_text(json.dumps(cases))
@@ -24,7 +24,12 @@ def torchrun(num_processes: int, cases: list[dict[str, Any]], directory: Path) -
         *("--master_addr", "127.0.0.1", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
         *(str(WORKER), str(file)),
     ]  # fmt: skip
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    # Files, not pipes: what a killed run leaves behind would keep a pipe open.
+    with (directory / "stdout").open("w") as stdout, (directory / "stderr").open("w") as stderr:
+        result = subprocess.run(
+            command, env=environment, stdout=stdout, stderr=stderr, timeout=600, check=False, start_new_session=True
+        )
+    return result.returncode, (directory / "stderr").read_text()
 
 
 def curve(output_dir: Path) -> list[tuple[float, float]]:

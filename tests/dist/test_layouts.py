@@ -50,9 +50,10 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
 EQUAL = [name for name in LAYOUTS if not name.startswith("control-")]
 CONTROLS = [name for name in LAYOUTS if name.startswith("control-")]
 # The first stage of the uneven pipelines holds 1 layer of 4 or 3; odd vocabulary: rows are padded under TP.
+# Wide random weights make the descent so uneven that rounding differences grow by themselves.
 MODELS = {
-    "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "tie_word_embeddings": True},
-    "glm4_moe": {"vocab_size": 333},
+    "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "tie_word_embeddings": True, "initializer_range": 0.02},
+    "glm4_moe": {"vocab_size": 333, "initializer_range": 0.02},
 }
 MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
 
@@ -93,8 +94,8 @@ def curves(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFact
             for name, (family, world_size, flags, planted) in runs.items()
             if world_size == size
         ]
-        result = torchrun(size, cases, root / f"torchrun-{size}")
-        assert result.returncode == 0, result.stderr[-5000:]
+        code, log = torchrun(size, cases, root / f"torchrun-{size}")
+        assert code == 0, log[-5000:]
     return {name: curve(root / name) for name in runs}
 
 
@@ -136,11 +137,11 @@ def test_a_killed_run_goes_on_under_any_layout(
     family, (size, flags), (next_size, next_flags) = RESUMES[name]
     output_dir = tmp_path / "run"
     first = [{"argv": argv(family, output_dir, *SAVE, *flags), "fault": "kill_at_13"}]
-    assert torchrun(size, first, tmp_path / "first").returncode != 0
+    assert torchrun(size, first, tmp_path / "first")[0] != 0
     assert len(curve(output_dir)) >= 10
-    result = torchrun(next_size, [{"argv": argv(family, output_dir, *SAVE, *next_flags)}], tmp_path / "second")
-    assert result.returncode == 0, result.stderr[-5000:]
-    assert "going on from step 10" in result.stderr
+    code, log = torchrun(next_size, [{"argv": argv(family, output_dir, *SAVE, *next_flags)}], tmp_path / "second")
+    assert code == 0, log[-5000:]
+    assert "going on from step 10" in log
     assert largest_difference(curves[family], curve(output_dir)) <= TOLERANCE
 
 
@@ -149,11 +150,11 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(
 ) -> None:
     output_dir = tmp_path / "run"
     case = {"argv": argv("qwen3", output_dir, *SAVE)}
-    assert torchrun(1, [case | {"fault": "kill_in_save"}], tmp_path / "first").returncode != 0
+    assert torchrun(1, [case | {"fault": "kill_in_save"}], tmp_path / "first")[0] != 0
     assert (output_dir / "latest_checkpointed_iteration.txt").read_text() == "10"
     assert not (output_dir / "iter_0000020").exists()
-    result = torchrun(1, [case], tmp_path / "second")
-    assert result.returncode == 0, result.stderr[-5000:]
+    code, log = torchrun(1, [case], tmp_path / "second")
+    assert code == 0, log[-5000:]
     assert (output_dir / "iter_0000020").is_dir()
     assert not list(output_dir.glob(".*saving*"))
     assert largest_difference(curves["qwen3"], curve(output_dir)) <= TOLERANCE

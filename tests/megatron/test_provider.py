@@ -1,0 +1,129 @@
+"""What model_provider builds: rotary frequencies, latent norms, padded vocabulary. Logits are compared in test_verify."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from swiftlite.megatron.argument.megatron import MegatronArguments
+from swiftlite.megatron.distributed import get_parallel_state, parallel_groups
+from swiftlite.megatron.model import provider
+from swiftlite.megatron.model.blocks import load_block
+from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.model.provider import build_models, padded_vocab_size
+from swiftlite.megatron.model.rope import Rope
+from swiftlite.utils.errors import ConfigError, UsageError
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 333,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+    "tie_word_embeddings": False, "attention_bias": False,
+}  # fmt: skip
+SCALINGS: dict[str, dict[str, Any] | None] = {
+    "default": None,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+
+
+def arguments(**changes: Any) -> MegatronArguments:
+    args = MegatronArguments(torch_dtype="float32")
+    args.apply_model_config(convert_hf_config({**CONFIG, **changes}))
+    return args
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_frequencies_are_those_of_transformers_model(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = {**CONFIG, "rope_scaling": SCALINGS[kind]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    rope = Rope(arguments(rope_scaling=SCALINGS[kind]))
+    assert torch.equal(rope.inv_freq, reference.inv_freq)
+    assert rope.attention_factor == reference.attention_scaling
+    # Beyond max_position_embeddings only 'dynamic' changes.
+    reference(torch.zeros(1, 200, 1), torch.arange(200)[None])
+    assert torch.equal(rope.for_length(200), reference.inv_freq)
+    assert torch.equal(rope.for_length(200), rope.inv_freq) == (kind != "dynamic")
+
+
+def test_partial_rotary_and_unknown_type() -> None:
+    args = arguments()
+    args.partial_rotary_factor = 0.5
+    assert Rope(args).inv_freq.shape == (4,)  # of a head of 16, 8 rotate, in pairs
+    args.rope_scaling = {"rope_type": "spiral"}
+    with pytest.raises(ConfigError, match="spiral"):
+        Rope(args)
+
+
+def test_attention_factor_reaches_the_layers() -> None:
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+        _yarn_get_concentration_factor_from_config,
+    )
+
+    rope = Rope(arguments(rope_scaling=SCALINGS["yarn"]))
+    config = SimpleNamespace()
+    rope.set_attention_factor(config)
+    assert rope.attention_factor > 1
+    assert _yarn_get_concentration_factor_from_config(config) == pytest.approx(rope.attention_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 333), (2, 334), (4, 336)])
+def test_padded_vocab_size(tp: int, rows: int) -> None:
+    assert padded_vocab_size(333, tp) == rows
+
+
+def test_padded_logits_are_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process stands for two: the live vocabulary is padded to 336, as four TP ranks would have it."""
+    monkeypatch.setattr(provider, "padded_vocab_size", lambda vocab, tp: 336)
+    args = arguments()
+    with parallel_groups(args):
+        (model,) = build_models(args, perform_initialization=True)
+        logits = model(torch.arange(6)[None], torch.arange(6)[None], None)
+        assert logits.shape == (1, 6, 336)
+        assert torch.isinf(logits[..., 333:]).all()
+        assert torch.isfinite(logits[..., :333]).all()
+        loss = model(torch.arange(6)[None], torch.arange(6)[None], None, labels=torch.arange(6)[None])
+        expected = torch.nn.functional.cross_entropy(logits[0, :, :333], torch.arange(6), reduction="none")
+        torch.testing.assert_close(loss[0], expected)
+        loss.sum().backward()
+        for weight in (model.embedding.word_embeddings.weight, model.output_layer.weight):
+            assert weight[333:].count_nonzero() == 0
+            assert weight.grad[333:].count_nonzero() == 0
+            assert weight.grad.isfinite().all()
+
+
+def test_groups_are_taken_down_after_an_error() -> None:
+    args = arguments()
+    with pytest.raises(RuntimeError, match="in the block"), parallel_groups(args) as parallel:
+        assert (parallel.world_size, parallel.dp_size, parallel.is_last_stage) == (1, 1, True)
+        assert get_parallel_state() == parallel
+        raise RuntimeError("in the block")
+    assert not torch.distributed.is_initialized()
+
+
+def test_sizes_that_do_not_divide_the_processes() -> None:
+    args = arguments()
+    args.pipeline_model_parallel_size = 2
+    with pytest.raises(UsageError, match="multiple of 2 processes"), parallel_groups(args):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+def test_an_unknown_block_is_an_error() -> None:
+    assert load_block(None) is None
+    with pytest.raises(ConfigError, match="no_such_block"):
+        load_block("no_such_block")
