@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +85,8 @@ def run(argv: Sequence[str]) -> int:
         args = parse(arguments, rest)
         if torchrun is not None:
             get_logger().warning("%s runs in one process; NPROC_PER_NODE and NNODES have no effect", " ".join(words))
+        if not getattr(args, "debug", False):  # deprecations inside libraries are nothing that a user can act on
+            warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
         _load(route.handler)(args)
         return 0
     # Mistakes in the arguments are told once, here, instead of once per process; remarks are left to the workers.

@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import queue
 import sys
 import types
 import warnings
@@ -371,6 +372,11 @@ def _keep_bucket_padding() -> None:
     optimizer.get_parameter_state_dp_zero = get_parameter_state
 
 
+def _collect_writes_in_process() -> None:
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    writer._results_queue = queue.Queue()  # type: ignore[attr-defined]
+
+
 SHIMS = (
     Shim(
         "cpu_for_cuda",
@@ -447,6 +453,15 @@ SHIMS = (
         "holds shifted states",
         "a tied model saved from two pipeline stages resumes in one without it",
         _keep_bucket_padding,
+    ),
+    Shim(
+        "results_queue",
+        "0.16-0.19",
+        "always",
+        "saving starts a manager process for results that, in synchronous saving, never leave this process; it takes "
+        "seconds to start and outlives a run that is killed",
+        "saving leaves no process behind (multiprocessing.active_children), or saving becomes asynchronous here",
+        _collect_writes_in_process,
     ),
 )
 
