@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from swiftlite.llm.argument.export import ExportArguments
 from swiftlite.llm.pipeline import as_arguments, resolve
 from swiftlite.megatron.argument.export import conversion_arguments
@@ -60,6 +62,8 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
     changes: dict[str, Any] = {"torch_dtype": dtype} if dtype else {}
     if new is not None and new.config["vocab_size"] != config["vocab_size"]:
         config, changes = new.config, {**changes, "vocab_size": new.config["vocab_size"]}
+    if config.get("quantization_config"):
+        changes["quantization_config"] = None  # the weights are written dequantised
     source = new.source if new is not None else None
     plan = plan_to_mcore(model_dir, config, dtype, args.thread_count, get_world_size(), source)
     total, num_files = plan.dist.total_bytes, len(plan.dist.sizes)
@@ -102,7 +106,14 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
         if args.verify == "bitwise":
             written = HfNames(McoreView.open(TorchDistSource(iteration), plan.bound))
             _verify_bitwise(written, hashes, args.max_memory_bytes)
-        _check_precision(args, model_dir, space.directory, plan.source, config["vocab_size"])
+        _check_precision(
+            args,
+            model_dir,
+            space.directory,
+            plan.source,
+            config["vocab_size"],
+            dtype or getattr(plan.source, "dequantised", None),
+        )
     _summary(output_dir, total, started, f"swiftlite megatron sft --mcore_model {output_dir} --dataset FILE")
     return output_dir
 
@@ -147,7 +158,7 @@ def convert_mcore2hf(args: Any) -> Path:
         barrier()
         if args.verify == "bitwise":
             _verify_bitwise(SafetensorsSource(space.directory), hashes, args.max_memory_bytes)
-        _check_precision(args, space.directory, iteration)
+        _check_precision(args, space.directory, iteration, cast=dtype)
     _summary(output_dir, plan.total_bytes, started, f"swiftlite infer --model {output_dir}")
     return output_dir
 
@@ -225,12 +236,17 @@ def _verify_bitwise(written: TensorSource, hashes: Mapping[str, str], max_memory
 
 
 def _check_precision(
-    args: Any, hf_dir: Path, mcore_dir: Path, source: SafetensorsSource | None = None, vocab_size: int | None = None
+    args: Any,
+    hf_dir: Path,
+    mcore_dir: Path,
+    source: SafetensorsSource | None = None,
+    vocab_size: int | None = None,
+    cast: torch.dtype | None = None,
 ) -> None:
     if args.test_convert_precision and get_rank() == 0:
         from swiftlite.megatron.verify import check_precision
 
-        check_precision(hf_dir, mcore_dir, args, source, vocab_size)
+        check_precision(hf_dir, mcore_dir, args, source, vocab_size, cast)
     barrier()
 
 

@@ -87,7 +87,7 @@ def load_weights(models: Sequence[torch.nn.Module], directory: str | Path) -> in
     with Files() as files, torch.no_grad():
         for shard in iter_shards(models):
             entry, offset = live.entry(shard)
-            stored = origin.source.spec(entry.hf[0]).dtype
+            stored = origin.value_dtype(entry.hf[0])
             data = read_shard(origin.source, entry, offset, shard.local_shape, files, stored)
             shard.data.view(shard.local_shape).copy_(data)
             read += data.nbytes

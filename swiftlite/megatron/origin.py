@@ -10,6 +10,7 @@ import torch
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.megatron.plan import resolve_copy
 from swiftlite.megatron.side_files import read_config, read_manifest
+from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import TensorSource
 from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource, find_iteration
@@ -28,10 +29,11 @@ class Origin:
         self.source: TensorSource
         self.names: Sequence[str]
         if any(directory.glob("*.safetensors")):
-            files = SafetensorsSource(directory)
-            self.bound = bind_map(read_config(directory), files.tensors)
+            config = read_config(directory)
+            files = open_source(directory, config)
+            self.bound = bind_map(config, files.tensors)
             self.bound.check({name: t.spec.shape for name, t in files.tensors.items()}, str(directory))
-            self.source, stored = files, {name: t.spec.dtype for name, t in files.tensors.items()}
+            self.source, stored = files, {name: files.value_dtype(name) for name in files.tensors}
         else:
             iteration = find_iteration(directory)
             dist = TorchDistSource(iteration)
@@ -44,6 +46,12 @@ class Origin:
         if not set(self.names) >= set(self.bound.by_hf):
             self.names = [*self.bound.by_hf, *self.copies]
         self.dtypes = {n: stored[n] if n in stored else self.source.spec(n).dtype for n in self.names}
+
+    def value_dtype(self, name: str) -> torch.dtype:
+        """dtype in which a tensor is read from this checkpoint."""
+        if isinstance(self.source, SafetensorsSource):
+            return self.source.value_dtype(name)
+        return self.source.spec(name).dtype
 
 
 def origin_root(directory: str | Path) -> Path:

@@ -10,22 +10,15 @@ from typing import Any
 import torch
 
 from swiftlite.megatron.model.hf_config import bind_map
-from swiftlite.utils.errors import CheckpointError, ConfigError
+from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import format_bytes
 from swiftlite.weights import stream
+from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Coverage, Duplicate, Entry
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec
 from swiftlite.weights.torch_dist import DistPlan, HfNames, McoreView, TorchDistSource, plan_torch_dist
-
-
-def check_quantisation(config: Mapping[str, Any]) -> None:
-    """Raises: ConfigError for quantised weights that cannot be read."""
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method:
-        raise ConfigError(f"the weights are quantised ({method}), which cannot be converted; use the unquantised model")
-
 
 # ---- Hugging Face -> Megatron ----
 
@@ -50,7 +43,7 @@ class ToMcorePlan:
                 stream.Job(
                     entry.label, entry.hf, entry.segments, entry.row_size, _locate(self.source, entry.hf),
                     tuple(tensors[n].spec.dtype for n in entry.hf), self.dtypes[entry.mcore, entry.expert],
-                    directory / file, offset,
+                    directory / file, offset, getattr(self.source, "decode", None),
                 )
             )  # fmt: skip
         first = {entry.label: tensors[entry.hf[0]] for entry in self.bound.entries}
@@ -70,8 +63,7 @@ def plan_to_mcore(
     Args: dtype: converts to this while streaming; None keeps what is stored. num_files: default, see default_num_files.
     Raises: CheckpointError, MapError, ShapeError or ConfigError naming the first thing that is wrong.
     """
-    check_quantisation(config)
-    source = source or SafetensorsSource(model_dir)
+    source = source or open_source(model_dir, config)
     bound = bind_map(config, source.tensors)
     coverage = bound.check({name: t.spec.shape for name, t in source.tensors.items()}, str(model_dir))
     dtypes = {(e.mcore, e.expert): _target_dtype(source, e, dtype) for e in bound.entries}
@@ -87,7 +79,7 @@ def default_num_files(total_bytes: int) -> int:
 
 
 def _target_dtype(source: SafetensorsSource, entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
-    stored = {source.tensors[name].spec.dtype for name in entry.hf}
+    stored = {source.value_dtype(name) for name in entry.hf}
     if dtype is not None and not entry.rule.keep_dtype:
         return dtype
     if len(stored) > 1:
@@ -136,8 +128,12 @@ class ToHfPlan:
 def copy_job(source: TensorSource, name: str, file: Path, offset: int, dtype: torch.dtype) -> stream.Job:
     """Copy one tensor as it is, but for its dtype."""
     spec = source.spec(name)
-    rows = (Segment(0, 0, spec.numel),)
-    return stream.Job(name, (name,), rows, 1, _locate(source, (name,)), (spec.dtype,), dtype, file, offset)
+    num_rows = spec.shape[0] if spec.shape else 1
+    row_size = spec.numel // max(num_rows, 1)
+    rows = (Segment(0, 0, num_rows),) if spec.numel else ()
+    decode = getattr(source, "decode", None)
+    locate = _locate(source, (name,))
+    return stream.Job(name, (name,), rows, row_size, locate, (spec.dtype,), dtype, file, offset, decode)
 
 
 def plan_to_hf(

@@ -48,7 +48,7 @@ def write_manifest(directory: Path, source: SafetensorsSource, coverage: Coverag
     tensors = {}
     for name, located in source.tensors.items():
         if name not in coverage.ignored:
-            dtype = str(located.spec.dtype).removeprefix("torch.")
+            dtype = str(source.value_dtype(name)).removeprefix("torch.")
             tensors[name] = {"dtype": dtype, "shape": list(located.spec.shape), "file": located.file.name}
     write_json(directory / MANIFEST, {"ignored": list(coverage.ignored), "tensors": tensors})
 
@@ -75,11 +75,14 @@ def copy_side_files(source: Path, target: Path, changes: Mapping[str, Any]) -> N
 
 
 def update_config(path: Path, changes: Mapping[str, Any]) -> None:
-    """Change keys of a config.json; everything else keeps its text order."""
+    """Change keys of a config.json, None removes one; everything else keeps its text order."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for key, value in changes.items():
         if isinstance(value, torch.dtype):
             value = str(value).removeprefix("torch.")
             key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-        config[key] = value
+        if value is None:
+            config.pop(key, None)
+        else:
+            config[key] = value
     write_json(path, config)

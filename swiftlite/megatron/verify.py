@@ -23,13 +23,14 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.hf_io import flatten_shards
-from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.megatron.side_files import read_config
 from swiftlite.utils.errors import ConfigError, VerifyError
 from swiftlite.utils.logger import get_logger
+from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor
-from swiftlite.weights.torch_dist import TorchDistSource, find_iteration
+from swiftlite.weights.torch_dist import TorchDistSource, find_iteration, slot_of
 
 NUM_TOKENS = 512
 MESSAGES = [
@@ -107,12 +108,14 @@ def check_precision(
     args: Any = None,
     source: SafetensorsSource | None = None,
     vocab_size: int | None = None,
+    cast: torch.dtype | None = None,
 ) -> PrecisionReport:
     """Run both models on one conversation and compare every part and the logits.
 
     Args: hf_dir: Hugging Face directory. mcore_dir: torch_dist checkpoint (root or iteration) whose config.json, if it
         has one, describes it. args: ExportArguments (test_convert_dtype, template, trust_remote_code), all optional.
         source, vocab_size: the Hugging Face side with added vocabulary rows, where it is not `hf_dir` as it stands.
+        cast: dtype that the conversion wrote; both sides' weights are rounded to it, so that only mistakes differ.
     Raises: VerifyError naming the first part that is off.
     """
     log = get_logger()
@@ -121,16 +124,18 @@ def check_precision(
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     iteration = find_iteration(Path(mcore_dir))
     ids = _token_ids(Path(hf_dir), args)
-    hf_source, mcore_source = source or SafetensorsSource(Path(hf_dir)), TorchDistSource(iteration)
+    hf_source, mcore_source = source or open_source(Path(hf_dir), read_config(Path(hf_dir))), TorchDistSource(iteration)
     report = PrecisionReport(
         dtype, ids.shape[1], len(hf_source.tensors), sum(t.spec.numel for t in hf_source.tensors.values()),
         len(mcore_source.tensors), sum(t.spec.numel for t in mcore_source.tensors.values()),
     )  # fmt: skip
     log.info("precision check: %d tokens in %s, one layer of each model at a time", report.num_tokens, dtype)
     model = _build_hf(Path(hf_dir), dtype, getattr(args, "trust_remote_code", False), vocab_size)
-    hf = _run_hf(model, hf_source, ids, dtype)
+    bound = bind_map(read_config(Path(hf_dir)), hf_source.tensors)
+    rounding = Rounding(cast, {n for e in bound.entries if e.rule.keep_dtype for n in (*e.hf, slot_of(e).key)})
+    hf = _run_hf(model, hf_source, ids, dtype, rounding)
     config_dir = iteration.parent if (iteration.parent / "config.json").is_file() else Path(hf_dir)
-    _run_mcore(iteration, read_config(config_dir), ids, dtype, hf, report)
+    _run_mcore(iteration, read_config(config_dir), ids, dtype, hf, report, rounding)
     _log(report)
     fault = report.fault()
     if fault:
@@ -184,6 +189,17 @@ def relative_error(mine: Tensor, reference: Tensor) -> float:
     return float((mine - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """Rounds a weight to `dtype` (None: leaves it), but for the names in `kept`."""
+
+    dtype: torch.dtype | None
+    kept: set[str]
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self.dtype is None or name in self.kept else tensor.to(self.dtype)
+
+
 # ---- Hugging Face, one layer at a time ----
 
 
@@ -234,6 +250,8 @@ def _build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_s
     try:
         config = hf_config(hf_dir, trust_remote_code)
         config.vocab_size = vocab_size or config.vocab_size
+        if hasattr(config, "quantization_config"):  # the weights come dequantised
+            del config.quantization_config
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, OSError) as error:
@@ -248,15 +266,17 @@ def _build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_s
 class _HfWeights:
     """Puts the weights of one part of a Hugging Face model in place, and takes them out again."""
 
-    def __init__(self, source: SafetensorsSource, files: Files, dtype: torch.dtype, device: torch.device) -> None:
-        self.source, self.files, self.dtype, self.device = source, files, dtype, device
+    def __init__(
+        self, source: SafetensorsSource, files: Files, dtype: torch.dtype, device: torch.device, rounding: Rounding
+    ) -> None:
+        self.source, self.files, self.dtype, self.device, self.rounding = source, files, dtype, device, rounding
 
     def _read(self, name: str) -> Tensor:
         name = name.replace(".gate.moe_statics.", ".moe_statics.")  # ernie: one level deeper in memory than on disk
         if name not in self.source.tensors and name == "lm_head.weight":
             name = "model.embed_tokens.weight"
         if name in self.source.tensors:
-            return read_tensor(self.source, name, self.files)
+            return self._values(name)
         prefix, _, leaf = name.rpartition(".experts.")
         if leaf == "gate_up_proj":  # transformers 5 keeps all experts of a layer in one tensor [E, 2I, H]
             return torch.stack([torch.cat(pair) for pair in self._experts(prefix, "gate_proj", "up_proj")])
@@ -264,10 +284,17 @@ class _HfWeights:
             return torch.stack([down for (down,) in self._experts(prefix, "down_proj")])
         raise ConfigError(f"{name} of the Hugging Face model is not in {self.source.directory}")
 
+    def _values(self, name: str) -> Tensor:
+        tensor = read_tensor(self.source, name, self.files)
+        decode = getattr(self.source, "decode", None)
+        if decode is not None and tensor.dim() == 2:
+            tensor = decode(name, 0, 0, tensor)
+        return self.rounding(name, tensor)
+
     def _experts(self, prefix: str, *names: str) -> Iterator[tuple[Tensor, ...]]:
         expert = 0
         while f"{prefix}.experts.{expert}.{names[0]}.weight" in self.source.tensors:
-            yield tuple(read_tensor(self.source, f"{prefix}.experts.{expert}.{n}.weight", self.files) for n in names)
+            yield tuple(self._values(f"{prefix}.experts.{expert}.{n}.weight") for n in names)
             expert += 1
 
     def load(self, part: nn.Module, prefix: str) -> None:
@@ -288,7 +315,7 @@ class _HfWeights:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def _run_hf(model: nn.Module, source: SafetensorsSource, ids: Tensor, dtype: torch.dtype) -> HfRun:
+def _run_hf(model: nn.Module, source: SafetensorsSource, ids: Tensor, dtype: torch.dtype, rounding: Rounding) -> HfRun:
     from swiftlite.megatron import backend
 
     device = backend.setup().device
@@ -299,7 +326,7 @@ def _run_hf(model: nn.Module, source: SafetensorsSource, ids: Tensor, dtype: tor
     inner = model.model
     outputs: dict[str, Tensor] = {}
     with Files() as files, torch.no_grad():
-        weights = _HfWeights(source, files, dtype, device)
+        weights = _HfWeights(source, files, dtype, device, rounding)
 
         def watch(part: nn.Module, name: str) -> None:
             part.register_forward_pre_hook(lambda module, _: weights.load(module, name))
@@ -326,8 +353,8 @@ def _run_hf(model: nn.Module, source: SafetensorsSource, ids: Tensor, dtype: tor
 class _McoreWeights:
     """The same for a GPTModel: one tensor at a time, by the keys and offsets that megatron-core gives it."""
 
-    def __init__(self, iteration: Path, device: torch.device) -> None:
-        self.iteration, self.device = iteration, device
+    def __init__(self, iteration: Path, device: torch.device, rounding: Rounding) -> None:
+        self.iteration, self.device, self.rounding = iteration, device, rounding
         self.reader = FileSystemReader(iteration)
         self.metadata = self.reader.read_metadata()
         self.reader.set_up_storage_reader(self.metadata, True)
@@ -369,7 +396,7 @@ class _McoreWeights:
         raw = torch.empty(size, dtype=stored.properties.dtype)
         plan = LoadPlan(create_read_items_for_chunk_list(shard.key, stored, [chunk]))
         self.reader.read_data(plan, _IntoTensor(raw)).wait()
-        shard.data.copy_(raw.view(shard.data.shape))
+        shard.data.copy_(self.rounding(shard.key, raw.view(shard.data.shape)))
 
 
 class _IntoTensor:
@@ -388,7 +415,13 @@ class _IntoTensor:
 
 
 def _run_mcore(
-    iteration: Path, config: Mapping[str, Any], ids: Tensor, dtype: torch.dtype, hf: HfRun, report: PrecisionReport
+    iteration: Path,
+    config: Mapping[str, Any],
+    ids: Tensor,
+    dtype: torch.dtype,
+    hf: HfRun,
+    report: PrecisionReport,
+    rounding: Rounding,
 ) -> None:
     """Run the Megatron model, free and fed with `hf`; fills `report`."""
     from swiftlite.megatron import backend
@@ -400,7 +433,7 @@ def _run_mcore(
     device = backend.setup().device
     with parallel_groups(args), torch.no_grad():
         model = build_models(args)[0].eval()
-        weights = _McoreWeights(iteration, device)
+        weights = _McoreWeights(iteration, device, rounding)
         for parameter in model.parameters():  # norms come in fp32; training casts them, and so does Hugging Face
             parameter.data = parameter.data.to(dtype)
         weights.release(model)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.safetensors import Located, SafetensorsSource
 from swiftlite.weights.storage import Extent, Files, TensorSpec, byte_view, read_tensor
 
@@ -81,5 +83,9 @@ def add_tokens(args: Any, model_dir: Path, config: Mapping[str, Any], scratch: P
     get_logger().info(
         "%d new tokens; vocabulary of %d rows%s", added, old, f" grows to {new}" if new > old else " has room"
     )
-    source = GrownSource(model_dir, new, scratch) if new > old else SafetensorsSource(model_dir)
+    if new > old and config.get("quantization_config"):
+        raise UsageError(
+            "--new_special_tokens: not with FP8 weights; convert without it, then add tokens to the result"
+        )
+    source = GrownSource(model_dir, new, scratch) if new > old else open_source(model_dir, config)
     return NewTokens(tokenizer, source, {**config, "vocab_size": new})

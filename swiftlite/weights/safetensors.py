@@ -138,6 +138,10 @@ class SafetensorsSource:
     def spec(self, name: str) -> TensorSpec:
         return self.tensors[name].spec
 
+    def value_dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor's values; other than the stored one for FP8 weights."""
+        return self.tensors[name].spec.dtype
+
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         located = self.tensors[name]
         yield Extent(located.file, located.offset + start, stop - start)

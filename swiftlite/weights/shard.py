@@ -70,7 +70,7 @@ def read_shard(
     size = columns[1] - columns[0]
     out = torch.zeros(tuple(shape), dtype=dtype) if offset and offset[0] + shape[0] > entry.shape[0] else None
     out = torch.empty(tuple(shape), dtype=dtype) if out is None else out
-    flat = out.view(-1)
+    flat, decode = out.view(-1), getattr(source, "decode", None)
     for piece in pieces(entry, rows):
         stored = source.spec(piece.name).dtype
         target = flat[piece.row * size : (piece.row + piece.count) * size]
@@ -85,6 +85,8 @@ def read_shard(
                 files.read_into(extent, view[done : done + extent.size])
                 done += extent.size
         if raw is not target:
+            if decode is not None:
+                raw = decode(piece.name, piece.hf_row, columns[0], raw.view(piece.count, size)).reshape(-1)
             target.copy_(raw)
     return out
 

@@ -25,6 +25,7 @@ BLOCK_BYTES = 8 << 20
 WORKERS = 4
 
 Locate = Callable[[int, int, int], Iterator[Extent]]
+Decode = Callable[[str, int, int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Job:
     """One output tensor: gather `segments` of the inputs, cast, and write at `offset` of `file`.
 
     inputs: names of the inputs, for hashes and messages. locate(source, start, stop) gives the extents of bytes
-    [start, stop) of an input. row_size is in elements. source_dtypes: dtype of each input; dtype: of the output.
+    [start, stop) of an input. row_size is in elements. source_dtypes: dtype of each input as stored; dtype: of the
+    output. decode(input name, row, column, raw [R, C]): values of stored rows from `row` on, for FP8 weights.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Job:
     dtype: torch.dtype
     file: Path
     offset: int
+    decode: Decode | None = None
 
     @property
     def rows(self) -> int:
@@ -143,6 +146,9 @@ def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher)
             files.read_into(extent, into[position : position + extent.size])
             position += extent.size
         if raw is not None:
+            if job.decode is not None:
+                name = job.inputs[segment.source]
+                raw = job.decode(name, segment.start, 0, raw.view(segment.size, job.row_size)).reshape(-1)
             out[done : done + count].copy_(raw)
         hasher.update(job.inputs[segment.source], target)
         done += count
