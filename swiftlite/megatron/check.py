@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -152,11 +153,8 @@ def check_config(name: str, config: Mapping[str, Any], trust_remote_code: bool =
         if (back / "model.safetensors").read_bytes() != (hf / "model.safetensors").read_bytes():
             raise VerifyError(f"{name}: the way back does not give the same bytes; please report this model type")
 
-        class Arguments:
-            test_convert_dtype = "float32"
-
-        Arguments.trust_remote_code = trust_remote_code
-        report = check_precision(hf, mcore, Arguments())
+        options = SimpleNamespace(test_convert_dtype="float32", trust_remote_code=trust_remote_code)
+        report = check_precision(hf, mcore, options)
         gradient = gradient_error(hf, trust_remote_code)
         if gradient > GRADIENT_TOLERANCE:
             raise VerifyError(f"{name}: gradients are {gradient:.1e} off, allowed {GRADIENT_TOLERANCE:.0e}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ def iter_shards(models: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
 
     Gated MLPs come as two shards, one in each half of the global tensor.
     """
-    metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    metadata: dict[str, Any] = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     for model in models:
         yield from flatten_shards(unwrap(model).sharded_state_dict(metadata=metadata))
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+def unwrap(model: Any) -> Any:
     """The GPTModel inside Float16Module and DDP."""
     while hasattr(model, "module"):
         model = model.module
@@ -126,13 +127,17 @@ def save_hf_weights(
         create_shards(directory, plan)
     barrier()
     places = {name: (directory / s.file, offset) for s in plan for name, offset in s.offsets.items()}
+
+    def place(name: str, _: str | None = None) -> tuple[Path, int, torch.dtype]:
+        return (*places[name], specs[name].dtype)
+
     with Files() as files:
         for shard, entry, offset in shards:
             if is_main_replica(shard.replica_id):
                 data = shard.data.detach().view(shard.local_shape).cpu()
-                write_shard(data, entry, offset, files, lambda n: (*places[n], specs[n].dtype))
+                write_shard(data, entry, offset, files, place)
                 for copy in (c for c, of in origin.copies.items() if of == entry.hf[0]):
-                    write_shard(data, entry, offset, files, lambda _, c=copy: (*places[c], specs[c].dtype))
+                    write_shard(data, entry, offset, files, partial(place, copy))
         files.sync()
     if main and carried:
         stream.run([copy_job(origin.source, name, *places[name], specs[name].dtype) for name in carried])

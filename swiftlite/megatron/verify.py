@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -108,14 +108,14 @@ def check_precision(
     args: Any = None,
     source: SafetensorsSource | None = None,
     vocab_size: int | None = None,
-    cast: torch.dtype | None = None,
+    cast_to: torch.dtype | None = None,
 ) -> PrecisionReport:
     """Run both models on one conversation and compare every part and the logits.
 
     Args: hf_dir: Hugging Face directory. mcore_dir: torch_dist checkpoint (root or iteration) whose config.json, if it
         has one, describes it. args: ExportArguments (test_convert_dtype, template, trust_remote_code), all optional.
         source, vocab_size: the Hugging Face side with added vocabulary rows, where it is not `hf_dir` as it stands.
-        cast: dtype that the conversion wrote; both sides' weights are rounded to it, so that only mistakes differ.
+        cast_to: dtype that the conversion wrote; both sides' weights are rounded to it, so that only mistakes differ.
     Raises: VerifyError naming the first part that is off.
     """
     log = get_logger()
@@ -132,7 +132,7 @@ def check_precision(
     log.info("precision check: %d tokens in %s, one layer of each model at a time", report.num_tokens, dtype)
     model = _build_hf(Path(hf_dir), dtype, getattr(args, "trust_remote_code", False), vocab_size)
     bound = bind_map(read_config(Path(hf_dir)), hf_source.tensors)
-    rounding = Rounding(cast, {n for e in bound.entries if e.rule.keep_dtype for n in (*e.hf, slot_of(e).key)})
+    rounding = Rounding(cast_to, {n for e in bound.entries if e.rule.keep_dtype for n in (*e.hf, slot_of(e).key)})
     hf = _run_hf(model, hf_source, ids, dtype, rounding)
     config_dir = iteration.parent if (iteration.parent / "config.json").is_file() else Path(hf_dir)
     _run_mcore(iteration, read_config(config_dir), ids, dtype, hf, report, rounding)
@@ -223,7 +223,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -315,7 +315,7 @@ class _HfWeights:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def _run_hf(model: nn.Module, source: SafetensorsSource, ids: Tensor, dtype: torch.dtype, rounding: Rounding) -> HfRun:
+def _run_hf(model: Any, source: SafetensorsSource, ids: Tensor, dtype: torch.dtype, rounding: Rounding) -> HfRun:
     from swiftlite.megatron import backend
 
     device = backend.setup().device
@@ -395,7 +395,7 @@ class _McoreWeights:
         chunk = ChunkStorageMetadata(torch.Size(shard.global_offset), size)
         raw = torch.empty(size, dtype=stored.properties.dtype)
         plan = LoadPlan(create_read_items_for_chunk_list(shard.key, stored, [chunk]))
-        self.reader.read_data(plan, _IntoTensor(raw)).wait()
+        self.reader.read_data(plan, cast("LoadPlanner", _IntoTensor(raw))).wait()
         shard.data.copy_(self.rounding(shard.key, raw.view(shard.data.shape)))
 
 
