@@ -97,7 +97,9 @@ class VerifyArguments(Arguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.directories) != 2:
-            raise UsageError(f"verify compares two checkpoints, {len(self.directories)} given: swiftlite verify DIR_A DIR_B")
+            raise UsageError(
+                f"verify compares two checkpoints, {len(self.directories)} given: swiftlite verify DIR_A DIR_B"
+            )
 
 
 @arguments
