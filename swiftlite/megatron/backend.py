@@ -293,11 +293,11 @@ def _split_sizes_as_lists() -> None:
     mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
     original = mappings._AllToAll.forward
 
-    def forward(ctx: Any, group: Any, input: Tensor, output_splits: Any, input_splits: Any) -> Tensor:  # noqa: A002
+    def forward(ctx: Any, group: Any, tokens: Tensor, output_splits: Any, input_splits: Any, *rest: Any) -> Tensor:
         def plain(sizes: Any) -> list[int] | None:
             return None if sizes is None else [int(n) for n in sizes]
 
-        return original(ctx, group, input, plain(output_splits), plain(input_splits))  # type: ignore[no-any-return]
+        return original(ctx, group, tokens, plain(output_splits), plain(input_splits), *rest)  # type: ignore[no-any-return]
 
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]
     dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # type: ignore[attr-defined]

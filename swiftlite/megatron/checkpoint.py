@@ -213,34 +213,38 @@ def save_checkpoint(
         "consumed_train_samples": position.consumed_samples,
         "iteration": position.iteration,
     }
-    state: dict[str, Any] = {**common_state(stored_args, position.iteration), **_model_states(models, metadata)}
-    state[_STATE] = {"consumed_samples": position.consumed_samples, "layout": _layout(), "has_optimizer": False}
+    common = common_state(stored_args, position.iteration)
+    mine = {"consumed_samples": position.consumed_samples, "layout": _layout(), "has_optimizer": False}
+    common[_STATE] = mine
+    state: dict[str, Any] = _model_states(models, metadata)
     if carried:
         state["carried"] = dict(carried)
     if optimizer is not None:
         weights = {key: value for key, value in state.items() if key.startswith("model")}
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
-        state["opt_param_scheduler"] = scheduler.state_dict()
+        common["opt_param_scheduler"] = scheduler.state_dict()
         state["rng_state"] = _rng_object()
         first = _optimizer_parts(state["optimizer"])[0]
         step = next(group["step"] for group in first["optimizer"]["param_groups"] if "step" in group)
-        state[_STATE].update(has_optimizer=True, step=int(step), grad_scaler=first.get("grad_scaler"))
+        mine.update(has_optimizer=True, step=int(step), grad_scaler=first.get("grad_scaler"))
     _cut_vocabulary(state, int(args.padded_vocab_size))
     plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-    dist_checkpointing.save(state, str(temporary), content_metadata=plain)
+    common["content_metadata"] = plain
+    dist_checkpointing.save({**common, **state}, str(temporary), content_metadata=plain)
     torch.distributed.barrier()
     if rank == 0:
-        _give_args_attributes(temporary / "common.pt", stored_args, position.iteration)
+        _write_common(temporary / "common.pt", common)
         replace_directory(temporary, final)
         write_text_atomic(root / TRACKER, str(position.iteration))
     torch.distributed.barrier()
     return final
 
 
-def _give_args_attributes(path: Path, args: Mapping[str, Any], iteration: int) -> None:
-    """Megatron-LM reads `args` by attribute, but saving makes a plain dict of it; see common_state."""
-    common = torch.load(path, weights_only=True)
-    torch.save({**common, **common_state(args, iteration)}, path)
+def _write_common(path: Path, common: Mapping[str, Any]) -> None:
+    """Write common.pt. Some releases of megatron-core write none, others make a plain dict of `args`, which
+    Megatron-LM reads by attribute (see common_state)."""
+    written = torch.load(path, weights_only=True) if path.is_file() else {}
+    torch.save({**written, **common}, path)
 
 
 def rotate(root: Path, keep: int | None, suffix: str = "") -> list[Path]:

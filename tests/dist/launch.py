@@ -18,7 +18,8 @@ def torchrun(num_processes: int, cases: list[dict[str, Any]], directory: Path) -
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "cases.json"
     file.write_text(json.dumps(cases))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)),
         *("--master_addr", "127.0.0.1", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
