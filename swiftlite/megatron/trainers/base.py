@@ -354,9 +354,12 @@ class Trainer:
         self.written = [p for p in self.written + written if p not in deleted]
 
     def _summary(self, seconds: float, last: dict[str, float]) -> None:
+        if not last:
+            logger.info("all %d steps were done before; nothing is left to do", self.position.iteration)
+            return
         logger.info(
             "finished step %d in %s; loss %.6g; peak memory %s", self.position.iteration, format_seconds(seconds),
-            last.get("loss", float("nan")), format_bytes(backend.peak_memory_bytes()),
+            last["loss"], format_bytes(backend.peak_memory_bytes()),
         )  # fmt: skip
         for path in self.written:
             logger.info("wrote %s", path)

@@ -121,6 +121,7 @@ def plot_history(source: Path, target: Path) -> Path | None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         logger.warning("matplotlib is not installed, so no plot is drawn: pip install matplotlib")
         return None
@@ -134,6 +135,7 @@ def plot_history(source: Path, target: Path) -> Path | None:
             axis.plot(*zip(*held_out, strict=True), label=f"eval_{name}", marker="o")
             axis.legend()
         axis.set_ylabel(name)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axis.set_xlabel("step")
     figure.savefig(target, dpi=120)
