@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from swiftlite.llm.argument.export import ExportArguments
 from swiftlite.llm.pipeline import as_arguments, resolve
+from swiftlite.megatron.adapters import base_map, convert_adapter, merge_to_hf, open_adapter, the_adapter
 from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.plan import check_duplicates, plan_to_hf, plan_to_mcore, print_coverage
@@ -35,7 +36,9 @@ from swiftlite.utils.errors import UsageError, VerifyError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, peak_memory_bytes
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights import stream, torch_dist
+from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.journal import Workspace, fingerprint, workspace
+from swiftlite.weights.lora import Merged
 from swiftlite.weights.rule import BoundMap, Coverage
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
 from swiftlite.weights.storage import Files, TensorSource
@@ -65,6 +68,11 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
     if config.get("quantization_config"):
         changes["quantization_config"] = None  # the weights are written dequantised
     source = new.source if new is not None else None
+    adapter = None
+    if args.merge_lora and (args.adapters or args.mcore_adapter):
+        source = source or open_source(model_dir, config)
+        adapter = open_adapter(the_adapter(args), base_map(args), scratch)
+        source = cast(SafetensorsSource, Merged(source, adapter.source, adapter.names, adapter.config))
     plan = plan_to_mcore(model_dir, config, dtype, args.thread_count, get_world_size(), source)
     total, num_files = plan.dist.total_bytes, len(plan.dist.sizes)
     output_dir = Path(args.output_dir or default_output_dir(args.model, "mcore"))
@@ -270,8 +278,30 @@ def _ready(args: Any) -> Any:
 def export_main(args: ExportArguments | Sequence[str]) -> Path:
     """`swiftlite export`; `args`: ExportArguments, or words as typed. Raises: UsageError if no direction is given."""
     args = as_arguments(ExportArguments, args)
+    if args.adapters or args.mcore_adapter:
+        return _export_adapter(_ready(args))
+    if args.merge_lora:
+        raise UsageError("--merge_lora true: give the adapter with --adapters DIR or --mcore_adapter DIR")
     if args.to_mcore:
         return convert_hf2mcore(args)
     if args.to_hf:
         return convert_mcore2hf(args)
     raise UsageError("nothing to do: give --to_mcore true or --to_hf true")
+
+
+def _export_adapter(args: Any) -> Path:
+    """An adapter in the other format, or merged into its base model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _adapter_to(args, the_adapter(args), Path(scratch))
+
+
+def _adapter_to(args: Any, path: Path, scratch: Path) -> Path:
+    if args.merge_lora:
+        base = Path(args.mcore_model) if args.mcore_model else Path(args.model_info.model_dir)
+        if args.to_mcore:
+            return convert_hf2mcore(args)
+        return merge_to_hf(args, base, path, Path(args.output_dir or default_output_dir(path, "merged")), scratch)
+    if args.to_mcore == args.to_hf:
+        raise UsageError("an adapter: give --to_mcore true, --to_hf true, or --merge_lora true")
+    output_dir = Path(args.output_dir or default_output_dir(path, "mcore" if args.to_mcore else "hf"))
+    return convert_adapter(open_adapter(path, base_map(args), scratch), output_dir, args.to_mcore, args.exist_ok)

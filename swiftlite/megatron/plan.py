@@ -43,7 +43,7 @@ class ToMcorePlan:
                 stream.Job(
                     entry.label, entry.hf, entry.segments, entry.row_size, _locate(self.source, entry.hf),
                     tuple(tensors[n].spec.dtype for n in entry.hf), self.dtypes[entry.mcore, entry.expert],
-                    directory / file, offset, getattr(self.source, "decode", None),
+                    directory / file, offset, getattr(self.source, "decode", None) if len(entry.shape) == 2 else None,
                 )
             )  # fmt: skip
         first = {entry.label: tensors[entry.hf[0]] for entry in self.bound.entries}
@@ -131,7 +131,7 @@ def copy_job(source: TensorSource, name: str, file: Path, offset: int, dtype: to
     num_rows = spec.shape[0] if spec.shape else 1
     row_size = spec.numel // max(num_rows, 1)
     rows = (Segment(0, 0, num_rows),) if spec.numel else ()
-    decode = getattr(source, "decode", None)
+    decode = getattr(source, "decode", None) if len(spec.shape) == 2 else None
     locate = _locate(source, (name,))
     return stream.Job(name, (name,), rows, row_size, locate, (spec.dtype,), dtype, file, offset, decode)
 

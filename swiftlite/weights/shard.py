@@ -70,11 +70,11 @@ def read_shard(
     size = columns[1] - columns[0]
     out = torch.zeros(tuple(shape), dtype=dtype) if offset and offset[0] + shape[0] > entry.shape[0] else None
     out = torch.empty(tuple(shape), dtype=dtype) if out is None else out
-    flat, decode = out.view(-1), getattr(source, "decode", None)
+    flat, decode = out.view(-1), getattr(source, "decode", None) if len(shape) == 2 else None
     for piece in pieces(entry, rows):
         stored = source.spec(piece.name).dtype
         target = flat[piece.row * size : (piece.row + piece.count) * size]
-        raw = target if stored == dtype else torch.empty(piece.count * size, dtype=stored)
+        raw = target if stored == dtype and decode is None else torch.empty(piece.count * size, dtype=stored)
         view, width = byte_view(raw), stored.itemsize
         runs = [(piece.hf_row * piece.width, piece.count * size)] if size == piece.width else [
             ((piece.hf_row + r) * piece.width + columns[0], size) for r in range(piece.count)

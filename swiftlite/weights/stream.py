@@ -139,7 +139,7 @@ def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher)
         width = dtype.itemsize
         first = segment.start * job.row_size * width
         target = view[done * out_width : (done + count) * out_width]
-        raw = None if dtype == job.dtype else torch.empty(count, dtype=dtype)
+        raw = None if dtype == job.dtype and job.decode is None else torch.empty(count, dtype=dtype)
         into = target if raw is None else byte_view(raw)
         position = 0
         for extent in job.locate(segment.source, first, first + count * width):

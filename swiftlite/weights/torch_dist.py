@@ -83,7 +83,7 @@ def slot_of(entry: Entry, stacked: bool | None = None) -> Slot:
     return Slot(entry.mcore, index, lead)
 
 
-def _candidates(entry: Entry) -> Iterator[Slot]:
+def candidates(entry: Entry) -> Iterator[Slot]:
     """Every place where some Megatron version or spec keeps this entry, the usual one first."""
     for stacked in (entry.model.homogeneous, not entry.model.homogeneous):
         slot = slot_of(entry, stacked)
@@ -317,7 +317,7 @@ class McoreView:
         slots: dict[tuple[str, int | None], Slot] = {}
         missing = []
         for entry in bound.entries:
-            slot = next((s for s in _candidates(entry) if s.key in source.tensors), None)
+            slot = next((s for s in candidates(entry) if s.key in source.tensors), None)
             if slot is None:
                 missing.append(entry.label)
                 continue
@@ -482,6 +482,19 @@ class DistPlan:
     storage: dict[MetadataIndex, _StorageInfo] = field(default_factory=dict)
     chunks: dict[str, list[ChunkStorageMetadata]] = field(default_factory=dict)
 
+    def add(
+        self, place: tuple[str, int | None], key: str, index: tuple[int, ...], chunk: TensorSpec, file: str
+    ) -> None:
+        """Put one chunk, the part of `key` at `index`, behind what `file` holds so far."""
+        start, frame = self.sizes.get(file, 0), _frame(chunk)
+        self.records.append((file, start, chunk))
+        self.data[place] = (file, start + frame.data_offset)
+        self.sizes[file] = start + frame.length
+        corner = torch.Size((*index, *(0 for _ in range(len(chunk.shape) - len(index)))))
+        chunks = self.chunks.setdefault(key, [])
+        self.storage[MetadataIndex(key, corner, len(chunks))] = _StorageInfo(file, start, frame.length)
+        chunks.append(ChunkStorageMetadata(corner, torch.Size(chunk.shape)))
+
     @cached_property
     def total_bytes(self) -> int:
         return sum(spec.nbytes for _, _, spec in self.records)
@@ -505,15 +518,17 @@ def plan_torch_dist(specs: Iterable[tuple[Entry, torch.dtype]], num_files: int) 
             )
         chunk = TensorSpec(dtype, ((1,) * len(slot.lead)) + entry.shape)
         file = f"__0_{min(written * num_files // max(total, 1), num_files - 1)}.distcp"
-        start, frame = plan.sizes.get(file, 0), _frame(chunk)
-        plan.records.append((file, start, chunk))
-        plan.data[entry.mcore, entry.expert] = (file, start + frame.data_offset)
-        plan.sizes[file] = start + frame.length
-        corner = torch.Size((*slot.index, *(0 for _ in entry.shape)))
-        chunks = plan.chunks.setdefault(slot.key, [])
-        plan.storage[MetadataIndex(slot.key, corner, len(chunks))] = _StorageInfo(file, start, frame.length)
-        chunks.append(ChunkStorageMetadata(corner, torch.Size(chunk.shape)))
+        plan.add((entry.mcore, entry.expert), slot.key, slot.index, chunk, file)
         written += chunk.nbytes
+    return plan
+
+
+def plan_plain(specs: Mapping[str, TensorSpec]) -> DistPlan:
+    """Place whole tensors under their own names in one file."""
+    plan = DistPlan()
+    for name, spec in specs.items():
+        plan.keys[name] = spec
+        plan.add((name, None), name, (), spec, "__0_0.distcp")
     return plan
 
 

@@ -65,7 +65,7 @@ TRAIN_NOTES: dict[str, Note] = {
 }  # fmt: skip
 
 _LORA = "adapters are not available yet; train with --train_type full"
-_ADAPTER = "adapters are not converted, merged or loaded yet; merge them with peft first"
+_ADAPTER = "adapters are not trained or loaded here yet; `swiftlite export` converts and merges them"
 _FP8 = "training in FP8 is not available yet"
 _PACKING = "packed sequences are not available yet"
 _OFFLOAD = "optimizer offload is not available yet"
@@ -102,8 +102,4 @@ TRAIN_UNAVAILABLE: dict[str, str] = {
     "wandb_exp_name": "metrics go to TensorBoard and logging.jsonl so far",
 }
 
-EXPORT_UNAVAILABLE: dict[str, str] = {
-    "adapters": _ADAPTER,
-    "mcore_adapter": _ADAPTER,
-    "merge_lora": _ADAPTER,
-}
+EXPORT_UNAVAILABLE: dict[str, str] = {}

@@ -72,7 +72,6 @@ def test_wrong_sizes(text):
         (ExportArguments, {"to_mcore": True}, "--model DIR_OR_ID"),
         (ExportArguments, {"to_hf": True}, "--mcore_model DIR"),
         (ExportArguments, {"thread_count": 0}, "--thread_count 0: must be at least 1"),
-        (ExportArguments, {"adapters": ["x"]}, "adapters are not converted"),
         (ExportArguments, {"test_convert_dtype": "int4"}, "--test_convert_dtype int4"),
         (InferArguments, {"prompt": "a", "val_dataset": ["b"]}, "give one of them"),
         (InferArguments, {"result_path": "a"}, "needs --val_dataset FILE"),

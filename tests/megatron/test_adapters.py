@@ -1,0 +1,222 @@
+"""LoRA adapters: PEFT <-> Megatron bit for bit, merging equal to peft's own, adapters of other Megatron tools."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from swiftlite.cli.main import main
+from swiftlite.megatron.model.hf_config import bind_map
+from swiftlite.weights.lora import ALL_LINEAR, LoraConfig
+from tests.families.cases import build_hf, config_of
+
+CASES = {"qwen3:default": "qwen3", "glm4_5:default": "glm4_5", "moonlight:default": "moonlight"}
+
+
+def make_adapter(base: Path, directory: Path, case: str, **options: Any) -> Any:
+    """A PEFT adapter with random A and B on everything that peft's `all-linear` list finds. Returns: the peft model.
+
+    transformers 5 keeps the experts of a layer in one tensor, so peft packs their adapters; see add_expert_adapters.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    targets = sorted(set(ALL_LINEAR) & linear)
+    peft = get_peft_model(model, PeftConfig(r=4, lora_alpha=12, target_modules=targets, lora_dropout=0.0, **options))
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    peft.save_pretrained(directory)
+    return peft
+
+
+def add_expert_adapters(directory: Path, case: str) -> None:
+    """Put one pair per expert, as models with a module per expert have, in place of peft's packed ones."""
+    path = directory / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "alpha_pattern": {}, "rank_pattern": {}, "target_parameters": None}
+    path.write_text(json.dumps(config))
+    tensors = load_file(directory / "adapter_model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    generator = torch.Generator().manual_seed(6)
+    bound = bind_map(config_of(case))
+    for name, (entry, position) in bound.by_hf.items():
+        if ".experts." in name:
+            out, into = entry.hf_shapes[position]
+            module = "base_model.model." + name.removesuffix(".weight")
+            tensors[f"{module}.lora_A.weight"] = 0.1 * torch.randn(4, into, generator=generator)
+            tensors[f"{module}.lora_B.weight"] = 0.1 * torch.randn(out, 4, generator=generator)
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+
+
+def export(*words: str | Path) -> int:
+    return main(["export", *map(str, words)])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_to_megatron_and_back_is_bit_exact(case: str, tmp_path: Path) -> None:
+    build_hf(config_of(case), tmp_path / "hf")
+    make_adapter(tmp_path / "hf", tmp_path / "peft", case)
+    add_expert_adapters(tmp_path / "peft", case)
+    base = ("--model", tmp_path / "hf", "--model_type", CASES[case])
+    assert export(*base, "--adapters", tmp_path / "peft", "--to_mcore", "true", "--output_dir", tmp_path / "m") == 0
+    assert export(*base, "--mcore_adapter", tmp_path / "m", "--to_hf", "true", "--output_dir", tmp_path / "back") == 0
+    original, back = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("peft", "back"))
+    assert list(original) == list(back)
+    assert all(torch.equal(original[n], back[n]) for n in original)
+    assert (tmp_path / "peft/adapter_config.json").read_bytes() == (tmp_path / "back/adapter_config.json").read_bytes()
+
+
+def plain_merge(
+    base: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], scale: float
+) -> dict[str, torch.Tensor]:
+    merged = dict(base)
+    for name, a in adapter.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            weight = module.removeprefix("base_model.model.") + ".weight"
+            merged[weight] = base[weight] + scale * adapter[f"{module}.lora_B.weight"] @ a
+    return merged
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_model_equals_pefts_own_merge(case: str, rslora: bool, tmp_path: Path) -> None:
+    build_hf(config_of(case), tmp_path / "hf")
+    peft = make_adapter(tmp_path / "hf", tmp_path / "peft", case, use_rslora=rslora)
+    base = ("--model", tmp_path / "hf", "--model_type", CASES[case], "--merge_lora", "true")
+    assert export(*base, "--adapters", tmp_path / "peft", "--output_dir", tmp_path / "merged") == 0
+    peft.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    mine, theirs = (load_file(tmp_path / d / "model.safetensors") for d in ("merged", "theirs"))
+    for name, tensor in theirs.items():  # transformers leaves MTP out
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-6)
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merging_on_every_path_gives_the_same_bytes(case: str, tmp_path: Path) -> None:
+    """HF base -> HF; HF base -> Megatron -> HF; Megatron base and Megatron adapter -> HF; experts included."""
+    build_hf(config_of(case), tmp_path / "hf")
+    make_adapter(tmp_path / "hf", tmp_path / "peft", case)
+    add_expert_adapters(tmp_path / "peft", case)
+    kind, merge = ("--model_type", CASES[case]), ("--merge_lora", "true")
+    hf, peft = ("--model", tmp_path / "hf"), ("--adapters", tmp_path / "peft")
+    assert export(*hf, *kind, *peft, *merge, "--output_dir", tmp_path / "a") == 0
+    assert export(*hf, *kind, *peft, *merge, "--to_mcore", "true", "--output_dir", tmp_path / "b-mcore") == 0
+    assert export("--mcore_model", tmp_path / "b-mcore", *kind, "--to_hf", "true", "--output_dir", tmp_path / "b") == 0
+    assert export(*hf, *kind, "--to_mcore", "true", "--output_dir", tmp_path / "base") == 0
+    assert export(*hf, *kind, *peft, "--to_mcore", "true", "--output_dir", tmp_path / "adapter") == 0
+    both = ("--mcore_model", tmp_path / "base", "--mcore_adapter", tmp_path / "adapter")
+    assert export(*both, *kind, *merge, "--to_hf", "true", "--output_dir", tmp_path / "c") == 0
+    a, b, c = (load_file(tmp_path / d / "model.safetensors") for d in "abc")
+    reference = plain_merge(
+        load_file(tmp_path / "hf/model.safetensors"), load_file(tmp_path / "peft/adapter_model.safetensors"), 12 / 4
+    )
+    assert a.keys() == b.keys() == c.keys() == reference.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]), name
+        torch.testing.assert_close(a[name], reference[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_adapters_of_other_megatron_tools(stacked: bool, tmp_path: Path) -> None:
+    """One shared A under linear_qkv and linear_fc1, B in Megatron's row order, with or without stacked layers."""
+    import torch.distributed.checkpoint as dcp
+
+    config = config_of("qwen3:default")
+    build_hf(config, tmp_path / "hf")
+    bound = bind_map(config)
+    generator, state, per_layer = torch.Generator().manual_seed(1), {}, {}
+    for entry in bound.entries:
+        if entry.stack and len(entry.shape) == 2:
+            module = entry.mcore.removesuffix(".weight")
+            for part, shape in (("A", (4, entry.shape[1])), ("B", (entry.shape[0], 4))):
+                per_layer[f"{module}.lora_{part}.default.weight"] = torch.randn(shape, generator=generator)
+    if stacked:
+        for key in {re.sub(r"layers\.\d+\.", "layers.", k) for k in per_layer}:
+            layers = [per_layer[key.replace("layers.", f"layers.{i}.", 1)] for i in range(config["num_hidden_layers"])]
+            state[key] = torch.stack(layers)
+    else:
+        state = dict(per_layer)
+    iteration = tmp_path / "foreign/iter_0000005"
+    dcp.save(state, checkpoint_id=iteration, no_dist=True)
+    (tmp_path / "foreign/latest_checkpointed_iteration.txt").write_text("5")
+    (tmp_path / "foreign/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    base = ("--model", tmp_path / "hf", "--model_type", "qwen3")
+    assert (
+        export(*base, "--mcore_adapter", tmp_path / "foreign", "--to_hf", "true", "--output_dir", tmp_path / "p") == 0
+    )
+    back = load_file(tmp_path / "p/adapter_model.safetensors")
+    fused = per_layer["decoder.layers.1.self_attention.linear_qkv.lora_B.default.weight"]
+    groups = config["num_key_value_heads"]
+    per_group = fused.view(groups, -1, config["head_dim"], 4)
+    heads = config["num_attention_heads"] // groups
+    prefix = "base_model.model.model.layers.1"
+    assert torch.equal(back[f"{prefix}.self_attn.q_proj.lora_B.weight"], per_group[:, :heads].reshape(-1, 4))
+    assert torch.equal(back[f"{prefix}.self_attn.v_proj.lora_B.weight"], per_group[:, heads + 1].reshape(-1, 4))
+    shared = per_layer["decoder.layers.1.mlp.linear_fc1.lora_A.default.weight"]
+    for name in ("gate_proj", "up_proj"):
+        assert torch.equal(back[f"{prefix}.mlp.{name}.lora_A.weight"], shared)
+
+
+@pytest.mark.parametrize("case", ["glm4_5:default", "moonlight:default"])
+def test_packed_experts_become_pairs_per_expert(case: str, tmp_path: Path) -> None:
+    """peft's packed adapter -> Megatron -> PEFT per expert; merging either gives the same model."""
+    build_hf(config_of(case), tmp_path / "hf")
+    make_adapter(tmp_path / "hf", tmp_path / "peft", case)
+    packed = [n for n in load_file(tmp_path / "peft/adapter_model.safetensors") if ".experts." in n]
+    assert not packed or not any(re.search(r"experts\.\d", n) for n in packed)
+    base = ("--model", tmp_path / "hf", "--model_type", CASES[case])
+    assert export(*base, "--adapters", tmp_path / "peft", "--to_mcore", "true", "--output_dir", tmp_path / "m") == 0
+    assert export(*base, "--mcore_adapter", tmp_path / "m", "--to_hf", "true", "--output_dir", tmp_path / "back") == 0
+    merge = ("--merge_lora", "true", "--output_dir")
+    assert export(*base, "--adapters", tmp_path / "peft", *merge, tmp_path / "a") == 0
+    assert export(*base, "--adapters", tmp_path / "back", *merge, tmp_path / "b") == 0
+    a, b = (load_file(tmp_path / d / "model.safetensors") for d in "ab")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6)
+
+
+def test_scale_follows_alpha_pattern_and_rslora() -> None:
+    config = LoraConfig.from_dict({"r": 8, "lora_alpha": 16, "alpha_pattern": {"q_proj": 32}})
+    assert config.scale("model.layers.0.self_attn.q_proj", 8) == 4
+    assert config.scale("model.layers.0.self_attn.k_proj", 8) == 2
+    assert LoraConfig.from_dict({"r": 4, "lora_alpha": 8, "use_rslora": True}).scale("x", 4) == 4
+
+
+SPOILERS: dict[str, tuple[Any, str]] = {
+    "other model": (lambda t, c: t.update({"base_model.model.model.layers.99.x.lora_A.weight": torch.ones(4, 4)}),
+                    "layers.99.x.lora_A.weight in .* belongs to no weight"),
+    "half a pair": (lambda t, c: t.pop(next(n for n in t if "lora_B" in n)), "lora_B.weight is missing"),
+    "wrong shape": (lambda t, c: t.update({n: torch.ones(4, 3) for n in [next(n for n in t if "lora_A" in n)]}),
+                    "the base model needs"),
+    "dora": (lambda t, c: c.update(use_dora=True), "use_dora True is not supported"),
+    "other kind": (lambda t, c: c.update(peft_type="IA3"), "peft_type 'IA3'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoiler", SPOILERS)
+def test_bad_adapters(spoiler: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_hf(config_of("qwen3:default"), tmp_path / "hf")
+    make_adapter(tmp_path / "hf", tmp_path / "peft", "qwen3:default")
+    tensors = load_file(tmp_path / "peft/adapter_model.safetensors")
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    change, message = SPOILERS[spoiler]
+    change(tensors, config)
+    save_file(tensors, tmp_path / "peft/adapter_model.safetensors")
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config))
+    words = ("--model", tmp_path / "hf", "--model_type", "qwen3", "--adapters", tmp_path / "peft")
+    assert export(*words, "--to_mcore", "true", "--output_dir", tmp_path / "out") == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
