@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 import queue
 import sys
 import types
@@ -747,6 +748,36 @@ def mtp_spec(config: Any, spec: Any, vp_stage: int | None = None) -> Any:
         return None
     mtp = get_gpt_mtp_block_spec(config, spec, use_te, vp_stage=vp_stage)
     return mtp if use_te or mtp is None else substitute(mtp, {WrappedTorchNorm: RMSNorm})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention kernels
+
+_KERNEL_SWITCHES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+_switched: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def choosing_attention() -> Iterator[None]:
+    """Build a model inside, so that its attention kernels are its own choice.
+
+    A GPTModel writes the choice to the environment and refuses to build after a model of this process that chose
+    otherwise. What such a model wrote is taken back first; what the user set stays and is checked.
+    """
+    for name, value in _switched.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
+    _switched.clear()
+    before = {name for name in _KERNEL_SWITCHES if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in _KERNEL_SWITCHES:
+            if name in os.environ and name not in before:
+                if setup().spec == "te":
+                    _switched[name] = os.environ[name]
+                else:  # nobody reads it, and child processes would inherit it
+                    del os.environ[name]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.argument.megatron import MegatronArguments
 from swiftlite.megatron.distributed import get_parallel_state, parallel_groups
 from swiftlite.megatron.model import provider
@@ -18,6 +19,7 @@ from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.model.provider import build_models, padded_vocab_size
 from swiftlite.megatron.model.rope import Rope
 from swiftlite.utils.errors import ConfigError, UsageError
+from tests.families.cases import config_of
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
@@ -127,3 +129,20 @@ def test_an_unknown_block_is_an_error() -> None:
     assert load_block(None) is None
     with pytest.raises(ConfigError, match="no_such_block"):
         load_block("no_such_block")
+
+
+def test_models_of_one_process_choose_their_attention_kernels_independently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """megatron-core keeps the choice in the environment; a user's own setting there is still respected."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
+    args = conversion_arguments(convert_hf_config(config_of("qwen3:default")), str(tmp_path), "float32")
+    with parallel_groups(args):
+        for choice in ("unfused", "auto", "flash", "unfused"):
+            args.attention_backend = choice
+            build_models(args)
+        monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+        args.attention_backend = "flash"
+        with pytest.raises(AssertionError, match="NVTE_FLASH_ATTN"):
+            build_models(args)

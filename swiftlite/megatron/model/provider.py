@@ -55,19 +55,20 @@ def model_provider(
     spec = backend.block_spec(config, vp_stage, replacements(args) if replacements else None)
     vocab_size = int(args.padded_vocab_size)
     live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=live_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=args.rotary_base,
-        mtp_block_spec=backend.mtp_spec(config, spec, vp_stage),
-        vp_stage=vp_stage,
-    )
+    with backend.choosing_attention():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=live_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=args.rotary_base,
+            mtp_block_spec=backend.mtp_spec(config, spec, vp_stage),
+            vp_stage=vp_stage,
+        )
     model.vp_stage = vp_stage
     rope.install(model, frequencies)
     _mark_divided_weights(model)
