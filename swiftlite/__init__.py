@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from swiftlite.llm.model.loader import get_model_processor, get_model_tokenizer
     from swiftlite.llm.model.register import get_model_info_meta
     from swiftlite.llm.template.register import get_template, register_template
+    from swiftlite.llm.train.sft import sft_main
     from swiftlite.megatron.convert import convert_hf2mcore, convert_mcore2hf, export_main
     from swiftlite.megatron.trainers.sft import megatron_sft_main
 
@@ -30,6 +31,7 @@ _WHERE = {
     "get_template": "swiftlite.llm.template.register",
     "infer_main": "swiftlite.llm.infer",
     "megatron_sft_main": "swiftlite.megatron.trainers.sft",
+    "sft_main": "swiftlite.llm.train.sft",
     "register_family": "swiftlite.families",
     "register_model": "swiftlite.families",
     "register_template": "swiftlite.llm.template.register",
@@ -49,6 +51,7 @@ __all__ = [
     "register_family",
     "register_model",
     "register_template",
+    "sft_main",
 ]
 
 

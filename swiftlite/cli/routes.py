@@ -42,6 +42,12 @@ ROUTES: dict[tuple[str, ...], Route] = {
         False,
         "chat with a model, or answer a data set",
     ),
+    ("sft",): Route(
+        "swiftlite.llm.argument.sft:SftArguments",
+        "swiftlite.llm.train.sft:sft_main",
+        True,
+        "supervised fine-tuning with transformers, full or LoRA",
+    ),
     ("megatron", "sft"): Route(
         "swiftlite.megatron.argument.sft:MegatronSftArguments",
         "swiftlite.megatron.trainers.sft:megatron_sft_main",

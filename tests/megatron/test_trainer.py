@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.llm.dataset.order import SampleOrder
+from swiftlite.llm.train.metrics import format_seconds, read_history
 from swiftlite.megatron.trainers import run_directory
-from swiftlite.megatron.trainers.batch import BatchPlan, SampleOrder, collate, evaluation_samples
+from swiftlite.megatron.trainers.batch import BatchPlan, collate, evaluation_samples
 from swiftlite.megatron.trainers.loss import language_model_loss
-from swiftlite.megatron.trainers.metrics import format_seconds, read_history
 from swiftlite.megatron.trainers.sft import megatron_sft_main
 from swiftlite.utils.errors import CheckpointError, DatasetError, SwiftliteError, UsageError
 

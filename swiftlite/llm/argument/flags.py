@@ -70,6 +70,22 @@ _FP8 = "training in FP8 is not available yet"
 _PACKING = "packed sequences are not available yet"
 _OFFLOAD = "optimizer offload is not available yet"
 
+SFT_UNAVAILABLE: dict[str, str] = {
+    "freeze_parameters": "freezing single parameters is not available yet",
+    "freeze_parameters_regex": "freezing single parameters is not available yet",
+    "freeze_parameters_ratio": "freezing single parameters is not available yet",
+    "trainable_parameters": "freezing single parameters is not available yet",
+    "trainable_parameters_regex": "freezing single parameters is not available yet",
+    "target_regex": "name layers with --target_modules",
+    "lora_dtype": "LoRA weights have the model's precision",
+    "adapters": "going on with another run's adapter is not available yet",
+    "merge_lora": "merge afterwards with `swiftlite export --merge_lora true`",
+    "save_safetensors": "checkpoints are Hugging Face directories already",
+    "eval_iters": "the whole validation set is evaluated",
+    "packing": _PACKING,
+    "padding_free": _PACKING,
+}
+
 TRAIN_UNAVAILABLE: dict[str, str] = {
     "train_type": _LORA,
     "freeze_parameters": _LORA,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.llm.argument.base import BaseArguments, TunerArguments
-from swiftlite.llm.argument.flags import TRAIN_NOTES, TRAIN_UNAVAILABLE
+from swiftlite.llm.argument.flags import SFT_UNAVAILABLE, TRAIN_NOTES
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.parser import Arguments, Note, arguments, field
 
@@ -117,7 +117,7 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
     """Supervised fine-tuning"""
 
     NOTES: ClassVar[Mapping[str, Note]] = TRAIN_NOTES
-    UNAVAILABLE: ClassVar[Mapping[str, str]] = TRAIN_UNAVAILABLE
+    UNAVAILABLE: ClassVar[Mapping[str, str]] = SFT_UNAVAILABLE
 
     def __post_init__(self) -> None:
         super().__post_init__()

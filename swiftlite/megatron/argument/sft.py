@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from swiftlite.llm.argument.flags import TRAIN_UNAVAILABLE
 from swiftlite.llm.argument.sft import SftArguments
 from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE, MegatronArguments
 from swiftlite.utils.errors import UsageError
@@ -14,6 +15,8 @@ from swiftlite.utils.parser import arguments
 @arguments
 class MegatronSftArguments(MegatronArguments, SftArguments):
     """Supervised fine-tuning on megatron-core"""
+
+    UNAVAILABLE: ClassVar[Mapping[str, str]] = TRAIN_UNAVAILABLE
 
     HIDDEN: ClassVar[Mapping[str, str]] = {
         **{name: "is read from the checkpoint's config.json; leave it out" for name in STRUCTURE + COMPUTATION},

@@ -21,6 +21,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from swiftlite.llm.dataset.order import SampleOrder
+from swiftlite.llm.train.metrics import Metrics, format_seconds
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.checkpoint import Position
 from swiftlite.megatron.distributed import ParallelState
@@ -29,9 +31,8 @@ from swiftlite.megatron.model.config import torch_dtype, virtual_stages
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.side_files import MANIFEST, copy_side_files, read_manifest, write_manifest
-from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, SampleOrder, evaluation_samples
+from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
-from swiftlite.megatron.trainers.metrics import Metrics, format_seconds
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.io import format_bytes, write_json
 from swiftlite.utils.logger import get_logger

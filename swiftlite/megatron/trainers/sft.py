@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftlite.llm.dataset import EncodedDataset, load_dataset
 from swiftlite.llm.pipeline import as_arguments, mcore_root, prepare_template, resolve
+from swiftlite.llm.train.data import load_data
 from swiftlite.megatron.argument.sft import MegatronSftArguments
 from swiftlite.megatron.distributed import ParallelState, parallel_groups
 from swiftlite.megatron.model.hf_config import convert_hf_config
@@ -20,7 +20,6 @@ from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import language_model_loss
-from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
@@ -58,27 +57,6 @@ def settle(args: Any) -> str:
     if args.output_dir is None:
         args.output_dir = run_directory.default_output_dir(args)
     return origin
-
-
-def load_data(args: Any, template: Any) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """(training set, validation set or None). Raises: UsageError without --dataset; DatasetError for unusable data."""
-    if not args.dataset:
-        raise UsageError("give the training data with --dataset FILE")
-    train_rows, val_rows = load_dataset(
-        args.dataset,
-        val_datasets=args.val_dataset,
-        split_dataset_ratio=args.split_dataset_ratio,
-        seed=args.data_seed,
-        columns=args.columns,
-        num_proc=args.dataset_num_proc,
-        max_drop_ratio=args.max_drop_ratio,
-        model_name=args.model_name,
-        model_author=args.model_author,
-    )
-    train_set = EncodedDataset(train_rows, template, max_drop_ratio=args.max_drop_ratio, name="training data")
-    if not val_rows:
-        return train_set, None
-    return train_set, EncodedDataset(val_rows, template, max_drop_ratio=args.max_drop_ratio, name="validation data")
 
 
 def _version_directory(args: Any, parallel: ParallelState) -> None:
