@@ -380,7 +380,31 @@ def _collect_writes_in_process() -> None:
     writer._results_queue = queue.Queue()  # type: ignore[attr-defined]
 
 
+def _plain_q_projection() -> None:
+    if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is None:
+        return
+    resolver = importlib.import_module("megatron.core.transformer.mla_qk_norm_config").QKNormConfigResolver
+    original = resolver.resolve
+
+    def resolve(self: Any) -> Any:
+        found = original(self)
+        if not self.has_q_lora:
+            found["linear_q_proj"] = self.submodules.linear_q_proj or self.linear_impl
+        return found
+
+    resolver.resolve = resolve
+
+
 SHIMS = (
+    Shim(
+        "plain_q_projection",
+        "0.19",
+        "te",
+        "with latent norms on, Transformer Engine's spec puts a norm before linear_q_proj of models without q_lora_rank "
+        "(Moonlight, DeepSeek-V2-Lite), which have none there",
+        "a Moonlight model has no self_attention.linear_q_proj.layer_norm_weight without it",
+        _plain_q_projection,
+    ),
     Shim(
         "cpu_for_cuda",
         "0.16-0.19",

@@ -31,6 +31,29 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [{"lr_warmup_fraction": 0.13}, {"lr_warmup_iters": 3}, {}])
+def test_learning_rates_are_megatron_cores(style: str, warmup: dict[str, float]) -> None:
+    from types import SimpleNamespace
+
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from swiftlite.llm.argument.sft import SftArguments
+    from swiftlite.llm.train.sft import lr_schedule
+
+    args = SftArguments(lr=2e-3, min_lr=1e-4, lr_decay_style=style, **warmup)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0, "max_lr": 2e-3, "min_lr": 1e-4}])
+    steps = int(17 * (args.lr_warmup_fraction or 0)) or args.lr_warmup_iters
+    theirs = OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=2e-3, min_lr=1e-4, lr_warmup_steps=steps, lr_decay_steps=17, lr_decay_style=style,
+        start_wd=0.0, end_wd=0.0, wd_incr_steps=17, wd_incr_style="constant",
+    )  # fmt: skip
+    share = lr_schedule(args, 17)
+    for step in range(20):
+        assert share(step) * 2e-3 == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), step
+        theirs.step(1)
+
+
 FLAGS = ["--global_batch_size", "4", "--micro_batch_size", "2", "--lr", "1e-3", "--logging_steps", "1", "--seed", "7",
          "--torch_dtype", "float32", "--lr_warmup_fraction", "0.1", "--max_length", "200"]  # fmt: skip
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -79,9 +79,14 @@ class _Stream(torch.utils.data.Sampler[int]):
 class SftTrainer(transformers.Trainer):
     """transformers' Trainer with the run's sample order and a validation loss that is a mean over tokens."""
 
-    def __init__(self, *args: Any, sampler: _Stream, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sampler: _Stream, schedule: Callable[[int], float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._stream = sampler
+        self._stream, self._schedule = sampler, schedule
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(cast(Any, optimizer or self.optimizer), self._schedule)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, *_: Any) -> _Stream:
         return self._stream
@@ -168,10 +173,28 @@ def settle_output(args: Any) -> str | None:
     return str(last)
 
 
+def lr_schedule(args: Any, steps: int) -> Callable[[int], float]:
+    """Share of --lr at a step (from 0), by the formula of megatron-core's OptimizerParamScheduler."""
+    decay = args.lr_decay_iters or steps
+    warmup = args.lr_warmup_iters if args.lr_warmup_fraction is None else int(args.lr_warmup_fraction * decay)
+    lowest = args.min_lr / args.lr if args.lr else 0.0
+
+    def share(step: int) -> float:
+        if warmup > 0 and step <= warmup:
+            return step / warmup
+        if args.lr_decay_style == "constant":
+            return 1.0
+        if step > decay:
+            return lowest
+        done = (step - warmup) / (decay - warmup)
+        kept = 1 - done if args.lr_decay_style == "linear" else 0.5 * (math.cos(math.pi * done) + 1)
+        return lowest + kept * (1 - lowest)
+
+    return share
+
+
 def training_arguments(args: Any, steps: int, accumulation: int) -> transformers.TrainingArguments:
     """transformers' arguments for a run of `steps` steps; every name has one meaning on both sides."""
-    warmup = args.lr_warmup_iters if args.lr_warmup_fraction is None else round(args.lr_warmup_fraction * steps)
-    schedule = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
     dtype = args.model_info.torch_dtype
     return transformers.TrainingArguments(
         output_dir=args.output_dir,
@@ -180,9 +203,6 @@ def training_arguments(args: Any, steps: int, accumulation: int) -> transformers
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
         learning_rate=args.lr,
-        lr_scheduler_type=schedule[args.lr_decay_style],
-        lr_scheduler_kwargs={"min_lr": args.min_lr} if args.lr_decay_style == "cosine" else {},
-        warmup_steps=warmup,
         weight_decay=args.weight_decay,
         max_grad_norm=args.clip_grad,
         adam_beta1=args.adam_beta1,
@@ -250,6 +270,7 @@ def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
         processing_class=template.tokenizer,
         callbacks=[report],
         sampler=_Stream(order, steps * global_batch),
+        schedule=lr_schedule(args, steps),
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("device %s, dtype %s, attention %s, %d trainable parameters, %d steps of %d samples",
