@@ -72,7 +72,7 @@ class Backend:
 class Shim:
     """A bridge over a gap of megatron-core.
 
-    versions: releases that need it. needed: condition on the machine ('cpu', 'no_te', 'always').
+    versions: releases that need it. needed: condition on the machine ('cpu', 'te', 'no_te', 'always').
     gone: how to know that it can be deleted.
     """
 
@@ -527,7 +527,7 @@ def setup() -> Backend:
     if on_cuda:
         torch.cuda.set_device(get_local_rank() % torch.cuda.device_count())
     use_te = on_cuda and _has_transformer_engine()
-    situation = {"cpu": not on_cuda, "no_te": not use_te, "always": True}
+    situation = {"cpu": not on_cuda, "te": use_te, "no_te": not use_te, "always": True}
     applied = [shim for shim in SHIMS if situation[shim.needed]]
     for shim in applied:
         shim.apply()
