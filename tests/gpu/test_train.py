@@ -1,0 +1,46 @@
+"""Training on a GPU in bf16 with Transformer Engine: the loss falls, and starts where Hugging Face's does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.families.cases import build_hf
+from tests.gpu.test_te import config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+@pytest.mark.parametrize("case", ["qwen3:default", "glm4_5:default", "moonlight:default"])
+def test_sft_in_bf16(case: str, tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    import shutil
+
+    model = build_hf(config(case), tmp_path / "hf", dtype=torch.bfloat16)
+    del model
+    for file in tiny_tokenizer_dir.iterdir():
+        shutil.copy(file, tmp_path / "hf")
+    stated = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**stated, "torch_dtype": "bfloat16"}))
+    row = {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Swifty."}]}
+    (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(row)] * 64))
+    words = ["--model", str(tmp_path / "hf"), "--model_type", case.split(":")[0], "--template", "chatml"]
+    words += ["--dataset", str(tmp_path / "train.jsonl"), "--train_iters", "30", "--lr", "1e-3", "--logging_steps", "1"]
+    words += ["--global_batch_size", "8", "--micro_batch_size", "4", "--max_length", "200"]
+    command = [sys.executable, "-m", "swiftlite", "megatron", "sft", *words, "--output_dir", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    print(result.stderr[-3000:])
+    assert result.returncode == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/logging.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    back = [sys.executable, "-m", "swiftlite", "export", "--mcore_model", str(tmp_path / "run"), "--to_hf", "true"]
+    back += ["--output_dir", str(tmp_path / "back"), "--test_convert_precision", "true", "--verify", "bitwise"]
+    assert subprocess.run(back).returncode == 0
