@@ -7,14 +7,15 @@ text is tokenised at once, so that ids always equal those of the rendered text; 
 from __future__ import annotations
 
 import json
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from swiftlite.llm.template.jinja import jinja_spans, write_jinja
 from swiftlite.llm.template.layouts import LAYOUTS, PRINTS_CALLS, PRINTS_TOOLS, Conversation
 from swiftlite.llm.template.layouts.conversation import Message, role_of
 from swiftlite.llm.template.layouts.rounds import join_parts
+from swiftlite.llm.template.loss_scale import parse_loss_scale, weigh
 from swiftlite.meta.template import TemplateMeta
 from swiftlite.utils.errors import TemplateError, UsageError
 from swiftlite.utils.logger import warn_once
@@ -23,17 +24,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_INDEX = -100
-TRUNCATION_STRATEGIES = ("raise", "delete", "left", "right")
-LOSS_SCALES = ("default", "last_round", "all")
+TRUNCATION_STRATEGIES = ("raise", "delete", "left", "right", "split")
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # End tokens that a layout prints besides the template's suffix and stop words.
 _LAYOUT_STOPS = {"ernie": ("<|end_of_sentence|>",), "llama3_1": ("<|eom_id|>",)}
 # What ends a last turn that calls a tool, where it is not the suffix.
 _CALL_STOPS = {"glm4_5": "<|observation|>"}
-_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+# Special tokens of some tokenizers that stand inside answers, so that none of them ends one.
+_TAGS = {f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") for slash in ("", "/")}
+# How templates mark an answer without thoughts.
+_EMPTY_THOUGHTS = ("<think>\n\n</think>\n\n", "\n<think></think>")
 
 Span = tuple[int, int, float]  # characters [start, end) of the text and their loss weight
+Encoded = dict[str, Any]
 
 
 class MaxLengthError(TemplateError):
@@ -42,7 +46,7 @@ class MaxLengthError(TemplateError):
     def __init__(self, length: int, max_length: int) -> None:
         super().__init__(
             f"{length} tokens are more than --max_length {max_length}; raise it, or choose --truncation_strategy "
-            "delete, left or right"
+            "delete, left, right or split"
         )
         self.length = length
 
@@ -70,18 +74,11 @@ class Template:
         max_pixels: int | None = None,
         norm_bbox: str | None = None,
         enable_thinking: bool | None = None,
+        add_non_thinking_prefix: bool = True,
     ) -> None:
         _check("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
         _check("--padding_side", padding_side, ("left", "right"))
         _check("--template_backend", template_backend, ("swift", "jinja"))
-        base_scale, _, extra = loss_scale.partition("+")
-        if base_scale == "ignore_empty_think" and not extra:
-            base_scale, extra = "default", base_scale
-        _check("--loss_scale", base_scale, LOSS_SCALES)
-        if extra not in ("", "ignore_empty_think"):
-            raise UsageError(
-                f"--loss_scale {loss_scale!r}: {extra!r} is unknown; only '+ignore_empty_think' may follow"
-            )
         if agent_template not in (None, meta.agent_template):
             raise UsageError(
                 f"--agent_template {agent_template!r}: template {meta.template_type!r} writes tools as its model's own "
@@ -100,12 +97,13 @@ class Template:
         self.remove_unused_columns = remove_unused_columns
         self.padding_free = padding_free
         self.padding_side = padding_side
-        self.loss_scale = base_scale
-        self.ignore_empty_think = bool(extra)
+        self.loss_scale, self._weights = parse_loss_scale(loss_scale)
         self.sequence_parallel_size = sequence_parallel_size
         self.response_prefix = response_prefix
         self.template_backend = template_backend
         self.enable_thinking = enable_thinking
+        self.add_non_thinking_prefix = add_non_thinking_prefix
+        self._jinja_stops: tuple[str, ...] | None = None
         self._tokens = _special_tokens(tokenizer)
         self.suffix = join_parts(meta.suffix, self._tokens)
         stops = [*meta.stop_words, self.suffix.strip(), self._tokens.get("eos_token", "")]
@@ -145,14 +143,8 @@ class Template:
         """
         options = self._options(kwargs)
         if self.template_backend == "jinja":
-            text: str = self.tokenizer.apply_chat_template(
-                self._with_system(messages),
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **options,
-            )
-            return text
+            whole = self._with_system(messages)
+            return write_jinja(self.tokenizer, whole, tools, add_generation_prompt, options)
         return "".join(text for text, _ in self._pieces(messages, tools, add_generation_prompt, options))
 
     def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None, **kwargs: Any) -> list[int]:
@@ -190,10 +182,15 @@ class Template:
         encoded = self.encode_batch([row])[0]
         if isinstance(encoded, TemplateError):
             raise encoded
+        if isinstance(encoded, list):
+            raise MaxLengthError(sum(part["length"] for part in encoded), self.max_length or 0)
         return encoded
 
-    def encode_batch(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any] | TemplateError]:
-        """`encode` of many rows with one call of the tokenizer (which uses all cores). Errors take a row's place."""
+    def encode_batch(self, rows: Sequence[dict[str, Any]]) -> list[Encoded | list[Encoded] | TemplateError]:
+        """`encode` of many rows with one call of the tokenizer (which uses all cores). Errors take a row's place.
+
+        With truncation_strategy 'split', a row that is too long becomes a list of samples.
+        """
         scripts: list[tuple[str, list[Span]] | TemplateError] = []
         for row in rows:
             try:
@@ -201,7 +198,7 @@ class Template:
             except TemplateError as error:
                 scripts.append(error)
         tokenized = iter(self._tokenize_batch([s for s in scripts if not isinstance(s, TemplateError)]))
-        encoded: list[dict[str, Any] | TemplateError] = []
+        encoded: list[Encoded | list[Encoded] | TemplateError] = []
         for row, script in zip(rows, scripts, strict=True):
             if isinstance(script, TemplateError):
                 encoded.append(script)
@@ -220,33 +217,53 @@ class Template:
             raise TemplateError("a row has no messages; give 'messages': [{'role': ..., 'content': ...}, ...]")
         if isinstance(tools, str):
             tools = _parse_tools(tools)
-        if self.template_backend == "jinja":
-            raise UsageError(
-                "--template_backend jinja writes prompts for generation; training needs --template_backend swift"
-            )
-        self._warn_of_lost_tools(messages, tools)
-
-        text = ""
-        spans: list[list[int]] = []  # start, end, index of the message
-        for piece, index in self._pieces(messages, tools, False, self._options({})):
-            if index is not None:
-                if spans and spans[-1][2] == index and spans[-1][1] == len(text):
-                    spans[-1][1] = len(text) + len(piece)
-                else:
-                    spans.append([len(text), len(text) + len(piece), index])
-            text += piece
+        if self.template_backend == "jinja" and self.use_chat_template:
+            text, spans, stops = self._jinja_spans(messages, tools)
+        else:
+            text, spans, stops = *self._own_spans(messages, tools), self.stop_words
         stopped = False
         for span in spans:
-            stop = next((s for s in self.stop_words if text.startswith(s, span[1])), None)
-            stopped = stop is not None
+            stop = next((s for s in stops if text.startswith(s, span[1])), None)
+            stopped = stop is not None or text[span[0] : span[1]].rstrip().endswith(stops)
             span[1] += len(stop) if stop else 0
         if spans and not stopped and role_of(messages[-1]) == "assistant" and spans[-1][1] == len(text):
             calls = messages[-1].get("tool_calls")
             text += _CALL_STOPS.get(self.meta.layout, self.suffix) if calls else self.suffix
             spans[-1][1] = len(text)
         if self.loss_scale == "all":
-            return text, [(0, len(text), 1.0)]
+            return text, list(weigh(text, 0, len(text), 1.0, self._weights))
         return text, list(self._weighted(text, spans, messages))
+
+    def _own_spans(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[list[int]]]:
+        """Text by the layout, and [start, end, index of the message] of what assistants wrote."""
+        self._warn_of_lost_tools(messages, tools)
+        text = ""
+        spans: list[list[int]] = []
+        for piece, index in self._pieces(messages, tools, False, self._options({})):
+            if index is not None:
+                if spans and spans[-1][2] == index and spans[-1][1] == len(text):
+                    spans[-1][1] = len(text) + len(piece)
+                else:
+                    if not self.add_non_thinking_prefix and not _has_thoughts(messages[index]):
+                        mark = next((mark for mark in _EMPTY_THOUGHTS if piece.startswith(mark)), "")
+                        piece = piece[len(mark) :]
+                    spans.append([len(text), len(text) + len(piece), index])
+            text += piece
+        return text, spans
+
+    def _jinja_spans(
+        self, messages: Sequence[Message], tools: list[Any] | None
+    ) -> tuple[str, list[list[int]], tuple[str, ...]]:
+        """As _own_spans, by the tokenizer's own chat template; and what ends an answer in it."""
+        if self._jinja_stops is None:
+            added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+            special = {str(token) for token in added if token.special}
+            stops = {*self.stop_words, *(special - _TAGS)}
+            self._jinja_stops = tuple(sorted(stops, key=lambda s: (-len(s), s)))
+        whole = self._with_system(messages)
+        added_system = len(whole) - len(messages)
+        text, spans = jinja_spans(self.tokenizer, whole, tools, self._options({}), self._jinja_stops)
+        return text, [[start, end, index - added_system] for start, end, index in spans], self._jinja_stops
 
     def _weighted(self, text: str, spans: Iterable[list[int]], messages: Sequence[Message]) -> Iterable[Span]:
         roles = [role_of(message) for message in messages]
@@ -258,11 +275,8 @@ class Template:
                 weight = float(message["loss"])
             if message.get("loss_scale") is not None:
                 weight = float(message["loss_scale"])
-            if self.ignore_empty_think:
-                empty = _EMPTY_THINK.match(text, start, end)
-                start = empty.end() if empty else start
-            if weight and start < end:
-                yield start, end, weight
+            if weight:
+                yield from weigh(text, start, end, weight, self._weights)
 
     def _pieces(
         self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool, options: dict[str, Any]
@@ -329,12 +343,18 @@ class Template:
                     weights[first:last] = [weight] * (last - first)
                 yield ids, weights
 
-    def _finish(self, row: dict[str, Any], ids: list[int], weights: list[float]) -> dict[str, Any]:
+    def _finish(self, row: dict[str, Any], ids: list[int], weights: list[float]) -> Encoded | list[Encoded]:
         if self.max_length is not None and len(ids) > self.max_length:
             if self.truncation_strategy in ("raise", "delete"):
                 raise MaxLengthError(len(ids), self.max_length)
+            if self.truncation_strategy == "split":
+                cuts = (slice(start, start + self.max_length) for start in range(0, len(ids), self.max_length))
+                return [self._sample(row, ids[cut], weights[cut]) for cut in cuts]
             cut = slice(self.max_length) if self.truncation_strategy == "right" else slice(-self.max_length, None)
             ids, weights = ids[cut], weights[cut]
+        return self._sample(row, ids, weights)
+
+    def _sample(self, row: dict[str, Any], ids: list[int], weights: list[float]) -> Encoded:
         labels = [token if weight else IGNORE_INDEX for token, weight in zip(ids, weights, strict=True)]
         encoded: dict[str, Any] = {"input_ids": ids, "labels": labels, "length": len(ids)}
         if any(weight not in (0.0, 1.0) for weight in weights):
@@ -358,7 +378,7 @@ class Template:
         import torch
 
         if self.padding_free:
-            batch = [_joined(batch)]
+            batch = [join_rows(batch)]
         multiple = (pad_to_multiple_of or 1) * max(1, self.sequence_parallel_size)
         length = max(max(len(row["input_ids"]) for row in batch), pad_to or 0)
         length = -(-length // multiple) * multiple
@@ -398,6 +418,10 @@ def _special_tokens(tokenizer: Any) -> dict[str, str]:
     return {name: str(token) for name, token in tokens.items() if token is not None}
 
 
+def _has_thoughts(message: Message) -> bool:
+    return bool(message.get("reasoning_content")) or "<think>" in str(message.get("content"))
+
+
 def _parse_tools(text: str) -> list[Any] | None:
     try:
         tools = json.loads(text)
@@ -431,7 +455,7 @@ def _weights_of(row: dict[str, Any]) -> list[float]:
     return row.get("loss_scale") or [float(label != IGNORE_INDEX) for label in row["labels"]]
 
 
-def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def join_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Rows end to end. The first token of each has no label: what precedes it is another row."""
     out: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": []}
     for row in rows:

@@ -16,6 +16,10 @@ from swiftlite.utils.logger import get_logger
 TEMPLATE_MAPPING: dict[str, TemplateMeta] = {meta.template_type: meta for meta in TEMPLATES}
 TEMPLATE_CLASSES: dict[str, type[Template]] = {"Template": Template, "ThinkingTemplate": ThinkingTemplate}
 
+# What `--template_backend jinja` needs to know of a model that has no registered template.
+JINJA = "jinja"
+_JINJA_META = TemplateMeta(JINJA, prefix=(), prompt=("{{QUERY}}",), chat_sep=())
+
 # Conversations that tell a model type's variants apart.
 _PROBES: tuple[tuple[list[dict[str, str]], bool], ...] = (
     ([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], True),
@@ -48,6 +52,8 @@ def register_template_class(name: str, template_class: type[Template]) -> None:
 
 def get_template_meta(template_type: str) -> TemplateMeta:
     """The registered meta. Raises UsageError naming the nearest types."""
+    if template_type == JINJA:
+        return _JINJA_META
     if template_type not in TEMPLATE_MAPPING:
         for meta in (meta for family in families() for meta in family.templates):
             TEMPLATE_MAPPING.setdefault(meta.template_type, meta)
@@ -77,25 +83,32 @@ def get_template(
     max_pixels: int | None = None,
     norm_bbox: str | None = None,
     enable_thinking: bool | None = None,
+    add_non_thinking_prefix: bool = True,
 ) -> Template:
     """Make the template of a type for a tokenizer.
 
     Args:
         default_system: system text for conversations without one; None keeps the template's own, "" writes none.
         max_length: most tokens of a training row. truncation_strategy: what happens to longer ones: 'raise' and
-            'delete' raise MaxLengthError (data sets count and drop the row), 'left' and 'right' cut that side.
+            'delete' raise MaxLengthError (data sets count and drop the row), 'left' and 'right' cut that side, 'split'
+            makes several samples of them (data sets only).
         agent_template: how tools are written; only the template's own.
         use_chat_template: False writes contents end to end and the end token, for pre-training.
         remove_unused_columns: False keeps a row's other keys in what `encode` returns.
         padding_free: the collator joins rows instead of padding them. padding_side: 'left' or 'right'.
-        loss_scale: 'default' (all answers), 'last_round', 'all' (every token), each also with '+ignore_empty_think'.
+        loss_scale: 'default' (all answers), 'last_round' or 'all' (every token), and '+NAME' for weights by pattern, see
+            `swiftlite.llm.template.loss_scale`.
         sequence_parallel_size: batches are padded to a multiple of it.
         response_prefix: what the answer starts with at generation, instead of the template's own.
-        template_backend: 'swift', or 'jinja' to write prompts with the tokenizer's own chat template.
+        template_backend: 'swift', or 'jinja': the tokenizer's own chat template, for prompts and for training.
         max_pixels, norm_bbox: for multimodal models; no effect.
         enable_thinking: for models that can think or not; None leaves the official default.
+        add_non_thinking_prefix: False leaves out the empty thought block that a template writes before an answer
+            without thoughts.
     Raises: UsageError for an unknown type (the nearest is named) or value.
     """
+    if template_type == JINJA:
+        template_backend = "jinja"
     meta = _matching_variant(get_template_meta(template_type), tokenizer)
     template_class = TEMPLATE_CLASSES.get(meta.template_cls)
     if template_class is None:
@@ -121,6 +134,7 @@ def get_template(
         max_pixels=max_pixels,
         norm_bbox=norm_bbox,
         enable_thinking=enable_thinking,
+        add_non_thinking_prefix=add_non_thinking_prefix,
     )
 
 

@@ -118,7 +118,7 @@ def test_the_checkpoints_jinja_chooses_the_variant(template_type, official_id, c
 
 def test_wrong_values_are_named():
     for kwargs in (
-        {"truncation_strategy": "split"},
+        {"truncation_strategy": "drop"},
         {"padding_side": "middle"},
         {"template_backend": "mustache"},
         {"agent_template": "hermes"},
