@@ -156,12 +156,18 @@ def prepare_model_template(args: Any, *, load_model: bool = True) -> tuple[Any |
     Resolves `args` if that has not happened.
     """
     from swiftlite.llm.model.loader import get_model_tokenizer
-    from swiftlite.llm.template.register import get_template
+    from swiftlite.llm.template.parity import check_parity
+    from swiftlite.llm.template.register import JINJA, get_template
 
     if not hasattr(args, "model_info"):
         resolve(args, download_model=load_model)
+    if args.template is None and args.template_backend == "jinja":
+        args.template = JINJA
     if args.template is None:
-        raise UsageError(f"{args.model_info.model_dir}: no chat template is known for it; name one with --template")
+        raise UsageError(
+            f"{args.model_info.model_dir}: no chat template is known for it; name one with --template, or use the "
+            "checkpoint's own one with --template_backend jinja"
+        )
     model, tokenizer = get_model_tokenizer(
         args.model_info.model_dir,
         args.model_info.torch_dtype,
@@ -175,8 +181,13 @@ def prepare_model_template(args: Any, *, load_model: bool = True) -> tuple[Any |
         ignore_requirements=args.ignore_requirements,
     )
     template = get_template(
-        args.template, tokenizer, enable_thinking=args.enable_thinking, **args.get_template_kwargs()
+        args.template,
+        tokenizer,
+        enable_thinking=args.enable_thinking,
+        add_non_thinking_prefix=args.add_non_thinking_prefix,
+        **args.get_template_kwargs(),
     )
+    check_parity(template, args.strict_template)
     return model, template
 
 

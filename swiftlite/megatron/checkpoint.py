@@ -71,7 +71,7 @@ def _model_states(models: Sequence[torch.nn.Module], metadata: Mapping[str, Any]
     for name, model in zip(names, models, strict=True):
         inner: Any = unwrap(model)
         state = inner.sharded_state_dict(metadata=dict(metadata))
-        states[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        states[name] = {key: value for key, value in state.items() if "_extra_state" not in key}
     return states
 
 

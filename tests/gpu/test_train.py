@@ -35,7 +35,7 @@ def test_sft_in_bf16(case: str, tmp_path: Path, tiny_tokenizer_dir: Path) -> Non
     words += ["--dataset", str(tmp_path / "train.jsonl"), "--train_iters", "30", "--lr", "1e-3", "--logging_steps", "1"]
     words += ["--global_batch_size", "8", "--micro_batch_size", "4", "--max_length", "200"]
     command = [sys.executable, "-m", "swiftlite", "megatron", "sft", *words, "--output_dir", str(tmp_path / "run")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     print(result.stderr[-3000:])
     assert result.returncode == 0
     lines = [json.loads(line) for line in (tmp_path / "run/logging.jsonl").read_text().splitlines()]
@@ -43,4 +43,4 @@ def test_sft_in_bf16(case: str, tmp_path: Path, tiny_tokenizer_dir: Path) -> Non
     assert losses[-1] < 0.5 * losses[0]
     back = [sys.executable, "-m", "swiftlite", "export", "--mcore_model", str(tmp_path / "run"), "--to_hf", "true"]
     back += ["--output_dir", str(tmp_path / "back"), "--test_convert_precision", "true", "--verify", "bitwise"]
-    assert subprocess.run(back).returncode == 0
+    assert subprocess.run(back, timeout=240).returncode == 0

@@ -140,7 +140,10 @@ class TemplateArguments(Arguments):
         "swift", "registered template, or the tokenizer's own Jinja", choices=["swift", "jinja"]
     )
     enable_thinking: bool | None = field(None, "ask a thinking model to think or not to think")
-    add_non_thinking_prefix: bool = field(True, "mark answers without thoughts as the template does for such answers")
+    add_non_thinking_prefix: bool = field(
+        True, "train answers without thoughts with the empty thought block that the template writes before them"
+    )
+    strict_template: bool = field(False, "fail where the template differs from the checkpoint's own chat template")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,10 +177,23 @@ class TemplateArguments(Arguments):
 class DataArguments(Arguments):
     """Data: what is trained or run on"""
 
-    dataset: list[str] = field([], "JSONL files or hub ids, `id:subset#N` takes N rows")
+    dataset: list[str] = field(
+        [], "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it"
+    )
     val_dataset: list[str] = field([], "the same, for evaluation")
     split_dataset_ratio: float = field(0.0, "share of the data set kept for evaluation where --val_dataset is absent")
     columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
+    dataset_info: list[str] = field(
+        [], "JSON files that name data sets", aliases=["custom_dataset_info"]
+    )
+    interleave_prob: list[float] = field([], "draw from the data sets with these probabilities, one for each")
+    stopping_strategy: str = field(
+        "first_exhausted", "end of such a mixture", choices=["first_exhausted", "all_exhausted"]
+    )
+    streaming: bool = field(False, "read and tokenise while training runs; needs --train_iters")
+    shuffle_buffer_size: int = field(1000, "rows that are shuffled and packed together when streaming")
+    load_from_cache_file: bool = field(False, "keep tokenised data between runs, by content")
+    cached_dataset: str | None = field(None, "directory that `export --to_cached_dataset true` wrote")
     dataset_num_proc: int = field(1, "processes that read and tokenise")
     max_drop_ratio: float = field(0.05, "stop when a larger share of the rows cannot be used")
     data_seed: int | None = field(None, "seed of the data order (default: --seed)")
@@ -185,14 +201,28 @@ class DataArguments(Arguments):
     model_name: list[str] = field([], "name that self-cognition rows teach the model")
     model_author: list[str] = field([], "author that self-cognition rows teach the model")
     packing: bool = field(False, "fill each training sequence with several samples")
+    packing_length: int | None = field(None, "tokens of a packed sequence (default: --max_length)")
+    group_by_length: bool = field(False, "make batches of samples of similar length")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("split_dataset_ratio", "max_drop_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
-        if self.dataset_num_proc < 1:
-            raise UsageError(f"--dataset_num_proc {self.dataset_num_proc}: must be at least 1")
+        for name in ("dataset_num_proc", "shuffle_buffer_size", "packing_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value}: must be at least 1")
+        if self.cached_dataset and (self.dataset or self.val_dataset):
+            raise UsageError("--cached_dataset: holds the data already; leave out --dataset and --val_dataset")
+        if self.streaming and self.split_dataset_ratio:
+            raise UsageError("--streaming true: a stream cannot be split; name the validation data with --val_dataset")
+        if self.streaming and (self.group_by_length or self.load_from_cache_file or self.cached_dataset):
+            raise UsageError(
+                "--streaming true: goes with neither --group_by_length, --load_from_cache_file nor --cached_dataset"
+            )
+        if self.packing and self.group_by_length:
+            raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")
         if self.data_seed is None:
             self.data_seed = self.seed if hasattr(self, "seed") else 42
 

@@ -13,7 +13,6 @@ _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is 
 _DPO = "preference training is not available yet; swiftlite trains with `sft`"
 
 COMMON_NOTES: dict[str, Note] = {
-    "load_from_cache_file": Note("default", "tokenised data is not kept between runs"),
     "freeze_llm": Note("default", _TEXT_ONLY, allowed=("false",)),
     "freeze_vit": Note("default", _TEXT_ONLY),
     "freeze_aligner": Note("default", _TEXT_ONLY),
@@ -39,7 +38,6 @@ EXPORT_NOTES: dict[str, Note] = {
     "fp8_format": Note("rejected", "writing FP8 weights is not supported; export bf16"),
     "fp8_recipe": Note("rejected", "writing FP8 weights is not supported; export bf16"),
     "fp8_param_gather": Note("rejected", "writing FP8 weights is not supported; export bf16"),
-    "to_cached_dataset": Note("rejected", "tokenised caches are not available yet"),
 }
 
 TRAIN_NOTES: dict[str, Note] = {
@@ -67,7 +65,6 @@ TRAIN_NOTES: dict[str, Note] = {
 _LORA = "adapters are not available yet; train with --train_type full"
 _ADAPTER = "adapters are not trained or loaded here yet; `swiftlite export` converts and merges them"
 _FP8 = "training in FP8 is not available yet"
-_PACKING = "packed sequences are not available yet"
 _OFFLOAD = "optimizer offload is not available yet"
 
 SFT_UNAVAILABLE: dict[str, str] = {
@@ -82,8 +79,6 @@ SFT_UNAVAILABLE: dict[str, str] = {
     "merge_lora": "merge afterwards with `swiftlite export --merge_lora true`",
     "save_safetensors": "checkpoints are Hugging Face directories already",
     "eval_iters": "the whole validation set is evaluated",
-    "packing": _PACKING,
-    "padding_free": _PACKING,
 }
 
 TRAIN_UNAVAILABLE: dict[str, str] = {
@@ -105,8 +100,6 @@ TRAIN_UNAVAILABLE: dict[str, str] = {
     "adapters": _LORA,
     "mcore_adapter": _LORA,
     "merge_lora": _LORA,
-    "packing": _PACKING,
-    "padding_free": _PACKING,
     "context_parallel_size": "context parallelism is not available yet",
     "optimizer_cpu_offload": _OFFLOAD,
     "optimizer_offload_fraction": _OFFLOAD,

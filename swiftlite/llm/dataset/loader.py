@@ -1,25 +1,37 @@
-"""Data sets from local files: rows in the standard form, sampled, split, with a report of what was dropped.
-
-JSONL and JSON need no package; CSV, Parquet and text are read through `datasets`, imported only then.
-"""
+"""Data sets as rows in the standard form: read, sampled, mixed, split, with a report of what was dropped."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from swiftlite.llm.dataset.preprocess import Row, RowError, preprocess
-from swiftlite.llm.dataset.report import DropReport
+from swiftlite.llm.dataset.report import DropReport, RejectsFile
+from swiftlite.llm.dataset.sources import Item, Source, open_spec, parse_spec
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
 
-# File ending -> builder name of `datasets`; None: read here.
-_READERS: dict[str, str | None] = {".jsonl": None, ".json": None, ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")
 
-Item = tuple[str, Any]  # where a row stands ("file:line"), the row
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How data sets are read.
+
+    columns: old column name -> new one. use_hf: ids without a prefix are Hugging Face's. num_proc: processes that parse
+    CSV, Parquet and text, and fetch from hubs. model_name, model_author: text for {{NAME}} and {{AUTHOR}} in the rows
+    (self-cognition data); of two values the first is for rows with "tag": "zh".
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    use_hf: bool = False
+    streaming: bool = False
+    num_proc: int = 1
+    hub_token: str | None = None
+    model_name: Sequence[str] = ()
+    model_author: Sequence[str] = ()
 
 
 def load_dataset(
@@ -33,30 +45,45 @@ def load_dataset(
     max_drop_ratio: float = 0.05,
     model_name: Sequence[str] | str | None = None,
     model_author: Sequence[str] | str | None = None,
+    use_hf: bool = False,
+    hub_token: str | None = None,
+    interleave_prob: Sequence[float] | None = None,
+    stopping_strategy: str = "first_exhausted",
+    rejects: RejectsFile | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """Read data sets into rows {"messages": [...], "tools"?: [...], "rejected_messages"?: [...], "label"?: ...}.
 
     Args:
-        datasets: files or directories, each `PATH` or `PATH#N`: N rows chosen by seed (above the file's number of rows,
-            whole rounds of it and a choice for the rest).
+        datasets: `[hf::|ms::]ID[:SUBSET/SUBSET][#N]`: files, directories, registered names or hub ids. N rows are
+            chosen by seed (above the number of rows, whole rounds of it and a choice for the rest).
         val_datasets: the same, for evaluation. split_dataset_ratio: share of the training rows taken for evaluation
             where val_datasets is empty, by seed, at least one row.
-        columns: old column name -> new one. num_proc: processes that parse CSV, Parquet and text.
         max_drop_ratio: DatasetError if more of a data set's rows cannot be used; fewer are counted in a warning.
-        model_name, model_author: text for {{NAME}} and {{AUTHOR}} in the rows (self-cognition data); of two values the
-            first is for rows with "tag": "zh".
+        interleave_prob: one probability per data set: rows are drawn from them in turn, each in its order, until one
+            is used up (stopping_strategy 'first_exhausted') or until each was, others starting anew
+            ('all_exhausted'). None: one data set after the other.
+        columns, num_proc, model_name, model_author, use_hf, hub_token: see ReadOptions.
+        rejects: where rows that cannot be used are written.
     Returns: (train rows, validation rows), in the files' order: shuffling is the trainer's.
-    Raises: DatasetError naming file and line for what cannot be read, and the reasons where too many rows are dropped.
+    Raises: DatasetError for what cannot be read, and with the reasons where too many rows are dropped.
     """
-    fill = {"NAME": _as_list(model_name), "AUTHOR": _as_list(model_author)}
+    options = ReadOptions(
+        columns or {}, use_hf, False, num_proc, hub_token, _as_list(model_name), _as_list(model_author)
+    )
 
-    def load(specs: Sequence[str] | str) -> list[Row]:
-        rows: list[Row] = []
-        for number, spec in enumerate(_as_list(specs)):
-            rows += _load_one(spec, f"{seed}-{number}", columns, num_proc, max_drop_ratio, fill)
-        return rows
+    def load(specs: Sequence[str] | str) -> list[list[Row]]:
+        return [
+            _load_one(spec, f"{seed}-{number}", options, max_drop_ratio, rejects)
+            for number, spec in enumerate(_as_list(specs))
+        ]
 
-    train, val = load(datasets), load(val_datasets)
+    parts, val = load(datasets), [row for part in load(val_datasets) for row in part]
+    if interleave_prob:
+        mixture = Mixture([len(part) for part in parts], interleave_prob, stopping_strategy, f"{seed}-mix")
+        train = [parts[part][index] for part, index in mixture]
+        get_logger().info("mixed %s into %d rows", " + ".join(str(len(part)) for part in parts), len(train))
+    else:
+        train = [row for part in parts for row in part]
     if not val and split_dataset_ratio > 0:
         if len(train) < 2:
             raise DatasetError(f"{len(train)} rows cannot be split; give --val_dataset or --split_dataset_ratio 0")
@@ -70,128 +97,224 @@ def load_dataset(
 
 
 def _load_one(
-    spec: str,
-    seed: str,
-    columns: Mapping[str, str] | None,
-    num_proc: int,
-    max_drop_ratio: float,
-    fill: Mapping[str, Sequence[str]],
+    text: str, seed: str, options: ReadOptions, max_drop_ratio: float, rejects: RejectsFile | None
 ) -> list[Row]:
-    path, count = _parse_spec(spec)
-    report = DropReport()
+    spec = parse_spec(text)
+    report = DropReport(rejects=rejects)
     rows: list[Row] = []
-    for place, item in _read(path, num_proc):
-        report.total += 1
-        try:
-            row = preprocess(item, columns)
-        except RowError as error:
-            report.drop(error.reason, f"{place} {error.seen}".rstrip())
-            continue
-        rows.append(_fill(row, item, fill))
+    for source in open_spec(spec, use_hf=options.use_hf, num_proc=options.num_proc, hub_token=options.hub_token):
+        for place, item in source.read(0):
+            report.total += 1
+            row = standard_row(item, source, options)
+            if isinstance(row, RowError):
+                report.drop(row.reason, place, row.seen, row.row)
+            else:
+                rows.append(row)
     if not report.total:
-        raise DatasetError(f"{path}: holds no rows; give a file with at least one")
-    report.check(max_drop_ratio, str(path))
-    if count is not None:
+        raise DatasetError(f"{spec.name}: holds no rows; give a file with at least one")
+    report.check(max_drop_ratio, spec.name)
+    if spec.count is not None:
         order = random.Random(seed)
-        whole, rest = divmod(count, len(rows))
+        whole, rest = divmod(spec.count, len(rows))
         rows = rows * whole + [rows[i] for i in sorted(order.sample(range(len(rows)), rest))]
-    get_logger().info("%s: %d rows", path, len(rows))
+    get_logger().info("%s: %d rows", spec.name, len(rows))
     return rows
 
 
-def _parse_spec(spec: str) -> tuple[Path, int | None]:
-    """`PATH` or `PATH#N`."""
-    path, count = Path(spec).expanduser(), None
-    if not path.exists() and "#" in spec:
-        name, _, number = spec.rpartition("#")
-        path = Path(name).expanduser()
-        if not number.isdigit() or int(number) < 1:
-            raise UsageError(f"--dataset {spec}: {number!r} after # is no number of rows; write PATH#500")
-        count = int(number)
-    if not path.exists():
-        raise DatasetError(
-            f"--dataset {spec}: no such file or directory; give a local .jsonl, .json, .csv or .parquet file"
-        )
-    return path, count
-
-
-def _read(path: Path, num_proc: int) -> Iterator[Item]:
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
-        if not files:
-            raise DatasetError(f"{path}: holds no data files; known endings: {', '.join(_READERS)}")
-        for file in files:
-            yield from _read(file, num_proc)
-    elif path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif path.suffix == ".json":
-        yield from _read_json(path)
-    elif path.suffix in _READERS:
-        yield from _read_table(path, str(_READERS[path.suffix]), num_proc)
-    else:
-        raise DatasetError(f"{path}: ending {path.suffix!r} is unknown; known: {', '.join(_READERS)}")
-
-
-def _read_jsonl(path: Path) -> Iterator[Item]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            if line.strip():
-                yield place, _parse(_decode(line, place), place)
-
-
-def _read_json(path: Path) -> Iterator[Item]:
-    """A list of rows, one row, or in fact JSONL."""
-    text = _decode(path.read_bytes(), str(path))
+def standard_row(item: Any, source: Source, options: ReadOptions) -> Row | RowError:
+    """A raw row in the standard form, or why it has none."""
+    if isinstance(item, RowError):
+        return item
+    raw = item
     try:
-        value = json.loads(text)
-    except ValueError:
-        # Several values, one a line? Where the first line stands alone, its own reader names the faulty line.
-        first = text.lstrip().partition("\n")[0]
-        if not first.startswith("{") or not _is_json(first):
-            _parse(text, str(path))
-        yield from _read_jsonl(path)
-        return
-    rows = value if isinstance(value, list) else [value]
-    for number, row in enumerate(rows, start=1):
-        yield f"{path} row {number}", row
-
-
-def _read_table(path: Path, builder: str, num_proc: int) -> Iterator[Item]:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(
-            builder, data_files=str(path), split="train", num_proc=num_proc if num_proc > 1 else None
-        )
-    except Exception as error:  # datasets raises many kinds; all mean that the file is not what its ending says
-        raise DatasetError(f"{path}: cannot be read as {builder} ({_one_line(error)}); check the file") from error
-    for number, row in enumerate(table, start=1):
-        yield f"{path} row {number}", row
-
-
-def _decode(raw: bytes, place: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{place}: is not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DatasetError(f"{place}: is not valid JSON ({error}); mend or remove the line") from None
+        columns = {**source.columns, **options.columns}
+        if source.preprocess is not None:
+            if isinstance(item, Mapping):
+                item = {columns.get(key, key): value for key, value in item.items()}
+            item, columns = source.preprocess(item), {}
+            if item is None:
+                raise RowError("left out by the data set's own preprocess")
+        row = preprocess(item, columns)
+        return _fill(row, raw, {"NAME": options.model_name, "AUTHOR": options.model_author})
+    except RowError as error:
+        error.row = raw
+        return error
     except RecursionError:
-        raise DatasetError(f"{place}: is nested too deeply; mend or remove the line") from None
+        return RowError("nested too deeply", "", None)
+    except Exception as error:
+        if source.preprocess is None:
+            raise
+        return RowError(f"the data set's own preprocess failed: {type(error).__name__}", str(error)[:200], raw)
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+# ---- mixing ----
+
+
+class Mixture:
+    """Draws from several data sets by probability: yields (data set, index in it). Draw n is always the same.
+
+    A data set counts as used up when it is drawn once more after its last row.
+    """
+
+    def __init__(self, lengths: Sequence[int], probabilities: Sequence[float], strategy: str, seed: str) -> None:
+        check_mixture(len(lengths), probabilities, strategy)
+        self.lengths, self.strategy = lengths, strategy
+        self.draw = Draws(probabilities, seed)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        at, ended, number = [0] * len(self.lengths), [False] * len(self.lengths), 0
+        while True:
+            part = self.draw(number)
+            if at[part] == self.lengths[part]:
+                at[part], ended[part] = 0, True
+                if all(ended) or self.strategy == "first_exhausted":
+                    return
+            yield part, at[part]
+            at[part] += 1
+            number += 1
+
+
+def check_mixture(num_datasets: int, probabilities: Sequence[float], strategy: str) -> None:
+    """Raises: UsageError unless there is one positive probability per data set, 1 together."""
+    if strategy not in STOPPING_STRATEGIES:
+        raise UsageError(f"--stopping_strategy {strategy}: must be one of {', '.join(STOPPING_STRATEGIES)}")
+    shown = " ".join(f"{p:g}" for p in probabilities)
+    if len(probabilities) != num_datasets:
+        raise UsageError(f"--interleave_prob {shown}: {len(probabilities)} numbers for {num_datasets} data sets")
+    if min(probabilities) <= 0 or abs(sum(probabilities) - 1) > 1e-3:
+        raise UsageError(f"--interleave_prob {shown}: must be above 0 and sum to 1, not {sum(probabilities):g}")
+
+
+class Draws:
+    """The n-th draw of a data set by probability, a function of the seed and n: a stream can go on anywhere."""
+
+    _BLOCK = 4096
+
+    def __init__(self, probabilities: Sequence[float], seed: str) -> None:
+        self.probabilities, self.seed = list(probabilities), seed
+        self._block: tuple[int, list[int]] = (-1, [])
+
+    def __call__(self, number: int) -> int:
+        block, index = divmod(number, self._BLOCK)
+        if self._block[0] != block:
+            choices = random.Random(f"{self.seed}-{block}").choices(
+                range(len(self.probabilities)), self.probabilities, k=self._BLOCK
+            )
+            self._block = (block, choices)
+        return self._block[1][index]
+
+
+# ---- streams ----
+
+
+class RowStream:
+    """Rows of data sets one by one, never all in memory; `state()` says where it stands, as plain values.
+
+    One pass over the data: data sets one after the other, or drawn by `interleave_prob` (see load_dataset). `#N` takes
+    the first N rows (from the beginning again where there are fewer). Bad rows come as RowError.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[str],
+        options: ReadOptions,
+        *,
+        interleave_prob: Sequence[float] | None = None,
+        stopping_strategy: str = "first_exhausted",
+        seed: str = "42",
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.options, self.strategy = options, stopping_strategy
+        if interleave_prob:
+            check_mixture(len(datasets), interleave_prob, stopping_strategy)
+        specs = [parse_spec(text) for text in datasets]
+        self.parts = []
+        for spec in specs:
+            sources = open_spec(spec, use_hf=options.use_hf, streaming=True, hub_token=options.hub_token)
+            self.parts.append(_Part(sources, spec.count, spec.name))
+        self.draws = Draws(interleave_prob, f"{seed}-mix") if interleave_prob else None
+        self.drawn, self.current, self.ended = 0, 0, [False] * len(self.parts)
+        if state is not None:
+            self.drawn, self.current, self.ended = state["drawn"], state["current"], list(state["ended"])
+            for part, where in zip(self.parts, state["parts"], strict=True):
+                part.seek(where)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "drawn": self.drawn,
+            "current": self.current,
+            "ended": list(self.ended),
+            "parts": [part.state() for part in self.parts],
+        }
+
+    def __iter__(self) -> Iterator[tuple[str, Row | RowError]]:
+        while True:
+            found = self._next_mixed() if self.draws else self._next_in_turn()
+            if found is None:
+                return
+            place, item, source = found
+            yield place, standard_row(item, source, self.options)
+
+    def _next_in_turn(self) -> tuple[str, Any, Source] | None:
+        while self.current < len(self.parts):
+            found = self.parts[self.current].next()
+            if found is not None:
+                return found
+            self.current += 1
+        return None
+
+    def _next_mixed(self) -> tuple[str, Any, Source] | None:
+        assert self.draws is not None
+        while True:
+            if any(self.ended) if self.strategy == "first_exhausted" else all(self.ended):
+                return None
+            part = self.draws(self.drawn)
+            found = self.parts[part].next()
+            if found is not None:
+                self.drawn += 1
+                return found
+            # It ended with the row before: the draw is made again, or this part starts anew.
+            self.ended[part] = True
+            if self.strategy == "all_exhausted" and not all(self.ended):
+                self.parts[part].seek({"round": self.parts[part].round + 1, "source": 0, "row": 0, "taken": 0})
+
+
+class _Part:
+    """One data set of a stream."""
+
+    def __init__(self, sources: Sequence[Source], count: int | None, name: str) -> None:
+        self.sources, self.count, self.name = sources, count, name
+        self.seek({"round": 0, "source": 0, "row": 0, "taken": 0})
+
+    def state(self) -> dict[str, int]:
+        return {"round": self.round, "source": self.source, "row": self.row, "taken": self.taken}
+
+    def seek(self, state: Mapping[str, int]) -> None:
+        self.round, self.source, self.row, self.taken = (state[k] for k in ("round", "source", "row", "taken"))
+        self._rows: Iterator[Item] | None = None
+
+    def next(self) -> tuple[str, Any, Source] | None:
+        if self.count is not None and self.taken >= self.count:
+            return None
+        while True:
+            if self.source >= len(self.sources):
+                if not self.taken:
+                    raise DatasetError(f"{self.name}: holds no rows; give a file with at least one")
+                if self.count is None:
+                    return None
+                self.source, self.row = 0, 0  # fewer rows than asked for: once more
+            source = self.sources[self.source]
+            if self._rows is None:
+                self._rows = source.read(self.row)
+            item = next(self._rows, None)
+            if item is not None:
+                self.row += 1
+                self.taken += 1
+                return item[0], item[1], source
+            self.source, self.row, self._rows = self.source + 1, 0, None
+
+
+# ---- names ----
 
 
 def _fill(row: Row, item: Any, fill: Mapping[str, Sequence[str]]) -> Row:
@@ -214,8 +337,3 @@ def _fill(row: Row, item: Any, fill: Mapping[str, Sequence[str]]) -> Row:
 
 def _as_list(value: Sequence[str] | str | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error.__cause__ or error).split())
-    return text[:200]

@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-import torch
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.io import write_json
+from swiftlite.utils.logger import get_logger
+
+DATA_STATE_FILE = "data_state.json"
+
+# Global batches that are sorted by length together.
+_SORTED_BATCHES = 50
 
 
 class SampleOrder:
-    """The endless stream of sample indices: one permutation per epoch, by seed; position n is always the same sample."""
+    """The endless stream of sample indices: one permutation per epoch, by seed; position n is always the same sample.
 
-    def __init__(self, num_samples: int, seed: int, shuffle: bool = True) -> None:
+    Args: lengths: tokens per sample; batches of `batch_size` are then made of samples of similar length.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int,
+        shuffle: bool = True,
+        lengths: list[int] | None = None,
+        batch_size: int = 1,
+    ) -> None:
         self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
+        self.lengths, self.batch_size = lengths, batch_size
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> list[int]:
+        import torch
+
         if not self.shuffle:
-            return list(range(self.num_samples))
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(self.num_samples, generator=generator).tolist()
+            order = list(range(self.num_samples))
+        else:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(self.num_samples, generator=generator).tolist()
+        return order if self.lengths is None else self._grouped(order, epoch)
+
+    def _grouped(self, order: list[int], epoch: int) -> list[int]:
+        """Sort within blocks of batches, then shuffle the batches: similar lengths together, no curriculum."""
+        assert self.lengths is not None
+        batches: list[list[int]] = []
+        block = self.batch_size * _SORTED_BATCHES
+        for start in range(0, len(order), block):
+            part = sorted(order[start : start + block], key=lambda i: -self.lengths[i])  # type: ignore[index]
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        # A last, smaller batch stays last, so that the others keep their borders.
+        tail = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
+        random.Random(f"{self.seed}-{epoch}-batches").shuffle(batches)
+        return [i for batch in [*batches, *tail] for i in batch]
 
     def __getitem__(self, position: int) -> int:
         epoch, index = divmod(position, self.num_samples)
@@ -26,3 +66,55 @@ class SampleOrder:
 
     def slice(self, start: int, stop: int) -> list[int]:
         return [self[position] for position in range(start, stop)]
+
+
+class StreamOrder:
+    """The order of a StreamedDataset: its own."""
+
+    num_samples: int | None = None
+
+    def __getitem__(self, position: int) -> int:
+        return position
+
+    def slice(self, start: int, stop: int) -> list[int]:
+        return list(range(start, stop))
+
+
+def order_of(dataset: Any, args: Any, global_batch_size: int) -> SampleOrder | StreamOrder:
+    """The order in which a run with these arguments sees a data set."""
+    if getattr(dataset, "is_streaming", False):
+        return StreamOrder()
+    seed = args.seed if args.data_seed is None else args.data_seed
+    lengths = dataset.lengths if args.group_by_length else None
+    return SampleOrder(len(dataset), seed, args.dataset_shuffle, lengths, global_batch_size)
+
+
+def write_data_state(dataset: Any, directory: Path, position: int) -> None:
+    """Beside a checkpoint: how to find sample `position` of a stream again without reading what is before it.
+
+    Map-style data needs nothing: its order is a function of the position.
+    """
+    if getattr(dataset, "is_streaming", False):
+        write_json(directory / DATA_STATE_FILE, dataset.state(position))
+
+
+def read_data_state(dataset: Any, directory: Path) -> None:
+    """Go to where a checkpoint's data stands. A checkpoint without the file costs time only: the stream is read again."""
+    path = directory / DATA_STATE_FILE
+    if getattr(dataset, "is_streaming", False):
+        if path.is_file():
+            dataset.load_state(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            get_logger().warning("%s is missing: the data is read again up to where the run stopped", path)
+
+
+def steps_of(dataset: Any, args: Any, global_batch_size: int) -> int:
+    """Optimizer steps of a run: `--train_iters`, or what the epochs make.
+
+    Raises: UsageError for a stream without --train_iters: nobody knows how long it is.
+    """
+    if args.train_iters:
+        return int(args.train_iters)
+    if getattr(dataset, "is_streaming", False):
+        raise UsageError("--streaming true: the data's length is not known; give --train_iters (or --max_steps) N")
+    return math.ceil((args.num_train_epochs or 1.0) * len(dataset) / global_batch_size)

@@ -15,12 +15,13 @@ Message = dict[str, Any]
 
 
 class RowError(ValueError):
-    """Why a row cannot be used. `reason` groups rows, the message adds what was seen."""
+    """Why a row cannot be used. `reason` groups rows, the message adds what was seen. row: its text, if it has no value."""
 
-    def __init__(self, reason: str, seen: str = "") -> None:
+    def __init__(self, reason: str, seen: str = "", row: Any = None) -> None:
         super().__init__(f"{reason}: {seen}" if seen else reason)
         self.reason = reason
         self.seen = seen
+        self.row = row
 
 
 _ROLES = {

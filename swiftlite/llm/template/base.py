@@ -48,7 +48,10 @@ class MaxLengthError(TemplateError):
             f"{length} tokens are more than --max_length {max_length}; raise it, or choose --truncation_strategy "
             "delete, left, right or split"
         )
-        self.length = length
+        self.length, self.max_length = length, max_length
+
+    def __reduce__(self) -> Any:
+        return MaxLengthError, (self.length, self.max_length)
 
 
 class Template:
@@ -94,10 +97,11 @@ class Template:
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy
         self.use_chat_template = use_chat_template
+        self.agent_template = agent_template or meta.agent_template
         self.remove_unused_columns = remove_unused_columns
         self.padding_free = padding_free
         self.padding_side = padding_side
-        self.loss_scale, self._weights = parse_loss_scale(loss_scale)
+        self.loss_scale, self.weights = parse_loss_scale(loss_scale)
         self.sequence_parallel_size = sequence_parallel_size
         self.response_prefix = response_prefix
         self.template_backend = template_backend
@@ -231,7 +235,7 @@ class Template:
             text += _CALL_STOPS.get(self.meta.layout, self.suffix) if calls else self.suffix
             spans[-1][1] = len(text)
         if self.loss_scale == "all":
-            return text, list(weigh(text, 0, len(text), 1.0, self._weights))
+            return text, list(weigh(text, 0, len(text), 1.0, self.weights))
         return text, list(self._weighted(text, spans, messages))
 
     def _own_spans(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[list[int]]]:
@@ -276,7 +280,7 @@ class Template:
             if message.get("loss_scale") is not None:
                 weight = float(message["loss_scale"])
             if weight:
-                yield from weigh(text, start, end, weight, self._weights)
+                yield from weigh(text, start, end, weight, self.weights)
 
     def _pieces(
         self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool, options: dict[str, Any]
@@ -461,7 +465,7 @@ def join_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         out["input_ids"] += row["input_ids"]
         out["labels"] += [IGNORE_INDEX, *row["labels"][1:]]
-        out["position_ids"] += range(len(row["input_ids"]))
+        out["position_ids"] += row.get("position_ids") or range(len(row["input_ids"]))
     if any("loss_scale" in row for row in rows):
         out["loss_scale"] = [weight for row in rows for weight in [0.0, *_weights_of(row)[1:]]]
     return out

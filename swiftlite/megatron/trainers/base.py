@@ -21,7 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from swiftlite.llm.dataset.order import SampleOrder
+from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
 from swiftlite.llm.train.metrics import Metrics, format_seconds
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.checkpoint import Position
@@ -139,16 +139,14 @@ class Trainer:
                 f"{accumulation} micro batches a step: with --num_virtual_stages_per_pipeline_rank {stages} they must "
                 f"be a multiple of --pipeline_model_parallel_size {parallel.pp_size}"
             )
-        self.train_iters = args.train_iters or math.ceil(
-            args.num_train_epochs * len(train_set) / self.global_batch_size
-        )
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.order = SampleOrder(len(train_set), seed, args.dataset_shuffle)
+        self.train_iters = steps_of(train_set, args, self.global_batch_size)
+        self.train_set, self.order = train_set, order_of(train_set, args, self.global_batch_size)
         multiple = parallel.tp_size if args.sequence_parallel else 1
         self.device = backend.setup().device
         # Stages tell each other the shapes of what they send, but not in an interleaved pipeline: one length there.
         self.variable_lengths = parallel.pp_size > 1 and stages is None
-        options = (pad_token_id, multiple, self.device, stages is not None)
+        self.joins = bool(args.packing or args.padding_free)
+        options = (pad_token_id, multiple, self.device, stages is not None, self.joins)
         self.train_loader = BatchLoader(train_set, *options)
         self.val_size = len(val_set) if val_set is not None else 0
         self.val_loader = BatchLoader(val_set, *options)
@@ -181,6 +179,7 @@ class Trainer:
                 self.root, self.models, self.args, self.optimizer, self.scheduler
             )
             logger.info("going on from step %d in %s", self.position.iteration, self.root)
+            read_data_state(self.train_set, self.root / checkpoint.iteration_name(self.position.iteration))
         self.carried = checkpoint.carried_tensors(self.models, self.origin)
         if self.carried:
             logger.info("%d tensors that training does not hold go unchanged into every checkpoint", len(self.carried))
@@ -218,9 +217,9 @@ class Trainer:
             self.config.moe_token_dispatcher_type if self.config.num_moe_experts else "none",
         )  # fmt: skip
         logger.info(
-            "%d steps of %d samples (micro batch %d x %d accumulated x %d data-parallel ranks), %d training and %d "
+            "%d steps of %d samples (micro batch %d x %d accumulated x %d data-parallel ranks), %s training and %d "
             "validation samples", self.train_iters, self.global_batch_size, self.plan.micro_batch_size,
-            self.plan.num_microbatches, self.parallel.dp_size, self.order.num_samples, self.val_size,
+            self.plan.num_microbatches, self.parallel.dp_size, self.order.num_samples or "streamed", self.val_size,
         )  # fmt: skip
 
     # ---- running ----
@@ -234,7 +233,7 @@ class Trainer:
             model=self.models if len(self.models) > 1 else self.models[0],
             num_microbatches=len(batches),
             seq_length=max(batch.tokens.shape[1] for batch in batches),
-            micro_batch_size=self.plan.micro_batch_size,
+            micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
         total = torch.zeros(2, device=self.device)
@@ -342,6 +341,8 @@ class Trainer:
             self.root, self.position, self.models, self.args,
             None if weights_only else self.optimizer, None if weights_only else self.scheduler, self.carried,
         )  # fmt: skip
+        if self.parallel.rank == 0:
+            write_data_state(self.train_set, path, self.position.consumed_samples)
         written = [path]
         if self.args.save_safetensors:
             hf_dir = self.root / f"{path.name}{HF_SUFFIX}"

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from swiftlite.llm.template.base import join_rows
 
 IGNORE_INDEX = -100
 _DUMMY = -1  # stands for a sample that is not there: it fills up the last batch of an evaluation
@@ -55,7 +58,8 @@ class MicroBatch:
     """One forward pass. Labels are shifted: labels[:, t] is the token at t + 1.
 
     tokens, labels, position_ids: int64 [B, S]. loss_mask: fp32 [B, S], the weight of each label; 0 in prompt and
-    padding. num_tokens: tokens that are no padding.
+    padding. num_tokens: tokens that are no padding. cu_seqlens: int32, where each sample of a joined sequence begins
+    and the last one ends (B is 1 then); None where each row is one sample.
     """
 
     tokens: Tensor
@@ -63,12 +67,28 @@ class MicroBatch:
     position_ids: Tensor
     loss_mask: Tensor
     num_tokens: int
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def packed_seq_params(self) -> PackedSeqParams | None:
+        """What tells attention and rotary embedding where the samples of a joined sequence begin."""
+        if self.cu_seqlens is None:
+            return None
+        longest = int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=self.cu_seqlens,
+            cu_seqlens_kv=self.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
 
     def to(self, device: torch.device) -> MicroBatch:
         tokens, labels, positions, mask = (
             t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.position_ids, self.loss_mask)
         )
-        return MicroBatch(tokens, labels, positions, mask, self.num_tokens)
+        bounds = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
+        return MicroBatch(tokens, labels, positions, mask, self.num_tokens, bounds)
 
 
 def collate(
@@ -97,18 +117,48 @@ def collate(
     return MicroBatch(tokens, labels, positions, mask, sum(len(row["input_ids"]) for row in rows))
 
 
+def collate_joined(
+    rows: Sequence[dict[str, Any]], pad_token_id: int = 0, multiple_of: int = 1, at_least: int = 0
+) -> MicroBatch:
+    """Join rows, packed sequences or samples, to one sequence [1, S]; no sample sees another. Padding is a sample of its own."""
+    lengths = [n for row in rows for n in row.get("sample_lengths") or [len(row["input_ids"])]]
+    batch = collate([join_rows(rows)], pad_token_id, multiple_of, at_least)
+    size = batch.tokens.shape[1]
+    used = sum(lengths)
+    if size > used:
+        lengths.append(size - used)
+    batch.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    batch.position_ids = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    return batch
+
+
 class BatchLoader:
-    """Makes the micro batches of a step from an EncodedDataset. one_length: all of a step have the longest one's length."""
+    """Makes the micro batches of a step from an EncodedDataset.
+
+    one_length: all of a step have the longest one's length. join: a micro batch is one sequence without padding.
+    """
 
     def __init__(
-        self, dataset: Any, pad_token_id: int, multiple_of: int, device: torch.device, one_length: bool = False
+        self,
+        dataset: Any,
+        pad_token_id: int,
+        multiple_of: int,
+        device: torch.device,
+        one_length: bool = False,
+        join: bool = False,
     ) -> None:
         self.dataset, self.pad_token_id, self.multiple_of, self.device = dataset, pad_token_id, multiple_of, device
-        self.one_length = one_length
+        self.one_length, self.join = one_length, join
 
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         passes = [[self._row(i) for i in samples] for samples in micro_batches]
-        longest = max(len(row["input_ids"]) for rows in passes for row in rows) if self.one_length else 0
+        longest = 0
+        if self.one_length:
+            measure = sum if self.join else max
+            longest = max(measure(len(row["input_ids"]) for row in rows) for rows in passes)
+        if self.join:
+            joined = [collate_joined(rows, self.pad_token_id, self.multiple_of, longest) for rows in passes]
+            return [batch.to(self.device) for batch in joined]
         return [collate(rows, self.pad_token_id, self.multiple_of, longest).to(self.device) for rows in passes]
 
     def _row(self, index: int) -> dict[str, Any]:

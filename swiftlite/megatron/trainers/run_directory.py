@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from swiftlite.llm.dataset.report import REJECTS_FILE
 from swiftlite.llm.pipeline import ARGS_FILE, TRACKER, load_args
 from swiftlite.megatron.argument.megatron import ParallelArguments
 from swiftlite.utils.errors import UsageError
@@ -23,7 +24,7 @@ CHANGEABLE = frozenset(
         "cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "gradient_accumulation_fusion",
         "masked_softmax_fusion", "bias_swiglu_fusion", "bias_dropout_fusion", "apply_rope_fusion",
         "deterministic_mode", "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-        "dataset_num_proc", "logging_steps", "logging_dir", "report_to", "wandb_project", "wandb_exp_name", "debug",
+        "dataset_num_proc", "load_from_cache_file", "strict_template", "logging_steps", "logging_dir", "report_to", "wandb_project", "wandb_exp_name", "debug",
         "save_steps", "save_total_limit", "save_weights_only", "save_safetensors", "no_save_optim", "no_save_rng",
         "no_load_optim", "no_load_rng", "eval_steps", "eval_iters", "resume", "add_version", "exist_ok", "output_dir",
         "ignore_requirements", "use_hf", "device_map", "swiftlite_version", "finetune", "max_memory", "thread_count",
@@ -59,7 +60,7 @@ def prepare(args: Any) -> bool:
     root = Path(args.output_dir)
     if root.is_file():
         raise UsageError(f"--output_dir {root}: is a file; name a directory")
-    if not root.is_dir() or not any(root.iterdir()):
+    if not root.is_dir() or all(path.name == REJECTS_FILE for path in root.iterdir()):
         return False
     if not args.resume:
         raise UsageError(

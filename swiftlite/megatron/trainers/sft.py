@@ -37,6 +37,7 @@ class SftTrainer(Trainer):
             attention_mask=None,
             labels=batch.labels,
             loss_mask=batch.loss_mask,
+            packed_seq_params=batch.packed_seq_params,
         )
         return output, partial(language_model_loss, batch.loss_mask)
 

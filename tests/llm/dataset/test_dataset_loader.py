@@ -114,7 +114,7 @@ def test_mixed_formats_in_one_file(tmp_path):
     ("name", "raw", "place"),
     [
         ("x.jsonl", b'{"query": "q", "response": "a"}\n{"query": "q", \n', "x.jsonl:2"),
-        ("x.jsonl", b'{"query": "\xff"}\n', "x.jsonl:1: is not UTF-8"),
+        ("x.jsonl", b'{"query": "\xff"}\n', "1x not UTF-8"),
         ("x.json", b'[{"query": 1}, ', "x.json"),
         ("x.json", b'{"query": "q", "response": "a"}\n{"query"\n', "x.json:2"),
         ("x.jsonl", b"", "holds no rows"),

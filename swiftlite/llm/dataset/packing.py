@@ -1,0 +1,91 @@
+"""Packing: several samples in one sequence, chosen so that little room is left; each keeps its own positions."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from swiftlite.llm.template.base import join_rows
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
+
+WINDOW = 10_000
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Divide samples into sequences of at most `capacity` tokens: best fit, longest first.
+
+    Args: lengths: tokens of each sample, none above capacity.
+    Returns: indices of the samples in each sequence; sequences and the samples in them ascending.
+    """
+    open_: list[tuple[int, int]] = []  # (room left, sequence), ascending
+    sequences: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        if length > capacity:
+            raise UsageError(f"a sample of {length} tokens does not fit into sequences of {capacity}; lower --max_length")
+        at = bisect_left(open_, (length, -1))
+        if at == len(open_):
+            number, room = len(sequences), capacity
+            sequences.append([])
+        else:
+            room, number = open_.pop(at)
+        sequences[number].append(index)
+        if room > length:
+            insort(open_, (room - length, number))
+    return sorted((sorted(sequence) for sequence in sequences), key=lambda sequence: sequence[0])
+
+
+def pack_windows(lengths: Sequence[int], capacity: int, seed: int, window: int = WINDOW) -> list[list[int]]:
+    """`pack` over windows of samples that are shuffled first, so that neighbours in the file do not stay together."""
+    order = list(range(len(lengths)))
+    random.Random(f"{seed}-packing").shuffle(order)
+    sequences: list[list[int]] = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        sequences += [[part[i] for i in packed] for packed in pack([lengths[i] for i in part], capacity)]
+    return sequences
+
+
+def joined(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One sequence of samples end to end: positions start anew in each, `sample_lengths` are their tokens."""
+    row = join_rows(samples)
+    row["sample_lengths"] = [len(sample["input_ids"]) for sample in samples]
+    row["length"] = len(row["input_ids"])
+    return row
+
+
+class PackedDataset:
+    """A data set of packed sequences over an EncodedDataset.
+
+    Attributes: sequences: samples of each. lengths: tokens of each. capacity. fill_rate: share of the room used.
+    """
+
+    is_packed = True
+
+    def __init__(
+        self, dataset: Any, capacity: int, seed: int = 42, sequences: list[list[int]] | None = None, name: str = "dataset"
+    ) -> None:
+        self.dataset, self.capacity = dataset, capacity
+        self.sequences = pack_windows(dataset.lengths, capacity, seed) if sequences is None else sequences
+        self.lengths = [sum(dataset.lengths[i] for i in sequence) for sequence in self.sequences]
+        self.report = dataset.report
+        get_logger().info(
+            "%s: %d samples packed into %d sequences of %d tokens, fill rate %.1f %%",
+            name, len(dataset), len(self.sequences), capacity, 100 * self.fill_rate,
+        )  # fmt: skip
+
+    @property
+    def fill_rate(self) -> float:
+        return sum(self.lengths) / max(1, len(self.lengths) * self.capacity)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return joined([self.dataset[i] for i in self.sequences[index]])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))

@@ -1,0 +1,135 @@
+"""From arguments to the data sets of a run; every trainer on either side starts here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from swiftlite.llm.dataset.cache import encode_cached, load_cached_dataset
+from swiftlite.llm.dataset.encoded import EncodedDataset
+from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
+from swiftlite.llm.dataset.packing import PackedDataset
+from swiftlite.llm.dataset.register import register_dataset_info
+from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
+from swiftlite.llm.dataset.streaming import StreamedDataset
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
+
+Dataset = EncodedDataset | PackedDataset | StreamedDataset
+
+
+def load_data(args: Any, template: Any) -> tuple[Any, Any]:
+    """(training set, validation set or None): map-style, packed, from a tokenised directory, or streamed.
+
+    A packed set's items are whole sequences; the template then joins rows instead of padding them. Rows that cannot be
+    used are written to OUTPUT_DIR/rejects.jsonl.
+    Raises: UsageError without data; DatasetError for data that cannot be used.
+    """
+    if not args.dataset and not args.cached_dataset:
+        raise UsageError("give the training data with --dataset FILE")
+    if args.packing:
+        template.padding_free = True
+    capacity = packing_capacity(args)
+    if args.cached_dataset:
+        parts = load_cached_dataset(args.cached_dataset, template, capacity)
+        get_logger().info("%s: %d samples", args.cached_dataset, len(parts["train"]))
+        return parts["train"], parts.get("val")
+    rejects = RejectsFile(Path(args.output_dir) / REJECTS_FILE) if args.output_dir else None
+    if args.streaming:
+        return _streamed(args, template, capacity, rejects)
+    train_rows, val_rows = read_rows(args, rejects)
+    return (
+        encode_and_pack(train_rows, args, template, rejects, "training data"),
+        encode_and_pack(val_rows, args, template, rejects, "validation data") if val_rows else None,
+    )
+
+
+def packing_capacity(args: Any) -> int | None:
+    """Tokens of a packed sequence, None without packing.
+
+    Raises: UsageError where samples may be longer than the sequences.
+    """
+    if not args.packing:
+        return None
+    capacity = args.packing_length or args.max_length
+    if capacity is None or (args.max_length is not None and args.max_length > capacity):
+        raise UsageError(
+            f"--packing true: sequences of {capacity} tokens must hold samples of --max_length {args.max_length}; give "
+            "--packing_length N, at least --max_length"
+        )
+    return int(capacity)
+
+
+def read_rows(args: Any, rejects: RejectsFile | None = None) -> tuple[list[Any], list[Any]]:
+    """(training rows, validation rows) in the standard form, see load_dataset."""
+    for file in args.dataset_info:
+        register_dataset_info(file)
+    return load_dataset(
+        args.dataset,
+        val_datasets=args.val_dataset,
+        split_dataset_ratio=args.split_dataset_ratio,
+        seed=args.data_seed,
+        columns=args.columns,
+        num_proc=args.dataset_num_proc,
+        max_drop_ratio=args.max_drop_ratio,
+        model_name=args.model_name,
+        model_author=args.model_author,
+        use_hf=args.use_hf,
+        hub_token=args.hub_token,
+        interleave_prob=args.interleave_prob or None,
+        stopping_strategy=args.stopping_strategy,
+        rejects=rejects,
+    )
+
+
+def encode_and_pack(
+    rows: list[Any], args: Any, template: Any, rejects: RejectsFile | None, name: str
+) -> EncodedDataset | PackedDataset:
+    make = encode_cached if args.load_from_cache_file else EncodedDataset
+    dataset = make(
+        rows, template, max_drop_ratio=args.max_drop_ratio, name=name, num_proc=args.dataset_num_proc, rejects=rejects
+    )
+    capacity = packing_capacity(args)
+    return dataset if capacity is None else PackedDataset(dataset, capacity, args.data_seed, name=name)
+
+
+def _streamed(
+    args: Any, template: Any, capacity: int | None, rejects: RejectsFile | None
+) -> tuple[StreamedDataset, Any]:
+    for file in args.dataset_info:
+        register_dataset_info(file)
+    options = ReadOptions(
+        args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author
+    )
+
+    def open_rows(state: dict[str, Any] | None) -> RowStream:
+        return RowStream(
+            args.dataset,
+            options,
+            interleave_prob=args.interleave_prob or None,
+            stopping_strategy=args.stopping_strategy,
+            seed=str(args.data_seed),
+            state=state,
+        )
+
+    open_rows(None)  # names that are wrong are told before the model is built
+    val_set = None
+    if args.val_dataset:
+        val_rows, _ = load_dataset(
+            args.val_dataset, seed=args.data_seed, columns=args.columns, max_drop_ratio=args.max_drop_ratio,
+            model_name=args.model_name, model_author=args.model_author, use_hf=args.use_hf, hub_token=args.hub_token,
+            rejects=rejects,
+        )  # fmt: skip
+        val_set = encode_and_pack(val_rows, args, template, rejects, "validation data")
+    train_set = StreamedDataset(
+        open_rows,
+        template,
+        seed=args.data_seed,
+        shuffle=args.dataset_shuffle,
+        window=args.shuffle_buffer_size,
+        capacity=capacity,
+        num_proc=args.dataset_num_proc,
+        max_drop_ratio=args.max_drop_ratio,
+        rejects=rejects,
+    )
+    return train_set, val_set

@@ -1,0 +1,117 @@
+"""TokenStore: encoded samples in flat arrays: 4 bytes a number in memory, or a directory that is mapped, not read.
+
+Layout of a directory: `store.json` (number of samples, columns), per column `NAME.bin` (numbers end to end) and
+`NAME.offsets.bin` (int64, where each sample begins; one more than samples), `extras.jsonl` for anything else: [sample, {name: value}].
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from swiftlite.utils.errors import DatasetError
+
+STORE_FILE = "store.json"
+# Columns that are as long as the tokens, by the end of their name: array type code.
+_TYPES = {"input_ids": "i", "labels": "i", "loss_scale": "f"}
+
+
+def type_of(name: str) -> str | None:
+    """Array type code of a column of numbers, None for other values."""
+    return next((code for end, code in _TYPES.items() if name.endswith(end)), None)
+
+
+class TokenStore:
+    """Samples as `Template.encode` makes them; `store[i]` gives an equal one back (weights in single precision)."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}  # name -> flat array or mapped memory
+        self._offsets: dict[str, Any] = {}
+        self._extras: dict[int, dict[str, Any]] = {}  # of the samples that have any
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, sample: Mapping[str, Any]) -> None:
+        extras = {}
+        for name, value in sample.items():
+            code = type_of(name)
+            if code is None or not isinstance(value, list | array):
+                if name != "length" or value != len(sample.get("input_ids", ())):
+                    extras[name] = value
+                continue
+            if name not in self._values:  # absent so far: samples without the column are empty in it
+                self._values[name], self._offsets[name] = array(code), array("q", [0] * (self._count + 1))
+            self._values[name].extend(value)
+        for name, offsets in self._offsets.items():
+            offsets.append(len(self._values[name]))
+        if extras:
+            self._extras[self._count] = extras
+        self._count += 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < 0:
+            index += self._count
+        if not 0 <= index < self._count:
+            raise IndexError(f"sample {index} of {self._count}")
+        sample: dict[str, Any] = {}
+        for name, offsets in self._offsets.items():
+            start, end = offsets[index], offsets[index + 1]
+            if end > start:
+                sample[name] = self._values[name][start:end].tolist()
+        if "input_ids" in sample:
+            sample["length"] = len(sample["input_ids"])
+        return {**sample, **self._extras.get(index, {})}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(self._count))
+
+    def lengths(self, name: str = "input_ids") -> list[int]:
+        offsets = self._offsets.get(name)
+        if offsets is None:
+            return [0] * self._count
+        return [offsets[i + 1] - offsets[i] for i in range(self._count)]
+
+    def save(self, directory: Path) -> None:
+        """Write into a directory that exists; `store.json` comes last."""
+        for name, values in self._values.items():
+            (directory / f"{name}.bin").write_bytes(memoryview(values).cast("B") if len(values) else b"")
+            (directory / f"{name}.offsets.bin").write_bytes(memoryview(self._offsets[name]).cast("B"))
+        with (directory / "extras.jsonl").open("w", encoding="utf-8") as file:
+            for index, extras in self._extras.items():
+                file.write(json.dumps([index, extras], ensure_ascii=False, default=str) + "\n")
+        columns = {name: type_of(name) for name in self._values}
+        facts = {"samples": self._count, "columns": columns, "extras": len(self._extras)}
+        (directory / STORE_FILE).write_text(json.dumps(facts) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> TokenStore:
+        """Map a saved store. Raises: DatasetError if files are missing or cut off."""
+        store = cls()
+        try:
+            facts = json.loads((directory / STORE_FILE).read_text())
+            store._count = facts["samples"]
+            for name, code in facts["columns"].items():
+                store._values[name] = _mapped(directory / f"{name}.bin", code)
+                store._offsets[name] = _mapped(directory / f"{name}.offsets.bin", "q")
+                if len(store._offsets[name]) != store._count + 1 or store._offsets[name][-1] != len(store._values[name]):
+                    raise ValueError(f"{name}.bin is cut off")
+            lines = (directory / "extras.jsonl").read_text(encoding="utf-8").splitlines()
+            store._extras = dict(json.loads(line) for line in lines)
+            if len(store._extras) != facts["extras"]:
+                raise ValueError("extras.jsonl is cut off")
+        except (OSError, ValueError, KeyError) as error:
+            raise DatasetError(f"{directory}: is no whole tokenised data set ({error}); write it again") from None
+        return store
+
+
+def _mapped(path: Path, code: str) -> memoryview:
+    if not path.stat().st_size:
+        return memoryview(array(code))
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast(code)

@@ -1,0 +1,168 @@
+"""StreamedDataset: rows are read, encoded and packed while training runs; memory holds a few windows of them.
+
+Sample n of the stream is always the same, whatever the number of ranks or processes. So a run can go on from nothing
+but n; `state(n)` makes that fast: it says where the window that holds n begins.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from swiftlite.llm.dataset.encoded import RowEncoder, samples_of
+from swiftlite.llm.dataset.loader import RowStream
+from swiftlite.llm.dataset.packing import joined, pack
+from swiftlite.llm.dataset.preprocess import RowError
+from swiftlite.llm.dataset.report import DropReport, RejectsFile
+from swiftlite.llm.dataset.store import TokenStore
+from swiftlite.llm.template.base import Template
+from swiftlite.utils.errors import DatasetError
+
+State = dict[str, Any]
+
+
+@dataclass
+class _Window:
+    """Samples first .. first + len(samples) of the stream, and where the rows behind them begin and end."""
+
+    first: int
+    begin: State
+    end: State
+    store: TokenStore
+    sequences: list[list[int]]  # packed: samples of each sequence; else one each
+
+
+class StreamedDataset:
+    """An endless data set: `[n]` for ascending n; epoch after epoch, each window of rows shuffled on its own.
+
+    Args:
+        open_rows: opens the rows at a state of RowStream (None: the beginning of an epoch).
+        window: rows that are shuffled and packed together. capacity: tokens of a packed sequence, None: no packing.
+        num_proc: processes that encode. max_drop_ratio: DatasetError if more of the rows seen so far are left out.
+    """
+
+    is_streaming = True
+
+    def __init__(
+        self,
+        open_rows: Callable[[State | None], RowStream],
+        template: Template,
+        *,
+        seed: int = 42,
+        shuffle: bool = True,
+        window: int = 1000,
+        capacity: int | None = None,
+        num_proc: int = 1,
+        max_drop_ratio: float = 0.05,
+        rejects: RejectsFile | None = None,
+        name: str = "training data",
+    ) -> None:
+        self.open_rows, self.seed, self.shuffle = open_rows, seed, shuffle
+        self.window, self.capacity = window, capacity
+        self._encode = RowEncoder(template, num_proc)
+        self.max_drop_ratio, self.name = max_drop_ratio, name
+        self.report = DropReport(rejects=rejects)
+        self.is_packed = capacity is not None
+        self._rows: tuple[State, RowStream] | None = None
+        self._tokens = self._room = 0
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._start: State = {"first": 0, "epoch": 0, "number": 0, "rows": None}
+        self._windows: list[_Window] = []
+        self._next: Future[_Window] | None = None
+
+    @property
+    def fill_rate(self) -> float:
+        """Share of the room of packed sequences that was used so far."""
+        return self._tokens / max(1, self._room)
+
+    def state(self, position: int) -> State:
+        """Plain values from which `load_state` finds sample `position` without reading what is before its window."""
+        for window in self._windows:
+            if window.first <= position < window.first + len(window.sequences):
+                return window.begin
+        return self._windows[-1].end if self._windows else self._start
+
+    def load_state(self, state: State) -> None:
+        """Go to where `state` was taken; samples before its window are still there, read anew."""
+        if self._next is not None and not self._next.cancel():
+            self._next.exception()  # what is being read ends first
+        self._start, self._windows, self._next, self._rows = dict(state), [], None, None
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """Raises: DatasetError where the data holds no usable row."""
+        if self._windows and position < self._windows[0].first or position < self._start["first"]:
+            self.load_state({"first": 0, "epoch": 0, "number": 0, "rows": None})  # back: from the beginning
+        while not self._windows or position >= self._windows[-1].first + len(self._windows[-1].sequences):
+            begin = self._windows[-1].end if self._windows else self._start
+            window = self._next.result() if self._next is not None else self._read(begin)
+            self._windows = [*self._windows[-1:], window]
+            self._next = self._executor.submit(self._read, window.end)
+        window = next(w for w in reversed(self._windows) if w.first <= position)
+        samples = [window.store[i] for i in window.sequences[position - window.first]]
+        return joined(samples) if self.is_packed else samples[0]
+
+    def _read(self, begin: State) -> _Window:
+        """The next window that has samples."""
+        state, epochs_without = begin, 0
+        while True:
+            window = self._read_rows(state)
+            if window.sequences:
+                window.begin = begin
+                return window
+            if window.end["epoch"] != state["epoch"]:
+                epochs_without += 1
+                if epochs_without > 1:
+                    self.report.check(1.0, self.name)
+                    raise DatasetError(f"{self.name}: holds no rows that can be used")
+            state = window.end
+
+    def _read_rows(self, begin: State) -> _Window:
+        if self._rows is None or self._rows[0] != begin:
+            self._rows = (begin, self.open_rows(begin["rows"]))
+        stream = self._rows[1]
+        rows: list[Any] = []
+        places: list[str] = []
+        ended = True
+        for place, row in stream:
+            if isinstance(row, RowError):
+                self.report.total += 1
+                self.report.drop(row.reason, place, row.seen, row.row)
+                places.append("")
+            else:
+                rows.append(row)
+                places.append(place)
+            if len(places) == self.window:
+                ended = False
+                break
+        places = [place for place in places if place]
+        if self.shuffle:
+            order = list(range(len(rows)))
+            random.Random(f"{self.seed}-{begin['number']}").shuffle(order)
+            rows, places = [rows[i] for i in order], [places[i] for i in order]
+        store = TokenStore()
+        for place, row, encoded in zip(places, rows, self._encode(rows), strict=True):
+            for sample in samples_of(encoded, self.report, place, row):
+                store.append(sample)
+        if self.report.dropped and (ended or self.report.total >= self.window):
+            self._check_dropped()
+        lengths = store.lengths()
+        sequences = pack(lengths, self.capacity) if self.capacity else [[i] for i in range(len(store))]
+        if self.capacity:
+            self._tokens += sum(lengths)
+            self._room += len(sequences) * self.capacity
+        end = {
+            "first": begin["first"] + len(sequences),
+            "epoch": begin["epoch"] + ended,
+            "number": begin["number"] + 1,
+            "rows": None if ended else stream.state(),
+        }
+        self._rows = None if ended else (end, stream)
+        return _Window(begin["first"], begin, end, store, sequences)
+
+    def _check_dropped(self) -> None:
+        """Stop above the limit; what is below it is told once at the end of the first epoch, and by the rejects file."""
+        if self.report.dropped > self.max_drop_ratio * self.report.total:
+            self.report.check(self.max_drop_ratio, self.name)
