@@ -324,7 +324,7 @@ def _load_models(models: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
     for name, model in zip(names, models, strict=True):
         result = unwrap(model).load_state_dict(loaded[name], strict=False)
-        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        missing = [key for key in result.missing_keys if "_extra_state" not in key]
         if missing or result.unexpected_keys:
             raise CheckpointError(
                 f"the checkpoint does not fit the model: missing {missing[:3]}, unknown {result.unexpected_keys[:3]}"
