@@ -183,9 +183,7 @@ class DataArguments(Arguments):
     val_dataset: list[str] = field([], "the same, for evaluation")
     split_dataset_ratio: float = field(0.0, "share of the data set kept for evaluation where --val_dataset is absent")
     columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
-    dataset_info: list[str] = field(
-        [], "JSON files that name data sets", aliases=["custom_dataset_info"]
-    )
+    dataset_info: list[str] = field([], "JSON files that name data sets", aliases=["custom_dataset_info"])
     interleave_prob: list[float] = field([], "draw from the data sets with these probabilities, one for each")
     stopping_strategy: str = field(
         "first_exhausted", "end of such a mixture", choices=["first_exhausted", "all_exhausted"]

@@ -115,7 +115,9 @@ def encode_cached(
 # ---- tokenised data sets ----
 
 
-def write_cached_dataset(directory: Path, template: Template, parts: Mapping[str, EncodedDataset | PackedDataset]) -> None:
+def write_cached_dataset(
+    directory: Path, template: Template, parts: Mapping[str, EncodedDataset | PackedDataset]
+) -> None:
     """Write tokenised, perhaps packed data: `cached_dataset.json`, one folder per part. The directory exists."""
     facts: dict[str, Any] = {"format": 1, "encoding": fingerprint(template), "packing_length": None}
     for name, part in parts.items():

@@ -25,7 +25,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
         if length > capacity:
-            raise UsageError(f"a sample of {length} tokens does not fit into sequences of {capacity}; lower --max_length")
+            raise UsageError(
+                f"a sample of {length} tokens does not fit into sequences of {capacity}; lower --max_length"
+            )
         at = bisect_left(open_, (length, -1))
         if at == len(open_):
             number, room = len(sequences), capacity
@@ -66,7 +68,12 @@ class PackedDataset:
     is_packed = True
 
     def __init__(
-        self, dataset: Any, capacity: int, seed: int = 42, sequences: list[list[int]] | None = None, name: str = "dataset"
+        self,
+        dataset: Any,
+        capacity: int,
+        seed: int = 42,
+        sequences: list[list[int]] | None = None,
+        name: str = "dataset",
     ) -> None:
         self.dataset, self.capacity = dataset, capacity
         self.sequences = pack_windows(dataset.lengths, capacity, seed) if sequences is None else sequences

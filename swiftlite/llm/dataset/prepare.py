@@ -98,9 +98,7 @@ def _streamed(
 ) -> tuple[StreamedDataset, Any]:
     for file in args.dataset_info:
         register_dataset_info(file)
-    options = ReadOptions(
-        args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author
-    )
+    options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author)
 
     def open_rows(state: dict[str, Any] | None) -> RowStream:
         return RowStream(

@@ -90,7 +90,8 @@ def open_spec(
         )
     hub = spec.hub or ("hf" if use_hf else "ms")
     return [
-        hub_source(hub, spec.name, subset, "train", streaming, num_proc, hub_token) for subset in spec.subsets or (None,)
+        hub_source(hub, spec.name, subset, "train", streaming, num_proc, hub_token)
+        for subset in spec.subsets or (None,)
     ]
 
 
@@ -122,7 +123,9 @@ def file_source(path: Path, streaming: bool = False, num_proc: int = 1, subsets:
     if subsets:
         path = path / subsets[0] if len(subsets) == 1 else path
         if len(subsets) > 1 or not path.is_dir():
-            raise UsageError(f"--dataset {path}: a local directory has no subsets; name the files or folders themselves")
+            raise UsageError(
+                f"--dataset {path}: a local directory has no subsets; name the files or folders themselves"
+            )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return Source(str(path), _saved_reader(path))
     files = sorted(file for file in path.iterdir() if file.suffix in READERS and file.is_file())
@@ -317,7 +320,9 @@ def _one_split(loaded: Any, name: str, split: str) -> Any:
         only = next(iter(loaded))
         get_logger().info("%s: has no split %s; its only one is taken: %s", name, split, only)
         return loaded[only]
-    raise DatasetError(f"{name}: has splits {', '.join(map(str, loaded))}, none of them {split!r}; register it with split")
+    raise DatasetError(
+        f"{name}: has splits {', '.join(map(str, loaded))}, none of them {split!r}; register it with split"
+    )
 
 
 def _one_line(error: BaseException) -> str:

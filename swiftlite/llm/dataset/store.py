@@ -1,7 +1,8 @@
 """TokenStore: encoded samples in flat arrays: 4 bytes a number in memory, or a directory that is mapped, not read.
 
 Layout of a directory: `store.json` (number of samples, columns), per column `NAME.bin` (numbers end to end) and
-`NAME.offsets.bin` (int64, where each sample begins; one more than samples), `extras.jsonl` for anything else: [sample, {name: value}].
+`NAME.offsets.bin` (int64, where each sample begins; one more than samples), `extras.jsonl` for
+anything else: [sample, {name: value}].
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class TokenStore:
             for name, code in facts["columns"].items():
                 store._values[name] = _mapped(directory / f"{name}.bin", code)
                 store._offsets[name] = _mapped(directory / f"{name}.offsets.bin", "q")
-                if len(store._offsets[name]) != store._count + 1 or store._offsets[name][-1] != len(store._values[name]):
+                if len(store._offsets[name]) != store._count + 1 or store._offsets[name][-1] != len(
+                    store._values[name]
+                ):
                     raise ValueError(f"{name}.bin is cut off")
             lines = (directory / "extras.jsonl").read_text(encoding="utf-8").splitlines()
             store._extras = dict(json.loads(line) for line in lines)

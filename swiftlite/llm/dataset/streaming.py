@@ -7,6 +7,7 @@ but n; `state(n)` makes that fast: it says where the window that holds n begins.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from swiftlite.llm.template.base import Template
 from swiftlite.utils.errors import DatasetError
 
 State = dict[str, Any]
+# A window's first sample, its epoch and number, and the state of the rows (None: at their beginning).
+_BEGINNING: State = {"first": 0, "epoch": 0, "number": 0, "rows": None}
 
 
 @dataclass
@@ -69,7 +72,8 @@ class StreamedDataset:
         self._rows: tuple[State, RowStream] | None = None
         self._tokens = self._room = 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._start: State = {"first": 0, "epoch": 0, "number": 0, "rows": None}
+        self._start: State = dict(_BEGINNING)
+        self._begins: deque[State] = deque(maxlen=256)  # of windows that were read, so that a state is found quickly
         self._windows: list[_Window] = []
         self._next: Future[_Window] | None = None
 
@@ -80,25 +84,30 @@ class StreamedDataset:
 
     def state(self, position: int) -> State:
         """Plain values from which `load_state` finds sample `position` without reading what is before its window."""
-        for window in self._windows:
-            if window.first <= position < window.first + len(window.sequences):
-                return window.begin
-        return self._windows[-1].end if self._windows else self._start
+        if self._windows and position >= self._windows[-1].end["first"]:
+            return self._windows[-1].end
+        known = [begin for begin in self._begins if begin["first"] <= position]
+        return known[-1] if known else self._begin_before(position)
+
+    def _begin_before(self, position: int) -> State:
+        return self._start if self._start["first"] <= position else dict(_BEGINNING)
 
     def load_state(self, state: State) -> None:
         """Go to where `state` was taken; samples before its window are still there, read anew."""
         if self._next is not None and not self._next.cancel():
             self._next.exception()  # what is being read ends first
         self._start, self._windows, self._next, self._rows = dict(state), [], None, None
+        self._begins.clear()
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Raises: DatasetError where the data holds no usable row."""
-        if self._windows and position < self._windows[0].first or position < self._start["first"]:
-            self.load_state({"first": 0, "epoch": 0, "number": 0, "rows": None})  # back: from the beginning
+        if position < (self._windows[0].first if self._windows else self._start["first"]):
+            self.load_state(self.state(position))  # back
         while not self._windows or position >= self._windows[-1].first + len(self._windows[-1].sequences):
             begin = self._windows[-1].end if self._windows else self._start
             window = self._next.result() if self._next is not None else self._read(begin)
             self._windows = [*self._windows[-1:], window]
+            self._begins.append(window.begin)
             self._next = self._executor.submit(self._read, window.end)
         window = next(w for w in reversed(self._windows) if w.first <= position)
         samples = [window.store[i] for i in window.sequences[position - window.first]]

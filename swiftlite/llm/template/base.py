@@ -375,7 +375,8 @@ class Template:
         """Pad encoded rows to one length and stack them.
 
         Args: pad_to_multiple_of: round the length up; sequence_parallel_size does so by itself. pad_to: at least this.
-        Returns: int64 tensors [B, S]: input_ids, labels (-100 in the padding), attention_mask (1 text, 0 padding),
+        Returns: int64 tensors [B, S]: input_ids, labels (-100 in the padding and for a row's first token, which nothing
+            predicts), attention_mask (1 text, 0 padding),
             position_ids (0.. per row, 0 in the padding); loss_scale float32 [B, S] where a row has one. With
             padding_free the rows are joined to [1, S], position_ids start anew in each and there is no mask.
         """
@@ -389,6 +390,8 @@ class Template:
         pad_token = self.tokenizer.pad_token_id
         if pad_token is None:
             pad_token = self.tokenizer.eos_token_id or 0
+
+        batch = [{**row, "labels": [IGNORE_INDEX, *row["labels"][1:]]} for row in batch]
 
         def padded(name: str, values: Iterable[list[Any]], fill: Any) -> Tensor:
             dtype = torch.float32 if name == "loss_scale" else torch.int64

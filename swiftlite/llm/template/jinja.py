@@ -85,7 +85,11 @@ def _tagged(
     names = {**getattr(tokenizer, "special_tokens_map", {}), **options}
     try:
         texts, indices = render_jinja_template(
-            conversations=[list(messages)], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **names
+            conversations=[list(messages)],
+            tools=tools,
+            chat_template=source,
+            return_assistant_tokens_mask=True,
+            **names,
         )
     except Exception as error:  # as in write_jinja
         line = " ".join(str(error).split())[:200]
@@ -107,9 +111,7 @@ class _Finder:
     answer that thinks nevertheless stands behind the other prompt.
     """
 
-    def __init__(
-        self, writers: Sequence[Write], messages: list[Message], text: str, stop_words: Sequence[str]
-    ) -> None:
+    def __init__(self, writers: Sequence[Write], messages: list[Message], text: str, stop_words: Sequence[str]) -> None:
         self.writers, self.messages, self.text, self.stop_words = writers, messages, text, stop_words
 
     def span(self, index: int) -> list[int]:

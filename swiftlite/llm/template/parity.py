@@ -89,6 +89,3 @@ def check_parity(template: Template, strict: bool = False) -> None:
     if strict:
         raise TemplateError(f"--strict_template true: {message}")
     get_logger().warning("%s; what is trained or asked differs from what others serve", message)
-
-
-

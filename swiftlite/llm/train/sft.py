@@ -17,10 +17,19 @@ import transformers
 from torch import Tensor
 
 from swiftlite.llm.argument.sft import SftArguments
-from swiftlite.llm.dataset.order import SampleOrder
+from swiftlite.llm.dataset.order import (
+    SampleOrder,
+    StreamOrder,
+    order_of,
+    read_data_state,
+    steps_of,
+    write_data_state,
+)
+from swiftlite.llm.dataset.report import REJECTS_FILE
 from swiftlite.llm.pipeline import as_arguments, load_args, prepare_model_template
 from swiftlite.llm.train.data import load_data
 from swiftlite.llm.train.metrics import Metrics, format_seconds
+from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
 from swiftlite.utils.dist import get_rank, get_world_size
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes, peak_memory_bytes
@@ -34,6 +43,7 @@ logger = get_logger()
 CHANGEABLE = frozenset(
     {
         "micro_batch_size", "gradient_accumulation_steps", "attention_backend", "recompute", "dataset_num_proc",
+        "load_from_cache_file", "strict_template",
         "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor", "logging_steps",
         "logging_dir", "report_to", "save_steps", "save_total_limit", "save_weights_only", "save_safetensors",
         "eval_steps", "eval_iters", "resume", "add_version", "exist_ok", "output_dir", "ignore_requirements", "use_hf",
@@ -66,7 +76,7 @@ def lora_model(model: Any, args: Any) -> Any:
 class _Stream(torch.utils.data.Sampler[int]):
     """Positions 0 .. count of the run's sample order; one pass is the whole run."""
 
-    def __init__(self, order: SampleOrder, count: int) -> None:
+    def __init__(self, order: SampleOrder | StreamOrder, count: int) -> None:
         self.order, self.count = order, count
 
     def __len__(self) -> int:
@@ -91,6 +101,20 @@ class SftTrainer(transformers.Trainer):
     def _get_train_sampler(self, *_: Any) -> _Stream:
         return self._stream
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Weighted by loss_scale where a batch has it; still a mean over the tokens with a label."""
+        if "loss_scale" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        total, outputs = weighted_loss(model, inputs)
+        count = num_items_in_batch
+        if count is None:
+            count = (inputs["labels"][:, 1:] != -100).sum()
+        elif self.args.average_tokens_across_devices:
+            total = total * self.accelerator.num_processes  # ranks' gradients are averaged
+        return (total / count, outputs) if return_outputs else total / count
+
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         model: Any = self.model
@@ -103,7 +127,11 @@ class SftTrainer(transformers.Trainer):
             rows = [data[i] for i in mine[start : start + self.args.per_device_eval_batch_size]]
             batch = {k: v.to(self.args.device) for k, v in collate(rows).items()}
             count = (batch["labels"][:, 1:] != -100).sum()
-            total += torch.stack([model(**batch).loss.double() * count, count.double()])
+            if "loss_scale" in batch:
+                loss = weighted_loss(model, batch)[0].double()
+            else:
+                loss = model(**batch).loss.double() * count
+            total += torch.stack([loss, count.double()])
         if get_world_size() > 1:
             torch.distributed.all_reduce(total)
         model.train()
@@ -113,10 +141,20 @@ class SftTrainer(transformers.Trainer):
         return result
 
 
+def weighted_loss(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+    """(cross entropy summed with the weights `loss_scale` [B, S], the model's outputs)."""
+    outputs = model(**{k: v for k, v in batch.items() if k not in ("labels", "loss_scale")})
+    losses = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].float().transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+    )
+    return (losses * batch["loss_scale"][:, 1:]).sum(), outputs
+
+
 class _Report(transformers.TrainerCallback):
     """Metrics in the form and under the names that Megatron runs have; the last step is always saved."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, train_set: Any, global_batch: int) -> None:
+        self.train_set, self.global_batch = train_set, global_batch
         self.metrics, self.since, self.last = metrics, time.perf_counter(), {"loss": math.nan}
         self.tokens = 0
 
@@ -135,6 +173,12 @@ class _Report(transformers.TrainerCallback):
         self.metrics.advance(state.global_step, float(self.last["loss"]), 0.0, 0.0)
         control.should_log |= state.global_step == state.max_steps
         control.should_save |= state.global_step == state.max_steps
+
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_data_state(self.train_set, directory, state.global_step * self.global_batch)
 
 
 def peak_memory() -> int:
@@ -157,7 +201,7 @@ def settle_output(args: Any) -> str | None:
         return None
     last = get_last_checkpoint(str(root)) if root.is_dir() else None
     if last is None:
-        if root.is_dir() and any(root.iterdir()) and not args.exist_ok:
+        if root.is_dir() and any(p.name != REJECTS_FILE for p in root.iterdir()) and not args.exist_ok:
             raise UsageError(f"{root} is not empty and holds no checkpoint of a run; choose another --output_dir")
         return None
     if not args.resume:
@@ -240,11 +284,14 @@ def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
         raise UsageError("give the model with --model DIR_OR_ID")
     model, template = prepare_model_template(args)
     assert model is not None
-    train_set, val_set = load_data(args, template)
     checkpoint = settle_output(args)
+    train_set, val_set = load_data(args, template)
     _, accumulation, global_batch = args.batch_sizes(get_world_size())
-    steps = args.train_iters or math.ceil((args.num_train_epochs or 1.0) * len(train_set) / global_batch)
-    order = SampleOrder(len(train_set), args.seed if args.data_seed is None else args.data_seed, args.dataset_shuffle)
+    steps, order = steps_of(train_set, args, global_batch), order_of(train_set, args, global_batch)
+    if checkpoint:
+        read_data_state(train_set, Path(checkpoint))
+    model.config.use_cache = False  # a cache is of no use in training, and hides where joined samples begin
+    masked = template.padding_free and needs_mask(model)
     if args.train_type == "lora":
         model = lora_model(model, args)
     root, main = Path(str(args.output_dir)), get_rank() == 0
@@ -254,12 +301,14 @@ def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
     done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     tensorboard = args.logging_dir or f"{args.output_dir}/runs"
     metrics = Metrics(root, tensorboard, args.report_to, done, steps, main)
-    report = _Report(metrics)
+    report = _Report(metrics, train_set, global_batch)
 
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = template.data_collator(rows)
         report.tokens += int(batch["labels"].ne(-100).sum()) * get_world_size()
-        return {k: v for k, v in batch.items() if k in ("input_ids", "labels", "attention_mask", "position_ids")}
+        if masked:
+            batch["attention_mask"] = block_diagonal_mask(batch["position_ids"], model.dtype)
+        return batch
 
     trainer = SftTrainer(
         model=model,

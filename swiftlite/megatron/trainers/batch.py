@@ -120,7 +120,7 @@ def collate(
 def collate_joined(
     rows: Sequence[dict[str, Any]], pad_token_id: int = 0, multiple_of: int = 1, at_least: int = 0
 ) -> MicroBatch:
-    """Join rows, packed sequences or samples, to one sequence [1, S]; no sample sees another. Padding is a sample of its own."""
+    """Join rows, packed sequences or samples, to one sequence [1, S]; padding is a sample of its own."""
     lengths = [n for row in rows for n in row.get("sample_lengths") or [len(row["input_ids"])]]
     batch = collate([join_rows(rows)], pad_token_id, multiple_of, at_least)
     size = batch.tokens.shape[1]

@@ -21,7 +21,7 @@ def make_template(make_tokenizer):
 def test_right_padding(make_template):
     batch = make_template().data_collator(ROWS)
     assert batch["input_ids"].tolist() == [[11, 12, 13], [21, 22, 0]]
-    assert batch["labels"].tolist() == [[-100, 12, 13], [21, 22, -100]]
+    assert batch["labels"].tolist() == [[-100, 12, 13], [-100, 22, -100]], "nothing predicts a first token"
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
     assert batch["loss_scale"].tolist() == [[0.0, 1.0, 1.0], [1.0, 0.5, 0.0]]

@@ -32,7 +32,9 @@ def pair(make_tokenizer):
 
 def _conversations(rng):
     """Ordinary conversations: with and without system, tools, thoughts; several rounds."""
-    text = lambda: " ".join(rng.choices(("Paris", "is", "nice", "你好", "🙂", "two\n\nlines", "a  b"), k=rng.randint(1, 5)))  # noqa: E731
+    text = lambda: " ".join(
+        rng.choices(("Paris", "is", "nice", "你好", "🙂", "two\n\nlines", "a  b"), k=rng.randint(1, 5))
+    )  # noqa: E731
     messages = [{"role": "system", "content": text()}] if rng.random() < 0.5 else []
     tools = None
     for _ in range(rng.randint(1, 3)):
@@ -75,7 +77,9 @@ def test_generation_tags_say_what_is_learnt(make_tokenizer):
         "{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
     )
     template = get_template("jinja", tokenizer, template_backend="jinja")
-    row = {"messages": [*QA, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No.", "loss": False}]}
+    row = {
+        "messages": [*QA, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No.", "loss": False}]
+    }
     text, spans = template.training_text(row)
     assert text == "user: What is the capital?\nA: Paris.</s>user: And?\nA: No.</s>"
     assert [text[a:b] for a, b, _ in spans] == ["Paris.</s>"], "a message's own loss holds here too"
@@ -107,9 +111,7 @@ def test_history_that_is_written_anew(make_tokenizer):
 
 def test_what_cannot_be_settled_is_refused(make_tokenizer):
     tokenizer = make_tokenizer(eos_token="<|im_end|>")
-    tokenizer.chat_template = (
-        "{{ messages | length }}{% for m in messages %}[{{ m.content | upper }}]{% endfor %}"
-    )
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}[{{ m.content | upper }}]{% endfor %}"
     template = get_template("jinja", tokenizer, template_backend="jinja")
     with pytest.raises(TemplateError, match="message 1 .assistant. .* cannot be settled"):
         template.encode({"messages": QA})
