@@ -32,9 +32,11 @@ def pair(make_tokenizer):
 
 def _conversations(rng):
     """Ordinary conversations: with and without system, tools, thoughts; several rounds."""
-    text = lambda: " ".join(
-        rng.choices(("Paris", "is", "nice", "你好", "🙂", "two\n\nlines", "a  b"), k=rng.randint(1, 5))
-    )  # noqa: E731
+    words = ("Paris", "is", "nice", "你好", "🙂", "two\n\nlines", "a  b")
+
+    def text():
+        return " ".join(rng.choices(words, k=rng.randint(1, 5)))
+
     messages = [{"role": "system", "content": text()}] if rng.random() < 0.5 else []
     tools = None
     for _ in range(rng.randint(1, 3)):
