@@ -9,8 +9,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from swiftlite.llm.argument.export import ExportArguments
 from swiftlite.llm.pipeline import as_arguments, resolve
 from swiftlite.megatron.adapters import base_map, convert_adapter, merge_to_hf, open_adapter, the_adapter
 from swiftlite.megatron.argument.export import conversion_arguments
+from swiftlite.megatron.execute import run_jobs, verify_bitwise
 from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.plan import check_duplicates, plan_to_hf, plan_to_mcore, print_coverage
 from swiftlite.megatron.side_files import (
@@ -31,17 +31,16 @@ from swiftlite.megatron.side_files import (
     write_manifest,
 )
 from swiftlite.megatron.vocabulary import add_tokens
-from swiftlite.utils.dist import all_gather, barrier, get_local_world_size, get_rank, get_world_size, host_group
-from swiftlite.utils.errors import UsageError, VerifyError
+from swiftlite.utils.dist import barrier, get_rank, get_world_size, host_group
+from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, peak_memory_bytes
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.fp8 import open_source
-from swiftlite.weights.journal import Workspace, fingerprint, workspace
+from swiftlite.weights.journal import fingerprint, workspace
 from swiftlite.weights.lora import Merged
 from swiftlite.weights.rule import BoundMap, Coverage
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
-from swiftlite.weights.storage import Files, TensorSource
 from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource, find_iteration
 
 
@@ -65,8 +64,6 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
     changes: dict[str, Any] = {"torch_dtype": dtype} if dtype else {}
     if new is not None and new.config["vocab_size"] != config["vocab_size"]:
         config, changes = new.config, {**changes, "vocab_size": new.config["vocab_size"]}
-    if config.get("quantization_config"):
-        changes["quantization_config"] = None  # the weights are written dequantised
     source = new.source if new is not None else None
     adapter = None
     if args.merge_lora and (args.adapters or args.mcore_adapter):
@@ -92,12 +89,13 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
 
     def identity() -> str:
         return fingerprint(
-            [*plan.source.files, model_dir / "config.json"], ["to_mcore", str(dtype), num_files, changes]
+            [*plan.source.files, model_dir / "config.json", *(adapter.files if adapter else ())],
+            ["to_mcore", str(dtype), num_files, changes, adapter is not None],
         )
 
     with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
         iteration = space.directory / "iter_0000001"
-        hashes = _run("to_mcore", plan.jobs(iteration), args.max_memory_bytes, space)
+        hashes = run_jobs("to_mcore", plan.jobs(iteration), args.max_memory_bytes, space)
         if get_rank() == 0:
             copy_side_files(model_dir, space.directory, changes)
             if new is not None:
@@ -113,15 +111,8 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
         barrier()
         if args.verify == "bitwise":
             written = HfNames(McoreView.open(TorchDistSource(iteration), plan.bound))
-            _verify_bitwise(written, hashes, args.max_memory_bytes)
-        _check_precision(
-            args,
-            model_dir,
-            space.directory,
-            plan.source,
-            config["vocab_size"],
-            dtype or getattr(plan.source, "dequantised", None),
-        )
+            verify_bitwise(written, hashes, args.max_memory_bytes)
+        _check_precision(args, model_dir, space.directory, plan.source, config["vocab_size"], dtype)
     _summary(output_dir, total, started, f"swiftlite megatron sft --mcore_model {output_dir} --dataset FILE")
     return output_dir
 
@@ -159,13 +150,13 @@ def convert_mcore2hf(args: Any) -> Path:
 
     with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
         places = {n: (space.directory / s.file, offset) for s in shards for n, offset in s.offsets.items()}
-        hashes = _run("to_hf", plan.jobs(places), args.max_memory_bytes, space)
+        hashes = run_jobs("to_hf", plan.jobs(places), args.max_memory_bytes, space)
         if get_rank() == 0:
             copy_side_files(model_dir, space.directory, {"torch_dtype": dtype} if dtype else {})
             write_index(space.directory, shards, plan.total_bytes)
         barrier()
         if args.verify == "bitwise":
-            _verify_bitwise(SafetensorsSource(space.directory), hashes, args.max_memory_bytes)
+            verify_bitwise(SafetensorsSource(space.directory), hashes, args.max_memory_bytes)
         _check_precision(args, space.directory, iteration, cast=dtype)
     _summary(output_dir, plan.total_bytes, started, f"swiftlite infer --model {output_dir}")
     return output_dir
@@ -190,57 +181,6 @@ def _report_plan(
         log.info("ignored: %s", ", ".join(coverage.ignored[:5]) + (" ..." if len(coverage.ignored) > 5 else ""))
     for duplicate in coverage.duplicates if coverage else ():
         log.info("%s is a copy of %s: checked, kept once, written again on the way back", duplicate.name, duplicate.of)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc=what, mininterval=0.5, disable=get_rank() != 0) as bar:
-        yield bar.update
-
-
-def _run(what: str, jobs: list[stream.Job], max_memory: int | None, space: Workspace) -> dict[str, str]:
-    """This process' share of the jobs. Returns: the hashes of all processes."""
-    jobs = share(jobs, get_rank(), get_world_size())
-    with _progress(what, sum(job.nbytes for job in jobs)) as update:
-        mine = stream.run(jobs, max_memory=_per_process(max_memory), on_bytes=update, journal=space.journal)
-    return {name: digest for part in all_gather(mine) for name, digest in part.items()}
-
-
-def share(jobs: list[stream.Job], rank: int, world_size: int) -> list[stream.Job]:
-    """The jobs of one process: whole output files, so that no two write one file, balanced by bytes."""
-    sizes: dict[Path, int] = {}
-    for job in jobs:
-        sizes[job.file] = sizes.get(job.file, 0) + job.nbytes
-    loads, owner = [0] * world_size, {}
-    for file, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
-        owner[file] = loads.index(min(loads))
-        loads[owner[file]] += size
-    return [job for job in jobs if owner[job.file] == rank]
-
-
-def _per_process(max_memory: int | None) -> int | None:
-    return None if max_memory is None else max_memory // get_local_world_size()
-
-
-def _verify_bitwise(written: TensorSource, hashes: Mapping[str, str], max_memory: int | None) -> None:
-    """Read the output back from the disk, tensor by tensor under its Hugging Face name, and compare hashes.
-
-    Raises: VerifyError naming the first tensor that differs.
-    """
-    names = sorted(hashes)[get_rank() :: get_world_size()]
-    total = sum(written.spec(name).nbytes for name in names)
-    with _progress("verify", total) as update, Files() as files:
-        for name in names:
-            for extent in written.extents(name, 0, written.spec(name).nbytes):
-                files.forget(extent.file)
-                break
-            if stream.hash_tensor(written, name, files) != hashes[name]:
-                raise VerifyError(f"{name} reads back with other bytes than were written; the disk may be failing")
-            update(written.spec(name).nbytes)
-    barrier()
-    get_logger().info("verified: %d tensors read back bit for bit", len(hashes))
 
 
 def _check_precision(
@@ -278,6 +218,10 @@ def _ready(args: Any) -> Any:
 def export_main(args: ExportArguments | Sequence[str]) -> Path:
     """`swiftlite export`; `args`: ExportArguments, or words as typed. Raises: UsageError if no direction is given."""
     args = as_arguments(ExportArguments, args)
+    if args.to_cached_dataset:
+        from swiftlite.llm.dataset.export import export_cached_dataset  # imports transformers' tokenizers
+
+        return export_cached_dataset(args)
     if args.adapters or args.mcore_adapter:
         return _export_adapter(_ready(args))
     if args.merge_lora:
@@ -286,7 +230,7 @@ def export_main(args: ExportArguments | Sequence[str]) -> Path:
         return convert_hf2mcore(args)
     if args.to_hf:
         return convert_mcore2hf(args)
-    raise UsageError("nothing to do: give --to_mcore true or --to_hf true")
+    raise UsageError("nothing to do: give --to_mcore true or --to_hf true, or --to_cached_dataset true")
 
 
 def _export_adapter(args: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from swiftlite.llm.dataset import EncodedDataset, PackedDataset
 from swiftlite.llm.dataset.packing import pack_windows
 from swiftlite.llm.template import get_template
 from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
+from tests.families.cases import build_hf, config_of
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
@@ -19,7 +21,8 @@ ROWS = [
     for i in range(12)
 ]  # fmt: skip
 FAMILIES = ["llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe"]
-TYPES = {"llama": "llama3_1", "qwen2": "qwen2_5", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_5"}
+TYPES = {"llama": "llama3_1", "qwen2": "qwen2_5", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_5",
+         "mla": "moonlight"}  # fmt: skip
 
 
 @pytest.fixture
@@ -109,11 +112,22 @@ def test_a_model_that_ignores_positions_gets_the_mask(hf):
 
 
 @pytest.fixture
-def first_step(tiny_model, tmp_path, monkeypatch):
+def first_step(tiny_model, tiny_tokenizer_dir, tmp_path, monkeypatch):
     """Loss and gradients of one step over all rows, as `megatron sft` makes them."""
     pytest.importorskip("megatron.core")
     from swiftlite.megatron.trainers.base import Trainer
     from swiftlite.megatron.trainers.sft import megatron_sft_main
+
+    def model_of(family):
+        if family != "mla":
+            return tiny_model(family)
+        directory = tmp_path / "mla"
+        if not directory.exists():
+            config = {**config_of("moonlight:default"), "max_position_embeddings": 256}
+            build_hf({**config, "vocab_size": max(320, config["vocab_size"])}, directory)
+            for file in tiny_tokenizer_dir.iterdir():
+                shutil.copy(file, directory)
+        return directory
 
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -129,7 +143,7 @@ def first_step(tiny_model, tmp_path, monkeypatch):
 
     def run(family, output, **flags):
         settings = {
-            "model": tiny_model(family), "model_type": TYPES[family], "template": "qwen3", "dataset": data,
+            "model": model_of(family), "model_type": TYPES[family], "template": "qwen3", "dataset": data,
             "output_dir": tmp_path / output, "torch_dtype": "float32", "train_iters": 1, "max_length": 200,
             "no_save_optim": "true", **flags,
         }  # fmt: skip
@@ -139,7 +153,7 @@ def first_step(tiny_model, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe", "mla"])
 def test_megatron_packed_equals_padded(first_step, family):
     padded, batches = first_step(family, "padded", micro_batch_size=12, global_batch_size=12)
     assert len(batches) == 1 and batches[0].tokens.shape[0] == 12

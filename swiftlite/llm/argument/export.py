@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.llm.argument.base import BaseArguments, DataArguments, normalize_dtype
+from swiftlite.llm.argument.base import BaseArguments, normalize_dtype
 from swiftlite.llm.argument.flags import EXPORT_NOTES, EXPORT_UNAVAILABLE
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.parser import Arguments, Note, arguments, field, hide
+from swiftlite.utils.parser import Arguments, Note, arguments, field
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -41,13 +41,17 @@ class ExportArguments(McoreArguments, BaseArguments):
     NOTES: ClassVar[Mapping[str, Note]] = EXPORT_NOTES
     UNAVAILABLE: ClassVar[Mapping[str, str]] = EXPORT_UNAVAILABLE
     HIDDEN: ClassVar[Mapping[str, str]] = {
-        **hide(DataArguments, "export reads no data set"),
+        "cached_dataset": "export writes one, with --to_cached_dataset true",
+        "streaming": "export reads whole data sets",
+        "shuffle_buffer_size": "export reads whole data sets",
+        "group_by_length": "has no effect on export",
         "seed": "conversion draws no random numbers",
         "device_map": "export chooses its devices itself",
     }
 
     to_mcore: bool = field(False, "Hugging Face -> Megatron-core torch_dist")
     to_hf: bool = field(False, "Megatron-core torch_dist -> Hugging Face")
+    to_cached_dataset: bool = field(False, "write --dataset as token ids, which both trainers read by memory map")
     test_convert_precision: bool = field(False, "run both models on one conversation and fail where they disagree")
     test_convert_dtype: str = field("float32", "dtype of that run")
     thread_count: int | None = field(None, "number of torch_dist files (default: about 10 GB each, at least 2)")
@@ -60,6 +64,10 @@ class ExportArguments(McoreArguments, BaseArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.to_cached_dataset and (self.to_mcore or self.to_hf or self.merge_lora):
+            raise UsageError("--to_cached_dataset true: converts no model; leave out --to_mcore, --to_hf and --merge_lora")
+        if self.dataset and not self.to_cached_dataset:
+            raise UsageError("--dataset: converting a model reads no data; --to_cached_dataset true tokenises it")
         if self.to_mcore and self.to_hf:
             raise UsageError("--to_mcore true and --to_hf true: give one direction")
         if self.to_hf and not (self.mcore_model or self.mcore_adapter):

@@ -302,12 +302,11 @@ def _load_hf(hub_id: str, subset: str | None, streaming: bool, num_proc: int, to
 
 
 def _load_ms(hub_id: str, subset: str | None, streaming: bool, num_proc: int, token: str | None) -> Any:
-    from modelscope import MsDataset
+    """ModelScope's data sets are repositories in Hugging Face's layout: fetched whole, then read as local ones."""
+    from modelscope import dataset_snapshot_download
 
-    loaded = MsDataset.load(
-        hub_id, subset_name=subset, use_streaming=streaming, token=token, **_processes(streaming, num_proc)
-    )
-    return loaded.to_hf_dataset() if hasattr(loaded, "to_hf_dataset") else loaded
+    folder = dataset_snapshot_download(hub_id, **({"token": token} if token else {}))
+    return _load_hf(folder, subset, streaming, num_proc, None)
 
 
 def _one_split(loaded: Any, name: str, split: str) -> Any:

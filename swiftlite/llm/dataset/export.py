@@ -1,0 +1,54 @@
+"""`swiftlite export --to_cached_dataset true`: a data set as token ids on disk, which every trainer maps into memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from swiftlite.llm.dataset.cache import write_cached_dataset
+from swiftlite.llm.dataset.prepare import encode_and_pack, read_rows
+from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
+from swiftlite.llm.pipeline import prepare_template, resolve
+from swiftlite.utils.dist import is_main_process
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.io import check_new, replace_directory
+from swiftlite.utils.logger import get_logger
+
+
+def export_cached_dataset(args: Any) -> Path:
+    """Read, tokenise and perhaps pack `--dataset` (and --val_dataset) with the model's template; no weights are needed.
+
+    Returns: the directory. Raises: UsageError, DatasetError.
+    """
+    if not args.dataset:
+        raise UsageError("--to_cached_dataset true: give the data with --dataset")
+    if args.streaming:
+        raise UsageError("--to_cached_dataset true: writes whole data sets; leave out --streaming")
+    if args.model is None:
+        raise UsageError("--to_cached_dataset true: give the model, whose tokenizer and template are used, with --model")
+    name = Path(args.dataset[0].split("#")[0]).stem or "dataset"
+    output = Path(args.output_dir or f"{name}-cached")
+    if not is_main_process():
+        return output
+    check_new(output, args.exist_ok)
+    resolve(args, download_model=False)
+    template = prepare_template(args)
+    scratch = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    scratch.mkdir(parents=True)
+    try:
+        rejects = RejectsFile(scratch / REJECTS_FILE)
+        train_rows, val_rows = read_rows(args, rejects)
+        parts = {"train": encode_and_pack(train_rows, args, template, rejects, "training data")}
+        if val_rows:
+            parts["val"] = encode_and_pack(val_rows, args, template, rejects, "validation data")
+        write_cached_dataset(scratch, template, parts)
+        args.save(scratch)
+        replace_directory(scratch, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    tokens = sum(parts["train"].lengths)
+    get_logger().info("wrote %s: %d training samples, %d tokens", output, len(parts["train"]), tokens)
+    get_logger().info("next: swiftlite megatron sft --cached_dataset %s ..., with the same template settings", output)
+    return output
