@@ -93,3 +93,19 @@ def test_without_a_manifest_the_tensors_are_still_the_same(tmp_path: Path) -> No
     original = load_file(tmp_path / "hf/model.safetensors")
     assert back.keys() == original.keys() == index.keys()
     assert all(torch.equal(back[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize("case", ["glm4_5:default", "qwen3_moe:default", "qwen3:default", "moonlight:default"])
+def test_files_of_mixed_dtypes(case: str, tmp_path: Path) -> None:
+    """Norms and router bias in fp32, the rest in bf16: every tensor keeps its own dtype and bytes."""
+    from safetensors.torch import load_file, save_file
+
+    build_hf(config_of(case), tmp_path / "hf", dtype=torch.bfloat16)
+    path = tmp_path / "hf/model.safetensors"
+    tensors = load_file(path)
+    mixed = {n: t.float() if "norm" in n or "e_score" in n else t for n, t in tensors.items()}
+    save_file(mixed, path, {"format": "pt"})
+    to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    to_hf(tmp_path / "mcore", tmp_path / "back")
+    assert (tmp_path / "back/model.safetensors").read_bytes() == path.read_bytes()
+    assert {t.dtype for t in mixed.values()} == {torch.float32, torch.bfloat16}

@@ -138,3 +138,31 @@ def test_module_tree_of_glm_4_5_air(tmp_path: Path) -> None:
     for name in [n for n in expected if n.endswith(("q_layernorm", "k_layernorm")) and n not in mine]:
         assert expected.pop(name) == "IdentityOp"
     assert mine == expected
+
+
+@pytest.mark.parametrize("case", ["glm4_5:default", "deepseek_r1:default"])
+def test_multi_token_prediction(case: str, tmp_path: Path) -> None:
+    """With its MTP block live: every tensor in place, a finite loss with MTP's share, and the same bytes back."""
+    from safetensors.torch import load_file
+
+    build_hf(config(case), tmp_path / "hf", dtype=torch.bfloat16)
+    to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    args = arguments(tmp_path / "mcore", "bfloat16")
+    args.mtp_num_layers = 1
+    with parallel_groups(args):
+        models = build_models(args)
+        models[0].cuda()
+        for parameter in models[0].parameters():
+            parameter.data = parameter.data.bfloat16()
+        hf_io.load_weights(models, tmp_path / "mcore")
+        ids = IDS.cuda()
+        positions = torch.arange(ids.shape[1], device="cuda").expand_as(ids)
+        with torch.no_grad():
+            loss = models[0].train()(
+                ids, positions, None, labels=ids.roll(-1, 1), loss_mask=torch.ones_like(ids).float()
+            )
+        assert torch.isfinite(loss).all()
+        assert hf_io.save_hf_weights(models, tmp_path / "back", tmp_path / "hf") == []  # nothing is only carried
+    original, back = load_file(tmp_path / "hf/model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert original.keys() == back.keys()
+    assert all(torch.equal(original[name], back[name]) for name in original)
