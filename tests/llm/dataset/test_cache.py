@@ -1,0 +1,165 @@
+"""Tokenised data on disk: equal to what encoding gives, found by content, refused where settings differ."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from swiftlite.cli.main import main
+from swiftlite.llm.dataset import EncodedDataset, PackedDataset, load_dataset
+from swiftlite.llm.dataset.cache import encode_cached, fingerprint, load_cached_dataset
+from swiftlite.llm.dataset.report import RejectsFile
+from swiftlite.llm.template import get_template
+from swiftlite.utils.errors import DatasetError
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "answer " * (i % 9 + 1)}]}
+    for i in range(700)
+]
+
+
+@pytest.fixture
+def make_template(tiny_tokenizer_dir):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer_dir)
+    return lambda name="chatml", **kwargs: get_template(name, tokenizer, **kwargs)
+
+
+def test_saved_and_mapped_samples_are_equal(make_template, tmp_path):
+    rows = [dict(row) for row in ROWS]
+    rows[3] = {"messages": [ROWS[3]["messages"][0], {**ROWS[3]["messages"][1], "loss_scale": 0.25}], "label": True}
+    dataset = EncodedDataset(rows, make_template(remove_unused_columns=False))
+    dataset.save(tmp_path / "d")
+    loaded = EncodedDataset.load(tmp_path / "d")
+    assert list(loaded) == list(dataset)
+    assert loaded[3]["label"] is True and set(loaded[3]["loss_scale"]) == {0.0, 0.25}
+    assert loaded[-1] == dataset[699] and loaded.lengths == dataset.lengths
+    (tmp_path / "d" / "labels.bin").write_bytes(b"\0" * 40)
+    with pytest.raises(DatasetError, match="labels.bin is cut off"):
+        EncodedDataset.load(tmp_path / "d")
+
+
+def test_processes_give_the_same(make_template):
+    rows = ROWS + [{"messages": [{"role": "user", "content": None}, ROWS[0]["messages"][1]]}]
+    one, two = (EncodedDataset(rows, make_template(max_length=60), max_drop_ratio=0.5, num_proc=n) for n in (1, 2))
+    assert list(one) == list(two) and len(one) < 700
+    assert one.report.summary() == two.report.summary() and one.row_indices == two.row_indices
+
+
+def test_cache_finds_rows_by_content(make_template, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWIFTLITE_CACHE", str(tmp_path / "cache"))
+    made = []
+    real = EncodedDataset.__init__
+
+    def counted(self, *args, **kwargs):
+        made.append(1)
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(EncodedDataset, "__init__", counted)
+    rows = [*ROWS, {"messages": [{"role": "user", "content": "no answer"}]}]
+
+    def get(rows=rows, **kwargs):
+        rejects = RejectsFile(tmp_path / "rejects.jsonl")
+        settings = {"max_drop_ratio": 0.05, "name": "d", "num_proc": 1, "rejects": rejects}
+        return encode_cached(rows, make_template(**kwargs), **settings)
+
+    first = get()
+    written = (tmp_path / "rejects.jsonl").read_text()
+    second = get()
+    assert len(made) == 1
+    assert list(second) == list(first) and second.row_indices == first.row_indices
+    assert second.report.summary() == first.report.summary()
+    assert (tmp_path / "rejects.jsonl").read_text() == written and "no answer" in written
+    get([*rows[:-1]])
+    get(loss_scale="last_round")
+    get(max_length=90)
+    assert len(made) == 4, "other rows or settings are encoded anew"
+    get(), get(max_length=90)
+    assert len(made) == 4
+    with pytest.raises(DatasetError, match="1 of 701 rows dropped"):
+        encode_cached(rows, make_template(), max_drop_ratio=0.0, name="d", num_proc=1, rejects=None)
+
+
+def test_fingerprint_names_what_matters(make_template):
+    base = fingerprint(make_template())
+    assert base == fingerprint(make_template(padding_side="left"))
+    for settings in ({"default_system": "S"}, {"loss_scale": "default+hermes"}, {"truncation_strategy": "left"}):
+        other = fingerprint(make_template(**settings))
+        assert [name for name in base if base[name] != other[name]], settings
+    assert base["template"] != fingerprint(make_template("qwen3"))["template"]
+
+
+# ---- export --to_cached_dataset ----
+
+
+@pytest.fixture
+def cached(tiny_model, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:120], {"messages": []}]))
+    model = tiny_model("qwen3")
+
+    def export(name, *flags):
+        words = ["export", "--to_cached_dataset", "true", "--model", str(model), "--model_type", "qwen3", "--dataset",
+                 str(data), "--output_dir", str(tmp_path / name), "--max_length", "100", *flags]  # fmt: skip
+        code = main(words)
+        return code, tmp_path / name, capsys.readouterr().err
+
+    return export
+
+
+def test_export_and_read_back(cached, tmp_path, tiny_model):
+    code, directory, err = cached("c", "--split_dataset_ratio", "0.1", "--packing", "true", "--packing_length", "200")
+    assert code == 0, err
+    facts = json.loads((directory / "cached_dataset.json").read_text())
+    assert (facts["train"]["samples"], facts["val"]["samples"], facts["packing_length"]) == (108, 12, 200)
+    assert "messages is empty" in (directory / "rejects.jsonl").read_text()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model("qwen3"))
+    template = get_template("qwen3", tokenizer, max_length=100)
+    parts = load_cached_dataset(str(directory), template, 200)
+    train_rows, val_rows = load_dataset(str(tmp_path / "data.jsonl"), split_dataset_ratio=0.1)
+    wanted = PackedDataset(EncodedDataset(train_rows, template), 200, seed=42)
+    assert list(parts["train"]) == list(wanted) and parts["train"].sequences == wanted.sequences
+    assert list(parts["val"].dataset) == list(EncodedDataset(val_rows, template))
+    with pytest.raises(DatasetError, match="was written with max_length 100, this run has 50"):
+        load_cached_dataset(str(directory), get_template("qwen3", tokenizer, max_length=50), 200)
+    with pytest.raises(DatasetError, match="is packed to 200 tokens, this run does not pack"):
+        load_cached_dataset(str(directory), template, None)
+    with pytest.raises(DatasetError, match="has no cached_dataset.json"):
+        load_cached_dataset(str(tmp_path), template, None)
+
+
+def test_export_refuses(cached, tmp_path):
+    code, directory, err = cached("d")
+    assert code == 0
+    code, _, err = cached("d")
+    assert code == 2 and "exists already" in err
+    code, _, err = cached("e", "--to_mcore", "true")
+    assert code == 2 and "converts no model" in err
+    code, other, err = cached("f", "--max_drop_ratio", "0")
+    assert code == 1 and "1 of 121 rows dropped" in err and not other.exists()
+    assert not list(tmp_path.glob(".f.tmp*"))
+
+
+def test_both_trainers_read_it(cached, tiny_model, tmp_path):
+    """The same losses from the cache as from the rows, on both sides."""
+    pytest.importorskip("megatron.core")
+    code, directory, err = cached("g", "--packing", "true")
+    assert code == 0, err
+    model = str(tiny_model("qwen3"))
+    common = ["--model", model, "--model_type", "qwen3", "--max_length", "100", "--packing", "true", "--train_iters", "3",
+              "--global_batch_size", "2", "--micro_batch_size", "1", "--torch_dtype", "float32", "--lr", "1e-3",
+              "--logging_steps", "1", "--save_weights_only", "true"]  # fmt: skip
+    data = {"rows": ["--dataset", str(tmp_path / "data.jsonl")], "cache": ["--cached_dataset", str(directory)]}
+
+    def losses(*command):
+        where = tmp_path / "-".join(command)
+        words = [*command[:-1], *common, *data[command[-1]], "--output_dir", str(where)]
+        assert main(words) == 0
+        lines = [json.loads(line) for line in (where / "logging.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    megatron = losses("megatron", "sft", "rows")
+    assert losses("megatron", "sft", "cache") == megatron and len(megatron) == 3
+    hugging_face = losses("sft", "cache")
+    assert hugging_face == losses("sft", "rows") == pytest.approx(megatron, rel=1e-5)
