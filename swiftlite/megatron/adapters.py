@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swiftlite.megatron.execute import run_jobs, verify_bitwise
 from swiftlite.megatron.model.hf_config import bind_map
-from swiftlite.megatron.origin import Origin
+from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.plan import copy_job
 from swiftlite.megatron.side_files import copy_side_files, read_config
+from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
-from swiftlite.utils.io import check_new, format_bytes, write_json
+from swiftlite.utils.io import check_disk, check_new, format_bytes, write_json
 from swiftlite.utils.logger import get_logger
-from swiftlite.weights import stream, torch_dist
+from swiftlite.weights import torch_dist
 from swiftlite.weights.journal import fingerprint, workspace
-from swiftlite.weights.lora import PEFT_PREFIX, A, B, ForeignAdapter, LoraConfig, Merged, check_adapter
+from swiftlite.weights.lora import (
+    PEFT_PREFIX,
+    A,
+    B,
+    ForeignAdapter,
+    LoraConfig,
+    Merged,
+    check_adapter,
+    describe,
+    unpack_experts,
+)
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
 from swiftlite.weights.storage import TensorSource, TensorSpec
@@ -31,85 +43,63 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of either format. names: adapter name (Hugging Face, no prefix) -> its name in `source`, in order."""
+    """An adapter of either format.
 
-    directory: Path
+    names: adapter name (Hugging Face, no prefix) -> its name in `source`, in order. peft_config: what adapter_config.json
+    should say of it, None where the file beside it, `config_file`, says so already. files: what it was read from.
+    """
+
     source: TensorSource
     names: Mapping[str, str]
     config: LoraConfig
+    config_file: Path
+    peft_config: Mapping[str, Any] | None
     files: tuple[Path, ...]
+
+    def write_config(self, directory: Path) -> None:
+        if self.peft_config is None:
+            shutil.copyfile(self.config_file, directory / CONFIG)
+        else:
+            write_json(directory / CONFIG, self.peft_config)
 
 
 def open_adapter(directory: Path, bound: BoundMap, scratch: Path) -> Adapter:
     """Read a PEFT directory or a Megatron adapter checkpoint and hold it against the base model.
 
-    Args: scratch: folder for unpacking; must live as long as the adapter is read.
+    Args: scratch: folder for unpacking experts; must live as long as the adapter is read.
     Raises: CheckpointError, ConfigError, MapError or ShapeError naming what does not fit.
     """
-    path = directory / WEIGHTS
-    root = directory if path.is_file() else _root(directory)
-    if not (root / CONFIG).is_file():
-        raise ConfigError(f"{root / CONFIG} is missing; it says rank and alpha of the adapter")
-    if path.is_file() and unpack_experts(directory, bound, scratch):
-        directory = root = scratch
-    config = LoraConfig.from_dict(json.loads((root / CONFIG).read_text(encoding="utf-8")))
+    is_peft = (directory / WEIGHTS).is_file()
+    config_file = (directory if is_peft else _root(directory)) / CONFIG
+    if not config_file.is_file():
+        raise ConfigError(f"{config_file} is missing; it says rank and alpha of the adapter")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    lora, described = LoraConfig.from_dict(config), None
     source: Any
-    if path.is_file():
-        source = SafetensorsSource(directory)
+    files: tuple[Path, ...]
+    if is_peft:
+        source, files = SafetensorsSource(directory), (directory / WEIGHTS,)
+        facts = unpack_experts(directory / WEIGHTS, bound.model, lora, scratch / WEIGHTS)
+        if facts:
+            source, described = SafetensorsSource(scratch), {**config, **describe(facts)}
+            lora = LoraConfig.from_dict(described)
         names = {name.removeprefix(PEFT_PREFIX): name for name in source.tensors}
-        files = tuple(source.files)
     else:
         iteration = find_iteration(directory)
-        dist = TorchDistSource(iteration)
-        files = (iteration / ".metadata", *iteration.glob("*.distcp"))
-        if all(
-            name.removesuffix(".weight").rpartition(".lora_")[0] + ".weight" in bound.by_hf for name in dist.tensors
-        ):
-            source, names = dist, {name: name for name in dist.tensors}
-        else:
-            source = ForeignAdapter(dist, bound)
+        source, files = TorchDistSource(iteration), (iteration / ".metadata", *iteration.glob("*.distcp"))
+        names = {name: name for name in source.tensors}
+        if any(_module(name) + ".weight" not in bound.by_hf for name in names):
+            source = ForeignAdapter(source, bound)
             names = source.names
+            described = {**config, "target_modules": sorted({_module(n).rpartition(".")[2] for n in names})}
+    if not names:
+        raise CheckpointError(f"{directory} holds no LoRA matrices")
     check_adapter(bound, {name: source.spec(stored).shape for name, stored in names.items()}, str(directory))
-    return Adapter(root, source, names, config, (*files, root / CONFIG))
+    return Adapter(source, names, lora, config_file, described, (*files, config_file))
 
 
-def unpack_experts(directory: Path, bound: BoundMap, target: Path) -> bool:
-    """Write an adapter whose experts are packed, as peft does on transformers 5, with one pair per expert and projection.
-
-    Packed: A [E r, in] and B [out, r E] on `experts` hold what A [r, in] and B [out, r] are for each of E experts, the
-    expert being the slowest index of A's rows and the fastest of B's columns; gate and up share one pair of their rank.
-    Returns: False if nothing is packed, and nothing is written.
-    """
-    from safetensors.torch import load_file, save_file
-
-    model, tensors = bound.model, load_file(directory / WEIGHTS)
-    packed = [n for n in tensors if n.endswith((f".experts{A}", f".experts.base_layer{A}"))]
-    if not packed:
-        return False
-    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    lora = LoraConfig.from_dict(config)
-    alphas, ranks = dict(config.get("alpha_pattern") or {}), dict(config.get("rank_pattern") or {})
-    for name in packed:
-        a, b = tensors.pop(name), tensors.pop(name.removesuffix(A) + B)
-        experts = name.removesuffix(A).removesuffix(".base_layer")
-        rank = a.shape[0] // model.experts
-        fused = (a.shape[1], b.shape[0]) == (model.hidden, 2 * model.moe_ffn)
-        parts = ("gate_proj", "up_proj") if fused else ("down_proj",)
-        whole = f"{experts.removeprefix(PEFT_PREFIX)}.{'gate_up_proj' if fused else 'down_proj'}"
-        a, b = a.view(model.experts, rank, -1), b.view(b.shape[0], rank, model.experts)
-        for expert in range(model.experts):
-            for part, rows in zip(parts, b[:, :, expert].chunk(len(parts)), strict=True):
-                tensors[f"{experts}.{expert}.{part}{A}"] = a[expert].clone()
-                tensors[f"{experts}.{expert}.{part}{B}"] = rows.clone()
-        for part in parts:
-            pattern = rf".*\.experts\.\d+\.{part}"
-            ranks[pattern] = rank
-            alphas[pattern] = lora.scale(whole, rank) * (math.sqrt(rank) if lora.use_rslora else rank)
-    config.update(alpha_pattern=alphas, rank_pattern=ranks, target_parameters=None)
-    config["target_modules"] = sorted({*(config.get("target_modules") or ()), "gate_proj", "up_proj", "down_proj"})
-    save_file(tensors, target / WEIGHTS, {"format": "pt"})
-    write_json(target / CONFIG, config)
-    return True
+def _module(name: str) -> str:
+    return name.removesuffix(A).removesuffix(B)
 
 
 def _root(directory: Path) -> Path:
@@ -121,41 +111,80 @@ def _root(directory: Path) -> Path:
         ) from None
 
 
-def convert_adapter(adapter: Adapter, output_dir: Path, to_mcore: bool, exist_ok: bool) -> Path:
+def export_adapter(args: Any, to_mcore_merged: Callable[[Any], Path], default_dir: Callable[[Path, str], str]) -> Path:
+    """What `export` does with --adapters or --mcore_adapter: the other format, or merging into the base model.
+
+    Args: to_mcore_merged: makes the merged Megatron checkpoint. default_dir(adapter, suffix): where output goes.
+    """
+    path = the_adapter(args)
+    if args.merge_lora and args.to_mcore:
+        return to_mcore_merged(args)
+    if args.test_convert_precision:
+        raise UsageError(
+            "--test_convert_precision true: compares two whole models; with an adapter give it together with "
+            "--to_mcore true --merge_lora true"
+        )
+    if not args.merge_lora and args.to_mcore == args.to_hf:
+        raise UsageError("an adapter: give --to_mcore true, --to_hf true, or --merge_lora true")
+    suffix = "merged" if args.merge_lora else "mcore" if args.to_mcore else "hf"
+    output_dir = Path(args.output_dir or default_dir(path, suffix))
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.merge_lora:
+            base = Path(args.mcore_model) if args.mcore_model else Path(args.model_info.model_dir)
+            return merge_to_hf(args, base, path, output_dir, Path(scratch))
+        return convert_adapter(args, open_adapter(path, base_map(args), Path(scratch)), output_dir)
+
+
+def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
     """Write an adapter in the other format, bit for bit, with its adapter_config.json."""
     specs = {name: adapter.source.spec(stored) for name, stored in adapter.names.items()}
     plan = torch_dist.plan_plain(specs)
     shards = plan_shards({PEFT_PREFIX + n: s for n, s in specs.items()}, 1 << 62)
-    check_new(output_dir, exist_ok)
+    _report("to_mcore" if args.to_mcore else "to_hf", adapter, output_dir, plan.total_bytes)
+    if args.dry_run:
+        return output_dir
+    check_new(output_dir, args.exist_ok)
+    check_disk(output_dir, plan.total_bytes)
 
     def prepare(directory: Path) -> None:
-        if to_mcore:
+        if args.to_mcore:
             (directory / "iter_0000001").mkdir()
             torch_dist.create_files(directory / "iter_0000001", plan)
         else:
             create_shards(directory, shards)
+            (directory / shards[0].file).rename(directory / WEIGHTS)
 
     def identity() -> str:
-        return fingerprint(adapter.files, ["adapter", to_mcore])
+        return fingerprint(adapter.files, ["adapter", args.to_mcore])
 
-    with workspace(output_dir, exist_ok, identity, prepare) as space:
-        iteration = space.directory / "iter_0000001"
-        jobs = []
-        for name, stored in adapter.names.items():
-            if to_mcore:
-                file, offset = plan.data[name, None]
-                place = (iteration / file, offset)
-            else:
-                place = (space.directory / shards[0].file, shards[0].offsets[PEFT_PREFIX + name])
-            jobs.append(copy_job(adapter.source, stored, *place, specs[name].dtype))
-        stream.run(jobs, journal=space.journal)
-        shutil.copyfile(adapter.directory / CONFIG, space.directory / CONFIG)
-        if to_mcore:
-            torch_dist.write_metadata(iteration, plan, {}, iteration=1)
-            (space.directory / torch_dist.TRACKER).write_text("1")
-        else:
-            (space.directory / shards[0].file).rename(space.directory / WEIGHTS)
-    get_logger().info("wrote %s: %d matrices, %s", output_dir, len(specs), format_bytes(plan.total_bytes))
+    def place(directory: Path, name: str) -> tuple[Path, int]:
+        if args.to_mcore:
+            file, offset = plan.data[name, None]
+            return directory / "iter_0000001" / file, offset
+        return directory / WEIGHTS, shards[0].offsets[PEFT_PREFIX + name]
+
+    with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
+        jobs = [
+            copy_job(adapter.source, stored, *place(space.directory, name), specs[name].dtype)
+            for name, stored in adapter.names.items()
+        ]
+        hashes = run_jobs("adapter", jobs, args.max_memory_bytes, space)
+        if get_rank() == 0:
+            adapter.write_config(space.directory)
+            if args.to_mcore:
+                torch_dist.write_metadata(space.directory / "iter_0000001", plan, {}, iteration=1)
+                (space.directory / torch_dist.TRACKER).write_text("1")
+        barrier()
+        if args.verify == "bitwise":
+            prefix = "" if args.to_mcore else PEFT_PREFIX
+            expected = {prefix + name: hashes[stored] for name, stored in adapter.names.items()}
+            written = (
+                TorchDistSource(space.directory / "iter_0000001")
+                if args.to_mcore
+                else SafetensorsSource(space.directory)
+            )
+            verify_bitwise(written, expected, args.max_memory_bytes)
+    get_logger().info("wrote %s", output_dir)
     return output_dir
 
 
@@ -170,28 +199,43 @@ def merge_to_hf(args: Any, base_dir: Path, adapter_dir: Path, output_dir: Path, 
         entry, position = origin.bound.by_hf[origin.copies.get(name, name)]
         target = None if entry.rule.keep_dtype else dtype
         specs[name] = TensorSpec(target or origin.dtypes[name], entry.hf_shapes[position])
+    total = sum(s.nbytes for s in specs.values())
     shards = plan_shards(specs, args.max_shard_bytes)
+    _report(f"merge into {base_dir}", adapter, output_dir, total)
+    if args.dry_run:
+        return output_dir
     check_new(output_dir, args.exist_ok)
-    sources = [base_dir] if base_dir.is_file() else _weight_files(base_dir)
+    check_disk(output_dir, total)
+    root = origin_root(base_dir)
+    sources = sorted(base_dir.glob("*.safetensors")) or sorted(find_iteration(base_dir).glob("*.distcp"))
 
     def identity() -> str:
-        return fingerprint([*sources, *adapter.files], ["merge", str(dtype), [[s.file, s.size] for s in shards]])
+        files = [*sources, root / "config.json", *adapter.files]
+        return fingerprint(files, ["merge", str(dtype), [[s.file, s.size] for s in shards]])
 
-    with workspace(output_dir, args.exist_ok, identity, lambda d: create_shards(d, shards)) as space:
+    def prepare(directory: Path) -> None:
+        create_shards(directory, shards)
+
+    with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
         places = {n: (space.directory / s.file, offset) for s in shards for n, offset in s.offsets.items()}
         jobs = [copy_job(merged, origin.copies.get(n, n), *places[n], specs[n].dtype) for n in specs]
-        stream.run(jobs, max_memory=args.max_memory_bytes, journal=space.journal)
-        root = base_dir if (base_dir / "config.json").is_file() else find_iteration(base_dir).parent
-        copy_side_files(root, space.directory, {"torch_dtype": dtype} if dtype else {})
-        write_index(space.directory, shards, sum(s.nbytes for s in specs.values()))
-    get_logger().info("wrote %s with %d merged modules; next: swiftlite infer --model %s", output_dir,
-                      len(adapter.names) // 2, output_dir)  # fmt: skip
+        hashes = run_jobs("merge", jobs, args.max_memory_bytes, space)
+        if get_rank() == 0:
+            copy_side_files(root, space.directory, {"torch_dtype": dtype} if dtype else {})
+            write_index(space.directory, shards, total)
+        barrier()
+        if args.verify == "bitwise":
+            verify_bitwise(SafetensorsSource(space.directory), hashes, args.max_memory_bytes)
+    get_logger().info("wrote %s (%s); next: swiftlite infer --model %s", output_dir, format_bytes(total), output_dir)
     return output_dir
 
 
-def _weight_files(directory: Path) -> Iterable[Path]:
-    found = sorted(directory.glob("*.safetensors"))
-    return found or sorted(find_iteration(directory).glob("*.distcp"))
+def _report(what: str, adapter: Adapter, target: Path, total: int) -> None:
+    ranks = sorted({adapter.source.spec(stored).shape[0] for name, stored in adapter.names.items() if name.endswith(A)})
+    get_logger().info(
+        "%s: %s -> %s; %d modules of rank %s, output %s", what, adapter.config_file.parent, target,
+        len(adapter.names) // 2, ", ".join(map(str, ranks)), format_bytes(total),
+    )  # fmt: skip
 
 
 def base_map(args: Any) -> BoundMap:
@@ -201,6 +245,7 @@ def base_map(args: Any) -> BoundMap:
 
 def the_adapter(args: Any) -> Path:
     """The one adapter that the arguments name. Raises: UsageError if there are several."""
-    if len(args.adapters) > 1:
-        raise UsageError(f"--adapters {' '.join(args.adapters)}: one adapter at a time")
-    return Path(args.adapters[0] if args.adapters else args.mcore_adapter)
+    given = [*args.adapters, *([args.mcore_adapter] if args.mcore_adapter else [])]
+    if len(given) > 1:
+        raise UsageError(f"{' '.join(given)}: one adapter at a time")
+    return Path(given[0])

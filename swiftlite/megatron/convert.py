@@ -17,7 +17,7 @@ import torch
 
 from swiftlite.llm.argument.export import ExportArguments
 from swiftlite.llm.pipeline import as_arguments, resolve
-from swiftlite.megatron.adapters import base_map, convert_adapter, merge_to_hf, open_adapter, the_adapter
+from swiftlite.megatron.adapters import base_map, export_adapter, open_adapter, the_adapter
 from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.execute import run_jobs, verify_bitwise
 from swiftlite.megatron.model.hf_config import convert_hf_config
@@ -223,7 +223,7 @@ def export_main(args: ExportArguments | Sequence[str]) -> Path:
 
         return export_cached_dataset(args)
     if args.adapters or args.mcore_adapter:
-        return _export_adapter(_ready(args))
+        return export_adapter(_ready(args), convert_hf2mcore, default_output_dir)
     if args.merge_lora:
         raise UsageError("--merge_lora true: give the adapter with --adapters DIR or --mcore_adapter DIR")
     if args.to_mcore:
@@ -231,21 +231,3 @@ def export_main(args: ExportArguments | Sequence[str]) -> Path:
     if args.to_hf:
         return convert_mcore2hf(args)
     raise UsageError("nothing to do: give --to_mcore true or --to_hf true, or --to_cached_dataset true")
-
-
-def _export_adapter(args: Any) -> Path:
-    """An adapter in the other format, or merged into its base model."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return _adapter_to(args, the_adapter(args), Path(scratch))
-
-
-def _adapter_to(args: Any, path: Path, scratch: Path) -> Path:
-    if args.merge_lora:
-        base = Path(args.mcore_model) if args.mcore_model else Path(args.model_info.model_dir)
-        if args.to_mcore:
-            return convert_hf2mcore(args)
-        return merge_to_hf(args, base, path, Path(args.output_dir or default_output_dir(path, "merged")), scratch)
-    if args.to_mcore == args.to_hf:
-        raise UsageError("an adapter: give --to_mcore true, --to_hf true, or --merge_lora true")
-    output_dir = Path(args.output_dir or default_output_dir(path, "mcore" if args.to_mcore else "hf"))
-    return convert_adapter(open_adapter(path, base_map(args), scratch), output_dir, args.to_mcore, args.exist_ok)

@@ -23,6 +23,7 @@ from swiftlite.utils.errors import MapError
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights import stream
+from swiftlite.weights.fp8 import FP8
 from swiftlite.weights.rule import BoundMap, Entry
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shard import read_shard, write_shard
@@ -88,8 +89,9 @@ def load_weights(models: Sequence[torch.nn.Module], directory: str | Path) -> in
     with Files() as files, torch.no_grad():
         for shard in iter_shards(models):
             entry, offset = live.entry(shard)
-            stored = origin.value_dtype(entry.hf[0])
-            data = read_shard(origin.source, entry, offset, shard.local_shape, files, stored)
+            stored = origin.source.spec(entry.hf[0]).dtype
+            dtype = shard.data.dtype if stored in FP8 else stored
+            data = read_shard(origin.source, entry, offset, shard.local_shape, files, dtype)
             shard.data.view(shard.local_shape).copy_(data)
             read += data.nbytes
     return read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Coverage, Duplicate, Entry
 from swiftlite.weights.safetensors import SafetensorsSource
-from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec
+from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, decoder
 from swiftlite.weights.torch_dist import DistPlan, HfNames, McoreView, TorchDistSource, plan_torch_dist
 
 # ---- Hugging Face -> Megatron ----
@@ -35,7 +35,7 @@ class ToMcorePlan:
 
     def jobs(self, directory: Path) -> list[stream.Job]:
         """In the order of the source files, so that reading is sequential."""
-        tensors = self.source.tensors
+        tensors, decode = self.source.tensors, decoder(self.source)
         jobs = []
         for entry in self.bound.entries:
             file, offset = self.dist.data[entry.mcore, entry.expert]
@@ -43,7 +43,7 @@ class ToMcorePlan:
                 stream.Job(
                     entry.label, entry.hf, entry.segments, entry.row_size, _locate(self.source, entry.hf),
                     tuple(tensors[n].spec.dtype for n in entry.hf), self.dtypes[entry.mcore, entry.expert],
-                    directory / file, offset, getattr(self.source, "decode", None) if len(entry.shape) == 2 else None,
+                    directory / file, offset, decode,
                 )
             )  # fmt: skip
         first = {entry.label: tensors[entry.hf[0]] for entry in self.bound.entries}
@@ -66,6 +66,7 @@ def plan_to_mcore(
     source = source or open_source(model_dir, config)
     bound = bind_map(config, source.tensors)
     coverage = bound.check({name: t.spec.shape for name, t in source.tensors.items()}, str(model_dir))
+    coverage = replace(coverage, ignored=(*coverage.ignored, *getattr(source, "left_out", ())))
     dtypes = {(e.mcore, e.expert): _target_dtype(source, e, dtype) for e in bound.entries}
     specs = [(e, dtypes[e.mcore, e.expert]) for e in bound.entries]
     total = sum(TensorSpec(d, e.shape).nbytes for e, d in specs)
@@ -131,9 +132,8 @@ def copy_job(source: TensorSource, name: str, file: Path, offset: int, dtype: to
     num_rows = spec.shape[0] if spec.shape else 1
     row_size = spec.numel // max(num_rows, 1)
     rows = (Segment(0, 0, num_rows),) if spec.numel else ()
-    decode = getattr(source, "decode", None) if len(spec.shape) == 2 else None
     locate = _locate(source, (name,))
-    return stream.Job(name, (name,), rows, row_size, locate, (spec.dtype,), dtype, file, offset, decode)
+    return stream.Job(name, (name,), rows, row_size, locate, (spec.dtype,), dtype, file, offset, decoder(source))
 
 
 def plan_to_hf(
@@ -214,6 +214,6 @@ def print_coverage(bound: BoundMap, coverage: Coverage, dtypes: Mapping[tuple[st
             f"{list(entry.shape)} {str(dtype).removeprefix('torch.')} {format_bytes(spec.nbytes)}"
         )
     for name in coverage.ignored:
-        print(f"ignored: {name} (derived, not a weight)")
+        print(f"ignored: {name} (not a weight)")
     for duplicate in coverage.duplicates:
         print(f"left out: {duplicate.name} (copy of {duplicate.of})")

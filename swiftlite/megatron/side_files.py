@@ -65,11 +65,16 @@ def read_hashes(directory: Path) -> dict[str, str]:
 
 
 def copy_side_files(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
-    """Copy config, tokenizer and code files, never executing any; change only the named keys of config.json."""
+    """Copy config, tokenizer and code files, never executing any; change only the named keys of config.json.
+
+    quantization_config goes: weights are written dequantised.
+    """
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in NOT_COPIED:
             if not path.name.startswith("."):
                 shutil.copyfile(path, target / path.name)
+    if "quantization_config" in read_config(target):
+        changes = {**changes, "quantization_config": None}
     if changes:
         update_config(target / "config.json", changes)
 

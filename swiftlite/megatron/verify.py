@@ -29,7 +29,7 @@ from swiftlite.utils.errors import ConfigError, VerifyError
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.safetensors import SafetensorsSource
-from swiftlite.weights.storage import Files, read_tensor
+from swiftlite.weights.storage import Files, decoder, read_tensor
 from swiftlite.weights.torch_dist import TorchDistSource, find_iteration, slot_of
 
 NUM_TOKENS = 512
@@ -129,7 +129,10 @@ def check_precision(
         dtype, ids.shape[1], len(hf_source.tensors), sum(t.spec.numel for t in hf_source.tensors.values()),
         len(mcore_source.tensors), sum(t.spec.numel for t in mcore_source.tensors.values()),
     )  # fmt: skip
-    log.info("precision check: %d tokens in %s, one layer of each model at a time", report.num_tokens, dtype)
+    log.info(
+        "precision check: %d tokens in %s, one layer of each model at a time%s", report.num_tokens, dtype,
+        "; Hugging Face's side has the same weights dequantised or merged" if decoder(hf_source) else "",
+    )  # fmt: skip
     model = _build_hf(Path(hf_dir), dtype, getattr(args, "trust_remote_code", False), vocab_size)
     bound = bind_map(read_config(Path(hf_dir)), hf_source.tensors)
     rounding = Rounding(cast_to, {n for e in bound.entries if e.rule.keep_dtype for n in (*e.hf, slot_of(e).key)})
@@ -270,6 +273,7 @@ class _HfWeights:
         self, source: SafetensorsSource, files: Files, dtype: torch.dtype, device: torch.device, rounding: Rounding
     ) -> None:
         self.source, self.files, self.dtype, self.device, self.rounding = source, files, dtype, device, rounding
+        self.decode = decoder(source)
 
     def _read(self, name: str) -> Tensor:
         name = name.replace(".gate.moe_statics.", ".moe_statics.")  # ernie: one level deeper in memory than on disk
@@ -286,9 +290,9 @@ class _HfWeights:
 
     def _values(self, name: str) -> Tensor:
         tensor = read_tensor(self.source, name, self.files)
-        decode = getattr(self.source, "decode", None)
-        if decode is not None and tensor.dim() == 2:
-            tensor = decode(name, 0, 0, tensor)
+        if self.decode is not None:  # rounded as the conversion writes it
+            tensor = self.decode(name, 0, tensor).view(tensor.shape)
+            tensor = tensor if self.rounding.dtype else tensor.to(self.source.value_dtype(name))
         return self.rounding(name, tensor)
 
     def _experts(self, prefix: str, *names: str) -> Iterator[tuple[Tensor, ...]]:

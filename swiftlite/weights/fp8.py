@@ -1,13 +1,14 @@
 """FP8 checkpoints: weights with scales beside them, dequantised while they are read.
 
-Forms: `weight_scale_inv`, one scale per block of rows and columns (DeepSeek-V3, Qwen3-FP8); `weight_scale`, one per row or
-one per tensor (compressed-tensors, GLM-4.5-FP8). The value of a weight is its FP8 number times its scale, in fp32.
+A scale, `weight_scale_inv` (DeepSeek-V3, Qwen3-FP8) or `weight_scale` (compressed-tensors, GLM-4.5-FP8), stands for a
+block of rows and columns, for a row or for the whole tensor; its shape says which. The value of a weight is its FP8
+number times its scale, in fp32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,28 +23,43 @@ from swiftlite.weights.storage import Files, read_tensor
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".weight_scale_inv", ".weight_scale")
 # Scales of activations and of the key/value cache: no part of the weights.
-ACTIVATION_SCALES = (".input_scale", ".k_scale", ".v_scale", ".output_scale")
+ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
+BLOCK = (128, 128)  # where config.json does not say
 
 
 def open_source(directory: Path, config: Mapping[str, Any]) -> SafetensorsSource:
     """The tensors of a model directory, FP8 ones decoded. Raises: ConfigError naming a quantisation that is not read."""
     quantisation = config.get("quantization_config")
     if not quantisation:
-        return SafetensorsSource(directory)
+        plain = SafetensorsSource(directory)
+        if not any(located.spec.dtype in FP8 for located in plain.tensors.values()):
+            return plain
+        quantisation = {"quant_method": "fp8"}
     method = str(quantisation.get("quant_method"))
     form = str(quantisation.get("format", "float-quantized"))
     if method in ("fp8", "fbgemm_fp8") or (method == "compressed-tensors" and form == "float-quantized"):
-        block = quantisation.get("weight_block_size") or (128, 128)
         dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
-        return Fp8Source(directory, (int(block[0]), int(block[1])), getattr(torch, dtype))
+        return Fp8Source(directory, _block(quantisation), getattr(torch, dtype))
     raise ConfigError(
         f"the weights are quantised with {method}{f' ({form})' if method == 'compressed-tensors' else ''}; of quantised "
         "weights only FP8 can be read (not AWQ, GPTQ, AQLM, bitsandbytes, MXFP4): use the unquantised model"
     )
 
 
+def _block(quantisation: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale; either tool's way to write it."""
+    groups = (quantisation.get("config_groups") or {}).values()
+    written = [(group.get("weights") or {}).get("block_structure") for group in groups]
+    block = next(filter(None, (quantisation.get("weight_block_size"), *written)), BLOCK)
+    rows, columns = block.split("x") if isinstance(block, str) else block
+    return int(rows), int(columns)
+
+
 class Fp8Source(SafetensorsSource):
-    """`tensors` holds the weights without their scales; `decode` turns what is stored into fp32 values."""
+    """`tensors` holds the weights without their scales; `decode` turns what is stored into fp32 values.
+
+    left_out: scales of activations, which are no part of the weights.
+    """
 
     def __init__(self, directory: Path, block: tuple[int, int], dequantised: torch.dtype) -> None:
         """dequantised: dtype that FP8 weights become by default.
@@ -61,7 +77,8 @@ class Fp8Source(SafetensorsSource):
                 raise MapError(f"{name} in {directory} is FP8, but {name}_scale_inv or {name}_scale is missing")
             self.scales[name] = scale
             self._check(name, scale)
-        gone = {*self.scales.values(), *(n for n in self._all if n.endswith(ACTIVATION_SCALES))}
+        self.left_out = tuple(name for name in self._all if name.endswith(ACTIVATION_SCALES))
+        gone = {*self.scales.values(), *self.left_out}
         self.tensors = {name: located for name, located in self._all.items() if name not in gone}
         self._scale = lru_cache(maxsize=64)(self._read_scale)
 
@@ -72,14 +89,17 @@ class Fp8Source(SafetensorsSource):
 
     def _check(self, name: str, scale: str) -> None:
         shape, stored = self._all[name].spec.shape, self._all[scale].spec.shape
-        if scale.endswith("_inv"):
-            wanted = tuple(math.ceil(n / b) for n, b in zip(shape, self.block, strict=True))
-            ok = stored == wanted
-        else:
-            wanted = (shape[0], 1)
-            ok = math.prod(stored) in (1, shape[0])
-        if not ok:
-            raise ShapeError(f"{scale} in {self.directory} has shape {list(stored)}; {name} needs {list(wanted)}")
+        if len(shape) != 2:
+            raise ShapeError(f"{name} in {self.directory} is FP8 of shape {list(shape)}; only matrices are dequantised")
+        blocks = self._blocks(shape)
+        if math.prod(stored) != 1 and stored not in (blocks, shape[:1], (shape[0], 1)):
+            raise ShapeError(
+                f"{scale} in {self.directory} has shape {list(stored)}; {name} {list(shape)} needs {list(blocks)} "
+                f"(blocks of {self.block[0]} x {self.block[1]}), [{shape[0]}, 1] or [1]"
+            )
+
+    def _blocks(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(math.ceil(n / b) for n, b in zip(shape, self.block, strict=True))
 
     def _read_scale(self, scale: str) -> Tensor:
         with Files() as files:
@@ -90,13 +110,17 @@ class Fp8Source(SafetensorsSource):
         scale_name = self.scales.get(name)
         if scale_name is None:
             return raw
-        scale = self._scale(scale_name)
-        if scale_name.endswith("_inv"):
-            rows = (torch.arange(raw.shape[0]) + row) // self.block[0]
-            columns = (torch.arange(raw.shape[1]) + column) // self.block[1]
-            return raw.float() * scale[rows][:, columns]
-        flat = scale.reshape(-1)
-        return raw.float() * (flat if len(flat) == 1 else flat[row : row + raw.shape[0], None])
+        scale, values, (rows, columns) = self._scale(scale_name), raw.float(), raw.shape
+        if scale.numel() == 1:
+            return values.mul_(scale.reshape(()))
+        if scale.shape != self._blocks(self._all[name].spec.shape):
+            return values.mul_(scale.reshape(-1, 1)[row : row + rows])
+        height, width = self.block
+        per_row = scale[(torch.arange(rows) + row) // height]  # [R, blocks across]
+        for block in range(column // width, math.ceil((column + columns) / width)):
+            start, stop = max(block * width - column, 0), min((block + 1) * width - column, columns)
+            values[:, start:stop].mul_(per_row[:, block : block + 1])
+        return values
 
 
 class _Plain:

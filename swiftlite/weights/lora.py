@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
+from swiftlite.weights.shape import ModelShape
 from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, read_tensor
 from swiftlite.weights.torch_dist import TorchDistSource, candidates
 
@@ -30,6 +32,13 @@ ALL_LINEAR = (
     "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
     "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
+# Keys of adapter_config.json that make it something else.
+NOT_PLAIN = (
+    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "bias", "lora_bias", "modules_to_save", "layer_replication",
+    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config",
+)  # fmt: skip
+EXPERT = re.compile(r"\.experts\.\d+\.(\w+)$")
 FOREIGN = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -45,20 +54,21 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LoraConfig:
         """Raises: ConfigError for kinds of adapters that are not plain LoRA."""
-        for key, plain in (("use_dora", False), ("fan_in_fan_out", False), ("bias", "none"), ("modules_to_save", None)):
-            if config.get(key, plain) not in (plain, None, []):
+        for key in NOT_PLAIN:
+            if config.get(key) not in (None, False, "none", [], {}):
                 raise ConfigError(f"adapter_config.json: {key} {config[key]!r} is not supported, only plain LoRA is")
         if config.get("peft_type", "LORA") != "LORA":
             raise ConfigError(f"adapter_config.json: peft_type {config['peft_type']!r} is not supported, only LORA is")
-        alpha = config.get("lora_alpha", config["r"])
-        return cls(config["r"], alpha, bool(config.get("use_rslora")), config.get("alpha_pattern") or None)
+        for key in ("r", "lora_alpha"):
+            if not isinstance(config.get(key), int | float):
+                raise ConfigError(f"adapter_config.json: {key} is {config.get(key)!r}; it must be a number")
+        patterns = config.get("alpha_pattern") or None
+        return cls(config["r"], config["lora_alpha"], bool(config.get("use_rslora")), patterns)
 
     def scale(self, module: str, rank: int) -> float:
-        """Factor on B A for one module; its rank is A's, whatever rank_pattern says."""
-        alpha = self.alpha
-        for pattern, value in (self.alpha_pattern or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
+        """Factor on B A for one module; its rank is A's, whatever rank_pattern says. The first alpha_pattern counts."""
+        found = (a for p, a in (self.alpha_pattern or {}).items() if re.match(rf"(.*\.)?({p})$", module))
+        alpha = next(found, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
@@ -81,6 +91,91 @@ def check_adapter(bound: BoundMap, shapes: Mapping[str, Shape], where: str) -> N
         wanted = (rank, into) if name.endswith(A) else (out, rank)
         if tuple(shape) != wanted:
             raise ShapeError(f"{name} in {where} has shape {list(shape)}, the base model needs {list(wanted)}")
+
+
+def unpack_experts(path: Path, model: ModelShape, lora: LoraConfig, target: Path) -> dict[str, tuple[int, float]]:
+    """Write an adapter whose experts are packed, as peft does on transformers 5, with one pair per expert and projection.
+
+    Packed: A [E r, in] and B [out, r E] on `experts` hold what A [r, in] and B [out, r] are for each of E experts, the
+    expert being the slowest index of A's rows and the fastest of B's columns. gate and up have one pair together; where
+    each of its ranks serves one of them only, as after peft itself packed two pairs, they are divided again.
+    Returns: module -> (rank, factor on B A) of the whole adapter; {} if nothing is packed, and nothing is written.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    packed = [n for n in tensors if n.endswith((f".experts{A}", f".experts.base_layer{A}"))]
+    if not packed:
+        return {}
+    pairs = {}
+    for name in packed:
+        a, b = tensors.pop(name), tensors.pop(name.removesuffix(A) + B)
+        a, b = a.view(model.experts, -1, a.shape[1]), b.view(b.shape[0], -1, model.experts)
+        fused = (a.shape[2], b.shape[0]) == (model.hidden, 2 * model.moe_ffn)
+        pairs[name.removesuffix(A).removesuffix(".base_layer"), fused] = a, b
+    divided = all(_serves_one_each(b) for (_, fused), (_, b) in pairs.items() if fused)
+    facts: dict[str, tuple[int, float]] = {}
+    for (experts, fused), (a, b) in pairs.items():
+        rank, parts = a.shape[1], ("gate_proj", "up_proj") if fused else ("down_proj",)
+        whole = f"{experts.removeprefix(PEFT_PREFIX)}.{'gate_up_proj' if fused else 'down_proj'}"
+        own = rank // 2 if fused and divided else rank
+        for expert in range(model.experts):
+            for i, (part, rows) in enumerate(zip(parts, b[:, :, expert].chunk(len(parts)), strict=True)):
+                mine = slice(i * own, (i + 1) * own) if own < rank else slice(None)
+                tensors[f"{experts}.{expert}.{part}{A}"] = a[expert, mine].contiguous()
+                tensors[f"{experts}.{expert}.{part}{B}"] = rows[:, mine].contiguous()
+                facts[f"{experts}.{expert}.{part}".removeprefix(PEFT_PREFIX)] = own, lora.scale(whole, rank)
+    for name, tensor in tensors.items():
+        module = name.removesuffix(A).removeprefix(PEFT_PREFIX)
+        if name.endswith(A) and module not in facts:
+            facts[module] = tensor.shape[0], lora.scale(module, tensor.shape[0])
+    save_file(tensors, target, {"format": "pt"})
+    return facts
+
+
+def _serves_one_each(b: Tensor) -> bool:
+    """b [2 I, r, E]: the first half of the ranks reaches the first half of the rows only, the second the second."""
+    rows, ranks = b.shape[0] // 2, b.shape[1] // 2
+    return b.shape[1] % 2 == 0 and not b[:rows, ranks:].any() and not b[rows:, :ranks].any()
+
+
+def describe(facts: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """The keys of an adapter_config.json for modules with (rank, factor on B A).
+
+    The experts' gate projection sets `r` and `lora_alpha`, since peft on transformers 5 packs experts by these alone.
+    """
+    values = {module: (rank, scale * rank) for module, (rank, scale) in facts.items()}
+    groups: dict[str, set[tuple[int, float]]] = {}
+    for module, value in values.items():
+        groups.setdefault(_pattern(module, exact=False), set()).add(value)
+    default = next((v for m, v in values.items() if EXPERT.search(m) and m.endswith("gate_proj")), None)
+    default = default or next(iter(values.values()))
+    ranks, alphas = {}, {}
+    for module, value in sorted(values.items(), key=lambda item: not EXPERT.search(item[0])):
+        pattern = _pattern(module, exact=False)
+        if len(groups[pattern]) > 1:
+            pattern = _pattern(module, exact=True)
+        if value != default or EXPERT.search(module):  # an expert's pattern hides the shorter one of its projection
+            ranks[pattern], alphas[pattern] = value
+    exact_first = sorted(ranks, key=lambda p: "layers" not in p)
+    return {
+        "r": default[0],
+        "lora_alpha": default[1],
+        "use_rslora": False,
+        "rank_pattern": {p: ranks[p] for p in exact_first},
+        "alpha_pattern": {p: alphas[p] for p in exact_first},
+        "target_modules": sorted({module.rpartition(".")[2] for module in values}),
+        "target_parameters": None,
+    }
+
+
+def _pattern(module: str, exact: bool) -> str:
+    """How peft's patterns name a module: its projection, or all of it; experts of a layer are one."""
+    expert = EXPERT.search(module)
+    if expert is None:
+        return re.escape(module) if exact else module.rpartition(".")[2]
+    before = re.escape(module[: expert.start() + 1]) if exact else ""
+    return rf"{before}experts\.(\d+\.)?{expert[1]}"
 
 
 class Merged:
@@ -141,6 +236,11 @@ class ForeignAdapter:
             if slot is None:
                 continue
             used.add(slot.key)
+            if not entry.rule.op.rows_only:
+                raise MapError(f"{slot.key} in {source.directory}: an adapter on this weight cannot be read")
+            for part in "AB":
+                if part not in parts[slot.key]:
+                    raise MapError(f"lora_{part} of {slot.key} is missing in {source.directory}")
             for position, weight in enumerate(entry.hf):
                 for part, suffix in (("A", A), ("B", B)):
                     place = (entry, position, parts[slot.key][part], slot.index, slot.lead)

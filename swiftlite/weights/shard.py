@@ -14,7 +14,7 @@ import torch
 
 from swiftlite.utils.errors import ShapeError
 from swiftlite.weights.rule import Entry, clip
-from swiftlite.weights.storage import Files, TensorSource, byte_view
+from swiftlite.weights.storage import Files, TensorSource, byte_view, decoder
 
 Span = tuple[int, int]
 
@@ -70,7 +70,7 @@ def read_shard(
     size = columns[1] - columns[0]
     out = torch.zeros(tuple(shape), dtype=dtype) if offset and offset[0] + shape[0] > entry.shape[0] else None
     out = torch.empty(tuple(shape), dtype=dtype) if out is None else out
-    flat, decode = out.view(-1), getattr(source, "decode", None) if len(shape) == 2 else None
+    flat, decode = out.view(-1), decoder(source)
     for piece in pieces(entry, rows):
         stored = source.spec(piece.name).dtype
         target = flat[piece.row * size : (piece.row + piece.count) * size]
@@ -86,7 +86,7 @@ def read_shard(
                 done += extent.size
         if raw is not target:
             if decode is not None:
-                raw = decode(piece.name, piece.hf_row, columns[0], raw.view(piece.count, size)).reshape(-1)
+                raw = decode(piece.name, runs[0][0], raw if len(runs) == 1 else raw.view(len(runs), size))
             target.copy_(raw)
     return out
 

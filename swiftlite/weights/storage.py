@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -52,6 +52,32 @@ class TensorSource(Protocol):
 
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         """Where bytes [start, stop) of the row-major tensor `name` lie, in order."""
+
+
+Decode = Callable[[str, int, torch.Tensor], torch.Tensor]
+
+
+def decoder(source: Any) -> Decode | None:
+    """(name, first element, stored elements) -> their values, flat; None where values are what is stored.
+
+    For sources with a `decode(name, row, column, raw [R, C])`: FP8 weights, weights with an adapter added. The elements
+    are a rectangle [R, C], or a run [N] that is whole rows or lies within one.
+    """
+    decode = getattr(source, "decode", None)
+    if decode is None:
+        return None
+
+    def values(name: str, first: int, raw: torch.Tensor) -> torch.Tensor:
+        shape = source.spec(name).shape
+        if len(shape) != 2:
+            return raw
+        row, column = divmod(first, shape[1])
+        if raw.dim() == 1:
+            raw = raw.view(-1, min(shape[1], len(raw)))
+        assert column + raw.shape[1] <= shape[1], f"{name}: elements from {first} on are no rectangle"
+        return decode(name, row, column, raw).reshape(-1)  # type: ignore[no-any-return]
+
+    return values
 
 
 class Files:

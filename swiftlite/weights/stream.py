@@ -19,13 +19,12 @@ from swiftlite.utils.errors import BudgetError
 from swiftlite.weights.journal import Journal
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import clip
-from swiftlite.weights.storage import Extent, Files, TensorSource, byte_view
+from swiftlite.weights.storage import Decode, Extent, Files, TensorSource, byte_view
 
 BLOCK_BYTES = 8 << 20
 WORKERS = 4
 
 Locate = Callable[[int, int, int], Iterator[Extent]]
-Decode = Callable[[str, int, int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Job:
 
     inputs: names of the inputs, for hashes and messages. locate(source, start, stop) gives the extents of bytes
     [start, stop) of an input. row_size is in elements. source_dtypes: dtype of each input as stored; dtype: of the
-    output. decode(input name, row, column, raw [R, C]): values of stored rows from `row` on, for FP8 weights.
+    output. decode: see storage.decoder.
     """
 
     name: str
@@ -55,6 +54,12 @@ class Job:
     @property
     def nbytes(self) -> int:
         return self.rows * self.row_size * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes while it is worked on; decoding does that in fp32."""
+        sizes = (self.dtype.itemsize, *(d.itemsize for d in self.source_dtypes), 4 if self.decode else 1)
+        return self.row_size * max(sizes)
 
     @property
     def in_order(self) -> bool:
@@ -121,8 +126,8 @@ class Block:
 
 
 def blocks(job: Job, block_bytes: int) -> Iterator[Block]:
-    """Cut a job into blocks of at most block_bytes of output, at least one row each."""
-    step = max(block_bytes // max(job.row_size * job.dtype.itemsize, 1), 1)
+    """Cut a job into blocks of at most block_bytes, at least one row each."""
+    step = max(block_bytes // max(job.row_bytes, 1), 1)
     for start in range(0, job.rows, step):
         yield Block(job, start, min(start + step, job.rows))
 
@@ -147,8 +152,7 @@ def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher)
             position += extent.size
         if raw is not None:
             if job.decode is not None:
-                name = job.inputs[segment.source]
-                raw = job.decode(name, segment.start, 0, raw.view(segment.size, job.row_size)).reshape(-1)
+                raw = job.decode(job.inputs[segment.source], segment.start * job.row_size, raw)
             out[done : done + count].copy_(raw)
         hasher.update(job.inputs[segment.source], target)
         done += count
@@ -227,9 +231,7 @@ def fit_budget(jobs: Sequence[Job], max_memory: int | None) -> tuple[int, int]:
     """Block size in bytes and number of threads under a budget; a block may need its bytes twice, for a cast."""
     if max_memory is None:
         return BLOCK_BYTES, WORKERS
-    largest_row = max(
-        (j.row_size * max(j.dtype.itemsize, *(d.itemsize for d in j.source_dtypes)) for j in jobs), default=1
-    )
+    largest_row = max((job.row_bytes for job in jobs), default=1)
     if 3 * largest_row > max_memory:
         raise BudgetError(
             f"--max_memory of {max_memory / 2**20:.1f} MiB is too small: one row of a tensor takes "
