@@ -122,8 +122,8 @@ def unpack_experts(path: Path, model: ModelShape, lora: LoraConfig, target: Path
         for expert in range(model.experts):
             for i, (part, rows) in enumerate(zip(parts, b[:, :, expert].chunk(len(parts)), strict=True)):
                 mine = slice(i * own, (i + 1) * own) if own < rank else slice(None)
-                tensors[f"{experts}.{expert}.{part}{A}"] = a[expert, mine].contiguous()
-                tensors[f"{experts}.{expert}.{part}{B}"] = rows[:, mine].contiguous()
+                tensors[f"{experts}.{expert}.{part}{A}"] = a[expert, mine].clone()
+                tensors[f"{experts}.{expert}.{part}{B}"] = rows[:, mine].clone()
                 facts[f"{experts}.{expert}.{part}".removeprefix(PEFT_PREFIX)] = own, lora.scale(whole, rank)
     for name, tensor in tensors.items():
         module = name.removesuffix(A).removeprefix(PEFT_PREFIX)

@@ -44,7 +44,6 @@ def add_expert_adapters(directory: Path, case: str) -> None:
     """Put one pair per expert, as models with a module per expert have, in place of peft's packed ones."""
     path = directory / "adapter_config.json"
     config = {**json.loads(path.read_text()), "alpha_pattern": {}, "rank_pattern": {}, "target_parameters": None}
-    path.write_text(json.dumps(config))
     tensors = load_file(directory / "adapter_model.safetensors")
     tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     generator = torch.Generator().manual_seed(6)
@@ -55,6 +54,8 @@ def add_expert_adapters(directory: Path, case: str) -> None:
             module = "base_model.model." + name.removesuffix(".weight")
             tensors[f"{module}.lora_A.weight"] = 0.1 * torch.randn(4, into, generator=generator)
             tensors[f"{module}.lora_B.weight"] = 0.1 * torch.randn(out, 4, generator=generator)
+    config["target_modules"] = sorted({n.split(".lora_")[0].rpartition(".")[2] for n in tensors})
+    path.write_text(json.dumps(config))
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
@@ -74,6 +75,37 @@ def test_peft_to_megatron_and_back_is_bit_exact(case: str, tmp_path: Path) -> No
     assert list(original) == list(back)
     assert all(torch.equal(original[n], back[n]) for n in original)
     assert (tmp_path / "peft/adapter_config.json").read_bytes() == (tmp_path / "back/adapter_config.json").read_bytes()
+
+
+def logits_of(base: Path, adapter: Path | None = None) -> torch.Tensor:
+    """[1, 24, V] of a model directory, with an adapter that peft itself loads."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model(torch.arange(1, 25)[None]).logits
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_what_comes_back_from_megatron(case: str, packed: bool, tmp_path: Path) -> None:
+    """The merged model, the adapter in peft and the adapter that went through Megatron in peft: the same logits."""
+    hf, peft, back, merged = (tmp_path / d for d in ("hf", "peft", "back", "merged"))
+    build_hf(config_of(case), hf)
+    make_adapter(hf, peft, case)
+    if not packed:
+        add_expert_adapters(peft, case)
+    base = ("--model", hf, "--model_type", CASES[case])
+    assert export(*base, "--adapters", peft, "--to_mcore", "true", "--output_dir", tmp_path / "m") == 0
+    assert export(*base, "--mcore_adapter", tmp_path / "m", "--to_hf", "true", "--output_dir", back) == 0
+    assert export(*base, "--mcore_adapter", tmp_path / "m", "--merge_lora", "true", "--output_dir", merged) == 0
+    wanted = logits_of(hf, peft)
+    assert (wanted - logits_of(hf)).abs().max() > 0.1
+    torch.testing.assert_close(logits_of(merged), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(hf, back), wanted, rtol=1e-4, atol=1e-4)
 
 
 def plain_merge(
