@@ -1,0 +1,90 @@
+"""Packed and streamed data under parallel layouts: the same steps as in one process; a stream goes on on fewer ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.dist.launch import curve, largest_difference, torchrun
+
+pytestmark = pytest.mark.dist
+
+STEPS = 16
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
+                  {"role": "assistant", "content": f"It is {2 * i}. " + "The capital is Paris. " * (i % 4)}]}
+    for i in range(40)
+]  # fmt: skip
+PACKED = ["--packing", "true"]
+STREAMED = ["--packing", "true", "--streaming", "true", "--shuffle_buffer_size", "16"]
+TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
+PP = ["--pipeline_model_parallel_size", "2"]
+# name: family, data, flags; each in two processes, compared with the same data in one.
+CASES = {
+    "streamed-dp2": ("qwen3", STREAMED, []),
+    "packed-dp2": ("qwen3", PACKED, []),
+    "packed-tp2-sp": ("qwen3", PACKED, TP),
+    "packed-pp2": ("qwen3", PACKED, PP),
+    "packed-vpp2": ("qwen3", PACKED, [*PP, "--num_virtual_stages_per_pipeline_rank", "2"]),
+    "free-tp2-sp": ("qwen3", ["--padding_free", "true", "--micro_batch_size", "2"], TP),
+    "packed-moe-ep2": ("glm4_moe", PACKED, ["--expert_model_parallel_size", "2"]),
+}
+MODELS = {
+    "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "initializer_range": 0.02},
+    "glm4_moe": {"vocab_size": 333, "initializer_range": 0.02},
+}
+TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    data = tmp_path_factory.mktemp("data") / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def make(family: str, output_dir: Path, *flags: str) -> list[str]:
+        common = {
+            "model": tiny_model(family, **MODELS[family]), "model_type": TYPES[family], "dataset": data,
+            "output_dir": output_dir, "torch_dtype": "float32", "micro_batch_size": 1, "global_batch_size": 4,
+            "train_iters": STEPS, "lr": 1e-3, "lr_decay_style": "constant", "logging_steps": 1, "save_steps": 8,
+            "max_length": 150, "save_total_limit": 9, "adam_eps": 1e-5,
+        }  # fmt: skip
+        return [word for name, value in common.items() for word in (f"--{name}", str(value))] + list(flags)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def runs(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    alone = {(family, tuple(data)): None for family, data, _ in CASES.values()}
+    one = [{"argv": argv(f, root / f"one-{f}-{'-'.join(d).replace('--', '')}", *d)} for f, d in alone]
+    code, text = torchrun(1, one, root / "launch1")
+    assert code == 0, text[-3000:]
+    two = [{"argv": argv(family, root / name, *data, *flags)} for name, (family, data, flags) in CASES.items()]
+    # The same data order on two ranks up to step 8, then killed; it goes on on one rank below.
+    two.append({"argv": argv("qwen3", root / "cut", *STREAMED), "fault": "kill_at_13"})
+    code, _ = torchrun(2, two, root / "launch2")
+    assert code != 0
+    code, text = torchrun(1, [{"argv": argv("qwen3", root / "cut", *STREAMED)}], root / "launch3")
+    assert code == 0, text[-3000:]
+    return root
+
+
+def _alone(root: Path, family: str, data: list[str]) -> list[tuple[float, float]]:
+    return curve(root / f"one-{family}-{'-'.join(data).replace('--', '')}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layouts_equal_one_process(runs: Path, name: str) -> None:
+    family, data, _ = CASES[name]
+    alone = _alone(runs, family, data)
+    assert len(alone) == STEPS and alone[-1][0] < 0.75 * alone[0][0]
+    assert largest_difference(alone, curve(runs / name)) < 1e-5
+
+
+def test_a_stream_goes_on_on_fewer_ranks(runs: Path) -> None:
+    assert "going on from step 8" in (runs / "launch3" / "stderr").read_text()
+    assert largest_difference(_alone(runs, "qwen3", STREAMED), curve(runs / "cut")) < 1e-5
