@@ -84,18 +84,20 @@ def _tagged(
 
     names = {**getattr(tokenizer, "special_tokens_map", {}), **options}
     try:
-        texts, indices = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[list(messages)],
             tools=tools,
             chat_template=source,
             return_assistant_tokens_mask=True,
             **names,
         )
+        texts, indices = rendered
     except Exception as error:  # as in write_jinja
         line = " ".join(str(error).split())[:200]
         raise TemplateError(f"the tokenizer's chat template cannot write the conversation ({line})") from None
     answers = [i for i, message in enumerate(messages) if role_of(message) == "assistant"]
-    spans = [[start, end] for start, end in indices[0]]
+    found: Any = indices[0]
+    spans = [[start, end] for start, end in found]
     if len(spans) != len(answers):
         raise TemplateError(
             f"the chat template marks {len(spans)} spans with generation tags for {len(answers)} assistant messages; "

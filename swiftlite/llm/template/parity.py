@@ -31,7 +31,7 @@ _CALLED = [
 ]
 
 # name, messages, tools, generation prompt, options
-PROBES: tuple[tuple[str, list[dict[str, Any]], Any, bool, dict[str, Any]], ...] = (
+PROBES: tuple[tuple[str, list[Any], Any, bool, dict[str, Any]], ...] = (
     ("question", [_ASKED], None, True, {}),
     ("system message", [_SYSTEM, _ASKED], None, True, {}),
     ("two rounds", _ANSWERED, None, False, {}),

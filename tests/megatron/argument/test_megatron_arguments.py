@@ -90,7 +90,6 @@ def test_precision_by_flag_and_contradiction():
         ({"recompute_method": "uniform"}, "need --recompute_granularity full"),
         ({"recompute": "some"}, "--recompute some: must be full, selective or none"),
         ({"attention_backend": "fast"}, "--attention_backend fast: must be one of"),
-        ({"packing": True}, "--packing true: packed sequences are not available yet"),
         ({"train_type": "lora"}, "--train_type lora: adapters are not available yet"),
         ({"lora_rank": 16}, "--lora_rank 16: adapters are not available yet"),
         ({"save_steps": 0}, "--save_steps 0: must be at least 1"),
