@@ -65,7 +65,9 @@ class ExportArguments(McoreArguments, BaseArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.to_cached_dataset and (self.to_mcore or self.to_hf or self.merge_lora):
-            raise UsageError("--to_cached_dataset true: converts no model; leave out --to_mcore, --to_hf and --merge_lora")
+            raise UsageError(
+                "--to_cached_dataset true: converts no model; leave out --to_mcore, --to_hf and --merge_lora"
+            )
         if self.dataset and not self.to_cached_dataset:
             raise UsageError("--dataset: converting a model reads no data; --to_cached_dataset true tokenises it")
         if self.to_mcore and self.to_hf:

@@ -27,7 +27,9 @@ def export_cached_dataset(args: Any) -> Path:
     if args.streaming:
         raise UsageError("--to_cached_dataset true: writes whole data sets; leave out --streaming")
     if args.model is None:
-        raise UsageError("--to_cached_dataset true: give the model, whose tokenizer and template are used, with --model")
+        raise UsageError(
+            "--to_cached_dataset true: give the model, whose tokenizer and template are used, with --model"
+        )
     name = Path(args.dataset[0].split("#")[0]).stem or "dataset"
     output = Path(args.output_dir or f"{name}-cached")
     if not is_main_process():

@@ -95,7 +95,9 @@ class SftTrainer(transformers.Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(cast(Any, optimizer or self.optimizer), self._schedule)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                cast(Any, optimizer or self.optimizer), self._schedule
+            )
         return self.lr_scheduler
 
     def _get_train_sampler(self, *_: Any) -> _Stream:
@@ -173,7 +175,6 @@ class _Report(transformers.TrainerCallback):
         self.metrics.advance(state.global_step, float(self.last["loss"]), 0.0, 0.0)
         control.should_log |= state.global_step == state.max_steps
         control.should_save |= state.global_step == state.max_steps
-
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:

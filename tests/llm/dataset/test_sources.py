@@ -96,7 +96,9 @@ def hub(tmp_path, monkeypatch):
 
 def test_hubs(hub):
     assert answers(load_dataset("owner/data")[0]) == ["a0", "a1", "a2", "a3"]
-    assert answers(load_dataset("owner/data:x/y", use_hf=True)[0]) == [f"a{i}" for i in (10, 11, 12, 13, 20, 21, 22, 23)]
+    assert answers(load_dataset("owner/data:x/y", use_hf=True)[0]) == [
+        f"a{i}" for i in (10, 11, 12, 13, 20, 21, 22, 23)
+    ]
     assert len(load_dataset("hf::owner/data#3")[0]) == 3
     assert hub == [
         ("ROOT/owner/data", None, False),
@@ -266,7 +268,7 @@ def test_bad_rows_of_every_kind_are_counted_and_written_down(tmp_path):
     written = [json.loads(line) for line in rejects.path.read_text(encoding="utf-8").splitlines()]
     assert [entry["reason"] for entry in written] == [reason for _, reason in bad]
     assert [entry["place"] for entry in written] == [f"{path}:{101 + i}" for i in range(len(bad))]
-    assert written[3]["row"] == {} and written[0]["row"].endswith("no end\"")
+    assert written[3]["row"] == {} and written[0]["row"].endswith('no end"')
     assert max(len(json.dumps(entry)) for entry in written) < 50_000
     with pytest.raises(DatasetError, match=r"11 of 111 rows dropped.*--max_drop_ratio 0.05.*rejects.jsonl"):
         load_dataset(str(path), rejects=RejectsFile(rejects.path))

@@ -69,7 +69,10 @@ def test_patterns_and_chains(learnt, tmp_path):
     assert learnt(messages, "hermes+ignore_empty_think") == [
         ("Wait.\n", 1.0), (call_text, 2.0), ("<|im_end|>", 1.0),
     ]  # fmt: skip
-    react = {"role": "assistant", "content": "Thought: go\nAction: f\nAction Input: {}\nObservation: 4\nFinal Answer: 4"}
+    react = {
+        "role": "assistant",
+        "content": "Thought: go\nAction: f\nAction Input: {}\nObservation: 4\nFinal Answer: 4",
+    }
     parts = learnt([ASKED, react], "react+ignore_empty_think")
     assert parts == [
         ("Thought:", 1.0), (" go\n", 1.0), ("Action:", 2.0), (" f\n", 2.0), ("Action Input:", 2.0), (" {}\n", 2.0),
@@ -77,7 +80,9 @@ def test_patterns_and_chains(learnt, tmp_path):
     ]  # fmt: skip
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({r"\d+": [3.0], "Wait": [0.5, 0.5]}))
-    weighed = learnt([ASKED, {"role": "assistant", "content": "a 12 Wait b 3"}], f"last_round+{file}+ignore_empty_think")
+    weighed = learnt(
+        [ASKED, {"role": "assistant", "content": "a 12 Wait b 3"}], f"last_round+{file}+ignore_empty_think"
+    )
     assert weighed == [
         ("a ", 1.0), ("12", 3.0), (" ", 1.0), ("Wait", 0.5), (" b ", 0.5), ("3", 3.0), ("<|im_end|>", 1.0),
     ]  # fmt: skip
