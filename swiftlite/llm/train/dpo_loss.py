@@ -51,7 +51,7 @@ class PairLoss:
         return loss
 
     def sums(self, policy: LogProbs, reference: LogProbs) -> dict[str, Tensor]:
-        """Scalars to add up over micro batches and ranks: what `total` and `metrics` take. `loss` and `nll` have gradients."""
+        """What `total` and `metrics` take: scalars to add up over batches and ranks; `loss` and `nll` have gradients."""
         losses = self(policy, reference)
         chosen, rejected = (self.beta * ratio.detach() for ratio in policy.ratios(reference))
         policy_chosen, policy_rejected = policy.sums.chunk(2)
