@@ -13,7 +13,12 @@ from swiftlite.llm.preview import _runs, as_html, as_text, histogram, preview_ma
 from swiftlite.llm.template import get_template
 
 ROWS = [
-    {"messages": [{"role": "user", "content": f"What is {i}? 🙂"}, {"role": "assistant", "content": "Paris é. " * (i + 1)}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {i}? 🙂"},
+            {"role": "assistant", "content": "Paris é. " * (i + 1)},
+        ]
+    }
     for i in range(8)
 ]
 

@@ -85,7 +85,9 @@ _PREFERENCE = ("rlhf_type", "beta", "loss_type", "rpo_alpha", "ref_model", "mcor
 DPO_NOTES: dict[str, Note] = {
     **{name: note for name, note in TRAIN_NOTES.items() if name not in _PREFERENCE},
     "mcore_ref_model": Note("rejected", "the reference is a Hugging Face model here: give it with --ref_model"),
-    "ref_adapters": Note("rejected", "merge the adapter with `swiftlite export --merge_lora true` and give --ref_model"),
+    "ref_adapters": Note(
+        "rejected", "merge the adapter with `swiftlite export --merge_lora true` and give --ref_model"
+    ),
     "calculate_per_token_loss": Note("default", "pairs are averaged over the global batch", allowed=("false",)),
 }
 DPO_UNAVAILABLE: dict[str, str] = {
