@@ -36,6 +36,12 @@ ROUTES: dict[tuple[str, ...], Route] = {
         False,
         "compare two checkpoints of either format, tensor by tensor",
     ),
+    ("preview",): Route(
+        "swiftlite.llm.argument.preview:PreviewArguments",
+        "swiftlite.llm.preview:preview_main",
+        False,
+        "show rows as the model will see them: tokens, loss, dropped rows, lengths, packing",
+    ),
     ("infer",): Route(
         "swiftlite.llm.argument.infer:InferArguments",
         "swiftlite.llm.infer:infer_main",

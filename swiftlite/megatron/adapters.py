@@ -22,6 +22,7 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.weights import torch_dist
 from swiftlite.weights.journal import fingerprint, workspace
 from swiftlite.weights.lora import (
+    EXPERT,
     PEFT_PREFIX,
     A,
     B,
@@ -39,6 +40,7 @@ from swiftlite.weights.torch_dist import TorchDistSource, find_iteration
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,13 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
                 else SafetensorsSource(space.directory)
             )
             verify_bitwise(written, expected, args.max_memory_bytes)
+    modules = {_module(name) for name in adapter.names}
+    experts = {module for module in modules if EXPERT.search(module)}
+    if not args.to_mcore and experts and any(m.endswith(MLP) for m in modules - experts):
+        get_logger().warning(
+            "the adapter has experts and other MLPs; peft on transformers 5 (seen with peft 0.21) leaves out the others "
+            "without a word: merge it with --merge_lora true to use all of it there"
+        )
     get_logger().info("wrote %s", output_dir)
     return output_dir
 

@@ -136,6 +136,90 @@ def test_merged_model_equals_pefts_own_merge(case: str, rslora: bool, tmp_path: 
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
+def test_patterns_of_rank_and_alpha_are_pefts(tmp_path: Path) -> None:
+    """The first pattern that fits counts, and a module's own rank its scale."""
+    build_hf(config_of("qwen3:default"), tmp_path / "hf")
+    patterns = {
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "q_proj": 8, "down_proj": 3},
+        "alpha_pattern": {r"layers\.1\..*": 5, "q_proj": 32, "up_proj": 7},
+    }
+    peft = make_adapter(tmp_path / "hf", tmp_path / "peft", "qwen3:default", **patterns)
+    words = ("--model", tmp_path / "hf", "--model_type", "qwen3", "--merge_lora", "true", "--adapters")
+    assert export(*words, tmp_path / "peft", "--output_dir", tmp_path / "merged") == 0
+    peft.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    mine, theirs = (load_file(tmp_path / d / "model.safetensors") for d in ("merged", "theirs"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_bf16_merge_is_rounded_once(tmp_path: Path) -> None:
+    """The product and the sum are fp32 and rounded once; peft rounds B A to bf16 before the sum."""
+    build_hf({**config_of("qwen3:default"), "torch_dtype": "bfloat16"}, tmp_path / "hf", dtype=torch.bfloat16)
+    peft = make_adapter(tmp_path / "hf", tmp_path / "peft", "qwen3:default").to(torch.bfloat16)
+    peft.save_pretrained(tmp_path / "peft")
+    base, adapter = load_file(tmp_path / "hf/model.safetensors"), load_file(tmp_path / "peft/adapter_model.safetensors")
+    exact = plain_merge(*({n: t.double() for n, t in d.items()} for d in (base, adapter)), 3.0)
+    words = ("--model", tmp_path / "hf", "--model_type", "qwen3", "--merge_lora", "true", "--verify", "bitwise")
+    assert export(*words, "--adapters", tmp_path / "peft", "--output_dir", tmp_path / "merged") == 0
+    mine = load_file(tmp_path / "merged/model.safetensors")
+    theirs = peft.merge_and_unload().state_dict()
+    worse = 0
+    for name, tensor in mine.items():
+        assert tensor.dtype == torch.bfloat16
+        error, their_error = ((t[name].double() - exact[name]).abs() for t in (mine, theirs))
+        half_step = exact[name].abs() * 2**-8 + 2e-7  # of bf16, and what fp32 loses
+        assert (error <= half_step).all(), name
+        worse += int((their_error > error).sum())
+    assert worse > 0
+    words = (*words, "--to_mcore", "true", "--test_convert_precision", "true", "--adapters", tmp_path / "peft")
+    assert export(*words, "--output_dir", tmp_path / "mcore") == 0
+
+
+def test_dry_run_writes_nothing_and_whole_models_are_compared_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_hf(config_of("qwen3:default"), tmp_path / "hf")
+    make_adapter(tmp_path / "hf", tmp_path / "peft", "qwen3:default")
+    words = ("--model", tmp_path / "hf", "--model_type", "qwen3", "--adapters", tmp_path / "peft")
+    for what in ("--merge_lora", "--to_mcore", "--to_hf"):
+        assert export(*words, what, "true", "--dry_run", "true", "--output_dir", tmp_path / "out") == 0
+        assert not (tmp_path / "out").exists()
+    assert export(*words, "--to_mcore", "true", "--test_convert_precision", "true") == 2
+    assert "compares two whole models" in capsys.readouterr().err
+    assert export(*words, "--mcore_adapter", tmp_path / "x", "--merge_lora", "true") == 2
+    assert "one adapter at a time" in capsys.readouterr().err
+
+
+def test_a_killed_merge_does_not_go_on_with_another_adapter(tmp_path: Path) -> None:
+    """The adapter belongs to what identifies a conversion."""
+    from swiftlite.weights import stream
+
+    build_hf(config_of("qwen3:default"), tmp_path / "hf")
+    make_adapter(tmp_path / "hf", tmp_path / "one", "qwen3:default")
+    make_adapter(tmp_path / "hf", tmp_path / "two", "qwen3:default")
+    tensors = load_file(tmp_path / "two/adapter_model.safetensors")
+    save_file({n: -t for n, t in tensors.items()}, tmp_path / "two/adapter_model.safetensors")
+    words = ("--model", tmp_path / "hf", "--model_type", "qwen3", "--to_mcore", "true", "--merge_lora", "true")
+    write, calls = stream.Files.write, []
+
+    def failing(files: Any, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) > 12:
+            raise OSError("the disk is full")
+        write(files, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream.Files, "write", failing)
+        assert export(*words, "--adapters", tmp_path / "one", "--output_dir", tmp_path / "out") == 1
+    assert (tmp_path / ".out.partial").is_dir()
+    assert export(*words, "--adapters", tmp_path / "two", "--output_dir", tmp_path / "out") == 0
+    assert export(*words, "--adapters", tmp_path / "two", "--output_dir", tmp_path / "fresh") == 0
+    for file in ("__0_0.distcp", "__0_1.distcp"):
+        assert (tmp_path / "out/iter_0000001" / file).read_bytes() == (
+            tmp_path / "fresh/iter_0000001" / file
+        ).read_bytes()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_merging_on_every_path_gives_the_same_bytes(case: str, tmp_path: Path) -> None:
     """HF base -> HF; HF base -> Megatron -> HF; Megatron base and Megatron adapter -> HF; experts included."""
@@ -184,7 +268,9 @@ def test_adapters_of_other_megatron_tools(stacked: bool, tmp_path: Path) -> None
     iteration = tmp_path / "foreign/iter_0000005"
     dcp.save(state, checkpoint_id=iteration, no_dist=True)
     (tmp_path / "foreign/latest_checkpointed_iteration.txt").write_text("5")
-    (tmp_path / "foreign/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    (tmp_path / "foreign/adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 0.05, "target_modules": ["linear_qkv", "linear_fc1"]})
+    )
     base = ("--model", tmp_path / "hf", "--model_type", "qwen3")
     assert (
         export(*base, "--mcore_adapter", tmp_path / "foreign", "--to_hf", "true", "--output_dir", tmp_path / "p") == 0
@@ -200,6 +286,11 @@ def test_adapters_of_other_megatron_tools(stacked: bool, tmp_path: Path) -> None
     shared = per_layer["decoder.layers.1.mlp.linear_fc1.lora_A.default.weight"]
     for name in ("gate_proj", "up_proj"):
         assert torch.equal(back[f"{prefix}.mlp.{name}.lora_A.weight"], shared)
+    words = ("--mcore_adapter", tmp_path / "foreign", "--merge_lora", "true", "--output_dir", tmp_path / "merged")
+    assert export(*base, *words) == 0
+    logits = logits_of(tmp_path / "hf", tmp_path / "p")
+    assert (logits - logits_of(tmp_path / "hf")).abs().max() > 0.1
+    torch.testing.assert_close(logits_of(tmp_path / "merged"), logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["glm4_5:default", "moonlight:default"])
@@ -234,6 +325,9 @@ SPOILERS: dict[str, tuple[Any, str]] = {
     "wrong shape": (lambda t, c: t.update({n: torch.ones(4, 3) for n in [next(n for n in t if "lora_A" in n)]}),
                     "the base model needs"),
     "dora": (lambda t, c: c.update(use_dora=True), "use_dora True is not supported"),
+    "no rank": (lambda t, c: c.pop("r"), "r is None; it must be a number"),
+    "embeddings too": (lambda t, c: c.update(modules_to_save=["lm_head"]), "modules_to_save .* is not supported"),
+    "transposed": (lambda t, c: c.update(fan_in_fan_out=True), "fan_in_fan_out True is not supported"),
     "other kind": (lambda t, c: c.update(peft_type="IA3"), "peft_type 'IA3'"),
 }  # fmt: skip
 

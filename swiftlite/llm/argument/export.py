@@ -72,7 +72,7 @@ class ExportArguments(McoreArguments, BaseArguments):
             raise UsageError("--dataset: converting a model reads no data; --to_cached_dataset true tokenises it")
         if self.to_mcore and self.to_hf:
             raise UsageError("--to_mcore true and --to_hf true: give one direction")
-        if self.to_hf and not (self.mcore_model or self.mcore_adapter):
+        if self.to_hf and not (self.mcore_model or self.mcore_adapter or self.adapters):
             raise UsageError("--to_hf true: give the Megatron checkpoint with --mcore_model DIR")
         if self.to_mcore and not self.model:
             raise UsageError("--to_mcore true: give the Hugging Face checkpoint with --model DIR_OR_ID")

@@ -10,7 +10,7 @@ from swiftlite.utils.parser import Note
 
 _TEXT_ONLY = "the models here are text only, there is no vision tower"
 _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is the same for every layout"
-_DPO = "preference training is not available yet; swiftlite trains with `sft`"
+_DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite rlhf`"
 
 COMMON_NOTES: dict[str, Note] = {
     "freeze_llm": Note("default", _TEXT_ONLY, allowed=("false",)),
@@ -79,6 +79,20 @@ SFT_UNAVAILABLE: dict[str, str] = {
     "merge_lora": "merge afterwards with `swiftlite export --merge_lora true`",
     "save_safetensors": "checkpoints are Hugging Face directories already",
     "eval_iters": "the whole validation set is evaluated",
+}
+
+_PREFERENCE = ("rlhf_type", "beta", "loss_type", "rpo_alpha", "ref_model", "mcore_ref_model", "ref_adapters")
+DPO_NOTES: dict[str, Note] = {
+    **{name: note for name, note in TRAIN_NOTES.items() if name not in _PREFERENCE},
+    "mcore_ref_model": Note("rejected", "the reference is a Hugging Face model here: give it with --ref_model"),
+    "ref_adapters": Note(
+        "rejected", "merge the adapter with `swiftlite export --merge_lora true` and give --ref_model"
+    ),
+    "calculate_per_token_loss": Note("default", "pairs are averaged over the global batch", allowed=("false",)),
+}
+DPO_UNAVAILABLE: dict[str, str] = {
+    **SFT_UNAVAILABLE,
+    "load_from_cache_file": "pairs are tokenised for each run",
 }
 
 TRAIN_UNAVAILABLE: dict[str, str] = {

@@ -18,17 +18,21 @@ _MAX_CHARS = 20_000
 
 
 class RejectsFile:
-    """The rows that could not be used, one JSON object a line: place, reason, detail, row. Made with the first one."""
+    """The rows that could not be used, one JSON object a line: place, reason, detail, row. Made with the first one.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path, self.count = Path(path), 0
+    path None: rows are counted in `report` only.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.report = DropReport()
         self._file: IO[str] | None = None
-        if is_main_process():
+        if self.path is not None and is_main_process():
             self.path.unlink(missing_ok=True)
 
     def write(self, place: str, reason: str, detail: str, row: Any) -> None:
-        self.count += 1
-        if not is_main_process():
+        self.report.drop(reason, place, detail)
+        if self.path is None or not is_main_process():
             return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +102,7 @@ class DropReport:
         """Log what was dropped. Raises DatasetError if more than `max_drop_ratio` of the rows were, or all of them."""
         if not self.reasons:
             return
-        where = f"; all of them: {self.rejects.path}" if self.rejects is not None else ""
+        where = f"; all of them: {self.rejects.path}" if self.rejects is not None and self.rejects.path else ""
         if self.dropped > max_drop_ratio * self.total:
             raise DatasetError(
                 f"{what}: {self.summary()}; more than --max_drop_ratio {max_drop_ratio:g}: mend the rows or raise it"

@@ -65,3 +65,17 @@ def test_table_is_current():
     if os.environ.get("UPDATE_DOCS"):
         DOCS.write_text(text, encoding="utf-8")
     assert DOCS.read_text(encoding="utf-8") == text
+
+
+def test_table_of_cases_is_current():
+    """docs/template_cases.md: nothing differs. `python docs/make_template_cases.py` rewrites it."""
+    sys.path.insert(0, str(DOCS.parent))
+    import make_template_cases
+
+    text = make_template_cases.text_part()
+    written = make_template_cases.FILE.read_text(encoding="utf-8")
+    assert written.startswith(text)
+    cells = [cell.split(" / ") for line in written.splitlines() if line.startswith("| ") for cell in line.split(" | ")]
+    numbers = [cell for cell in cells if len(cell) == 3]
+    assert len(numbers) > 4 * len(official.IDS)
+    assert all(cell[2].strip(" |") == "0" for cell in numbers), "different must be 0"

@@ -1,0 +1,132 @@
+"""PairDataset: a chosen and a rejected answer to each prompt, as token ids; for preference training on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from swiftlite.llm.dataset.encoded import RowEncoder, Sample
+from swiftlite.llm.dataset.packing import pack_windows
+from swiftlite.llm.dataset.prepare import packing_capacity, read_rows
+from swiftlite.llm.dataset.report import REJECTS_FILE, DropReport, RejectsFile
+from swiftlite.llm.dataset.store import TokenStore
+from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Template
+from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
+from swiftlite.utils.logger import get_logger
+
+SIDES = ("chosen", "rejected")
+
+
+class PairDataset:
+    """A map-style data set of pairs. `[i]` -> {"pairs": [PAIR, ...], "length": tokens of all answers with their prompts}.
+
+    A PAIR is {"chosen": {"input_ids", "labels"}, "rejected": {...}, "reference"?: (log-probability of the chosen answer,
+    of the rejected one)}. An item is one pair, or with `capacity` as many as have room in so many tokens.
+
+    Args: rows: standard rows with `rejected_messages`. The rest as EncodedDataset.
+    Attributes:
+        pairs: number of pairs. lengths: tokens of each item.
+        reference: log-probabilities [pairs][2] under the reference model, once somebody has computed them.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        template: Template,
+        *,
+        capacity: int | None = None,
+        seed: int = 42,
+        max_drop_ratio: float = 0.05,
+        name: str = "dataset",
+        num_proc: int = 1,
+        rejects: RejectsFile | None = None,
+    ) -> None:
+        if not rows:
+            raise DatasetError(f"{name}: holds no rows; give a file with at least one")
+        self.report = DropReport(rejects=rejects, log=[])
+        self.store = TokenStore()
+        self.reference: Sequence[tuple[float, float]] | None = None
+        with RowEncoder(template, num_proc if len(rows) > 512 else 1) as encode:
+            encoded = encode(side for row in rows for side in _sides(row))
+            for i, row in enumerate(rows):
+                pair = next(encoded), next(encoded)
+                self._add(pair, f"row {i}", row)
+        self.report.check(max_drop_ratio, name)
+        sizes = [sum(len(self.store[i][f"{side}_input_ids"]) for side in SIDES) for i in range(self.pairs)]
+        self.items = [[i] for i in range(self.pairs)]
+        if capacity is not None:
+            longest = max(sizes)
+            if longest > capacity:
+                raise UsageError(f"a pair of {longest} tokens does not fit --packing_length {capacity}; raise it")
+            self.items = pack_windows(sizes, capacity, seed)
+            get_logger().info(
+                "%s: %d pairs packed into %d sequences of %d tokens", name, self.pairs, len(self), capacity
+            )
+        self.lengths = [sum(sizes[i] for i in item) for item in self.items]
+
+    def _add(self, pair: tuple[Any, Any], place: str, row: dict[str, Any]) -> None:
+        self.report.total += 1
+        if not row.get("rejected_messages"):
+            return self.report.drop("no rejected answer", place, "give rejected_messages or rejected_response", row)
+        for side in pair:
+            if isinstance(side, MaxLengthError):
+                return self.report.drop("longer than --max_length", place, f"{side.length} tokens", row)
+            if isinstance(side, TemplateError):
+                return self.report.drop("cannot be encoded", place, str(side), row)
+            if all(label == IGNORE_INDEX for label in side["labels"][1:]):
+                return self.report.drop("no assistant text with a loss", place, "", row)
+        chosen, rejected = pair
+        if list(chosen["input_ids"]) == list(rejected["input_ids"]):
+            return self.report.drop("both answers are the same", place, "", row)
+        columns = {f"{side}_{name}": values[name] for side, values in zip(SIDES, pair, strict=True)
+                   for name in ("input_ids", "labels")}  # fmt: skip
+        return self.store.append(columns)
+
+    @property
+    def pairs(self) -> int:
+        return len(self.store)
+
+    def pair(self, index: int) -> dict[str, Any]:
+        columns = self.store[index]
+        pair: dict[str, Any] = {
+            side: {name: columns[f"{side}_{name}"] for name in ("input_ids", "labels")} for side in SIDES
+        }
+        if self.reference is not None:
+            pair["reference"] = tuple(self.reference[index])
+        return pair
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pairs": [self.pair(i) for i in self.items[index]], "length": self.lengths[index]}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+
+def _sides(row: dict[str, Any]) -> tuple[Sample, Sample]:
+    common = {key: row[key] for key in ("tools",) if key in row}
+    chosen = {"messages": row["messages"], **common}
+    return chosen, {"messages": row.get("rejected_messages") or row["messages"], **common}
+
+
+def sequences_of(items: Sequence[dict[str, Any]]) -> list[Sample]:
+    """The answers of a batch in the order that losses expect: all chosen ones, then all rejected ones."""
+    return [pair[side] for side in SIDES for item in items for pair in item["pairs"]]
+
+
+def load_pairs(args: Any, template: Any) -> tuple[PairDataset, PairDataset | None]:
+    """(training pairs, validation pairs or None). Raises: UsageError without data; DatasetError."""
+    if not args.dataset:
+        raise UsageError("give the training pairs with --dataset FILE")
+    if args.packing:
+        template.padding_free = True
+    rejects = RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
+    train_rows, val_rows = read_rows(args, rejects)
+    options: dict[str, Any] = {
+        "capacity": packing_capacity(args), "seed": args.data_seed, "max_drop_ratio": args.max_drop_ratio,
+        "num_proc": args.dataset_num_proc, "rejects": rejects,
+    }  # fmt: skip
+    train_set = PairDataset(train_rows, template, name="training data", **options)
+    return train_set, PairDataset(val_rows, template, name="validation data", **options) if val_rows else None

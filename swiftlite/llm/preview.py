@@ -1,0 +1,303 @@
+"""`swiftlite preview`: rows as the model will see them: tokens, what is learnt, what is dropped and why, lengths, packing.
+
+Needs a tokenizer and a template, no weights and no GPU.
+"""
+
+from __future__ import annotations
+
+import html
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from swiftlite.llm.argument.preview import PreviewArguments
+from swiftlite.llm.dataset.encoded import EncodedDataset
+from swiftlite.llm.dataset.loader import ReadOptions, RowStream
+from swiftlite.llm.dataset.packing import pack_windows
+from swiftlite.llm.dataset.prepare import read_rows
+from swiftlite.llm.dataset.preprocess import RowError
+from swiftlite.llm.dataset.register import register_dataset_info
+from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
+from swiftlite.llm.pipeline import as_arguments, prepare_template, resolve
+from swiftlite.llm.template.base import IGNORE_INDEX, Template
+from swiftlite.llm.template.parity import differences
+from swiftlite.utils.errors import DatasetError
+from swiftlite.utils.io import write_text_atomic
+from swiftlite.utils.logger import get_logger
+
+_STREAMED_ROWS = 1000
+_BINS = 12
+_LENGTHS_PNG = "lengths.png"
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a row: id, its text (of a character that is divided over tokens only the first has it), loss weight."""
+
+    id: int
+    text: str
+    weight: float
+
+
+@dataclass
+class Preview:
+    """What the report shows. lengths: tokens of every sample. shown: (row number, tokens) of some samples."""
+
+    title: str
+    facts: list[str]
+    table: list[str]
+    dropped: list[str]
+    shown: list[tuple[int, list[Token]]]
+    lengths: list[int]
+    notes: list[str] = field(default_factory=list)
+
+
+def tokens_of(template: Template, sample: dict[str, Any], text: str | None = None) -> list[Token]:
+    """The tokens of an encoded sample. text: what it was encoded from; it gives divided characters their text."""
+    ids = sample["input_ids"]
+    weights = sample.get("loss_scale") or [float(label != IGNORE_INDEX) for label in sample["labels"]]
+    texts: list[str] | None = None
+    if text is not None and getattr(template.tokenizer, "is_fast", False):
+        whole = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if list(whole["input_ids"]) == ids:
+            reached, texts = 0, []
+            for _, end in whole["offset_mapping"]:
+                texts.append(text[reached : max(reached, end)])
+                reached = max(reached, end)
+    if texts is None:
+        texts = [template.tokenizer.decode([token]) for token in ids]
+    return [Token(*values) for values in zip(ids, texts, weights, strict=True)]
+
+
+def make_preview(args: Any, template: Template) -> Preview:
+    """Read, encode and measure. Raises: DatasetError where no row can be used."""
+    rejects = RejectsFile(Path(args.output_dir) / REJECTS_FILE if args.output_dir else None)
+    limit = args.max_drop_ratio
+    args.max_drop_ratio = 1.0  # told, not enforced
+    rows = (
+        list(_first_rows(args, rejects))
+        if args.streaming
+        else [row for part in read_rows(args, rejects) for row in part]
+    )
+    samples = EncodedDataset(
+        rows, template, max_drop_ratio=1.0, name="data", num_proc=args.dataset_num_proc, rejects=rejects
+    )
+    report = rejects.report
+    report.total = len(rows) + report.dropped - samples.report.dropped
+    shown = []
+    for i in range(min(args.num_rows, len(samples))):
+        row = rows[samples.row_indices[i]]
+        text, _ = template.training_text(row)
+        shown.append((samples.row_indices[i], tokens_of(template, samples[i], text)))
+    facts = [
+        f"template {template.template_type} ({template.template_backend}), loss scale {args.loss_scale}, max length "
+        f"{template.max_length}, truncation {args.truncation_strategy}",
+        f"{len(samples)} samples, {sum(samples.lengths)} tokens, {_trained_share(samples):.1%} of them with a loss",
+    ]
+    notes = [f"differs from the checkpoint's own chat template: {line}" for line in differences(template)]
+    if report.total and report.dropped > limit * report.total:
+        notes.append(
+            f"{report.dropped} of {report.total} rows dropped: training stops above --max_drop_ratio {limit:g}"
+        )
+    facts += list(_packing(args, samples.lengths))
+    dropped = [f"{reason}: {place}" for reason, places in report.examples.items() for place in places]
+    return Preview(", ".join(args.dataset), facts, report.table().splitlines(), dropped, shown, samples.lengths, notes)
+
+
+def _first_rows(args: Any, rejects: RejectsFile) -> Iterator[Any]:
+    for file in args.dataset_info:
+        register_dataset_info(file)
+    options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author)
+    stream = RowStream(
+        args.dataset, options, interleave_prob=args.interleave_prob or None, stopping_strategy=args.stopping_strategy,
+        seed=str(args.data_seed),
+    )  # fmt: skip
+    for place, row in islice(stream, _STREAMED_ROWS):
+        if isinstance(row, RowError):
+            rejects.write(place, row.reason, row.seen, row.row)
+        else:
+            yield row
+
+
+def _trained_share(samples: EncodedDataset) -> float:
+    trained = sum(label != IGNORE_INDEX for sample in samples for label in sample["labels"][1:])
+    return trained / max(1, sum(samples.lengths))
+
+
+def _packing(args: Any, lengths: Sequence[int]) -> Iterator[str]:
+    capacity = args.packing_length or args.max_length
+    if capacity is None or max(lengths) > capacity:
+        return
+    sequences = pack_windows(lengths, capacity, args.data_seed)
+    used, alone = sum(lengths) / (len(sequences) * capacity), sum(lengths) / (len(lengths) * max(lengths))
+    yield (
+        f"packed: {len(sequences)} sequences of {capacity} tokens, fill rate {used:.1%}; padded to the longest sample "
+        f"instead: {alone:.1%}"
+    )
+
+
+# ---- terminal ----
+
+_DIM, _GREEN, _YELLOW, _BOLD, _RED, _END = "\033[2m", "\033[32m", "\033[33m", "\033[1m", "\033[31m", "\033[0m"
+
+
+def as_text(preview: Preview, color: bool, show_ids: bool, width: int = 100) -> str:
+    """The report for a terminal. Without colours, what is learnt stands between ⟦ and ⟧, with its weight if not 1."""
+
+    def paint(code: str, text: str) -> str:
+        return f"{code}{text}{_END}" if color and text else text
+
+    lines = [paint(_BOLD, preview.title), *preview.facts]
+    lines += [paint(_RED, f"note: {note}") for note in preview.notes]
+    key = (
+        f"{paint(_GREEN, 'learnt')}, {paint(_YELLOW, 'learnt with another weight than 1')}, {paint(_DIM, 'not learnt')}"
+    )
+    lines += ["", key if color else "⟦learnt⟧, ⟦learnt with weight 2⟧×2, the rest is not learnt"]
+    for number, tokens in preview.shown:
+        learnt = sum(token.weight > 0 for token in tokens)
+        lines += ["", paint(_BOLD, f"row {number}: {len(tokens)} tokens, {learnt} learnt")]
+        lines.append("".join(_run(text, weight, color, paint) for text, weight in _runs(tokens)))
+        if show_ids:
+            lines += ["", f"{'token':>6} {'id':>8} {'weight':>7}  text"]
+            lines += [f"{i:>6} {t.id:>8} {t.weight:>7g}  {t.text!r}" for i, t in enumerate(tokens)]
+    lines += ["", paint(_BOLD, "rows"), *preview.table]
+    lines += [paint(_RED, f"  {line}") for line in preview.dropped]
+    lines += ["", paint(_BOLD, "tokens per sample"), *histogram(preview.lengths, width)]
+    return "\n".join(lines) + "\n"
+
+
+def _runs(tokens: Sequence[Token]) -> Iterator[tuple[str, float]]:
+    """Neighbours of one weight as one text."""
+    text, weight = "", tokens[0].weight if tokens else 0.0
+    for token in tokens:
+        if token.weight != weight:
+            yield text, weight
+            text, weight = "", token.weight
+        text += token.text
+    yield text, weight
+
+
+def _run(text: str, weight: float, color: bool, paint: Any) -> str:
+    if color:
+        code = _DIM if not weight else _GREEN if weight == 1 else _YELLOW
+        # Colours end at line breaks in some terminals.
+        return "\n".join(paint(code, line) for line in text.split("\n")) + (
+            f"×{weight:g}" if weight not in (0, 1) else ""
+        )
+    return text if not weight else f"⟦{text}⟧" + ("" if weight == 1 else f"×{weight:g}")
+
+
+def _counts(lengths: Sequence[int]) -> tuple[list[int], int, int]:
+    """(samples per bin, first length, width of a bin)."""
+    low, high = min(lengths), max(lengths)
+    step = max(1, -(-(high - low + 1) // _BINS))
+    counts = [0] * (-(-(high - low + 1) // step))
+    for length in lengths:
+        counts[(length - low) // step] += 1
+    return counts, low, step
+
+
+def histogram(lengths: Sequence[int], width: int = 100) -> list[str]:
+    """Lines of a bar chart of lengths, then median and longest."""
+    counts, low, step = _counts(lengths)
+    room = max(10, width - 34)
+    lines = []
+    for i, count in enumerate(counts):
+        start = low + i * step
+        label = f"{start}" if step == 1 else f"{start}-{start + step - 1}"
+        lines.append(f"{label:>15} {count:>8} {'█' * round(room * count / max(counts))}".rstrip())
+    ordered = sorted(lengths)
+    p95 = ordered[int(0.95 * (len(ordered) - 1))]
+    lines.append(f"shortest {ordered[0]}, median {ordered[len(ordered) // 2]}, 95 % up to {p95}, longest {ordered[-1]}")
+    return lines
+
+
+# ---- files ----
+
+
+def draw_lengths(lengths: Sequence[int], path: Path) -> Path | None:
+    """The histogram as a PNG. Returns: the file, None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        get_logger().warning("matplotlib is not installed, so no histogram is drawn: pip install matplotlib")
+        return None
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.hist(lengths, bins=min(50, max(1, max(lengths) - min(lengths) + 1)), color="#2a7")
+    axis.set_xlabel("tokens per sample")
+    axis.set_ylabel("samples")
+    axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+_STYLE = """body{font:14px sans-serif;max-width:70em;margin:2em auto;color:#222}
+pre{white-space:pre-wrap;background:#f7f7f7;padding:1em;border-radius:6px;line-height:1.6}
+span{border-left:1px solid #ddd}.w0{color:#999}.w1{background:#cdf2d6}.wx{background:#ffe9a8}
+.note{color:#b00}table{border-collapse:collapse}td{padding:.1em .8em .1em 0}"""
+
+
+def as_html(preview: Preview) -> str:
+    """The report as one HTML page without anything from elsewhere; ids and weights appear under the pointer."""
+    parts = [
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>preview of {html.escape(preview.title)}</title>",
+        f"<style>{_STYLE}</style><h1>{html.escape(preview.title)}</h1>",
+        *(f"<p>{html.escape(fact)}</p>" for fact in preview.facts),
+        *(f"<p class='note'>{html.escape(note)}</p>" for note in preview.notes),
+        "<p><span class='w1'>learnt</span> <span class='wx'>another weight than 1</span> "
+        "<span class='w0'>not learnt</span></p>",
+    ]
+    for number, tokens in preview.shown:
+        parts.append(f"<h2>row {number}: {len(tokens)} tokens</h2><pre>{''.join(map(_html_token, tokens))}</pre>")
+    parts.append("<h2>rows</h2><pre>" + html.escape("\n".join(preview.table + preview.dropped)) + "</pre>")
+    parts.append("<h2>tokens per sample</h2>" + _html_histogram(preview.lengths) + "</html>")
+    return "\n".join(parts) + "\n"
+
+
+def _html_token(token: Token) -> str:
+    kind = "w0" if not token.weight else "w1" if token.weight == 1 else "wx"
+    return f"<span class='{kind}' title='id {token.id}, weight {token.weight:g}'>{html.escape(token.text)}</span>"
+
+
+def _html_histogram(lengths: Sequence[int]) -> str:
+    counts, low, step = _counts(lengths)
+    rows = (
+        f"<tr><td>{low + i * step}&ndash;{low + (i + 1) * step - 1}<td>{count}<td><div style='background:#2a7;height:1em;"
+        f"width:{40 * count / max(counts):.1f}em'></div>"
+        for i, count in enumerate(counts)
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def preview_main(args: PreviewArguments | Sequence[str]) -> Preview:
+    """Print the report; with --output_dir also write lengths.png and rejects.jsonl, with --html FILE the page.
+
+    Args: args: PreviewArguments, or words as typed. Returns: what is shown.
+    Raises: DatasetError where no row can be used.
+    """
+    args = as_arguments(PreviewArguments, args)
+    resolve(args, download_model=False)
+    strict, args.strict_template = args.strict_template, False
+    template = prepare_template(args)
+    preview = make_preview(args, template)
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
+    sys.stdout.write(as_text(preview, color, args.show_ids, shutil.get_terminal_size((100, 24)).columns))
+    if args.output_dir:
+        drawn = draw_lengths(preview.lengths, Path(args.output_dir) / _LENGTHS_PNG)
+        get_logger().info("wrote %s", drawn or args.output_dir)
+    if args.html:
+        Path(args.html).parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(Path(args.html), as_html(preview))
+        get_logger().info("wrote %s", args.html)
+    differing = [note for note in preview.notes if note.startswith("differs")]
+    if strict and differing:
+        raise DatasetError(f"--strict_template true: the template {differing[0]}")
+    return preview
