@@ -69,7 +69,7 @@ def test_every_route_has_arguments_and_help(capsys):
         (["export", "--to_hf", "true"], "--to_hf true: give the Megatron checkpoint with --mcore_model"),
         (["export", "--max_shard_size", "5XB"], "--max_shard_size 5XB: must be a size like 5GB"),
         (["export", "missing.yaml"], "missing.yaml: no such config file"),
-        (["megatron", "sft", "--model", "DIR", "--beta", "0.1"], "--beta: preference training"),
+        (["megatron", "sft", "--model", "DIR", "--beta", "0.1"], "--beta: belongs to preference training"),
     ],
 )
 def test_usage_errors(argv, message, capsys):
