@@ -20,6 +20,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from swiftlite.llm.train.rhythm import rotate as rotate_checkpoints
 from swiftlite.megatron import backend
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.origin import Origin
@@ -247,18 +248,10 @@ def _write_common(path: Path, common: Mapping[str, Any]) -> None:
     torch.save({**written, **common}, path)
 
 
-def rotate(root: Path, keep: int | None, suffix: str = "") -> list[Path]:
-    """Delete all but the `keep` newest finished checkpoints, never the one that the tracker names. Returns: deleted."""
-    if keep is None:
-        return []
-    finished = sorted(
-        p for p in root.glob(f"iter_*{suffix}") if p.is_dir() and p.name[5:].removesuffix(suffix).isdigit()
-    )
-    current = newest_iteration(root)
-    doomed = [p for p in finished[:-keep] if current is None or p.name != iteration_name(current)]
-    for path in doomed:
-        shutil.rmtree(path, ignore_errors=True)
-    return doomed
+def rotate(root: Path, limit: int | None, suffix: str = "", best: str | None = None) -> list[Path]:
+    """Delete the oldest finished checkpoints above `limit`, neither the newest one nor `best`. Returns: deleted."""
+    finished = [p for p in root.glob(f"iter_*{suffix}") if p.is_dir() and p.name[5:].removesuffix(suffix).isdigit()]
+    return rotate_checkpoints(finished, limit, best, lambda path: int(path.name[5:].removesuffix(suffix)))
 
 
 def newest_iteration(root: Path) -> int | None:

@@ -39,7 +39,7 @@ def test_learning_rates_are_megatron_cores(style: str, warmup: dict[str, float])
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     from swiftlite.llm.argument.sft import SftArguments
-    from swiftlite.llm.train.sft import lr_schedule
+    from swiftlite.llm.train.schedule import lr_schedule
 
     args = SftArguments(lr=2e-3, min_lr=1e-4, lr_decay_style=style, **warmup)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0, "max_lr": 2e-3, "min_lr": 1e-4}])
@@ -127,7 +127,7 @@ def test_another_run_in_the_directory(
     words += ["--train_iters", "2", "--output_dir", str(tmp_path / "run")]
     assert main(["sft", *words]) == 0
     assert main(["sft", *words, "--weight_decay", "0.5"]) == 2
-    assert "belongs to another run: --weight_decay was 0.1, is 0.5" in capsys.readouterr().err
+    assert "holds a run with other settings (weight_decay 0.1 -> 0.5)" in capsys.readouterr().err
     assert main(["sft", *words, "--resume", "false"]) == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").touch()

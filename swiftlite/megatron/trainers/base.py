@@ -22,7 +22,11 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
+from swiftlite.llm.train.flops import ModelFlops, attention_pairs, model_flops
+from swiftlite.llm.train.meters import StepMeter, device_peak
 from swiftlite.llm.train.metrics import Metrics, format_seconds
+from swiftlite.llm.train.rhythm import Best, Rhythm
+from swiftlite.llm.train.stop import StopSignal
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.checkpoint import Position
 from swiftlite.megatron.distributed import ParallelState
@@ -141,6 +145,10 @@ class Trainer:
             )
         self.train_iters = steps_of(train_set, args, self.global_batch_size)
         self.train_set, self.order = train_set, order_of(train_set, args, self.global_batch_size)
+        per_epoch = None if self.order.num_samples is None else self.order.num_samples / self.global_batch_size
+        self.rhythm = Rhythm(args, self.train_iters, per_epoch, val_set is not None)
+        self.best = Best(self.root, args.metric_for_best_model, args.greater_is_better)
+        self.evaluation: dict[str, float] = {}
         multiple = parallel.tp_size if args.sequence_parallel else 1
         self.device = backend.setup().device
         # Stages tell each other the shapes of what they send, but not in an interleaved pipeline: one length there.
@@ -255,14 +263,17 @@ class Trainer:
         lr = next(group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=self.global_batch_size)
+        attended = sum(attention_pairs(b.sample_lengths) for b in batches)
         counts = torch.tensor(
-            [sum(b.num_tokens for b in batches), sum(b.tokens.numel() for b in batches)], device=self.device
+            [sum(b.num_tokens for b in batches), sum(b.tokens.numel() for b in batches), attended], device=self.device
         )
-        loss_sum, trained, tokens, padded = reduce_over_ranks(torch.cat([loss, self._once(counts)])).tolist()
+        reduced = reduce_over_ranks(torch.cat([loss, self._once(counts)]))
+        loss_sum, trained, tokens, padded, attended = reduced.tolist()
         self.position = Position(self.position.iteration + 1, start + self.global_batch_size)
         values = {
-            "loss": loss_sum / max(trained, 1.0), "lr": lr, "grad_norm": float(grad_norm or 0.0),
-            "trained_tokens": trained, "tokens": tokens, "padded_tokens": padded, "data_s": data_seconds,
+            "loss": loss_sum / max(trained, 1.0), "lr": lr, "grad_norm": float(grad_norm or 0.0), "loss_sum": loss_sum,
+            "trained_tokens": trained, "tokens": tokens, "padded_tokens": padded, "samples": self.global_batch_size,
+            "pairs_attended": attended, "data_s": data_seconds,
         }  # fmt: skip
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise SwiftliteError(
@@ -298,12 +309,14 @@ class Trainer:
             self.write_run_files()
         torch.distributed.barrier()
         metrics = Metrics(
-            self.root, self.args.logging_dir, self.args.report_to, self.position.iteration, self.train_iters, main
-        )
+            self.root, self.args.logging_dir, self.args.report_to, self.position.iteration, self.train_iters, main,
+            self.args.to_dict(),
+        )  # fmt: skip
         backend.reset_peak_memory()
         began = time.perf_counter()
         try:
-            last = self._steps(metrics)
+            with StopSignal() as stop:
+                last = self._steps(metrics, stop)
         finally:
             metrics.close()
         seconds = time.perf_counter() - began
@@ -313,26 +326,42 @@ class Trainer:
         self._summary(seconds, last)
         return {**last, "iteration": self.position.iteration, "seconds": seconds, "output_dir": str(self.root)}
 
-    def _steps(self, metrics: Metrics) -> dict[str, float]:
-        args, last = self.args, {}
-        window = _Window()
+    def _steps(self, metrics: Metrics, stop: StopSignal) -> dict[str, float]:
+        last: dict[str, float] = {}
+        meter = StepMeter(
+            self._flops(), self.parallel.world_size, device_peak(str(torch_dtype(self.args)).removeprefix("torch.")),
+            backend.peak_memory_bytes,
+        )  # fmt: skip
         while self.position.iteration < self.train_iters:
             values = self.train_step()
             step = self.position.iteration
-            window.add(values)
+            stopping = stop.agreed(self.device)
+            meter.add({name: value for name, value in values.items() if name not in ("loss", "lr", "grad_norm")})
             metrics.advance(step, values["loss"], values["lr"], values["grad_norm"])
-            is_last = step == self.train_iters
-            if step % args.logging_steps == 0 or step == 1 or is_last:
-                last = window.summary()
+            if self.rhythm.logs(step) or stopping:
+                loss = meter.sum("loss_sum") / max(meter.sum("trained_tokens"), 1.0)
+                last = {"loss": loss, "lr": values["lr"], "grad_norm": values["grad_norm"], **meter.summary()}
                 metrics.log(step, last)
-                window = _Window()
-            if self.val_size and (step % args.eval_steps == 0 or is_last):
-                metrics.log(step, self.evaluate())
-                window.restart_clock()
-            if step % args.save_steps == 0 or is_last:
+            self.evaluation = {}
+            if self.rhythm.evaluates(step):
+                self.evaluation = self.evaluate()
+                metrics.log(step, self.evaluation)
+                meter.restart_clock()
+            if self.rhythm.saves(step) or stopping:
                 self.save()
-                window.restart_clock()
+                meter.restart_clock()
+            if stopping:
+                logger.warning("asked to stop: saved step %d of %d; the same command goes on", step, self.train_iters)
+                break
         return last
+
+    def _flops(self) -> ModelFlops | None:
+        """Operations of the model; None for a config that does not say what is needed."""
+        try:
+            return model_flops(self.args.model_info.config)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            logger.info("config.json does not tell the model's operations, so TFLOP/s are not shown")
+            return None
 
     def save(self) -> None:
         """Write a checkpoint, and the Hugging Face directory if asked for; delete what is above the limit. Collective."""
@@ -350,8 +379,11 @@ class Trainer:
             written.append(hf_dir)
         deleted: list[Path] = []
         if self.parallel.rank == 0:
+            if self.best.saved(self.position.iteration, path.name, self.evaluation):
+                logger.info("best so far: %s", self.best.record)
             for suffix in ("", HF_SUFFIX):
-                deleted += checkpoint.rotate(self.root, self.args.save_total_limit, suffix)
+                best = f"{self.best.checkpoint}{suffix}" if self.best.checkpoint else None
+                deleted += checkpoint.rotate(self.root, self.args.save_total_limit, suffix, best)
             logger.info("saved %s", " and ".join(str(p) for p in written))
         self.written = [p for p in self.written + written if p not in deleted]
 
@@ -365,42 +397,10 @@ class Trainer:
         )  # fmt: skip
         for path in self.written:
             logger.info("wrote %s", path)
+        if self.best.checkpoint:
+            logger.info("best checkpoint by %s: %s", self.best.metric, self.root / self.best.checkpoint)
         hf_dirs = [p for p in self.written if p.name.endswith(HF_SUFFIX)]
         if hf_dirs:
             logger.info("next: swiftlite infer --model %s", hf_dirs[-1])
         else:
             logger.info("next: swiftlite export --mcore_model %s --to_hf true", self.root)
-
-
-class _Window:
-    """Steps between two log lines: mean loss per token, rates."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.seconds = 0.0
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """What ran since the last step (evaluation, saving) is no training time."""
-        self._since = time.perf_counter()
-
-    def add(self, values: dict[str, float]) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._since
-        self._since = now
-        self.steps.append(values)
-
-    def summary(self) -> dict[str, float]:
-        trained = sum(step["trained_tokens"] for step in self.steps)
-        tokens = sum(step["tokens"] for step in self.steps)
-        padded = sum(step["padded_tokens"] for step in self.steps)
-        return {
-            "loss": sum(step["loss"] * step["trained_tokens"] for step in self.steps) / max(trained, 1.0),
-            "lr": self.steps[-1]["lr"],
-            "grad_norm": self.steps[-1]["grad_norm"],
-            "tokens_per_second": tokens / max(self.seconds, 1e-9),
-            "step_s": self.seconds / len(self.steps),
-            "data_s": sum(step["data_s"] for step in self.steps) / len(self.steps),
-            "padding_share": 1 - tokens / max(padded, 1.0),
-            "memory_gib": backend.peak_memory_bytes() / 2**30,
-        }

@@ -58,8 +58,8 @@ class MicroBatch:
     """One forward pass. Labels are shifted: labels[:, t] is the token at t + 1.
 
     tokens, labels, position_ids: int64 [B, S]. loss_mask: fp32 [B, S], the weight of each label; 0 in prompt and
-    padding. num_tokens: tokens that are no padding. cu_seqlens: int32, where each sample of a joined sequence begins
-    and the last one ends (B is 1 then); None where each row is one sample.
+    padding. num_tokens: tokens that are no padding. sample_lengths: tokens of each sample. cu_seqlens: int32, where
+    each sample of a joined sequence begins and the last one ends (B is 1 then); None where each row is one sample.
     """
 
     tokens: Tensor
@@ -68,6 +68,7 @@ class MicroBatch:
     loss_mask: Tensor
     num_tokens: int
     cu_seqlens: Tensor | None = None
+    sample_lengths: tuple[int, ...] = ()
 
     @property
     def packed_seq_params(self) -> PackedSeqParams | None:
@@ -88,7 +89,7 @@ class MicroBatch:
             t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.position_ids, self.loss_mask)
         )
         bounds = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
-        return MicroBatch(tokens, labels, positions, mask, self.num_tokens, bounds)
+        return MicroBatch(tokens, labels, positions, mask, self.num_tokens, bounds, self.sample_lengths)
 
 
 def collate(
@@ -114,7 +115,8 @@ def collate(
     mask = (labels != IGNORE_INDEX).float() * weights
     labels = labels.masked_fill(labels == IGNORE_INDEX, 0)
     positions = torch.arange(length).expand(len(rows), length).contiguous()
-    return MicroBatch(tokens, labels, positions, mask, sum(len(row["input_ids"]) for row in rows))
+    sizes = tuple(len(row["input_ids"]) for row in rows)
+    return MicroBatch(tokens, labels, positions, mask, sum(sizes), sample_lengths=sizes)
 
 
 def collate_joined(
@@ -125,6 +127,7 @@ def collate_joined(
     batch = collate([join_rows(rows)], pad_token_id, multiple_of, at_least)
     size = batch.tokens.shape[1]
     used = sum(lengths)
+    batch.sample_lengths = tuple(lengths)
     if size > used:
         lengths.append(size - used)
     batch.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
