@@ -19,6 +19,7 @@ import torch
 
 from swiftlite.families import family_of, tiny_configs
 from swiftlite.llm.argument.export import CheckArguments
+from swiftlite.llm.model.corrections import correct
 from swiftlite.llm.pipeline import as_arguments
 from swiftlite.megatron.model.hf_config import architecture_of, bind_map, convert_hf_config
 from swiftlite.megatron.plan import plan_to_hf, plan_to_mcore
@@ -198,7 +199,8 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
         loaded = hf_config(hf_dir, trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             hf_dir, config=loaded, dtype=torch.float32, trust_remote_code=trust_remote_code
-        ).train()
+        )
+        model = correct(model).train()
         step(model, model(input_ids=ids, use_cache=False).logits)
         model.save_pretrained(theirs)
         args = conversion_arguments(convert_hf_config(config), str(hf_dir), "float32")

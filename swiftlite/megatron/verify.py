@@ -250,6 +250,8 @@ def _build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_s
     """The Hugging Face model without weights. Raises: ConfigError if transformers cannot build it."""
     from transformers import AutoModelForCausalLM
 
+    from swiftlite.llm.model.corrections import correct
+
     try:
         config = hf_config(hf_dir, trust_remote_code)
         config.vocab_size = vocab_size or config.vocab_size
@@ -263,7 +265,7 @@ def _build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_s
             f"({' '.join(str(error).split())}); "
             "if the checkpoint brings its own code, allow it with --trust_remote_code true"
         ) from None
-    return model.eval()  # type: ignore[no-any-return]
+    return correct(model).eval()  # type: ignore[no-any-return]
 
 
 class _HfWeights:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from swiftlite.families import tiny_configs
+from swiftlite.llm.model.corrections import correct
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = tiny_configs()
 CASES = [f"{model_type}:{variant}" for model_type, variants in CONFIGS.items() for variant in variants]
@@ -58,7 +59,7 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     if missing:
         save_file({**tensors, **missing}, path, {"format": "pt"})
     assert set(bind_map(config, {**tensors, **missing}).by_hf) <= {*tensors, *missing}
-    return model
+    return correct(model)
 
 
 def mtp_tensors(

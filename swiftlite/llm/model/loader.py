@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from swiftlite.llm.model.corrections import correct
 from swiftlite.llm.model.register import get_model_info_meta
 from swiftlite.meta.model import ModelInfo, ModelMeta
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError
@@ -148,6 +149,7 @@ def get_model_tokenizer_from_local(
             )
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             raise CheckpointError(f"the model in {model_dir} could not be loaded: {_one_line(error)}") from error
+        model = correct(model)
     repair_pad_eos(tokenizer, model)
     return model, tokenizer
 
