@@ -38,7 +38,7 @@ def run(tiny_model, tmp_path, monkeypatch):
                  "--output_dir", str(tmp_path / output), *extra]  # fmt: skip
         with monkeypatch.context() as patch:
             if stop:
-                _stop_at(command, stop, patch)
+                _stop_at(stop, patch)
             code = main(words)
         assert code == (1 if stop else 0)
         lines = [json.loads(line) for line in (tmp_path / output / "logging.jsonl").read_text().splitlines()]
@@ -47,33 +47,36 @@ def run(tiny_model, tmp_path, monkeypatch):
     return train
 
 
-def _stop_at(command, step, patch):
-    if command == "sft":
-        from swiftlite.llm.train.sft import _Report
+def _stop_at(step, patch):
+    from swiftlite.llm.train.metrics import Metrics
 
-        original = _Report.on_step_end
+    original = Metrics.advance
 
-        def on_step_end(self, args, state, control, **kwargs):
-            original(self, args, state, control, **kwargs)
-            if state.global_step > step:
-                raise Stopped
+    def advance(self, now, *args, **kwargs):
+        original(self, now, *args, **kwargs)
+        if now > step:
+            raise Stopped
 
-        patch.setattr(_Report, "on_step_end", on_step_end)
-    else:
-        from swiftlite.megatron.trainers.base import Trainer
-
-        train_step = Trainer.train_step
-
-        def limited(self):
-            if self.position.iteration >= step:
-                raise Stopped
-            return train_step(self)
-
-        patch.setattr(Trainer, "train_step", limited)
+    patch.setattr(Metrics, "advance", advance)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("command", ["sft", "megatron sft"])
+# The rest runs with `make test-slow`.
+QUICK = {
+    ("sft", "grouped"),
+    ("sft", "streamed-packed"),
+    ("megatron sft", "packed"),
+    ("megatron sft", "streamed-packed"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "way"),
+    [
+        pytest.param(command, way, marks=[] if (command, way) in QUICK else [pytest.mark.slow])
+        for command in ("sft", "megatron sft")
+        for way in WAYS
+    ],
+)
 def test_resumed_equals_uninterrupted(run, command, way):
     if command.startswith("megatron"):
         pytest.importorskip("megatron.core")

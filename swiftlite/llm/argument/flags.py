@@ -13,6 +13,9 @@ _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is 
 _DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite rlhf`"
 
 COMMON_NOTES: dict[str, Note] = {
+    "lazy_tokenize": Note("default", "rows are tokenised before training, or while it runs with --streaming true"),
+    "packing_num_proc": Note("default", "packing takes no time worth dividing; --dataset_num_proc divides tokenising"),
+    "strict": Note("default", "--max_drop_ratio says how many rows may be unusable; 0: none", allowed=("false",)),
     "freeze_llm": Note("default", _TEXT_ONLY, allowed=("false",)),
     "freeze_vit": Note("default", _TEXT_ONLY),
     "freeze_aligner": Note("default", _TEXT_ONLY),
@@ -68,17 +71,8 @@ _FP8 = "training in FP8 is not available yet"
 _OFFLOAD = "optimizer offload is not available yet"
 
 SFT_UNAVAILABLE: dict[str, str] = {
-    "freeze_parameters": "freezing single parameters is not available yet",
-    "freeze_parameters_regex": "freezing single parameters is not available yet",
-    "freeze_parameters_ratio": "freezing single parameters is not available yet",
-    "trainable_parameters": "freezing single parameters is not available yet",
-    "trainable_parameters_regex": "freezing single parameters is not available yet",
-    "target_regex": "name layers with --target_modules",
-    "lora_dtype": "LoRA weights have the model's precision",
-    "adapters": "going on with another run's adapter is not available yet",
+    "lora_dtype": "adapters are trained in fp32 and run in the dtype of the model",
     "merge_lora": "merge afterwards with `swiftlite export --merge_lora true`",
-    "save_safetensors": "checkpoints are Hugging Face directories already",
-    "eval_iters": "the whole validation set is evaluated",
 }
 
 _PREFERENCE = ("rlhf_type", "beta", "loss_type", "rpo_alpha", "ref_model", "mcore_ref_model", "ref_adapters")
@@ -121,8 +115,6 @@ TRAIN_UNAVAILABLE: dict[str, str] = {
     "fp8_format": _FP8,
     "fp8_recipe": _FP8,
     "fp8_param_gather": _FP8,
-    "wandb_project": "metrics go to TensorBoard and logging.jsonl so far",
-    "wandb_exp_name": "metrics go to TensorBoard and logging.jsonl so far",
 }
 
 EXPORT_UNAVAILABLE: dict[str, str] = {}

@@ -91,19 +91,18 @@ def _tagged(
             return_assistant_tokens_mask=True,
             **names,
         )
-        texts, indices = rendered
     except Exception as error:  # as in write_jinja
         line = " ".join(str(error).split())[:200]
         raise TemplateError(f"the tokenizer's chat template cannot write the conversation ({line})") from None
     answers = [i for i, message in enumerate(messages) if role_of(message) == "assistant"]
-    found: Any = indices[0]
-    spans = [[start, end] for start, end in found]
+    (text,), (indices,) = rendered
+    spans = [[start, end] for start, end in indices]
     if len(spans) != len(answers):
         raise TemplateError(
             f"the chat template marks {len(spans)} spans with generation tags for {len(answers)} assistant messages; "
             "mend the template or use --template_backend swift"
         )
-    return texts[0], [[*span, index] for span, index in zip(spans, answers, strict=True)]
+    return text, [[*span, index] for span, index in zip(spans, answers, strict=True)]
 
 
 class _Finder:
