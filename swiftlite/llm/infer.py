@@ -14,7 +14,7 @@ from typing import Any
 from swiftlite.llm.argument.infer import InferArguments
 from swiftlite.llm.dataset.preprocess import RowError, preprocess
 from swiftlite.llm.pipeline import as_arguments, prepare_model_template
-from swiftlite.utils.errors import DatasetError, SwiftliteError, TemplateError
+from swiftlite.utils.errors import DatasetError, SwiftliteError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
@@ -47,10 +47,12 @@ class Generator:
         model, template = prepare_model_template(args)
         if model is None:
             raise SwiftliteError(f"--model {args.model}: no weights were loaded")
+        if len(args.adapters) > 1:
+            raise UsageError("--adapters: one at a time; merge the others with `swiftlite export --merge_lora true`")
         for adapter in args.adapters:
-            from peft import PeftModel
+            from swiftlite.llm.train.tuner import attach_adapter
 
-            model = PeftModel.from_pretrained(model, adapter)
+            model = attach_adapter(model, Path(adapter))
         if args.device_map is None and torch.cuda.is_available():
             model = model.to("cuda")
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words")

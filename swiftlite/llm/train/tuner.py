@@ -109,35 +109,56 @@ def lora_targets(linear: set[str], args: Any) -> set[str] | str:
 
 def lora_model(model: Any, args: Any) -> Any:
     """The model with LoRA: new, or going on with `--adapters DIR`. Names are those of the checkpoint's weights."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     if len(args.adapters) > 1:
         raise UsageError("--adapters: training goes on with one adapter; merge the others with `swiftlite export`")
-    split_experts(model)
     if args.adapters:
-        config = LoraConfig.from_pretrained(args.adapters[0])
-        config.inference_mode = False
-    else:
-        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        targets = lora_targets(linear, args)
-        config = LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            bias=args.lora_bias,
-            use_rslora=args.use_rslora,
-            target_modules=sorted(targets) if isinstance(targets, set) else targets,
-            modules_to_save=args.modules_to_save or None,
-            task_type="CAUSAL_LM",
-        )
+        return attach_adapter(model, Path(args.adapters[0]), trainable=True)
+    split_experts(model)
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    targets = lora_targets(linear, args)
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        bias=args.lora_bias,
+        use_rslora=args.use_rslora,
+        target_modules=sorted(targets) if isinstance(targets, set) else targets,
+        modules_to_save=args.modules_to_save or None,
+        task_type="CAUSAL_LM",
+    )
+    return _with_lora(model, config)
+
+
+def attach_adapter(model: Any, directory: Path, trainable: bool = False) -> Any:
+    """The model with an adapter from `directory`, one pair per expert or packed as peft writes fused experts.
+
+    peft itself loses the shared experts' adapters of such models under transformers 5.
+    Raises: CheckpointError naming what is amiss.
+    """
+    from peft import LoraConfig, PeftModel
+
+    if not (directory / "adapter_config.json").is_file():
+        raise CheckpointError(f"{directory}: holds no adapter_config.json; name the directory of a LoRA adapter")
+    config = LoraConfig.from_pretrained(str(directory))
+    if getattr(config, "target_parameters", None):
+        return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+    split_experts(model)
+    config.inference_mode = not trainable
+    adapted = _with_lora(model, config)
+    load_adapter(adapted, directory)
+    return adapted
+
+
+def _with_lora(model: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
     try:
         with _no_conversion(model):
-            adapted = get_peft_model(model, config)
+            return get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"LoRA cannot be added: {' '.join(str(error).split())[:200]}") from None
-    if args.adapters:
-        load_adapter(adapted, Path(args.adapters[0]))
-    return adapted
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+"""What is trained: names of frozen parameters, LoRA targets, adapters on experts, fp32 weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from swiftlite.llm.argument.sft import SftArguments
+from swiftlite.llm.train import tuner
+from swiftlite.llm.train.tuner import trainable_names
+from swiftlite.utils.errors import CheckpointError, UsageError
+from tests.families.cases import build_hf, config_of
+
+SIZES = {"model.embed_tokens.weight": 40, "model.layers.0.w": 10, "model.layers.1.w": 10, "lm_head.weight": 40}
+
+
+def args(**values: Any) -> Any:
+    return SftArguments(model="DIR", **values)
+
+
+@pytest.mark.parametrize(
+    "values, trained",
+    [
+        ({}, set(SIZES)),
+        ({"freeze_parameters": ["model.embed", "lm_head"]}, {"model.layers.0.w", "model.layers.1.w"}),
+        ({"freeze_parameters_regex": r"layers\.0\."}, set(SIZES) - {"model.layers.0.w"}),
+        ({"freeze_parameters_ratio": 0.55}, {"model.layers.1.w", "lm_head.weight"}),
+        ({"freeze_parameters_ratio": 0.55, "trainable_parameters": ["model.embed"]},
+         {"model.embed_tokens.weight", "model.layers.1.w", "lm_head.weight"}),
+        ({"trainable_parameters_regex": r"layers\.1"}, {"model.layers.1.w"}),
+    ],
+)  # fmt: skip
+def test_trainable_names(values: dict[str, Any], trained: set[str]) -> None:
+    assert trainable_names(SIZES, args(train_type="freeze" if values else "full", **values)) == trained
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({}, "say what with one of --freeze_parameters"),
+        ({"freeze_parameters": ["layers"]}, "no parameter begins so; the first is model.embed_tokens.weight"),
+        ({"freeze_parameters": ["model", "lm_head"]}, "nothing would be trained"),
+    ],
+)
+def test_what_cannot_be_trained(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        trainable_names(SIZES, args(train_type="freeze", **values))
+
+
+def test_targets() -> None:
+    linear = {"q_proj", "gate_proj", "lm_head", "gate"}
+    assert tuner.lora_targets(linear, args()) == {"q_proj", "gate_proj"}, "neither router nor output layer"
+    assert tuner.lora_targets(linear, args(target_modules=["self_attn.q_proj"])) == {"self_attn.q_proj"}
+    assert tuner.lora_targets(linear, args(target_regex=r".*\.q_proj")) == r".*\.q_proj"
+    with pytest.raises(UsageError, match="--target_modules query: no such linear layer; there are gate, gate_proj"):
+        tuner.lora_targets(linear, args(target_modules=["query"]))
+
+
+def logits(model: Any) -> torch.Tensor:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.randint(3, 300, (2, 12)), use_cache=False).logits
+
+
+@pytest.mark.parametrize("case", ["qwen2_moe:default", "glm4_5:default", "moonlight:default"])
+def test_adapters_have_the_checkpoints_names(case: str, tmp_path: Path) -> None:
+    """One pair per expert, shared experts and dense layers too; new ones change nothing; saved and loaded are equal."""
+    config = config_of(case)
+    model = build_hf(config, tmp_path / "hf")
+    before = logits(model)
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "hf/model.safetensors")
+    layers = config["num_hidden_layers"]
+    wanted = {n.removesuffix(".weight") for n in stored if n.rpartition(".")[0].rpartition(".")[2] in tuner.ALL_LINEAR
+              and n.endswith(".weight") and f"layers.{layers}." not in n}  # fmt: skip
+    adapted = tuner.lora_model(model, args(train_type="lora", lora_rank=2, lora_dropout=0))
+    assert config["model_type"] == adapted.config.model_type
+    torch.testing.assert_close(logits(adapted), before, rtol=1e-5, atol=1e-5)
+    for name, parameter in adapted.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name)
+        if ".lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    changed = logits(adapted)
+    assert (changed - before).abs().max() > 0.05
+    adapted.save_pretrained(tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {n.removeprefix("base_model.model.").split(".lora_")[0] for n in weights} == wanted
+    again = tuner.attach_adapter(build_hf(config, tmp_path / "hf"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), changed, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_another_model(tmp_path: Path) -> None:
+    adapted = tuner.lora_model(build_hf(config_of("qwen3:default"), tmp_path / "a"), args(train_type="lora"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    wider = {**config_of("qwen3:default"), "intermediate_size": 96}
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        tuner.attach_adapter(build_hf(wider, tmp_path / "b"), tmp_path / "adapter")
+    deeper = {**config_of("qwen3:default"), "num_hidden_layers": 4, "max_window_layers": 4}
+    with pytest.raises(CheckpointError, match="layers.3.*is missing in the one or the other"):
+        tuner.attach_adapter(build_hf(deeper, tmp_path / "c"), tmp_path / "adapter")
+
+
+def test_trained_weights_are_held_in_fp32(tmp_path: Path) -> None:
+    model = build_hf(config_of("qwen3:tied"), tmp_path / "a", dtype=torch.bfloat16)
+    model = tuner.prepare_model(model, args(train_type="freeze", freeze_parameters=["model.layers.0."]))
+    kinds = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == (torch.bfloat16, False)
+    assert kinds["model.layers.1.mlp.up_proj.weight"] == (torch.float32, True)
+    assert tuner.held_in_fp32(model) == {name for name, (_, trained) in kinds.items() if trained}
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "tied weights stay one"
+
+
+def test_rank_share_of_experts() -> None:
+    """Adapters of experts count by the share of them that a token visits."""
+    parameter = torch.nn.Parameter(torch.zeros(3, 4))
+    model = SimpleNamespace(
+        named_parameters=lambda: [("a.experts.0.up_proj.lora_A.weight", parameter), ("b.weight", parameter)],
+        get_input_embeddings=lambda: SimpleNamespace(weight=None),
+        get_output_embeddings=lambda: None,
+    )
+    flops = SimpleNamespace(expert_share=0.25)
+    assert tuner.trained_weights(model, flops) == {"trained": None, "adapters": 3.0}
