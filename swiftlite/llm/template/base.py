@@ -117,7 +117,8 @@ class Template:
         self.add_non_thinking_prefix = add_non_thinking_prefix
         self._jinja_stops: tuple[str, ...] | None = None
         self._tokens = _special_tokens(tokenizer)
-        self.suffix = join_parts(meta.suffix, self._tokens)
+        # Plain text ends as the tokenizer's texts do, whatever ends an answer in the model's chats.
+        self.suffix = join_parts(meta.suffix, self._tokens) if use_chat_template else self._tokens.get("eos_token", "")
         stops = [*meta.stop_words, self.suffix.strip(), self._tokens.get("eos_token", "")]
         stops += _LAYOUT_STOPS.get(meta.layout, ())
         # Longest first, so that a stop that begins with another one is found whole.

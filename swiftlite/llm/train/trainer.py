@@ -119,7 +119,8 @@ class HfTrainer(transformers.Trainer):
     ) -> Any:
         """This micro batch's share of the global batch's loss; ranks' gradients are averaged, hence the factor."""
         assert self.counts is not None
-        sums = self.objective.sums(model, inputs)
+        with self.accelerator.autocast():  # for a reference model; the policy has it already
+            sums = self.objective.sums(model, inputs)
         for name, value in sums.items():
             if name not in self.objective.counts:
                 self.step_sums[name] = self.step_sums.get(name, 0.0) + value.detach().double()
