@@ -384,25 +384,22 @@ def _plain_q_projection() -> None:
     if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is None:
         return
     resolver = importlib.import_module("megatron.core.transformer.mla_qk_norm_config").QKNormConfigResolver
-    original = resolver.resolve
+    original = resolver._mla_fused_linear_or_default
 
-    def resolve(self: Any) -> Any:
-        found = original(self)
-        if not self.has_q_lora:
-            found["linear_q_proj"] = self.submodules.linear_q_proj or self.linear_impl
-        return found
+    def linear(self: Any, spec: Any, name: str) -> Any:
+        return spec or self.linear_impl if name == "linear_q_proj" else original(self, spec, name)
 
-    resolver.resolve = resolve
+    resolver._mla_fused_linear_or_default = linear
 
 
 SHIMS = (
     Shim(
         "plain_q_projection",
         "0.19",
-        "te",
-        "with latent norms on, Transformer Engine's spec puts a norm before linear_q_proj of models without q_lora_rank "
-        "(Moonlight, DeepSeek-V2-Lite), which have none there",
-        "a Moonlight model has no self_attention.linear_q_proj.layer_norm_weight without it",
+        "always",
+        "with latent norms on, megatron-core puts a norm before linear_q_proj of models without q_lora_rank (Moonlight, "
+        "DeepSeek-V2-Lite), which have none there; without Transformer Engine it has no such layer and refuses",
+        "a Moonlight model builds without it, and has no self_attention.linear_q_proj.layer_norm_weight",
         _plain_q_projection,
     ),
     Shim(
@@ -745,6 +742,7 @@ def block_spec(config: Any, vp_stage: int | None = None, replace: Mapping[Any, A
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     backend = setup()
@@ -756,6 +754,9 @@ def block_spec(config: Any, vp_stage: int | None = None, replace: Mapping[Any, A
     # With Apex installed the local functions pick its norm for the block; every norm here is RMSNorm.
     spec.layer_norm = RMSNorm
     for layer in spec.layer_specs:
+        if config.multi_latent_attention and config.q_lora_rank is None:
+            # The spec names a norm of the query latent, which these models lack; 0.19 refuses what it would not use.
+            layer.submodules.self_attention.submodules.q_layernorm = IdentityOp
         layer.submodules.sharded_state_dict_keys_map = disk_names(_is_moe(layer), config.multi_latent_attention)
     return spec
 
