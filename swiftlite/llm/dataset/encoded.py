@@ -90,7 +90,7 @@ def samples_of(encoded: Any, report: DropReport, place: str, row: Any) -> list[S
         return []
     # The first token is nobody's prediction.
     parts = encoded if isinstance(encoded, list) else [encoded]
-    kept = [part for part in parts if any(label != IGNORE_INDEX for label in part["labels"][1:])]
+    kept = [part for part in parts if part["labels"][1:].count(IGNORE_INDEX) < len(part["labels"]) - 1]
     if not kept:
         report.drop("no assistant text with a loss", place, "", row)
     return kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.llm.template.jinja import jinja_spans, write_jinja
@@ -221,14 +222,16 @@ class Template:
             raise TemplateError("a row has no messages; give 'messages': [{'role': ..., 'content': ...}, ...]")
         if isinstance(tools, str):
             tools = _parse_tools(tools)
-        if self.template_backend == "jinja" and self.use_chat_template:
+        by_jinja = self.template_backend == "jinja" and self.use_chat_template
+        if by_jinja:
             text, spans, stops = self._jinja_spans(messages, tools)
         else:
             text, spans, stops = *self._own_spans(messages, tools), self.stop_words
         stopped = False
         for span in spans:
             stop = next((s for s in stops if text.startswith(s, span[1])), None)
-            stopped = stop is not None or text[span[0] : span[1]].rstrip().endswith(stops)
+            # Generation tags may hold the end token already.
+            stopped = stop is not None or (by_jinja and text[span[0] : span[1]].rstrip().endswith(stops))
             span[1] += len(stop) if stop else 0
         if spans and not stopped and role_of(messages[-1]) == "assistant" and spans[-1][1] == len(text):
             calls = messages[-1].get("tool_calls")
@@ -321,8 +324,8 @@ class Template:
         if self.meta.layout not in PRINTS_CALLS and any(message.get("tool_calls") for message in messages):
             warn_once(f"template {name!r} does not write tool calls (its model's chat template has none)")
 
-    def _tokenize_batch(self, scripts: Sequence[tuple[str, list[Span]]]) -> Iterable[tuple[list[int], list[float]]]:
-        """Ids and per-token weights of each text."""
+    def _tokenize_batch(self, scripts: Sequence[tuple[str, list[Span]]]) -> Iterable[tuple[list[int], list[Span]]]:
+        """Ids of each text, and its spans in tokens."""
         if not scripts:
             return
         if getattr(self.tokenizer, "is_fast", False):
@@ -335,33 +338,40 @@ class Template:
                 verbose=False,
             )
             for (_, spans), ids, offsets in zip(scripts, batch["input_ids"], batch["offset_mapping"], strict=True):
-                yield ids, _token_weights(offsets, spans)
+                yield ids, list(_token_spans(offsets, spans))
         else:
             # Without offsets: a boundary lies where the ids of the text before it stop agreeing. Blanks of the header
             # that are tokenised differently once text follows are then learnt too.
             for text, spans in scripts:
                 ids = self.tokenize(text)
-                weights = [0.0] * len(ids)
+                found = []
                 for start, end, weight in spans:
                     first, last = (_common_prefix(ids, self.tokenize(text[:at])) for at in (start, end))
-                    weights[first:last] = [weight] * (last - first)
-                yield ids, weights
+                    found.append((first, last, weight))
+                yield ids, found
 
-    def _finish(self, row: dict[str, Any], ids: list[int], weights: list[float]) -> Encoded | list[Encoded]:
+    def _finish(self, row: dict[str, Any], ids: list[int], spans: list[Span]) -> Encoded | list[Encoded]:
         if self.max_length is not None and len(ids) > self.max_length:
             if self.truncation_strategy in ("raise", "delete"):
                 raise MaxLengthError(len(ids), self.max_length)
             if self.truncation_strategy == "split":
                 cuts = (slice(start, start + self.max_length) for start in range(0, len(ids), self.max_length))
-                return [self._sample(row, ids[cut], weights[cut]) for cut in cuts]
+                return [self._sample(row, ids, spans, cut) for cut in cuts]
             cut = slice(self.max_length) if self.truncation_strategy == "right" else slice(-self.max_length, None)
-            ids, weights = ids[cut], weights[cut]
-        return self._sample(row, ids, weights)
+            return self._sample(row, ids, spans, cut)
+        return self._sample(row, ids, spans)
 
-    def _sample(self, row: dict[str, Any], ids: list[int], weights: list[float]) -> Encoded:
-        labels = [token if weight else IGNORE_INDEX for token, weight in zip(ids, weights, strict=True)]
+    def _sample(self, row: dict[str, Any], ids: list[int], spans: list[Span], cut: slice | None = None) -> Encoded:
+        labels = [IGNORE_INDEX] * len(ids)
+        weights = [0.0] * len(ids) if any(weight != 1.0 for _, _, weight in spans) else None
+        for first, last, weight in spans:
+            labels[first:last] = ids[first:last]
+            if weights is not None:
+                weights[first:last] = [weight] * (last - first)
+        if cut is not None:
+            ids, labels, weights = ids[cut], labels[cut], weights and weights[cut]
         encoded: dict[str, Any] = {"input_ids": ids, "labels": labels, "length": len(ids)}
-        if any(weight not in (0.0, 1.0) for weight in weights):
+        if weights is not None and any(weight not in (0.0, 1.0) for weight in weights):
             encoded["loss_scale"] = weights
         if not self.remove_unused_columns:
             encoded.update({key: value for key, value in row.items() if key not in ("messages", "tools", *encoded)})
@@ -437,20 +447,22 @@ def _parse_tools(text: str) -> list[Any] | None:
     return tools if isinstance(tools, list) or tools is None else [tools]
 
 
-def _token_weights(offsets: Sequence[tuple[int, int]], spans: Iterable[Span]) -> list[float]:
-    """Weight of each token: that of the span it shares a character with.
+def _token_spans(offsets: Sequence[tuple[int, int]], spans: Iterable[Span]) -> Iterable[Span]:
+    """Spans in tokens: a token belongs to the span it shares a character with.
 
     A token reaches from the end of the one before it to its own end: byte-level tokenizers leave leading blanks out of
     offsets, and give every piece of a character that is split over tokens the whole character.
     """
-    ends = [end for _, end in offsets]
-    weights = [0.0] * len(ends)
+    count = len(offsets)
     for start, end, weight in spans:
-        first, last = bisect_right(ends, start), bisect_left(ends, end)
-        while last < len(ends) and (last == 0 or min(offsets[last][0], ends[last - 1]) < end):
+        first = bisect_right(offsets, start, key=_end_of)
+        last = bisect_left(offsets, end, key=_end_of)
+        while last < count and (last == 0 or min(offsets[last][0], offsets[last - 1][1]) < end):
             last += 1
-        weights[first:last] = [weight] * (last - first)
-    return weights
+        yield first, last, weight
+
+
+_end_of = itemgetter(1)
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:

@@ -1,13 +1,19 @@
-"""What a run tells: progress bar, log lines, logging.jsonl, TensorBoard, the plot at the end. Active on rank 0 only."""
+"""What a run tells: progress bar, log lines, logging.jsonl, TensorBoard, wandb, swanlab, the plot at the end.
+
+Active on rank 0 only. What the numbers mean is in meters.py.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swiftlite.llm.plot import plot_runs
+from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
@@ -15,32 +21,40 @@ logger = get_logger()
 JSONL = "logging.jsonl"
 PLOT = "loss.png"
 
+# What is too long for the progress of a log line on the screen; logging.jsonl has everything.
+_QUIET = frozenset({"padded_tokens_per_second", "samples_per_second", "logps/chosen", "logps/rejected"})
+
 
 class Metrics:
     """Collects numbers by step and writes them in every form that was asked for.
 
     Args:
         directory: of the run. first_step, last_step: steps already done, and in all.
-        report_to: 'tensorboard' and others that are installed. active: False on ranks that only compute.
+        report_to: 'tensorboard', 'wandb', 'swanlab' or 'none'. active: False on ranks that only compute.
+        settings: what trackers record of the run: its arguments, with `wandb_project` and `wandb_exp_name`.
+    Raises: UsageError for a tracker that is asked for and not installed.
     """
 
     def __init__(
         self, directory: Path, tensorboard_dir: str | None, report_to: Sequence[str], first_step: int, last_step: int,
-        active: bool = True,
+        active: bool = True, settings: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.directory, self.last_step, self.active = directory, last_step, active
         self.started = time.perf_counter()
         self._first_step = first_step
-        self._writer: Any = None
+        self._trackers: list[_Tracker] = []
         self._bar: Any = None
         if not active:
             return
         from tqdm import tqdm
 
+        for name in report_to:
+            if name != "none":
+                tracker = _TRACKERS[name](directory, tensorboard_dir, first_step, settings or {})
+                if tracker is not None:
+                    self._trackers.append(tracker)
         self._keep_history(first_step)
         self._jsonl = (directory / JSONL).open("a", encoding="utf-8")
-        if "tensorboard" in report_to and tensorboard_dir:
-            self._writer = _tensorboard(tensorboard_dir, first_step)
         self._bar = tqdm(total=last_step, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
 
     def _keep_history(self, first_step: int) -> None:
@@ -56,7 +70,7 @@ class Metrics:
             self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", grad_norm=f"{grad_norm:.3f}", refresh=False)
             self._bar.update(1)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line: step, values, elapsed and remaining time in seconds."""
         if not self.active:
             return
@@ -67,10 +81,9 @@ class Metrics:
         line["remaining_s"] = round(elapsed / done * (self.last_step - step), 3)
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-        shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        for tracker in self._trackers:
+            tracker.log(values, step)
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if name not in _QUIET)
         self._bar.clear()
         logger.info("step %d/%d: %s, eta %s", step, self.last_step, shown, format_seconds(line["remaining_s"]))
         self._bar.refresh()
@@ -81,23 +94,68 @@ class Metrics:
             return
         self._bar.close()
         self._jsonl.close()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def plot(self) -> Path | None:
-        """Draw loss, learning rate and gradient norm over steps as a PNG. Returns: the file, None without matplotlib."""
+        """Draw the run's curves as a PNG. Returns: the file, None without matplotlib or without a line to draw."""
         if not self.active:
             return None
-        return plot_history(self.directory / JSONL, self.directory / PLOT)
+        return plot_runs({"": read_history(self.directory / JSONL)}, self.directory / PLOT)
 
 
-def _tensorboard(directory: str, first_step: int) -> Any:
+class _Tracker:
+    """Where metrics go besides the run's own files."""
+
+    def __init__(self, log: Callable[[Mapping[str, float], int], Any], close: Callable[[], Any]) -> None:
+        self.log, self.close = log, close
+
+
+def _tensorboard(directory: Path, target: str | None, first_step: int, settings: Mapping[str, Any]) -> _Tracker | None:
+    if not target:
+        return None
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    except ImportError:  # it is the default, so nobody may have asked for it
         logger.warning("TensorBoard is not installed, so no event files are written: pip install tensorboard")
         return None
-    return SummaryWriter(directory, purge_step=first_step + 1 if first_step else None)
+    writer: Any = SummaryWriter(target, purge_step=first_step + 1 if first_step else None)
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return _Tracker(log, writer.close)
+
+
+def _import_tracker(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UsageError(f"--report_to {name}: is not installed; pip install {name}, or leave it out") from None
+
+
+def _named(directory: Path, settings: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """(project, run, configuration) without access tokens."""
+    config = {key: value for key, value in settings.items() if "_token" not in key or key == "new_special_tokens"}
+    return settings.get("wandb_project") or "swiftlite", settings.get("wandb_exp_name") or directory.name, config
+
+
+def _wandb(directory: Path, target: str | None, first_step: int, settings: Mapping[str, Any]) -> _Tracker:
+    wandb = _import_tracker("wandb")
+    project, name, config = _named(directory, settings)
+    run = wandb.init(project=project, name=name, config=config, dir=str(directory))
+    return _Tracker(lambda values, step: run.log(dict(values), step=step), run.finish)
+
+
+def _swanlab(directory: Path, target: str | None, first_step: int, settings: Mapping[str, Any]) -> _Tracker:
+    swanlab = _import_tracker("swanlab")
+    project, name, config = _named(directory, settings)
+    swanlab.init(project=project, experiment_name=name, config=config, logdir=str(directory / "swanlab"))
+    return _Tracker(lambda values, step: swanlab.log(dict(values), step=step), swanlab.finish)
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab}
 
 
 def _step_of(line: str) -> int:
@@ -110,36 +168,6 @@ def _step_of(line: str) -> int:
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Lines of a logging.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def plot_history(source: Path, target: Path) -> Path | None:
-    """Draw logging.jsonl. Returns: `target`, or None if matplotlib is missing or there is nothing to draw."""
-    history = read_history(source)
-    panels = [p for p in ("loss", "lr", "grad_norm") if any(p in line for line in history)]
-    if not panels:
-        return None
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        logger.warning("matplotlib is not installed, so no plot is drawn: pip install matplotlib")
-        return None
-    figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, name in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        points = [(line["step"], line[name]) for line in history if name in line]
-        axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
-        held_out = [(line["step"], line[f"eval_{name}"]) for line in history if f"eval_{name}" in line]
-        if held_out:
-            axis.plot(*zip(*held_out, strict=True), label=f"eval_{name}", marker="o")
-            axis.legend()
-        axis.set_ylabel(name)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-    axis.set_xlabel("step")
-    figure.savefig(target, dpi=120)
-    return target
 
 
 def format_seconds(seconds: float) -> str:
