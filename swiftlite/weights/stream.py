@@ -19,7 +19,7 @@ from swiftlite.utils.errors import BudgetError
 from swiftlite.weights.journal import Journal
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import clip
-from swiftlite.weights.storage import Decode, Extent, Files, TensorSource, byte_view
+from swiftlite.weights.storage import Decode, Extent, Files, TensorSource, byte_view, decoder
 
 BLOCK_BYTES = 8 << 20
 WORKERS = 4
@@ -100,15 +100,20 @@ def _hash_input(job: Job, source: int, files: Files) -> str:
 
 def hash_tensor(source: TensorSource, name: str, files: Files, dtype: torch.dtype | None = None) -> str:
     """xxh3_128 of a tensor's row-major bytes, read block by block; of its values in `dtype` if that is another."""
-    spec, digest = source.spec(name), xxhash.xxh3_128()
-    buffer = torch.empty(min(BLOCK_BYTES, spec.nbytes), dtype=torch.uint8)
-    for start in range(0, spec.nbytes, BLOCK_BYTES):
-        block = buffer[: min(BLOCK_BYTES, spec.nbytes - start)]
+    spec, decode, digest = source.spec(name), decoder(source), xxhash.xxh3_128()
+    target = dtype or spec.dtype
+    plain = target == spec.dtype and decode is None
+    row = max(spec.shape[1], 1) if len(spec.shape) == 2 else 1
+    step = max(BLOCK_BYTES // (row * (spec.dtype.itemsize if plain else 4)), 1) * row
+    for first in range(0, spec.numel, step):
+        block = torch.empty(min(step, spec.numel - first), dtype=spec.dtype)
         view, done = byte_view(block), 0
-        for extent in source.extents(name, start, start + len(block)):
+        start = first * spec.dtype.itemsize
+        for extent in source.extents(name, start, start + len(view)):
             files.read_into(extent, view[done : done + extent.size])
             done += extent.size
-        digest.update(view if dtype in (None, spec.dtype) else byte_view(block.view(spec.dtype).to(dtype)))
+        values = block if decode is None else decode(name, first, block)
+        digest.update(byte_view(values.to(target)))
     return digest.hexdigest()
 
 

@@ -17,6 +17,9 @@ from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.side_files import read_config
+from swiftlite.utils.errors import MapError, ShapeError
+from swiftlite.weights.fp8 import open_source
+from swiftlite.weights.storage import decoder
 from tests.families.cases import build_hf, config_of
 
 BLOCK = (48, 40)  # divides neither side of the tiny weights
@@ -53,13 +56,15 @@ def reference(weight: torch.Tensor, scale: torch.Tensor, form: str) -> torch.Ten
     return weight.float() * scale
 
 
-def make(directory: Path, case: str, form: str) -> dict[str, torch.Tensor]:
-    """An FP8 checkpoint: all matrices but embedding, head and routers. Returns: its exact fp32 values."""
+PLAIN = ("embed_tokens", "head", "mlp.gate.", "eh_proj")
+
+
+def make(directory: Path, case: str, form: str, plain: tuple[str, ...] = PLAIN) -> dict[str, torch.Tensor]:
+    """An FP8 checkpoint: all matrices but those that have a word of `plain`. Returns: its exact fp32 values."""
     build_hf({**config_of(case), "torch_dtype": "bfloat16"}, directory, dtype=torch.bfloat16)
     tensors, stored, exact = load_file(directory / "model.safetensors"), {}, {}
     for name, tensor in tensors.items():
-        plain = tensor.dim() < 2 or any(p in name for p in ("embed_tokens", "head", "mlp.gate.", "eh_proj"))
-        if plain:
+        if tensor.dim() < 2 or any(word in name for word in plain):
             stored[name], exact[name] = tensor, tensor
             continue
         weight, scale = quantise(tensor, form)
@@ -92,6 +97,16 @@ def test_conversion_dequantises_exactly(case: str, form: str, tmp_path: Path) ->
             wanted = value if "e_score_correction_bias" in name else value.to(dtype)
             assert torch.equal(result[name], wanted), name
         assert "quantization_config" not in read_config(back)
+        if form == "tensor":
+            manifest = json.loads((mcore / "manifest.json").read_text())
+            assert manifest["ignored"] and all(n.endswith(".input_scale") for n in manifest["ignored"])
+    mcore = tmp_path / f"mcore-{torch.bfloat16}"
+    assert main(["verify", str(tmp_path / "hf"), str(mcore)]) == 0
+    name = next(n for n in exact if n.endswith("down_proj.weight"))
+    stored = load_file(tmp_path / "hf/model.safetensors")
+    stored[name].view(torch.uint8)[3, 5] ^= 1
+    save_file(stored, tmp_path / "hf/model.safetensors")
+    assert main(["verify", str(tmp_path / "hf"), str(mcore)]) == 1
 
 
 def test_live_loading(tmp_path: Path) -> None:
@@ -132,3 +147,100 @@ def test_other_quantisations_are_named(method: str, tmp_path: Path, capsys: pyte
     words = ["--model", str(tmp_path / "hf"), "--to_mcore", "true", "--model_type", "qwen3"]
     assert main(["export", *words, "--output_dir", str(tmp_path / "out")]) == 1
     assert f"quantised with {method}" in capsys.readouterr().err
+
+
+def test_every_shape_of_scale_by_any_rectangle(tmp_path: Path) -> None:
+    """Blocks, rows, one for all; compressed-tensors' names for blocks; read as whole rows, parts of one, rectangles."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(50, 70, generator=generator).to(torch.float8_e4m3fn)
+    grid = torch.rand(4, 5, generator=generator) + 0.5  # blocks of 16 x 17
+    half = grid.bfloat16()
+    forms = {
+        "grid.weight_scale_inv": (grid, grid.repeat_interleave(16, 0)[:50].repeat_interleave(17, 1)[:, :70]),
+        "grid16.weight_scale": (half, half.float().repeat_interleave(16, 0)[:50].repeat_interleave(17, 1)[:, :70]),
+        "column.weight_scale": (grid.new_ones(50, 1).cumsum(0), torch.arange(1.0, 51)[:, None]),
+        "row.weight_scale": (torch.arange(50.0), torch.arange(50.0)[:, None]),
+        "scalar.weight_scale_inv": (torch.tensor(0.7), torch.tensor(0.7)),
+        "one.weight_scale": (torch.tensor([0.3]), torch.tensor([0.3])),
+    }  # fmt: skip
+    tensors = {}
+    for name, (scale, _) in forms.items():
+        tensors |= {name: scale, name.partition(".")[0] + ".weight": weight}
+    tensors = {n: t.clone() for n, t in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    written: list[dict[str, Any]] = [
+        {"quant_method": "fp8", "weight_block_size": [16, 17]},
+        {
+            **FORMS["tensor"],
+            "config_groups": {"group_0": {"weights": {"strategy": "block", "block_structure": [16, 17]}}},
+        },
+        {**FORMS["tensor"], "config_groups": {"group_0": {"weights": {"block_structure": "16x17"}}}},
+    ]
+    for quantisation in written:
+        source = open_source(tmp_path, {"quantization_config": quantisation})
+        values = decoder(source)
+        assert values is not None and len(source.tensors) == len(forms)
+        for name, (_, whole) in forms.items():
+            name, exact = name.partition(".")[0] + ".weight", weight.float() * whole
+            assert torch.equal(values(name, 0, weight.reshape(-1)).view(50, 70), exact)
+            assert torch.equal(values(name, 7 * 70, weight[7:33].reshape(-1)), exact[7:33].reshape(-1))
+            assert torch.equal(values(name, 9 * 70 + 13, weight[9, 13:60]), exact[9, 13:60])
+            rectangle = values(name, 15 * 70 + 35, weight[15:41, 35:])
+            assert torch.equal(rectangle, exact[15:41, 35:].reshape(-1))
+
+
+def test_fp8_without_a_word_in_the_config(tmp_path: Path) -> None:
+    """A checkpoint whose config.json does not speak of FP8 is dequantised all the same, or refused; never cast."""
+    weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    save_file({"a.weight": weight, "a.weight_scale": torch.tensor(2.0)}, tmp_path / "model.safetensors")
+    assert open_source(tmp_path, {}).value_dtype("a.weight") == torch.bfloat16
+    save_file({"a.weight": weight}, tmp_path / "model.safetensors")
+    with pytest.raises(MapError, match="a.weight_scale is missing"):
+        open_source(tmp_path, {})
+    save_file({"a.weight": weight[0], "a.weight_scale": torch.tensor(2.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(ShapeError, match="only matrices"):
+        open_source(tmp_path, {})
+
+
+def test_an_adapter_merges_into_dequantised_weights(tmp_path: Path) -> None:
+    exact = make(tmp_path / "hf", "qwen3:default", "block")
+    generator, module = torch.Generator().manual_seed(3), "model.layers.1.self_attn.k_proj"
+    rows, columns = exact[f"{module}.weight"].shape
+    a, b = torch.randn(4, columns, generator=generator), torch.randn(rows, 4, generator=generator)
+    (tmp_path / "peft").mkdir()
+    save_file(
+        {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b},
+        tmp_path / "peft/adapter_model.safetensors",
+    )
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    words = [
+        "--model",
+        tmp_path / "hf",
+        "--model_type",
+        "qwen3",
+        "--adapters",
+        tmp_path / "peft",
+        "--merge_lora",
+        "true",
+    ]
+    for out, extra in (("hf-out", []), ("mcore", ["--to_mcore", "true", "--test_convert_precision", "true"])):
+        assert main(["export", *map(str, words), *extra, "--output_dir", str(tmp_path / out)]) == 0
+        assert "quantization_config" not in read_config(tmp_path / out)
+    assert main(["verify", str(tmp_path / "hf-out"), str(tmp_path / "mcore")]) == 0
+    merged = load_file(tmp_path / "hf-out/model.safetensors")
+    for name, value in exact.items():
+        wanted = value + 2 * b @ a if name.startswith(module) else value
+        torch.testing.assert_close(merged[name], wanted.bfloat16(), rtol=2**-7, atol=1e-6)
+        assert torch.equal(merged[name], value.bfloat16()) != name.startswith(module)
+
+
+def test_half_rows_of_an_mtp_projection(tmp_path: Path) -> None:
+    """mimo's MTP input projection exchanges its column halves; its FP8 scales go with them."""
+    exact = make(tmp_path / "hf", "mimo_rl:default", "block", plain=("embed_tokens", "head"))
+    assert any("input_proj" in name for name in exact)
+    for flags in (["--to_mcore", "true", "--model", "hf"], ["--to_hf", "true", "--mcore_model", "mcore"]):
+        out = "back" if "--to_hf" in flags else "mcore"
+        words = ["export", *flags[:3], str(tmp_path / flags[3]), "--model_type", "mimo_rl", "--verify", "bitwise"]
+        assert main([*words, "--output_dir", str(tmp_path / out)]) == 0
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert all(torch.equal(back[name], value.bfloat16()) for name, value in exact.items())
