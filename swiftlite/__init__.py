@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from swiftlite.families import register_family, register_model
+    from swiftlite.llm.dataset.register import register_dataset
     from swiftlite.llm.infer import infer_main
     from swiftlite.llm.model.loader import get_model_processor, get_model_tokenizer
     from swiftlite.llm.model.register import get_model_info_meta
@@ -32,6 +33,7 @@ _WHERE = {
     "infer_main": "swiftlite.llm.infer",
     "megatron_sft_main": "swiftlite.megatron.trainers.sft",
     "sft_main": "swiftlite.llm.train.sft",
+    "register_dataset": "swiftlite.llm.dataset.register",
     "register_family": "swiftlite.families",
     "register_model": "swiftlite.families",
     "register_template": "swiftlite.llm.template.register",
@@ -48,6 +50,7 @@ __all__ = [
     "get_template",
     "infer_main",
     "megatron_sft_main",
+    "register_dataset",
     "register_family",
     "register_model",
     "register_template",

@@ -19,7 +19,7 @@ EXPORT: dict[str, str] = {
     "use_hf": "true", "merge_lora": "true", "save_missing_weights": "true", "exist_ok": "true",
     "tensor_model_parallel_size": "2", "pipeline_model_parallel_size": "2", "expert_model_parallel_size": "2",
     "adapters": "DIR", "mtp_num_layers": "1", "linear_decoupled_in_proj": "true", "fp8_format": "e4m3",
-    "fp8_recipe": "blockwise", "fp8_param_gather": "true",
+    "fp8_recipe": "blockwise", "fp8_param_gather": "true", "to_cached_dataset": "true",
 }  # fmt: skip
 
 MEGATRON_SFT: dict[str, str] = {
@@ -59,6 +59,12 @@ SHARED: dict[str, str] = {
     "router_aux_loss_coef": "0.001", "attn_impl": "sdpa", "sequence_parallel_size": "2", "save_interval": "200",
     "eval_interval": "200", "log_interval": "5", "logging_steps": "5", "external_plugins": "FILE",
     "max_epochs": "1", "save": "DIR", "load": "DIR",
+    # Data.
+    "columns": '{"text1": "query"}', "interleave_prob": "1.0", "stopping_strategy": "all_exhausted",
+    "streaming": "true", "shuffle_buffer_size": "1000", "cached_dataset": "DIR", "packing_length": "4096",
+    "group_by_length": "true", "custom_dataset_info": "FILE", "dataset_shuffle": "false", "val_dataset": "FILE",
+    "template_backend": "jinja", "enable_thinking": "false", "response_prefix": "TEXT", "lazy_tokenize": "true",
+    "packing_num_proc": "4", "strict": "false",
 }  # fmt: skip
 
 SECTIONS: tuple[tuple[str, str, type[Arguments], dict[str, str]], ...] = (

@@ -13,6 +13,9 @@ _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is 
 _DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite rlhf`"
 
 COMMON_NOTES: dict[str, Note] = {
+    "lazy_tokenize": Note("default", "rows are tokenised before training, or while it runs with --streaming true"),
+    "packing_num_proc": Note("default", "packing takes no time worth dividing; --dataset_num_proc divides tokenising"),
+    "strict": Note("default", "--max_drop_ratio says how many rows may be unusable; 0: none", allowed=("false",)),
     "freeze_llm": Note("default", _TEXT_ONLY, allowed=("false",)),
     "freeze_vit": Note("default", _TEXT_ONLY),
     "freeze_aligner": Note("default", _TEXT_ONLY),
