@@ -1,0 +1,45 @@
+"""docs/data.md: its rows are recognised, its registrations work, its flags and names exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from swiftlite.llm.argument.sft import SftArguments
+from swiftlite.llm.dataset import DATASET_MAPPING, preprocess, register_dataset_info
+from swiftlite.llm.template.loss_scale import PATTERNS, STRATEGIES
+from swiftlite.utils.parser import alias_table
+
+TEXT = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_rows():
+    rows = [preprocess(json.loads(line)) for line in blocks("jsonl")[0].splitlines()]
+    assert len(rows) == 10
+    assert sum("rejected_messages" in row for row in rows) == 2 and sum("tools" in row for row in rows) == 1
+    assert rows[8]["label"] is False
+
+
+def test_registrations(tmp_path):
+    before = dict(DATASET_MAPPING)
+    try:
+        exec(blocks("python")[0])
+        assert {"sums", "notes", "web"} <= set(DATASET_MAPPING)
+        (tmp_path / "info.json").write_text(blocks("json")[0])
+        assert register_dataset_info(str(tmp_path / "info.json")) == ["notes", "web"]
+    finally:
+        DATASET_MAPPING.clear()
+        DATASET_MAPPING.update(before)
+
+
+def test_flags_and_names():
+    known = {*alias_table(SftArguments), "to_cached_dataset", "num_rows", "html"}
+    assert set(re.findall(r"--(\w+)", TEXT)) <= known
+    for name in re.findall(r"`\+(\w+)`", TEXT):
+        assert name in PATTERNS
+    assert all(f"`{name}`" in TEXT for name in STRATEGIES)
