@@ -113,7 +113,7 @@ class TokenStore:
         return store
 
 
-def _mapped(path: Path, code: str) -> memoryview:
+def _mapped(path: Path, code: Any) -> Any:
     if not path.stat().st_size:
         return memoryview(array(code))
     with path.open("rb") as file:

@@ -84,7 +84,7 @@ def _tagged(
 
     names = {**getattr(tokenizer, "special_tokens_map", {}), **options}
     try:
-        texts, indices = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[list(messages)],
             tools=tools,
             chat_template=source,
@@ -95,13 +95,14 @@ def _tagged(
         line = " ".join(str(error).split())[:200]
         raise TemplateError(f"the tokenizer's chat template cannot write the conversation ({line})") from None
     answers = [i for i, message in enumerate(messages) if role_of(message) == "assistant"]
-    spans = [[start, end] for start, end in indices[0]]
+    (text,), (indices,) = rendered
+    spans = [[start, end] for start, end in indices]
     if len(spans) != len(answers):
         raise TemplateError(
             f"the chat template marks {len(spans)} spans with generation tags for {len(answers)} assistant messages; "
             "mend the template or use --template_backend swift"
         )
-    return texts[0], [[*span, index] for span, index in zip(spans, answers, strict=True)]
+    return text, [[*span, index] for span, index in zip(spans, answers, strict=True)]
 
 
 class _Finder:

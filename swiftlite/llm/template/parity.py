@@ -13,17 +13,17 @@ from swiftlite.llm.template.layouts.llama import DEFAULT_DATE
 from swiftlite.utils.errors import TemplateError
 from swiftlite.utils.logger import get_logger
 
-_ASKED = {"role": "user", "content": "What is 2 + 2?"}
+_ASKED: dict[str, Any] = {"role": "user", "content": "What is 2 + 2?"}
 _THOUGHT = "<think>\nTwo and two.\n</think>\n\nIt is 4."
 _CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-_TOOL = {
+_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "add", "description": "Add", "parameters": {"type": "object", "properties": {}}},
 }
 _SYSTEM = {"role": "system", "content": "Be brief."}
-_ROUNDS = [_ASKED, {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "Sure?"}]
+_ROUNDS: list[dict[str, Any]] = [_ASKED, {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "Sure?"}]
 _ANSWERED = [*_ROUNDS, {"role": "assistant", "content": "Yes, 4."}]
-_CALLED = [
+_CALLED: list[dict[str, Any]] = [
     _ASKED,
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "content": "4"},
