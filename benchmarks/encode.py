@@ -68,9 +68,7 @@ def plain(options: argparse.Namespace) -> tuple[int, float]:
     rows = make_rows(options.rows, options.words)
     tokenizer.apply_chat_template(rows[0]["messages"], tokenize=True, return_dict=False)
     began = time.perf_counter()
-    tokens = sum(
-        len(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)) for row in rows
-    )
+    tokens = sum(len(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)) for row in rows)
     return tokens, time.perf_counter() - began
 
 

@@ -21,7 +21,11 @@ _TOOL: dict[str, Any] = {
     "function": {"name": "add", "description": "Add", "parameters": {"type": "object", "properties": {}}},
 }
 _SYSTEM = {"role": "system", "content": "Be brief."}
-_ROUNDS: list[dict[str, Any]] = [_ASKED, {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "Sure?"}]
+_ROUNDS: list[dict[str, Any]] = [
+    _ASKED,
+    {"role": "assistant", "content": "It is 4."},
+    {"role": "user", "content": "Sure?"},
+]
 _ANSWERED = [*_ROUNDS, {"role": "assistant", "content": "Yes, 4."}]
 _CALLED: list[dict[str, Any]] = [
     _ASKED,
