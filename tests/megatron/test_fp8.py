@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from swiftlite.cli.main import main
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.distributed import parallel_groups
-from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.side_files import read_config
 from swiftlite.utils.errors import MapError, ShapeError
@@ -244,3 +247,50 @@ def test_half_rows_of_an_mtp_projection(tmp_path: Path) -> None:
         assert main([*words, "--output_dir", str(tmp_path / out)]) == 0
     back = load_file(tmp_path / "back/model.safetensors")
     assert all(torch.equal(back[name], value.bfloat16()) for name, value in exact.items())
+
+
+MEASURE = """
+import re, sys
+from swiftlite.cli.main import main
+
+
+def peak() -> int:  # of this process alone; getrusage counts the parent's before exec
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+
+words = ["export", *sys.argv[1:]]
+assert main([*words, "--dry_run", "true"]) == 0
+before = peak()
+assert main(words) == 0
+print("grown by", peak() - before)
+"""
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_memory_is_bounded(merged: bool, tmp_path: Path) -> None:
+    """120 MB of FP8 weights whose largest matrix is 80 MB in fp32, with a budget of 24 MB."""
+    config = {**config_of("qwen3:default"), "torch_dtype": "bfloat16", "intermediate_size": 320_000}
+    bound = bind_map(config)
+    tensors = {}
+    for name, (entry, position) in bound.by_hf.items():
+        shape = entry.hf_shapes[position]
+        tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+        if ".mlp." in name:
+            tensors[name] = torch.ones(shape).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.ones(-(-shape[0] // 128), -(-shape[1] // 128))
+    hf, peft = tmp_path / "hf", tmp_path / "peft"
+    hf.mkdir(), peft.mkdir()
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    quantised = {**config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (hf / "config.json").write_text(json.dumps(quantised))
+    flags: list[Any] = ["--model", hf, "--model_type", "qwen3", "--to_mcore", "true", "--max_memory", "24MB"]
+    if merged:
+        module = "base_model.model.model.layers.0.mlp.gate_proj"
+        pair = {f"{module}.lora_A.weight": torch.ones(4, 64), f"{module}.lora_B.weight": torch.ones(320_000, 4)}
+        save_file(pair, peft / "adapter_model.safetensors")
+        (peft / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+        flags += ["--adapters", peft, "--merge_lora", "true"]
+    command = [sys.executable, "-c", MEASURE, *map(str, flags), "--output_dir", str(tmp_path / "mcore")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) < 60_000, result.stdout  # kB
