@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from swiftlite.llm.template.agent import AGENT_FORMATS, as_plain
 from swiftlite.llm.template.jinja import jinja_spans, write_jinja
 from swiftlite.llm.template.layouts import LAYOUTS, PRINTS_CALLS, PRINTS_TOOLS, Conversation
 from swiftlite.llm.template.layouts.conversation import Message, role_of
@@ -83,11 +84,17 @@ class Template:
         _check("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
         _check("--padding_side", padding_side, ("left", "right"))
         _check("--template_backend", template_backend, ("swift", "jinja"))
-        if agent_template not in (None, meta.agent_template):
+        prints_tools = meta.layout in PRINTS_CALLS
+        if agent_template not in (None, meta.agent_template, *(() if prints_tools else AGENT_FORMATS)):
             raise UsageError(
-                f"--agent_template {agent_template!r}: template {meta.template_type!r} writes tools as its model's own "
-                f"chat template does ({meta.agent_template!r}); leave the flag out"
+                f"--agent_template {agent_template!r}: template {meta.template_type!r} "
+                + (
+                    f"writes tools as its model's own chat template does ({meta.agent_template!r}); leave the flag out"
+                    if prints_tools
+                    else f"can write tools as {', '.join(AGENT_FORMATS)}"
+                )
             )
+        self._plain_tools = agent_template in AGENT_FORMATS and not prints_tools
         if meta.layout not in LAYOUTS:
             raise UsageError(f"template {meta.template_type!r} has layout {meta.layout!r}; known: {', '.join(LAYOUTS)}")
         if max_pixels is not None or norm_bbox is not None:
@@ -294,13 +301,16 @@ class Template:
                 yield str(message.get("content") or ""), i if role_of(message) == "assistant" else None
             return
         whole = self._with_system(messages)
-        added = len(whole) - len(messages)
+        origin = [i - (len(whole) - len(messages)) for i in range(len(whole))]
+        if self._plain_tools:
+            whole, sources = as_plain(whole, tools)
+            tools, origin = None, [origin[i] if i >= 0 else -1 for i in sources]
         default = self.meta.default_system if self.default_system is None else None
         c = Conversation(self.meta, whole, tools, add_generation_prompt, default, self._tokens, options)
         if self.meta.layout == "rounds" and self.meta.auto_add_bos:
             yield self._own_bos(), None
         for text, index in LAYOUTS[self.meta.layout](c):
-            yield text, None if index is None else index - added
+            yield text, None if index is None else origin[index]
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         if self.default_system and (not messages or role_of(messages[0]) != "system"):
@@ -319,6 +329,8 @@ class Template:
 
     def _warn_of_lost_tools(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
         name = self.meta.template_type
+        if self._plain_tools:
+            return
         if tools and self.meta.layout not in PRINTS_TOOLS:
             warn_once(f"template {name!r} does not write the list of tools (its model's chat template has none)")
         if self.meta.layout not in PRINTS_CALLS and any(message.get("tool_calls") for message in messages):

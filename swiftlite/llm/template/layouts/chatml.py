@@ -21,11 +21,11 @@ _THINK = "<think>\n"
 _EMPTY_THINK = "<think>\n\n</think>\n\n"
 
 # The hermes tool format, as Qwen2.5 and later print it.
-_TOOLS_HEAD = (
+HERMES_HEAD = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
 )
-_TOOLS_TAIL = (
+HERMES_TAIL = (
     "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
     "<tool_call></tool_call> XML tags:\n<tool_call>\n"
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
@@ -142,7 +142,7 @@ def _qwen3(c: Conversation, opening: str, thinks: bool) -> Iterator[Piece]:
             else:
                 shown = content
             calls = message.get("tool_calls") or []
-            text = "".join(("\n" if n or content else "") + _call(call) for n, call in enumerate(calls))
+            text = "".join(("\n" if n or content else "") + hermes_call(call) for n, call in enumerate(calls))
             yield from answer(shown + text, i, opening)
             yield "<|im_end|>\n", None
         elif role == "tool":
@@ -182,12 +182,13 @@ def _head(c: Conversation, separator_always: bool) -> Iterator[Piece]:
         if separator_always or has_system or before:
             before += "\n\n"
         listed = "".join("\n" + to_json(tool) for tool in c.tools)
-        yield f"<|im_start|>system\n{before}{_TOOLS_HEAD}{listed}{_TOOLS_TAIL}<|im_end|>\n", None
+        yield f"<|im_start|>system\n{before}{HERMES_HEAD}{listed}{HERMES_TAIL}<|im_end|>\n", None
     elif has_system or c.default_system:
         yield f"<|im_start|>system\n{c.text(0) if has_system else c.default_system}<|im_end|>\n", None
 
 
-def _call(call: Any) -> str:
+def hermes_call(call: Any) -> str:
+    """A tool call as Qwen3 prints it."""
     function = function_of(call)
     arguments = function.get("arguments")
     shown = arguments if isinstance(arguments, str) else to_json(arguments)

@@ -37,7 +37,7 @@ def rounds(c: Conversation) -> Iterator[Piece]:
             what = "tool calls" if role == "assistant" else f"role {role!r}"
             raise TemplateError(
                 f"message {i} has {what}; template {c.meta.template_type!r} knows one system message, then user and "
-                "assistant: leave such rows out or choose another --template"
+                "assistant: leave such rows out or choose another --template, or --agent_template hermes"
             )
         joins_next = c.role(i + 1) == role
         if role == "user":
