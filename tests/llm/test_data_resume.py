@@ -72,8 +72,23 @@ def _stop_at(command, step, patch):
         patch.setattr(Trainer, "train_step", limited)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("command", ["sft", "megatron sft"])
+# The rest runs with `make test-slow`.
+QUICK = {
+    ("sft", "grouped"),
+    ("sft", "streamed-packed"),
+    ("megatron sft", "packed"),
+    ("megatron sft", "streamed-packed"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "way"),
+    [
+        pytest.param(command, way, marks=[] if (command, way) in QUICK else [pytest.mark.slow])
+        for command in ("sft", "megatron sft")
+        for way in WAYS
+    ],
+)
 def test_resumed_equals_uninterrupted(run, command, way):
     if command.startswith("megatron"):
         pytest.importorskip("megatron.core")
