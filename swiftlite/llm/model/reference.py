@@ -1,4 +1,5 @@
-"""Reference models for architectures that transformers knows only through remote code: MiMo and DeepSeek-MoE.
+"""Reference models for architectures that transformers knows only through remote code: MiMo, DeepSeek-MoE, and InternLM3
+before transformers 5.
 
 They are used where a Hugging Face side is needed to compare with (the precision check, tests); remote code itself runs
 only with --trust_remote_code true. Tensor names are those of the published checkpoints.
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 
@@ -24,6 +26,18 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
     config_class = MiMoConfig
     config: MiMoConfig
     _keys_to_ignore_on_load_unexpected = [r"model\.mtp_layers\..*"]
+
+
+class InternLM3Config(LlamaConfig):
+    """LLaMA's config under InternLM3's names."""
+
+    model_type = "internlm3"
+    attribute_map = {"qkv_bias": "attention_bias", "bias": "mlp_bias"}
+
+
+class InternLM3ForCausalLM(LlamaForCausalLM):
+    config_class = InternLM3Config
+    config: InternLM3Config
 
 
 class DeepseekConfig(LlamaConfig):
@@ -95,6 +109,10 @@ class DeepseekForCausalLM(LlamaForCausalLM):
 
 def register() -> None:
     """Make AutoConfig and AutoModelForCausalLM build these classes. Safe to call twice."""
-    for config_class, model_class in ((MiMoConfig, MiMoForCausalLM), (DeepseekConfig, DeepseekForCausalLM)):
+    classes: list[tuple[Any, Any]] = [(MiMoConfig, MiMoForCausalLM), (DeepseekConfig, DeepseekForCausalLM)]
+    # transformers 5 has a config of its own for InternLM3, with LLaMA's model behind it.
+    if "internlm3" not in CONFIG_MAPPING:
+        classes.append((InternLM3Config, InternLM3ForCausalLM))
+    for config_class, model_class in classes:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
