@@ -135,7 +135,7 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
         model_type=args.model_type,
         revision=args.model_revision,
         download_model=download_model,
-        need_template=need_template and args.template is None,
+        need_template=need_template and args.template is None and args.template_backend != "jinja",
         ignore_requirements=args.ignore_requirements,
         task_type=args.task_type,
         num_labels=args.num_labels,

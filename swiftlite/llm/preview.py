@@ -98,7 +98,10 @@ def make_preview(args: Any, template: Template) -> Preview:
         f"{template.max_length}, truncation {args.truncation_strategy}",
         f"{len(samples)} samples, {sum(samples.lengths)} tokens, {_trained_share(samples):.1%} of them with a loss",
     ]
-    notes = [f"differs from the checkpoint's own chat template: {line}" for line in differences(template)]
+    found = list(differences(template))
+    notes = [f"differs from the checkpoint's own chat template: {line}" for line in found[:3]]
+    if found[3:]:
+        notes.append(f"differs from it in {len(found[3:])} more kinds of conversations")
     if report.total and report.dropped > limit * report.total:
         notes.append(
             f"{report.dropped} of {report.total} rows dropped: training stops above --max_drop_ratio {limit:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -77,9 +78,27 @@ def encode_cached(
     num_proc: int,
     rejects: RejectsFile | None,
 ) -> EncodedDataset:
-    """EncodedDataset of the rows, from the cache where the same rows were encoded in the same way before."""
+    """EncodedDataset of the rows, from the cache where the same rows were encoded in the same way before.
+
+    Of several processes that want the same, one encodes and the others wait for it.
+    """
     key = _hash([json.dumps(fingerprint(template)), *(json.dumps(row, default=str) for row in rows)])
     directory = cache_root() / "datasets" / key
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_name(f".{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system gives it back when the process ends, however that happens
+        return _from_cache(directory, rows, template, max_drop_ratio, name, num_proc, rejects)
+
+
+def _from_cache(
+    directory: Path,
+    rows: list[dict[str, Any]],
+    template: Template,
+    max_drop_ratio: float,
+    name: str,
+    num_proc: int,
+    rejects: RejectsFile | None,
+) -> EncodedDataset:
     if (directory / _DROPPED_FILE).is_file():
         dataset = EncodedDataset.load(directory)
         dropped = json.loads((directory / _DROPPED_FILE).read_text(encoding="utf-8"))
@@ -93,7 +112,7 @@ def encode_cached(
     dataset = EncodedDataset(
         rows, template, max_drop_ratio=max_drop_ratio, name=name, num_proc=num_proc, rejects=rejects
     )
-    scratch = directory.with_name(f".{key}.{os.getpid()}")
+    scratch = directory.with_name(f".{directory.name}.{os.getpid()}")
     dataset.save(scratch)
     kept = set(dataset.row_indices)
     gone = [i for i in range(len(rows)) if i not in kept]
