@@ -22,6 +22,13 @@ _EXPORT = Route(
     "convert Hugging Face <-> Megatron-core checkpoints",
 )
 
+_DPO = Route(
+    "swiftlite.llm.argument.rlhf:DpoArguments",
+    "swiftlite.llm.train.dpo:dpo_main",
+    True,
+    "training on preference pairs with transformers, full or LoRA",
+)
+
 ROUTES: dict[tuple[str, ...], Route] = {
     ("export",): _EXPORT,
     ("check",): Route(
@@ -53,6 +60,20 @@ ROUTES: dict[tuple[str, ...], Route] = {
         "swiftlite.llm.train.sft:sft_main",
         True,
         "supervised fine-tuning with transformers, full or LoRA",
+    ),
+    ("pt",): Route(
+        "swiftlite.llm.argument.sft:PtArguments",
+        "swiftlite.llm.train.sft:pt_main",
+        True,
+        "continued pre-training on plain text with transformers",
+    ),
+    ("dpo",): _DPO,
+    ("rlhf",): _DPO,
+    ("plot",): Route(
+        "swiftlite.llm.argument.plot:PlotArguments",
+        "swiftlite.llm.plot:plot_main",
+        False,
+        "curves of training runs in one picture",
     ),
     ("megatron", "sft"): Route(
         "swiftlite.megatron.argument.sft:MegatronSftArguments",

@@ -101,7 +101,16 @@ def plot_main(args: Any) -> dict[str, Any]:
         for line in history:
             merged.update(line)
         last[name] = merged
-        shown = ("step", "loss", "eval_loss", "rewards/accuracies", "tokens_per_second", "mfu", "memory_gib", "elapsed_s")
+        shown = (
+            "step",
+            "loss",
+            "eval_loss",
+            "rewards/accuracies",
+            "tokens_per_second",
+            "mfu",
+            "memory_gib",
+            "elapsed_s",
+        )
         logger.info("%s: %s", name, ", ".join(f"{key} {merged[key]:.6g}" for key in shown if key in merged))
     target = Path(args.output)
     target.parent.mkdir(parents=True, exist_ok=True)

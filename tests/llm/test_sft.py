@@ -39,7 +39,7 @@ def test_learning_rates_are_megatron_cores(style: str, warmup: dict[str, float])
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     from swiftlite.llm.argument.sft import SftArguments
-    from swiftlite.llm.train.sft import lr_schedule
+    from swiftlite.llm.train.schedule import lr_schedule
 
     args = SftArguments(lr=2e-3, min_lr=1e-4, lr_decay_style=style, **warmup)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0, "max_lr": 2e-3, "min_lr": 1e-4}])

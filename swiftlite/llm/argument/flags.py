@@ -71,17 +71,8 @@ _FP8 = "training in FP8 is not available yet"
 _OFFLOAD = "optimizer offload is not available yet"
 
 SFT_UNAVAILABLE: dict[str, str] = {
-    "freeze_parameters": "freezing single parameters is not available yet",
-    "freeze_parameters_regex": "freezing single parameters is not available yet",
-    "freeze_parameters_ratio": "freezing single parameters is not available yet",
-    "trainable_parameters": "freezing single parameters is not available yet",
-    "trainable_parameters_regex": "freezing single parameters is not available yet",
-    "target_regex": "name layers with --target_modules",
-    "lora_dtype": "LoRA weights have the model's precision",
-    "adapters": "going on with another run's adapter is not available yet",
+    "lora_dtype": "adapters are trained in fp32 and run in the dtype of the model",
     "merge_lora": "merge afterwards with `swiftlite export --merge_lora true`",
-    "save_safetensors": "checkpoints are Hugging Face directories already",
-    "eval_iters": "the whole validation set is evaluated",
 }
 
 _PREFERENCE = ("rlhf_type", "beta", "loss_type", "rpo_alpha", "ref_model", "mcore_ref_model", "ref_adapters")
@@ -124,8 +115,6 @@ TRAIN_UNAVAILABLE: dict[str, str] = {
     "fp8_format": _FP8,
     "fp8_recipe": _FP8,
     "fp8_param_gather": _FP8,
-    "wandb_project": "metrics go to TensorBoard and logging.jsonl so far",
-    "wandb_exp_name": "metrics go to TensorBoard and logging.jsonl so far",
 }
 
 EXPORT_UNAVAILABLE: dict[str, str] = {}

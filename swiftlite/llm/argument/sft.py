@@ -43,6 +43,11 @@ class TrainArguments(Arguments):
         None, "recompute activations to save memory: full, selective or none; sets the three --recompute_* flags",
         aliases=["gradient_checkpointing"],
     )  # fmt: skip
+    save_strategy: str = field(
+        "steps",
+        "checkpoints every --save_steps, after each epoch, or (no) at the end only",
+        choices=["steps", "epoch", "no"],
+    )
     save_steps: int = field(500, "steps between checkpoints", aliases=["save_interval"])
     save_total_limit: int | None = field(None, "newest checkpoints that are kept")
     save_weights_only: bool = field(False, "checkpoints without optimizer and RNG", aliases=["save_only_model"])
@@ -51,9 +56,19 @@ class TrainArguments(Arguments):
     add_version: bool = field(False, "write into a new directory v0-DATE below --output_dir")
     eval_steps: int | None = field(None, "steps between evaluations (default: --save_steps)", aliases=["eval_interval"])
     eval_iters: int = field(-1, "batches of one evaluation, -1: the whole validation set")
+    metric_for_best_model: str = field(
+        "loss", "value of an evaluation by which the best checkpoint is chosen and kept", aliases=["best_metric"]
+    )
+    greater_is_better: bool | None = field(None, "is more of it better? (default: unless it is a loss)")
     logging_steps: int = field(5, "steps between log lines", aliases=["log_interval"])
     logging_dir: str | None = field(None, "TensorBoard files (default: OUTPUT_DIR/runs)", aliases=["tensorboard_dir"])
-    report_to: list[str] = field(["tensorboard"], "where metrics go", choices=["tensorboard", "none"])
+    report_to: list[str] = field(
+        ["tensorboard"], "where metrics go besides logging.jsonl", choices=["tensorboard", "wandb", "swanlab", "none"]
+    )
+    wandb_project: str | None = field(None, "project in wandb or swanlab", aliases=["swanlab_project"])
+    wandb_exp_name: str | None = field(
+        None, "name of the run there (default: the output directory's)", aliases=["run_name", "swanlab_exp_name"]
+    )
     dataloader_num_workers: int = field(4, "processes that prepare batches", aliases=["num_workers"])
     dataloader_persistent_workers: bool = field(True, "keep these processes between epochs")
     dataloader_prefetch_factor: int = field(10, "batches that each process prepares ahead")
@@ -123,3 +138,20 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         super().__post_init__()
         if self.num_train_epochs is None and self.train_iters is None:
             self.num_train_epochs = 1.0
+
+
+@arguments
+class PtArguments(SftArguments):
+    """Continued pre-training: rows with `text`, ended by the end token, packed, trained on as a whole"""
+
+    def __post_init__(self) -> None:
+        defaults = {
+            "use_chat_template": False, "loss_scale": "all", "packing": True, "truncation_strategy": "split",
+            "max_length": 2048,
+        }  # fmt: skip
+        for name, value in defaults.items():
+            if name not in self.given:
+                setattr(self, name, value)
+        if self.packing and self.group_by_length and "packing" not in self.given:
+            self.packing = False
+        super().__post_init__()

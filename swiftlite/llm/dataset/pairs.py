@@ -21,7 +21,8 @@ class PairDataset:
     """A map-style data set of pairs. `[i]` -> {"pairs": [PAIR, ...], "length": tokens of all answers with their prompts}.
 
     A PAIR is {"chosen": {"input_ids", "labels"}, "rejected": {...}, "reference"?: (log-probability of the chosen answer,
-    of the rejected one)}. An item is one pair, or with `capacity` as many as have room in so many tokens.
+    of the rejected one)}. An item is one pair, or with `capacity` as many as have room in so many tokens (a longer pair
+    is alone).
 
     Args: rows: standard rows with `rejected_messages`. The rest as EncodedDataset.
     Attributes:
@@ -55,10 +56,7 @@ class PairDataset:
         sizes = [sum(len(self.store[i][f"{side}_input_ids"]) for side in SIDES) for i in range(self.pairs)]
         self.items = [[i] for i in range(self.pairs)]
         if capacity is not None:
-            longest = max(sizes)
-            if longest > capacity:
-                raise UsageError(f"a pair of {longest} tokens does not fit --packing_length {capacity}; raise it")
-            self.items = pack_windows(sizes, capacity, seed)
+            self.items = pack_windows([min(size, capacity) for size in sizes], capacity, seed)
             get_logger().info(
                 "%s: %d pairs packed into %d sequences of %d tokens", name, self.pairs, len(self), capacity
             )

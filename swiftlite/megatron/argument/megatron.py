@@ -217,8 +217,6 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     no_load_optim: bool = field(False, "do not read the optimizer of the checkpoint")
     no_load_rng: bool = field(False, "do not read the RNG state of the checkpoint")
     seq_length: int | None = field(None, "length of a training sequence (default: --max_length or the model's)")
-    wandb_project: str | None = field(None, "Weights & Biases project")
-    wandb_exp_name: str | None = field(None, "Weights & Biases run")
 
     def __post_init__(self) -> None:
         super().__post_init__()

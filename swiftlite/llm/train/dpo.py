@@ -1,0 +1,217 @@
+"""`swiftlite dpo` (`rlhf --rlhf_type dpo`): direct preference optimisation with transformers, all parameters or LoRA.
+
+The reference is the model as training began, --ref_model, or with LoRA the model with its adapters off.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from swiftlite.llm.argument.rlhf import DpoArguments
+from swiftlite.llm.dataset.pairs import SIDES, PairDataset, load_pairs, sequences_of
+from swiftlite.llm.pipeline import as_arguments, prepare_model_template
+from swiftlite.llm.train.dpo_loss import LogProbs, PairLoss, answer_log_probs
+from swiftlite.llm.train.objective import Batch
+from swiftlite.llm.train.trainer import HfTrainer, process_group, require_model, run, settle_output
+from swiftlite.llm.train.tuner import prepare_model
+from swiftlite.utils.dist import all_gather, get_rank, get_world_size
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+# What a batch holds besides the model's inputs.
+_NOT_INPUTS = ("labels", "sequence_ids", "reference")
+
+
+class PairCollator:
+    """Items of a PairDataset -> one batch: all chosen answers, then all rejected ones; rows, or joined to one sequence.
+
+    Returns: input_ids, labels, position_ids, attention_mask [2P, S] (joined: [1, S], without a mask); sequence_ids, which
+    answer a position belongs to, int64 of the same shape; reference [2P], where it was computed before.
+    """
+
+    def __init__(self, template: Any) -> None:
+        self.template = template
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> Batch:
+        rows = sequences_of(items)
+        batch: Batch = self.template.data_collator(rows)
+        if self.template.padding_free:
+            sizes = torch.tensor([len(row["input_ids"]) for row in rows])
+            batch["sequence_ids"] = torch.repeat_interleave(torch.arange(len(rows)), sizes).unsqueeze(0)
+        else:
+            batch["sequence_ids"] = torch.arange(len(rows)).unsqueeze(1).expand_as(batch["labels"]).contiguous()
+        known = [pair.get("reference") for item in items for pair in item["pairs"]]
+        if all(values is not None for values in known):
+            batch["reference"] = torch.tensor(list(zip(*known, strict=True)), dtype=torch.float32).flatten()
+        return batch
+
+
+def pair_lengths(item: dict[str, Any]) -> list[int]:
+    """Tokens of each answer with its prompt."""
+    return [len(pair[side]["input_ids"]) for pair in item["pairs"] for side in SIDES]
+
+
+def log_probs(model: Any, batch: Batch) -> LogProbs:
+    """Of the answers in a batch under a model."""
+    logits = model(**{name: value for name, value in batch.items() if name not in _NOT_INPUTS}).logits
+    return answer_log_probs(logits, batch["labels"], batch["sequence_ids"], int(batch["sequence_ids"].max()) + 1)
+
+
+class Preference:
+    """The objective of a pair loss. reference: a model; None: the policy with its adapters off."""
+
+    counts: tuple[str, ...] = ("pairs", "chosen_tokens")
+
+    def __init__(self, loss: PairLoss, policy: Any, reference: Any | None) -> None:
+        self.pair_loss, self.policy, self.reference = loss, policy, reference
+
+    def count(self, batch: Batch) -> list[int]:
+        pairs = (int(batch["sequence_ids"].max()) + 1) // 2
+        answered = batch["labels"][:, 1:] != -100
+        return [pairs, int((answered & (batch["sequence_ids"][:, 1:] < pairs)).sum())]
+
+    def sums(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        policy = log_probs(model, batch)
+        known = batch.get("reference")
+        reference = LogProbs(known, policy.tokens) if known is not None else self.reference_log_probs(batch)
+        return self.pair_loss.sums(policy, reference)
+
+    def loss(self, sums: dict[str, Tensor]) -> Tensor:
+        return self.pair_loss.total(sums["loss"], sums["pairs"], sums["nll"], sums["chosen_tokens"])
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        total = self.pair_loss.total(
+            *(torch.tensor(sums[name], dtype=torch.float64) for name in ("loss", "pairs", "nll", "chosen_tokens"))
+        )
+        return {"loss": float(total), **self.pair_loss.metrics(sums)}
+
+    @torch.no_grad()
+    def reference_log_probs(self, batch: Batch) -> LogProbs:
+        if self.reference is not None:
+            return log_probs(self.reference, batch)
+        with _frozen(self.policy):
+            return log_probs(self.policy, batch)
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """A LoRA model without its adapters and without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        model.train(training)
+
+
+def reference_model(args: Any, model: Any) -> Any | None:
+    """The frozen reference before `model` is changed; None where adapters are switched off instead.
+
+    Raises: UsageError if --ref_model has another vocabulary.
+    """
+    if args.ref_model:
+        from swiftlite.llm.model.loader import get_model_tokenizer
+
+        reference, _ = get_model_tokenizer(
+            args.ref_model, args.model_info.torch_dtype, args.device_map, use_hf=args.use_hf, need_template=False,
+            attn_impl=args.hf_attn_implementation, trust_remote_code=args.trust_remote_code, hub_token=args.hub_token,
+            ignore_requirements=args.ignore_requirements,
+        )  # fmt: skip
+        assert reference is not None
+        sizes = [m.get_input_embeddings().weight.shape[0] for m in (reference, model)]
+        if sizes[0] != sizes[1]:
+            raise UsageError(
+                f"--ref_model {args.ref_model}: has {sizes[0]} rows in its vocabulary, --model has {sizes[1]}; the "
+                "reference must read the same tokens"
+            )
+    elif args.train_type == "lora" and not args.adapters:
+        return None
+    else:
+        if args.adapters:
+            raise UsageError(
+                "--adapters: the reference would be the model without them; merge them first, or give --ref_model"
+            )
+        reference = copy.deepcopy(model)
+    if args.train_type != "lora":
+        _round_like_trained(reference)
+    reference.config.use_cache = False
+    return reference.requires_grad_(False).eval()
+
+
+def _round_like_trained(reference: Any) -> None:
+    """The policy's weights are held in fp32 and its matrices run by autocast; equal weights must give equal numbers here.
+
+    So everything but the matrices is held in fp32 as well; those are rounded to what autocast makes of the policy's.
+    """
+    matrices = {id(m.weight) for m in reference.modules() if isinstance(m, torch.nn.Linear)}
+    for parameter in reference.parameters():
+        is_matrix = id(parameter) in matrices or parameter.dim() == 3
+        if parameter.dtype in (torch.bfloat16, torch.float16) and not is_matrix:
+            parameter.data = parameter.data.float()
+
+
+@torch.no_grad()
+def precompute(objective: Preference, trainer: HfTrainer, collate: PairCollator, datasets: Sequence[Any]) -> None:
+    """Fill in the reference's log-probabilities of all pairs; ranks share the work. Collective."""
+    for dataset in datasets:
+        if dataset is None:
+            continue
+        assert isinstance(dataset, PairDataset)
+        mine = range(get_rank(), dataset.pairs, get_world_size())
+        size = trainer.args.per_device_eval_batch_size
+        found: list[tuple[int, float, float]] = []
+        for start in range(0, len(mine), size):
+            indices = mine[start : start + size]
+            batch = collate([{"pairs": [dataset.pair(i) for i in indices]}])
+            with trainer.accelerator.autocast():
+                sums = objective.reference_log_probs({k: v.to(trainer.args.device) for k, v in batch.items()}).sums
+            found += zip(indices, *(part.tolist() for part in sums.chunk(2)), strict=True)
+        everybody = sorted(entry for part in all_gather(found) for entry in part)
+        dataset.reference = [(chosen, rejected) for _, chosen, rejected in everybody]
+        logger.info("the reference answered %d pairs", dataset.pairs)
+    objective.reference = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def dpo_main(args: DpoArguments | Sequence[str]) -> dict[str, Any]:
+    """Train on preference pairs; the same command again goes on where it stopped. Called on every rank.
+
+    Args: args: an arguments object, or words as typed.
+    Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
+    Raises: SwiftliteError for everything a user can mend.
+    """
+    args = as_arguments(DpoArguments, args)
+    require_model(args)
+    with process_group():
+        model, template = prepare_model_template(args)
+        assert model is not None
+        checkpoint = settle_output(args)
+        data = load_pairs(args, template)
+        model.config.use_cache = False
+        reference = reference_model(args, model)
+        transformers.set_seed(args.seed)  # adapters begin the same on all ranks
+        model = prepare_model(model, args)
+        loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
+        objective, collate = Preference(loss, model, reference), PairCollator(template)
+
+        def before(trainer: HfTrainer) -> None:
+            if objective.reference is not None:
+                objective.reference = objective.reference.to(trainer.args.device)
+            if args.precompute_ref_log_probs:
+                precompute(objective, trainer, collate, data)
+
+        return run(
+            args, model, template, data, objective, collate, pair_lengths, checkpoint,
+            references=0 if args.precompute_ref_log_probs else 1, before=before,
+        )  # fmt: skip

@@ -1,0 +1,106 @@
+"""When a run logs, evaluates and saves; which checkpoints are kept, and which is the best. Shared by both sides."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.io import write_json
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+BEST_FILE = "best.json"
+
+
+class Rhythm:
+    """Decides per step, counted from 1. Args: steps_per_epoch: None where nobody knows (streams)."""
+
+    def __init__(self, args: Any, total_steps: int, steps_per_epoch: float | None, evaluates: bool) -> None:
+        self.args, self.total, self.steps_per_epoch, self.has_eval = args, total_steps, steps_per_epoch, evaluates
+        if args.save_strategy == "epoch" and steps_per_epoch is None:
+            raise UsageError("--save_strategy epoch: a stream has no known epochs; use --save_steps")
+
+    def logs(self, step: int) -> bool:
+        return step == 1 or step % self.args.logging_steps == 0 or step == self.total
+
+    def evaluates(self, step: int) -> bool:
+        if not self.has_eval:
+            return False
+        if self.args.save_strategy == "epoch" and "eval_steps" not in self.args.given:
+            return self.ends_epoch(step) or step == self.total
+        return step % self.args.eval_steps == 0 or step == self.total
+
+    def saves(self, step: int) -> bool:
+        if step == self.total:
+            return True
+        if self.args.save_strategy == "epoch":
+            return self.ends_epoch(step)
+        return self.args.save_strategy == "steps" and step % self.args.save_steps == 0
+
+    def ends_epoch(self, step: int) -> bool:
+        """True for the step that trains on the last sample of a pass over the data."""
+        assert self.steps_per_epoch is not None
+        return int(step / self.steps_per_epoch + 1e-9) > int((step - 1) / self.steps_per_epoch + 1e-9)
+
+
+class Best:
+    """Remembers the checkpoint with the best evaluation in OUTPUT_DIR/best.json: {"step", "checkpoint", metric: value}.
+
+    metric: name in the evaluation's values, with or without `eval_`. greater: whether more is better; None: unless it is
+    a loss.
+    """
+
+    def __init__(self, root: Path, metric: str, greater: bool | None = None) -> None:
+        self.root = root
+        self.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        self.greater = "loss" not in metric if greater is None else greater
+        path = root / BEST_FILE
+        self.record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not (root / str(self.record.get("checkpoint"))).is_dir():
+            self.record = {}
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Name of the directory; rotation leaves it alone."""
+        return self.record.get("checkpoint")
+
+    def saved(self, step: int, checkpoint: str, evaluation: Mapping[str, float]) -> bool:
+        """A checkpoint stands; `evaluation` holds the values of this very step, {} if there was none. Rank 0 only.
+
+        Returns: whether it is the best so far. Raises: UsageError if the metric is not among the values.
+        """
+        if not evaluation:
+            return False
+        if self.metric not in evaluation:
+            raise UsageError(f"--metric_for_best_model {self.metric}: not measured; there are {', '.join(evaluation)}")
+        value, best = evaluation[self.metric], self.record.get(self.metric)
+        if best is not None and (value <= best if self.greater else value >= best):
+            return False
+        self.record = {"step": step, "checkpoint": checkpoint, self.metric: value}
+        write_json(self.root / BEST_FILE, self.record)
+        return True
+
+
+def rotate(
+    checkpoints: Iterable[Path], limit: int | None, keep: str | None = None, number: Callable[[Path], int] | None = None
+) -> list[Path]:
+    """Delete the oldest finished checkpoints above `limit`; `keep`, the best one's name, stays and counts.
+
+    number: step of a checkpoint, by default the digits that its name ends in. Returns: what was deleted.
+    """
+    if limit is None:
+        return []
+    order = sorted(checkpoints, key=number or (lambda path: int(path.name.rpartition("-")[2])))
+    kept = {path.name for path in order if path.name == keep}
+    for path in reversed(order):  # the newest one is never deleted: it is what a run goes on from
+        if len(kept) < limit or path is order[-1]:
+            kept.add(path.name)
+    deleted = [path for path in order if path.name not in kept]
+    for path in deleted:
+        shutil.rmtree(path, ignore_errors=True)
+    return deleted

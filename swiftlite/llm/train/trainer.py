@@ -1,0 +1,572 @@
+"""transformers' Trainer as all trainers of the Hugging Face side use it: `run(...)` is one training run.
+
+What is different from the stock Trainer, so that a run equals one on Megatron: the order of samples, a loss that is a
+mean over the global batch, schedule and weight decay, fp32 trained weights under autocast, checkpoints that are whole or
+absent, log lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
+
+from swiftlite.llm.dataset.order import (
+    SampleOrder,
+    StreamOrder,
+    order_of,
+    read_data_state,
+    steps_of,
+    write_data_state,
+)
+from swiftlite.llm.train import run_directory, tuner
+from swiftlite.llm.train.flops import ModelFlops, attention_pairs, model_flops
+from swiftlite.llm.train.meters import StepMeter, device_peak
+from swiftlite.llm.train.metrics import Metrics, format_seconds
+from swiftlite.llm.train.objective import Objective
+from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
+from swiftlite.llm.train.rhythm import Best, Rhythm, rotate
+from swiftlite.llm.train.schedule import build_optimizer, lr_schedule
+from swiftlite.utils.dist import barrier, get_local_rank, get_rank, get_world_size
+from swiftlite.utils.errors import SwiftliteError, UsageError
+from swiftlite.utils.io import format_bytes, peak_memory_bytes, replace_directory
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+CHECKPOINT = "checkpoint-{}"
+SAVING = ".saving"  # holds a checkpoint that is being written
+FP32_FILE = "fp32_parameters.safetensors"
+# What a collated batch says about itself, in this order, before an objective's own counts.
+COUNTS = ("tokens", "padded_tokens", "samples", "pairs_attended")
+# Files beside the weights that are no weights: they go into every full checkpoint as they are.
+_SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+
+Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
+
+
+class _Stream(torch.utils.data.Sampler[int]):
+    """Positions 0 .. count of the run's sample order; one pass is the whole run."""
+
+    def __init__(self, order: SampleOrder | StreamOrder, count: int) -> None:
+        self.order, self.count = order, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.order[position] for position in range(self.count))
+
+
+class HfTrainer(transformers.Trainer):
+    """One run. `objective` says what is minimised; `setting` holds what both sides of swiftlite have in common."""
+
+    def __init__(self, *args: Any, setting: Setting, objective: Objective, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.setting: Setting = setting
+        self.objective: Objective = objective
+        self.model_accepts_loss_kwargs = True  # losses are divided by the global batch's counts, not per micro batch
+        self.loss_is_scaled_for_ga = True
+        self.counts: Tensor | None = None  # of the step's global batch, COUNTS and the objective's
+        self.step_sums: dict[str, Tensor] = {}
+        self.data_seconds = 0.0
+        self.evaluation: dict[str, float] = {}
+        self.last: dict[str, float] = {"loss": math.nan}
+
+    # ---- data ----
+
+    def _get_train_sampler(self, *_: Any) -> _Stream:
+        setting = self.setting
+        return _Stream(setting.order, setting.steps * setting.global_batch)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], Any]:
+        """A step's micro batches, and something that is not None: the counts are in `self.counts`."""
+        began = time.perf_counter()
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self.data_seconds = time.perf_counter() - began
+        counts = torch.stack([batch.pop("counts") for batch in batches]).sum(0).to(self.args.device)
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(counts)
+        self.counts = counts
+        return batches, counts[len(COUNTS)]
+
+    # ---- a step ----
+
+    def create_optimizer(self, *_: Any) -> Any:
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model, self.setting.args)  # type: ignore[arg-type]
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            schedule = lr_schedule(self.setting.args, self.setting.steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(cast(Any, optimizer or self.optimizer), schedule)
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This micro batch's share of the global batch's loss; ranks' gradients are averaged, hence the factor."""
+        assert self.counts is not None
+        sums = self.objective.sums(model, inputs)
+        for name, value in sums.items():
+            if name not in self.objective.counts:
+                self.step_sums[name] = self.step_sums.get(name, 0.0) + value.detach().double()
+        totals = dict(zip(self.objective.counts, self.counts[len(COUNTS) :], strict=True))
+        loss = self.objective.loss({**sums, **totals}) * get_world_size()
+        return (loss, None) if return_outputs else loss
+
+    def end_step(self) -> bool:
+        """Collect the step's sums over all ranks. Returns: whether any rank was asked to stop. Collective."""
+        assert self.counts is not None
+        names = list(self.step_sums)
+        stop = torch.tensor(float(self.setting.stop), dtype=torch.float64, device=self.args.device)
+        values = torch.stack([*self.step_sums.values(), stop])
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(values)
+        numbers = torch.cat([values, self.counts]).tolist()
+        self.step_sums = {}
+        sums = dict(zip([*names, "stop", *COUNTS, *self.objective.counts], numbers, strict=True))
+        sums["data_s"] = self.data_seconds
+        loss = self.objective.metrics(sums)["loss"]
+        if not math.isfinite(loss):
+            raise SwiftliteError(
+                f"step {self.state.global_step}: loss {loss}; training has diverged. Lower --lr or raise "
+                "--lr_warmup_iters, and start again from the last checkpoint"
+            )
+        self.setting.meter.add(sums)
+        self.last["loss"] = loss
+        return sums["stop"] > 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One line of what is measured since the last one; the stock Trainer's own numbers are not used but these two."""
+        if "loss" not in logs:
+            return
+        meter = self.setting.meter
+        values = self.objective.metrics(meter.sums())
+        line = {"loss": values.pop("loss"), "lr": logs["learning_rate"]}
+        if logs.get("grad_norm") is not None:
+            line["grad_norm"] = float(logs["grad_norm"])
+            if not math.isfinite(line["grad_norm"]) and not self.args.fp16:  # fp16 skips such steps
+                raise SwiftliteError(
+                    f"step {self.state.global_step}: gradient norm {line['grad_norm']}; training has diverged. Lower "
+                    "--lr or raise --lr_warmup_iters, and start again from the last checkpoint"
+                )
+        self.last = {**line, **values, **meter.summary()}
+        self.setting.metrics.log(self.state.global_step, self.last)
+        self.control.should_log = False
+
+    # ---- evaluation ----
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Means over the whole validation set (or --eval_iters global batches); the last, smaller batch counts too."""
+        model: Any = self.model
+        data: Any = self.eval_dataset
+        collate: Any = self.data_collator
+        size = self.args.per_device_eval_batch_size
+        limit = self.setting.args.eval_iters
+        total = len(data) if limit < 0 else min(len(data), limit * self.setting.global_batch)
+        mine = range(get_rank(), total, get_world_size())
+        model.eval()
+        names: list[str] = []
+        added = torch.zeros(0, dtype=torch.float64, device=self.args.device)
+        for start in range(0, max(len(mine), 1), size):
+            # A rank without samples of its own runs one that counts nothing, so that all know the names.
+            batch = collate([data[i] for i in mine[start : start + size]] or [data[0]])
+            batch.pop("counts")
+            inputs = {name: value.to(self.args.device) for name, value in batch.items()}
+            with self.accelerator.autocast():
+                sums = self.objective.sums(model, inputs)
+            values = torch.stack([value.double() for value in sums.values()]) * bool(len(mine))
+            names, added = list(sums), values if not names else added + values
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(added)
+        model.train()
+        metrics = self.objective.metrics(dict(zip(names, added.tolist(), strict=True)))
+        self.evaluation = {f"eval_{name}": value for name, value in metrics.items()}
+        self.setting.metrics.log(self.state.global_step, self.evaluation)
+        self.setting.meter.restart_clock()
+        self.control.should_evaluate = False
+        return dict(self.evaluation)
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.setting.root / SAVING)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Into a directory of another name, renamed when all of it is there: a killed save leaves no checkpoint."""
+        root, name = self.setting.root, CHECKPOINT.format(self.state.global_step)
+        main = get_rank() == 0
+        if main:
+            shutil.rmtree(root / SAVING, ignore_errors=True)
+        barrier()
+        super()._save_checkpoint(model, trial)
+        barrier()
+        if main:
+            position = self.state.global_step * self.setting.global_batch
+            write_data_state(self.train_dataset, root / SAVING / name, position)
+            self.setting.args.save(root / SAVING / name)
+            replace_directory(root / SAVING / name, root / name)
+            shutil.rmtree(root / SAVING)
+            if self.setting.best.saved(self.state.global_step, name, self.evaluation):
+                logger.info("best so far: %s", self.setting.best.record)
+            rotate(checkpoints_in(root), self.setting.args.save_total_limit, self.setting.best.checkpoint)
+            logger.info("saved %s", root / name)
+        barrier()
+        self.setting.meter.restart_clock()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Weights in the model's dtype, beside the files of the model that they come from. Rank 0 only."""
+        assert output_dir is not None and self.model is not None
+        directory, model = Path(output_dir), self.model
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.setting.args.train_type == "lora":
+            model.save_pretrained(directory)  # type: ignore[operator]
+            return
+        held = {n: p.detach() for n, p in model.named_parameters() if n in tuner.held_in_fp32(model)}
+        cast = {value.data_ptr(): value.to(self.setting.dtype) for value in held.values()}
+        state = {name: cast.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
+        model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
+        copy_model_files(Path(self.setting.args.model_info.model_dir), directory, model, self.setting.tokenizer)
+        if held and not self.args.save_only_model:
+            from safetensors.torch import save_file
+
+            save_file({name: value.contiguous() for name, value in held.items()}, directory / FP32_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        if self.setting.args.train_type == "lora":
+            tuner.load_adapter(self.model, directory)
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if (directory / FP32_FILE).is_file():
+            from safetensors.torch import load_file
+
+            stored = load_file(directory / FP32_FILE)
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():  # type: ignore[union-attr]
+                    if name in stored:
+                        parameter.copy_(stored[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not (Path(checkpoint) / "scheduler.pt").is_file():
+            logger.warning("%s holds weights only: the optimizer begins anew, at the step's learning rate", checkpoint)
+            scheduler: Any = self.lr_scheduler
+            scheduler.last_epoch = int(Path(checkpoint).name.rpartition("-")[2]) - 1
+            self.optimizer._opt_called = True  # type: ignore[union-attr]  # silences a warning about the order of calls
+            scheduler.step()
+
+
+class _Steps(transformers.TrainerCallback):
+    """Says after each step what is to be done."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.trainer: HfTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, setting, step = self.trainer, self.setting, state.global_step
+        assert trainer is not None
+        stop = trainer.end_step()
+        trainer.evaluation = {}
+        last = trainer.last
+        setting.metrics.advance(step, last["loss"], last.get("lr", 0.0), last.get("grad_norm", 0.0))
+        control.should_log = setting.rhythm.logs(step) or stop
+        control.should_evaluate = setting.rhythm.evaluates(step)
+        control.should_save = setting.rhythm.saves(step) or stop
+        control.should_training_stop = step >= setting.steps or stop
+        if stop and step < setting.steps:
+            setting.stopped = True
+            logger.warning(
+                "asked to stop: saving step %d of %d, then ending; the same command goes on", step, setting.steps
+            )
+
+
+class Setting:
+    """What a run consists of besides model and data."""
+
+    def __init__(self, args: Any, template: Any, train_set: Any, val_set: Any, objective: Objective) -> None:
+        self.args, self.tokenizer = args, template.tokenizer
+        self.root = Path(args.output_dir)
+        self.dtype = args.model_info.torch_dtype
+        _, self.accumulation, self.global_batch = args.batch_sizes(get_world_size())
+        self.steps = steps_of(train_set, args, self.global_batch)
+        self.order = order_of(train_set, args, self.global_batch)
+        streaming = getattr(train_set, "is_streaming", False)
+        per_epoch = None if streaming else len(train_set) / self.global_batch
+        self.rhythm = Rhythm(args, self.steps, per_epoch, val_set is not None)
+        self.best = Best(self.root, args.metric_for_best_model, args.greater_is_better)
+        self.stop = self.stopped = False
+        self.meter: StepMeter
+        self.metrics: Metrics
+        lr_schedule(args, self.steps)  # tells now what does not fit
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """Finished checkpoints of a run."""
+    return [path for path in root.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+
+
+def copy_model_files(source: Path, target: Path, model: Any, tokenizer: Any) -> None:
+    """config.json and tokenizer files as the source has them, only the vocabulary's size follows the model.
+
+    transformers would write them anew in its own release's form, which other releases and tools may not read.
+    """
+    stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for path in source.iterdir():
+        if path.suffix in _SIDE_FILES and path.is_file() and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
+    (target / "args.json").unlink(missing_ok=True)  # another command's
+    rows = model.get_input_embeddings().weight.shape[0]
+    if stored.get("vocab_size") not in (None, rows):
+        stored["vocab_size"] = rows
+        (target / "config.json").write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(target)
+
+
+def peak_memory() -> int:
+    """Bytes: allocated on the GPU, or resident on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory_bytes()
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The group of all ranks, where there are several; ended also after an error."""
+    started = get_world_size() > 1 and not torch.distributed.is_initialized()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(get_local_rank())
+    if started:
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        if started:
+            torch.distributed.destroy_process_group()
+
+
+def settle_output(args: Any) -> str | None:
+    """Decide what happens with the output directory, the same on all ranks. Collective.
+
+    Returns: the checkpoint to go on from, or None. Raises: UsageError, see run_directory.prepare.
+    """
+    if args.output_dir is None:
+        args.output_dir = f"output/{str(args.model).rstrip('/').rsplit('/', 1)[-1]}"
+    if args.add_version:
+        names = [run_directory.versioned(args.output_dir)]
+        if get_world_size() > 1:
+            torch.distributed.broadcast_object_list(names, src=0)
+        args.output_dir = names[0]
+    if args.logging_dir is None or args.add_version:
+        args.logging_dir = f"{args.output_dir}/runs"
+    resume = run_directory.prepare(args, run_directory.CHANGEABLE, lambda root: bool(checkpoints_in(root)))
+    barrier()  # every rank has looked before rank 0 writes
+    last = get_last_checkpoint(args.output_dir) if resume else None
+    if last:
+        logger.info("going on from %s", last)
+    return last
+
+
+def set_recompute(args: Any, model: Any) -> None:
+    """`full` recomputes whole layers; `selective` attention alone, which all kernels but the plain one do anyway."""
+    if args.recompute == "selective" and model.config._attn_implementation == "eager":
+        logger.warning("--recompute selective: plain attention (eager) keeps its scores; use --attn_impl sdpa, or full")
+    if args.recompute == "full":
+        # transformers 5 has another name for it.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def training_arguments(setting: Setting) -> transformers.TrainingArguments:
+    """transformers' arguments for a run; every name has one meaning on both sides."""
+    args, cpu = setting.args, not torch.cuda.is_available()
+    several = get_world_size() > 1
+    return transformers.TrainingArguments(
+        output_dir=args.output_dir,
+        per_device_train_batch_size=args.micro_batch_size,
+        per_device_eval_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=setting.accumulation,
+        max_steps=setting.steps,
+        learning_rate=args.lr,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.clip_grad,
+        save_strategy="no",  # _Steps says when
+        save_only_model=args.save_weights_only,
+        eval_strategy="no",
+        logging_strategy="no",
+        seed=args.seed,
+        bf16=setting.dtype == torch.bfloat16,
+        fp16=setting.dtype == torch.float16,
+        # Experts that no token visits: their modules (transformers 4) have no gradients.
+        ddp_find_unused_parameters=several and args.model_info.is_moe_model and transformers.__version__[0] == "4",
+        ddp_backend="gloo" if cpu and several else None,
+        use_cpu=cpu,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+@contextmanager
+def stop_on_sigterm(setting: Setting) -> Iterator[None]:
+    """SIGTERM, as schedulers send it, ends the run after the step in hand, with a checkpoint."""
+
+    def stop(number: int, frame: Any) -> None:
+        setting.stop = True
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: the caller's program handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def counting(collate: Collate, objective: Objective, lengths: Callable[[Any], Sequence[int]]) -> Collate:
+    """`collate` with a tensor `counts` beside the batch: COUNTS and the objective's. lengths: tokens of a row's samples."""
+
+    def counted(rows: Sequence[Any]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        sizes = [n for row in rows for n in lengths(row)]
+        counts = [sum(sizes), batch["input_ids"].numel(), len(rows), attention_pairs(sizes), *objective.count(batch)]
+        batch["counts"] = torch.tensor(counts, dtype=torch.float64)
+        return batch
+
+    return counted
+
+
+def flops_of(args: Any) -> ModelFlops | None:
+    """Operations of the model; None for a config that does not say what is needed."""
+    try:
+        return model_flops(args.model_info.config or {})
+    except (KeyError, TypeError, ValueError):
+        logger.info("config.json does not tell the model's operations, so TFLOP/s are not shown")
+        return None
+
+
+def run(
+    args: Any,
+    model: Any,
+    template: Any,
+    data: tuple[Any, Any],
+    objective: Objective,
+    collate: Collate,
+    lengths: Callable[[Any], Sequence[int]],
+    checkpoint: str | None,
+    *,
+    references: int = 0,
+    before: Callable[[HfTrainer], None] | None = None,
+) -> dict[str, Any]:
+    """Train `model` (as tuner.prepare_model made it) on `data`, training and validation set. Collective.
+
+    Args: references: reference models that run beside it, for the meters. before: called when the model is on its device.
+    Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
+    """
+    began = time.time()
+    train_set, val_set = data
+    setting = Setting(args, template, train_set, val_set, objective)
+    root, main = setting.root, get_rank() == 0
+    if checkpoint:
+        read_data_state(train_set, Path(checkpoint))
+    if main:
+        root.mkdir(parents=True, exist_ok=True)
+        args.save(root)
+    flops = flops_of(args)
+    kind: dict[str, Any] = tuner.trained_weights(model, flops) if flops else {}
+    setting.meter = StepMeter(
+        flops, get_world_size(), device_peak(str(setting.dtype).removeprefix("torch.")), peak_memory,
+        references=references, **kind,
+    )  # fmt: skip
+    masked = template.padding_free and needs_mask(model)
+
+    def with_mask(rows: Sequence[Any]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        if masked:
+            batch["attention_mask"] = block_diagonal_mask(batch["position_ids"], model.dtype)
+        return batch
+
+    set_recompute(args, model)
+    steps = _Steps(setting)
+    trainer = HfTrainer(
+        model=model,
+        args=training_arguments(setting),
+        train_dataset=train_set,
+        eval_dataset=val_set,
+        data_collator=counting(with_mask, objective, lengths),
+        callbacks=[steps],
+        setting=setting,
+        objective=objective,
+    )
+    steps.trainer = trainer
+    if before is not None:
+        before(trainer)
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    setting.metrics = Metrics(root, args.logging_dir, args.report_to, done, setting.steps, main, args.to_dict())
+    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    logger.info(
+        "device %s, dtype %s, attention %s; %s of %s parameters are trained; %d steps of %d samples (micro batch %d x %d "
+        "accumulated x %d data-parallel ranks), %s training and %d validation samples", trainer.args.device,
+        str(setting.dtype).removeprefix("torch."), model.config._attn_implementation, f"{trained:,}", f"{total:,}",
+        setting.steps, setting.global_batch, args.micro_batch_size, setting.accumulation, get_world_size(),
+        setting.order.num_samples or "streamed", len(val_set) if val_set is not None else 0,
+    )  # fmt: skip
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with stop_on_sigterm(setting):
+            setting.meter.restart_clock()
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        setting.metrics.close()
+    return _finish(trainer, done, time.time() - began)
+
+
+def _finish(trainer: HfTrainer, done: int, seconds: float) -> dict[str, Any]:
+    """Plot and last words."""
+    setting, step = trainer.setting, trainer.state.global_step
+    args, root = setting.args, setting.root
+    plot = setting.metrics.plot()
+    last = root / CHECKPOINT.format(step)
+    if step == done:
+        logger.info("all %d steps were done before; nothing is left to do", done)
+    else:
+        logger.info(
+            "%s step %d in %s; loss %.6g; peak memory %s; wrote %s%s", "stopped at" if setting.stopped else "finished",
+            step, format_seconds(seconds), trainer.last["loss"], format_bytes(peak_memory()), last,
+            f" and {plot}" if plot else "",
+        )  # fmt: skip
+    if setting.best.checkpoint:
+        logger.info("best checkpoint by %s: %s", setting.best.metric, root / setting.best.checkpoint)
+    if args.train_type == "lora":
+        logger.info("next: swiftlite infer --model %s --adapters %s", args.model, last)
+    else:
+        logger.info("next: swiftlite infer --model %s", last)
+    return {**trainer.last, "iteration": step, "seconds": seconds, "output_dir": args.output_dir}
+
+
+def sample_lengths(row: Mapping[str, Any]) -> Sequence[int]:
+    """Tokens of the samples in a row: one, or those of a packed sequence."""
+    return row.get("sample_lengths") or [len(row["input_ids"])]
+
+
+def require_model(args: Any) -> None:
+    if args.model is None:
+        raise UsageError("give the model with --model DIR_OR_ID")

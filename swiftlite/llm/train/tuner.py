@@ -1,0 +1,245 @@
+"""Which parameters are trained, and in what precision: all, some (`freeze`), or LoRA adapters through peft."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftlite.llm.train.flops import ModelFlops
+from swiftlite.utils.errors import CheckpointError, UsageError
+from swiftlite.utils.logger import get_logger
+from swiftlite.weights.lora import ALL_LINEAR
+
+logger = get_logger()
+
+FREEZE_FLAGS = ("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio", "trainable_parameters",
+                "trainable_parameters_regex")  # fmt: skip
+
+
+_HELD = "_swiftlite_held_in_fp32"
+
+
+def trainable_names(sizes: Mapping[str, int], args: Any) -> set[str]:
+    """The parameters that are trained with `--train_type full` or `freeze`.
+
+    Args: sizes: numbers in each parameter by its Hugging Face name, in the model's order. args: TunerArguments.
+    A parameter is frozen if a `--freeze_parameters*` flag says so and no `--trainable_parameters*` flag says otherwise;
+    with none of the former, `--trainable_parameters*` alone names what is trained.
+    Raises: UsageError if nothing is trained, a prefix fits nothing, or `freeze` comes without saying what.
+    """
+    given = [flag for flag in FREEZE_FLAGS if getattr(args, flag)]
+    if args.train_type == "freeze" and not given:
+        raise UsageError(f"--train_type freeze: say what with one of --{', --'.join(FREEZE_FLAGS)}")
+    for flag in ("freeze_parameters", "trainable_parameters"):
+        for prefix in getattr(args, flag):
+            if not any(name.startswith(prefix) for name in sizes):
+                raise UsageError(f"--{flag} {prefix}: no parameter begins so; the first is {next(iter(sizes))}")
+    frozen = _named(sizes, args.freeze_parameters, args.freeze_parameters_regex)
+    budget, total = args.freeze_parameters_ratio * sum(sizes.values()), 0
+    for name, size in sizes.items():
+        total += size
+        if total > budget:
+            break
+        frozen.add(name)
+    if given and all(flag.startswith("trainable") for flag in given):
+        frozen = set(sizes)
+    trained = set(sizes) - frozen | _named(sizes, args.trainable_parameters, args.trainable_parameters_regex)
+    if not trained:
+        raise UsageError(f"--{given[0]}: freezes all parameters; nothing would be trained")
+    return trained
+
+
+def _named(names: Mapping[str, int], prefixes: Sequence[str], regex: str | None) -> set[str]:
+    pattern = re.compile(regex) if regex else None
+    return {n for n in names if n.startswith(tuple(prefixes)) or (pattern is not None and pattern.search(n))}
+
+
+def prepare_model(model: Any, args: Any) -> Any:
+    """Freeze what is not trained, or add LoRA; trained weights are held in fp32 whatever the model's dtype.
+
+    Half precision cannot hold what an optimizer step adds to a weight. The matrices still run in the model's dtype, by
+    autocast, and checkpoints have it too.
+    """
+    if args.train_type == "lora":
+        model = lora_model(model, args)
+    else:
+        trained = trainable_names({name: p.numel() for name, p in model.named_parameters()}, args)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+    held = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+            held.add(name)
+    setattr(model, _HELD, held)
+    return model
+
+
+def held_in_fp32(model: Any) -> set[str]:
+    """Names of the parameters whose dtype `prepare_model` raised."""
+    return getattr(model, _HELD, set())
+
+
+# ---- LoRA ----
+
+
+def lora_targets(linear: set[str], args: Any) -> set[str] | str:
+    """`target_modules` for peft. linear: last parts of the names of the model's linear layers.
+
+    `all-linear` is every projection of attention and feed-forward layers, experts included; no routers, no output layer.
+    Raises: UsageError for a name that no linear layer has.
+    """
+    if args.target_regex:
+        return str(args.target_regex)
+    targets = set(args.target_modules)
+    if "all-linear" in targets:
+        targets = (targets - {"all-linear"}) | (set(ALL_LINEAR) & linear)
+    # A name may be a path's end: self_attn.q_proj.
+    unknown = sorted(target for target in targets if target.rpartition(".")[2] not in linear)
+    if unknown:
+        raise UsageError(f"--target_modules {unknown[0]}: no such linear layer; there are {', '.join(sorted(linear))}")
+    return targets
+
+
+def lora_model(model: Any, args: Any) -> Any:
+    """The model with LoRA: new, or going on with `--adapters DIR`. Names are those of the checkpoint's weights."""
+    from peft import LoraConfig, get_peft_model
+
+    if len(args.adapters) > 1:
+        raise UsageError("--adapters: training goes on with one adapter; merge the others with `swiftlite export`")
+    split_experts(model)
+    if args.adapters:
+        config = LoraConfig.from_pretrained(args.adapters[0])
+        config.inference_mode = False
+    else:
+        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        targets = lora_targets(linear, args)
+        config = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            bias=args.lora_bias,
+            use_rslora=args.use_rslora,
+            target_modules=sorted(targets) if isinstance(targets, set) else targets,
+            modules_to_save=args.modules_to_save or None,
+            task_type="CAUSAL_LM",
+        )
+    try:
+        with _no_conversion(model):
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"LoRA cannot be added: {' '.join(str(error).split())[:200]}") from None
+    if args.adapters:
+        load_adapter(adapted, Path(args.adapters[0]))
+    return adapted
+
+
+@contextmanager
+def _no_conversion(model: Any) -> Iterator[None]:
+    """peft rewrites targets of types that transformers 5 fuses experts of; ours are split again, so nothing is to do."""
+    config, kind = model.config, model.config.model_type
+    config.model_type = f"{kind}_split"
+    try:
+        yield
+    finally:
+        config.model_type = kind
+
+
+def load_adapter(model: Any, directory: Path) -> None:
+    """Load adapter_model.safetensors into a model that `lora_model` made. Raises: CheckpointError naming what is amiss."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: holds no adapter_model.safetensors")
+    with _no_conversion(model):
+        try:
+            result: Any = set_peft_model_state_dict(model, load_file(path))
+        except RuntimeError as error:  # shapes
+            raise CheckpointError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
+    missing = [name for name in result.missing_keys if ".lora_" in name]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(f"{path}: {(missing or result.unexpected_keys)[0]} is missing in the one or the other")
+
+
+class SplitExperts(nn.ModuleList):
+    """Experts as one module each, over the storage of transformers 5's fused weights: names as in the checkpoint.
+
+    Every expert runs, also for no token, so that all adapters have gradients on all ranks.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__(
+            _Expert(fused.gate_up_proj[i], fused.down_proj[i], fused.act_fn) for i in range(len(fused.down_proj))
+        )
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden: [T, H]. top_k_index, top_k_weights: [T, K]. Returns: [T, H]."""
+        total = torch.zeros_like(hidden)
+        for number, expert in enumerate(self):
+            token, choice = torch.where(top_k_index == number)
+            out = expert(hidden[token]) * top_k_weights[token, choice, None]
+            total.index_add_(0, token, out.to(total.dtype))
+        return total
+
+
+class _Expert(nn.Module):
+    def __init__(self, gate_up: Tensor, down: Tensor, act_fn: Any) -> None:
+        super().__init__()
+        gate, up = gate_up.chunk(2)
+        self.gate_proj, self.up_proj, self.down_proj = map(_linear, (gate, up, down))
+        self.act_fn = act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A frozen layer without bias over the storage of `weight` [out, in]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return layer
+
+
+def split_experts(model: Any) -> int:
+    """Replace fused experts by SplitExperts, in place. Returns: how many layers; 0 with transformers 4, where none are."""
+    count = 0
+    for module in list(model.modules()):
+        fused = getattr(module, "experts", None)
+        up, down = getattr(fused, "gate_up_proj", None), getattr(fused, "down_proj", None)
+        if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == 3:
+            if up.shape[1] != 2 * down.shape[2] or up.shape[2] != down.shape[1]:
+                raise UsageError(
+                    f"{type(fused).__name__}: LoRA on experts of this form is not known; use --train_type full"
+                )
+            module.experts = SplitExperts(fused)
+            count += 1
+    return count
+
+
+# ---- facts of the trained parameters ----
+
+
+def trained_weights(model: Any, flops: ModelFlops) -> dict[str, float | None]:
+    """`trained` and `adapters` for ModelFlops.training: the matrices' numbers that a token meets."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    lookup = embedding if head is None or head.weight is not embedding else None
+    adapters = own = 0.0
+    frozen = False
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            frozen = True
+        elif parameter.dim() >= 2 and parameter is not lookup:
+            met = parameter.numel() * (flops.expert_share if ".experts." in name else 1.0)
+            if ".lora_" in name:
+                adapters += met
+            else:
+                own += met
+    return {"trained": own if frozen else None, "adapters": adapters}
