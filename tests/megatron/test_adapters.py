@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from swiftlite.cli.main import main
@@ -16,6 +20,7 @@ from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.weights.lora import ALL_LINEAR, LoraConfig
 from tests.families.cases import build_hf, config_of
 
+PACKED = re.compile(r"\.experts\.(base_layer\.)?lora_")
 CASES = {"qwen3:default": "qwen3", "glm4_5:default": "glm4_5", "moonlight:default": "moonlight"}
 
 
@@ -298,8 +303,8 @@ def test_packed_experts_become_pairs_per_expert(case: str, tmp_path: Path) -> No
     """peft's packed adapter -> Megatron -> PEFT per expert; merging either gives the same model."""
     build_hf(config_of(case), tmp_path / "hf")
     make_adapter(tmp_path / "hf", tmp_path / "peft", case)
-    packed = [n for n in load_file(tmp_path / "peft/adapter_model.safetensors") if ".experts." in n]
-    assert not packed or not any(re.search(r"experts\.\d", n) for n in packed)
+    packed = [n for n in load_file(tmp_path / "peft/adapter_model.safetensors") if PACKED.search(n)]
+    assert bool(packed) == (transformers.__version__ >= "5")
     base = ("--model", tmp_path / "hf", "--model_type", CASES[case])
     assert export(*base, "--adapters", tmp_path / "peft", "--to_mcore", "true", "--output_dir", tmp_path / "m") == 0
     assert export(*base, "--mcore_adapter", tmp_path / "m", "--to_hf", "true", "--output_dir", tmp_path / "back") == 0
@@ -309,6 +314,31 @@ def test_packed_experts_become_pairs_per_expert(case: str, tmp_path: Path) -> No
     a, b = (load_file(tmp_path / d / "model.safetensors") for d in "ab")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6)
+
+
+def test_what_peft_packs_is_divided_again(tmp_path: Path) -> None:
+    """One pair per expert, loaded and saved by peft, which joins gate and up: the same bytes."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    build_hf(config_of("glm4_5:default"), tmp_path / "hf")
+    make_adapter(tmp_path / "hf", tmp_path / "peft", "glm4_5:default")
+    add_expert_adapters(tmp_path / "peft", "glm4_5:default")
+    tensors = load_file(tmp_path / "peft/adapter_model.safetensors")
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("base_model.model.model.layers.4.")}  # no MTP there
+    save_file(tensors, tmp_path / "peft/adapter_model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    PeftModel.from_pretrained(model, tmp_path / "peft").save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved/adapter_model.safetensors")
+    assert any(PACKED.search(n) for n in saved) == (transformers.__version__ >= "5")
+    words = ("--model", tmp_path / "hf", "--model_type", "glm4_5", "--adapters", tmp_path / "saved", "--to_hf", "true")
+    assert export(*words, "--output_dir", tmp_path / "back") == 0
+    back = load_file(tmp_path / "back/adapter_model.safetensors")
+    experts = [n for n in tensors if ".experts." in n]
+    assert experts and all(torch.equal(tensors[n], back[n]) for n in experts)
+    torch.testing.assert_close(
+        logits_of(tmp_path / "hf", tmp_path / "back"), logits_of(tmp_path / "hf", tmp_path / "peft")
+    )
 
 
 def test_scale_follows_alpha_pattern_and_rslora() -> None:
@@ -346,3 +376,27 @@ def test_bad_adapters(spoiler: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert export(*words, "--to_mcore", "true", "--output_dir", tmp_path / "out") == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.dist
+def test_several_processes_share_a_merge(tmp_path: Path) -> None:
+    build_hf(config_of("glm4_5:default"), tmp_path / "hf")
+    make_adapter(tmp_path / "hf", tmp_path / "peft", "glm4_5:default")
+    words = ["export", "--model", "hf", "--model_type", "glm4_5", "--adapters", "peft", "--verify", "bitwise"]
+    for options in (["--merge_lora", "true", "--max_shard_size", "200KB"], ["--to_mcore", "true"]):
+        outputs = []
+        for processes in (1, 2):
+            output = f"{options[0].strip('-')}-{processes}"
+            environment = {
+                **os.environ,
+                "NPROC_PER_NODE": str(processes),
+                "OMP_NUM_THREADS": "1",
+                "MASTER_PORT": "29619",
+            }
+            environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+            command = [sys.executable, "-m", "swiftlite", *words, *options, "--output_dir", output]
+            result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+            assert result.returncode == 0, result.stderr[-2000:]
+            files = (p for p in (tmp_path / output).rglob("*") if p.suffix in (".safetensors", ".distcp", ".json"))
+            outputs.append({p.name: p.read_bytes() for p in files})
+        assert outputs[0] == outputs[1] and outputs[0]

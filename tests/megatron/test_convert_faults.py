@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from swiftlite.cli.main import main
-from swiftlite.megatron import convert
+from swiftlite.megatron import convert, execute
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.weights import stream
 from tests.families.cases import config_of
@@ -125,7 +125,7 @@ def test_work_is_divided_by_whole_files_and_bytes(model: Path, tmp_path: Path) -
 
     plan = plan_to_mcore(model, CONFIG, None, 5)
     jobs = plan.jobs(tmp_path)
-    parts = [convert.share(jobs, rank, 3) for rank in range(3)]
+    parts = [execute.share(jobs, rank, 3) for rank in range(3)]
     assert sum(len(p) for p in parts) == len(jobs)
     files = [{job.file for job in part} for part in parts]
     assert not files[0] & files[1] and not files[0] & files[2] and not files[1] & files[2]
@@ -136,7 +136,7 @@ def test_work_is_divided_by_whole_files_and_bytes(model: Path, tmp_path: Path) -
 def test_bitwise_check_sees_a_byte_that_the_disk_changed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = convert._verify_bitwise
+    original = convert.verify_bitwise
 
     def after_damage(written: object, hashes: dict[str, str], max_memory: int | None) -> None:
         (extent, *_) = written.extents("model.layers.3.mlp.experts.7.up_proj.weight", 400, 404)  # type: ignore[attr-defined]
@@ -147,7 +147,7 @@ def test_bitwise_check_sees_a_byte_that_the_disk_changed(
             file.write(bytes([byte ^ 1]))
         original(written, hashes, max_memory)
 
-    monkeypatch.setattr(convert, "_verify_bitwise", after_damage)
+    monkeypatch.setattr(convert, "verify_bitwise", after_damage)
     assert to_mcore(model, tmp_path / "mcore", "--verify", "bitwise") == 1
     assert "model.layers.3.mlp.experts.7.up_proj.weight reads back with other bytes" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -186,14 +186,14 @@ def test_memory_budget_is_refused_or_kept(model: Path, tmp_path: Path, capsys: p
 def test_source_that_changes_during_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = convert._run
+    original = convert.run_jobs
 
     def run(*args: object) -> dict[str, str]:
         hashes = original(*args)  # type: ignore[arg-type]
         os.utime(model / "model-3.safetensors")
         return hashes
 
-    monkeypatch.setattr(convert, "_run", run)
+    monkeypatch.setattr(convert, "run_jobs", run)
     assert to_mcore(model, tmp_path / "mcore") == 1
     assert "the source changed while it was read" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
