@@ -38,7 +38,7 @@ def run(tiny_model, tmp_path, monkeypatch):
                  "--output_dir", str(tmp_path / output), *extra]  # fmt: skip
         with monkeypatch.context() as patch:
             if stop:
-                _stop_at(command, stop, patch)
+                _stop_at(stop, patch)
             code = main(words)
         assert code == (1 if stop else 0)
         lines = [json.loads(line) for line in (tmp_path / output / "logging.jsonl").read_text().splitlines()]
@@ -47,29 +47,17 @@ def run(tiny_model, tmp_path, monkeypatch):
     return train
 
 
-def _stop_at(command, step, patch):
-    if command == "sft":
-        from swiftlite.llm.train.sft import _Report
+def _stop_at(step, patch):
+    from swiftlite.llm.train.metrics import Metrics
 
-        original = _Report.on_step_end
+    original = Metrics.advance
 
-        def on_step_end(self, args, state, control, **kwargs):
-            original(self, args, state, control, **kwargs)
-            if state.global_step > step:
-                raise Stopped
+    def advance(self, now, *args, **kwargs):
+        original(self, now, *args, **kwargs)
+        if now > step:
+            raise Stopped
 
-        patch.setattr(_Report, "on_step_end", on_step_end)
-    else:
-        from swiftlite.megatron.trainers.base import Trainer
-
-        train_step = Trainer.train_step
-
-        def limited(self):
-            if self.position.iteration >= step:
-                raise Stopped
-            return train_step(self)
-
-        patch.setattr(Trainer, "train_step", limited)
+    patch.setattr(Metrics, "advance", advance)
 
 
 # The rest runs with `make test-slow`.

@@ -92,7 +92,11 @@ def test_hugging_face_samples_do_not_see_each_other(hf, family):
             model(b["input_ids"], position_ids=b["position_ids"], use_cache=False).logits[0] for b in (batch, changed)
         )
     assert not torch.equal(first[border // 2 : border], second[border // 2 : border])
-    assert torch.equal(first[border:], second[border:])
+    if "moe" in family:
+        # Tokens of both samples share an expert's matrix product, whose rounding depends on how many they are.
+        assert (first[border:] - second[border:]).abs().max() < 1e-6 * first.abs().max()
+    else:
+        assert torch.equal(first[border:], second[border:])
 
 
 def test_a_model_that_ignores_positions_gets_the_mask(hf):
