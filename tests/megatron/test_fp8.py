@@ -121,6 +121,12 @@ def test_live_loading(tmp_path: Path) -> None:
         weight = models[0].decoder.layers[0].mlp.linear_fc1.weight
         gate, up = (exact[f"model.layers.0.mlp.{p}_proj.weight"] for p in ("gate", "up"))
         assert torch.equal(weight, torch.cat([gate, up]))
+        carried = hf_io.save_hf_weights(models, tmp_path / "saved", tmp_path / "hf")
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert saved.keys() == exact.keys() and any("self_attn.q_proj" in name for name in carried)  # the MTP block
+    for name, value in exact.items():
+        assert torch.equal(saved[name], value.bfloat16() if name in carried and value.dim() == 2 else value), name
+    assert "quantization_config" not in read_config(tmp_path / "saved")
 
 
 def test_missing_and_wrong_scales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
