@@ -81,5 +81,11 @@ ROUTES: dict[tuple[str, ...], Route] = {
         True,
         "supervised fine-tuning on megatron-core",
     ),
+    ("megatron", "pt"): Route(
+        "swiftlite.megatron.argument.sft:MegatronPtArguments",
+        "swiftlite.megatron.trainers.sft:megatron_pt_main",
+        True,
+        "continued pre-training on plain text on megatron-core",
+    ),
     ("megatron", "export"): _EXPORT,
 }

@@ -1,4 +1,4 @@
-"""Arguments of `swiftlite megatron sft`."""
+"""Arguments of `swiftlite megatron sft` and `swiftlite megatron pt`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.llm.argument.flags import TRAIN_UNAVAILABLE
-from swiftlite.llm.argument.sft import SftArguments
+from swiftlite.llm.argument.sft import PtArguments, SftArguments
 from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE, MegatronArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.parser import arguments
@@ -29,3 +29,8 @@ class MegatronSftArguments(MegatronArguments, SftArguments):
             self.moe_router_bias_update_rate = 0.0
         if self.model is None and self.mcore_model is None:
             raise UsageError("give the weights with --model HF_DIR_OR_ID or --mcore_model DIR (a converted checkpoint)")
+
+
+@arguments
+class MegatronPtArguments(MegatronSftArguments, PtArguments):
+    """Continued pre-training on megatron-core: rows with `text`, ended by the end token, packed, trained on as a whole"""

@@ -155,13 +155,21 @@ class Trainer:
         self.variable_lengths = parallel.pp_size > 1 and stages is None
         self.joins = bool(args.packing or args.padding_free)
         options = (pad_token_id, multiple, self.device, stages is not None, self.joins)
-        self.train_loader = BatchLoader(train_set, *options)
+        self.train_loader = self.loader(train_set, *options)
         self.val_size = len(val_set) if val_set is not None else 0
-        self.val_loader = BatchLoader(val_set, *options)
+        self.val_loader = self.loader(val_set, *options)
         self.position = Position()
         self.written: list[Path] = []
 
     # ---- what a subclass says ----
+
+    loader: type[BatchLoader] = BatchLoader
+    sums: tuple[str, ...]  # what the loss function reports of a micro batch: scalars, to add up over batches and ranks
+    references = 0  # other models that answer the same batches, for the meters
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """A log line's values from sums over any number of batches; `loss` is one of them."""
+        raise NotImplementedError
 
     def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         """(output of the model, loss function of that output), as megatron-core's schedules call it."""
@@ -233,24 +241,30 @@ class Trainer:
     # ---- running ----
 
     def run_batches(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
-        """Forward (and backward) passes over this rank's micro batches. Returns: [loss sum, tokens with a loss]."""
-        iterators: Any = [iter(batches) for _ in self.models]
-        results = self.forward_backward(
-            forward_step_func=self.forward_step,
+        """Forward (and backward) passes over this rank's micro batches. Returns: `sums` [n], 0 before the last stage."""
+        total = torch.zeros(len(self.sums), device=self.device)
+        for result in self.passes(self.models, batches, self.forward_step, forward_only):
+            total += torch.stack([result[name].float() for name in self.sums])
+        return total
+
+    def passes(
+        self, models: list[Any], batches: list[MicroBatch], forward_step: Any, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        """What the loss function reports of each micro batch; nothing on all but the last pipeline stage."""
+        iterators: Any = [iter(batches) for _ in models]
+        results: list[dict[str, Tensor]] = self.forward_backward(
+            forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.models if len(self.models) > 1 else self.models[0],
+            model=models if len(models) > 1 else models[0],
             num_microbatches=len(batches),
             seq_length=max(batch.tokens.shape[1] for batch in batches),
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
-        total = torch.zeros(2, device=self.device)
-        for result in results:  # empty on all but the last pipeline stage
-            total += result["lm"]
-        return total
+        return results
 
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step. Returns: loss (mean over the global batch's tokens), lr, grad_norm, token counts."""
+    def train_step(self) -> tuple[dict[str, float], dict[str, float]]:
+        """One optimizer step. Returns: loss, lr and grad_norm; what StepMeter adds up, `sums` among it."""
         start = self.position.consumed_samples
         samples = self.order.slice(start, start + self.global_batch_size)
         began = time.perf_counter()
@@ -259,7 +273,7 @@ class Trainer:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self.run_batches(batches, forward_only=False)
+        total = self.run_batches(batches, forward_only=False)
         lr = next(group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=self.global_batch_size)
@@ -267,38 +281,35 @@ class Trainer:
         counts = torch.tensor(
             [sum(b.num_tokens for b in batches), sum(b.tokens.numel() for b in batches), attended], device=self.device
         )
-        reduced = reduce_over_ranks(torch.cat([loss, self._once(counts)]))
-        loss_sum, trained, tokens, padded, attended = reduced.tolist()
+        reduced = reduce_over_ranks(torch.cat([total, self._once(counts)])).tolist()
+        names = (*self.sums, "tokens", "padded_tokens", "pairs_attended")
+        sums = dict(zip(names, reduced, strict=True), samples=self.global_batch_size, data_s=data_seconds)
         self.position = Position(self.position.iteration + 1, start + self.global_batch_size)
-        values = {
-            "loss": loss_sum / max(trained, 1.0), "lr": lr, "grad_norm": float(grad_norm or 0.0), "loss_sum": loss_sum,
-            "trained_tokens": trained, "tokens": tokens, "padded_tokens": padded, "samples": self.global_batch_size,
-            "pairs_attended": attended, "data_s": data_seconds,
-        }  # fmt: skip
+        values = {"loss": self.metrics(sums)["loss"], "lr": lr, "grad_norm": float(grad_norm or 0.0)}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise SwiftliteError(
                 f"step {self.position.iteration}: loss {values['loss']}, gradient norm {values['grad_norm']}; training "
                 "has diverged. Lower --lr or raise --lr_warmup_iters, and start again from the last checkpoint"
             )
-        return values
+        return values, sums
 
     def _once(self, counts: Tensor) -> Tensor:
         """Counts of the last stage only: every stage sees the same samples."""
         return counts.float() if self.parallel.is_last_stage else torch.zeros_like(counts, dtype=torch.float32)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean loss per token over the validation set; samples in a last, partial batch count like all others."""
+        """Means over the validation set; samples in a last, partial batch count like all others."""
         for model in self.models:
             model.eval()
-        total = torch.zeros(2, device=self.device)
+        total = torch.zeros(len(self.sums), device=self.device)
         with torch.no_grad():
             for samples in evaluation_samples(self.val_size, self.global_batch_size, self.args.eval_iters):
                 batches = self.val_loader.load(self.plan.micro_batches(samples))
                 total += self.run_batches(batches, forward_only=True)
         for model in self.models:
             model.train()
-        loss_sum, tokens = reduce_over_ranks(total).tolist()
-        return {"eval_loss": loss_sum / max(tokens, 1.0), "eval_tokens": tokens}
+        sums = dict(zip(self.sums, reduce_over_ranks(total).tolist(), strict=True))
+        return {f"eval_{name}": value for name, value in self.metrics(sums).items()}
 
     def train(self, resume: bool = False) -> dict[str, Any]:
         """The whole run. Returns: what it ended with (loss, steps, seconds, files). Collective."""
@@ -330,17 +341,16 @@ class Trainer:
         last: dict[str, float] = {}
         meter = StepMeter(
             self._flops(), self.parallel.world_size, device_peak(str(torch_dtype(self.args)).removeprefix("torch.")),
-            backend.peak_memory_bytes,
+            backend.peak_memory_bytes, references=self.references,
         )  # fmt: skip
         while self.position.iteration < self.train_iters:
-            values = self.train_step()
+            values, sums = self.train_step()
             step = self.position.iteration
             stopping = stop.agreed(self.device)
-            meter.add({name: value for name, value in values.items() if name not in ("loss", "lr", "grad_norm")})
+            meter.add(sums)
             metrics.advance(step, values["loss"], values["lr"], values["grad_norm"])
             if self.rhythm.logs(step) or stopping:
-                loss = meter.sum("loss_sum") / max(meter.sum("trained_tokens"), 1.0)
-                last = {"loss": loss, "lr": values["lr"], "grad_norm": values["grad_norm"], **meter.summary()}
+                last = {**values, **self.metrics(meter.sums()), **meter.summary()}
                 metrics.log(step, last)
             self.evaluation = {}
             if self.rhythm.evaluates(step):

@@ -6,20 +6,38 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from swiftlite.megatron.trainers.batch import MicroBatch
+
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-def language_model_loss(loss_mask: Tensor, token_losses: Tensor) -> LossResult:
+def token_losses(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    """One micro batch through one model chunk: cross entropy of each label [B, S] on the last pipeline stage.
+
+    Other stages give the hidden states that the next one takes. Rows that pad the vocabulary count for nothing.
+    """
+    output: Tensor = model(
+        input_ids=batch.tokens,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        packed_seq_params=batch.packed_seq_params,
+    )
+    return output
+
+
+def language_model_loss(loss_mask: Tensor, losses: Tensor) -> LossResult:
     """Cross entropy summed over the weighted tokens of one micro batch.
 
-    Args: loss_mask, token_losses: [B, S].
-    Returns: (sum of weighted losses, number of tokens with a weight, {"lm": [sum, number]}). The schedule divides the
-        gradients by the number of tokens of the whole global batch (or of the micro batch, without per-token loss).
+    Args: loss_mask, losses: [B, S].
+    Returns: (sum of weighted losses, number of tokens with a weight, both by name). The schedule divides the gradients
+        by the number of tokens of the whole global batch (or of the micro batch, without per-token loss).
     """
     mask = loss_mask.float()
-    total = (token_losses.float() * mask).sum()
+    total = (losses.float() * mask).sum()
     count = (mask != 0).sum().int()
-    return total, count, {"lm": torch.stack([total.detach(), count.float()])}
+    return total, count, {"loss": total.detach(), "trained_tokens": count}
 
 
 def reduce_over_ranks(values: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""`swiftlite megatron sft`: supervised fine-tuning of all parameters on megatron-core."""
+"""`swiftlite megatron sft` and `pt`: training of all parameters on tokens, on megatron-core."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swiftlite.llm.pipeline import as_arguments, mcore_root, prepare_template, resolve
 from swiftlite.llm.train.data import load_data
-from swiftlite.megatron.argument.sft import MegatronSftArguments
+from swiftlite.megatron.argument.sft import MegatronPtArguments, MegatronSftArguments
 from swiftlite.megatron.distributed import ParallelState, parallel_groups
 from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.origin import origin_root
@@ -19,27 +19,23 @@ from swiftlite.megatron.side_files import read_config
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
-from swiftlite.megatron.trainers.loss import language_model_loss
+from swiftlite.megatron.trainers.loss import language_model_loss, token_losses
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
 
 
 class SftTrainer(Trainer):
-    """Cross entropy on the answers' tokens."""
+    """Cross entropy on the answers' tokens, a mean over those of the global batch."""
+
+    sums = ("loss", "trained_tokens")
 
     def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        """One micro batch through one model chunk. The last stage's output are the token losses [B, S]."""
         batch = next(batches)
-        output = model(
-            input_ids=batch.tokens,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            labels=batch.labels,
-            loss_mask=batch.loss_mask,
-            packed_seq_params=batch.packed_seq_params,
-        )
-        return output, partial(language_model_loss, batch.loss_mask)
+        return token_losses(model, batch), partial(language_model_loss, batch.loss_mask)
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / max(sums["trained_tokens"], 1.0)}
 
 
 def settle(args: Any) -> str:
@@ -75,10 +71,23 @@ def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> dict[str, A
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
     Raises: SwiftliteError for everything a user can mend, before anything is written where possible.
     """
-    args = as_arguments(MegatronSftArguments, args)
+    return run(as_arguments(MegatronSftArguments, args), SftTrainer, load_data)
+
+
+def megatron_pt_main(args: MegatronPtArguments | Sequence[str]) -> dict[str, Any]:
+    """Continued pre-training: plain `text` rows, each ended by the end token, packed; all tokens are trained on."""
+    return run(as_arguments(MegatronPtArguments, args), SftTrainer, load_data)
+
+
+def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tuple[Any, Any]]) -> dict[str, Any]:
+    """One run of any trainer. Called on every rank.
+
+    Args: load: (args, template) -> training set, validation set or None.
+    Returns, raises: as megatron_sft_main.
+    """
     origin = settle(args)
     template = prepare_template(args)
-    train_set, val_set = load_data(args, template)
+    train_set, val_set = load(args, template)
     with parallel_groups(args) as parallel:
         _version_directory(args, parallel)
         if args.logging_dir is None or args.add_version:
@@ -87,5 +96,5 @@ def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> dict[str, A
         torch.distributed.barrier()  # every rank has looked before rank 0 writes
         tokenizer = template.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-        trainer = SftTrainer(args, parallel, train_set, val_set, pad, origin)
+        trainer = trainer_class(args, parallel, train_set, val_set, pad, origin)
         return trainer.train(resume)
