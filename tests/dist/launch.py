@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(num_processes: int, cases: list[dict[str, Any]], directory: Path) -> tuple[int, str]:
+def torchrun(num_processes: int, cases: list[Any], directory: Path, worker: str = WORKER.name) -> tuple[int, str]:
     """Run the cases one after another in `num_processes` processes. Returns: exit code, what they wrote to stderr."""
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "cases.json"
@@ -23,7 +23,7 @@ def torchrun(num_processes: int, cases: list[dict[str, Any]], directory: Path) -
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)),
         *("--master_addr", "127.0.0.1", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-        *(str(WORKER), str(file)),
+        *(str(WORKER.with_name(worker)), str(file)),
     ]  # fmt: skip
     # Files, not pipes: what a killed run leaves behind would keep a pipe open.
     with (directory / "stdout").open("w") as stdout, (directory / "stderr").open("w") as stderr:

@@ -1,0 +1,81 @@
+"""`swiftlite sft` and `dpo` on two data-parallel processes compute what one computes; a signal to one rank ends both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swiftlite.llm.train.dpo import dpo_main
+from swiftlite.llm.train.metrics import read_history
+from swiftlite.llm.train.sft import sft_main
+from tests.dist.launch import torchrun
+
+pytestmark = pytest.mark.dist
+
+# 15 rows, of which 3 are for evaluation: two on one rank, one on the other.
+ROWS = [
+    {"messages": [{"role": "user", "content": f"Who are you? {i}"},
+                  {"role": "assistant", "content": "I am Swifty. " * (i % 3 + 1)}],
+     "rejected_response": "No idea" + " at all" * (i % 4)}
+    for i in range(15)
+]  # fmt: skip
+LORA = ["--train_type", "lora", "--lora_dropout", "0", "--lr", "1e-2"]
+# Name -> command, model, flags, fault.
+CASES: dict[str, tuple[str, str, list[str], str | None]] = {
+    "full": ("sft", "qwen3", [], None),
+    "experts-lora": ("sft", "glm4_moe", LORA, None),
+    "experts-recomputed": ("sft", "glm4_moe", ["--recompute", "full"], None),
+    "dpo": ("dpo", "qwen3", ["--rpo_alpha", "0.3", "--precompute_ref_log_probs", "true"], None),
+    "dpo-lora": ("dpo", "glm4_moe", LORA, None),
+    "stopped": ("sft", "qwen3", [], "sigterm"),
+    "unreduced": ("sft", "qwen3", [], "unreduced"),
+}
+COMPARED = ("step", "loss", "lr", "grad_norm", "eval_loss", "rewards/margins", "eval_rewards/margins")
+
+
+def compared(line: dict[str, Any]) -> dict[str, float]:
+    return {name: line[name] for name in COMPARED if name in line}
+
+
+def test_two_processes_equal_one(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    types = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
+
+    def words(case: str, output: Path) -> list[str]:
+        _, family, flags, _ = CASES[case]
+        return ["--model", str(tiny_model(family)), "--model_type", types[family], "--template", "qwen3", "--dataset",
+                str(data), "--split_dataset_ratio", "0.2", "--train_iters", "6", "--global_batch_size", "4",
+                "--micro_batch_size", "1", "--max_length", "200", "--torch_dtype", "float32", "--lr", "1e-3",
+                "--logging_steps", "1", "--eval_steps", "3", "--report_to", "none", "--output_dir", str(output),
+                *flags]  # fmt: skip
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    cases = [(command, words(name, two / name), fault) for name, (command, _, _, fault) in CASES.items()]
+    code, errors = torchrun(2, cases, two, "worker_hf.py")
+    assert code == 0, errors[-3000:]
+    for case, (command, _, _, fault) in CASES.items():
+        if fault is not None:
+            continue
+        {"sft": sft_main, "dpo": dpo_main}[command](words(case, one / case))
+        alone, shared = (read_history(root / case / "logging.jsonl") for root in (one, two))
+        assert [line["step"] for line in alone] == [1, 2, 3, 3, 4, 5, 6, 6]
+        assert len(shared) == 8
+        for first, second in zip(alone, shared, strict=True):
+            assert compared(second) == pytest.approx(compared(first), rel=1e-5, abs=1e-6), case
+    full = [compared(line) for line in read_history(one / "full/logging.jsonl")]
+    control = [compared(line) for line in read_history(two / "unreduced/logging.jsonl")]
+    assert control[0]["loss"] == pytest.approx(full[0]["loss"], rel=1e-5), "the same start"
+    assert abs(control[-1]["eval_loss"] / full[-1]["eval_loss"] - 1) > 1e-3, "the comparison sees a missing reduction"
+    stopped = two / "stopped"
+    assert [p.name for p in stopped.glob("checkpoint-*")] == ["checkpoint-3"], "both ranks end after the same step"
+    assert {p.name for p in (stopped / "checkpoint-3").glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    # It goes on with one process: more ranks or fewer compute the same.
+    sft_main(words("stopped", stopped))
+    resumed = [compared(line) for line in read_history(stopped / "logging.jsonl")]
+    for first, second in zip(full, resumed, strict=True):
+        assert second == pytest.approx(first, rel=1e-5, abs=1e-6)
