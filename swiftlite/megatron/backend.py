@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swiftlite.utils import io
 from swiftlite.utils.dist import get_local_rank
 from swiftlite.utils.errors import ConfigError, SwiftliteError
 from swiftlite.utils.logger import get_logger
@@ -818,9 +819,7 @@ def peak_memory_bytes() -> int:
     """Peak of this process so far: allocated GPU memory, or resident memory on a CPU."""
     if setup().is_cuda:
         return int(torch.cuda.max_memory_allocated())
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return io.peak_memory_bytes()
 
 
 def synchronize() -> None:

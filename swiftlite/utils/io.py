@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,15 @@ def format_bytes(count: float) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident size that this process has had."""
-    import resource
+    """Largest resident size that this process has had, or what getrusage says where there is no /proc.
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    getrusage also counts what the parent held when it started this process.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10
