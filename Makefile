@@ -10,7 +10,7 @@ COMPAT_TESTS ?= tests/families tests/weights tests/llm tests/megatron
 venv:  ## .venv with everything the tests need
 	python3.11 -m venv .venv
 	.venv/bin/python -m pip install -qq torch==2.13.0
-	.venv/bin/python -m pip install -qq -e '.[megatron,dev]'
+	.venv/bin/python -m pip install -qq -c tests/constraints.txt -e '.[megatron,dev]'
 
 check:  ## style, layout, types
 	$(PYTHON) -m ruff check .

@@ -41,7 +41,7 @@ setup(
         "megatron": ["megatron-core>=0.16.1,<0.20", "psutil"],
         "te": ["transformer-engine[pytorch]>=2.8"],
         "dpo": ["trl>=0.24"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        "dev": ["trl>=0.24", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["swiftlite=swiftlite.cli.main:main"]},
     classifiers=[

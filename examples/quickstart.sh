@@ -65,7 +65,7 @@ if [ -z "${PYTHON:-}" ]; then
     else  # the CPU build is a tenth of the size; where that index cannot be reached, pip takes the usual one
         "$PYTHON" -m pip install -qq --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0"
     fi
-    "$PYTHON" -m pip install -qq -e '.[megatron]'
+    "$PYTHON" -m pip install -qq -c tests/constraints.txt -e '.[megatron]'
     if ! $TINY; then "$PYTHON" -m pip install -qq gguf; fi
 fi
 INSTALL_SECONDS=$((SECONDS - INSTALL_BEGAN))
