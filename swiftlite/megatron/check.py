@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
     MoE layers, shared experts, expert groups, MTP. `original_max_position_embeddings` becomes 64, so that rope scaling
     acts within the test's sequence.
     """
-    small = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map", "torch_dtype", "dtype")}
+    small = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
     for key, limit in LIMITS.items():
         value = small.get(key)
         if isinstance(value, list):
@@ -125,9 +126,10 @@ class CheckResult:
     seconds: float
 
 
-def check_config(name: str, config: Mapping[str, Any], trust_remote_code: bool = False) -> CheckResult:
+def check_config(name: str, config: Mapping[str, Any], code: Path | None = None) -> CheckResult:
     """Convert a random model of this config there and back and compare logits.
 
+    Args: code: directory whose Python files are the Hugging Face model, trusted; None: transformers or ours.
     Raises: VerifyError if a byte or a logit is off; ConfigError for what cannot be converted.
     """
     from swiftlite.megatron.verify import check_precision
@@ -136,6 +138,8 @@ def check_config(name: str, config: Mapping[str, Any], trust_remote_code: bool =
     with tempfile.TemporaryDirectory() as folder:
         hf, mcore, back = (Path(folder) / part for part in ("hf", "mcore", "back"))
         write_random_model(config, hf)
+        for file in code.glob("*.py") if code else ():
+            shutil.copy(file, hf)
         plan = plan_to_mcore(hf, read_config(hf))
         iteration = mcore / "iter_0000001"
         iteration.mkdir(parents=True)
@@ -154,9 +158,9 @@ def check_config(name: str, config: Mapping[str, Any], trust_remote_code: bool =
         if (back / "model.safetensors").read_bytes() != (hf / "model.safetensors").read_bytes():
             raise VerifyError(f"{name}: the way back does not give the same bytes; please report this model type")
 
-        options = SimpleNamespace(test_convert_dtype="float32", trust_remote_code=trust_remote_code)
+        options = SimpleNamespace(test_convert_dtype="float32", trust_remote_code=code is not None)
         report = check_precision(hf, mcore, options)
-        gradient = gradient_error(hf, trust_remote_code)
+        gradient = gradient_error(hf, code is not None)
         if gradient > GRADIENT_TOLERANCE:
             raise VerifyError(f"{name}: gradients are {gradient:.1e} off, allowed {GRADIENT_TOLERANCE:.0e}")
     architecture = architecture_of(config)
@@ -222,17 +226,24 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
     return worst
 
 
-def _configs(args: CheckArguments) -> dict[str, dict[str, Any]]:
-    if args.model is not None:
-        directory = Path(args.model).expanduser()
-        if not directory.is_dir():
-            from swiftlite.llm.model.register import get_model_info_meta
+def _directory(args: CheckArguments) -> Path | None:
+    """Where --model is, fetched without its weights; None without --model."""
+    if args.model is None:
+        return None
+    directory = Path(args.model).expanduser()
+    if not directory.is_dir():
+        from swiftlite.llm.model.register import get_model_info_meta
 
-            info, _ = get_model_info_meta(
-                args.model, use_hf=args.use_hf, hub_token=args.hub_token, download_model=False, need_template=False
-            )
-            directory = Path(info.model_dir)
-        return {args.model: shrink_config(read_config(directory))}
+        info, _ = get_model_info_meta(
+            args.model, use_hf=args.use_hf, hub_token=args.hub_token, download_model=False, need_template=False
+        )
+        directory = Path(info.model_dir)
+    return directory
+
+
+def _configs(args: CheckArguments, directory: Path | None) -> dict[str, dict[str, Any]]:
+    if directory is not None:
+        return {str(args.model): shrink_config(read_config(directory))}
     known = tiny_configs()
     if args.model_type == "all":
         return {f"{t}:{v}" if v != "default" else t: c for t, variants in known.items() for v, c in variants.items()}
@@ -249,8 +260,10 @@ def check_main(args: CheckArguments | Sequence[str]) -> list[CheckResult]:
     logging.disable_progress_bar()
     args = as_arguments(CheckArguments, args)
     results = []
-    for name, config in _configs(args).items():
-        result = check_config(name, config, args.trust_remote_code)
+    directory = _directory(args)
+    code = directory if args.trust_remote_code else None
+    for name, config in _configs(args, directory).items():
+        result = check_config(name, config, code)
         results.append(result)
         get_logger().info(
             "%s (%s): %d tensors back bit for bit, logits within %.1e and gradients within %.1e of Hugging Face, %.1f s",

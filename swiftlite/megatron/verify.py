@@ -234,16 +234,21 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def hf_config(hf_dir: Path, trust_remote_code: bool = False) -> Any:
-    """The config object of a directory; remote-code architectures get the in-repo reference classes."""
+    """The config object of a directory: of the code that it brings if that is trusted, else transformers' or ours."""
     from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     from swiftlite.llm.model import reference
 
-    reference.register()
     raw = read_config(hf_dir)
-    if raw.get("model_type") == "kimi_k2" and not trust_remote_code:  # DeepSeek-V3 under another name
+    own = raw.get("auto_map", {}).get("AutoConfig")
+    if trust_remote_code and own:  # asked for by name: AutoConfig would prefer a reference class that is registered
+        config_class: Any = get_class_from_dynamic_module(own, str(hf_dir))
+        return config_class.from_pretrained(hf_dir, name_or_path=str(hf_dir))  # where the model's class is looked for
+    reference.register()
+    if raw.get("model_type") == "kimi_k2":  # DeepSeek-V3 under another name
         return AutoConfig.for_model(**{**raw, "model_type": "deepseek_v3"})
-    return AutoConfig.from_pretrained(hf_dir, trust_remote_code=trust_remote_code)
+    return AutoConfig.from_pretrained(hf_dir, trust_remote_code=False)
 
 
 def _build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_size: int | None) -> nn.Module:
