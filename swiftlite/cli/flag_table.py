@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from swiftlite.llm.argument.export import ExportArguments
+from swiftlite.megatron.argument.rlhf import MegatronDpoArguments
 from swiftlite.megatron.argument.sft import MegatronSftArguments
 from swiftlite.utils.parser import Arguments, alias_table, specs
 
@@ -47,7 +48,7 @@ MEGATRON_SFT: dict[str, str] = {
 
 DPO: dict[str, str] = {
     "rlhf_type": "dpo", "beta": "0.1", "loss_type": "sigmoid", "rpo_alpha": "0.1", "ref_model": "DIR",
-    "mcore_ref_model": "DIR", "ref_adapters": "DIR", "calculate_per_token_loss": "false",
+    "mcore_ref_model": "DIR", "ref_adapters": "DIR", "calculate_per_token_loss": "false", "label_smoothing": "0.1",
     "truncation_strategy": "delete",
 }  # fmt: skip
 
@@ -70,7 +71,7 @@ SHARED: dict[str, str] = {
 SECTIONS: tuple[tuple[str, str, type[Arguments], dict[str, str]], ...] = (
     ("export", "`swiftlite export` and `swiftlite megatron export`", ExportArguments, EXPORT),
     ("sft", "`swiftlite megatron sft`", MegatronSftArguments, MEGATRON_SFT),
-    ("dpo", "DPO flags of `megatron rlhf`", MegatronSftArguments, DPO),
+    ("dpo", "DPO flags of `megatron dpo` and `megatron rlhf`", MegatronDpoArguments, DPO),
     ("shared", "Two names for one setting", MegatronSftArguments, SHARED),
 )
 

@@ -29,6 +29,13 @@ _DPO = Route(
     "training on preference pairs with transformers, full or LoRA",
 )
 
+_MEGATRON_DPO = Route(
+    "swiftlite.megatron.argument.rlhf:MegatronDpoArguments",
+    "swiftlite.megatron.trainers.dpo:megatron_dpo_main",
+    True,
+    "training on preference pairs on megatron-core",
+)
+
 ROUTES: dict[tuple[str, ...], Route] = {
     ("export",): _EXPORT,
     ("check",): Route(
@@ -87,5 +94,7 @@ ROUTES: dict[tuple[str, ...], Route] = {
         True,
         "continued pre-training on plain text on megatron-core",
     ),
+    ("megatron", "dpo"): _MEGATRON_DPO,
+    ("megatron", "rlhf"): _MEGATRON_DPO,
     ("megatron", "export"): _EXPORT,
 }

@@ -10,7 +10,7 @@ from swiftlite.utils.parser import Note
 
 _TEXT_ONLY = "the models here are text only, there is no vision tower"
 _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is the same for every layout"
-_DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite rlhf`"
+_DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite megatron dpo`"
 
 COMMON_NOTES: dict[str, Note] = {
     "lazy_tokenize": Note("default", "rows are tokenised before training, or while it runs with --streaming true"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ class PairDataset:
 
     Args: rows: standard rows with `rejected_messages`. The rest as EncodedDataset.
     Attributes:
-        pairs: number of pairs. lengths: tokens of each item.
+        pairs: number of pairs. sizes: tokens of each pair. items: pairs of each item. lengths: tokens of each item.
         reference: log-probabilities [pairs][2] under the reference model, once somebody has computed them.
     """
 
@@ -53,14 +54,13 @@ class PairDataset:
                 pair = next(encoded), next(encoded)
                 self._add(pair, f"row {i}", row)
         self.report.check(max_drop_ratio, name)
-        sizes = [sum(len(self.store[i][f"{side}_input_ids"]) for side in SIDES) for i in range(self.pairs)]
+        self.sizes = [sum(len(self.store[i][f"{side}_input_ids"]) for side in SIDES) for i in range(self.pairs)]
         self.items = [[i] for i in range(self.pairs)]
         if capacity is not None:
-            self.items = pack_windows([min(size, capacity) for size in sizes], capacity, seed)
+            self.items = pack_windows([min(size, capacity) for size in self.sizes], capacity, seed)
             get_logger().info(
                 "%s: %d pairs packed into %d sequences of %d tokens", name, self.pairs, len(self), capacity
             )
-        self.lengths = [sum(sizes[i] for i in item) for item in self.items]
 
     def _add(self, pair: tuple[Any, Any], place: str, row: dict[str, Any]) -> None:
         self.report.total += 1
@@ -93,11 +93,24 @@ class PairDataset:
             pair["reference"] = tuple(self.reference[index])
         return pair
 
+    def singles(self) -> PairDataset:
+        """The same pairs, one an item."""
+        found = copy.copy(self)
+        found.items = [[i] for i in range(self.pairs)]
+        return found
+
+    @property
+    def lengths(self) -> list[int]:
+        return [sum(self.sizes[i] for i in item) for item in self.items]
+
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pairs": [self.pair(i) for i in self.items[index]], "length": self.lengths[index]}
+        return {
+            "pairs": [self.pair(i) for i in self.items[index]],
+            "length": sum(self.sizes[i] for i in self.items[index]),
+        }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))

@@ -89,10 +89,7 @@ class Preference:
         return self.pair_loss.total(sums["loss"], sums["pairs"], sums["nll"], sums["chosen_tokens"])
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        total = self.pair_loss.total(
-            *(torch.tensor(sums[name], dtype=torch.float64) for name in ("loss", "pairs", "nll", "chosen_tokens"))
-        )
-        return {"loss": float(total), **self.pair_loss.metrics(sums)}
+        return self.pair_loss.metrics(sums)
 
     @torch.no_grad()
     def reference_log_probs(self, batch: Batch) -> LogProbs:

@@ -13,6 +13,11 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 IGNORE_INDEX = -100
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+# Names of what `PairLoss.sums` gives.
+SUMS = (
+    "loss", "pairs", "nll", "chosen_tokens", "rewards/chosen", "rewards/rejected", "rewards/margins",
+    "rewards/accuracies", "logps/chosen", "logps/rejected",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ class PairLoss:
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """What a log line says, from sums over any number of batches: means over pairs, `nll_loss` over tokens."""
         pairs = max(sums["pairs"], 1.0)
-        values = {name: value / pairs for name, value in sums.items() if name.startswith(("rewards/", "logps/"))}
+        parts = (sums["loss"], pairs, sums["nll"], sums["chosen_tokens"])
+        values = {"loss": float(self.total(*(torch.tensor(part, dtype=torch.float64) for part in parts)))}
+        values.update({name: sums[name] / pairs for name in SUMS if name.startswith(("rewards/", "logps/"))})
         if self.rpo_alpha:
             values["nll_loss"] = sums["nll"] / max(sums["chosen_tokens"], 1.0)
         return values

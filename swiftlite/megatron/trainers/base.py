@@ -47,27 +47,31 @@ logger = get_logger()
 HF_SUFFIX = "-hf"
 
 
-def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
-    """Move to the device, wrap in Float16Module (half precision) and DDP with one buffer layout for every DP size.
+def in_precision(model: Any) -> Any:
+    """Move to the device, wrap in Float16Module for half precision. Router biases stay fp32: it would round them."""
+    config = model.config
+    model.to(backend.setup().device)
+    if config.bf16 or config.fp16:
+        kept = {m: m.expert_bias.float() for m in model.modules() if getattr(m, "expert_bias", None) is not None}
+        model = Float16Module(config, model)
+        for module, bias in kept.items():
+            module.expert_bias = bias
+    return model
 
-    Router biases stay fp32: Float16Module would round them.
-    """
+
+def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
+    """Models in their precision, in DDP with one buffer layout for every DP size."""
     wrapped = []
     for index, model in enumerate(models):
-        config = model.config
-        model.to(backend.setup().device)
-        if config.bf16 or config.fp16:
-            kept = {m: m.expert_bias.float() for m in model.modules() if getattr(m, "expert_bias", None) is not None}
-            model = Float16Module(config, model)
-            for module, bias in kept.items():
-                module.expert_bias = bias
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=args.overlap_grad_reduce,
             overlap_param_gather=args.overlap_param_gather,
             use_distributed_optimizer=True,
         )
-        wrapped.append(DistributedDataParallel(config, ddp_config, model, disable_bucketing=index > 0))
+        wrapped.append(
+            DistributedDataParallel(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
+        )
     return wrapped
 
 

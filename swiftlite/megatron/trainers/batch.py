@@ -6,8 +6,8 @@ Shapes: B samples of a micro batch, S sequence length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -84,12 +84,11 @@ class MicroBatch:
             max_seqlen_kv=longest,
         )
 
-    def to(self, device: torch.device) -> MicroBatch:
-        tokens, labels, positions, mask = (
-            t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.position_ids, self.loss_mask)
-        )
-        bounds = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
-        return MicroBatch(tokens, labels, positions, mask, self.num_tokens, bounds, self.sample_lengths)
+    def to(self, device: torch.device) -> Self:
+        moved: dict[str, Any] = {
+            n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def collate(
@@ -154,7 +153,7 @@ class BatchLoader:
         self.one_length, self.join = one_length, join
 
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
-        passes = [[self._row(i) for i in samples] for samples in micro_batches]
+        passes = [self.rows(samples) for samples in micro_batches]
         longest = 0
         if self.one_length:
             measure = sum if self.join else max
@@ -164,7 +163,7 @@ class BatchLoader:
             return [batch.to(self.device) for batch in joined]
         return [collate(rows, self.pad_token_id, self.multiple_of, longest).to(self.device) for rows in passes]
 
-    def _row(self, index: int) -> dict[str, Any]:
-        if index == _DUMMY:
-            return {"input_ids": [self.pad_token_id] * 2, "labels": [IGNORE_INDEX] * 2}
-        return self.dataset[index]  # type: ignore[no-any-return]
+    def rows(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+        """What one pass runs through the model."""
+        dummy = {"input_ids": [self.pad_token_id] * 2, "labels": [IGNORE_INDEX] * 2}
+        return [dummy if i == _DUMMY else self.dataset[i] for i in samples]

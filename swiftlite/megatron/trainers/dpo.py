@@ -1,0 +1,215 @@
+"""`swiftlite megatron dpo` (`megatron rlhf --rlhf_type dpo`): direct preference optimisation on megatron-core.
+
+The reference is the model as training began, or --ref_model.
+Shapes: P pairs of a micro batch, B rows (2P answers, or 1 where they are joined), S tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from swiftlite.llm.dataset.pairs import load_pairs, sequences_of
+from swiftlite.llm.model.register import get_model_info_meta
+from swiftlite.llm.pipeline import TRACKER, as_arguments
+from swiftlite.llm.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
+from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE
+from swiftlite.megatron.argument.rlhf import MegatronDpoArguments
+from swiftlite.megatron.hf_io import load_weights
+from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.model.provider import build_models
+from swiftlite.megatron.origin import origin_root
+from swiftlite.megatron.side_files import read_config
+from swiftlite.megatron.trainers.base import Trainer, in_precision
+from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch, evaluation_samples
+from swiftlite.megatron.trainers.loss import LossResult, reduce_over_ranks, token_losses
+from swiftlite.megatron.trainers.sft import run
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
+from swiftlite.utils.parser import specs
+
+logger = get_logger()
+
+
+@dataclass(kw_only=True)
+class PairBatch(MicroBatch):
+    """All chosen answers of a micro batch, then all rejected ones.
+
+    num_answers: 2P. sequence_ids: int64 [B, S], which answer a position belongs to, 2P for none. reference: [2P]
+    log-probabilities under the reference, None while they are not known.
+    """
+
+    num_answers: int
+    sequence_ids: Tensor
+    reference: Tensor | None = None
+
+    def log_probs(self, losses: Tensor) -> LogProbs:
+        """Of the answers, from the cross entropy of each position [B, S]."""
+        found = sum_log_probs(losses, self.loss_mask, self.sequence_ids, self.num_answers + 1)
+        return LogProbs(found.sums[:-1], found.tokens[:-1])
+
+    def counts(self) -> Tensor:
+        """[pairs, tokens of the chosen answers]."""
+        pairs = self.num_answers // 2
+        chosen = self.loss_mask[self.sequence_ids < pairs].sum()
+        return torch.stack([chosen.new_tensor(float(pairs)), chosen])
+
+
+class PairLoader(BatchLoader):
+    """Makes the micro batches of a step from a PairDataset."""
+
+    def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
+        batches = super().load(micro_batches)
+        return [self._pairs(samples, batch) for samples, batch in zip(micro_batches, batches, strict=True)]
+
+    def rows(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+        there = [self.dataset[i] for i in samples if i >= 0]
+        return sequences_of(there) + 2 * super().rows([i for i in samples if i < 0])
+
+    def _pairs(self, samples: Sequence[int], batch: MicroBatch) -> PairBatch:
+        pairs = [pair for i in samples if i >= 0 for pair in self.dataset.items[i]]
+        ids = torch.arange(len(batch.sample_lengths)).clamp(max=2 * len(pairs))
+        if batch.cu_seqlens is None:
+            ids = ids[:, None].expand(batch.tokens.shape).contiguous()
+        else:
+            sizes = torch.tensor(batch.sample_lengths)
+            padding = torch.full((batch.tokens.shape[1] - int(sizes.sum()),), 2 * len(pairs))
+            ids = torch.cat([torch.repeat_interleave(ids, sizes), padding])[None]
+        known = self.dataset.reference
+        reference = None if known is None else torch.tensor([known[p][side] for side in (0, 1) for p in pairs])
+        found = PairBatch(**vars(batch), num_answers=2 * len(pairs), sequence_ids=ids, reference=reference)
+        return found.to(self.device)
+
+
+class DpoTrainer(Trainer):
+    """The loss of pairs, a mean over those of the global batch; see PairLoss."""
+
+    loader = PairLoader
+    sums = SUMS
+
+    def __init__(self, args: Any, *rest: Any) -> None:
+        super().__init__(args, *rest)
+        self.pair_loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
+        self.references = 0 if args.precompute_ref_log_probs else 1
+        self.reference_dir, self.reference_args = reference_of(args, self.origin_dir)
+        self.reference: list[Any] = []
+        self.global_counts: Tensor
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return self.pair_loss.metrics(sums)
+
+    # ---- the reference ----
+
+    def setup(self, resume: bool) -> None:
+        super().setup(resume)
+        models = build_models(self.reference_args, variable_seq_lengths=self.variable_lengths)
+        self.reference = [in_precision(model).requires_grad_(False).eval() for model in models]
+        load_weights(self.reference, self.reference_dir)
+        logger.info("the reference is %s", self.reference_dir)
+        if self.args.precompute_ref_log_probs:
+            self.precompute(self.train_loader)
+            if self.val_size:
+                self.precompute(self.val_loader)
+            self.reference = []
+
+    @torch.no_grad()
+    def answer(self, batches: Sequence[Any]) -> None:
+        """Fill in the reference's log-probabilities, on the last stage, unless they are known. Collective."""
+        if batches[0].reference is None:
+            results = self.passes(self.reference, list(batches), self.reference_step, forward_only=True)
+            for batch, result in zip(batches, results, strict=False):
+                batch.reference = result["log_probs"]
+
+    @staticmethod
+    def reference_step(batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches)
+
+        def report(losses: Tensor) -> LossResult:
+            found = batch.log_probs(losses)
+            return losses.sum(), found.tokens.sum().int(), {"log_probs": found.sums}
+
+        return token_losses(model, batch), report
+
+    def precompute(self, loader: BatchLoader) -> None:
+        """Keep the reference's log-probabilities of a whole data set; data-parallel ranks share the work. Collective."""
+        pairs = loader.dataset.pairs
+        single = copy.copy(loader)
+        single.dataset = loader.dataset.singles()
+        values = torch.zeros(2, pairs, device=self.device)
+        for samples in evaluation_samples(pairs, self.global_batch_size):
+            mine = self.plan.micro_batches(samples)
+            batches: list[Any] = single.load(mine)
+            self.answer(batches)
+            for indices, batch in zip(mine, batches, strict=True):
+                there = [i for i in indices if i >= 0]
+                if batch.reference is not None:
+                    values[:, there] = batch.reference.view(2, len(there))
+        chosen, rejected = reduce_over_ranks(values).tolist()
+        loader.dataset.reference = list(zip(chosen, rejected, strict=True))
+        logger.info("the reference answered %d pairs", pairs)
+
+    # ---- a step ----
+
+    def run_batches(self, batches: list[Any], forward_only: bool) -> Tensor:
+        self.answer(batches)
+        self.global_counts = torch.stack([batch.counts() for batch in batches]).sum(0)
+        torch.distributed.all_reduce(self.global_counts, group=mpu.get_data_parallel_group())
+        return super().run_batches(batches, forward_only)
+
+    def forward_step(self, batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        return token_losses(model, batch), partial(self.loss, batch)
+
+    def loss(self, batch: PairBatch, losses: Tensor) -> LossResult:
+        """The schedule divides by the pairs of the global batch, so this is that many times a share of the loss."""
+        policy = batch.log_probs(losses)
+        assert batch.reference is not None
+        sums = self.pair_loss.sums(policy, LogProbs(batch.reference, policy.tokens))
+        pairs, chosen_tokens = self.global_counts
+        share = self.pair_loss.total(sums["loss"], pairs, sums["nll"], chosen_tokens)
+        return share * pairs, sums["pairs"].int(), {name: value.detach() for name, value in sums.items()}
+
+
+def reference_of(args: Any, origin: Path) -> tuple[Path, Any]:
+    """(directory of the reference's weights, arguments that build its model).
+
+    Raises: UsageError if --ref_model has another vocabulary.
+    """
+    if not args.ref_model:
+        return origin, args
+    directory = Path(args.ref_model)
+    if not (directory / TRACKER).is_file():
+        info, _ = get_model_info_meta(
+            args.ref_model, use_hf=args.use_hf, hub_token=args.hub_token, need_template=False,
+            ignore_requirements=args.ignore_requirements,
+        )  # fmt: skip
+        directory = Path(info.model_dir)
+    config = convert_hf_config(read_config(origin_root(directory)))
+    if config["padded_vocab_size"] != args.padded_vocab_size:
+        raise UsageError(
+            f"--ref_model {args.ref_model}: has {config['padded_vocab_size']} rows in its vocabulary, the model has "
+            f"{args.padded_vocab_size}; the reference must read the same tokens"
+        )
+    other = copy.copy(args)
+    for name in STRUCTURE + COMPUTATION:
+        setattr(other, name, specs(type(args))[name].default)
+    other.apply_model_config(config)
+    return directory, other
+
+
+def megatron_dpo_main(args: MegatronDpoArguments | Sequence[str]) -> dict[str, Any]:
+    """Train on preference pairs; the same command again goes on where it stopped. Called on every rank.
+
+    Args: args: an arguments object, or words as typed.
+    Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
+    Raises: SwiftliteError for everything a user can mend, before anything is written where possible.
+    """
+    return run(as_arguments(MegatronDpoArguments, args), DpoTrainer, load_pairs)

@@ -1,0 +1,243 @@
+"""`megatron dpo` in one process against `dpo` with transformers: log-probabilities, losses, references, resumption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swiftlite.cli.main import find_route
+from swiftlite.llm.train.dpo import dpo_main
+from swiftlite.llm.train.dpo_loss import LogProbs, PairLoss
+from swiftlite.llm.train.meters import METERS
+from swiftlite.llm.train.metrics import read_history
+from swiftlite.megatron.convert import export_main
+from swiftlite.megatron.trainers.dpo import DpoTrainer, PairBatch, megatron_dpo_main
+from swiftlite.utils.errors import UsageError
+from tests.families.cases import build_hf, config_of
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"Who are you? {i}"},
+                  {"role": "assistant", "content": "I am Swifty. " * (i % 3 + 1)}],
+     "rejected_response": "No idea" + " at all" * (i % 4)}
+    for i in range(12)
+]  # fmt: skip
+TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "qwen3_moe": "qwen3_moe", "mla": "moonlight"}
+STEPS = 20
+# Metrics that sums of many numbers make, near 0 in the first step: compared absolutely as well.
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+
+
+@pytest.fixture(scope="module")
+def model_of(
+    tiny_model: Callable[..., Path], tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """model_of("qwen3", seed=1) -> a tiny model with an odd vocabulary; "mla": latent attention and experts."""
+    made: dict[int, Path] = {}
+
+    def make(family: str, seed: int = 0, **overrides: Any) -> Path:
+        if family != "mla":
+            return tiny_model(family, seed=seed, **{"vocab_size": 333, "initializer_range": 0.02, **overrides})
+        if seed not in made:
+            made[seed] = tmp_path_factory.mktemp("mla")
+            config = {**config_of("moonlight:default"), "max_position_embeddings": 256, "vocab_size": 333}
+            build_hf(config, made[seed], seed)
+            for file in tiny_tokenizer_dir.iterdir():
+                shutil.copy(file, made[seed])
+        return made[seed]
+
+    return make
+
+
+@pytest.fixture
+def run(model_of: Callable[..., Path], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """run(main, output, family, flag=value...) on ROWS -> the lines of logging.jsonl."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def start(main: Any, output: str, family: str = "qwen3", **flags: Any) -> list[dict[str, Any]]:
+        settings = {
+            "model": model_of(family), "model_type": TYPES[family], "template": "qwen3", "dataset": data,
+            "output_dir": tmp_path / output, "torch_dtype": "float32", "global_batch_size": 4, "micro_batch_size": 2,
+            "lr": 1e-3, "adam_eps": 1e-5, "train_iters": 4, "logging_steps": 1, "max_length": 200, "report_to": "none",
+            **flags,
+        }  # fmt: skip
+        main([word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))])
+        return read_history(tmp_path / output / "logging.jsonl")
+
+    return start
+
+
+def values(lines: list[dict[str, Any]], name: str) -> list[float]:
+    return [line[name] for line in lines if name in line]
+
+
+def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Losses and gradient norms within 1e-5 relative at every step; what is logged with them has the same values."""
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert values(ours, "loss")
+    for name in ("loss", "grad_norm", "lr", "logps/chosen", "logps/rejected", "nll_loss", "rewards/accuracies"):
+        assert values(ours, name) == pytest.approx(values(theirs, name), rel=1e-5), name
+    for name in REWARDS:
+        assert values(ours, name) == pytest.approx(values(theirs, name), rel=1e-5, abs=1e-5), name
+
+
+# Smoothed and hinge losses have a minimum that a larger rate reaches; near it a gradient is a difference of equal numbers.
+KINDS: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "smoothed": {"label_smoothing": 0.1, "lr": 1e-4},
+    "ipo": {"loss_type": "ipo", "lr": 5e-4},
+    "hinge": {"loss_type": "hinge", "beta": 0.05, "lr": 1e-4},
+    "rpo": {"rpo_alpha": 0.7},
+}
+CASES = [*(("qwen3", kind) for kind in KINDS), ("glm4_moe", "sigmoid"), ("qwen3_moe", "rpo"), ("mla", "sigmoid")]
+
+
+@pytest.mark.parametrize("family, kind", CASES)
+def test_equal_to_transformers(family: str, kind: str, run: Any, model_of: Callable[..., Path]) -> None:
+    """20 steps in fp32 against a reference that differs from the policy."""
+    flags = {"train_iters": STEPS, "save_weights_only": "true", "ref_model": model_of(family, seed=1), **KINDS[kind]}
+    theirs, ours = (run(main, main.__name__, family, **flags) for main in (dpo_main, megatron_dpo_main))
+    compare(ours, theirs)
+    assert len(values(ours, "loss")) == STEPS
+    assert ours[-1]["loss"] < 0.75 * ours[0]["loss"]
+
+
+# ---- log-probabilities of each answer ----
+
+
+def hf_log_probs(directory: Path, batches: list[PairBatch]) -> list[float]:
+    """Of the answers in Megatron's batches, each run alone through transformers' model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    found = []
+    for batch in batches:
+        for answer in range(batch.num_answers):
+            here = batch.sequence_ids == answer
+            tokens, labels, mask = (t[here] for t in (batch.tokens, batch.labels, batch.loss_mask))
+            assert 0 < mask.sum() < len(mask)
+            with torch.no_grad():
+                logits = model(tokens[None]).logits[0]
+            found.append(float((logits.log_softmax(-1).gather(1, labels[:, None])[:, 0] * mask).sum()))
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
+@pytest.mark.parametrize("flags", [{}, {"padding_free": "true"}, {"packing": "true"}], ids=["padded", "free", "packed"])
+def test_log_probs_of_each_answer(
+    family: str, flags: dict[str, Any], run: Any, model_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of policy and reference, on pairs of different lengths, as transformers' models give them."""
+    seen: list[tuple[PairBatch, LogProbs, LogProbs]] = []
+    sums = PairLoss.sums
+
+    def spy_sums(self: PairLoss, policy: LogProbs, reference: LogProbs) -> Any:
+        seen.append((current[-1], LogProbs(policy.sums.detach(), policy.tokens), reference))
+        return sums(self, policy, reference)
+
+    current: list[PairBatch] = []
+    loss = DpoTrainer.loss
+
+    def spy_loss(self: DpoTrainer, batch: PairBatch, losses: torch.Tensor) -> Any:
+        current.append(batch)
+        return loss(self, batch, losses)
+
+    monkeypatch.setattr(PairLoss, "sums", spy_sums)
+    monkeypatch.setattr(DpoTrainer, "loss", spy_loss)
+    run(megatron_dpo_main, "run", family, ref_model=model_of(family, seed=1), train_iters=1, **flags)
+    batches = [batch for batch, _, _ in seen]
+    lengths = {n for batch in batches for n in batch.sample_lengths}
+    assert len(batches) == 2 and len(lengths) >= 5
+    for seed, found in ((0, [p.sums for _, p, _ in seen]), (1, [r.sums for _, _, r in seen])):
+        assert torch.cat(found).tolist() == pytest.approx(hf_log_probs(model_of(family, seed), batches), rel=1e-5)
+    first, second = (torch.cat(part) for part in ([p.sums for _, p, _ in seen], [r.sums for _, _, r in seen]))
+    assert ((first - second).abs() > 1e-3 * first.abs()).any(), "the reference differs from the policy"
+
+
+# ---- the same thing in other ways ----
+
+
+def test_other_ways_are_the_same(run: Any, model_of: Callable[..., Path]) -> None:
+    """Micro batches, joined sequences, a reference by name, one computed before, one in Megatron's format: one curve."""
+    flags = {"rpo_alpha": 0.5, "split_dataset_ratio": 0.25, "eval_steps": 2}
+    wanted = run(megatron_dpo_main, "whole", **flags)
+    mcore = Path(export_main(["--model", str(model_of("qwen3")), "--model_type", "qwen3", "--to_mcore", "true",
+                              "--output_dir", str(model_of("qwen3").parent / "mcore")]))  # fmt: skip
+    others: list[dict[str, Any]] = [
+        {"micro_batch_size": 1}, {"padding_free": "true"}, {"precompute_ref_log_probs": "true"},
+        {"ref_model": model_of("qwen3")}, {"ref_model": mcore}, {"padding_free": "true", "micro_batch_size": 4},
+    ]  # fmt: skip
+    for i, other in enumerate(others):
+        compare(run(megatron_dpo_main, f"other{i}", **flags, **other), wanted)
+
+
+@pytest.mark.parametrize("way", ["evaluation", "packed"])
+def test_equal_to_transformers_in_other_ways(way: str, run: Any, model_of: Callable[..., Path]) -> None:
+    """Evaluation counts the pairs of a partial batch like all others; packing joins the same pairs."""
+    flags: dict[str, Any] = {"rpo_alpha": 0.3, "ref_model": model_of("qwen3", seed=1)}
+    if way == "evaluation":
+        flags |= {"split_dataset_ratio": 0.25, "eval_steps": 2, "micro_batch_size": 2}
+    else:
+        flags |= {"packing": "true", "max_length": 150, "micro_batch_size": 1, "global_batch_size": 2}
+    theirs, ours = run(dpo_main, "hf", **flags), run(megatron_dpo_main, "mcore", **flags)
+    compare(ours, theirs)
+    evaluations = [[line for line in lines if "eval_loss" in line] for lines in (ours, theirs)]
+    assert len(evaluations[0]) == len(evaluations[1]) == (2 if way == "evaluation" else 0)
+    for mine, other in zip(*evaluations, strict=True):
+        assert set(mine) == set(other)
+        for name in set(mine) - {"elapsed_s", "remaining_s"}:
+            assert mine[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
+
+
+def test_a_reference_of_another_shape(run: Any, model_of: Callable[..., Path]) -> None:
+    flags = {"ref_model": model_of("qwen3", seed=1, num_hidden_layers=3, hidden_size=32), "train_iters": 2}
+    compare(run(megatron_dpo_main, "mcore", **flags), run(dpo_main, "hf", **flags))
+    with pytest.raises(UsageError, match="has 320 rows in its vocabulary.* must read the same tokens"):
+        run(megatron_dpo_main, "other", ref_model=model_of("qwen3", vocab_size=320))
+
+
+def test_metrics_have_their_names(run: Any) -> None:
+    lines = run(megatron_dpo_main, "run", split_dataset_ratio=0.25, eval_steps=2, rpo_alpha=0.1, train_iters=6)
+    trained = [line for line in lines if "loss" in line]
+    assert {name for line in trained for name in line} - {"step", "total_steps"} == set(METERS) - {"mfu", "eval_loss"}
+    assert trained[0]["rewards/margins"] == pytest.approx(0, abs=1e-4), "the reference is the start"
+    assert trained[-1]["rewards/accuracies"] == 1 and trained[-1]["loss"] < 0.8 * trained[0]["loss"]
+    assert lines[-1]["eval_rewards/accuracies"] == 1 and lines[-1]["eval_nll_loss"] > 0
+
+
+@pytest.mark.parametrize("precompute", ["false", "true"])
+def test_goes_on(precompute: str, run: Any, tmp_path: Path) -> None:
+    """The reference stays the model as training began."""
+    flags = {"save_steps": 2, "rpo_alpha": 0.1, "precompute_ref_log_probs": precompute}
+    whole = run(megatron_dpo_main, "run", **flags)
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("2")  # as if it had been killed in step 3
+    again = run(megatron_dpo_main, "run", **flags)
+    for name in ("step", "loss", "grad_norm", *REWARDS):
+        assert values(again, name) == values(whole, name), name
+    assert whole[-1]["rewards/margins"] > 0.1
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
+def test_bf16_policy_and_reference_begin_equal(family: str, run: Any) -> None:
+    (line,) = run(megatron_dpo_main, "run", family, torch_dtype="bfloat16", train_iters=1)
+    assert line["rewards/chosen"] == line["rewards/rejected"] == 0
+
+
+def test_the_names_that_ms_swift_users_type(run: Any) -> None:
+    _, dpo, _ = find_route(["megatron", "dpo"])
+    _, rlhf, _ = find_route(["megatron", "rlhf"])
+    assert dpo == rlhf
+    flags = {"rlhf_type": "dpo", "calculate_per_token_loss": "false", "train_iters": 1}
+    assert len(run(megatron_dpo_main, "run", **flags)) == 1
+    for flag, value, words in (
+        ("mcore_ref_model", "DIR", "either format"), ("mtp_num_layers", 1, "no multi-token-prediction"),
+        ("calculate_per_token_loss", "true", "averaged over the global batch"), ("streaming", "true", "not available"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            run(megatron_dpo_main, "other", **{flag: value})
