@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,9 @@ from swiftlite.utils.parser import nearest
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shape import ModelShape
+
+if TYPE_CHECKING:
+    from swiftlite.megatron.parity import ParityResult
 
 # HF key -> its largest size in the shrunken model. Keys that are absent stay absent.
 LIMITS = {
@@ -226,7 +229,7 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
     return worst
 
 
-def _directory(args: CheckArguments) -> Path | None:
+def model_directory(args: CheckArguments) -> Path | None:
     """Where --model is, fetched without its weights; None without --model."""
     if args.model is None:
         return None
@@ -252,15 +255,19 @@ def _configs(args: CheckArguments, directory: Path | None) -> dict[str, dict[str
     return {f"{args.model_type}:{v}": c for v, c in known[args.model_type].items()}
 
 
-def check_main(args: CheckArguments | Sequence[str]) -> list[CheckResult]:
-    """`swiftlite check`. Raises: VerifyError naming the first model and place that is off."""
+def check_main(args: CheckArguments | Sequence[str]) -> list[CheckResult] | ParityResult:
+    """`swiftlite check`. Raises: VerifyError naming the first model and place, or training step, that is off."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     args = as_arguments(CheckArguments, args)
+    if args.parity:
+        from swiftlite.megatron.parity import parity
+
+        return parity(args)
     results = []
-    directory = _directory(args)
+    directory = model_directory(args)
     code = directory if args.trust_remote_code else None
     for name, config in _configs(args, directory).items():
         result = check_config(name, config, code)

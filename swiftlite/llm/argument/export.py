@@ -114,10 +114,19 @@ class VerifyArguments(Arguments):
 
 @arguments
 class CheckArguments(Arguments):
-    """Check: does this kind of model convert and compute right?"""
+    """Check: does this kind of model convert and compute right? With --parity true: does it train the same on both sides?"""
 
-    model: str | None = field(None, "directory or hub id; only its config.json is read")
+    model: str | None = field(None, "directory or hub id; only its config.json is read, except by --parity")
     model_type: str | None = field(None, "registered type, or all; tests a small config of the type")
+    parity: bool = field(
+        False, "train with transformers and on Megatron from one start on the same batches, and compare"
+    )
+    dataset: list[str] = field([], "with --parity: data that both train on")
+    shrink: bool = field(False, "with --parity: train a small random model of the same shape class instead")
+    train_iters: int = field(20, "with --parity: steps", aliases=["max_steps"])
+    lr: float = field(1e-3, "with --parity: highest learning rate", aliases=["learning_rate"])
+    max_length: int = field(256, "with --parity: longer samples are cut at the left")
+    template: str | None = field(None, "with --parity: chat template (default: the model's own)")
     use_hf: bool = field(False, "ask Hugging Face instead of ModelScope")
     hub_token: str | None = field(None, "access token of the hub")
     trust_remote_code: bool = field(False, "allow Python code that a checkpoint brings to run")
@@ -125,5 +134,12 @@ class CheckArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.parity:
+            if self.model is None or not self.dataset:
+                raise UsageError("check --parity true: give --model DIR_OR_ID and --dataset FILE")
+            return
+        trained = sorted({"dataset", "shrink", "train_iters", "lr", "max_length", "template"} & self.given)
+        if trained:
+            raise UsageError(f"--{trained[0]}: goes with --parity true only")
         if (self.model is None) == (self.model_type is None):
             raise UsageError("check: give --model DIR_OR_ID or --model_type TYPE (or all)")
