@@ -124,7 +124,7 @@ def main() -> None:
     words = ["--model", str(model), "--model_type", model_type, "--template", "chatml", "--dataset", str(data)]
     words += ["--train_iters", str(args.steps), "--micro_batch_size", str(micro), "--global_batch_size", str(batch)]
     words += ["--max_length", str(length), "--truncation_strategy", "right", "--train_type", args.train_type]
-    words += ["--logging_steps", "1", "--save_weights_only", "true", "--report_to", "none", "--split_dataset_ratio", "0"]
+    words += ["--logging_steps", "1", "--save_weights_only", "true", "--report_to", "none"]
     if args.train_type == "lora":
         words += ["--lora_rank", "16", "--target_modules", "all-linear"]
     runs: dict[str, list[dict[str, float]]] = {"transformers": [], "megatron": []}
