@@ -23,7 +23,7 @@ from swiftlite.utils.logger import get_logger
 logger = get_logger()
 
 TOLERANCE = 1e-5  # relative, fp32
-COMPARED = ("loss", "grad_norm")
+COMPARED = ("loss", "grad_norm", "logps/chosen", "logps/rejected")  # the latter in preference training
 SIDES = ("transformers", "megatron")
 # What both runs share. With Adam's usual epsilon, gradients that are rounding noise around zero would make whole steps.
 SETTINGS = {
@@ -54,12 +54,13 @@ def compare(transformers: Sequence[Line], megatron: Sequence[Line]) -> tuple[str
     steps = [int(line["step"]) for line in transformers]
     if not steps or steps != [int(line["step"]) for line in megatron]:
         raise VerifyError(f"{len(transformers)} steps with transformers and {len(megatron)} on Megatron; please report")
-    largest, first = dict.fromkeys(COMPARED, 0.0), None
-    heads = [f"{name} {side}" for name in COMPARED for side in (*SIDES, "off")]
+    names = [name for name in COMPARED if name in transformers[0]]
+    largest, first = dict.fromkeys(names, 0.0), None
+    heads = [f"{name} {side}" for name in names for side in (*SIDES, "off")]
     rows = [["step", *heads]]
     for step, one, two in zip(steps, transformers, megatron, strict=True):
         rows.append([str(step)])
-        for name in COMPARED:
+        for name in names:
             off = abs(two[name] - one[name]) / max(abs(one[name]), 1e-30)
             largest[name] = max(largest[name], off)
             rows[-1] += [f"{one[name]:.8g}", f"{two[name]:.8g}", f"{off:.1e}{' !' if off > TOLERANCE else ''}"]
@@ -97,10 +98,13 @@ def write_shrunken(source: Path, target: Path) -> None:
 
 def parity(args: CheckArguments) -> ParityResult:
     """Train on both sides, show the table. Raises: VerifyError naming the first step and value that is off."""
+    from swiftlite.llm.train.dpo import dpo_main
     from swiftlite.llm.train.metrics import JSONL, read_history
     from swiftlite.llm.train.sft import sft_main
+    from swiftlite.megatron.trainers.dpo import megatron_dpo_main
     from swiftlite.megatron.trainers.sft import megatron_sft_main
 
+    trainers = (dpo_main, megatron_dpo_main) if args.rlhf_type == "dpo" else (sft_main, megatron_sft_main)
     with tempfile.TemporaryDirectory() as folder:
         model = str(args.model)
         if args.shrink:
@@ -117,7 +121,7 @@ def parity(args: CheckArguments) -> ParityResult:
         words = ["--dataset", *args.dataset]
         words += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         curves = []
-        for side, main in zip(SIDES, (sft_main, megatron_sft_main), strict=True):
+        for side, main in zip(SIDES, trainers, strict=True):
             logger.info("%d steps on %s", args.train_iters, side)
             output = Path(folder) / side
             with _quiet():
@@ -128,8 +132,8 @@ def parity(args: CheckArguments) -> ParityResult:
     if wrong is not None:
         raise VerifyError(f"{args.model}: {wrong}, allowed {TOLERANCE:.0e}")
     logger.info(
-        "%s: %d steps, losses within %.1e and gradient norms within %.1e; the loss fell by %.0f %%", args.model,
-        result.steps, result.largest["loss"], result.largest["grad_norm"], 100 * result.fall,
+        "%s: %d steps, %s; the loss fell by %.0f %%", args.model, result.steps,
+        ", ".join(f"{name} within {off:.1e}" for name, off in result.largest.items()), 100 * result.fall,
     )  # fmt: skip
     if result.fall < LEARNED:
         logger.warning(

@@ -27,7 +27,8 @@ def check(
     data = tmp_path / "data.jsonl"
     rows = [
         {"messages": [{"role": "user", "content": f"{q} {i}"},
-                      {"role": "assistant", "content": "I am Swifty. " * (i % 3 + 1)}]}
+                      {"role": "assistant", "content": "I am Swifty. " * (i % 3 + 1)}],
+         "rejected_response": "No idea" + " at all" * (i % 4)}
         for i in range(4) for q in QUESTIONS
     ]  # fmt: skip
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -46,7 +47,13 @@ def test_both_sides_agree(family: str, check: Any) -> None:
     code, table, told = check(family)
     assert code == 0, told
     assert [line.split()[0] for line in table] == ["step", *map(str, range(1, 21))]
-    assert "20 steps, losses within" in told and "hardly fell" not in told
+    assert "20 steps, loss within" in told and "hardly fell" not in told
+
+
+def test_both_sides_agree_on_preferences(check: Any) -> None:
+    code, table, told = check("glm4_moe", "--rlhf_type", "dpo")
+    assert code == 0, told
+    assert len(table) == 21 and "logps/rejected within" in told and "hardly fell" not in told
 
 
 def test_shrunken_models_and_too_little_learning(check: Any) -> None:

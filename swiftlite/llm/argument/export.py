@@ -123,6 +123,7 @@ class CheckArguments(Arguments):
     )
     dataset: list[str] = field([], "with --parity: data that both train on")
     shrink: bool = field(False, "with --parity: train a small random model of the same shape class instead")
+    rlhf_type: str | None = field(None, "with --parity: training on preference pairs instead", choices=["dpo"])
     train_iters: int = field(20, "with --parity: steps", aliases=["max_steps"])
     lr: float = field(1e-3, "with --parity: highest learning rate", aliases=["learning_rate"])
     max_length: int = field(256, "with --parity: longer samples are cut at the left")
@@ -138,7 +139,7 @@ class CheckArguments(Arguments):
             if self.model is None or not self.dataset:
                 raise UsageError("check --parity true: give --model DIR_OR_ID and --dataset FILE")
             return
-        trained = sorted({"dataset", "shrink", "train_iters", "lr", "max_length", "template"} & self.given)
+        trained = sorted({"dataset", "shrink", "rlhf_type", "train_iters", "lr", "max_length", "template"} & self.given)
         if trained:
             raise UsageError(f"--{trained[0]}: goes with --parity true only")
         if (self.model is None) == (self.model_type is None):
