@@ -85,17 +85,23 @@ def run(argv: Sequence[str]) -> int:
         args = parse(arguments, rest)
         if torchrun is not None:
             get_logger().warning("%s runs in one process; NPROC_PER_NODE and NNODES have no effect", " ".join(words))
-        if not getattr(args, "debug", False):  # deprecations inside libraries are nothing that a user can act on
-            warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
-        _load(route.handler)(args)
-        return 0
+        return _handle(route, args)
     # Mistakes in the arguments are told once, here, instead of once per process; remarks are left to the workers.
     logger = get_logger()
     level = logger.level
     logger.setLevel(logging.WARNING)
-    parse(arguments, rest)
+    args = parse(arguments, rest)
     logger.setLevel(level)
+    if getattr(args, "dry_run", False):
+        return _handle(route, args)
     return launch(torchrun, argv, os.environ)
+
+
+def _handle(route: Route, args: Any) -> int:
+    if not getattr(args, "debug", False):  # deprecations inside libraries are nothing that a user can act on
+        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
+    _load(route.handler)(args)
+    return 0
 
 
 def _message(error: BaseException) -> str:

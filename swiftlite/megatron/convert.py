@@ -19,9 +19,18 @@ from swiftlite.llm.argument.export import ExportArguments
 from swiftlite.llm.pipeline import as_arguments, resolve
 from swiftlite.megatron.adapters import base_map, export_adapter, open_adapter, the_adapter
 from swiftlite.megatron.argument.export import conversion_arguments
+from swiftlite.megatron.dry_run import num_processes, print_conversion, print_layouts
 from swiftlite.megatron.execute import run_jobs, verify_bitwise
+from swiftlite.megatron.memory import TrainingModel
 from swiftlite.megatron.model.hf_config import convert_hf_config
-from swiftlite.megatron.plan import check_duplicates, plan_to_hf, plan_to_mcore, print_coverage
+from swiftlite.megatron.plan import (
+    ConfigSource,
+    check_duplicates,
+    has_weights,
+    plan_to_hf,
+    plan_to_mcore,
+    print_coverage,
+)
 from swiftlite.megatron.side_files import (
     MEGATRON_LM_ARGS,
     copy_side_files,
@@ -31,7 +40,7 @@ from swiftlite.megatron.side_files import (
     write_manifest,
 )
 from swiftlite.megatron.vocabulary import add_tokens
-from swiftlite.utils.dist import barrier, get_rank, get_world_size, host_group
+from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, peak_memory_bytes
 from swiftlite.utils.logger import get_logger
@@ -70,17 +79,21 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
         source = source or open_source(model_dir, config)
         adapter = open_adapter(the_adapter(args), base_map(args), scratch)
         source = cast(SafetensorsSource, Merged(source, adapter.source, adapter.names, adapter.config))
-    plan = plan_to_mcore(model_dir, config, dtype, args.thread_count, get_world_size(), source)
+    if args.dry_run and source is None and not has_weights(model_dir):
+        source = ConfigSource(model_dir, config)
+    plan = plan_to_mcore(model_dir, config, dtype, args.thread_count, num_processes(), source)
     total, num_files = plan.dist.total_bytes, len(plan.dist.sizes)
     output_dir = Path(args.output_dir or default_output_dir(args.model, "mcore"))
-    _report_plan("to_mcore", model_dir, output_dir, plan.bound, plan.coverage, total, num_files)
+    _report_plan("to_mcore", model_dir, output_dir, plan.bound, plan.coverage, total, num_files, args)
+    main_dtype = dtype or args.model_info.torch_dtype
+    megatron = conversion_arguments(convert_hf_config(config), str(output_dir), main_dtype, args)
     if args.dry_run:
         print_coverage(plan.bound, plan.coverage, plan.dtypes)
+        print_conversion(args, output_dir, plan.source, total, list(plan.dist.sizes.values()))
+        print_layouts(args, TrainingModel(plan.bound, megatron, main_dtype), ["--mcore_model", str(output_dir)])
         return output_dir
     check_new(output_dir, args.exist_ok)
     check_disk(output_dir, total)
-    main_dtype = dtype or args.model_info.torch_dtype
-    megatron = conversion_arguments(convert_hf_config(config), str(output_dir), main_dtype, args)
 
     def prepare(directory: Path) -> None:
         check_duplicates(plan.source, plan.coverage.duplicates)
@@ -135,8 +148,9 @@ def convert_mcore2hf(args: Any) -> Path:
     layout = None if "max_shard_size" in args.given else plan.layout
     shards = plan_shards(plan.specs, args.max_shard_bytes, layout)
     output_dir = Path(args.output_dir or default_output_dir(root, "hf"))
-    _report_plan("to_hf", iteration, output_dir, plan.view.bound, None, plan.total_bytes, len(shards))
+    _report_plan("to_hf", iteration, output_dir, plan.view.bound, None, plan.total_bytes, len(shards), args)
     if args.dry_run:
+        print_conversion(args, output_dir, plan.view.source, plan.total_bytes, [shard.size for shard in shards])
         return output_dir
     check_new(output_dir, args.exist_ok)
     check_disk(output_dir, plan.total_bytes)
@@ -169,13 +183,13 @@ def default_output_dir(model: str | Path, suffix: str) -> str:
 
 
 def _report_plan(
-    what: str, source: Path, target: Path, bound: BoundMap, coverage: Coverage | None, total: int, files: int
+    what: str, source: Path, target: Path, bound: BoundMap, coverage: Coverage | None, total: int, files: int, args: Any
 ) -> None:
     log = get_logger()
     log.info("%s: %s -> %s", what, source, target)
     log.info(
-        "%d tensors, %s in %d files; peak memory of the copy about %s", len(bound.by_hf), format_bytes(total), files,
-        format_bytes(3 * stream.BLOCK_BYTES * stream.WORKERS),
+        "%d tensors, %s in %d files; planned peak memory %s", len(bound.by_hf), format_bytes(total), files,
+        format_bytes(peak_memory_bytes() + stream.planned_bytes(args.max_memory_bytes)),
     )  # fmt: skip
     if coverage and coverage.ignored:
         log.info("ignored: %s", ", ".join(coverage.ignored[:5]) + (" ..." if len(coverage.ignored) > 5 else ""))
@@ -201,7 +215,7 @@ def _check_precision(
 def _summary(output_dir: Path, total: int, started: float, next_command: str) -> None:
     seconds = time.time() - started
     get_logger().info(
-        "wrote %s (%s) in %.1f s, %s/s, peak memory %s", output_dir, format_bytes(total), seconds,
+        "wrote %s (%s) in %.1f s, %s/s, measured peak memory %s", output_dir, format_bytes(total), seconds,
         format_bytes(total / max(seconds, 1e-9)), format_bytes(peak_memory_bytes()),
     )  # fmt: skip
     get_logger().info("next: %s", next_command)

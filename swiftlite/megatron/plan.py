@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,10 @@ from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import format_bytes
 from swiftlite.weights import stream
-from swiftlite.weights.fp8 import open_source
+from swiftlite.weights.fp8 import ACTIVATION_SCALES, SCALES, open_source
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Coverage, Duplicate, Entry
-from swiftlite.weights.safetensors import SafetensorsSource
+from swiftlite.weights.safetensors import INDEX, SINGLE, Located, SafetensorsSource
 from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, decoder
 from swiftlite.weights.torch_dist import DistPlan, HfNames, McoreView, TorchDistSource, plan_torch_dist
 
@@ -48,6 +49,42 @@ class ToMcorePlan:
             )  # fmt: skip
         first = {entry.label: tensors[entry.hf[0]] for entry in self.bound.entries}
         return sorted(jobs, key=lambda job: (first[job.name].file.name, first[job.name].offset))
+
+
+class ConfigSource(SafetensorsSource):
+    """The tensors that config.json and the index speak of, for planning where the weights themselves are not there."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        """Without an index: all tensors that the config describes, MTP blocks too. Nothing can be read."""
+        self.directory = directory
+        bound = bind_map(config, self._index or ("mtp.",))
+        shapes = {name: entry.hf_shapes[i] for name, (entry, i) in bound.by_hf.items()}
+        kept = {name for name, (entry, _) in bound.by_hf.items() if entry.rule.keep_dtype}
+        for copy in bound.duplicates:
+            if copy.name in self._index:
+                shapes[copy.name] = shapes[resolve_copy(copy, bound)]
+        dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"))
+        # Names that no rule knows are reported by BoundMap.check; scales of FP8 weights go when these are dequantised.
+        unknown = {n: () for n in self._index if n not in shapes and not n.endswith((*SCALES, *ACTIVATION_SCALES))}
+        self.tensors = {
+            name: Located(TensorSpec(torch.float32 if name in kept else dtype, shape), self._file(name), 0)
+            for name, shape in {**shapes, **unknown}.items()
+            if not self._index or name in self._index
+        }
+
+    def _file(self, name: str) -> Path:
+        return self.directory / self._index.get(name, SINGLE)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the index says, or the sum of the tensors."""
+        path = self.directory / INDEX
+        stated = json.loads(path.read_text()).get("metadata", {}).get("total_size") if path.is_file() else None
+        return int(stated or sum(located.spec.nbytes for located in self.tensors.values()))
+
+
+def has_weights(directory: Path) -> bool:
+    return any(directory.glob("*.safetensors"))
 
 
 def plan_to_mcore(
@@ -207,11 +244,14 @@ def _read(source: SafetensorsSource, name: str, start: int, stop: int, files: Fi
 def print_coverage(bound: BoundMap, coverage: Coverage, dtypes: Mapping[tuple[str, int | None], torch.dtype]) -> None:
     """Print the plan per rule: Megatron name <- HF names, shape, dtype, bytes; then what is left out and why."""
     for entry in bound.entries:
-        dtype = dtypes[entry.mcore, entry.expert]
+        if entry.expert:
+            continue
+        dtype, experts = dtypes[entry.mcore, entry.expert], 1 if entry.expert is None else bound.model.experts
         spec = TensorSpec(dtype, entry.shape)
         print(
             f"{entry.label} <- {' + '.join(entry.hf)} {type(entry.rule.op).__name__} "
             f"{list(entry.shape)} {str(dtype).removeprefix('torch.')} {format_bytes(spec.nbytes)}"
+            f"{f', and so {experts - 1} more experts' if experts > 1 else ''}"
         )
     for name in coverage.ignored:
         print(f"ignored: {name} (not a weight)")

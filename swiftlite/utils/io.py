@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import sys
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +50,48 @@ def write_json(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Bytes per second, read from and written to the disk itself."""
+
+    read: float
+    write: float
+
+
+def existing_parent(path: Path) -> Path:
+    """`path`, or the nearest directory above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+
+
+def probe_disk(directory: Path, seconds: float = 2.0) -> DiskSpeed | None:
+    """Measure the disk that will hold `directory` with a temporary file, half the time writing, half reading.
+
+    Returns: None where nothing can be written.
+    """
+    directory, block = existing_parent(directory), os.urandom(32 << 20)
+    room = shutil.disk_usage(directory).free // 4
+    buffer = bytearray(len(block))
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            written = read = 0
+            started = time.perf_counter()
+            while written <= room and (not written or time.perf_counter() - started < seconds / 2):
+                written += sum(file.write(block) for _ in range(8))
+                os.fdatasync(file.fileno())
+            write_rate = written / (time.perf_counter() - started)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            started = time.perf_counter()
+            while (count := file.readinto(buffer)) and time.perf_counter() - started < seconds / 2:
+                read += count
+            return DiskSpeed(max(read, count) / (time.perf_counter() - started), write_rate)
+    except OSError:
+        return None
+
+
 def check_disk(directory: Path, needed: int) -> None:
     """Raises: BudgetError if the file system that will hold `directory` has less than `needed` bytes free."""
-    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(directory)).free
     if needed > free:
         raise BudgetError(
             f"{directory} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room or "

@@ -232,6 +232,12 @@ def run(
     return digests
 
 
+def planned_bytes(max_memory: int | None) -> int:
+    """What the blocks of a run take at most."""
+    default = 3 * BLOCK_BYTES * WORKERS
+    return default if max_memory is None else min(default, max_memory)
+
+
 def fit_budget(jobs: Sequence[Job], max_memory: int | None) -> tuple[int, int]:
     """Block size in bytes and number of threads under a budget; a block may need its bytes twice, for a cast."""
     if max_memory is None:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 
 from swiftlite.megatron import backend, hf_io
 from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.distributed import destroy, initialize
-from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.dry_run import own_layout
+from swiftlite.megatron.memory import TrainingModel
+from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.side_files import read_config
-from swiftlite.utils.dist import get_rank
+from swiftlite.utils.dist import get_rank, get_world_size
 from swiftlite.weights.storage import Files, read_tensor
 from swiftlite.weights.torch_dist import McoreView, TorchDistSource
 
@@ -33,6 +36,12 @@ def check(root: Path, layout: dict[str, Any], save_to: Path) -> None:
     try:
         initialize(args)
         models = build_models(args)
+        if not mtp and not args.multi_latent_attention:  # the plain MLA spec divides more than the GPU one
+            planned = TrainingModel(bind_map(config), args, torch.float32).elements(
+                own_layout(args, get_world_size()), mpu.get_pipeline_model_parallel_rank()
+            )
+            held = sum(p.numel() for model in models for p in model.parameters())
+            assert held == planned[0] + planned[1], (layout, held, planned)
         bound = Origin(root / "hf").bound
         view = McoreView.open(TorchDistSource(root / "mcore/iter_0000001"), bound)
         live = hf_io.LiveMap(bound)

@@ -35,7 +35,31 @@ class McoreArguments(Arguments):
 
 
 @arguments
-class ExportArguments(McoreArguments, BaseArguments):
+class PlanArguments(Arguments):
+    """Plan: what a command will do and take, without doing it"""
+
+    dry_run: bool = field(
+        False, "show the plan (bytes, files, memory, time, layouts that fit) and stop; needs config.json, no weights"
+    )
+    gpus: int | None = field(None, "with --dry_run true: GPUs to train on (default: NPROC_PER_NODE x NNODES)")
+    gpu_memory: str = field("80GB", "with --dry_run true: memory of each GPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gpus", "gpu_memory"):
+            if name in self.given and not self.dry_run:
+                raise UsageError(f"--{name} {getattr(self, name)}: belongs to the plan; add --dry_run true")
+        if self.gpus is not None and self.gpus < 1:
+            raise UsageError(f"--gpus {self.gpus}: must be at least 1")
+        parse_bytes(self.gpu_memory, "gpu_memory")
+
+    @property
+    def gpu_memory_bytes(self) -> int:
+        return parse_bytes(self.gpu_memory, "gpu_memory")
+
+
+@arguments
+class ExportArguments(PlanArguments, McoreArguments, BaseArguments):
     """Export: what is converted and how it is checked"""
 
     NOTES: ClassVar[Mapping[str, Note]] = EXPORT_NOTES
@@ -60,7 +84,6 @@ class ExportArguments(McoreArguments, BaseArguments):
     verify: str = field(
         "names", "check afterwards: names and shapes, or every byte both ways", choices=["none", "names", "bitwise"]
     )
-    dry_run: bool = field(False, "show the plan and stop")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from swiftlite.llm.argument.export import PlanArguments
 from swiftlite.llm.argument.flags import TRAIN_UNAVAILABLE
 from swiftlite.llm.argument.sft import PtArguments, SftArguments
 from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE, MegatronArguments
@@ -13,9 +14,10 @@ from swiftlite.utils.parser import arguments
 
 
 @arguments
-class MegatronSftArguments(MegatronArguments, SftArguments):
+class MegatronSftArguments(PlanArguments, MegatronArguments, SftArguments):
     """Supervised fine-tuning on megatron-core"""
 
+    COMMAND: ClassVar[str] = "megatron sft"
     UNAVAILABLE: ClassVar[Mapping[str, str]] = TRAIN_UNAVAILABLE
 
     HIDDEN: ClassVar[Mapping[str, str]] = {
@@ -34,3 +36,5 @@ class MegatronSftArguments(MegatronArguments, SftArguments):
 @arguments
 class MegatronPtArguments(MegatronSftArguments, PtArguments):
     """Continued pre-training on megatron-core: rows with `text`, ended by the end token, packed, trained on as a whole"""
+
+    COMMAND: ClassVar[str] = "megatron pt"

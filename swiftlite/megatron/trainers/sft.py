@@ -13,6 +13,7 @@ from swiftlite.llm.pipeline import as_arguments, mcore_root, prepare_template, r
 from swiftlite.llm.train.data import load_data
 from swiftlite.megatron.argument.sft import MegatronPtArguments, MegatronSftArguments
 from swiftlite.megatron.distributed import ParallelState, parallel_groups
+from swiftlite.megatron.dry_run import print_training
 from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.origin import origin_root
 from swiftlite.megatron.side_files import read_config
@@ -68,7 +69,7 @@ def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> dict[str, A
     """Train; the same command again goes on where it stopped. Called on every rank.
 
     Args: args: an arguments object, or words as typed (`["--model", "DIR", "--dataset", "FILE"]`).
-    Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
+    Returns: the last log line's values, `iteration`, `seconds`, `output_dir`; of a dry run `output_dir` only.
     Raises: SwiftliteError for everything a user can mend, before anything is written where possible.
     """
     return run(as_arguments(MegatronSftArguments, args), SftTrainer, load_data)
@@ -86,6 +87,9 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
     Returns, raises: as megatron_sft_main.
     """
     origin = settle(args)
+    if args.dry_run:
+        print_training(args, origin)
+        return {"output_dir": args.output_dir}
     template = prepare_template(args)
     train_set, val_set = load(args, template)
     with parallel_groups(args) as parallel:

@@ -1,0 +1,240 @@
+"""What training takes on each GPU, computed from config.json: weights, gradients, optimizer, activations of any layout.
+
+No model is built and megatron-core is not imported. Letters: H hidden, T tokens of one micro batch on one rank.
+Activations are what fused GPU kernels and flash attention keep for the backward pass; plain PyTorch kernels keep up to
+twice that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from swiftlite.weights.rule import BoundMap, Entry
+
+OVERHEAD_BYTES = 3_000_000_000  # CUDA context, NCCL buffers, fragments
+GPUS_PER_NODE = 8
+# What is tried, cheapest first. With flash attention "selective" (the default) keeps as much as no recomputation.
+MODES = ("selective", "full")
+
+# Divided over TP ranks; what is not named here is whole on each of them.
+_DIVIDED = (
+    "word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight",
+    "linear_fc1.weight", "linear_fc2.weight", "linear_q_proj.weight", "linear_q_up_proj.weight",
+    "linear_kv_up_proj.weight", "eh_proj.weight",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes, layers of each pipeline stage, what is recomputed (None, selective, full)."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+    stages: tuple[int, ...] = ()
+    recompute: str | None = None
+    sequence_parallel: bool = True
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.gpus // (self.pp * self.ep * self.etp)
+
+    def flags(self) -> list[str]:
+        """Words of `swiftlite megatron sft` that ask for this layout."""
+        sizes = {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp,
+                 "expert_model_parallel_size": self.ep}  # fmt: skip
+        words = [word for name, size in sizes.items() if size > 1 for word in (f"--{name}", str(size))]
+        if self.etp != self.tp:
+            words += ["--expert_tensor_parallel_size", str(self.etp)]
+        if self.tp > 1 and self.sequence_parallel:
+            words += ["--sequence_parallel", "true"]
+        if self.stages and self.stages[-1] != self.stages[0]:
+            words += ["--decoder_last_pipeline_num_layers", str(self.stages[-1])]
+        if self.recompute == "full":
+            words += "--recompute_granularity full --recompute_method uniform --recompute_num_layers 1".split()
+        return words
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on the fullest GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    overhead: int = OVERHEAD_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.overhead
+
+
+@dataclass(frozen=True)
+class TrainingModel:
+    """What the formulas need to know. args: MegatronArguments with the model's fields set. dtype: of the weights."""
+
+    bound: BoundMap
+    args: Any
+    dtype: torch.dtype
+
+    @cached_property
+    def entries(self) -> dict[int | str, list[Entry]]:
+        """Entries by layer; 'first' and 'last' are what the ends of the pipeline hold. MTP blocks are not trained."""
+        by_place: dict[int | str, list[Entry]] = {"first": [], "last": []}
+        for entry in self.bound.entries:
+            if entry.stack == "decoder.layers" and entry.index is not None:
+                by_place.setdefault(entry.index, []).append(entry)
+            elif entry.stack is None:
+                by_place["first" if entry.mcore.startswith("embedding.") else "last"].append(entry)
+        return by_place
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters of the whole model; buffers do not count."""
+        return sum(math.prod(e.shape) for part in self.entries.values() for e in part if not e.rule.keep_dtype)
+
+    def stage(self, layout: Layout, rank: int) -> list[Entry]:
+        """Entries of a pipeline stage; with tied embeddings the last one has a copy."""
+        stages = layout.stages or even_stages(self.bound.model.num_layers, layout.pp)
+        first = sum(stages[:rank])
+        found = [e for layer in range(first, first + stages[rank]) for e in self.entries[layer]]
+        if rank == 0:
+            found += self.entries["first"]
+        if rank == layout.pp - 1:
+            found += self.entries["last"]
+            if self.bound.model.tied and layout.pp > 1:
+                found += self.entries["first"]
+        return found
+
+    def elements(self, layout: Layout, rank: int) -> tuple[int, int, int]:
+        """(dense parameters, expert parameters, fp32 buffers) on one GPU of a pipeline stage."""
+        dense = experts = buffers = 0
+        for entry in self.stage(layout, rank):
+            shape = entry.shape
+            if "vocab" in entry.rule.hf[0].dims:  # rows are padded, so that every rank has as many
+                shape = (math.ceil(shape[0] / layout.tp) * layout.tp, *shape[1:])
+            size = math.prod(shape)
+            if entry.rule.keep_dtype:
+                buffers += size
+            elif entry.expert is not None:
+                experts += size
+            else:
+                dense += size // layout.tp if entry.mcore.endswith(_DIVIDED) else size
+        return dense, experts // (layout.ep * layout.etp), buffers
+
+    def need(self, layout: Layout, micro_batch_size: int, seq_length: int, num_microbatches: int) -> Need:
+        """Bytes on the GPU of the pipeline stage that takes most."""
+        tokens = micro_batch_size * seq_length
+        return max((self._stage_need(layout, rank, tokens, num_microbatches) for rank in range(layout.pp)),
+                   key=lambda need: need.total)  # fmt: skip
+
+    def _stage_need(self, layout: Layout, rank: int, tokens: int, num_microbatches: int) -> Need:
+        dense, experts, buffers = self.elements(layout, rank)
+        width = self.dtype.itemsize
+        per_parameter = 8 if self.dtype == torch.float32 else 12  # two moments, and fp32 main weights
+        return Need(
+            weights=(dense + experts) * width + 4 * buffers,
+            gradients=(dense + experts) * 4,
+            optimizer=per_parameter * (math.ceil(dense / layout.dp) + math.ceil(experts / layout.expert_dp)),
+            activations=self._activations(layout, rank, tokens, min(layout.pp - rank, num_microbatches)),
+        )
+
+    def _activations(self, layout: Layout, rank: int, tokens: int, in_flight: int) -> int:
+        """Of the micro batches that a stage has begun and not yet gone back through (1F1B schedule)."""
+        stages = layout.stages or even_stages(self.bound.model.num_layers, layout.pp)
+        first, width = sum(stages[:rank]), self.dtype.itemsize
+        layers = [self.layer_activations(layout, i, tokens) for i in range(first, first + stages[rank])]
+        kept = sum(layers)
+        extra = 0
+        if layout.recompute == "full":
+            row = tokens * self.bound.model.hidden * width // (layout.tp if layout.sequence_parallel else 1)
+            kept, extra = row * len(layers), max(layers)
+        total = kept * in_flight + extra
+        if rank == layout.pp - 1:  # logits in the model's dtype, in fp32, and their gradient
+            total += tokens * self.bound.model.vocab // layout.tp * (width + 8)
+        return total
+
+    def layer_activations(self, layout: Layout, layer: int, tokens: int) -> int:
+        """What one layer keeps of one micro batch without recomputation."""
+        m, args, width, tp = self.bound.model, self.args, self.dtype.itemsize, layout.tp
+        whole = tokens // (tp if layout.sequence_parallel else 1)
+        values = 4 * whole * m.hidden  # input and output of both norms
+        if m.mla:
+            values += tokens * (m.q_lora + m.kv_down_rows) * 2 + tokens * (2 * m.q_rows + m.kv_up_rows) // tp
+        else:
+            values += tokens * (m.q_rows + 2 * m.kv_rows) // tp
+        values += tokens * m.attn_cols // tp
+        if self._scores_are_kept(layout):
+            values += tokens * (args.seq_length or tokens) * m.heads // tp
+        if not m.moe_layers[layer]:
+            return (values + 3 * tokens * m.ffn // tp) * width
+        routed = tokens * int(args.moe_router_topk) * layout.etp // tp
+        values += routed * m.hidden + 3 * routed * m.moe_ffn // layout.etp + 3 * tokens * m.shared_ffn // tp
+        return values * width + 4 * 2 * whole * m.experts  # router: logits and probabilities in fp32
+
+    def _scores_are_kept(self, layout: Layout) -> bool:
+        return self.args.attention_backend == "unfused" and layout.recompute is None
+
+    def layouts(self, gpus: int) -> Iterator[Layout]:
+        """Every layout that megatron-core can build on that many GPUs, TP within a node."""
+        m = self.bound.model
+        for tp in _divisors(math.gcd(gpus, GPUS_PER_NODE)):
+            if m.heads % tp or (not m.mla and m.groups % tp) or (m.ffn and m.ffn % tp):
+                continue
+            for pp in _divisors(gpus // tp):
+                stages = even_stages(m.num_layers, pp)
+                if not stages:
+                    continue
+                dp = gpus // (tp * pp)
+                for ep in _divisors(gpus // pp) if m.experts else [1]:
+                    for etp in {1, tp} if m.experts else {tp}:
+                        if m.experts and (m.experts % ep or (gpus // pp) % (ep * etp) or m.moe_ffn % etp):
+                            continue
+                        for mode in MODES:
+                            yield Layout(tp, pp, ep, etp, dp, stages, mode)
+
+    def fitting(
+        self, gpus: int, gpu_memory: int, micro_batch_size: int, seq_length: int, global_batch_size: int
+    ) -> list[tuple[Layout, Need]]:
+        """Layouts whose fullest GPU has room, those that compute fastest first: little recomputation, then few ranks that
+        have to talk within a layer, then few pipeline stages."""
+        found = []
+        for layout in self.layouts(gpus):
+            per_pass = micro_batch_size * layout.dp
+            if global_batch_size % per_pass:
+                continue
+            need = self.need(layout, micro_batch_size, seq_length, global_batch_size // per_pass)
+            if need.total <= gpu_memory:
+                found.append((layout, need))
+        return sorted(found, key=lambda item: (
+            item[0].recompute == "full", item[0].tp * item[0].etp, item[0].pp, item[0].ep, item[1].total))  # fmt: skip
+
+    def smallest(self, gpus: int, micro_batch_size: int, seq_length: int, num_microbatches: int) -> tuple[Layout, Need]:
+        """The layout that takes least, whatever it costs in speed."""
+        needs = ((la, self.need(la, micro_batch_size, seq_length, num_microbatches)) for la in self.layouts(gpus))
+        return min(needs, key=lambda item: item[1].total)
+
+
+def even_stages(num_layers: int, pp: int) -> tuple[int, ...]:
+    """Layers of each stage: equal, or fewer in the last one, which has the output layer too; () if it would have none."""
+    most = math.ceil(num_layers / pp)
+    last = num_layers - most * (pp - 1)
+    return (most,) * (pp - 1) + (last,) if last > 0 else ()
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
