@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -395,6 +396,8 @@ def training_arguments(setting: Setting) -> transformers.TrainingArguments:
     """transformers' arguments for a run; every name has one meaning on both sides."""
     args, cpu = setting.args, not torch.cuda.is_available()
     several = get_world_size() > 1
+    # transformers 4 leaves what a run before this one in the process asked for, and would compute in it.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     return transformers.TrainingArguments(
         output_dir=args.output_dir,
         per_device_train_batch_size=args.micro_batch_size,

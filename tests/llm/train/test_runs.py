@@ -101,6 +101,12 @@ def test_bf16_goes_on_exactly(run: Any, tmp_path: Path) -> None:
     assert losses(run(sft_main, "parts", **flags)[1]) != losses(whole)
 
 
+def test_a_run_in_bf16_leaves_nothing_to_the_next(run: Any) -> None:
+    before = losses(run(sft_main, "before")[1])
+    run(sft_main, "half", torch_dtype="bfloat16", train_iters=1)
+    assert losses(run(sft_main, "after")[1]) == before
+
+
 def test_checkpoint_has_the_models_own_files(run: Any, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     run(sft_main, "run", train_iters=1)
     written, source = tmp_path / "run/checkpoint-1", tiny_model("qwen3")
