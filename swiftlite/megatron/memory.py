@@ -105,7 +105,7 @@ class TrainingModel:
     @property
     def num_parameters(self) -> int:
         """Trained parameters of the whole model; buffers do not count."""
-        return sum(math.prod(e.shape) for part in self.entries.values() for e in part if not e.rule.keep_dtype)
+        return sum(math.prod(e.shape) for part in self.entries.values() for e in part if not _is_buffer(e))
 
     def stage(self, layout: Layout, rank: int) -> list[Entry]:
         """Entries of a pipeline stage; with tied embeddings the last one has a copy."""
@@ -128,7 +128,7 @@ class TrainingModel:
             if "vocab" in entry.rule.hf[0].dims:  # rows are padded, so that every rank has as many
                 shape = (math.ceil(shape[0] / layout.tp) * layout.tp, *shape[1:])
             size = math.prod(shape)
-            if entry.rule.keep_dtype:
+            if _is_buffer(entry):
                 buffers += size
             elif entry.expert is not None:
                 experts += size
@@ -227,6 +227,11 @@ class TrainingModel:
         """The layout that takes least, whatever it costs in speed."""
         needs = ((la, self.need(la, micro_batch_size, seq_length, num_microbatches)) for la in self.layouts(gpus))
         return min(needs, key=lambda item: item[1].total)
+
+
+def _is_buffer(entry: Entry) -> bool:
+    """Kept in fp32 and moved by no optimizer."""
+    return entry.mcore.endswith("router.expert_bias")
 
 
 def even_stages(num_layers: int, pp: int) -> tuple[int, ...]:

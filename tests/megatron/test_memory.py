@@ -22,10 +22,12 @@ from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.base import build_optimizer, build_scheduler, wrap_models
 from tests.conftest import GOLDEN, TINY_CONFIGS
+from tests.families.cases import config_of
 
 CONFIGS = {
     "qwen3": {**TINY_CONFIGS["qwen3"], "tie_word_embeddings": True, "vocab_size": 333},
     "glm4_moe": TINY_CONFIGS["glm4_moe"],
+    "ernie": config_of("ernie:default"),  # its router's weight keeps its dtype, and is trained
 }
 AIR = json.loads((GOLDEN / "glm4_5_air/config.json").read_text())
 
