@@ -55,11 +55,19 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# torchrun kills workers this many seconds after it handed on a signal; by itself after 30, in the middle of the checkpoint
+# that a training run writes when it is asked to end.
+SHUTDOWN_SECONDS = 1800
+
+
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The workers' environment: the machine's cores are divided over the processes unless OMP_NUM_THREADS is set."""
+    """The environment of torchrun and its workers, where the user says nothing else.
+
+    The machine's cores are divided over the processes, and workers have time to save after a signal.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // _count(environ, "NPROC_PER_NODE", 1, 1))
-    return {"OMP_NUM_THREADS": str(threads), **environ}
+    return {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **environ}
 
 
 def launch(torchrun: Sequence[str], argv: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -176,13 +176,13 @@ open(out, "w").write(os.environ["WORLD_SIZE"] + " " + " ".join(sys.argv[1:]))
 if "fail" in sys.argv and os.environ["RANK"] == "1":
     sys.exit(7)
 if "wait" in sys.argv:
-    signal.signal(signal.SIGTERM, lambda *a: (open(out + ".term", "w").close(), sys.exit(0)))
+    signal.signal(signal.SIGTERM, lambda *a: (time.sleep(3), open(out + ".term", "w").close(), sys.exit(0)))
     open(out + ".ready", "w").close()
     time.sleep(60)
 """
 
 
-def start(tmp_path, word):
+def start(tmp_path, word, **variables):
     """Launch two workers from another process, with a module `swiftlite_worker` in place of `swiftlite`."""
     (tmp_path / "swiftlite_worker.py").write_text(WORKER)
     code = (
@@ -194,7 +194,7 @@ def start(tmp_path, word):
         f"sys.exit(launcher.launch(launcher.torchrun_args(os.environ), [{word!r}], os.environ))"
     )
     environ = {**os.environ, "NPROC_PER_NODE": "2", "OUT": str(tmp_path), "OMP_NUM_THREADS": "1",
-               "PYTHONPATH": f"{ROOT}:{tmp_path}"}  # fmt: skip
+               "PYTHONPATH": f"{ROOT}:{tmp_path}", **variables}  # fmt: skip
     return subprocess.Popen([sys.executable, "-c", code], env=environ, stderr=subprocess.PIPE, text=True)
 
 
@@ -209,11 +209,15 @@ def test_workers_get_the_words_and_their_exit_code_is_passed_on(tmp_path):
 
 
 @pytest.mark.dist
-def test_sigterm_reaches_the_workers(tmp_path):
-    process = start(tmp_path, "wait")
+@pytest.mark.parametrize("patience", [None, "1"])
+def test_sigterm_reaches_the_workers_and_leaves_them_time(tmp_path, patience):
+    """Workers need three seconds to end; torchrun's own half minute is no yardstick for a checkpoint."""
+    environ = {} if patience is None else {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience}
+    assert int(launcher.worker_environment(environ)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == int(patience or 1800)
+    process = start(tmp_path, "wait", **environ)
     deadline = time.time() + 60
     while len(list(tmp_path.glob("*.ready"))) < 2 and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
-    assert len(list(tmp_path.glob("*.term"))) == 2
+    assert len(list(tmp_path.glob("*.term"))) == (2 if patience is None else 0)
