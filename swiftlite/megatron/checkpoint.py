@@ -224,10 +224,13 @@ def save_checkpoint(
         weights = {key: value for key, value in state.items() if key.startswith("model")}
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
         common["opt_param_scheduler"] = scheduler.state_dict()
-        state["rng_state"] = _rng_object()
+        if not args.no_save_rng:
+            state["rng_state"] = _rng_object()
         first = _optimizer_parts(state["optimizer"])[0]
         step = next(group["step"] for group in first["optimizer"]["param_groups"] if "step" in group)
-        mine.update(has_optimizer=True, step=int(step), grad_scaler=first.get("grad_scaler"))
+        mine.update(
+            has_optimizer=True, has_rng=not args.no_save_rng, step=int(step), grad_scaler=first.get("grad_scaler")
+        )
     _cut_vocabulary(state, int(args.padded_vocab_size))
     plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     common["content_metadata"] = plain
@@ -285,7 +288,7 @@ def load_checkpoint(
         # Only the tensors are asked for. Parameter groups differ by layout (experts have their own only with EP) and
         # hold nothing but the step that arguments and schedule do not give.
         state["optimizer_tensors"] = [part["param_state"] for part in _optimizer_parts(optimizer_state)]
-    has_rng = mine.get("layout") == _layout() and bool(mine.get("has_optimizer")) and not args.no_load_rng
+    has_rng = mine.get("layout") == _layout() and bool(mine.get("has_rng")) and not args.no_load_rng
     if has_rng:
         state["rng_state"] = _rng_object()
     try:
@@ -303,14 +306,19 @@ def load_checkpoint(
         optimizer.load_state_dict(optimizer_state)
     elif optimizer is not None:
         optimizer.reload_model_params()
+        logger.warning(
+            "%s: only the weights are taken, the optimizer begins anew at the step's learning rate", directory
+        )
+    consumed = int(mine.get("consumed_samples", common["args"].get("consumed_train_samples", 0)))
     if scheduler is not None and "opt_param_scheduler" in common:
         scheduler.load_state_dict(copy.deepcopy(common["opt_param_scheduler"]))
+    elif scheduler is not None:
+        scheduler.step(increment=consumed)
     if has_rng:
         _set_rng_state(loaded["rng_state"][0])
-    elif mine.get("has_optimizer"):
+    elif mine.get("has_rng"):
         logger.info("the parallel layout changed: random generators start anew")
-    iteration = int(common["iteration"])
-    return Position(iteration, int(mine.get("consumed_samples", common["args"].get("consumed_train_samples", 0))))
+    return Position(int(common["iteration"]), consumed)
 
 
 def _load_models(models: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:

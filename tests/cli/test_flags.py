@@ -63,8 +63,6 @@ def test_docs_are_what_the_generator_writes():
 # Fields that the arguments themselves turn into another setting, and that setting.
 TURNED_INTO = {
     "debug": "--debug",
-    "recompute": "recompute_granularity",
-    "save_weights_only": "no_save_optim",
     "gradient_accumulation_steps": "batch_sizes",
     "global_batch_size": "batch_sizes",
     "micro_batch_size": "batch_sizes",
@@ -75,15 +73,21 @@ TURNED_INTO = {
     "max_memory": "max_memory_bytes",
     "torch_dtype": "torch_dtype|dtype",
 }
+MEGATRON_TURNED_INTO = {"recompute": "recompute_granularity", "save_weights_only": "no_save_optim"}
 TEMPLATE = "get_template_kwargs"
 VIA_TEMPLATE = {"system", "max_length", "truncation_strategy", "max_pixels", "agent_template", "norm_bbox",
                 "use_chat_template", "padding_free", "padding_side", "loss_scale", "response_prefix",
                 "template_backend", "context_parallel_size"}  # fmt: skip
 
 
-def _sources():
+def _sources(megatron):
+    """(all code that a command runs, the same without the list of settings that may change on resumption)."""
     skipped = {PACKAGE / "llm/argument", PACKAGE / "megatron/argument"}
-    return "\n".join(p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py") if not skipped & set(p.parents))
+    if not megatron:
+        skipped.add(PACKAGE / "megatron")
+    files = [p for p in PACKAGE.rglob("*.py") if not skipped & set(p.parents) and p.name != "flag_table.py"]
+    texts = [(p.name, p.read_text(encoding="utf-8")) for p in files]
+    return "\n".join(t for _, t in texts), "\n".join(t for name, t in texts if name != "run_directory.py")
 
 
 def _transformer_config_fields():
@@ -100,15 +104,16 @@ def test_every_flag_that_acts_is_read_somewhere(words):
         pytest.skip(f"{route.handler} does not exist yet")
     module, _, name = route.arguments.partition(":")
     cls = getattr(importlib.import_module(module), name)
-    text = _sources()
+    megatron = "megatron" in route.handler
+    read, named = _sources(megatron)
     by_name = _transformer_config_fields() if words[0] == "megatron" else set()
     unread = []
-    for field in specs(cls):
-        if field in cls.HIDDEN or field in cls.UNAVAILABLE or field in by_name:
+    for field, spec in specs(cls).items():
+        if field in cls.HIDDEN or field in cls.UNAVAILABLE or field in by_name or len(spec.choices or "ab") == 1:
             continue
-        target = TEMPLATE if field in VIA_TEMPLATE else TURNED_INTO.get(field, field)
-        if not any(
-            re.search(rf"\b(?:args|a)\.{re.escape(t)}\b|[\"']{re.escape(t)}[\"']", text) for t in target.split("|")
-        ):
+        turned = TURNED_INTO | (MEGATRON_TURNED_INTO if megatron else {})
+        targets = (TEMPLATE if field in VIA_TEMPLATE else turned.get(field, field)).split("|")
+        by_attribute = any(re.search(rf"\b(?:args|a)\.{re.escape(t)}\b", read) for t in targets)
+        if not by_attribute and not any(re.search(rf"[\"']{re.escape(t)}[\"']", named) for t in targets):
             unread.append(field)
     assert not unread, f"{' '.join(words)}: read nowhere: {unread}"

@@ -43,8 +43,18 @@ EXPORT_NOTES: dict[str, Note] = {
     "fp8_param_gather": Note("rejected", "writing FP8 weights is not supported; export bf16"),
 }
 
+_BATCHES = "samples are token ids before training begins, so a batch takes no time worth dividing (see data_s)"
+BATCH_NOTES: dict[str, Note] = {
+    "dataloader_num_workers": Note("default", _BATCHES),
+    "num_workers": Note("default", _BATCHES),
+    "dataloader_persistent_workers": Note("default", _BATCHES),
+    "dataloader_prefetch_factor": Note("default", _BATCHES),
+}
+
 TRAIN_NOTES: dict[str, Note] = {
     **COMMON_NOTES,
+    **BATCH_NOTES,
+    "save_safetensors": Note("default", "checkpoints are Hugging Face directories", allowed=("true",)),
     "finetune": Note("default", "a first start loads weights only, and the same command resumes its own run"),
     "rlhf_type": Note("rejected", _DPO),
     "beta": Note("rejected", _DPO),

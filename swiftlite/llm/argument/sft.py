@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.llm.argument.base import BaseArguments, TunerArguments
-from swiftlite.llm.argument.flags import SFT_UNAVAILABLE, TRAIN_NOTES
+from swiftlite.llm.argument.flags import BATCH_NOTES, SFT_UNAVAILABLE, TRAIN_NOTES
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.parser import Arguments, Note, arguments, field
 
@@ -133,6 +133,9 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
 
     NOTES: ClassVar[Mapping[str, Note]] = TRAIN_NOTES
     UNAVAILABLE: ClassVar[Mapping[str, str]] = SFT_UNAVAILABLE
+    HIDDEN: ClassVar[Mapping[str, str]] = {
+        name: TRAIN_NOTES[name].reason for name in (*BATCH_NOTES, "save_safetensors")
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

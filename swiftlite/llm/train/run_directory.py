@@ -17,11 +17,10 @@ from swiftlite.utils.errors import UsageError
 CHANGEABLE = frozenset(
     {
         "micro_batch_size", "gradient_accumulation_steps", "attention_backend", "recompute", "dataset_num_proc",
-        "load_from_cache_file", "strict_template", "dataloader_num_workers", "dataloader_persistent_workers",
-        "dataloader_prefetch_factor", "logging_steps", "logging_dir", "report_to", "wandb_project", "wandb_exp_name",
-        "save_strategy", "save_steps", "save_total_limit", "save_weights_only", "save_safetensors", "eval_steps",
-        "eval_iters", "metric_for_best_model", "greater_is_better", "resume", "add_version", "exist_ok", "output_dir",
-        "ignore_requirements", "use_hf", "device_map", "debug", "hub_token", "precompute_ref_log_probs",
+        "load_from_cache_file", "strict_template", "logging_steps", "logging_dir", "report_to", "wandb_project",
+        "wandb_exp_name", "save_strategy", "save_steps", "save_total_limit", "save_weights_only", "save_safetensors",
+        "eval_steps", "eval_iters", "metric_for_best_model", "greater_is_better", "resume", "add_version", "exist_ok",
+        "output_dir", "ignore_requirements", "use_hf", "device_map", "debug", "hub_token", "precompute_ref_log_probs",
     }
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.llm.argument.export import PlanArguments
-from swiftlite.llm.argument.flags import TRAIN_UNAVAILABLE
+from swiftlite.llm.argument.flags import BATCH_NOTES, TRAIN_UNAVAILABLE
 from swiftlite.llm.argument.sft import PtArguments, SftArguments
 from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE, MegatronArguments
 from swiftlite.utils.errors import UsageError
@@ -22,6 +22,7 @@ class MegatronSftArguments(PlanArguments, MegatronArguments, SftArguments):
 
     HIDDEN: ClassVar[Mapping[str, str]] = {
         **{name: "is read from the checkpoint's config.json; leave it out" for name in STRUCTURE + COMPUTATION},
+        **{name: note.reason for name, note in BATCH_NOTES.items()},
         "device_map": "megatron-core places the model: one process per device (NPROC_PER_NODE)",
     }
 
