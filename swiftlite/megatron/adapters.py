@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from swiftlite.megatron.execute import run_jobs, verify_bitwise
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.megatron.origin import Origin, origin_root
@@ -19,7 +21,7 @@ from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, write_json
 from swiftlite.utils.logger import get_logger
-from swiftlite.weights import torch_dist
+from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.journal import fingerprint, workspace
 from swiftlite.weights.lora import (
     EXPERT,
@@ -63,6 +65,10 @@ class Adapter:
             shutil.copyfile(self.config_file, directory / CONFIG)
         else:
             write_json(directory / CONFIG, self.peft_config)
+
+    def described(self) -> Mapping[str, Any]:
+        """adapter_config.json as `write_config` writes it."""
+        return self.peft_config or json.loads(self.config_file.read_text(encoding="utf-8"))
 
 
 def open_adapter(directory: Path, bound: BoundMap, scratch: Path) -> Adapter:
@@ -133,7 +139,12 @@ def export_adapter(args: Any, to_mcore_merged: Callable[[Any], Path], default_di
     with tempfile.TemporaryDirectory() as scratch:
         if args.merge_lora:
             base = Path(args.mcore_model) if args.mcore_model else Path(args.model_info.model_dir)
-            return merge_to_hf(args, base, path, output_dir, Path(scratch))
+            dtype = args.dtype if "torch_dtype" in args.given else None
+            adapter = open_adapter(path, Origin(base).bound, Path(scratch))
+            return merge_to_hf(
+                base, adapter, output_dir, dtype, max_shard_bytes=args.max_shard_bytes, exist_ok=args.exist_ok,
+                max_memory=args.max_memory_bytes, verify=args.verify == "bitwise", dry_run=args.dry_run,
+            )  # fmt: skip
         return convert_adapter(args, open_adapter(path, base_map(args), Path(scratch)), output_dir)
 
 
@@ -197,23 +208,49 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
     return output_dir
 
 
-def merge_to_hf(args: Any, base_dir: Path, adapter_dir: Path, output_dir: Path, scratch: Path) -> Path:
-    """Write a base model of either format with the adapter added, as a Hugging Face directory."""
+def write_peft(iteration: Path, config: Mapping[str, Any], directory: Path) -> None:
+    """Write the adapter in a Megatron checkpoint as PEFT has it. Nothing else may be writing there."""
+    source = TorchDistSource(iteration)
+    specs = {PEFT_PREFIX + name: source.spec(name) for name in sorted(source.tensors)}
+    shards = plan_shards(specs, 1 << 62)
+    create_shards(directory, shards)
+    (directory / shards[0].file).rename(directory / WEIGHTS)
+    places = shards[0].offsets
+    stream.run(
+        [copy_job(source, n.removeprefix(PEFT_PREFIX), directory / WEIGHTS, places[n], specs[n].dtype) for n in specs]
+    )
+    write_json(directory / CONFIG, config)
+
+
+def merge_to_hf(
+    base_dir: Path,
+    adapter: Adapter,
+    output_dir: Path,
+    dtype: torch.dtype | None,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    max_memory: int | None = None,
+    verify: bool = False,
+    exist_ok: bool = False,
+    dry_run: bool = False,
+) -> Path:
+    """Write a base model of either format with the adapter added, as a Hugging Face directory. Collective.
+
+    Args: dtype: of the result; None: that of each weight of the base. verify: read everything back.
+    """
     origin = Origin(base_dir)
-    adapter = open_adapter(adapter_dir, origin.bound, scratch)
     merged = Merged(origin.source, adapter.source, adapter.names, adapter.config)
-    dtype = args.dtype if "torch_dtype" in args.given else None
     specs = {}
     for name in origin.names:
         entry, position = origin.bound.by_hf[origin.copies.get(name, name)]
         target = None if entry.rule.keep_dtype else dtype
         specs[name] = TensorSpec(target or origin.dtypes[name], entry.hf_shapes[position])
     total = sum(s.nbytes for s in specs.values())
-    shards = plan_shards(specs, args.max_shard_bytes)
+    shards = plan_shards(specs, max_shard_bytes)
     _report(f"merge into {base_dir}", adapter, output_dir, total)
-    if args.dry_run:
+    if dry_run:
         return output_dir
-    check_new(output_dir, args.exist_ok)
+    check_new(output_dir, exist_ok)
     check_disk(output_dir, total)
     root = origin_root(base_dir)
     sources = sorted(base_dir.glob("*.safetensors")) or sorted(find_iteration(base_dir).glob("*.distcp"))
@@ -225,16 +262,16 @@ def merge_to_hf(args: Any, base_dir: Path, adapter_dir: Path, output_dir: Path, 
     def prepare(directory: Path) -> None:
         create_shards(directory, shards)
 
-    with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
+    with host_group(), workspace(output_dir, exist_ok, identity, prepare) as space:
         places = {n: (space.directory / s.file, offset) for s in shards for n, offset in s.offsets.items()}
         jobs = [copy_job(merged, origin.copies.get(n, n), *places[n], specs[n].dtype) for n in specs]
-        hashes = run_jobs("merge", jobs, args.max_memory_bytes, space)
+        hashes = run_jobs("merge", jobs, max_memory, space)
         if get_rank() == 0:
             copy_side_files(root, space.directory, {"torch_dtype": dtype} if dtype else {})
             write_index(space.directory, shards, total)
         barrier()
-        if args.verify == "bitwise":
-            verify_bitwise(SafetensorsSource(space.directory), hashes, args.max_memory_bytes)
+        if verify:
+            verify_bitwise(SafetensorsSource(space.directory), hashes, max_memory)
     get_logger().info("wrote %s (%s); next: swiftlite infer --model %s", output_dir, format_bytes(total), output_dir)
     return output_dir
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from swiftlite.llm.train.rhythm import rotate as rotate_checkpoints
 from swiftlite.megatron import backend
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.origin import Origin
+from swiftlite.utils.dist import all_gather
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import replace_directory, write_text_atomic
 from swiftlite.utils.logger import get_logger
@@ -70,10 +71,21 @@ def _model_states(models: Sequence[torch.nn.Module], metadata: Mapping[str, Any]
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
     states = {}
     for name, model in zip(names, models, strict=True):
-        inner: Any = unwrap(model)
-        state = inner.sharded_state_dict(metadata=dict(metadata))
+        inner: Any = _saved_part(model)
+        state = inner.shards() if inner is not unwrap(model) else inner.sharded_state_dict(metadata=dict(metadata))
         states[name] = {key: value for key, value in state.items() if "_extra_state" not in key}
     return states
+
+
+def _leaves_out_layers(models: Sequence[torch.nn.Module]) -> bool:
+    """Is something frozen of what checkpoints hold?"""
+    return any(not p.requires_grad for model in models for p in _saved_part(model).parameters())
+
+
+def _saved_part(model: Any) -> Any:
+    """What checkpoints hold of a model: its adapters if it has some, all of it otherwise."""
+    inner = unwrap(model)
+    return getattr(inner, "adapters", inner)
 
 
 def _rng_state() -> list[dict[str, Any]]:
@@ -195,10 +207,12 @@ def save_checkpoint(
     optimizer: Any = None,
     scheduler: Any = None,
     carried: Mapping[str, ShardedTensor] | None = None,
+    complete: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `root`/iter_XXXXXXX and move the tracker to it. Collective.
 
     Args: optimizer, scheduler: None leaves them and the RNG state out (weights only). carried: see carried_tensors.
+        complete: adds files to the directory, on rank 0, before it takes its name.
     Returns: the iteration's directory.
     """
     name = iteration_name(position.iteration)
@@ -208,7 +222,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     torch.distributed.barrier()
-    metadata = checkpoint_metadata()
+    # Layers in one tensor need an optimizer state of every layer.
+    metadata = {**checkpoint_metadata(), "non_homogeneous_layers": any(all_gather(_leaves_out_layers(models)))}
     stored_args = {
         **args.checkpoint_args(),
         "consumed_train_samples": position.consumed_samples,
@@ -238,6 +253,8 @@ def save_checkpoint(
     torch.distributed.barrier()
     if rank == 0:
         _write_common(temporary / "common.pt", common)
+        if complete is not None:
+            complete(temporary)
         replace_directory(temporary, final)
         write_text_atomic(root / TRACKER, str(position.iteration))
     torch.distributed.barrier()
@@ -324,7 +341,7 @@ def load_checkpoint(
 def _load_models(models: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
     for name, model in zip(names, models, strict=True):
-        result = unwrap(model).load_state_dict(loaded[name], strict=False)
+        result = _saved_part(model).load_state_dict(loaded[name], strict=False)
         missing = [key for key in result.missing_keys if "_extra_state" not in key]
         if missing or result.unexpected_keys:
             raise CheckpointError(

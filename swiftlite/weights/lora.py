@@ -7,6 +7,7 @@ linear) are read too: A is repeated, B is divided by the base weight's own row g
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,17 @@ class LoraConfig:
         found = (a for p, a in (self.alpha_pattern or {}).items() if re.match(rf"(.*\.)?({p})$", module))
         alpha = next(found, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def initial_a(module: str, rank: int, into: int, seed: int) -> Tensor:
+    """A [rank, into] of a new adapter, fp32, of peft's distribution: uniform within 1 / sqrt(into).
+
+    It depends on seed and Hugging Face name alone, so it is the same on both sides and under every parallel layout.
+    """
+    digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    bound = 1 / math.sqrt(into)
+    return torch.empty(rank, into).uniform_(-bound, bound, generator=generator)
 
 
 def check_adapter(bound: BoundMap, shapes: Mapping[str, Shape], where: str) -> None:

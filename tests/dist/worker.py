@@ -41,7 +41,7 @@ def fault(name: str | None) -> Iterator[None]:
             original(models, *args, **kwargs)
             for model in models:
                 for parameter_name, parameter in model.named_parameters():
-                    if "layers.1." in parameter_name:
+                    if "layers.1." in parameter_name.replace("/", ".") and parameter.requires_grad:
                         parameter.main_grad.mul_(2)
 
         return changed

@@ -75,8 +75,7 @@ TRAIN_NOTES: dict[str, Note] = {
     "position_embedding_type": Note("default", "all supported models use rotary embeddings", allowed=("rope",)),
 }  # fmt: skip
 
-_LORA = "adapters are not available yet; train with --train_type full"
-_ADAPTER = "adapters are not trained or loaded here yet; `swiftlite export` converts and merges them"
+_ONLY_ADAPTERS = "with LoRA on Megatron nothing but adapters is trained"
 _FP8 = "training in FP8 is not available yet"
 _OFFLOAD = "optimizer offload is not available yet"
 
@@ -100,24 +99,9 @@ DPO_UNAVAILABLE: dict[str, str] = {
 }
 
 TRAIN_UNAVAILABLE: dict[str, str] = {
-    "train_type": _LORA,
-    "freeze_parameters": _LORA,
-    "freeze_parameters_regex": _LORA,
-    "freeze_parameters_ratio": _LORA,
-    "trainable_parameters": _LORA,
-    "trainable_parameters_regex": _LORA,
-    "target_modules": _LORA,
-    "target_regex": _LORA,
-    "modules_to_save": _LORA,
-    "lora_rank": _LORA,
-    "lora_alpha": _LORA,
-    "lora_dropout": _LORA,
-    "lora_bias": _LORA,
-    "lora_dtype": _LORA,
-    "use_rslora": _LORA,
-    "adapters": _LORA,
-    "mcore_adapter": _LORA,
-    "merge_lora": _LORA,
+    "modules_to_save": _ONLY_ADAPTERS,
+    "lora_bias": _ONLY_ADAPTERS,
+    "lora_dtype": "adapters have the dtype of the model; the optimizer holds them in fp32",
     "context_parallel_size": "context parallelism is not available yet",
     "optimizer_cpu_offload": _OFFLOAD,
     "optimizer_offload_fraction": _OFFLOAD,

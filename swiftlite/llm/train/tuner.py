@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from swiftlite.llm.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.weights.lora import ALL_LINEAR
+from swiftlite.weights.lora import ALL_LINEAR, PEFT_PREFIX, initial_a
 
 logger = get_logger()
 
@@ -128,7 +128,13 @@ def lora_model(model: Any, args: Any) -> Any:
         modules_to_save=args.modules_to_save or None,
         task_type="CAUSAL_LM",
     )
-    return _with_lora(model, config)
+    adapted = _with_lora(model, config)
+    for name, parameter in adapted.named_parameters():
+        module, part, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")
+        if part:  # the same as on Megatron
+            rank, into = parameter.shape
+            parameter.data.copy_(initial_a(module, rank, into, args.seed))
+    return adapted
 
 
 def attach_adapter(model: Any, directory: Path, trainable: bool = False) -> Any:

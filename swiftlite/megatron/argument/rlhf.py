@@ -24,7 +24,10 @@ class MegatronDpoArguments(MegatronSftArguments, DpoArguments):
         **DPO_NOTES,
         "mcore_ref_model": Note("rejected", "give it with --ref_model, which takes checkpoints of either format"),
     }
-    UNAVAILABLE: ClassVar[Mapping[str, str]] = {**DPO_UNAVAILABLE, **TRAIN_UNAVAILABLE}
+    UNAVAILABLE: ClassVar[Mapping[str, str]] = {
+        **TRAIN_UNAVAILABLE,
+        "load_from_cache_file": DPO_UNAVAILABLE["load_from_cache_file"],
+    }
     HIDDEN: ClassVar[Mapping[str, str]] = {
         **MegatronSftArguments.HIDDEN,
         "calculate_per_token_loss": DPO_NOTES["calculate_per_token_loss"].reason,

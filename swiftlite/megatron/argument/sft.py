@@ -10,6 +10,7 @@ from swiftlite.llm.argument.flags import BATCH_NOTES, TRAIN_UNAVAILABLE
 from swiftlite.llm.argument.sft import PtArguments, SftArguments
 from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE, MegatronArguments
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import arguments
 
 
@@ -32,6 +33,15 @@ class MegatronSftArguments(PlanArguments, MegatronArguments, SftArguments):
             self.moe_router_bias_update_rate = 0.0
         if self.model is None and self.mcore_model is None:
             raise UsageError("give the weights with --model HF_DIR_OR_ID or --mcore_model DIR (a converted checkpoint)")
+        if self.train_type == "lora":
+            self._settle_lora()
+        elif self.adapters or self.mcore_adapter or self.merge_lora:
+            raise UsageError("--adapters, --mcore_adapter and --merge_lora: need --train_type lora")
+
+    def _settle_lora(self) -> None:
+        if self.moe_grouped_gemm or self.moe_shared_expert_overlap:
+            get_logger().info("--moe_grouped_gemm and --moe_shared_expert_overlap: off, since adapters run by expert")
+        self.moe_grouped_gemm = self.moe_shared_expert_overlap = False
 
 
 @arguments

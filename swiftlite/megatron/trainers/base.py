@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from swiftlite.llm.train.metrics import Metrics, format_seconds
 from swiftlite.llm.train.rhythm import Best, Rhythm
 from swiftlite.llm.train.stop import StopSignal
 from swiftlite.megatron import backend, checkpoint
+from swiftlite.megatron.adapters import CONFIG as ADAPTER_CONFIG
+from swiftlite.megatron.adapters import merge_to_hf, open_adapter, write_peft
 from swiftlite.megatron.checkpoint import Position
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import load_weights, save_hf_weights
@@ -37,6 +40,8 @@ from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.side_files import MANIFEST, copy_side_files, read_manifest, write_manifest
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
+from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
+from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.io import format_bytes, write_json
 from swiftlite.utils.logger import get_logger
@@ -164,6 +169,8 @@ class Trainer:
         self.val_loader = self.loader(val_set, *options)
         self.position = Position()
         self.written: list[Path] = []
+        self.lora: LoraPlan | None = None  # of a run that trains adapters
+        self.trained: set[str] | None = None  # Hugging Face names, of a run that leaves some as they are
 
     # ---- what a subclass says ----
 
@@ -183,12 +190,15 @@ class Trainer:
 
     def setup(self, resume: bool) -> None:
         """Build model, optimizer and schedule, load the weights or the newest checkpoint. Collective."""
-        self.models: list[Any] = wrap_models(
-            build_models(self.args, variable_seq_lengths=self.variable_lengths), self.args
-        )
-        self.config: Any = get_model_config(self.models[0])
         self.origin = Origin(self.origin_dir)
-        if not resume:
+        models = build_models(self.args, variable_seq_lengths=self.variable_lengths)
+        if self.args.train_type == "lora":
+            self.lora = prepare_lora(models, self.origin.bound, self.args)
+        else:
+            self.trained = freeze_parameters(models, self.origin.bound, self.args)
+        self.models: list[Any] = wrap_models(models, self.args)
+        self.config: Any = get_model_config(self.models[0])
+        if not resume or self.lora:
             read = load_weights(self.models, self.origin_dir)
             logger.info("loaded %s from %s on this rank", format_bytes(read), self.origin_dir)
         self.optimizer = build_optimizer(self.models, self.args)
@@ -200,7 +210,7 @@ class Trainer:
             )
             logger.info("going on from step %d in %s", self.position.iteration, self.root)
             read_data_state(self.train_set, self.root / checkpoint.iteration_name(self.position.iteration))
-        self.carried = checkpoint.carried_tensors(self.models, self.origin)
+        self.carried = {} if self.lora else checkpoint.carried_tensors(self.models, self.origin)
         if self.carried:
             logger.info("%d tensors that training does not hold go unchanged into every checkpoint", len(self.carried))
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -225,15 +235,18 @@ class Trainer:
         (self.root / "megatron_lm_args.txt").write_text(
             lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n", encoding="utf-8"
         )
+        if self.lora:
+            write_json(self.root / ADAPTER_CONFIG, self.lora.peft_config)
         self.args.save(self.root)
 
     def banner(self) -> None:
         """Say what runs, before it runs."""
-        parameters = sum(p.numel() for model in self.models for p in model.parameters())
+        parameters = [p for model in self.models for p in model.parameters()]
+        trained, total = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (False, True))
         logger.info("%s", backend.setup().describe())
         logger.info(
-            "%s; dtype %s; %s parameters on this rank; MoE dispatcher %s",
-            self.parallel.describe(), str(torch_dtype(self.args)).removeprefix("torch."), f"{parameters:,}",
+            "%s; dtype %s; %s of %s parameters on this rank are trained; MoE dispatcher %s",
+            self.parallel.describe(), str(torch_dtype(self.args)).removeprefix("torch."), f"{trained:,}", f"{total:,}",
             self.config.moe_token_dispatcher_type if self.config.num_moe_experts else "none",
         )  # fmt: skip
         logger.info(
@@ -343,9 +356,10 @@ class Trainer:
 
     def _steps(self, metrics: Metrics, stop: StopSignal) -> dict[str, float]:
         last: dict[str, float] = {}
+        flops = self._flops()
         meter = StepMeter(
-            self._flops(), self.parallel.world_size, device_peak(str(torch_dtype(self.args)).removeprefix("torch.")),
-            backend.peak_memory_bytes, references=self.references,
+            flops, self.parallel.world_size, device_peak(str(torch_dtype(self.args)).removeprefix("torch.")),
+            backend.peak_memory_bytes, references=self.references, **self._trained_weights(flops),
         )  # fmt: skip
         while self.position.iteration < self.train_iters:
             values, sums = self.train_step()
@@ -377,18 +391,34 @@ class Trainer:
             logger.info("config.json does not tell the model's operations, so TFLOP/s are not shown")
             return None
 
+    def _trained_weights(self, flops: ModelFlops | None) -> dict[str, Any]:
+        """`trained` and `adapters` of ModelFlops.training."""
+        share = flops.expert_share if flops else 1.0
+        if self.lora:
+            return {"trained": 0.0, "adapters": self.lora.met_weights(self.origin.bound, share)}
+        return {"trained": trained_weights(self.origin.bound, self.trained, share) if self.trained else None}
+
     def save(self) -> None:
-        """Write a checkpoint, and the Hugging Face directory if asked for; delete what is above the limit. Collective."""
-        weights_only = self.args.no_save_optim
+        """Write a checkpoint, and the Hugging Face directory if asked for; delete what is above the limit. Collective.
+
+        Checkpoints of adapters have them in PEFT's format too.
+        """
+        weights_only, lora = self.args.no_save_optim, self.lora
         path = checkpoint.save_checkpoint(
             self.root, self.position, self.models, self.args,
             None if weights_only else self.optimizer, None if weights_only else self.scheduler, self.carried,
+            (lambda directory: write_peft(directory, lora.peft_config, directory)) if lora else None,
         )  # fmt: skip
         if self.parallel.rank == 0:
             write_data_state(self.train_set, path, self.position.consumed_samples)
         written = [path]
-        if self.args.save_safetensors:
-            hf_dir = self.root / f"{path.name}{HF_SUFFIX}"
+        hf_dir = self.root / f"{path.name}{HF_SUFFIX}"
+        if lora and self.args.merge_lora:
+            with tempfile.TemporaryDirectory() as scratch:
+                adapter = open_adapter(path, self.origin.bound, Path(scratch))
+                merge_to_hf(self.origin_dir, adapter, hf_dir, torch_dtype(self.args), exist_ok=True)
+            written.append(hf_dir)
+        elif self.args.save_safetensors and not lora:
             save_hf_weights(self.models, hf_dir, self.origin_dir)
             written.append(hf_dir)
         deleted: list[Path] = []
@@ -416,5 +446,8 @@ class Trainer:
         hf_dirs = [p for p in self.written if p.name.endswith(HF_SUFFIX)]
         if hf_dirs:
             logger.info("next: swiftlite infer --model %s", hf_dirs[-1])
+        elif self.lora:
+            adapters = self.root / checkpoint.iteration_name(self.position.iteration)
+            logger.info("next: swiftlite infer --model %s --adapters %s", self.args.model or "BASE", adapters)
         else:
             logger.info("next: swiftlite export --mcore_model %s --to_hf true", self.root)

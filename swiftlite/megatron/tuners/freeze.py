@@ -1,0 +1,83 @@
+"""Parameters of a live model that stay as they are, by Hugging Face name (`--train_type freeze`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from swiftlite.llm.train.tuner import trainable_names
+from swiftlite.megatron.hf_io import LiveMap, iter_shards
+from swiftlite.utils.errors import UsageError
+from swiftlite.weights.rule import BoundMap, Entry
+
+
+def freeze_parameters(models: Sequence[Any], bound: BoundMap, args: Any) -> set[str] | None:
+    """Freeze what the `--freeze_parameters*` and `--trainable_parameters*` flags say. Before DDP.
+
+    --freeze_parameters_ratio counts from the embedding through the layers to the head, in the weight map's order within
+    a layer.
+    Returns: Hugging Face names of what is trained; None: everything.
+    Raises: UsageError as trainable_names; also where weights that Megatron keeps in one matrix are to be parted.
+    """
+    sizes = {n: math.prod(e.hf_shapes[i]) for e in _in_order(bound, args) for i, n in enumerate(e.hf)}
+    trained = trainable_names(sizes, args)
+    if len(trained) == len(sizes):
+        return None
+    live = LiveMap(bound)
+    for model in models:
+        parameters = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+        for shard in iter_shards([model]):
+            entry, _ = live.entry(shard)
+            asked = {name in trained for name in entry.hf}
+            if len(asked) > 1:
+                by_fate = sorted(entry.hf, key=lambda name: name in trained)
+                raise UsageError(
+                    f"--train_type {args.train_type}: {by_fate[-1]} would be trained and {by_fate[0]} not, but on "
+                    "Megatron they are one matrix; freeze or train them together"
+                )
+            parameter = parameters.get(shard.data.untyped_storage().data_ptr())
+            if parameter is not None and asked == {False}:
+                parameter.requires_grad_(False)
+        let_gradients_through(model)
+    return trained
+
+
+def _in_order(bound: BoundMap, args: Any) -> Iterator[Entry]:
+    """Entries of parameters, from the input to the output; no buffers, no MTP layers that are not built."""
+    top = [e for e in bound.entries if e.stack is None]
+    first = [e for e in top if e.mcore.startswith("embedding.")]
+    layers = [e for e in bound.entries if e.stack == "decoder.layers"]
+    mtp = [e for e in bound.entries if e.stack not in (None, "decoder.layers") and args.mtp_num_layers]
+    for entry in (*first, *layers, *(e for e in top if e not in first), *mtp):
+        if not entry.rule.keep_dtype:
+            yield entry
+
+
+def trained_weights(bound: BoundMap, trained: set[str], expert_share: float) -> float:
+    """Numbers in trained matrices that a token meets; a lookup in an embedding is no product."""
+    total = 0.0
+    for name in trained:
+        entry, position = bound.by_hf[name]
+        if len(entry.hf_shapes[position]) >= 2 and (bound.model.tied or not entry.mcore.startswith("embedding.")):
+            total += math.prod(entry.hf_shapes[position]) * (1.0 if entry.expert is None else expert_share)
+    return total
+
+
+def let_gradients_through(model: Any) -> None:
+    """Make the first activations of a model with frozen parts require gradients, where something needs that.
+
+    Recomputation and pipelines ask for a gradient of what goes into a layer or a stage, also if all below is frozen.
+    """
+    config = model.config
+    if not model.pre_process or not (config.recompute_granularity or mpu.get_pipeline_model_parallel_world_size() > 1):
+        return
+
+    def require(_: Any, __: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+
+    model.embedding.register_forward_hook(require)

@@ -1,0 +1,351 @@
+"""LoRA on live megatron-core models: one pair A [r, in], B [out, r] per Hugging Face weight, beside the layer it is in.
+
+The layers themselves stay as they are; a hook adds B A x to their output. All pairs of a model chunk are in its child
+`adapters`, which the model's own state leaves out: weights and adapters are saved apart.
+Under tensor parallelism a layer that divides its output rows has B divided and A whole, one that divides its input
+columns has A divided and B whole. What goes between the two is as narrow as the rank, so that is what ranks exchange.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+from swiftlite.llm.train.tuner import lora_targets
+from swiftlite.megatron.adapters import open_adapter, the_adapter
+from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
+from swiftlite.megatron.tuners.freeze import let_gradients_through
+from swiftlite.utils.errors import MapError, UsageError
+from swiftlite.weights.lora import A, B, LoraConfig, initial_a
+from swiftlite.weights.rule import BoundMap, Entry
+from swiftlite.weights.shard import Piece, pieces
+from swiftlite.weights.storage import Files, read_tensor
+
+_LINEAR = re.compile(r"\.linear_\w+\.weight$")  # neither routers nor gates of shared experts
+
+
+# ---- which layers get adapters ----
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """The adapters of a whole model.
+
+    modules: Hugging Face module -> (rank, factor on B A). peft_config: what adapter_config.json says. values(module):
+    A [r, in] and B [out, r] to begin with.
+    """
+
+    modules: Mapping[str, tuple[int, float]]
+    peft_config: Mapping[str, Any]
+    values: Callable[[str], tuple[Tensor, Tensor]]
+
+    def met_weights(self, bound: BoundMap, expert_share: float) -> float:
+        """Numbers in A and B that a token meets."""
+        total = 0.0
+        for module, (rank, _) in self.modules.items():
+            entry, position = bound.by_hf[f"{module}.weight"]
+            total += rank * sum(entry.hf_shapes[position]) * (1.0 if entry.expert is None else expert_share)
+        return total
+
+
+def _linear_modules(bound: BoundMap) -> list[str]:
+    """Hugging Face names of the modules that can have adapters."""
+    entries = (e for e in bound.entries if e.stack == "decoder.layers" and _LINEAR.search(f".{e.name}"))
+    return [name.removesuffix(".weight") for entry in entries for name in entry.hf]
+
+
+def plan_lora(bound: BoundMap, args: Any) -> LoraPlan:
+    """New adapters on what `--target_modules` or `--target_regex` say; names are matched as peft does.
+
+    Raises: UsageError for a name that no linear layer has.
+    """
+    linear = _linear_modules(bound)
+    targets = lora_targets({name.rpartition(".")[2] for name in linear}, args)
+    if isinstance(targets, str):
+        chosen = [name for name in linear if re.fullmatch(targets, name)]
+        if not chosen:
+            raise UsageError(f"--target_regex {targets}: fits no linear layer; the first is {linear[0]}")
+    else:
+        chosen = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
+    rank = args.lora_rank
+    scale = LoraConfig(rank, args.lora_alpha, args.use_rslora).scale("", rank)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": args.model or args.mcore_model,
+        "r": rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "use_rslora": args.use_rslora,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets), "bias": "none",
+        "inference_mode": True,
+    }  # fmt: skip
+
+    def values(module: str) -> tuple[Tensor, Tensor]:
+        entry, position = bound.by_hf[f"{module}.weight"]
+        out, into = entry.hf_shapes[position]
+        return initial_a(module, rank, into, args.seed), torch.zeros(out, rank)
+
+    return LoraPlan({name: (rank, scale) for name in chosen}, config, values)
+
+
+@contextmanager
+def read_lora(bound: BoundMap, args: Any) -> Iterator[LoraPlan]:
+    """The adapter that `--adapters DIR` or `--mcore_adapter DIR` names, of either format, open inside the block.
+
+    Raises: as open_adapter; UsageError for several adapters; MapError for one on layers that are not trained.
+    """
+    with tempfile.TemporaryDirectory() as scratch, Files() as files:
+        adapter = open_adapter(the_adapter(args), bound, Path(scratch))
+
+        def values(module: str) -> tuple[Tensor, Tensor]:
+            a, b = (read_tensor(adapter.source, adapter.names[module + suffix], files) for suffix in (A, B))
+            return a, b
+
+        ranks = {n.removesuffix(A): adapter.source.spec(s).shape[0] for n, s in adapter.names.items() if n.endswith(A)}
+        stray = sorted(set(ranks) - set(_linear_modules(bound)))
+        if stray:
+            raise MapError(f"{stray[0]}: adapters on such layers are not trained on Megatron")
+        yield LoraPlan({m: (r, adapter.config.scale(m, r)) for m, r in ranks.items()}, adapter.described(), values)
+
+
+# ---- live layers ----
+
+
+@dataclass
+class LiveLinear:
+    """A live linear layer that holds the weights of one entry; shards: (offset, shape) within the entry, in row order."""
+
+    path: str
+    module: torch.nn.Module
+    entry: Entry
+    shards: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+
+def live_linears(model: Any, bound: BoundMap) -> list[LiveLinear]:
+    """The linear layers of a model chunk on this rank, before DDP."""
+    owners = {
+        p.untyped_storage().data_ptr(): (path, module)
+        for path, module in model.named_modules()
+        for p in module.parameters(recurse=False)
+    }
+    live, found = LiveMap(bound), dict[str, LiveLinear]()
+    for shard in iter_shards([model]):
+        entry, offset = live.entry(shard)
+        if entry.stack == "decoder.layers" and _LINEAR.search(f".{entry.name}"):
+            path, module = owners[shard.data.untyped_storage().data_ptr()]
+            linear = found.setdefault(entry.label, LiveLinear(path, module, entry))
+            linear.shards.append((offset, tuple(shard.local_shape[-2:])))
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of a pair: rows [start, stop) of B, columns [start, stop) of A."""
+
+    module: str
+    shape: tuple[int, ...]  # [out, in] of the whole weight
+    rank: int
+    scale: float
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @property
+    def short(self) -> str:
+        return self.module.rpartition(".")[2]
+
+
+class Lora(torch.nn.Module):
+    """The pairs of one linear layer. `names`: Hugging Face names -> parameters."""
+
+    def __init__(self, linear: LiveLinear, plan: LoraPlan, dropout: float, config: Any) -> None:
+        """Raises: UsageError where TP ranks hold unequal parts of a weight."""
+        super().__init__()
+        self.dropout = dropout
+        entry = linear.entry
+        expert = entry.expert is not None
+        self.group: Any = mpu.get_expert_tensor_parallel_group() if expert else mpu.get_tensor_model_parallel_group()
+        self.expert, self.size = expert, self.group.size()
+        self.divides_rows = sum(shape[0] for _, shape in linear.shards) < entry.shape[0]
+        self.divides_columns = linear.shards[0][1][1] < entry.shape[1]
+        self.sequence_parallel = config.sequence_parallel and self.size > 1
+        held = [p for offset, shape in linear.shards for p in pieces(entry, (offset[0], offset[0] + shape[0]))]
+        first = linear.shards[0]
+        columns = (first[0][1], first[0][1] + first[1][1])
+        self.shares = [
+            _share(name.removesuffix(".weight"), entry.hf_shapes[i], held, columns, plan)
+            for i, name in enumerate(entry.hf)
+            if name.removesuffix(".weight") in plan.modules
+        ]
+        starts = {f"{share.module}.weight": (i, share.rows[0]) for i, share in enumerate(self.shares)}
+        # Rows of the output, in order: (number of the pair, or None, first row of its product, rows).
+        self.layout = [(*_relative(starts.get(p.name), p.hf_row), p.count) for p in held]
+        self.names: dict[str, str] = {}
+        reduced = getattr(linear.module.weight, "allreduce", True)
+        for share in self.shares:
+            a, b = plan.values(share.module)
+            for suffix, whole, divided, dim in (("A", a[:, slice(*share.columns)], self.divides_columns, 1),
+                                                ("B", b[slice(*share.rows)], self.divides_rows, 0)):  # fmt: skip
+                parameter: Any = torch.nn.Parameter(whole.to(config.params_dtype).contiguous())
+                parameter.allreduce = reduced  # False: belongs to the groups of expert parallelism
+                if divided:
+                    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+                elif self.sequence_parallel and not expert:
+                    parameter.sequence_parallel = True  # each rank sees a part of the sequence: gradients are summed
+                self.register_parameter(f"{share.short}_{suffix}", parameter)
+                self.names[f"{share.module}{A if suffix == 'A' else B}"] = f"{share.short}_{suffix}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: what the linear layer reads on this rank, [..., in]. Returns: what its output lacks, [..., out]."""
+        a, b = ([getattr(self, f"{share.short}_{s}") for share in self.shares] for s in "AB")
+        if self.expert and self.size > 1:
+            # The dispatcher adds up activations and their gradients over these ranks, so only weights are left.
+            a, b = (a if self.divides_columns else self._summed(a)), (b if self.divides_rows else self._summed(b))
+        if self.dropout and self.training:
+            low = torch.cat([F.linear(self._drop(x), matrix) for matrix in a], -1)
+        else:
+            low = F.linear(x, torch.cat(a))
+        parts = self._exchange(low).split([share.rank for share in self.shares], -1)
+        products = [F.linear(part * s.scale, matrix) for part, matrix, s in zip(parts, b, self.shares, strict=True)]
+        empty = products[0]
+        rows = [
+            empty.new_zeros(*empty.shape[:-1], count) if number is None else products[number][..., row : row + count]
+            for number, row, count in self.layout
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+
+    def _summed(self, matrices: list[Tensor]) -> list[Tensor]:
+        return [copy_to_tensor_model_parallel_region(matrix, group=self.group) for matrix in matrices]
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Ranks with the same input drop the same numbers."""
+        differs = self.size > 1 and (self.divides_columns or (self.sequence_parallel and not self.expert))
+        with get_cuda_rng_tracker().fork() if differs else nullcontext():
+            return F.dropout(x, self.dropout)
+
+    def _exchange(self, low: Tensor) -> Tensor:
+        """A x [..., r] as B needs it, with the gradient as A needs it."""
+        if self.size == 1 or self.expert or not (self.divides_rows or self.divides_columns):
+            return low
+        if self.divides_rows:
+            if self.sequence_parallel:
+                return gather_from_sequence_parallel_region(low, True, group=self.group)
+            return copy_to_tensor_model_parallel_region(low, group=self.group)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(low, group=self.group)
+        return reduce_from_tensor_model_parallel_region(low, group=self.group)
+
+    def shards(self) -> dict[str, ShardedTensor]:
+        """Parameter -> what it is of the global tensor that has its Hugging Face name."""
+        by_dp = mpu.get_expert_data_parallel_rank() if self.expert else mpu.get_data_parallel_rank(True)
+        found = {}
+        for share in self.shares:
+            for suffix, size, span, dim in ((A, share.shape[1], share.columns, 1), (B, share.shape[0], share.rows, 0)):
+                parameter = getattr(self, self.names[share.module + suffix])
+                count = span[1] - span[0]
+                found[self.names[share.module + suffix]] = ShardedTensor.from_rank_offsets(
+                    share.module + suffix, parameter, (dim, span[0] // count, size // count),
+                    replica_id=(0, 0 if count < size else self.group.rank(), by_dp),
+                )  # fmt: skip
+        return found
+
+
+def _share(
+    module: str, shape: tuple[int, ...], held: Sequence[Piece], columns: tuple[int, int], plan: LoraPlan
+) -> Share:
+    mine = [piece for piece in held if piece.name == f"{module}.weight"]
+    count, start = sum(piece.count for piece in mine), min((piece.hf_row for piece in mine), default=0)
+    if not count or shape[0] % count or start % count:
+        raise UsageError(
+            f"--tensor_model_parallel_size: its ranks would hold unequal parts of {module}, on which LoRA is not "
+            "possible; take at most as many as there are key/value heads"
+        )
+    return Share(module, shape, *plan.modules[module], (start, start + count), columns)
+
+
+def _relative(start: tuple[int, int] | None, row: int) -> tuple[int | None, int]:
+    return (None, 0) if start is None else (start[0], row - start[1])
+
+
+class Adapters(torch.nn.Module):
+    """All pairs of one model chunk on this rank, by the path of the layer they belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+
+    def attach(self, linear: LiveLinear, lora: Lora) -> None:
+        self.add_module(linear.path.replace(".", "/"), lora)
+
+        def add(layer: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> Any:
+            if not self.enabled:
+                return output
+            x = inputs[0]
+            if getattr(layer, "layer_norm_weight", None) is not None:  # Transformer Engine's norm and linear in one
+                x = F.rms_norm(x, x.shape[-1:], layer.layer_norm_weight, layer.eps)
+            return output[0] + lora(x), output[1]
+
+        linear.module.register_forward_hook(add)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing: the model's own state is that of the base."""
+        return {}
+
+    def shards(self) -> dict[str, ShardedTensor]:
+        """This rank's part of the adapters, for `state_dict` names; keys are Hugging Face names."""
+        return {
+            f"{name}.{parameter}": shard
+            for name, lora in self.named_children()
+            for parameter, shard in lora.shards().items()  # type: ignore[operator]
+        }
+
+
+def add_adapters(models: Sequence[Any], bound: BoundMap, plan: LoraPlan, dropout: float) -> None:
+    """Freeze the model chunks and give them adapters, as their child `adapters`. Before Float16Module and DDP."""
+    for model in models:
+        model.requires_grad_(False)
+        adapters = Adapters()
+        for linear in live_linears(model, bound):
+            if any(name.removesuffix(".weight") in plan.modules for name in linear.entry.hf):
+                adapters.attach(linear, Lora(linear, plan, dropout, model.config))
+        model.adapters = adapters
+        let_gradients_through(model)
+
+
+def prepare_lora(models: Sequence[Any], bound: BoundMap, args: Any) -> LoraPlan:
+    """Freeze the model chunks and add the adapters that `args` ask for: new ones, or those of `--adapters`.
+
+    Returns: the plan; its `values` are used up.
+    """
+    given = args.adapters or args.mcore_adapter
+    with read_lora(bound, args) if given else nullcontext(plan_lora(bound, args)) as plan:
+        add_adapters(models, bound, plan, args.lora_dropout)
+        return plan
+
+
+@contextmanager
+def adapters_disabled(models: Sequence[Any]) -> Iterator[None]:
+    """The models without their adapters inside the block: what a preference reference is, for one."""
+    found = [unwrap(model).adapters for model in models]
+    before = [adapters.enabled for adapters in found]
+    try:
+        for adapters in found:
+            adapters.enabled = False
+        yield
+    finally:
+        for adapters, enabled in zip(found, before, strict=True):
+            adapters.enabled = enabled

@@ -1,0 +1,327 @@
+"""LoRA and frozen parameters on Megatron in one process, against peft and transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swiftlite.llm.argument.sft import SftArguments
+from swiftlite.llm.model import reference
+from swiftlite.llm.train import tuner
+from swiftlite.llm.train.metrics import read_history
+from swiftlite.llm.train.sft import sft_main
+from swiftlite.megatron.hf_io import load_weights
+from swiftlite.megatron.origin import Origin
+from swiftlite.megatron.trainers.sft import megatron_sft_main
+from swiftlite.megatron.tuners.lora import adapters_disabled, plan_lora, prepare_lora
+from swiftlite.utils.errors import MapError, UsageError
+from swiftlite.weights.lora import PEFT_PREFIX, A, B, initial_a
+from tests.families.cases import build_hf, config_of
+from tests.megatron.test_hf_io import IDS, assert_close, live, logits
+
+reference.register()
+CASES = ["qwen3:default", "qwen2_5:default", "glm4_5:default", "qwen2_moe:default", "moonlight:default",
+         "deepseek_r1:default"]  # fmt: skip
+
+
+def lora_args(**values: Any) -> SftArguments:
+    return SftArguments(
+        model="DIR", **{"train_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0, **values}
+    )
+
+
+@contextmanager
+def adapted(directory: Path, args: Any) -> Iterator[Any]:
+    """The Megatron model of a directory with adapters on it."""
+    args.mcore_adapter = None
+    with live(directory) as (models, _):
+        prepare_lora(models, Origin(directory).bound, args)
+        load_weights(models, directory)
+        yield models[0]
+
+
+def by_name(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The live adapters by Hugging Face name."""
+    parameters = dict(model.adapters.named_parameters())
+    return {shard.key: parameters[name] for name, shard in model.adapters.shards().items()}
+
+
+def peft_names(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {
+        name.removeprefix(PEFT_PREFIX).replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters() if ".lora_" in name
+    }  # fmt: skip
+
+
+def randomise(peft: Any) -> None:
+    for number, parameter in enumerate(peft_names(peft).values()):
+        generator = torch.Generator().manual_seed(number)
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_peft(case: str, tmp_path: Path) -> None:
+    args = lora_args(use_rslora=case.startswith("glm"))
+    peft = tuner.lora_model(build_hf(config_of(case), tmp_path / "hf"), args)
+    with adapted(tmp_path / "hf", args) as model:
+        theirs, mine = peft_names(peft), by_name(model)
+        assert set(theirs) == set(mine)
+        for name, parameter in mine.items():
+            assert torch.equal(parameter, theirs[name]), f"{name} begins differently"
+            assert name.endswith(A) == bool(parameter.any())
+        with torch.no_grad():
+            base = peft(input_ids=IDS, use_cache=False).logits
+            assert_close(logits(model, IDS), base)
+        randomise(peft)
+        for name, parameter in mine.items():
+            parameter.data.copy_(theirs[name])
+        wanted, found = peft(input_ids=IDS, use_cache=False).logits, logits(model, IDS)
+        assert_close(found, wanted)
+        assert (wanted - base).abs().max() > 0.1
+        target = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+        for out in (wanted, found):
+            (out * target).mean().backward()
+        total = torch.stack([p.grad.norm() for p in theirs.values()]).norm()
+        for name, parameter in mine.items():
+            gradient = theirs[name].grad
+            assert (parameter.grad - gradient).norm() <= 1e-4 * max(gradient.norm(), 1e-6 * total), name
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        assert trained == {id(p) for p in mine.values()}
+        with torch.no_grad(), adapters_disabled([model]):
+            assert_close(logits(model, IDS), base)
+        assert_close(logits(model, IDS), found)
+
+
+# ---- whole runs ----
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
+                  {"role": "assistant", "content": f"It is {2 * i}. " + "Paris is nice. " * (i % 3)}]}
+    for i in range(8)
+]  # fmt: skip
+TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
+STEPS = 20
+
+
+def base_of(tiny_model: Callable[..., Path], family: str) -> Path:
+    return tiny_model(family, vocab_size=333)
+
+
+@pytest.fixture
+def train(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., list[dict[str, float]]]:
+    """train(main, output, family, **flags) -> log lines of the steps; the same 8 samples at every step."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def run(main: Any, output: str, family: str = "qwen3", **flags: Any) -> list[dict[str, float]]:
+        settings = {
+            "model": base_of(tiny_model, family), "model_type": TYPES[family], "dataset": data,
+            "output_dir": tmp_path / output, "torch_dtype": "float32", "micro_batch_size": 2, "global_batch_size": 8,
+            "train_iters": STEPS, "lr": 3e-3, "lr_decay_style": "constant", "logging_steps": 1, "save_steps": 10,
+            "adam_eps": 1e-5, "train_type": "lora", "lora_dropout": 0, "report_to": "none", **flags,
+        }  # fmt: skip
+        words = [word for name, value in settings.items() for word in (f"--{name}", *map(str, _listed(value)))]
+        main(words)
+        return [line for line in read_history(tmp_path / output / "logging.jsonl") if "loss" in line]
+
+    return run
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def off(one: list[dict[str, float]], two: list[dict[str, float]], name: str = "loss") -> float:
+    assert len(one) == len(two)
+    return max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("qwen3", ["all-linear"]), ("glm4_moe", ["all-linear"]), ("qwen3", ["q_proj", "v_proj", "up_proj"])],
+)
+def test_training_equals_peft(family: str, targets: list[str], train: Any, tmp_path: Path) -> None:
+    theirs = train(sft_main, "hf", family, target_modules=targets)
+    mine = train(megatron_sft_main, "mcore", family, target_modules=targets)
+    assert len(mine) == STEPS and mine[-1]["loss"] < 0.75 * mine[0]["loss"]
+    assert off(theirs, mine) <= 1e-5
+    assert off(theirs, mine, "grad_norm") <= 1e-5
+    one, two = (
+        load_file(tmp_path / d / "adapter_model.safetensors") for d in ("hf/checkpoint-20", "mcore/iter_0000020")
+    )
+    assert set(one) == set(two)
+    for name, tensor in one.items():
+        assert (two[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("family", TYPES)
+def test_what_a_run_saves(family: str, train: Any, tiny_model: Any, tmp_path: Path) -> None:
+    """Adapters only, resumable; PEFT beside them, which peft itself loads; the merged model is peft's."""
+    from peft import PeftModel
+    from torch.distributed.checkpoint import FileSystemReader
+    from transformers import AutoModelForCausalLM
+
+    # peft on transformers 5 overlooks adapters of dense MLPs once experts have some, so this one loads attention only.
+    targets = ["all-linear"] if family == "qwen3" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    train(megatron_sft_main, "run", family, train_iters=4, save_steps=2, merge_lora="true", target_modules=targets,
+          use_rslora="true", save_total_limit=1)  # fmt: skip
+    root, base = tmp_path / "run", base_of(tiny_model, family)
+    assert sorted(p.name for p in root.glob("iter_*")) == ["iter_0000004", "iter_0000004-hf"]
+    saved = root / "iter_0000004"
+    keys = FileSystemReader(saved).read_metadata().state_dict_metadata
+    adapters = {name for name in keys if name.startswith("model.")}
+    states = {name for name in keys if name.startswith("optimizer.")}
+    assert adapters and all(name.endswith((A, B)) for name in adapters | states)
+    assert len(states) == 3 * len(adapters)
+    assert {f"base_model.model.{name}" for name in adapters} == set(load_file(saved / "adapter_model.safetensors"))
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        plain = model(IDS, use_cache=False).logits
+        peft = PeftModel.from_pretrained(model, saved).eval()
+        wanted = peft(input_ids=IDS, use_cache=False).logits
+        assert (wanted - plain).abs().max() > 0.01
+        merged = AutoModelForCausalLM.from_pretrained(root / "iter_0000004-hf", dtype=torch.float32)
+        assert_close(merged(IDS, use_cache=False).logits, wanted)
+        unloaded = peft.merge_and_unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, unloaded[name], rtol=1e-6, atol=1e-6)
+
+
+def test_merged_experts_are_those_of_the_hugging_face_side(train: Any, tiny_model: Any, tmp_path: Path) -> None:
+    """Where peft itself overlooks adapters, the Hugging Face side of swiftlite is the reference."""
+    from transformers import AutoModelForCausalLM
+
+    train(megatron_sft_main, "run", "glm4_moe", train_iters=2, merge_lora="true")
+    root, base = tmp_path / "run", base_of(tiny_model, "glm4_moe")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        adapted = tuner.attach_adapter(model, root / "iter_0000002").eval()
+        wanted = adapted(input_ids=IDS, use_cache=False).logits
+        merged = AutoModelForCausalLM.from_pretrained(root / "iter_0000002-hf", dtype=torch.float32)
+        assert_close(merged(IDS, use_cache=False).logits, wanted)
+
+
+def test_a_stopped_run_goes_on(train: Any, tmp_path: Path) -> None:
+    whole = train(megatron_sft_main, "whole", train_iters=8, save_steps=4, lora_dropout=0.1)
+    train(megatron_sft_main, "cut", train_iters=8, save_steps=4, lora_dropout=0.1)
+    (tmp_path / "cut/latest_checkpointed_iteration.txt").write_text("4")  # as if it had been killed in step 5
+    again = train(megatron_sft_main, "cut", train_iters=8, save_steps=4, lora_dropout=0.1)
+    assert [(line["loss"], line["grad_norm"]) for line in again] == [(x["loss"], x["grad_norm"]) for x in whole]
+    with pytest.raises(UsageError, match="other settings .lora_rank 8 -> 4"):
+        train(megatron_sft_main, "cut", train_iters=8, save_steps=4, lora_dropout=0.1, lora_rank=4)
+
+
+@pytest.mark.parametrize("source", ["hf", "mcore"])
+def test_training_goes_on_from_an_adapter(source: str, train: Any, tmp_path: Path) -> None:
+    """Of either format, with its own rank and scale; both sides take the same steps from it."""
+    options = {"lora_rank": 4, "lora_alpha": 12, "use_rslora": "true"}
+    train(megatron_sft_main, "first", train_iters=3, **options)
+    first = tmp_path / "first" if source == "mcore" else tmp_path / "first/iter_0000003"
+    flag = {"mcore_adapter" if source == "mcore" else "adapters": first}
+    theirs = train(sft_main, "hf", train_iters=4, adapters=tmp_path / "first/iter_0000003")
+    mine = train(megatron_sft_main, "mcore", train_iters=4, **flag)
+    assert off(theirs, mine) <= 1e-5
+    config = json.loads((tmp_path / "mcore/iter_0000004/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 12, True)
+
+
+def test_recomputation_changes_nothing(train: Any) -> None:
+    plain = train(megatron_sft_main, "plain", train_iters=3)
+    full = train(megatron_sft_main, "full", train_iters=3, recompute="full")
+    assert off(plain, full) <= 1e-6 and off(plain, full, "grad_norm") <= 1e-5
+
+
+def test_dropout_acts_in_training_only(tmp_path: Path) -> None:
+    build_hf(config_of("qwen3:default"), tmp_path / "hf")
+    with adapted(tmp_path / "hf", lora_args(lora_dropout=0.5)) as model, torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.normal_(0, 0.1)
+        one, two = (logits(model.train(), IDS) for _ in range(2))
+        assert (one - two).abs().max() > 0.01
+        one, two = (logits(model.eval(), IDS) for _ in range(2))
+        assert torch.equal(one, two)
+
+
+def test_targets(tmp_path: Path) -> None:
+    build_hf(config_of("glm4_5:default"), tmp_path / "hf")
+    bound = Origin(tmp_path / "hf").bound
+
+    def chosen(**values: Any) -> set[str]:
+        return set(plan_lora(bound, lora_args(**values)).modules)
+
+    everything = chosen()
+    mtp = f"layers.{config_of('glm4_5:default')['num_hidden_layers']}."
+    assert not any(name.endswith((".gate", "lm_head")) or mtp in name for name in everything)
+    assert chosen(target_modules=["mlp.up_proj"]) == {"model.layers.0.mlp.up_proj"}
+    assert chosen(target_modules=["q_proj"]) == {name for name in everything if name.endswith("q_proj")}
+    assert chosen(target_regex=r".*\.1\..*shared_experts\..*") == {
+        f"model.layers.1.mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
+    }
+    with pytest.raises(UsageError, match="--target_modules lm_head: no such linear layer"):
+        chosen(target_modules=["lm_head"])
+    with pytest.raises(UsageError, match="--target_regex nothing: fits no linear layer"):
+        chosen(target_regex="nothing")
+
+
+def test_initial_values_are_those_of_peft_in_distribution() -> None:
+    a = initial_a("model.layers.0.self_attn.q_proj", 64, 256, seed=1)
+    assert a.abs().max() <= 1 / 16 and a.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.02)
+    assert torch.equal(a, initial_a("model.layers.0.self_attn.q_proj", 64, 256, seed=1))
+    assert not torch.equal(a, initial_a("model.layers.0.self_attn.q_proj", 64, 256, seed=2))
+    assert not torch.equal(a, initial_a("model.layers.1.self_attn.q_proj", 64, 256, seed=1))
+
+
+# ---- freeze ----
+
+
+@pytest.mark.parametrize("family", TYPES)
+def test_frozen_parameters_stay_and_the_others_train_as_with_transformers(
+    family: str, train: Any, tiny_model: Any, tmp_path: Path
+) -> None:
+    flags = {"train_type": "freeze", "freeze_parameters": ["model.embed_tokens", "model.layers.0."], "lr": 1e-3,
+             "train_iters": 6, "save_steps": 6}  # fmt: skip
+    theirs = train(sft_main, "hf", family, **flags)
+    mine = train(megatron_sft_main, "mcore", family, save_safetensors="true", **flags)
+    assert off(theirs, mine) <= 1e-5 and off(theirs, mine, "grad_norm") <= 1e-4
+    before = load_file(base_of(tiny_model, family) / "model.safetensors")
+    after = load_file(tmp_path / "mcore/iter_0000006-hf/model.safetensors")
+    frozen = {name for name in before if name.startswith(("model.embed_tokens", "model.layers.0."))}
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert frozen <= same and all(name.endswith("e_score_correction_bias") for name in same - frozen)
+    from torch.distributed.checkpoint import FileSystemReader
+
+    keys = FileSystemReader(tmp_path / "mcore/iter_0000006").read_metadata().state_dict_metadata
+    assert "embedding.word_embeddings.weight" in keys
+    assert "optimizer.state.exp_avg.embedding.word_embeddings.weight" not in keys
+    assert "optimizer.state.exp_avg.output_layer.weight" in keys
+
+
+def test_what_is_one_matrix_cannot_be_parted(train: Any) -> None:
+    with pytest.raises(UsageError, match="q_proj.*would be trained and .*[kv]_proj.* not.*one matrix"):
+        train(megatron_sft_main, "run", train_type="freeze", trainable_parameters_regex="q_proj")
+    with pytest.raises(UsageError, match="--adapters, --mcore_adapter and --merge_lora: need --train_type lora"):
+        train(megatron_sft_main, "run", train_type="full", merge_lora="true")
+
+
+def test_adapters_on_other_layers_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    build_hf(config_of("qwen3:default"), tmp_path / "hf")
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    width, vocab = config_of("qwen3:default")["hidden_size"], config_of("qwen3:default")["vocab_size"]
+    save_file({"base_model.model.lm_head.lora_A.weight": torch.zeros(2, width),
+               "base_model.model.lm_head.lora_B.weight": torch.zeros(vocab, 2)},
+              directory / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(MapError, match="lm_head: adapters on such layers are not trained on Megatron"):
+        with adapted(tmp_path / "hf", lora_args(adapters=[str(directory)])):
+            pass
