@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.trainers.sft import megatron_sft_main
-from swiftlite.megatron.tuners.lora import adapters_disabled, plan_lora, prepare_lora
+from swiftlite.megatron.tuners.lora import (
+    Adapters,
+    _group_of,
+    adapters_disabled,
+    live_linears,
+    plan_lora,
+    prepare_lora,
+)
 from swiftlite.utils.errors import MapError, UsageError
 from swiftlite.weights.lora import PEFT_PREFIX, A, B, initial_a
 from tests.families.cases import build_hf, config_of
@@ -325,3 +333,45 @@ def test_adapters_on_other_layers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MapError, match="lm_head: adapters on such layers are not trained on Megatron"):
         with adapted(tmp_path / "hf", lora_args(adapters=[str(directory)])):
             pass
+
+
+def test_experts_of_a_grouped_layer(tmp_path: Path) -> None:
+    """Transformer Engine keeps a rank's experts in one layer: rows of x are sorted by expert, weights are numbered."""
+
+    class Grouped(torch.nn.Module):
+        def __init__(self, linears: list[torch.nn.Module]) -> None:
+            super().__init__()
+            for number, linear in enumerate(linears):
+                self.register_parameter(f"weight{number}", linear.weight)
+
+        def forward(self, x: torch.Tensor, splits: torch.Tensor) -> tuple[torch.Tensor, None]:
+            parts = x.split(splits.tolist())
+            return torch.cat([p @ getattr(self, f"weight{i}").T for i, p in enumerate(parts)]), None
+
+    build_hf(config_of("glm4_5:default"), tmp_path / "hf")
+    args = lora_args(target_regex=r".*mlp\.experts\.(?!2\.)\d+\.(gate|up|down)_proj")
+    with adapted(tmp_path / "hf", args) as model:
+        experts = model.decoder.layers[1].mlp.experts.local_experts
+        single = [loras for path, loras in model.adapters.named_children() if "layers/1/" in path and "fc1" in path]
+        assert len(single) == len(experts) - 1
+        grouped = Grouped([expert.linear_fc1 for expert in experts])
+        adapters, owner = Adapters(), {id(p): name for name, p in grouped.named_parameters()}
+        for linear in live_linears(model, Origin(tmp_path / "hf").bound):
+            if id(linear.weight) in owner and linear.entry.expert != 2:
+                lora = model.adapters.get_submodule(linear.path.replace(".", "/"))
+                for parameter in lora.parameters():
+                    parameter.data = 0.1 * torch.randn(parameter.shape)
+                place = _group_of(owner[id(linear.weight)])
+                adapters.attach(replace(linear, path="grouped", module=grouped, group=place), lora)
+        splits = torch.tensor([3, 0, 4, 1, 2, 5, 1, 2])
+        x = torch.randn(int(splits.sum()), experts[0].linear_fc1.weight.shape[1])
+        wanted = torch.cat(
+            [expert.linear_fc1(part)[0] for expert, part in zip(experts, x.split(splits.tolist()), strict=True)]
+        )
+        assert_close(grouped(x, splits)[0], wanted)
+        adapters.enabled = model.adapters.enabled = False
+        base = torch.cat(
+            [expert.linear_fc1(part)[0] for expert, part in zip(experts, x.split(splits.tolist()), strict=True)]
+        )
+        assert_close(grouped(x, splits)[0], base)
+        assert (base - wanted).abs().max() > 0.01

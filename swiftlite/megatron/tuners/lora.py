@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,16 @@ def read_lora(bound: BoundMap, args: Any) -> Iterator[LoraPlan]:
 
 @dataclass
 class LiveLinear:
-    """A live linear layer that holds the weights of one entry; shards: (offset, shape) within the entry, in row order."""
+    """A live linear layer that holds the weights of one entry.
+
+    weight: one of its parameters. group: place among the experts of a grouped layer, None for an ordinary one.
+    shards: (offset, shape) within the entry, in row order.
+    """
 
     path: str
     module: torch.nn.Module
+    weight: torch.nn.Parameter
+    group: int | None
     entry: Entry
     shards: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
@@ -139,18 +146,23 @@ class LiveLinear:
 def live_linears(model: Any, bound: BoundMap) -> list[LiveLinear]:
     """The linear layers of a model chunk on this rank, before DDP."""
     owners = {
-        p.untyped_storage().data_ptr(): (path, module)
+        p.untyped_storage().data_ptr(): (path, module, p, _group_of(name))
         for path, module in model.named_modules()
-        for p in module.parameters(recurse=False)
+        for name, p in module.named_parameters(recurse=False)
     }
     live, found = LiveMap(bound), dict[str, LiveLinear]()
     for shard in iter_shards([model]):
         entry, offset = live.entry(shard)
         if entry.stack == "decoder.layers" and _LINEAR.search(f".{entry.name}"):
-            path, module = owners[shard.data.untyped_storage().data_ptr()]
-            linear = found.setdefault(entry.label, LiveLinear(path, module, entry))
+            linear = found.setdefault(entry.label, LiveLinear(*owners[shard.data.untyped_storage().data_ptr()], entry))
             linear.shards.append((offset, tuple(shard.local_shape[-2:])))
     return list(found.values())
+
+
+def _group_of(parameter: str) -> int | None:
+    """Grouped layers call their weights weight0, weight1, ..."""
+    number = parameter.removeprefix("weight")
+    return int(number) if number.isdigit() else None
 
 
 @dataclass(frozen=True)
@@ -195,7 +207,7 @@ class Lora(torch.nn.Module):
         # Rows of the output, in order: (number of the pair, or None, first row of its product, rows).
         self.layout = [(*_relative(starts.get(p.name), p.hf_row), p.count) for p in held]
         self.names: dict[str, str] = {}
-        reduced = getattr(linear.module.weight, "allreduce", True)
+        reduced = getattr(linear.weight, "allreduce", True)
         for share in self.shares:
             a, b = plan.values(share.module)
             for suffix, whole, divided, dim in (("A", a[:, slice(*share.columns)], self.divides_columns, 1),
@@ -287,9 +299,18 @@ class Adapters(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
+        self.grouped: dict[str, dict[int, Lora]] = {}  # experts that one layer holds, by its path
 
     def attach(self, linear: LiveLinear, lora: Lora) -> None:
-        self.add_module(linear.path.replace(".", "/"), lora)
+        name = linear.path.replace(".", "/")
+        if linear.group is not None:
+            self.add_module(f"{name}/{linear.group}", lora)
+            if linear.path not in self.grouped:
+                self.grouped[linear.path] = {}
+                linear.module.register_forward_hook(partial(self._add_grouped, self.grouped[linear.path]))
+            self.grouped[linear.path][linear.group] = lora
+            return
+        self.add_module(name, lora)
 
         def add(layer: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> Any:
             if not self.enabled:
@@ -300,6 +321,16 @@ class Adapters(torch.nn.Module):
             return output[0] + lora(x), output[1]
 
         linear.module.register_forward_hook(add)
+
+    def _add_grouped(
+        self, loras: Mapping[int, Lora], layer: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]
+    ) -> Any:
+        """Inputs are x, sorted by expert, and how many rows each expert has."""
+        if not self.enabled:
+            return output
+        rows, width = inputs[0].split([int(count) for count in inputs[1]]), output[0].shape[-1]
+        parts = [loras[i](x) if i in loras else x.new_zeros(len(x), width) for i, x in enumerate(rows)]
+        return output[0] + torch.cat(parts), output[1]
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Nothing: the model's own state is that of the base."""

@@ -1,0 +1,76 @@
+"""LoRA on Transformer Engine's layers: norm and linear in one, a rank's experts in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swiftlite.llm.train import tuner
+from swiftlite.megatron import hf_io
+from swiftlite.megatron.distributed import parallel_groups
+from swiftlite.megatron.model.provider import build_models
+from swiftlite.megatron.origin import Origin
+from swiftlite.megatron.tuners.lora import adapters_disabled, prepare_lora
+from tests.families.cases import build_hf
+from tests.gpu.test_te import IDS, arguments, config
+from tests.megatron.test_lora import by_name, lora_args, peft_names, randomise
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+def step(logits: torch.Tensor, parameters: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(logits, gradients of the next tokens' cross entropy by name), both in fp32."""
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), IDS[:, 1:].cuda().flatten())
+    for parameter in parameters.values():
+        parameter.grad = None
+    loss.backward()
+    return logits.detach().float(), {name: p.grad.float() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("case", ["qwen3:default", "glm4_5:default", "moonlight:default"])
+def test_logits_and_gradients_are_pefts(case: str, tmp_path: Path) -> None:
+    """bf16 may be at most twice as far from peft's fp32 as peft's own bf16 is."""
+    args = lora_args()
+    args.mcore_adapter = None
+    peft = tuner.lora_model(build_hf(config(case), tmp_path / "hf", dtype=torch.bfloat16), args).cuda()
+    randomise(peft)
+    theirs = peft_names(peft)
+    for parameter in theirs.values():
+        parameter.data = parameter.data.to("cuda", torch.bfloat16)
+    half = step(peft(input_ids=IDS.cuda(), use_cache=False).logits, theirs)
+    with torch.no_grad(), peft.disable_adapter():
+        base = peft(input_ids=IDS.cuda(), use_cache=False).logits.float()
+    exact = step(peft.float()(input_ids=IDS.cuda(), use_cache=False).logits, theirs)
+    with parallel_groups(options := arguments(tmp_path / "hf", "bfloat16")):
+        models = build_models(options)
+        prepare_lora(models, Origin(tmp_path / "hf").bound, args)
+        model = models[0].cuda()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        hf_io.load_weights(models, tmp_path / "hf")
+        mine = by_name(model)
+        assert set(mine) == set(theirs)
+        for name, parameter in mine.items():
+            parameter.data.copy_(theirs[name])
+        positions = torch.arange(IDS.shape[1], device="cuda").expand_as(IDS)
+        found = step(model(IDS.cuda(), positions, None), mine)
+        with torch.no_grad(), adapters_disabled(models):
+            without = model(IDS.cuda(), positions, None).float()
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).norm() / b.norm())
+
+    errors = distance(found[0], exact[0]), distance(half[0], exact[0])
+    joined = [
+        torch.cat([gradients[name].flatten() for name in sorted(theirs)]) for _, gradients in (found, half, exact)
+    ]
+    slopes = distance(joined[0], joined[2]), distance(joined[1], joined[2])
+    print(f"{case}: logits {errors[0]:.2e} (peft bf16 {errors[1]:.2e}), gradients {slopes[0]:.2e} ({slopes[1]:.2e})")
+    assert errors[0] <= 2 * errors[1] + 1e-3 and slopes[0] <= 2 * slopes[1] + 1e-3
+    assert distance(without, base) <= 2 * errors[1] + 1e-3 < distance(found[0], base)
