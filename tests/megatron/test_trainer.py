@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.mlp import MLP
 
 from swiftlite.llm.dataset.order import SampleOrder
 from swiftlite.llm.train.metrics import format_seconds, read_history
+from swiftlite.megatron.backend import SdpaAttention
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.batch import BatchPlan, collate, evaluation_samples
 from swiftlite.megatron.trainers.loss import language_model_loss
-from swiftlite.megatron.trainers.sft import megatron_sft_main
+from swiftlite.megatron.trainers.sft import SftTrainer, megatron_sft_main
 from swiftlite.utils.errors import CheckpointError, DatasetError, SwiftliteError, UsageError
 
 ROWS = [
@@ -214,6 +218,68 @@ def test_the_same_command_goes_on_and_a_finished_run_has_nothing_to_do(sft: Call
     assert sft("stopped", train_iters=4)["iteration"] == 4
     with pytest.raises(UsageError, match="other settings"):
         sft("stopped", train_iters=4, lr=2e-3)
+
+
+def test_sigterm_saves_and_ends(sft: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sft("whole")
+    step = SftTrainer.train_step
+
+    def train_step(self: SftTrainer) -> dict[str, float]:
+        if self.position.iteration == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    monkeypatch.setattr(SftTrainer, "train_step", train_step)
+    assert sft("parts", save_steps=100)["iteration"] == 3
+    assert (tmp_path / "parts/latest_checkpointed_iteration.txt").read_text() == "3"
+    assert sft("parts", save_steps=100)["iteration"] == 4
+    whole, parts = (read_history(tmp_path / name / "logging.jsonl") for name in ("whole", "parts"))
+    assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
+
+
+def test_best_and_limit(sft: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of the best evaluation stays beside the newest; what a kill left behind does not count."""
+    monkeypatch.setattr(SftTrainer, "evaluate", lambda self: {"eval_loss": float(self.position.iteration)})
+    (tmp_path / "run/.iter_0000003.saving").mkdir(parents=True)
+    (tmp_path / "run/args.json").write_text('{"lr": 0.001}')
+    sft(split_dataset_ratio=0.3, save_steps=1, eval_steps=1, save_total_limit=2)
+    assert {path.name for path in (tmp_path / "run").glob("iter_*")} == {"iter_0000001", "iter_0000004"}
+    assert json.loads((tmp_path / "run/best.json").read_text())["step"] == 1
+
+
+def test_epochs_are_when_checkpoints_are_written(sft: Callable[..., Any], tmp_path: Path) -> None:
+    """10 rows in batches of 4: the passes end in steps 3, 5 and 8."""
+    sft(train_iters=None, num_train_epochs=3, save_strategy="epoch", save_weights_only="true", split_dataset_ratio=0)
+    assert sorted(path.name[-2:] for path in (tmp_path / "run").glob("iter_*")) == ["03", "05", "08"]
+
+
+def test_recomputing_changes_no_number(
+    sft: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole layers run twice with `full`; torch's attention keeps no scores, so `selective` leaves it alone."""
+    ran = {MLP: 0, SdpaAttention: 0}
+
+    def counting(cls: Any, forward: Any) -> Any:
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            ran[cls] += 1
+            return forward(self, *args, **kwargs)
+
+        return counted
+
+    for cls in ran:
+        monkeypatch.setattr(cls, "forward", counting(cls, cls.forward))
+    passes = 2 * 2 * 2  # layers, micro batches, steps
+    curves = {}
+    for way, expected, flags in (
+        ("none", (1, 1), {}), ("selective", (1, 1), {}), ("full", (2, 2), {}),
+        ("mlp", (2, 1), {"recompute": "selective", "recompute_modules": "mlp"}),
+    ):  # fmt: skip
+        ran.update({MLP: 0, SdpaAttention: 0})
+        sft(way, train_iters=2, **{"recompute": way, **flags})
+        assert tuple(ran.values()) == tuple(passes * times for times in expected), way
+        curves[way] = [(line["loss"], line["grad_norm"]) for line in read_history(tmp_path / way / "logging.jsonl")]
+    for way, curve in curves.items():
+        assert curve == [pytest.approx(values, rel=1e-6) for values in curves["none"]], way
 
 
 def test_weights_only_checkpoints_go_on_without_optimizer(sft: Callable[..., Any], tmp_path: Path) -> None:

@@ -181,6 +181,39 @@ def test_a_killed_save_leaves_the_one_before(run: Any, tmp_path: Path, monkeypat
     assert result["iteration"] == 4 and [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["_save_optimizer_and_scheduler", "replace_directory"])
+def test_kill_9_in_a_save(
+    place: str, run: Any, tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another process, between the files of the second checkpoint, or before it gets its name."""
+    owner = HfTrainer if place.startswith("_") else trainer_module
+    original, calls = getattr(owner, place), 0
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, place, die)
+    tiny_model("qwen3")  # made by this process, for both
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # the others are not there after a fork
+        run(sft_main, "run", save_steps=2)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    monkeypatch.setattr(owner, place, original)
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
+    result, lines = run(sft_main, "run", save_steps=2)
+    assert result["iteration"] == 4 and [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert losses(lines) == pytest.approx(losses(run(sft_main, "whole")[1]), rel=1e-6)
+    assert {p.name for p in (tmp_path / "run").glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-4"}
+    assert not (tmp_path / "run/.saving").exists()
+
+
 def test_weights_only_goes_on_at_the_right_rate(run: Any, tmp_path: Path) -> None:
     flags = {"save_weights_only": "true", "save_steps": 2}
     _, whole = run(sft_main, "run", **flags)
@@ -205,7 +238,7 @@ def test_frozen_parameters_stay(run: Any, tiny_model: Callable[..., Path], tmp_p
 
 @pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
 def test_lora_goes_on(family: str, run: Any, tmp_path: Path) -> None:
-    flags = {"family": family, "train_type": "lora", "save_steps": 2, "lr": 1e-2}
+    flags = {"family": family, "train_type": "lora", "save_steps": 2, "lr": 1e-2, "lora_dropout": 0.1}
     _, whole = run(sft_main, "whole", **flags)
     assert losses(whole)[-1] < 0.9 * losses(whole)[0]
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
