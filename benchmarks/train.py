@@ -2,7 +2,7 @@
 
     python benchmarks/train.py --model tiny                        two cores, fp32
     python benchmarks/train.py --model dense --train_type lora     one GPU, bf16, about 1.5 billion parameters
-    python benchmarks/train.py --model moe --profile               about 3 billion, GLM-4.5's kind
+    python benchmarks/train.py --model moe --profile               about 2.6 billion, GLM-4.5's kind
 
 Both run in this process in turn, `--rounds` times. Columns are medians over the steps after the first `--warmup` ones:
 seconds of a step, tokens/s, TFLOP/s and MFU (operations that the model needs), the time beside transformers.Trainer, and
@@ -33,7 +33,7 @@ DENSE = {
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000, "torch_dtype": "bfloat16",
 }  # fmt: skip
 MOE = {
-    **DENSE, "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "num_hidden_layers": 14,
+    **DENSE, "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "num_hidden_layers": 12,
     "attention_bias": True, "partial_rotary_factor": 0.5, "first_k_dense_replace": 1, "n_routed_experts": 32,
     "n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 1024, "n_group": 1, "topk_group": 1,
     "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": False,
@@ -109,7 +109,7 @@ def profile(words: list[str], output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=PRESETS, default="tiny")
-    parser.add_argument("--train_type", choices=("full", "lora"), default="full")
+    parser.add_argument("--train_type", choices=("full", "lora"), nargs="+", default=["full"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
@@ -117,22 +117,31 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("/tmp/swiftlite-bench-train"))
     args = parser.parse_args()
     config, model_type, length, micro, batch = PRESETS[args.model]
-    model, data, output = (args.directory / name for name in (args.model, f"{args.model}.jsonl", "run"))
+    model, data = args.directory / args.model, args.directory / f"{args.model}.jsonl"
     if not model.exists():
         make_model(config, model)
     make_rows(data, args.steps * batch, length)
     words = ["--model", str(model), "--model_type", model_type, "--template", "chatml", "--dataset", str(data)]
     words += ["--train_iters", str(args.steps), "--micro_batch_size", str(micro), "--global_batch_size", str(batch)]
-    words += ["--max_length", str(length), "--truncation_strategy", "right", "--train_type", args.train_type]
-    words += ["--logging_steps", "1", "--save_weights_only", "true", "--report_to", "none"]
-    if args.train_type == "lora":
-        words += ["--lora_rank", "16", "--target_modules", "all-linear"]
+    words += ["--max_length", str(length), "--truncation_strategy", "right", "--logging_steps", "1"]
+    words += ["--save_weights_only", "true", "--report_to", "none"]
+    for train_type in args.train_type:
+        both = [*words, "--train_type", train_type]
+        if train_type == "lora":
+            both += ["--lora_rank", "16", "--target_modules", "all-linear"]
+        compare(f"{args.model}, {train_type}, {batch} x {length} tokens a step, {config['torch_dtype']}", both, args)
+        if args.profile:
+            profile(both, args.directory / "profiled")
+
+
+def compare(title: str, words: list[str], args: argparse.Namespace) -> None:
+    """Train on both sides in turn and print a table."""
     runs: dict[str, list[dict[str, float]]] = {"transformers": [], "megatron": []}
     for _ in range(args.rounds):
         for side, lines in runs.items():
-            lines += train(side, words, output)[args.warmup :]
+            lines += train(side, words, args.directory / side)[args.warmup :]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model}, {args.train_type}, {device}, {batch} x {length} tokens a step, {config['torch_dtype']}")
+    print(f"{title}; {device}")
     print(f"{'':<14}{'step s':>8}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU %':>7}{'beside':>8}{'GiB':>7}")
     base = statistics.median(line["step_s"] for line in runs["transformers"])
     for side, lines in runs.items():
@@ -140,11 +149,8 @@ def main() -> None:
             statistics.median(line.get(name, 0.0) for line in lines)
             for name in ("step_s", "tokens_per_second", "tflops", "mfu", "memory_gib")
         )
-        print(
-            f"{side:<14}{seconds:>8.3f}{tokens:>10.0f}{tflops:>9.2f}{100 * mfu:>7.1f}{seconds / base:>8.2f}{memory:>7.1f}"
-        )
-    if args.profile:
-        profile(words, output)
+        rates = f"{seconds:>8.3f}{tokens:>10.0f}{tflops:>9.2f}{100 * mfu:>7.1f}"
+        print(f"{side:<14}{rates}{seconds / base:>8.2f}{memory:>7.1f}", flush=True)
 
 
 if __name__ == "__main__":
