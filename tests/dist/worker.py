@@ -1,8 +1,10 @@
-"""Runs training cases inside one torchrun: `worker.py CASES.json`. Each case is an argv, and a fault to plant or none.
+"""Runs training cases inside one torchrun: `worker.py CASES.json`.
+
+Each case is a command (default: sft), its argv, and a fault to plant or none.
 
 Faults: 'double_layer' doubles one layer's gradients, 'skip_norm_reduce' leaves out the all-reduce of norm gradients,
 'kill_at_13' kills the process after step 13, 'kill_in_save' after the second checkpoint is written, before it is
-renamed.
+renamed, 'own_counts' weighs preference losses by the pairs and tokens of this rank alone.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def fault(name: str | None) -> Iterator[None]:
 
     from swiftlite.megatron import checkpoint
     from swiftlite.megatron.trainers import base
+    from swiftlite.megatron.trainers.dpo import DpoTrainer
 
     def double_layer(original: Any) -> Any:
         def changed(models: Any, *args: Any, **kwargs: Any) -> None:
@@ -62,6 +65,9 @@ def fault(name: str | None) -> Iterator[None]:
 
         return changed
 
+    def own_counts(original: Any) -> Any:
+        return lambda self, batches: sum(batch.counts() for batch in batches)
+
     places = {
         "double_layer": (base, "finalize_model_grads", double_layer),
         "skip_norm_reduce": (
@@ -71,6 +77,7 @@ def fault(name: str | None) -> Iterator[None]:
         ),
         "kill_at_13": (base.Metrics, "advance", kill_at_13),
         "kill_in_save": (checkpoint, "replace_directory", kill_in_save),
+        "own_counts": (DpoTrainer, "count", own_counts),
     }
     if name is None:
         yield
@@ -80,13 +87,15 @@ def fault(name: str | None) -> Iterator[None]:
 
 
 def main() -> None:
+    from swiftlite.megatron.trainers.dpo import megatron_dpo_main
     from swiftlite.megatron.trainers.sft import megatron_sft_main
 
+    commands = {"sft": megatron_sft_main, "dpo": megatron_dpo_main}
     dist.init_process_group("gloo")  # one group for all cases
     try:
         for case in json.loads(Path(sys.argv[1]).read_text()):
             with fault(case.get("fault")):
-                megatron_sft_main(case["argv"])
+                commands[case.get("command", "sft")](case["argv"])
     finally:
         dist.destroy_process_group()
 

@@ -108,6 +108,49 @@ def test_equal_to_transformers(family: str, kind: str, run: Any, model_of: Calla
     assert ours[-1]["loss"] < 0.75 * ours[0]["loss"]
 
 
+LORA = {"train_type": "lora", "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 0, "lr": 5e-3}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe", "mla"])
+def test_lora_equals_transformers(family: str, run: Any) -> None:
+    """20 steps in fp32 from the same A and B; the reference is the model with its adapters off."""
+    flags = {"train_iters": STEPS, "save_weights_only": "true", "rpo_alpha": 0.2, **LORA}
+    theirs, ours = (run(main, main.__name__, family, **flags) for main in (dpo_main, megatron_dpo_main))
+    compare(ours, theirs)
+    assert ours[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert ours[-1]["loss"] < 0.75 * ours[0]["loss"] and ours[-1]["rewards/margins"] > 1
+
+
+def test_lora_in_other_ways_is_the_same(run: Any, model_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Adapters off is the base model by name, and what the reference said before training; a resumed run agrees."""
+    flags = {**LORA, "rpo_alpha": 0.5, "split_dataset_ratio": 0.25, "eval_steps": 2, "save_steps": 2}
+    wanted = run(megatron_dpo_main, "whole", **flags)
+    for i, other in enumerate([{"ref_model": model_of("qwen3")}, {"precompute_ref_log_probs": "true"}]):
+        compare(run(megatron_dpo_main, f"other{i}", **flags, **other), wanted)
+    (tmp_path / "whole/latest_checkpointed_iteration.txt").write_text("2")  # as if it had been killed in step 3
+    again = run(megatron_dpo_main, "whole", **flags)
+    for name in ("step", "loss", "grad_norm", *REWARDS):
+        assert values(again, name) == values(wanted, name), name
+    with pytest.raises(UsageError, match="merge them first, or give --ref_model"):
+        run(megatron_dpo_main, "further", **flags, adapters=tmp_path / "whole/iter_0000004")
+
+
+def test_the_reference_has_no_dropout(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout is the policy's alone, and is back after the reference has answered."""
+    answer, answers = DpoTrainer.answer, []
+
+    def spy(self: DpoTrainer, batches: list[PairBatch]) -> None:
+        answer(self, batches)
+        answers.append(torch.cat([batch.reference for batch in batches if batch.reference is not None]))
+        assert all(model.training for model in self.models)
+
+    monkeypatch.setattr(DpoTrainer, "answer", spy)
+    flags = {**LORA, "train_iters": 1}
+    without, dropped = (run(megatron_dpo_main, f"dropout{p}", attention_dropout=p, **flags)[0] for p in (0, 0.5))
+    assert torch.equal(*answers)
+    assert abs(without["rewards/chosen"]) < 1e-5 < 1e-2 < abs(dropped["rewards/chosen"])
+
+
 # ---- log-probabilities of each answer ----
 
 

@@ -1,6 +1,6 @@
 """`swiftlite megatron dpo` (`megatron rlhf --rlhf_type dpo`): direct preference optimisation on megatron-core.
 
-The reference is the model as training began, or --ref_model.
+The reference is the model as training began, --ref_model, or with LoRA the model with its adapters off.
 Shapes: P pairs of a micro batch, B rows (2P answers, or 1 where they are joined), S tokens.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from swiftlite.megatron.trainers.base import Trainer, in_precision
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import LossResult, reduce_over_ranks, token_losses
 from swiftlite.megatron.trainers.sft import run
+from swiftlite.megatron.tuners.lora import adapters_disabled
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import specs
@@ -100,7 +102,7 @@ class DpoTrainer(Trainer):
         self.pair_loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
         self.references = 0 if args.precompute_ref_log_probs else 1
         self.reference_dir, self.reference_args = reference_of(args, self.origin_dir)
-        self.reference: list[Any] = []
+        self.reference: list[Any] = []  # its model chunks; none where adapters are switched off, or all is known
         self.global_counts: Tensor
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -110,9 +112,10 @@ class DpoTrainer(Trainer):
 
     def setup(self, resume: bool) -> None:
         super().setup(resume)
-        models = build_models(self.reference_args, variable_seq_lengths=self.variable_lengths)
-        self.reference = [in_precision(model).requires_grad_(False).eval() for model in models]
-        load_weights(self.reference, self.reference_dir)
+        if self.reference_args is not None:
+            models = build_models(self.reference_args, variable_seq_lengths=self.variable_lengths)
+            self.reference = [in_precision(model).requires_grad_(False).eval() for model in models]
+            load_weights(self.reference, self.reference_dir)
         logger.info("the reference is %s", self.reference_dir)
         if self.args.precompute_ref_log_probs:
             self.precompute(self.train_loader)
@@ -120,11 +123,28 @@ class DpoTrainer(Trainer):
                 self.precompute(self.val_loader)
             self.reference = []
 
+    @contextmanager
+    def answering(self) -> Iterator[list[Any]]:
+        """The reference's model chunks: its own, or the policy's without adapters and dropout."""
+        if self.reference:
+            yield self.reference
+            return
+        training = self.models[0].training
+        with adapters_disabled(self.models):
+            for model in self.models:
+                model.eval()
+            try:
+                yield self.models
+            finally:
+                for model in self.models:
+                    model.train(training)
+
     @torch.no_grad()
     def answer(self, batches: Sequence[Any]) -> None:
         """Fill in the reference's log-probabilities, on the last stage, unless they are known. Collective."""
         if batches[0].reference is None:
-            results = self.passes(self.reference, list(batches), self.reference_step, forward_only=True)
+            with self.answering() as models:
+                results = self.passes(models, list(batches), self.reference_step, forward_only=True)
             for batch, result in zip(batches, results, strict=False):
                 batch.reference = result["log_probs"]
 
@@ -160,9 +180,14 @@ class DpoTrainer(Trainer):
 
     def run_batches(self, batches: list[Any], forward_only: bool) -> Tensor:
         self.answer(batches)
-        self.global_counts = torch.stack([batch.counts() for batch in batches]).sum(0)
-        torch.distributed.all_reduce(self.global_counts, group=mpu.get_data_parallel_group())
+        self.global_counts = self.count(batches)
         return super().run_batches(batches, forward_only)
+
+    def count(self, batches: list[Any]) -> Tensor:
+        """[pairs, tokens of the chosen answers] of the global batch. Collective."""
+        counts = torch.stack([batch.counts() for batch in batches]).sum(0)
+        torch.distributed.all_reduce(counts, group=mpu.get_data_parallel_group())
+        return counts
 
     def forward_step(self, batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches)
@@ -179,12 +204,16 @@ class DpoTrainer(Trainer):
 
 
 def reference_of(args: Any, origin: Path) -> tuple[Path, Any]:
-    """(directory of the reference's weights, arguments that build its model).
+    """(directory of the reference's weights, arguments that build its model; None: the policy without adapters).
 
-    Raises: UsageError if --ref_model has another vocabulary.
+    Raises: UsageError if --ref_model has another vocabulary, or if the policy begins with adapters and it is missing.
     """
     if not args.ref_model:
-        return origin, args
+        if args.adapters or args.mcore_adapter:
+            raise UsageError(
+                "--adapters: the reference would be the model without them; merge them first, or give --ref_model"
+            )
+        return origin, None if args.train_type == "lora" else args
     directory = Path(args.ref_model)
     if not (directory / TRACKER).is_file():
         info, _ = get_model_info_meta(

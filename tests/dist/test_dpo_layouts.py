@@ -1,0 +1,145 @@
+"""Preference training under parallel layouts equals that in one process, step by step; also after a change of layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from swiftlite.llm.train.metrics import read_history
+from tests.dist.launch import curve, largest_difference, torchrun
+
+pytestmark = pytest.mark.dist
+
+STEPS = 30
+TOLERANCE = 1e-5  # relative, of loss and gradient norm, in fp32
+
+# Pairs of different lengths: ranks hold different numbers of tokens.
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
+                  {"role": "assistant", "content": f"It is {2 * i}. " + "The capital of France is Paris. " * (i % 4)}],
+     "rejected_response": "No idea" + " at all" * (i % 3)}
+    for i in range(11)
+]  # fmt: skip
+TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
+PP = ["--pipeline_model_parallel_size", "2"]
+UNEVEN = [*PP, "--decoder_first_pipeline_num_layers", "1"]
+EP = ["--expert_model_parallel_size", "2"]
+KNOWN = ["--precompute_ref_log_probs", "true"]
+PACKED = ["--packing", "true", "--max_length", "250", "--global_batch_size", "2"]
+
+# What one process runs: family, flags. The others are compared with the one they name.
+ALONE: dict[str, tuple[str, list[str]]] = {
+    "dense": ("qwen3", []),
+    "moe": ("glm4_moe", []),
+    "packed": ("qwen3", PACKED),
+    "start": ("qwen3", ["--ref_model", "none"]),
+}
+# one process' run, world size, flags, fault
+LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
+    "dense-dp2": ("dense", 2, [], None),
+    "dense-dp2-known": ("dense", 2, KNOWN, None),
+    "dense-tp2-sp": ("dense", 2, TP, None),
+    "dense-pp2": ("dense", 2, UNEVEN, None),
+    "dense-pp2-known": ("dense", 2, [*PP, *KNOWN], None),
+    "dense-vpp2": ("dense", 2, [*PP, "--num_virtual_stages_per_pipeline_rank", "2"], None),
+    "dense-tp2-pp2": ("dense", 4, [*TP, *PP], None),
+    "moe-ep2": ("moe", 2, EP, None),
+    "moe-pp2": ("moe", 2, UNEVEN, None),
+    "moe-tp2-ep2": ("moe", 4, [*TP, *EP], None),
+    "packed-dp2": ("packed", 2, PACKED, None),
+    "packed-tp2-sp": ("packed", 2, [*PACKED, *TP], None),
+    "control-double-layer": ("dense", 2, [], "double_layer"),
+    "control-skip-norm-reduce": ("dense", 2, TP, "skip_norm_reduce"),
+    "control-own-counts": ("dense", 2, [], "own_counts"),
+}
+EQUAL = [name for name in LAYOUTS if not name.startswith("control-")]
+CONTROLS = [name for name in LAYOUTS if name.startswith("control-")]
+MODELS = {
+    "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "tie_word_embeddings": True, "initializer_range": 0.02},
+    "glm4_moe": {"vocab_size": 333, "initializer_range": 0.02},
+}
+MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """`argv("qwen3", OUTPUT_DIR, *flags)`: the same 8 pairs at every step, the other 3 for evaluation.
+
+    The rate falls: at a constant one the descent turns unstable behind step 25, and rounding differences grow tenfold in
+    three steps.
+    """
+    root = tmp_path_factory.mktemp("data")
+    for name, rows in (("train", ROWS[:8]), ("val", ROWS[8:])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(family: str, output_dir: Path, *flags: str) -> list[str]:
+        common = {
+            "model": tiny_model(family, **MODELS[family]), "model_type": MODEL_TYPES[family],
+            "ref_model": tiny_model(family, seed=1, **MODELS[family]), "dataset": root / "train.jsonl",
+            "val_dataset": root / "val.jsonl", "eval_steps": 15, "output_dir": output_dir, "torch_dtype": "float32",
+            "micro_batch_size": 1, "global_batch_size": 8, "train_iters": STEPS, "lr": 1e-3,
+            "rpo_alpha": 0.5, "logging_steps": 1, "save_steps": 1000,
+            "save_weights_only": "true", "report_to": "none", "adam_eps": 1e-5,
+        }  # fmt: skip
+        return [word for name, value in common.items() for word in (f"--{name}", str(value))] + list(flags)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def root(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory with all runs. One torchrun per world size."""
+    root = tmp_path_factory.mktemp("layouts")
+    runs = {name: (name, 1, flags, None) for name, (_, flags) in ALONE.items()} | LAYOUTS
+    for size in sorted({run[1] for run in runs.values()}):
+        cases = [
+            {"command": "dpo", "argv": argv(ALONE[alone][0], root / name, *flags), "fault": planted}
+            for name, (alone, world_size, flags, planted) in runs.items()
+            if world_size == size
+        ]
+        code, log = torchrun(size, cases, root / f"torchrun-{size}")
+        assert code == 0, log[-5000:]
+    return root
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_pairs_are_learnable(root: Path, name: str) -> None:
+    lines = [line for line in read_history(root / name / "logging.jsonl") if "loss" in line]
+    assert len(lines) == STEPS
+    assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
+    assert lines[-1]["rewards/margins"] > 1 + lines[0]["rewards/margins"]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_layout_equals_one_process(root: Path, name: str) -> None:
+    alone = LAYOUTS[name][0]
+    assert largest_difference(curve(root / alone), curve(root / name)) <= TOLERANCE
+    one, several = (read_history(root / run / "logging.jsonl") for run in (alone, name))
+    assert [line["step"] for line in one] == [line["step"] for line in several]
+    for mine, theirs in zip(several, one, strict=True):
+        names = {n for n in theirs if n.startswith("eval_") or "/" in n or n == "nll_loss"}
+        assert names == {n for n in mine if n.startswith("eval_") or "/" in n or n == "nll_loss"} and len(names) > 6
+        for metric in names:
+            assert mine[metric] == pytest.approx(theirs[metric], rel=TOLERANCE, abs=TOLERANCE), metric
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_planted_mistake_is_seen(root: Path, name: str) -> None:
+    assert largest_difference(curve(root / LAYOUTS[name][0]), curve(root / name)) > 100 * TOLERANCE
+
+
+def test_a_killed_run_goes_on_under_another_layout(argv: Callable[..., list[str]], root: Path, tmp_path: Path) -> None:
+    """The reference stays the model as training began."""
+    flags = ["--ref_model", "none", "--save_steps", "10", "--save_weights_only", "false"]
+    output_dir = tmp_path / "run"
+    first = [{"command": "dpo", "argv": argv("qwen3", output_dir, *flags, *TP), "fault": "kill_at_13"}]
+    assert torchrun(2, first, tmp_path / "first")[0] != 0
+    assert len(curve(output_dir)) >= 10
+    second = [{"command": "dpo", "argv": argv("qwen3", output_dir, *flags, *PP)}]
+    code, log = torchrun(2, second, tmp_path / "second")
+    assert code == 0, log[-5000:]
+    assert "going on from step 10" in log
+    assert largest_difference(curve(root / "start"), curve(output_dir)) <= TOLERANCE
