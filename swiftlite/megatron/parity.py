@@ -27,7 +27,7 @@ COMPARED = ("loss", "grad_norm", "logps/chosen", "logps/rejected")  # the latter
 SIDES = ("transformers", "megatron")
 # What both runs share. With Adam's usual epsilon, gradients that are rounding noise around zero would make whole steps.
 SETTINGS = {
-    "torch_dtype": "float32", "micro_batch_size": 2, "global_batch_size": 4, "adam_eps": 1e-5,
+    "torch_dtype": "float32", "micro_batch_size": 2, "global_batch_size": 4, "adam_eps": 1e-5, "lora_dropout": 0,
     "truncation_strategy": "left", "logging_steps": 1, "save_strategy": "no", "save_weights_only": "true",
     "report_to": "none",
 }  # fmt: skip
@@ -114,7 +114,7 @@ def parity(args: CheckArguments) -> ParityResult:
             model = str(Path(folder) / source.name)
         given = {"model_type": args.model_type, "template": args.template}
         settings = {
-            **SETTINGS, "model": model, "train_iters": args.train_iters, "lr": args.lr,
+            **SETTINGS, "model": model, "train_type": args.train_type, "train_iters": args.train_iters, "lr": args.lr,
             "max_length": args.max_length, "use_hf": args.use_hf, "trust_remote_code": args.trust_remote_code,
             **{name: value for name, value in given.items() if value is not None},
         }  # fmt: skip

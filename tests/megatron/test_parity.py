@@ -42,16 +42,18 @@ def check(
     return run
 
 
+@pytest.mark.parametrize("train_type", ["full", "lora"])
 @pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
-def test_both_sides_agree(family: str, check: Any) -> None:
-    code, table, told = check(family)
+def test_both_sides_agree(family: str, train_type: str, check: Any) -> None:
+    code, table, told = check(family, "--train_type", train_type)
     assert code == 0, told
     assert [line.split()[0] for line in table] == ["step", *map(str, range(1, 21))]
     assert "20 steps, loss within" in told and "hardly fell" not in told
 
 
-def test_both_sides_agree_on_preferences(check: Any) -> None:
-    code, table, told = check("glm4_moe", "--rlhf_type", "dpo")
+@pytest.mark.parametrize("train_type", ["full", "lora"])
+def test_both_sides_agree_on_preferences(train_type: str, check: Any) -> None:
+    code, table, told = check("glm4_moe", "--rlhf_type", "dpo", "--train_type", train_type)
     assert code == 0, told
     assert len(table) == 21 and "logps/rejected within" in told and "hardly fell" not in told
 

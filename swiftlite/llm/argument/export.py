@@ -146,9 +146,12 @@ class CheckArguments(Arguments):
     )
     dataset: list[str] = field([], "with --parity: data that both train on")
     shrink: bool = field(False, "with --parity: train a small random model of the same shape class instead")
+    train_type: str = field("full", "with --parity: what is trained", aliases=["tuner_type"], choices=["full", "lora"])
     rlhf_type: str | None = field(None, "with --parity: training on preference pairs instead", choices=["dpo"])
     train_iters: int = field(20, "with --parity: steps", aliases=["max_steps"])
-    lr: float = field(1e-3, "with --parity: highest learning rate", aliases=["learning_rate"])
+    lr: float | None = field(
+        None, "with --parity: highest learning rate (default 1e-3, with LoRA 3e-3)", aliases=["learning_rate"]
+    )
     max_length: int = field(256, "with --parity: longer samples are cut at the left")
     template: str | None = field(None, "with --parity: chat template (default: the model's own)")
     use_hf: bool = field(False, "ask Hugging Face instead of ModelScope")
@@ -159,10 +162,14 @@ class CheckArguments(Arguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parity:
+            if self.lr is None:
+                self.lr = 1e-3 if self.train_type == "full" else 3e-3
             if self.model is None or not self.dataset:
                 raise UsageError("check --parity true: give --model DIR_OR_ID and --dataset FILE")
             return
-        trained = sorted({"dataset", "shrink", "rlhf_type", "train_iters", "lr", "max_length", "template"} & self.given)
+        trained = sorted(
+            {"dataset", "shrink", "train_type", "rlhf_type", "train_iters", "lr", "max_length", "template"} & self.given
+        )
         if trained:
             raise UsageError(f"--{trained[0]}: goes with --parity true only")
         if (self.model is None) == (self.model_type is None):
