@@ -20,7 +20,8 @@ EXPORT: dict[str, str] = {
     "use_hf": "true", "merge_lora": "true", "save_missing_weights": "true", "exist_ok": "true",
     "tensor_model_parallel_size": "2", "pipeline_model_parallel_size": "2", "expert_model_parallel_size": "2",
     "adapters": "DIR", "mtp_num_layers": "1", "linear_decoupled_in_proj": "true", "fp8_format": "e4m3",
-    "fp8_recipe": "blockwise", "fp8_param_gather": "true", "to_cached_dataset": "true",
+    "fp8_recipe": "blockwise", "fp8_param_gather": "true", "to_cached_dataset": "true", "push_to_hub": "true",
+    "hub_model_id": "ORG/NAME", "hub_token": "TOKEN",
 }  # fmt: skip
 
 MEGATRON_SFT: dict[str, str] = {
@@ -44,6 +45,7 @@ MEGATRON_SFT: dict[str, str] = {
     "optimizer_offload_fraction": "0.4", "context_parallel_size": "2", "save_total_limit": "2",
     "decoder_first_pipeline_num_layers": "11", "decoder_last_pipeline_num_layers": "13",
     "overlap_grad_reduce": "true", "overlap_param_gather": "true", "overlap_p2p_comm": "true", "use_hf": "true",
+    "async_save": "true", "push_to_hub": "true", "hub_model_id": "ORG/NAME",
 }  # fmt: skip
 
 DPO: dict[str, str] = {

@@ -15,12 +15,14 @@ import importlib
 import importlib.util
 import logging
 import os
+import pickle
 import queue
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -381,6 +383,34 @@ def _collect_writes_in_process() -> None:
     writer._results_queue = queue.Queue()  # type: ignore[attr-defined]
 
 
+class _ResultsFile:
+    """A queue of one item that passes from a forked process to its parent, however large the item is."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def put(self, item: Any) -> None:
+        self._path.write_bytes(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        item = pickle.loads(self._path.read_bytes())
+        self._path.unlink()
+        return item
+
+    get = get_nowait
+
+
+@contextlib.contextmanager
+def results_in_file(path: Path) -> Iterator[None]:
+    """Saves that are planned inside tell their results through a file: another process writes them."""
+    writer: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    usual, writer._results_queue = writer._results_queue, _ResultsFile(path)
+    try:
+        yield
+    finally:
+        writer._results_queue = usual
+
+
 def _plain_q_projection() -> None:
     if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is None:
         return
@@ -484,8 +514,8 @@ SHIMS = (
         "0.16-0.19",
         "always",
         "saving starts a manager process for results that, in synchronous saving, never leave this process; it takes "
-        "seconds to start and outlives a run that is killed",
-        "saving leaves no process behind (multiprocessing.active_children), or saving becomes asynchronous here",
+        "seconds to start and outlives a run that is killed. Asynchronous saving here passes them through a file",
+        "saving leaves no process behind (multiprocessing.active_children)",
         _collect_writes_in_process,
     ),
 )

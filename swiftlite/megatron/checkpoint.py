@@ -11,17 +11,19 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from swiftlite.llm.train.rhythm import rotate as rotate_checkpoints
 from swiftlite.megatron import backend
+from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.origin import Origin
 from swiftlite.utils.dist import all_gather
@@ -215,6 +217,27 @@ def save_checkpoint(
         complete: adds files to the directory, on rank 0, before it takes its name.
     Returns: the iteration's directory.
     """
+    final, write = prepare_checkpoint(root, position, models, args, optimizer, scheduler, carried, complete)
+    write.run()
+    return final
+
+
+def prepare_checkpoint(
+    root: Path,
+    position: Position,
+    models: Sequence[torch.nn.Module],
+    args: Any,
+    optimizer: Any,
+    scheduler: Any,
+    carried: Mapping[str, ShardedTensor] | None = None,
+    complete: Callable[[Path], None] | None = None,
+    beside: Callable[[Path], None] | None = None,
+    background: bool = False,
+) -> tuple[Path, Write]:
+    """Decide what goes where; see save_checkpoint. Collective.
+
+    Args: beside: adds files to the directory, on rank 0, now. background: another process will write the rest.
+    """
     name = iteration_name(position.iteration)
     temporary, final = root / f".{name}.saving", root / name
     rank = torch.distributed.get_rank()
@@ -249,16 +272,36 @@ def save_checkpoint(
     _cut_vocabulary(state, int(args.padded_vocab_size))
     plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     common["content_metadata"] = plain
-    dist_checkpointing.save({**common, **state}, str(temporary), content_metadata=plain)
-    torch.distributed.barrier()
-    if rank == 0:
-        _write_common(temporary / "common.pt", common)
-        if complete is not None:
-            complete(temporary)
-        replace_directory(temporary, final)
-        write_text_atomic(root / TRACKER, str(position.iteration))
-    torch.distributed.barrier()
-    return final
+    if rank == 0 and beside is not None:
+        beside(temporary)
+
+    def publish() -> None:
+        torch.distributed.barrier()
+        if rank == 0:
+            _write_common(temporary / "common.pt", common)
+            if complete is not None:
+                complete(temporary)
+            replace_directory(temporary, final)
+            write_text_atomic(root / TRACKER, str(position.iteration))
+        torch.distributed.barrier()
+
+    save = partial(dist_checkpointing.save, {**common, **state}, str(temporary), content_metadata=plain)
+    if not background:
+        return final, Write(0, save, lambda: save, [publish])
+    nbytes = sum(t.data.nbytes for _, _, t in _tensors(state) if t.data is not None and is_main_replica(t.replica_id))
+    with backend.results_in_file(temporary / f".results-{rank}"):
+        request = save(async_sharded_save=True)
+    return final, Write(nbytes, lambda: _stage(request)(), lambda: _stage(request), [*request.finalize_fns, publish])
+
+
+def _stage(request: Any) -> Callable[[], None]:
+    """What megatron-core's AsyncCallsQueue does before it starts a process."""
+    if request.async_fn is None:  # nothing to write on this rank
+        return lambda: None
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        arguments[1] = request.preload_fn()
+    return partial(request.async_fn, *arguments, **request.async_fn_kwargs)
 
 
 def _write_common(path: Path, common: Mapping[str, Any]) -> None:

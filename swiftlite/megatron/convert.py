@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from swiftlite.llm.argument.export import ExportArguments
+from swiftlite.llm.model.hub import check_hub_id, push
 from swiftlite.llm.pipeline import as_arguments, resolve
 from swiftlite.megatron.adapters import base_map, export_adapter, open_adapter, the_adapter
 from swiftlite.megatron.argument.export import conversion_arguments
@@ -232,6 +233,15 @@ def _ready(args: Any) -> Any:
 def export_main(args: ExportArguments | Sequence[str]) -> Path:
     """`swiftlite export`; `args`: ExportArguments, or words as typed. Raises: UsageError if no direction is given."""
     args = as_arguments(ExportArguments, args)
+    if args.push_to_hub:
+        check_hub_id(args.hub_model_id)
+    output_dir = _export(args)
+    if args.push_to_hub and not args.dry_run and get_rank() == 0:
+        push(output_dir, args.hub_model_id, use_hf=args.use_hf, token=args.hub_token, private=args.hub_private_repo)
+    return output_dir
+
+
+def _export(args: ExportArguments) -> Path:
     if args.to_cached_dataset:
         from swiftlite.llm.dataset.export import export_cached_dataset  # imports transformers' tokenizers
 
@@ -244,4 +254,6 @@ def export_main(args: ExportArguments | Sequence[str]) -> Path:
         return convert_hf2mcore(args)
     if args.to_hf:
         return convert_mcore2hf(args)
+    if args.push_to_hub and args.model and (Path(args.model) / "config.json").is_file():
+        return Path(args.model)
     raise UsageError("nothing to do: give --to_mcore true or --to_hf true, or --to_cached_dataset true")

@@ -6,19 +6,20 @@ What a rank holds is read off the modules' own `sharded_state_dict()`, so every 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from swiftlite.megatron.background import Write
 from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.plan import copy_job
 from swiftlite.megatron.side_files import copy_side_files, read_config, update_config
-from swiftlite.utils.dist import all_gather, barrier, get_rank
+from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
 from swiftlite.utils.errors import MapError
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger
@@ -100,11 +101,21 @@ def load_weights(models: Sequence[torch.nn.Module], directory: str | Path) -> in
 def save_hf_weights(
     models: Sequence[torch.nn.Module], output_dir: str | Path, origin_dir: str | Path, max_shard_bytes: int = 5 * 10**9
 ) -> list[str]:
-    """Write live models as a Hugging Face directory; each rank writes its own slices in place. Collective.
+    """Write live models as a Hugging Face directory; the ranks write slices in place. Collective.
 
+    Config and tokenizer come first, the index last, and the directory takes its name when it is whole.
     Args: origin_dir: the checkpoint that the run started from. config.json, tokenizer, names and order come from it,
         and so do tensors that the live model does not hold (MTP blocks that are not trained). Returns: their names.
     """
+    carried, write = prepare_hf_weights(models, output_dir, origin_dir, max_shard_bytes)
+    write.run()
+    return carried
+
+
+def prepare_hf_weights(
+    models: Sequence[torch.nn.Module], output_dir: str | Path, origin_dir: str | Path, max_shard_bytes: int = 5 * 10**9
+) -> tuple[list[str], Write]:
+    """Decide what goes where and which rank writes it; see save_hf_weights. Collective."""
     output_dir, origin = Path(output_dir), Origin(origin_dir)
     side_files = origin_root(origin_dir)
     live = LiveMap(origin.bound)
@@ -133,26 +144,60 @@ def save_hf_weights(
     def place(name: str, _: str | None = None) -> tuple[Path, int, torch.dtype]:
         return (*places[name], specs[name].dtype)
 
-    with Files() as files:
-        for shard, entry, offset in shards:
-            if is_main_replica(shard.replica_id):
-                data = shard.data.detach().view(shard.local_shape).cpu()
+    jobs = [copy_job(origin.source, name, *places[name], specs[name].dtype) for name in carried]
+    mine, my_jobs = divide([shard for shard, _, _ in shards], jobs)
+    owned = [item for item, is_mine in zip(shards, mine, strict=True) if is_mine]
+
+    def pieces() -> Iterator[tuple[torch.Tensor, Entry, tuple[int, ...]]]:
+        for shard, entry, offset in owned:
+            yield shard.data.detach().view(shard.local_shape).cpu(), entry, offset
+
+    def write(pieces: Iterable[tuple[torch.Tensor, Entry, tuple[int, ...]]]) -> None:
+        with Files() as files:
+            for data, entry, offset in pieces:
                 write_shard(data, entry, offset, files, place)
                 for copy in (c for c, of in origin.copies.items() if of == entry.hf[0]):
                     write_shard(data, entry, offset, files, partial(place, copy))
-        files.sync()
-    if main and carried:
-        stream.run([copy_job(origin.source, name, *places[name], specs[name].dtype) for name in carried])
-        get_logger().info("%d tensors that training does not hold are carried over unchanged", len(carried))
-    barrier()
-    if main:
-        dtype = max(specs.values(), key=lambda s: s.numel).dtype
-        if str(dtype).removeprefix("torch.") != stored_dtype(directory):
-            update_config(directory / "config.json", {"torch_dtype": dtype})
-        write_index(directory, plan, sum(s.nbytes for s in specs.values()))
-        replace_directory(directory, output_dir)
-    barrier()
-    return carried
+            files.sync()
+        stream.run(my_jobs)
+
+    def publish() -> None:
+        if carried:
+            get_logger().info("%d tensors that training does not hold are carried over unchanged", len(carried))
+        if main:
+            dtype = max(specs.values(), key=lambda s: s.numel).dtype
+            if str(dtype).removeprefix("torch.") != stored_dtype(directory):
+                update_config(directory / "config.json", {"torch_dtype": dtype})
+            write_index(directory, plan, sum(s.nbytes for s in specs.values()))
+            replace_directory(directory, output_dir)
+        barrier()
+
+    nbytes = sum(shard.data.nbytes for shard, _, _ in owned)
+    return carried, Write(nbytes, lambda: write(pieces()), lambda: partial(write, list(pieces())), [publish])
+
+
+def divide(shards: Sequence[ShardedTensor], jobs: Sequence[stream.Job]) -> tuple[list[bool], list[stream.Job]]:
+    """Which of its shards, and of everybody's jobs, this rank writes: one rank each, balanced by bytes. Collective.
+
+    Replicas hold the same values, so any of them may write.
+    """
+    keys = [(shard.key, tuple(shard.global_offset), tuple(shard.local_shape)) for shard in shards]
+    sizes = [shard.data.nbytes for shard in shards]
+    holders: dict[Any, list[int]] = {}
+    nbytes: dict[Any, int] = {}
+    for rank, part in enumerate(all_gather(list(zip(keys, sizes, strict=True)))):
+        for key, size in part:
+            holders.setdefault(key, []).append(rank)
+            nbytes[key] = size
+    for number, job in enumerate(jobs):
+        holders[number], nbytes[number] = list(range(get_world_size())), job.nbytes
+    loads, owner = [0] * get_world_size(), {}
+    # What only one rank has comes first, then the largest.
+    for key in sorted(holders, key=lambda k: (len(holders[k]), -nbytes[k], str(k))):
+        owner[key] = min(holders[key], key=lambda rank: (loads[rank], rank))
+        loads[owner[key]] += nbytes[key]
+    rank = get_rank()
+    return [owner[key] == rank for key in keys], [job for i, job in enumerate(jobs) if owner[i] == rank]
 
 
 def stored_dtype(directory: Path) -> str | None:

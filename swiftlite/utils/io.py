@@ -120,3 +120,12 @@ def peak_memory_bytes() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak << 10
+
+
+def available_memory_bytes() -> int:
+    """Memory that programs can still have on this machine, page cache given up; a guess of 4 GB where it is not told."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        return next(int(line.split()[1]) << 10 for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 4 << 30

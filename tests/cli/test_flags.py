@@ -22,6 +22,8 @@ COMPANIONS = {
     "recompute_method": ["--recompute_granularity", "full"],
     "recompute_num_layers": ["--recompute_granularity", "full"],
     "min_lr": ["--lr", "1e-4"],
+    "push_to_hub": ["--hub_model_id", "ORG/NAME"],
+    "hub_model_id": ["--push_to_hub", "true"],
     "sequence_parallel": ["--tensor_model_parallel_size", "2"],
 }
 ALL = [(cls, flag, value) for _, _, cls, flags in SECTIONS for flag, value in flags.items()]

@@ -32,7 +32,7 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
         "qwen2_5:default": [TP2, {**PP2, "decoder_first_pipeline_num_layers": 1}],
         "llama3_1:default": [TP2, PP2, {**PP2, "num_virtual_stages_per_pipeline_rank": 2}],
         "qwen3_moe:default": [TP2, EP2, PP2],
-        "glm4_5:default": [TP2, EP2, PP2, {**TP2, "mtp_num_layers": 1}],
+        "glm4_5:default": [{}, TP2, EP2, PP2, {**TP2, "mtp_num_layers": 1}],  # {}: two data-parallel ranks
         "deepseek_r1:default": [TP2, EP2, PP2, {**EP2, "mtp_num_layers": 1}],
         "ernie:default": [TP2, EP2],
     },

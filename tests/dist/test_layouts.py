@@ -158,3 +158,20 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(
     assert (output_dir / "iter_0000020").is_dir()
     assert not list(output_dir.glob(".*saving*"))
     assert largest_difference(curves["qwen3"], curve(output_dir)) <= TOLERANCE
+
+
+def test_a_kill_while_saving_in_the_background_leaves_the_checkpoint_before(
+    argv: Callable[..., list[str]], curves: dict[str, Any], tmp_path: Path
+) -> None:
+    output_dir = tmp_path / "run"
+    flags = ["--save_steps", "5", "--save_weights_only", "false", "--async_save", "true"]
+    flags += ["--tensor_model_parallel_size", "2"]
+    case = {"argv": argv("qwen3", output_dir, *flags)}
+    assert torchrun(2, [case | {"fault": "kill_in_background"}], tmp_path / "first")[0] != 0
+    assert (output_dir / "latest_checkpointed_iteration.txt").read_text() == "5"
+    assert not (output_dir / "iter_0000010").exists()
+    code, log = torchrun(2, [case], tmp_path / "second")
+    assert code == 0, log[-5000:]
+    assert "going on from step 5" in log
+    assert [p.name for p in sorted(output_dir.glob("iter_*"))] == [f"iter_{i:07d}" for i in (5, 10, 15, 20)]
+    assert largest_difference(curves["qwen3"], curve(output_dir)) <= TOLERANCE

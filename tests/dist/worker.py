@@ -4,7 +4,8 @@ Each case is a command (default: sft), its argv, and a fault to plant or none.
 
 Faults: 'double_layer' doubles one layer's gradients, 'skip_norm_reduce' leaves out the all-reduce of norm gradients,
 'kill_at_13' kills the process after step 13, 'kill_in_save' after the second checkpoint is written, before it is
-renamed, 'own_counts' weighs preference losses by the pairs and tokens of this rank alone.
+renamed, 'kill_in_background' from the process that begins to write the second checkpoint, 'own_counts' weighs
+preference losses by the pairs and tokens of this rank alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +37,7 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
 def fault(name: str | None) -> Iterator[None]:
     from megatron.core.distributed import finalize_model_grads as finalize
 
-    from swiftlite.megatron import checkpoint
+    from swiftlite.megatron import background, checkpoint
     from swiftlite.megatron.trainers import base
     from swiftlite.megatron.trainers.dpo import DpoTrainer
 
@@ -68,6 +70,20 @@ def fault(name: str | None) -> Iterator[None]:
     def own_counts(original: Any) -> Any:
         return lambda self, batches: sum(batch.counts() for batch in batches)
 
+    def kill_in_background(original: Any) -> Any:
+        calls = []
+
+        def kill() -> None:
+            time.sleep(1)
+            os.killpg(0, signal.SIGKILL)
+
+        def changed(self: Any, writes: list[Any], then: Any) -> None:
+            calls.append(then)
+            deadly = [background.Write(0, kill, lambda: kill)] if len(calls) == 2 else []
+            original(self, [*deadly, *writes], then)
+
+        return changed
+
     places = {
         "double_layer": (base, "finalize_model_grads", double_layer),
         "skip_norm_reduce": (
@@ -78,6 +94,7 @@ def fault(name: str | None) -> Iterator[None]:
         "kill_at_13": (base.Metrics, "advance", kill_at_13),
         "kill_in_save": (checkpoint, "replace_directory", kill_in_save),
         "own_counts": (DpoTrainer, "count", own_counts),
+        "kill_in_background": (background.BackgroundWriter, "start", kill_in_background),
     }
     if name is None:
         yield

@@ -19,7 +19,8 @@ from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.side_files import read_config
-from swiftlite.utils.dist import get_rank, get_world_size
+from swiftlite.utils.dist import all_gather, get_rank, get_world_size
+from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor
 from swiftlite.weights.torch_dist import McoreView, TorchDistSource
 
@@ -65,12 +66,40 @@ def check(root: Path, layout: dict[str, Any], save_to: Path) -> None:
                     expected_bytes += shard.data.numel() * shard.data.element_size()
                     compared += 1
             assert compared > 5 and read == expected_bytes, (read, expected_bytes)
-        hf_io.save_hf_weights(models, save_to, root / "hf")
+        check_writers(models, save_to, root / "hf")
     finally:
         destroy()
     if get_rank() == 0:
         for file in (root / "hf").glob("*.safetensors"):
             assert (save_to / file.name).read_bytes() == file.read_bytes(), f"{layout}: {file.name} differs"
+
+
+def check_writers(models: list[Any], save_to: Path, origin: Path) -> None:
+    """Save, and see that the ranks wrote every byte once, each about as many."""
+    written: list[tuple[str, int, int]] = []
+    original = Files.write
+
+    def write(self: Files, path: Path, offset: int, buffer: memoryview) -> None:
+        written.append((path.name, offset, len(buffer)))
+        original(self, path, offset, buffer)
+
+    Files.write = write  # type: ignore[method-assign]
+    try:
+        hf_io.save_hf_weights(models, save_to, origin)
+    finally:
+        Files.write = original  # type: ignore[method-assign]
+    parts = all_gather(written)
+    spans = sorted(span for part in parts for span in part)
+    ends = {name: 0 for name, _, _ in spans}
+    for name, offset, size in spans:
+        assert offset >= ends[name], f"byte {offset} of {name} is written twice"
+        ends[name] = offset + size
+    data = sum(t.spec.nbytes for t in SafetensorsSource(save_to).tensors.values())
+    assert sum(size for _, _, size in spans) == data
+    loads = [sum(size for _, _, size in part) for part in parts]
+    largest = max(shard.data.nbytes for shard in hf_io.iter_shards(models))
+    if mpu.get_pipeline_model_parallel_world_size() == 1:  # stages hold what they hold
+        assert max(loads) - min(loads) <= largest, loads
 
 
 if __name__ == "__main__":

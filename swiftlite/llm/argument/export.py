@@ -59,7 +59,25 @@ class PlanArguments(Arguments):
 
 
 @arguments
-class ExportArguments(PlanArguments, McoreArguments, BaseArguments):
+class PushArguments(Arguments):
+    """Push: the Hugging Face directory that a command has written goes to a hub"""
+
+    push_to_hub: bool = field(
+        False, "upload the Hugging Face directory to ModelScope, with --use_hf true to Hugging Face"
+    )
+    hub_model_id: str | None = field(None, "ORGANISATION/NAME there")
+    hub_private_repo: bool = field(False, "a repository that is made for it is private")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.push_to_hub and not self.hub_model_id:
+            raise UsageError("--push_to_hub true: say where with --hub_model_id ORGANISATION/NAME")
+        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo):
+            raise UsageError("--hub_model_id and --hub_private_repo: belong to --push_to_hub true")
+
+
+@arguments
+class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArguments):
     """Export: what is converted and how it is checked"""
 
     NOTES: ClassVar[Mapping[str, Note]] = EXPORT_NOTES
@@ -93,6 +111,10 @@ class ExportArguments(PlanArguments, McoreArguments, BaseArguments):
             )
         if self.dataset and not self.to_cached_dataset:
             raise UsageError("--dataset: converting a model reads no data; --to_cached_dataset true tokenises it")
+        if self.push_to_hub and (self.to_mcore or self.to_cached_dataset):
+            raise UsageError(
+                "--push_to_hub true: pushes Hugging Face directories; not with --to_mcore, --to_cached_dataset"
+            )
         if self.to_mcore and self.to_hf:
             raise UsageError("--to_mcore true and --to_hf true: give one direction")
         if self.to_hf and not (self.mcore_model or self.mcore_adapter or self.adapters):

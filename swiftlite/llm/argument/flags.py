@@ -21,7 +21,9 @@ COMMON_NOTES: dict[str, Note] = {
     "freeze_aligner": Note("default", _TEXT_ONLY),
     "linear_decoupled_in_proj": Note("rejected", "belongs to hybrid attention models, which are not supported"),
     "quant_method": Note("rejected", "quantising is not supported; export bf16 and quantise with the tool of choice"),
-    "push_to_hub": Note("rejected", "not available yet; upload the directory with the hub's own command"),
+    "push_to_hub": Note(
+        "rejected", "push the directory afterwards: `swiftlite export --model DIR --push_to_hub true --hub_model_id ID`"
+    ),
 }
 
 EXPORT_NOTES: dict[str, Note] = {
@@ -68,7 +70,7 @@ TRAIN_NOTES: dict[str, Note] = {
         allowed=("true",),
     ),
     "ckpt_format": Note("default", "checkpoints are torch_dist", allowed=("torch_dist",)),
-    "async_save": Note("default", "saving in the background is not available yet", allowed=("false",)),
+    "async_save": Note("default", "transformers writes while training waits", allowed=("false",)),
     "overlap_p2p_comm": Note("default", "megatron-core decides this by the pipeline schedule"),
     "transformer_impl": Note("default", "Transformer Engine is used where it is installed with CUDA"),
     "no_initialization": Note("default", "weights are loaded, not initialised", allowed=("true",)),

@@ -1,4 +1,5 @@
-"""Turns what the user calls a model (local directory, ModelScope id, Hugging Face id) into a local directory.
+"""Turns what the user calls a model (local directory, ModelScope id, Hugging Face id) into a local directory, and pushes
+a directory to a hub.
 
 The hub clients are imported only when something has to be downloaded.
 """
@@ -109,3 +110,54 @@ def fetch(
             f"could not download {path} from {hub}: {directory} holds neither .safetensors nor .bin files; {advice}"
         )
     return directory
+
+
+def push(
+    directory: str | Path,
+    model_id: str | None,
+    *,
+    use_hf: bool = False,
+    token: str | None = None,
+    private: bool = False,
+) -> None:
+    """Upload a model directory, one file after the other: weights first, config.json and the index last.
+
+    Both hubs keep files by their hash, so the same call after an interruption sends only what is not there yet, and a
+    repository is complete as soon as it can be loaded.
+    Raises: UsageError for an id of the wrong form; CheckpointError naming the file that could not be sent.
+    """
+    check_hub_id(model_id)
+    hub = "Hugging Face" if use_hf else "ModelScope"
+    client: Any = import_module("huggingface_hub" if use_hf else "modelscope.hub.api")
+    api = (client.HfApi if use_hf else client.HubApi)(token=token)
+    files = sorted(
+        (p for p in Path(directory).iterdir() if p.is_file() and not p.name.startswith(".")), key=_push_order
+    )
+    total, step = len(files), "create the repository"
+    try:
+        if use_hf:
+            api.create_repo(model_id, private=private, exist_ok=True)
+        else:
+            api.create_repo(model_id, visibility="private" if private else "public", exist_ok=True, token=token)
+        for number, file in enumerate(files, start=1):
+            step = f"send {file.name}"
+            logger.info("pushing %s to %s (%d of %d)", file.name, hub, number, total)
+            api.upload_file(path_or_fileobj=str(file), path_in_repo=file.name, repo_id=model_id, token=token,
+                            commit_message=f"Upload {file.name}")  # fmt: skip
+    except Exception as error:  # the clients raise anything from OSError to their own types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"could not {step} in {model_id} on {hub}: {reason}; {directory} is complete, push it again with `swiftlite "
+            f"export --model {directory} --push_to_hub true --hub_model_id {model_id}`"
+        ) from error
+    logger.info("pushed %d files to %s on %s", total, model_id, hub)
+
+
+def check_hub_id(model_id: str | None) -> None:
+    """Raises: UsageError if this is no id that something can be pushed to."""
+    if model_id is None or not _HUB_ID.fullmatch(model_id):
+        raise UsageError(f"--hub_model_id {model_id}: must have the form ORGANISATION/NAME")
+
+
+def _push_order(file: Path) -> tuple[bool, bool, str]:
+    return file.name == "config.json", file.name.endswith(".index.json"), file.name

@@ -212,6 +212,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     bf16: bool = field(False, "same as --torch_dtype bfloat16")
     deterministic_mode: bool = field(False, "only kernels that give the same bits each time")
 
+    async_save: bool = field(False, "write checkpoints in the background while training goes on")
     no_save_optim: bool = field(False, "checkpoints without optimizer")
     no_save_rng: bool = field(False, "checkpoints without RNG state")
     no_load_optim: bool = field(False, "do not read the optimizer of the checkpoint")

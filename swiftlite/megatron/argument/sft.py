@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.llm.argument.export import PlanArguments
+from swiftlite.llm.argument.export import PlanArguments, PushArguments
 from swiftlite.llm.argument.flags import BATCH_NOTES, TRAIN_UNAVAILABLE
 from swiftlite.llm.argument.sft import PtArguments, SftArguments
 from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE, MegatronArguments
@@ -15,7 +15,7 @@ from swiftlite.utils.parser import arguments
 
 
 @arguments
-class MegatronSftArguments(PlanArguments, MegatronArguments, SftArguments):
+class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftArguments):
     """Supervised fine-tuning on megatron-core"""
 
     COMMAND: ClassVar[str] = "megatron sft"
@@ -31,6 +31,10 @@ class MegatronSftArguments(PlanArguments, MegatronArguments, SftArguments):
         super().__post_init__()
         if "moe_router_bias_update_rate" not in self.given:
             self.moe_router_bias_update_rate = 0.0
+        if self.push_to_hub and self.train_type == "lora" and not self.merge_lora:
+            raise UsageError("--push_to_hub true: pushes whole models; add --merge_lora true")
+        if self.push_to_hub:
+            self.save_safetensors = True
         if self.model is None and self.mcore_model is None:
             raise UsageError("give the weights with --model HF_DIR_OR_ID or --mcore_model DIR (a converted checkpoint)")
         if self.train_type == "lora":

@@ -10,6 +10,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from swiftlite.llm.train.stop import StopSignal
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.adapters import CONFIG as ADAPTER_CONFIG
 from swiftlite.megatron.adapters import merge_to_hf, open_adapter, write_peft
+from swiftlite.megatron.background import BackgroundWriter
 from swiftlite.megatron.checkpoint import Position
 from swiftlite.megatron.distributed import ParallelState
-from swiftlite.megatron.hf_io import load_weights, save_hf_weights
+from swiftlite.megatron.hf_io import load_weights, prepare_hf_weights
 from swiftlite.megatron.model.config import torch_dtype, virtual_stages
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin, origin_root
@@ -171,6 +173,7 @@ class Trainer:
         self.written: list[Path] = []
         self.lora: LoraPlan | None = None  # of a run that trains adapters
         self.trained: set[str] | None = None  # Hugging Face names, of a run that leaves some as they are
+        self.writer = BackgroundWriter(self.device)
 
     # ---- what a subclass says ----
 
@@ -365,6 +368,7 @@ class Trainer:
             values, sums = self.train_step()
             step = self.position.iteration
             stopping = stop.agreed(self.device)
+            self.writer.finish()
             meter.add(sums)
             metrics.advance(step, values["loss"], values["lr"], values["grad_norm"])
             if self.rhythm.logs(step) or stopping:
@@ -381,6 +385,7 @@ class Trainer:
             if stopping:
                 logger.warning("asked to stop: saved step %d of %d; the same command goes on", step, self.train_iters)
                 break
+        self.writer.finish(wait=True)
         return last
 
     def _flops(self) -> ModelFlops | None:
@@ -403,27 +408,38 @@ class Trainer:
 
         Checkpoints of adapters have them in PEFT's format too.
         """
-        weights_only, lora = self.args.no_save_optim, self.lora
-        path = checkpoint.save_checkpoint(
+        weights_only, lora, samples = self.args.no_save_optim, self.lora, self.position.consumed_samples
+        self.writer.finish(wait=True)
+        path, write = checkpoint.prepare_checkpoint(
             self.root, self.position, self.models, self.args,
             None if weights_only else self.optimizer, None if weights_only else self.scheduler, self.carried,
             (lambda directory: write_peft(directory, lora.peft_config, directory)) if lora else None,
+            lambda directory: write_data_state(self.train_set, directory, samples), self.args.async_save,
         )  # fmt: skip
-        if self.parallel.rank == 0:
-            write_data_state(self.train_set, path, self.position.consumed_samples)
-        written = [path]
-        hf_dir = self.root / f"{path.name}{HF_SUFFIX}"
-        if lora and self.args.merge_lora:
+        written, writes = [path], [write]
+        if self.args.save_safetensors and not lora:
+            hf_dir = self.root / f"{path.name}{HF_SUFFIX}"
+            writes.append(prepare_hf_weights(self.models, hf_dir, self.origin_dir)[1])
+            written.append(hf_dir)
+        saved = partial(self._saved, written, self.position.iteration, self.evaluation)
+        if self.args.async_save:
+            self.writer.start(writes, saved)
+            return
+        for write in writes:
+            write.run()
+        saved()
+
+    def _saved(self, written: list[Path], iteration: int, evaluation: dict[str, float]) -> None:
+        """A checkpoint has become valid: only now it counts for the best one and for the limit. Collective."""
+        if self.lora and self.args.merge_lora:
+            hf_dir = self.root / f"{written[0].name}{HF_SUFFIX}"
             with tempfile.TemporaryDirectory() as scratch:
-                adapter = open_adapter(path, self.origin.bound, Path(scratch))
+                adapter = open_adapter(written[0], self.origin.bound, Path(scratch))
                 merge_to_hf(self.origin_dir, adapter, hf_dir, torch_dtype(self.args), exist_ok=True)
-            written.append(hf_dir)
-        elif self.args.save_safetensors and not lora:
-            save_hf_weights(self.models, hf_dir, self.origin_dir)
-            written.append(hf_dir)
+            written = [*written, hf_dir]
         deleted: list[Path] = []
         if self.parallel.rank == 0:
-            if self.best.saved(self.position.iteration, path.name, self.evaluation):
+            if self.best.saved(iteration, written[0].name, evaluation):
                 logger.info("best so far: %s", self.best.record)
             for suffix in ("", HF_SUFFIX):
                 best = f"{self.best.checkpoint}{suffix}" if self.best.checkpoint else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from swiftlite.llm.argument.export import PlanArguments
+from swiftlite.llm.argument.export import PlanArguments, PushArguments
 from swiftlite.llm.pipeline import TRACKER
 from swiftlite.llm.train import run_directory
 from swiftlite.llm.train.run_directory import versioned
@@ -22,7 +22,8 @@ CHANGEABLE = run_directory.CHANGEABLE | frozenset(
         "moe_shared_expert_overlap", "cross_entropy_loss_fusion", "cross_entropy_fusion_impl",
         "gradient_accumulation_fusion", "masked_softmax_fusion", "bias_swiglu_fusion", "bias_dropout_fusion",
         "apply_rope_fusion", "deterministic_mode", "no_save_optim", "no_save_rng", "no_load_optim", "no_load_rng",
-        "swiftlite_version", "finetune", "max_memory", "thread_count", "max_shard_size", *specs(PlanArguments),
+        "swiftlite_version", "finetune", "max_memory", "thread_count", "max_shard_size", "async_save",
+        *specs(PlanArguments), *specs(PushArguments),
     }
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swiftlite.llm.model.hub import check_hub_id, push
 from swiftlite.llm.pipeline import as_arguments, mcore_root, prepare_template, resolve
 from swiftlite.llm.train.data import load_data
 from swiftlite.megatron.argument.sft import MegatronPtArguments, MegatronSftArguments
@@ -18,9 +19,10 @@ from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.origin import origin_root
 from swiftlite.megatron.side_files import read_config
 from swiftlite.megatron.trainers import run_directory
-from swiftlite.megatron.trainers.base import Trainer
+from swiftlite.megatron.trainers.base import HF_SUFFIX, Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import language_model_loss, token_losses
+from swiftlite.utils.dist import get_rank
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
@@ -86,6 +88,8 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
     Args: load: (args, template) -> training set, validation set or None.
     Returns, raises: as megatron_sft_main.
     """
+    if args.push_to_hub:
+        check_hub_id(args.hub_model_id)
     origin = settle(args)
     if args.dry_run:
         print_training(args, origin)
@@ -101,4 +105,9 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
         tokenizer = template.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         trainer = trainer_class(args, parallel, train_set, val_set, pad, origin)
-        return trainer.train(resume)
+        result = trainer.train(resume)
+    if args.push_to_hub and get_rank() == 0:  # without the groups: no rank waits for the network
+        newest = f"iter_{trainer.position.iteration:07d}{HF_SUFFIX}"
+        push(trainer.root / newest, args.hub_model_id, use_hf=args.use_hf, token=args.hub_token,
+             private=args.hub_private_repo)  # fmt: skip
+    return result
