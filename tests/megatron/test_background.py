@@ -15,6 +15,7 @@ import torch
 from swiftlite.cli.main import main
 from swiftlite.megatron import background
 from swiftlite.megatron.background import BackgroundWriter, Write
+from swiftlite.megatron.trainers import sft
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.sft import megatron_sft_main
 from swiftlite.utils.errors import CheckpointError
@@ -128,3 +129,17 @@ def test_one_snapshot_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert order == [("a", True), ("b", True), ("first", True)]
     writer.finish(wait=True)
     assert order[3:] == [("c", True), ("second", True)]
+
+
+def test_the_last_directory_is_pushed_after_training(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[Any] = []
+    monkeypatch.setattr(
+        sft, "push", lambda directory, model_id, **options: pushed.append((directory, model_id, options))
+    )
+    flags = ["--push_to_hub", "true", "--hub_model_id", "Org/Model", "--use_hf", "true", "--async_save", "true"]
+    megatron_sft_main([*words, "--output_dir", str(tmp_path / "out"), "--train_iters", "2", *flags])
+    ((directory, model_id, options),) = pushed
+    assert directory == tmp_path / "out/iter_0000002-hf" and (directory / "model.safetensors").is_file()
+    assert model_id == "Org/Model" and options == {"use_hf": True, "token": None, "private": False}
