@@ -29,6 +29,7 @@ UNEVEN = [*PP, "--decoder_first_pipeline_num_layers", "1"]
 EP = ["--expert_model_parallel_size", "2"]
 KNOWN = ["--precompute_ref_log_probs", "true"]
 PACKED = ["--packing", "true", "--max_length", "250", "--global_batch_size", "2"]
+LORA = ["--ref_model", "none", "--train_type", "lora", "--lora_rank", "4", "--lora_dropout", "0", "--lr", "2e-3"]
 
 # What one process runs: family, flags. The others are compared with the one they name.
 ALONE: dict[str, tuple[str, list[str]]] = {
@@ -36,6 +37,8 @@ ALONE: dict[str, tuple[str, list[str]]] = {
     "moe": ("glm4_moe", []),
     "packed": ("qwen3", PACKED),
     "start": ("qwen3", ["--ref_model", "none"]),
+    "lora": ("qwen3", LORA),
+    "lora-moe": ("glm4_moe", LORA),
 }
 # one process' run, world size, flags, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
@@ -51,6 +54,11 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "moe-tp2-ep2": ("moe", 4, [*TP, *EP], None),
     "packed-dp2": ("packed", 2, PACKED, None),
     "packed-tp2-sp": ("packed", 2, [*PACKED, *TP], None),
+    "lora-dp2": ("lora", 2, LORA, None),
+    "lora-tp2-sp": ("lora", 2, [*LORA, *TP], None),
+    "lora-pp2": ("lora", 2, [*LORA, *UNEVEN], None),
+    "lora-tp2-pp2": ("lora", 4, [*LORA, *TP, *PP], None),
+    "lora-moe-ep2": ("lora-moe", 2, [*LORA, *EP], None),
     "control-double-layer": ("dense", 2, [], "double_layer"),
     "control-skip-norm-reduce": ("dense", 2, TP, "skip_norm_reduce"),
     "control-own-counts": ("dense", 2, [], "own_counts"),
