@@ -46,7 +46,9 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path) -> 
             for style, name in zip(_STYLES, names, strict=False):
                 points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
                 if points:
-                    look = {"color": f"C{number}", "linestyle": style} if len(runs) > 1 else {}
+                    # Earlier runs are wider, so that one that lies under another is seen.
+                    width = 1.5 + 3 * (len(runs) - 1 - number) / len(runs)
+                    look = {"color": f"C{number}", "linestyle": style, "linewidth": width} if len(runs) > 1 else {}
                     label = " ".join(word for word in (run, name if len(names) > 1 else "") if word)
                     axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None, **look)
         if len(names) > 1 or len(runs) > 1:

@@ -84,6 +84,7 @@ class HfTrainer(transformers.Trainer):
         self.data_seconds = 0.0
         self.evaluation: dict[str, float] = {}
         self.last: dict[str, float] = {"loss": math.nan}
+        self.shown = 0  # step up to which the bar has moved
 
     # ---- data ----
 
@@ -151,6 +152,20 @@ class HfTrainer(transformers.Trainer):
         self.last["loss"] = loss
         return sums["stop"] > 0
 
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Called after each step, and once more after the last one, with what callbacks are not told."""
+        step = self.state.global_step
+        if step > self.shown:
+            self.shown = step
+            norm = 0.0 if grad_norm is None else float(grad_norm)
+            if not math.isfinite(norm) and not self.args.fp16:  # fp16 skips such steps
+                raise SwiftliteError(
+                    f"step {step}: gradient norm {norm}; training has diverged. Lower --lr or raise "
+                    "--lr_warmup_iters, and start again from the last checkpoint"
+                )
+            self.setting.metrics.advance(step, self.last["loss"], kwargs.get("learning_rate") or 0.0, norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One line of what is measured since the last one; the stock Trainer's own numbers are not used but these two."""
         if "loss" not in logs:
@@ -160,11 +175,6 @@ class HfTrainer(transformers.Trainer):
         line = {"loss": values.pop("loss"), "lr": logs["learning_rate"]}
         if logs.get("grad_norm") is not None:
             line["grad_norm"] = float(logs["grad_norm"])
-            if not math.isfinite(line["grad_norm"]) and not self.args.fp16:  # fp16 skips such steps
-                raise SwiftliteError(
-                    f"step {self.state.global_step}: gradient norm {line['grad_norm']}; training has diverged. Lower "
-                    "--lr or raise --lr_warmup_iters, and start again from the last checkpoint"
-                )
         self.last = {**line, **values, **meter.summary()}
         self.setting.metrics.log(self.state.global_step, self.last)
         self.control.should_log = False
@@ -285,8 +295,6 @@ class _Steps(transformers.TrainerCallback):
         assert trainer is not None
         stop = trainer.end_step()
         trainer.evaluation = {}
-        last = trainer.last
-        setting.metrics.advance(step, last["loss"], last.get("lr", 0.0), last.get("grad_norm", 0.0))
         control.should_log = setting.rhythm.logs(step) or stop
         control.should_evaluate = setting.rhythm.evaluates(step)
         control.should_save = setting.rhythm.saves(step) or stop
@@ -504,7 +512,7 @@ def run(
     steps.trainer = trainer
     if before is not None:
         before(trainer)
-    done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    trainer.shown = done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     setting.metrics = Metrics(root, args.logging_dir, args.report_to, done, setting.steps, main, args.to_dict())
     trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     logger.info(
