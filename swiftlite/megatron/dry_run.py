@@ -181,7 +181,7 @@ def _print_own(args: Any, model: TrainingModel, gpus: int, micro: int, length: i
     """The layout that the flags ask for, by recompute mode, and the command. Returns: whether it fits."""
     try:
         layout = own_layout(args, gpus)
-        _, accumulated, _ = args.batch_sizes(layout.dp)
+        micro, accumulated, _ = args.batch_sizes(layout.dp)
     except UsageError as error:
         print(f"your flags: {error}")
         return False

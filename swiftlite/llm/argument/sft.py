@@ -19,7 +19,11 @@ class TrainArguments(Arguments):
     Global batch = micro batch x gradient accumulation x data-parallel size, see `batch_sizes`.
     """
 
-    micro_batch_size: int = field(1, "samples of one forward pass on one rank", aliases=["per_device_train_batch_size"])
+    micro_batch_size: int = field(
+        1,
+        "samples of one forward pass on one rank (default: 1, or what the other two leave)",
+        aliases=["per_device_train_batch_size"],
+    )
     global_batch_size: int | None = field(None, "samples of one step over all ranks (default 16)")
     gradient_accumulation_steps: int | None = field(None, "forward passes of one step, instead of a global batch")
     num_train_epochs: float | None = field(None, "passes over the data", aliases=["max_epochs"])
@@ -105,10 +109,19 @@ class TrainArguments(Arguments):
             self.eval_steps = self.save_steps
 
     def batch_sizes(self, data_parallel_size: int) -> tuple[int, int, int]:
-        """(micro batch, accumulation steps, global batch) for this many data-parallel ranks.
+        """(micro batch, accumulation steps, global batch) for this many data-parallel ranks; two of them decide.
 
         Raises: UsageError if the sizes that were given do not fit together.
         """
+        passes = self.gradient_accumulation_steps
+        if self.global_batch_size and passes and "micro_batch_size" not in self.given:
+            micro, rest = divmod(self.global_batch_size, passes * data_parallel_size)
+            if rest:
+                raise UsageError(
+                    f"--global_batch_size {self.global_batch_size}: must be a multiple of --gradient_accumulation_steps "
+                    f"{passes} x {data_parallel_size} data-parallel ranks"
+                )
+            return micro, passes, self.global_batch_size
         per_pass = self.micro_batch_size * data_parallel_size
         if self.global_batch_size is None:
             steps = self.gradient_accumulation_steps or 1

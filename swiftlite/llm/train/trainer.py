@@ -313,7 +313,7 @@ class Setting:
         self.args, self.tokenizer = args, template.tokenizer
         self.root = Path(args.output_dir)
         self.dtype = args.model_info.torch_dtype
-        _, self.accumulation, self.global_batch = args.batch_sizes(get_world_size())
+        self.micro_batch, self.accumulation, self.global_batch = args.batch_sizes(get_world_size())
         self.steps = steps_of(train_set, args, self.global_batch)
         self.order = order_of(train_set, args, self.global_batch)
         streaming = getattr(train_set, "is_streaming", False)
@@ -408,8 +408,8 @@ def training_arguments(setting: Setting) -> transformers.TrainingArguments:
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     return transformers.TrainingArguments(
         output_dir=args.output_dir,
-        per_device_train_batch_size=args.micro_batch_size,
-        per_device_eval_batch_size=args.micro_batch_size,
+        per_device_train_batch_size=setting.micro_batch,
+        per_device_eval_batch_size=setting.micro_batch,
         gradient_accumulation_steps=setting.accumulation,
         max_steps=setting.steps,
         learning_rate=args.lr,
@@ -519,7 +519,7 @@ def run(
         "device %s, dtype %s, attention %s; %s of %s parameters are trained; %d steps of %d samples (micro batch %d x %d "
         "accumulated x %d data-parallel ranks), %s training and %d validation samples", trainer.args.device,
         str(setting.dtype).removeprefix("torch."), model.config._attn_implementation, f"{trained:,}", f"{total:,}",
-        setting.steps, setting.global_batch, args.micro_batch_size, setting.accumulation, get_world_size(),
+        setting.steps, setting.global_batch, setting.micro_batch, setting.accumulation, get_world_size(),
         setting.order.num_samples or "streamed", len(val_set) if val_set is not None else 0,
     )  # fmt: skip
     if torch.cuda.is_available():

@@ -70,6 +70,7 @@ def test_accumulation_does_not_change_the_loss(run: Any) -> None:
         ("b", {"micro_batch_size": 1}),
         ("c", {"padding_free": "true"}),
         ("d", {"recompute": "full"}),
+        ("e", {"micro_batch_size": None, "gradient_accumulation_steps": 2}),
     ):
         found = [(line["loss"], line["grad_norm"]) for line in run(sft_main, output, **flags)[1]]
         for one, two in zip(wanted, found, strict=True):

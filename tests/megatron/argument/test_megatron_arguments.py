@@ -37,6 +37,8 @@ def test_needs_weights():
         ({"micro_batch_size": 2, "global_batch_size": 8}, 2, (2, 2, 8)),
         ({"micro_batch_size": 2, "gradient_accumulation_steps": 3}, 2, (2, 3, 12)),
         ({"global_batch_size": 8, "gradient_accumulation_steps": 4}, 2, (1, 4, 8)),
+        ({"global_batch_size": 24, "gradient_accumulation_steps": 4}, 2, (3, 4, 24)),
+        ({"micro_batch_size": 2, "global_batch_size": 16, "gradient_accumulation_steps": 4}, 2, (2, 4, 16)),
     ],
 )
 def test_batch_sizes(sizes, dp, expected):
@@ -46,8 +48,10 @@ def test_batch_sizes(sizes, dp, expected):
 def test_batch_sizes_that_do_not_fit():
     with pytest.raises(UsageError, match="--global_batch_size 9: must be a multiple"):
         sft(global_batch_size=9).batch_sizes(2)
-    with pytest.raises(UsageError, match="makes 4; leave one of them out"):
+    with pytest.raises(UsageError, match="multiple of --gradient_accumulation_steps 3 x 2 data-parallel"):
         sft(global_batch_size=8, gradient_accumulation_steps=3).batch_sizes(2)
+    with pytest.raises(UsageError, match="makes 4; leave one of them out"):
+        sft(global_batch_size=8, gradient_accumulation_steps=3, micro_batch_size=1).batch_sizes(2)
 
 
 def test_names_of_transformers_mean_the_same():
