@@ -5,7 +5,7 @@ COMPAT_PYTHON ?= python3.12
 COMPAT_PINS ?= "megatron-core>=0.19,<0.20" "transformers>=4.57,<4.58"
 COMPAT_TESTS ?= tests/families tests/weights tests/llm tests/megatron
 
-.PHONY: venv check format test test-slow test-dist test-gpu test-compat test-transformers4 quickstart clean
+.PHONY: venv check format test test-slow test-dist test-faults test-gpu test-compat test-transformers4 quickstart clean
 
 venv:  ## .venv with everything the tests need
 	python3.11 -m venv .venv
@@ -29,6 +29,9 @@ test-slow:
 
 test-dist:  ## two and four processes on one machine (gloo)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m dist
+
+test-faults:  ## kills, full disks, damaged files; docs/faults.md
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m faults
 
 test-gpu:  ## needs CUDA
 	$(PYTHON) -m pytest -q -m gpu

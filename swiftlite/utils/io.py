@@ -94,7 +94,7 @@ def check_disk(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(existing_parent(directory)).free
     if needed > free:
         raise BudgetError(
-            f"{directory} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room or "
+            f"{directory} needs {format_bytes(needed)}, its disk has {format_bytes(free)} free; make room or "
             "choose another --output_dir"
         )
 

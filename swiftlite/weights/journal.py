@@ -129,6 +129,9 @@ def workspace(
             if main:
                 shutil.rmtree(directory, ignore_errors=True)
             raise
+        except OSError:
+            get_logger().warning("what is done stays in %s; the same command goes on there", directory)
+            raise
         finally:
             journal.close()
         if main:

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,6 +81,15 @@ def decoder(source: Any) -> Decode | None:
     return values
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """The system's errors say which file they are about."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 class Files:
     """Open file descriptors by path, read and written by position from any thread. A context manager."""
 
@@ -114,7 +124,8 @@ class Files:
         """Fill `buffer` (of extent.size bytes). Raises: CheckpointError if the file ends too early."""
         fd, done = self.fd(extent.file), 0
         while done < extent.size:
-            count = os.preadv(fd, [buffer[done:]], extent.offset + done)
+            with _naming(extent.file):
+                count = os.preadv(fd, [buffer[done:]], extent.offset + done)
             if count == 0:
                 raise CheckpointError(
                     f"{extent.file} ends at byte {extent.offset + done}, {extent.size - done} bytes too early; "
@@ -125,14 +136,16 @@ class Files:
     def write(self, path: Path, offset: int, buffer: memoryview) -> None:
         fd, done = self.fd(path, writable=True), 0
         while done < len(buffer):
-            done += os.pwrite(fd, buffer[done:], offset + done)
+            with _naming(path):
+                done += os.pwrite(fd, buffer[done:], offset + done)
 
     def sync(self) -> None:
         """Force everything written to the disk."""
         with self._lock:
-            written = [self._fds[path] for path in self._written]
-        for fd in written:
-            os.fsync(fd)
+            written = {path: self._fds[path] for path in self._written}
+        for path, fd in written.items():
+            with _naming(path):
+                os.fsync(fd)
 
     def forget(self, path: Path) -> None:
         """Drop a file's clean pages from the cache, so that reading it again reads the disk."""

@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from swiftlite.utils.errors import BudgetError
+from swiftlite.utils.io import format_bytes
 from swiftlite.weights.journal import Journal
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import clip
@@ -245,8 +246,8 @@ def fit_budget(jobs: Sequence[Job], max_memory: int | None) -> tuple[int, int]:
     largest_row = max((job.row_bytes for job in jobs), default=1)
     if 3 * largest_row > max_memory:
         raise BudgetError(
-            f"--max_memory of {max_memory / 2**20:.1f} MiB is too small: one row of a tensor takes "
-            f"{3 * largest_row / 2**20:.1f} MiB while it is converted; allow at least that"
+            f"--max_memory of {format_bytes(max_memory)} is too small: one row of a tensor takes "
+            f"{format_bytes(3 * largest_row)} while it is converted; allow at least that"
         )
     workers = max(1, min(WORKERS, max_memory // (3 * max(largest_row, 1 << 20))))
     return max(min(BLOCK_BYTES, max_memory // (3 * workers)), 1), workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,37 +88,46 @@ print(killed)
 
 @pytest.mark.faults
 def test_killed_at_random_moments_both_ways(model: Path, tmp_path: Path) -> None:
-    killed = 0
-    for seed in range(8):
+    killed = {"mcore": 0, "back": 0}
+    for seed in range(20):
         mcore, back = tmp_path / f"mcore{seed}", tmp_path / f"back{seed}"
         for out, words in (
             (mcore, ["--model", str(model), "--to_mcore", "true"]),
             (back, ["--mcore_model", str(mcore), "--to_hf", "true"]),
         ):
             command = ["export", *words, "--output_dir", str(out), "--verify", "bitwise"]
-            run = [sys.executable, "-c", KILLER, str(out), "4", str(seed), *command]
+            run = [sys.executable, "-c", KILLER, str(out), "5", str(seed), *command]
             result = subprocess.run(run, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr[-2000:]
-            killed += int(result.stdout.split()[-1])
+            killed[out.name.rstrip("0123456789")] += int(result.stdout.split()[-1])
         assert_same_model(model, back)
         assert not list(tmp_path.glob(".*"))
-    assert killed >= 20
+        shutil.rmtree(mcore)
+        shutil.rmtree(back)
+        if min(killed.values()) >= 20:
+            break
+    assert min(killed.values()) >= 20, killed
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_share_the_files(model: Path, tmp_path: Path, processes: int) -> None:
     environment = {**os.environ, "NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1", "MASTER_PORT": "29617"}
-    mcore, back = tmp_path / "mcore", tmp_path / "back"
+    mcore, back, alone = tmp_path / "mcore", tmp_path / "back", tmp_path / "alone"
+    files = ["--thread_count", "4"]
+    assert to_mcore(model, alone, *files) == 0
     for words in (
-        ["--model", str(model), "--to_mcore", "true", "--output_dir", str(mcore)],
+        ["--model", str(model), "--to_mcore", "true", "--output_dir", str(mcore), *files],
         ["--mcore_model", str(mcore), "--to_hf", "true", "--output_dir", str(back)],
     ):
         command = [sys.executable, "-m", "swiftlite", "export", *words, "--verify", "bitwise"]
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr[-2000:]
-    assert len(list(mcore.glob("iter_0000001/*.distcp"))) == processes
     assert_same_model(model, back)
+    written = sorted(p.relative_to(alone) for p in alone.rglob("*") if p.is_file() and p.name != "args.json")
+    assert len([p for p in written if p.suffix == ".distcp"]) == 4 and Path("iter_0000001/.metadata") in written
+    for path in written:
+        assert (mcore / path).read_bytes() == (alone / path).read_bytes(), path
 
 
 def test_work_is_divided_by_whole_files_and_bytes(model: Path, tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from swiftlite.megatron.plan import copy_job
 from swiftlite.utils.errors import BudgetError, CheckpointError
 from swiftlite.weights import stream
 from swiftlite.weights.ops import Segment
-from swiftlite.weights.safetensors import SafetensorsSource
-from swiftlite.weights.storage import Extent
+from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards
+from swiftlite.weights.storage import Extent, TensorSpec
 
 A, B = torch.randn(12, 5), torch.randn(6, 5).bfloat16()
 SEGMENTS = (Segment(1, 0, 3), Segment(0, 4, 8), Segment(1, 3, 3), Segment(0, 0, 4))
@@ -57,3 +58,20 @@ def test_a_failing_read_stops_the_run(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="ends at byte"):
         stream.run([work])
+
+
+def test_tensors_without_rows_and_without_dimensions(tmp_path: Path) -> None:
+    """[0, 4], [4, 0] and [] keep name, shape, dtype and bytes, also when they are cast."""
+    tensors = {"none": torch.empty(0, 4), "narrow": torch.empty(4, 0), "scalar": torch.tensor(2.5), "a": A}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source, out = SafetensorsSource(tmp_path), tmp_path / "out"
+    out.mkdir()
+    for dtype in (torch.float32, torch.bfloat16):
+        (plan,) = plan_shards({n: TensorSpec(dtype, tuple(t.shape)) for n, t in tensors.items()}, 10**9)
+        create_shards(out, [plan])
+        digests = stream.run(
+            [copy_job(source, n, out / plan.file, offset, dtype) for n, offset in plan.offsets.items()]
+        )
+        assert set(digests) == set(tensors)
+        for name, tensor in load_file(out / plan.file).items():
+            assert tensor.dtype == dtype and torch.equal(tensor, tensors[name].to(dtype))
