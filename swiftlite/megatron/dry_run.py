@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from swiftlite.llm.argument.rlhf import PreferenceArguments
 from swiftlite.llm.train.metrics import format_seconds
 from swiftlite.megatron.memory import GPUS_PER_NODE, Layout, Need, TrainingModel, even_stages
 from swiftlite.megatron.model.hf_config import bind_map
@@ -99,7 +100,7 @@ def _disk(directory: Path, total: int, speed: Any) -> str:
 
 
 def print_training(args: Any, origin: str | Path) -> None:
-    """Bytes, files, memory, time, layouts and command of `megatron sft`; `args` have the model's fields set."""
+    """Bytes, files, memory, time, layouts and command of a training command; `args` have the model's fields set."""
     root = origin_root(origin)
     config = read_config(root)
     shards = (
@@ -108,7 +109,12 @@ def print_training(args: Any, origin: str | Path) -> None:
     planned = None if args.mcore_model else ConfigSource(root, config)
     names = planned.tensors if planned is not None else ["mtp."]
     bound = bind_map(config, names)
-    model = TrainingModel(bound, args, args.dtype or torch.float32)
+    pairs = isinstance(args, PreferenceArguments)
+    own_reference = pairs and not args.precompute_ref_log_probs and (args.ref_model or args.train_type != "lora")
+    model = TrainingModel(
+        bound, args, args.dtype or torch.float32, sequences=2 if pairs and not args.packing else 1,
+        reference=bool(own_reference),
+    )  # fmt: skip
     stored = checkpoint_bytes(model, with_optimizer=False)
     read = sum(p.stat().st_size for p in shards) or (planned.stored_bytes if planned is not None else 0)
     saved = checkpoint_bytes(model, with_optimizer=not args.no_save_optim)
@@ -158,8 +164,8 @@ def print_layouts(args: Any, model: TrainingModel, words: Sequence[str], own: bo
     micro = model.args.micro_batch_size
     length = model.args.seq_length if own else args.max_length
     batch = model.args.global_batch_size or gpus * micro * (model.args.gradient_accumulation_steps or 1)
-    print(f"\ntraining on {gpus} GPUs of {args.gpu_memory}: {micro} x {length} tokens at a time, global batch {batch}; "
-          "GB on the fullest GPU, with flash attention, 3 GB for CUDA and NCCL included")  # fmt: skip
+    print(f"\ntraining on {gpus} GPUs of {args.gpu_memory}: {micro * model.sequences} x {length} tokens at a time, "
+          f"global batch {batch}; GB on the fullest GPU, with flash attention, 3 GB for CUDA and NCCL included")  # fmt: skip
     print(f"{'TP':>3}{'PP':>4}{'EP':>4}{'ETP':>4}{'DP':>4} {'recompute':<10}{'weights':>9}{'grads':>8}{'optim':>8}"
           f"{'activ':>8}{'total':>8}")  # fmt: skip
     if own and _print_own(args, model, gpus, micro, length):

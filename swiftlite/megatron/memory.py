@@ -85,11 +85,17 @@ class Need:
 
 @dataclass(frozen=True)
 class TrainingModel:
-    """What the formulas need to know. args: MegatronArguments with the model's fields set. dtype: of the weights."""
+    """What the formulas need to know.
+
+    args: MegatronArguments with the model's fields set. dtype: of the weights. sequences: of a sample; a preference pair
+    has two. reference: a frozen model of this size stays beside the trained one.
+    """
 
     bound: BoundMap
     args: Any
     dtype: torch.dtype
+    sequences: int = 1
+    reference: bool = False
 
     @cached_property
     def entries(self) -> dict[int | str, list[Entry]]:
@@ -138,7 +144,7 @@ class TrainingModel:
 
     def need(self, layout: Layout, micro_batch_size: int, seq_length: int, num_microbatches: int) -> Need:
         """Bytes on the GPU of the pipeline stage that takes most."""
-        tokens = micro_batch_size * seq_length
+        tokens = micro_batch_size * self.sequences * seq_length
         return max((self._stage_need(layout, rank, tokens, num_microbatches) for rank in range(layout.pp)),
                    key=lambda need: need.total)  # fmt: skip
 
@@ -147,7 +153,7 @@ class TrainingModel:
         width = self.dtype.itemsize
         per_parameter = 8 if self.dtype == torch.float32 else 12  # two moments, and fp32 main weights
         return Need(
-            weights=(dense + experts) * width + 4 * buffers,
+            weights=((dense + experts) * width + 4 * buffers) * (2 if self.reference else 1),
             gradients=(dense + experts) * 4,
             optimizer=per_parameter * (math.ceil(dense / layout.dp) + math.ceil(experts / layout.expert_dp)),
             activations=self._activations(layout, rank, tokens, min(layout.pp - rank, num_microbatches)),

@@ -100,6 +100,25 @@ def test_training_plan(air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "run").exists()
 
 
+def test_preference_plan(air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pair is two sequences, and the reference stays beside the model unless it has answered before."""
+    words = ["--model", str(air), "--output_dir", str(tmp_path / "run"), "--max_length", "4096", "--recompute", "full"]
+    words += ["--expert_model_parallel_size", "8", "--dry_run", "true", "--gpus", "16", "--gpu_memory", "512GB"]
+    needs, texts = [], []
+    for command, flags in (
+        ("sft", []), ("dpo", []), ("dpo", ["--precompute_ref_log_probs", "true"]), ("dpo", ["--packing", "true"]),
+    ):  # fmt: skip
+        assert main(["megatron", command, *words, *flags]) == 0
+        texts.append(capsys.readouterr().out)
+        (line,) = [line for line in texts[-1].splitlines() if line.endswith("<- your flags")]
+        weights, _, _, activations, _ = (float(number) for number in line.split()[6:11])
+        needs.append((weights, activations))
+    (weights, activations), live, known, packed = needs
+    assert live[0] == pytest.approx(2 * weights, abs=0.1) and live[1] == pytest.approx(2 * activations, abs=0.2)
+    assert known == (weights, live[1]) and packed == (live[0], activations)
+    assert "swiftlite megatron dpo" in rows(texts[1])["command"] and "2 x 4096 tokens" in texts[1]
+
+
 def test_a_dry_run_starts_no_processes(air: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     monkeypatch.setattr("swiftlite.cli.launcher.launch", lambda *args: pytest.fail("torchrun was started"))

@@ -20,6 +20,7 @@ class MegatronDpoArguments(MegatronSftArguments, DpoArguments):
     Rows have `messages` and `rejected_messages` (or `rejected_response`, `chosen` and `rejected`, ...).
     """
 
+    COMMAND: ClassVar[str] = "megatron dpo"
     NOTES: ClassVar[Mapping[str, Note]] = {
         **DPO_NOTES,
         "mcore_ref_model": Note("rejected", "give it with --ref_model, which takes checkpoints of either format"),
