@@ -30,6 +30,7 @@ STAND_INS = {
     "lora.yaml": ("qwen2", "qwen2_5"),
     "megatron_dense.yaml": ("qwen2", "qwen2_5"),
     "megatron_dpo_lora.yaml": ("qwen3_moe", "qwen3_moe"),
+    "megatron_lora_moe.yaml": ("qwen3_moe", "qwen3_moe"),
     "multi_node.sh": ("qwen3_moe", "qwen3_moe"),
     "resume_elsewhere.sh": ("qwen2", "qwen2_5"),
 }

@@ -138,6 +138,7 @@ def _allocate_optimizer_state(optimizer: Any) -> None:
         inner = part.optimizer
         if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
             continue  # fused optimizers keep no step per parameter and allocate by themselves
+        _give_step(inner, 0)
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
@@ -146,6 +147,22 @@ def _allocate_optimizer_state(optimizer: Any) -> None:
                         "exp_avg": torch.zeros_like(parameter.data),
                         "exp_avg_sq": torch.zeros_like(parameter.data),
                     }
+
+
+def _give_step(inner: Any, step: int) -> None:
+    """Let an optimizer that holds no parameters, all being frozen, tell a step: megatron-core asks each for one."""
+    if not any(group["params"] for group in inner.param_groups):
+        inner.state["step"] = {"step": torch.tensor(float(step))}
+
+
+def _agree_on_step(optimizer: Any) -> None:
+    """Tell torch optimizers without parameters the step of those that have some. Collective."""
+    parts = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    adams = [inner for inner in parts if isinstance(inner, torch.optim.Adam | torch.optim.AdamW)]
+    mine = [int(state["step"]) for inner in adams for state in inner.state.values()]
+    step = max(step for steps in all_gather(mine) for step in [0, *steps])
+    for inner in adams:
+        _give_step(inner, step)
 
 
 def _cut_vocabulary(state: dict[str, Any], vocab_size: int) -> None:
@@ -260,6 +277,7 @@ def prepare_checkpoint(
         state["carried"] = dict(carried)
     if optimizer is not None:
         weights = {key: value for key, value in state.items() if key.startswith("model")}
+        _agree_on_step(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
         common["opt_param_scheduler"] = scheduler.state_dict()
         if not args.no_save_rng:

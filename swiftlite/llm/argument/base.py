@@ -230,7 +230,10 @@ class TunerArguments(Arguments):
     """Tuner: which parameters are trained"""
 
     train_type: str = field(
-        "full", "all parameters, or adapters only", aliases=["tuner_type"], choices=["full", "lora", "freeze"]
+        "full",
+        "all parameters, adapters beside them, or some of them",
+        aliases=["tuner_type"],
+        choices=["full", "lora", "freeze"],
     )
     freeze_parameters: list[str] = field([], "prefixes of parameters that stay as they are")
     freeze_parameters_regex: str | None = field(None, "regular expression of parameters that stay as they are")

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from torch import Tensor
 
 from swiftlite.families import family_of
@@ -74,6 +75,7 @@ def model_provider(
     _mark_divided_weights(model)
     if args.multi_latent_attention:
         _set_latent_norm_eps(model)
+        _join_latents(model)
     if live_vocab_size > vocab_size:
         _mask_padded_vocabulary(model, vocab_size, live_vocab_size)
     adapt = getattr(block, "adapt", None)
@@ -114,6 +116,27 @@ def _set_latent_norm_eps(model: GPTModel) -> None:
             norm = getattr(module, name, None)  # a norm of its own, or one fused into the linear layer
             if norm is not None and hasattr(norm, "eps"):
                 norm.eps = LATENT_NORM_EPS
+
+
+def _join_latents(model: GPTModel) -> None:
+    """Under TP, have a divided key/value down projection give all columns of this rank's part of the sequence.
+
+    That is what megatron-core's MLA gets from Transformer Engine's undivided layer. What it does with a divided one
+    loses gradients: each rank's heads use the rotary key, whose gradients it never adds up.
+    """
+    tp_size, tp_rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    if tp_size == 1 or not model.config.sequence_parallel:
+        return
+
+    def join(_: Any, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        latents, bias = output  # [S, B, columns / TP]
+        part = latents.shape[0] // tp_size
+        return all_gather_last_dim_from_tensor_parallel_region(latents)[tp_rank * part : (tp_rank + 1) * part], bias
+
+    for module in model.modules():
+        down = getattr(module, "linear_kv_down_proj", None)
+        if isinstance(down, ColumnParallelLinear):
+            down.register_forward_hook(join)
 
 
 def _mask_padded_vocabulary(model: GPTModel, vocab_size: int, live_vocab_size: int) -> None:

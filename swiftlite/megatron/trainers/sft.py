@@ -1,4 +1,4 @@
-"""`swiftlite megatron sft` and `pt`: training of all parameters on tokens, on megatron-core."""
+"""`swiftlite megatron sft` and `pt`: training on tokens, on megatron-core."""
 
 from __future__ import annotations
 

@@ -320,7 +320,8 @@ class Adapters(torch.nn.Module):
                 x = F.rms_norm(x, x.shape[-1:], layer.layer_norm_weight, layer.eps)
             return output[0] + lora(x), output[1]
 
-        linear.module.register_forward_hook(add)
+        # Before hooks that exchange outputs between ranks.
+        linear.module.register_forward_hook(add, prepend=True)
 
     def _add_grouped(
         self, loras: Mapping[int, Lora], layer: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]
