@@ -48,6 +48,7 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "moe-dp2": ("moe", 2, [], None),
     "moe-ep2": ("moe", 2, EP, None),
     "moe-tp2": ("moe", 2, TP, None),
+    "moe-tp2-etp1": ("moe", 2, [*TP, "--expert_tensor_parallel_size", "1"], None),
     "moe-pp2": ("moe", 2, [*PP, *UNEVEN], None),
     "mla-tp2": ("mla", 2, TP, None),
     "mla-ep2": ("mla", 2, EP, None),

@@ -38,14 +38,11 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
         if self.model is None and self.mcore_model is None:
             raise UsageError("give the weights with --model HF_DIR_OR_ID or --mcore_model DIR (a converted checkpoint)")
         if self.train_type == "lora":
-            self._settle_lora()
+            if self.moe_shared_expert_overlap:
+                get_logger().info("--moe_shared_expert_overlap: off, adapters exchange activations by themselves")
+            self.moe_shared_expert_overlap = False
         elif self.adapters or self.mcore_adapter or self.merge_lora:
             raise UsageError("--adapters, --mcore_adapter and --merge_lora: need --train_type lora")
-
-    def _settle_lora(self) -> None:
-        if self.moe_grouped_gemm or self.moe_shared_expert_overlap:
-            get_logger().info("--moe_grouped_gemm and --moe_shared_expert_overlap: off, since adapters run by expert")
-        self.moe_grouped_gemm = self.moe_shared_expert_overlap = False
 
 
 @arguments

@@ -73,6 +73,7 @@ def model_provider(
     model.vp_stage = vp_stage
     rope.install(model, frequencies)
     _mark_divided_weights(model)
+    _mark_expert_weights(model)
     if args.multi_latent_attention:
         _set_latent_norm_eps(model)
         _join_latents(model)
@@ -108,6 +109,17 @@ def _mark_divided_weights(model: GPTModel) -> None:
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(weight, True, dim, 1)
+
+
+def _mark_expert_weights(model: GPTModel) -> None:
+    """Have gradients of experts summed over the ranks that hold the same ones, where these are others than usual.
+
+    megatron-core does so only under expert parallelism, so that experts divided less than other layers would drift.
+    """
+    if mpu.get_expert_tensor_parallel_world_size() != mpu.get_tensor_model_parallel_world_size():
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _set_latent_norm_eps(model: GPTModel) -> None:

@@ -410,6 +410,9 @@ class Trainer:
         """
         weights_only, lora, samples = self.args.no_save_optim, self.lora, self.position.consumed_samples
         self.writer.finish(wait=True)
+        if self.args.overlap_param_gather:  # or other ranks' parts would be those before the last step
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
         path, write = checkpoint.prepare_checkpoint(
             self.root, self.position, self.models, self.args,
             None if weights_only else self.optimizer, None if weights_only else self.scheduler, self.carried,

@@ -214,9 +214,12 @@ class Lora(torch.nn.Module):
                                                 ("B", b[slice(*share.rows)], self.divides_rows, 0)):  # fmt: skip
                 parameter: Any = torch.nn.Parameter(whole.to(config.params_dtype).contiguous())
                 parameter.allreduce = reduced  # False: belongs to the groups of expert parallelism
-                if divided:
+                if divided or (expert and self.group.rank() == 0):
                     set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-                elif self.sequence_parallel and not expert:
+                elif expert:
+                    # Without it the gradient norm would count by the dense layers' ranks, which may be others.
+                    parameter.shared = True
+                elif self.sequence_parallel:
                     parameter.sequence_parallel = True  # each rank sees a part of the sequence: gradients are summed
                 self.register_parameter(f"{share.short}_{suffix}", parameter)
                 self.names[f"{share.module}{A if suffix == 'A' else B}"] = f"{share.short}_{suffix}"
