@@ -30,8 +30,11 @@ MOE = {
 KINDS = {"dense": DENSE, "moe": MOE}
 
 
-def make_checkpoint(directory: Path, kind: str, gigabytes: float) -> int:
-    """Write a checkpoint of about that size. Returns: its bytes. An existing one of the same kind and size is kept."""
+def make_checkpoint(directory: Path, kind: str, gigabytes: float, sparse: bool = False) -> int:
+    """Write a checkpoint of about that size. Returns: its bytes. An existing one of the same kind and size is kept.
+
+    sparse: zeros that take no disk.
+    """
     config = dict(KINDS[kind])
 
     def size(layers: int) -> int:
@@ -53,7 +56,7 @@ def make_checkpoint(directory: Path, kind: str, gigabytes: float) -> int:
     shards = plan_shards(specs, 1_000_000_000)
     create_shards(directory, shards)
     block = os.urandom(16 << 20)
-    for shard in shards:
+    for shard in [] if sparse else shards:
         with (directory / shard.file).open("r+b") as file:
             start = min(shard.offsets.values())
             file.seek(start)
