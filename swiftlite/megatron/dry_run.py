@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from swiftlite.utils.dist import get_world_size
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import existing_parent, format_bytes, peak_memory_bytes, probe_disk
 from swiftlite.utils.parser import specs
+from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.storage import TensorSource
 from swiftlite.weights.stream import planned_bytes
 from swiftlite.weights.torch_dist import find_iteration
@@ -99,8 +100,14 @@ def _disk(directory: Path, total: int, speed: Any) -> str:
 # ---- training ----
 
 
-def print_training(args: Any, origin: str | Path) -> None:
-    """Bytes, files, memory, time, layouts and command of a training command; `args` have the model's fields set."""
+def print_training(
+    args: Any, origin: str | Path, adapters: Callable[[BoundMap], Mapping[str, int]] | None = None
+) -> None:
+    """Bytes, files, memory, time, layouts and command of a training command; `args` have the model's fields set.
+
+    adapters: Hugging Face module -> rank, of a run that trains only these. A run that freezes parameters is planned as
+    if it trained all of them.
+    """
     root = origin_root(origin)
     config = read_config(root)
     shards = (
@@ -113,7 +120,7 @@ def print_training(args: Any, origin: str | Path) -> None:
     own_reference = pairs and not args.precompute_ref_log_probs and (args.ref_model or args.train_type != "lora")
     model = TrainingModel(
         bound, args, args.dtype or torch.float32, sequences=2 if pairs and not args.packing else 1,
-        reference=bool(own_reference),
+        reference=bool(own_reference), adapters=adapters(bound) if adapters else None,
     )  # fmt: skip
     stored = checkpoint_bytes(model, with_optimizer=False)
     read = sum(p.stat().st_size for p in shards) or (planned.stored_bytes if planned is not None else 0)
@@ -125,7 +132,7 @@ def print_training(args: Any, origin: str | Path) -> None:
     hf = f", and {format_bytes(stored)} as Hugging Face files" if args.save_safetensors else ""
     _rows(
         [
-            ("model", f"{model.num_parameters:,} parameters trained"),
+            ("model", f"{model.num_parameters:,} parameters, {model.num_trained:,} trained"),
             ("reads", f"{format_bytes(read)}{f' in {len(shards)} files' if shards else ''}"),
             ("saves", f"{format_bytes(saved)} in each checkpoint{hf}"),
             ("disk", _disk(Path(args.output_dir), saved, speed) + times),
@@ -135,8 +142,13 @@ def print_training(args: Any, origin: str | Path) -> None:
 
 
 def checkpoint_bytes(model: TrainingModel, with_optimizer: bool) -> int:
-    """Of all tensors, MTP blocks too; the optimizer keeps the main weights and two moments in fp32."""
+    """Of all tensors, MTP blocks too; the optimizer keeps the main weights and two moments in fp32.
+
+    Checkpoints of adapters hold these alone.
+    """
     width = model.dtype.itemsize
+    if model.adapters is not None:
+        return model.num_trained * (16 if with_optimizer else 4)
     weights = sum(math.prod(e.shape) * (4 if e.rule.keep_dtype else width) for e in model.bound.entries)
     return weights + (12 * model.num_parameters if with_optimizer else 0)
 

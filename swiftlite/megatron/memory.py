@@ -8,7 +8,7 @@ twice that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -89,6 +89,7 @@ class TrainingModel:
 
     args: MegatronArguments with the model's fields set. dtype: of the weights. sequences: of a sample; a preference pair
     has two. reference: a frozen model of this size stays beside the trained one.
+    adapters: Hugging Face module -> rank, of a run that trains only LoRA adapters.
     """
 
     bound: BoundMap
@@ -96,6 +97,7 @@ class TrainingModel:
     dtype: torch.dtype
     sequences: int = 1
     reference: bool = False
+    adapters: Mapping[str, int] | None = None
 
     @cached_property
     def entries(self) -> dict[int | str, list[Entry]]:
@@ -109,8 +111,19 @@ class TrainingModel:
         return by_place
 
     @property
+    def num_trained(self) -> int:
+        """What gets gradients and optimizer states."""
+        if self.adapters is None:
+            return self.num_parameters
+        return sum(self._adapter_size(entry) for part in self.entries.values() for entry in part)
+
+    def _adapter_size(self, entry: Entry) -> int:
+        ranks = ((self.adapters or {}).get(name.removesuffix(".weight"), 0) for name in entry.hf)
+        return sum(rank * sum(shape) for rank, shape in zip(ranks, entry.hf_shapes, strict=True))
+
+    @property
     def num_parameters(self) -> int:
-        """Trained parameters of the whole model; buffers do not count."""
+        """Parameters of the whole model without MTP blocks; buffers do not count."""
         return sum(math.prod(e.shape) for part in self.entries.values() for e in part if not _is_buffer(e))
 
     def stage(self, layout: Layout, rank: int) -> list[Entry]:
@@ -152,8 +165,14 @@ class TrainingModel:
         dense, experts, buffers = self.elements(layout, rank)
         width = self.dtype.itemsize
         per_parameter = 8 if self.dtype == torch.float32 else 12  # two moments, and fp32 main weights
+        weights = ((dense + experts) * width + 4 * buffers) * (2 if self.reference else 1)
+        if self.adapters is not None:  # in fp32, at most whole on each TP rank
+            stage = self.stage(layout, rank)
+            dense = sum(self._adapter_size(entry) for entry in stage if entry.expert is None)
+            experts = sum(self._adapter_size(entry) for entry in stage if entry.expert is not None) // layout.ep
+            weights += 4 * (dense + experts)
         return Need(
-            weights=((dense + experts) * width + 4 * buffers) * (2 if self.reference else 1),
+            weights=weights,
             gradients=(dense + experts) * 4,
             optimizer=per_parameter * (math.ceil(dense / layout.dp) + math.ceil(experts / layout.expert_dp)),
             activations=self._activations(layout, rank, tokens, min(layout.pp - rank, num_microbatches)),

@@ -88,7 +88,10 @@ def test_training_plan(air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     fits += ["--expert_model_parallel_size", "8", "--recompute", "full"]
     assert main([*words, *fits, "--dry_run", "true", "--gpus", "32"]) == 0
     text = capsys.readouterr().out
-    assert rows(text)["model"] == "106,852,245,504 parameters trained" and rows(text)["reads"] == "220.9 GB"
+    assert (
+        rows(text)["model"] == "106,852,245,504 parameters, 106,852,245,504 trained"
+        and rows(text)["reads"] == "220.9 GB"
+    )
     assert re.search(r"  1   4   8   1   8 full .*<- your flags", text)
     assert "swiftlite megatron sft" in rows(text)["command"] and "--dry_run" not in rows(text)["command"]
 
@@ -134,3 +137,28 @@ def test_disk_probe_leaves_nothing(tmp_path: Path) -> None:
     speed = probe_disk(tmp_path / "not/yet/there", seconds=0.2)
     assert speed is not None and speed.read > 1e6 and speed.write > 1e6
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_of_adapters(air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight GPUs are too few for all parameters and enough for adapters."""
+
+    def plan(*words: str) -> str:
+        flags = [
+            "--model",
+            str(air),
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--max_length",
+            "1024",
+            "--dry_run",
+            "true",
+        ]
+        flags += ["--tensor_model_parallel_size", "8", "--expert_model_parallel_size", "8", "--gpus", "8"]
+        assert main(["megatron", "sft", *flags, "--expert_tensor_parallel_size", "1", *words]) == 0
+        return capsys.readouterr().out
+
+    assert "your flags need" in plan()
+    lora = plan("--train_type", "lora", "--lora_rank", "8", "--target_modules", "q_proj", "v_proj")
+    trained = 46 * 8 * ((4096 + 96 * 128) + (4096 + 8 * 128))
+    assert f"106,852,245,504 parameters, {trained:,} trained" in rows(lora)["model"]
+    assert "--train_type lora" in rows(lora)["command"] and "your flags need" not in lora

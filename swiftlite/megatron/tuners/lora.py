@@ -59,6 +59,10 @@ class LoraPlan:
     peft_config: Mapping[str, Any]
     values: Callable[[str], tuple[Tensor, Tensor]]
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {module: rank for module, (rank, _) in self.modules.items()}
+
     def met_weights(self, bound: BoundMap, expert_share: float) -> float:
         """Numbers in A and B that a token meets."""
         total = 0.0
