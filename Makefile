@@ -1,5 +1,6 @@
 # PYTHON: the interpreter of the environment that has `pip install -e '.[megatron,dev]'`.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
+JOBS ?= 2
 COMPAT_VENV ?= .venv-compat
 COMPAT_PYTHON ?= python3.12
 COMPAT_PINS ?= "megatron-core>=0.19,<0.20" "transformers>=4.57,<4.58"
@@ -21,8 +22,8 @@ format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-test:  ## the fast tests: one process, no network
-	$(PYTHON) -m pytest -q
+test:  ## the fast tests, no network; JOBS=N of them at a time
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile --durations 15
 
 test-slow:
 	$(PYTHON) -m pytest -q -m "slow and not dist and not gpu"

@@ -171,6 +171,7 @@ class Trainer:
         self.val_loader = self.loader(val_set, *options)
         self.position = Position()
         self.written: list[Path] = []
+        self.models: list[Any] = []
         self.lora: LoraPlan | None = None  # of a run that trains adapters
         self.trained: set[str] | None = None  # Hugging Face names, of a run that leaves some as they are
         self.writer = BackgroundWriter(self.device)
@@ -199,7 +200,7 @@ class Trainer:
             self.lora = prepare_lora(models, self.origin.bound, self.args)
         else:
             self.trained = freeze_parameters(models, self.origin.bound, self.args)
-        self.models: list[Any] = wrap_models(models, self.args)
+        self.models = wrap_models(models, self.args)
         self.config: Any = get_model_config(self.models[0])
         if not resume or self.lora:
             read = load_weights(self.models, self.origin_dir)
@@ -356,6 +357,14 @@ class Trainer:
             self.written.append(plot)
         self._summary(seconds, last)
         return {**last, "iteration": self.position.iteration, "seconds": seconds, "output_dir": str(self.root)}
+
+    def release(self) -> None:
+        """Let weights, gradients and process groups go. Hooks on gradients keep DDP in a cycle that Python cannot see."""
+        for model in self.models:
+            for parameter in model.parameters():
+                parameter.data, parameter.main_grad = parameter.data.new_empty(0), None
+            vars(model).clear()
+        self.models = []
 
     def _steps(self, metrics: Metrics, stop: StopSignal) -> dict[str, float]:
         last: dict[str, float] = {}

@@ -107,7 +107,10 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
         tokenizer = template.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         trainer = trainer_class(args, parallel, train_set, val_set, pad, origin)
-        result = trainer.train(resume)
+        try:
+            result = trainer.train(resume)
+        finally:
+            trainer.release()
     if args.push_to_hub and get_rank() == 0:  # without the groups: no rank waits for the network
         newest = f"iter_{trainer.position.iteration:07d}{HF_SUFFIX}"
         push(trainer.root / newest, args.hub_model_id, use_hf=args.use_hf, token=args.hub_token,
