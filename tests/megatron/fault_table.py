@@ -250,7 +250,6 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 CASES = (
     Case("killed (SIGKILL, power)", prelude=STOP_IN_WRITE.format(signal="SIGKILL")),
     Case("killed on the way back", prelude=STOP_IN_WRITE.format(signal="SIGKILL"), to_hf=True),
-    Case("Ctrl-C", prelude=STOP_IN_WRITE.format(signal="SIGINT")),
     Case("disk too small", little_room),
     Case("disk full while writing (ENOSPC)", failing("pwrite", errno.ENOSPC, 20)),
     Case("limit on file sizes (RLIMIT_FSIZE)", prelude=FILE_LIMIT),
