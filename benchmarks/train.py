@@ -83,6 +83,7 @@ def make_rows(file: Path, count: int, length: int) -> None:
 def train(side: str, words: list[str], output: Path) -> list[dict[str, float]]:
     """One run. Returns: its log lines, one a step."""
     from swiftlite import megatron_sft_main, sft_main
+    from swiftlite.llm.plot import read_run
 
     shutil.rmtree(output, ignore_errors=True)
     {"megatron": megatron_sft_main, "transformers": sft_main}[side]([*words, "--output_dir", str(output)])
@@ -90,7 +91,7 @@ def train(side: str, words: list[str], output: Path) -> list[dict[str, float]]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    lines = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
+    lines = read_run(output)
     shutil.rmtree(output)
     return [line for line in lines if "step_s" in line]
 

@@ -61,7 +61,7 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path) -> 
     return target
 
 
-def read_run(path: str) -> list[dict[str, Any]]:
+def read_run(path: str | Path) -> list[dict[str, Any]]:
     """Lines of a run's logging.jsonl; `path` is the file or its directory. A last line that a kill cut off is left out.
 
     Raises: CheckpointError if there is none, or it cannot be read.

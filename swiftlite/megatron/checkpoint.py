@@ -218,27 +218,6 @@ def carried_tensors(models: Sequence[torch.nn.Module], origin: Origin) -> dict[s
 # ---- saving ----
 
 
-def save_checkpoint(
-    root: Path,
-    position: Position,
-    models: Sequence[torch.nn.Module],
-    args: Any,
-    optimizer: Any = None,
-    scheduler: Any = None,
-    carried: Mapping[str, ShardedTensor] | None = None,
-    complete: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write `root`/iter_XXXXXXX and move the tracker to it. Collective.
-
-    Args: optimizer, scheduler: None leaves them and the RNG state out (weights only). carried: see carried_tensors.
-        complete: adds files to the directory, on rank 0, before it takes its name.
-    Returns: the iteration's directory.
-    """
-    final, write = prepare_checkpoint(root, position, models, args, optimizer, scheduler, carried, complete)
-    write.run()
-    return final
-
-
 def prepare_checkpoint(
     root: Path,
     position: Position,
@@ -251,9 +230,12 @@ def prepare_checkpoint(
     beside: Callable[[Path], None] | None = None,
     background: bool = False,
 ) -> tuple[Path, Write]:
-    """Decide what goes where; see save_checkpoint. Collective.
+    """Decide what goes into `root`/iter_XXXXXXX; the write that comes back fills it and moves the tracker. Collective.
 
-    Args: beside: adds files to the directory, on rank 0, now. background: another process will write the rest.
+    Args: optimizer, scheduler: None leaves them and the RNG state out (weights only). carried: see carried_tensors.
+        beside: adds files to the directory, on rank 0, now. complete: does so before the directory takes its name.
+        background: another process will write.
+    Returns: the iteration's directory, and its write.
     """
     name = iteration_name(position.iteration)
     temporary, final = root / f".{name}.saving", root / name

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,7 @@ def print_conversion(args: Any, output_dir: Path, source: TensorSource, total: i
 
 
 def _disk(directory: Path, total: int, speed: Any) -> str:
-    usage = os.statvfs(existing_parent(directory))
-    free = usage.f_bavail * usage.f_frsize
+    free = shutil.disk_usage(existing_parent(directory)).free
     text = f"{format_bytes(free)} free" + ("" if total <= free else f": {format_bytes(total - free)} too little")
     if speed is None:
         return f"{text}; it cannot be written, so its speed is not known"
@@ -203,19 +204,15 @@ def _print_own(args: Any, model: TrainingModel, gpus: int, micro: int, length: i
     except UsageError as error:
         print(f"your flags: {error}")
         return False
-    needs = {mode: model.need(_with_mode(layout, mode), micro, length, accumulated) for mode in MODES}
+    needs = {mode: model.need(replace(layout, recompute=mode), micro, length, accumulated) for mode in MODES}
     for mode, need in needs.items():
-        _print_layout(_with_mode(layout, mode), need, "<- your flags" if mode == layout.recompute else "")
+        _print_layout(replace(layout, recompute=mode), need, "<- your flags" if mode == layout.recompute else "")
     fits = needs[layout.recompute].total <= args.gpu_memory_bytes
     if fits:
         _print_command(gpus, command(["swiftlite", *args.COMMAND.split()], args))
     else:
         print(f"your flags need {format_bytes(needs[layout.recompute].total)} a GPU; what fits:")
     return fits
-
-
-def _with_mode(layout: Layout, mode: str | None) -> Layout:
-    return Layout(**{**vars(layout), "recompute": mode})
 
 
 def _enough(args: Any, model: TrainingModel, gpus: int, length: int) -> str:

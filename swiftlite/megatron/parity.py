@@ -98,8 +98,8 @@ def write_shrunken(source: Path, target: Path) -> None:
 
 def parity(args: CheckArguments) -> ParityResult:
     """Train on both sides, show the table. Raises: VerifyError naming the first step and value that is off."""
+    from swiftlite.llm.plot import read_run
     from swiftlite.llm.train.dpo import dpo_main
-    from swiftlite.llm.train.metrics import JSONL, read_history
     from swiftlite.llm.train.sft import sft_main
     from swiftlite.megatron.trainers.dpo import megatron_dpo_main
     from swiftlite.megatron.trainers.sft import megatron_sft_main
@@ -126,7 +126,7 @@ def parity(args: CheckArguments) -> ParityResult:
             output = Path(folder) / side
             with _quiet():
                 main([*words, "--output_dir", str(output)])
-            curves.append([line for line in read_history(output / JSONL) if "loss" in line])
+            curves.append([line for line in read_run(output) if "loss" in line])
     table, result, wrong = compare(*curves)
     sys.stdout.write(table)
     if wrong is not None:

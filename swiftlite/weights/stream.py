@@ -106,8 +106,9 @@ def hash_tensor(source: TensorSource, name: str, files: Files, dtype: torch.dtyp
     plain = target == spec.dtype and decode is None
     row = max(spec.shape[1], 1) if len(spec.shape) == 2 else 1
     step = max(BLOCK_BYTES // (row * (spec.dtype.itemsize if plain else 4)), 1) * row
+    buffer = torch.empty(min(step, spec.numel), dtype=spec.dtype)
     for first in range(0, spec.numel, step):
-        block = torch.empty(min(step, spec.numel - first), dtype=spec.dtype)
+        block = buffer[: spec.numel - first]
         view, done = byte_view(block), 0
         start = first * spec.dtype.itemsize
         for extent in source.extents(name, start, start + len(view)):

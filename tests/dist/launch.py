@@ -6,11 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]
+
+# The first stage of the uneven pipelines holds 1 layer of 4 or 3; odd vocabulary: rows are padded under TP.
+# Wide random weights make the descent so uneven that rounding differences grow by themselves.
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "tie_word_embeddings": True, "initializer_range": 0.02},
+    "glm4_moe": {"vocab_size": 333, "initializer_range": 0.02},
+}
+MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "moonlight": "moonlight"}
 
 
 def torchrun(num_processes: int, cases: list[Any], directory: Path, worker: str = WORKER.name) -> tuple[int, str]:
@@ -31,6 +40,21 @@ def torchrun(num_processes: int, cases: list[Any], directory: Path, worker: str 
             command, env=environment, stdout=stdout, stderr=stderr, timeout=600, check=False, start_new_session=True
         )
     return result.returncode, (directory / "stderr").read_text()
+
+
+def run_layouts(runs: Mapping[str, tuple[Any, ...]], case: Callable[..., dict[str, Any]], root: Path) -> None:
+    """Train every run in `root`/NAME, one torchrun for each world size.
+
+    Args: runs: name -> (kind, world size, flags, fault). case: (kind, output directory, flags) -> what the worker takes.
+    """
+    for size in sorted({run[1] for run in runs.values()}):
+        cases = [
+            {**case(kind, root / name, flags), "fault": planted}
+            for name, (kind, world_size, flags, planted) in runs.items()
+            if world_size == size
+        ]
+        code, log = torchrun(size, cases, root / f"torchrun-{size}")
+        assert code == 0, log[-5000:]
 
 
 def curve(output_dir: Path) -> list[tuple[float, float]]:

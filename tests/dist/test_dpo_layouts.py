@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from swiftlite.llm.train.metrics import read_history
-from tests.dist.launch import curve, largest_difference, torchrun
+from swiftlite.llm.plot import read_run
+from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_layouts, torchrun
 
 pytestmark = pytest.mark.dist
 
@@ -65,11 +66,6 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
 }
 EQUAL = [name for name in LAYOUTS if not name.startswith("control-")]
 CONTROLS = [name for name in LAYOUTS if name.startswith("control-")]
-MODELS = {
-    "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "tie_word_embeddings": True, "initializer_range": 0.02},
-    "glm4_moe": {"vocab_size": 333, "initializer_range": 0.02},
-}
-MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +98,17 @@ def root(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
     """The directory with all runs. One torchrun per world size."""
     root = tmp_path_factory.mktemp("layouts")
     runs = {name: (name, 1, flags, None) for name, (_, flags) in ALONE.items()} | LAYOUTS
-    for size in sorted({run[1] for run in runs.values()}):
-        cases = [
-            {"command": "dpo", "argv": argv(ALONE[alone][0], root / name, *flags), "fault": planted}
-            for name, (alone, world_size, flags, planted) in runs.items()
-            if world_size == size
-        ]
-        code, log = torchrun(size, cases, root / f"torchrun-{size}")
-        assert code == 0, log[-5000:]
+
+    def case(alone: str, output: Path, flags: list[str]) -> dict[str, Any]:
+        return {"command": "dpo", "argv": argv(ALONE[alone][0], output, *flags)}
+
+    run_layouts(runs, case, root)
     return root
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_the_pairs_are_learnable(root: Path, name: str) -> None:
-    lines = [line for line in read_history(root / name / "logging.jsonl") if "loss" in line]
+    lines = [line for line in read_run(root / name / "logging.jsonl") if "loss" in line]
     assert len(lines) == STEPS
     assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
     assert lines[-1]["rewards/margins"] > 1 + lines[0]["rewards/margins"]
@@ -125,7 +118,7 @@ def test_the_pairs_are_learnable(root: Path, name: str) -> None:
 def test_layout_equals_one_process(root: Path, name: str) -> None:
     alone = LAYOUTS[name][0]
     assert largest_difference(curve(root / alone), curve(root / name)) <= TOLERANCE
-    one, several = (read_history(root / run / "logging.jsonl") for run in (alone, name))
+    one, several = (read_run(root / run / "logging.jsonl") for run in (alone, name))
     assert [line["step"] for line in one] == [line["step"] for line in several]
     for mine, theirs in zip(several, one, strict=True):
         names = {n for n in theirs if n.startswith("eval_") or "/" in n or n == "nll_loss"}

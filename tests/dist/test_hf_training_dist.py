@@ -9,20 +9,16 @@ from typing import Any
 
 import pytest
 
+from swiftlite.llm.plot import read_run
 from swiftlite.llm.train.dpo import dpo_main
-from swiftlite.llm.train.metrics import read_history
 from swiftlite.llm.train.sft import sft_main
 from tests.dist.launch import torchrun
+from tests.rows import preference_rows
 
 pytestmark = pytest.mark.dist
 
 # 15 rows, of which 3 are for evaluation: two on one rank, one on the other.
-ROWS = [
-    {"messages": [{"role": "user", "content": f"Who are you? {i}"},
-                  {"role": "assistant", "content": "I am Swifty. " * (i % 3 + 1)}],
-     "rejected_response": "No idea" + " at all" * (i % 4)}
-    for i in range(15)
-]  # fmt: skip
+ROWS = preference_rows(15)
 LORA = ["--train_type", "lora", "--lora_dropout", "0", "--lr", "1e-2"]
 # Name -> command, model, flags, fault.
 CASES: dict[str, tuple[str, str, list[str], str | None]] = {
@@ -62,13 +58,13 @@ def test_two_processes_equal_one(tiny_model: Callable[..., Path], tmp_path: Path
         if fault is not None:
             continue
         {"sft": sft_main, "dpo": dpo_main}[command](words(case, one / case))
-        alone, shared = (read_history(root / case / "logging.jsonl") for root in (one, two))
+        alone, shared = (read_run(root / case / "logging.jsonl") for root in (one, two))
         assert [line["step"] for line in alone] == [1, 2, 3, 3, 4, 5, 6, 6]
         assert len(shared) == 8
         for first, second in zip(alone, shared, strict=True):
             assert compared(second) == pytest.approx(compared(first), rel=1e-5, abs=1e-6), case
-    full = [compared(line) for line in read_history(one / "full/logging.jsonl")]
-    control = [compared(line) for line in read_history(two / "unreduced/logging.jsonl")]
+    full = [compared(line) for line in read_run(one / "full/logging.jsonl")]
+    control = [compared(line) for line in read_run(two / "unreduced/logging.jsonl")]
     assert control[0]["loss"] == pytest.approx(full[0]["loss"], rel=1e-5), "the same start"
     assert abs(control[-1]["eval_loss"] / full[-1]["eval_loss"] - 1) > 1e-3, "the comparison sees a missing reduction"
     stopped = two / "stopped"
@@ -76,6 +72,6 @@ def test_two_processes_equal_one(tiny_model: Callable[..., Path], tmp_path: Path
     assert {p.name for p in (stopped / "checkpoint-3").glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     # It goes on with one process: more ranks or fewer compute the same.
     sft_main(words("stopped", stopped))
-    resumed = [compared(line) for line in read_history(stopped / "logging.jsonl")]
+    resumed = [compared(line) for line in read_run(stopped / "logging.jsonl")]
     for first, second in zip(full, resumed, strict=True):
         assert second == pytest.approx(first, rel=1e-5, abs=1e-6)

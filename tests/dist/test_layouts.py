@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist.launch import curve, largest_difference, torchrun
+from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_layouts, torchrun
 
 pytestmark = pytest.mark.dist
 
@@ -49,13 +49,6 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
 }  # fmt: skip
 EQUAL = [name for name in LAYOUTS if not name.startswith("control-")]
 CONTROLS = [name for name in LAYOUTS if name.startswith("control-")]
-# The first stage of the uneven pipelines holds 1 layer of 4 or 3; odd vocabulary: rows are padded under TP.
-# Wide random weights make the descent so uneven that rounding differences grow by themselves.
-MODELS = {
-    "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "tie_word_embeddings": True, "initializer_range": 0.02},
-    "glm4_moe": {"vocab_size": 333, "initializer_range": 0.02},
-}
-MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +81,7 @@ def curves(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFact
     """The curve of every layout, and of one process for each family under its name. One torchrun per world size."""
     root = tmp_path_factory.mktemp("layouts")
     runs = {family: (family, 1, [], None) for family in MODELS} | LAYOUTS
-    for size in sorted({run[1] for run in runs.values()}):
-        cases = [
-            {"argv": argv(family, root / name, *flags), "fault": planted}
-            for name, (family, world_size, flags, planted) in runs.items()
-            if world_size == size
-        ]
-        code, log = torchrun(size, cases, root / f"torchrun-{size}")
-        assert code == 0, log[-5000:]
+    run_layouts(runs, lambda family, output, flags: {"argv": argv(family, output, *flags)}, root)
     return {name: curve(root / name) for name in runs}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist.launch import curve, largest_difference, torchrun
+from tests.dist.launch import MODEL_TYPES, curve, largest_difference, run_layouts, torchrun
 from tests.dist.test_layouts import ROWS, TOLERANCE
 from tests.families.cases import build_hf, config_of
 
@@ -63,7 +63,6 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
 }
 EQUAL = [name for name in LAYOUTS if not name.startswith("control-")]
 CONTROLS = [name for name in LAYOUTS if name.startswith("control-")]
-MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "moonlight": "moonlight"}
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +107,7 @@ def root(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
     """Holds the run of every layout, and of one process for each kind. One torchrun per world size."""
     root = tmp_path_factory.mktemp("layouts")
     runs = {kind: (kind, 1, [], None) for kind in KINDS} | LAYOUTS
-    for size in sorted({run[1] for run in runs.values()}):
-        cases = [
-            {"argv": argv(kind, root / name, *flags), "fault": planted}
-            for name, (kind, world_size, flags, planted) in runs.items()
-            if world_size == size
-        ]
-        code, log = torchrun(size, cases, root / f"torchrun-{size}")
-        assert code == 0, log[-5000:]
+    run_layouts(runs, lambda kind, output, flags: {"argv": argv(kind, output, *flags)}, root)
     return root
 
 

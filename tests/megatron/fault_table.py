@@ -233,6 +233,7 @@ def flipped(data: bytes) -> bytes:
 STOP_IN_WRITE = """
 import os, signal
 from swiftlite.weights.storage import Files
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 original, left = Files.write, [20]
 def write(self, *args):
     left[0] -= 1
@@ -250,6 +251,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 CASES = (
     Case("killed (SIGKILL, power)", prelude=STOP_IN_WRITE.format(signal="SIGKILL")),
     Case("killed on the way back", prelude=STOP_IN_WRITE.format(signal="SIGKILL"), to_hf=True),
+    Case("Ctrl-C", prelude=STOP_IN_WRITE.format(signal="SIGINT")),
     Case("disk too small", little_room),
     Case("disk full while writing (ENOSPC)", failing("pwrite", errno.ENOSPC, 20)),
     Case("limit on file sizes (RLIMIT_FSIZE)", prelude=FILE_LIMIT),

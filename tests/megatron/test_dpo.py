@@ -12,21 +12,17 @@ import pytest
 import torch
 
 from swiftlite.cli.main import find_route
+from swiftlite.llm.plot import read_run
 from swiftlite.llm.train.dpo import dpo_main
 from swiftlite.llm.train.dpo_loss import LogProbs, PairLoss
 from swiftlite.llm.train.meters import METERS
-from swiftlite.llm.train.metrics import read_history
 from swiftlite.megatron.convert import export_main
 from swiftlite.megatron.trainers.dpo import DpoTrainer, PairBatch, megatron_dpo_main
 from swiftlite.utils.errors import UsageError
 from tests.families.cases import build_hf, config_of
+from tests.rows import preference_rows
 
-ROWS = [
-    {"messages": [{"role": "user", "content": f"Who are you? {i}"},
-                  {"role": "assistant", "content": "I am Swifty. " * (i % 3 + 1)}],
-     "rejected_response": "No idea" + " at all" * (i % 4)}
-    for i in range(12)
-]  # fmt: skip
+ROWS = preference_rows(12)
 TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "qwen3_moe": "qwen3_moe", "mla": "moonlight"}
 STEPS = 20
 # Metrics that sums of many numbers make, near 0 in the first step: compared absolutely as well.
@@ -68,7 +64,7 @@ def run(model_of: Callable[..., Path], tmp_path: Path) -> Callable[..., list[dic
             **flags,
         }  # fmt: skip
         main([word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))])
-        return read_history(tmp_path / output / "logging.jsonl")
+        return read_run(tmp_path / output / "logging.jsonl")
 
     return start
 

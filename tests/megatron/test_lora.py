@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from swiftlite.llm.argument.sft import SftArguments
 from swiftlite.llm.model import reference
+from swiftlite.llm.plot import read_run
 from swiftlite.llm.train import tuner
-from swiftlite.llm.train.metrics import read_history
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.origin import Origin
@@ -137,7 +137,7 @@ def train(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., list
         }  # fmt: skip
         words = [word for name, value in settings.items() for word in (f"--{name}", *map(str, _listed(value)))]
         main(words)
-        return [line for line in read_history(tmp_path / output / "logging.jsonl") if "loss" in line]
+        return [line for line in read_run(tmp_path / output / "logging.jsonl") if "loss" in line]
 
     return run
 

@@ -118,7 +118,9 @@ def test_checkpoint_size(tmp_path: Path) -> None:
         optimizer = build_optimizer(models, args)
         checkpoint._allocate_optimizer_state(optimizer)
         scheduler = build_scheduler(optimizer, args, 10, 1)
-        path = checkpoint.save_checkpoint(tmp_path, checkpoint.Position(1, 1), models, args, optimizer, scheduler)
+        position = checkpoint.Position(1, 1)
+        path, write = checkpoint.prepare_checkpoint(tmp_path, position, models, args, optimizer, scheduler)
+        write.run()
     metadata = FileSystemReader(path).read_metadata()
     sizes = [
         math.prod(t.size) * t.properties.dtype.itemsize

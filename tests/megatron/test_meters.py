@@ -9,19 +9,15 @@ from typing import Any
 
 import pytest
 
+from swiftlite.llm.plot import read_run
 from swiftlite.llm.train.dpo import dpo_main
-from swiftlite.llm.train.metrics import read_history
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.trainers.dpo import megatron_dpo_main
 from swiftlite.megatron.trainers.sft import megatron_sft_main
+from tests.rows import preference_rows
 
 SIDES: dict[str, tuple[Any, Any]] = {"sft": (sft_main, megatron_sft_main), "dpo": (dpo_main, megatron_dpo_main)}
-ROWS = [
-    {"messages": [{"role": "user", "content": f"Who are you? {i}"},
-                  {"role": "assistant", "content": "I am Swifty. " * (i % 3 + 1)}],
-     "rejected_response": "No idea" + " at all" * (i % 4)}
-    for i in range(10)
-]  # fmt: skip
+ROWS = preference_rows(10)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +39,7 @@ def test_both_sides_measure_the_same(
     lines = []
     for number, main in enumerate(SIDES[training]):
         main([*words, "--output_dir", str(tmp_path / str(number))])
-        lines.append(read_history(tmp_path / str(number) / "logging.jsonl"))
+        lines.append(read_run(tmp_path / str(number) / "logging.jsonl"))
     for one, two in zip(*lines, strict=True):
         assert one.keys() == two.keys()
         if "loss" in one:

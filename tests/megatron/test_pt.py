@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from swiftlite.llm.train.metrics import read_history
+from swiftlite.llm.plot import read_run
 from swiftlite.llm.train.sft import pt_main
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch
 from swiftlite.megatron.trainers.sft import megatron_pt_main
@@ -33,7 +33,7 @@ def run(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., list[d
             "logging_steps": 1, "report_to": "none", "save_weights_only": "true", **flags,
         }  # fmt: skip
         main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
-        return read_history(tmp_path / output / "logging.jsonl")
+        return read_run(tmp_path / output / "logging.jsonl")
 
     return start
 

@@ -16,7 +16,8 @@ import torch
 from megatron.core.transformer.mlp import MLP
 
 from swiftlite.llm.dataset.order import SampleOrder
-from swiftlite.llm.train.metrics import format_seconds, read_history
+from swiftlite.llm.plot import read_run
+from swiftlite.llm.train.metrics import format_seconds
 from swiftlite.megatron.backend import SdpaAttention
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.batch import BatchPlan, collate, evaluation_samples
@@ -171,7 +172,7 @@ def test_a_run_writes_what_it_says(sft: Callable[..., Any], tmp_path: Path, tiny
     assert any((root / "runs").glob("events.out.tfevents*"))
     assert (root / "latest_checkpointed_iteration.txt").read_text() == "4"
     assert [p.name for p in sorted(root.glob("iter_*"))] == ["iter_0000004", "iter_0000004-hf"]
-    history = read_history(root / "logging.jsonl")
+    history = read_run(root / "logging.jsonl")
     assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
     losses = [line["loss"] for line in history if "loss" in line]
     assert losses[-1] < losses[0]
@@ -201,7 +202,7 @@ def test_common_file_is_plain(sft: Callable[..., Any], tmp_path: Path) -> None:
 def test_first_loss_is_that_of_the_hugging_face_model(sft: Callable[..., Any], tmp_path: Path,
                                                       tiny_model: Callable[..., Path]) -> None:  # fmt: skip
     sft(global_batch_size=10, train_iters=1)
-    first = read_history(tmp_path / "run" / "logging.jsonl")[0]["loss"]
+    first = read_run(tmp_path / "run" / "logging.jsonl")[0]["loss"]
     assert first == pytest.approx(hf_loss(tiny_model("qwen3", vocab_size=333), ROWS), rel=1e-5)
 
 
@@ -212,7 +213,7 @@ def test_the_same_command_goes_on_and_a_finished_run_has_nothing_to_do(sft: Call
     (root / "latest_checkpointed_iteration.txt").write_text("2")  # as if it had been killed in step 3
     assert sft("stopped", train_iters=4)["iteration"] == 4
     curves = [
-        [(line["loss"], line["grad_norm"]) for line in read_history(tmp_path / name / "logging.jsonl")]
+        [(line["loss"], line["grad_norm"]) for line in read_run(tmp_path / name / "logging.jsonl")]
         for name in ("whole", "stopped")
     ]
     assert curves[0] == curves[1]
@@ -234,7 +235,7 @@ def test_sigterm_saves_and_ends(sft: Callable[..., Any], tmp_path: Path, monkeyp
     assert sft("parts", save_steps=100)["iteration"] == 3
     assert (tmp_path / "parts/latest_checkpointed_iteration.txt").read_text() == "3"
     assert sft("parts", save_steps=100)["iteration"] == 4
-    whole, parts = (read_history(tmp_path / name / "logging.jsonl") for name in ("whole", "parts"))
+    whole, parts = (read_run(tmp_path / name / "logging.jsonl") for name in ("whole", "parts"))
     assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
 
 
@@ -278,7 +279,7 @@ def test_recomputing_changes_no_number(
         ran.update({MLP: 0, SdpaAttention: 0})
         sft(way, train_iters=2, **{"recompute": way, **flags})
         assert tuple(ran.values()) == tuple(passes * times for times in expected), way
-        curves[way] = [(line["loss"], line["grad_norm"]) for line in read_history(tmp_path / way / "logging.jsonl")]
+        curves[way] = [(line["loss"], line["grad_norm"]) for line in read_run(tmp_path / way / "logging.jsonl")]
     for way, curve in curves.items():
         assert curve == [pytest.approx(values, rel=1e-6) for values in curves["none"]], way
 
@@ -290,9 +291,9 @@ def test_weights_only_checkpoints_go_on_without_optimizer(sft: Callable[..., Any
     names = FileSystemReader(tmp_path / "run" / "iter_0000002").read_metadata().state_dict_metadata
     assert not any(name.startswith("optimizer.") or name.startswith("rng_state") for name in names)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("2")
-    before = read_history(tmp_path / "run" / "logging.jsonl")
+    before = read_run(tmp_path / "run" / "logging.jsonl")
     sft(train_iters=4, save_weights_only="true")
-    again = read_history(tmp_path / "run" / "logging.jsonl")
+    again = read_run(tmp_path / "run" / "logging.jsonl")
     assert again[2]["loss"] == pytest.approx(before[2]["loss"], rel=1e-6), "the weights are those of step 2"
     assert [line["lr"] for line in again] == [line["lr"] for line in before], "the schedule goes on"
 
@@ -303,7 +304,7 @@ def test_bf16_start_is_exact(sft: Callable[..., Any], tmp_path: Path, tiny_model
 
     sft("run", "glm4_moe", lr=0, weight_decay=0, torch_dtype="bfloat16", train_iters=2, save_safetensors="true",
         global_batch_size=10)  # fmt: skip
-    losses = [line["loss"] for line in read_history(tmp_path / "run" / "logging.jsonl")]
+    losses = [line["loss"] for line in read_run(tmp_path / "run" / "logging.jsonl")]
     assert losses[0] == losses[1]
     before = load_file(tiny_model("glm4_moe", vocab_size=333) / "model.safetensors")
     (shard,) = (tmp_path / "run" / "iter_0000002-hf").glob("*.safetensors")
@@ -327,9 +328,7 @@ def test_training_from_a_converted_checkpoint_equals_training_from_hugging_face(
     )
     sft("from-hf")
     sft("from-mcore", model=None, model_type=None, mcore_model=tmp_path / "mcore")
-    one, two = (
-        [line["loss"] for line in read_history(tmp_path / n / "logging.jsonl")] for n in ("from-hf", "from-mcore")
-    )
+    one, two = ([line["loss"] for line in read_run(tmp_path / n / "logging.jsonl")] for n in ("from-hf", "from-mcore"))
     assert one == two
 
 

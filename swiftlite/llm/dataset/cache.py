@@ -87,48 +87,36 @@ def encode_cached(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with directory.with_name(f".{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system gives it back when the process ends, however that happens
-        return _from_cache(directory, rows, template, max_drop_ratio, name, num_proc, rejects)
-
-
-def _from_cache(
-    directory: Path,
-    rows: list[dict[str, Any]],
-    template: Template,
-    max_drop_ratio: float,
-    name: str,
-    num_proc: int,
-    rejects: RejectsFile | None,
-) -> EncodedDataset:
-    if (directory / _DROPPED_FILE).is_file():
-        dataset = EncodedDataset.load(directory)
-        dropped = json.loads((directory / _DROPPED_FILE).read_text(encoding="utf-8"))
-        report = DropReport(total=dropped["total"], rejects=rejects)
-        for reason, place, detail, index in dropped["rows"]:
-            report.drop(reason, place, detail, rows[index])
-        dataset.report, dataset.row_indices = report, dropped["row_indices"]
-        get_logger().info("%s: %d samples from the cache %s", name, len(dataset), directory)
-        report.check(max_drop_ratio, name)
+        if (directory / _DROPPED_FILE).is_file():
+            dataset = EncodedDataset.load(directory)
+            dropped = json.loads((directory / _DROPPED_FILE).read_text(encoding="utf-8"))
+            report = DropReport(total=dropped["total"], rejects=rejects)
+            for reason, place, detail, index in dropped["rows"]:
+                report.drop(reason, place, detail, rows[index])
+            dataset.report, dataset.row_indices = report, dropped["row_indices"]
+            get_logger().info("%s: %d samples from the cache %s", name, len(dataset), directory)
+            report.check(max_drop_ratio, name)
+            return dataset
+        dataset = EncodedDataset(
+            rows, template, max_drop_ratio=max_drop_ratio, name=name, num_proc=num_proc, rejects=rejects
+        )
+        scratch = directory.with_name(f".{key}.{os.getpid()}")
+        dataset.save(scratch)
+        kept = set(dataset.row_indices)
+        gone = [i for i in range(len(rows)) if i not in kept]
+        write_json(
+            scratch / _DROPPED_FILE,
+            {
+                "total": dataset.report.total,
+                "row_indices": dataset.row_indices,
+                "rows": [[*entry, index] for entry, index in zip(dataset.report.log or [], gone, strict=True)],
+            },
+        )
+        try:
+            scratch.rename(directory)
+        except OSError:  # another process was first, with the same content
+            shutil.rmtree(scratch, ignore_errors=True)
         return dataset
-    dataset = EncodedDataset(
-        rows, template, max_drop_ratio=max_drop_ratio, name=name, num_proc=num_proc, rejects=rejects
-    )
-    scratch = directory.with_name(f".{directory.name}.{os.getpid()}")
-    dataset.save(scratch)
-    kept = set(dataset.row_indices)
-    gone = [i for i in range(len(rows)) if i not in kept]
-    write_json(
-        scratch / _DROPPED_FILE,
-        {
-            "total": dataset.report.total,
-            "row_indices": dataset.row_indices,
-            "rows": [[*entry, index] for entry, index in zip(dataset.report.log or [], gone, strict=True)],
-        },
-    )
-    try:
-        scratch.rename(directory)
-    except OSError:  # another process was first, with the same content
-        shutil.rmtree(scratch, ignore_errors=True)
-    return dataset
 
 
 # ---- tokenised data sets ----

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from swiftlite.llm.argument.rlhf import DpoArguments
 from swiftlite.llm.dataset.pairs import SIDES, PairDataset, load_pairs, sequences_of
-from swiftlite.llm.pipeline import as_arguments, prepare_model_template
+from swiftlite.llm.pipeline import as_arguments
 from swiftlite.llm.train.dpo_loss import LogProbs, PairLoss, answer_log_probs
 from swiftlite.llm.train.objective import Batch
-from swiftlite.llm.train.trainer import HfTrainer, process_group, require_model, run, settle_output
+from swiftlite.llm.train.trainer import HfTrainer, run, started
 from swiftlite.llm.train.tuner import prepare_model
 from swiftlite.utils.dist import all_gather, get_rank, get_world_size
 from swiftlite.utils.errors import UsageError
@@ -189,13 +189,7 @@ def dpo_main(args: DpoArguments | Sequence[str]) -> dict[str, Any]:
     Raises: SwiftliteError for everything a user can mend.
     """
     args = as_arguments(DpoArguments, args)
-    require_model(args)
-    with process_group():
-        model, template = prepare_model_template(args)
-        assert model is not None
-        checkpoint = settle_output(args)
-        data = load_pairs(args, template)
-        model.config.use_cache = False
+    with started(args, load_pairs) as (model, template, data, checkpoint):
         reference = reference_model(args, model)
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)

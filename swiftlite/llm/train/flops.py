@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from swiftlite.utils.logger import get_logger
+
 # Dense bf16 operations per second by what the driver calls the device; the first name that is part of it counts.
 PEAK_FLOPS: dict[str, float] = {
     "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "GH200": 989e12,
@@ -83,6 +85,15 @@ def moe_layers(config: Mapping[str, Any]) -> list[bool]:
     dense = config.get("mlp_only_layers") or []
     every = config.get("moe_layer_freq") or 1
     return [i >= first_dense and (i + 1) % step == 0 and i not in dense and i % every == 0 for i in layers]
+
+
+def flops_of(config: Mapping[str, Any] | None) -> ModelFlops | None:
+    """`model_flops`; None, and a remark, for a config that does not say what is needed."""
+    try:
+        return model_flops(config or {})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        get_logger().info("config.json does not tell the model's operations, so TFLOP/s are not shown")
+        return None
 
 
 def model_flops(config: Mapping[str, Any]) -> ModelFlops:

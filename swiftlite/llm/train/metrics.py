@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swiftlite.llm.plot import plot_runs
-from swiftlite.utils.errors import UsageError
+from swiftlite.llm.plot import JSONL, plot_runs, read_run
+from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
 
-JSONL = "logging.jsonl"
 PLOT = "loss.png"
 
 # What is too long for the progress of a log line on the screen; logging.jsonl has everything.
@@ -101,7 +101,7 @@ class Metrics:
         """Draw the run's curves as a PNG. Returns: the file, None without matplotlib or without a line to draw."""
         if not self.active:
             return None
-        return plot_runs({"": read_history(self.directory / JSONL)}, self.directory / PLOT)
+        return plot_runs({"": read_run(self.directory)}, self.directory / PLOT)
 
 
 class _Tracker:
@@ -165,9 +165,14 @@ def _step_of(line: str) -> int:
         return 1 << 60
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Lines of a logging.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raises: SwiftliteError if one of a step's values is not finite."""
+    if not all(map(math.isfinite, values.values())):
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise SwiftliteError(
+            f"step {step}: {shown}; training has diverged. Lower --lr or raise --lr_warmup_iters, and start again from "
+            "the last checkpoint"
+        )
 
 
 def format_seconds(seconds: float) -> str:

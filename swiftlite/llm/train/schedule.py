@@ -11,15 +11,21 @@ import torch
 from swiftlite.utils.errors import UsageError
 
 
-def lr_schedule(args: Any, steps: int) -> Callable[[int], float]:
-    """Share of --lr at a step (from 0), by the formula of megatron-core's OptimizerParamScheduler.
-
-    Raises: UsageError if the warm-up takes the whole run.
-    """
+def warmup_and_decay(args: Any, steps: int) -> tuple[int, int]:
+    """Steps that warm up, and the step at which --min_lr is reached. Raises: UsageError if the former take all of it."""
     decay = args.lr_decay_iters or steps
     warmup = args.lr_warmup_iters if args.lr_warmup_fraction is None else int(args.lr_warmup_fraction * decay)
     if warmup >= decay:
         raise UsageError(f"{warmup} warm-up steps: must be fewer than the {decay} steps of the schedule")
+    return warmup, decay
+
+
+def lr_schedule(args: Any, steps: int) -> Callable[[int], float]:
+    """Share of --lr at a step (from 0), by the formula of megatron-core's OptimizerParamScheduler.
+
+    Raises: as warmup_and_decay.
+    """
+    warmup, decay = warmup_and_decay(args, steps)
     lowest = args.min_lr / args.lr if args.lr else 0.0
 
     def share(step: int) -> float:

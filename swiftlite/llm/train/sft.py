@@ -12,9 +12,9 @@ import transformers
 
 from swiftlite.llm.argument.sft import PtArguments, SftArguments
 from swiftlite.llm.dataset.prepare import load_data
-from swiftlite.llm.pipeline import as_arguments, prepare_model_template
+from swiftlite.llm.pipeline import as_arguments
 from swiftlite.llm.train.objective import LanguageModeling
-from swiftlite.llm.train.trainer import process_group, require_model, run, sample_lengths, settle_output
+from swiftlite.llm.train.trainer import run, sample_lengths, started
 from swiftlite.llm.train.tuner import prepare_model
 
 
@@ -26,13 +26,7 @@ def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
     Raises: SwiftliteError for everything a user can mend.
     """
     args = as_arguments(SftArguments, args)
-    require_model(args)
-    with process_group():
-        model, template = prepare_model_template(args)
-        assert model is not None
-        checkpoint = settle_output(args)
-        data = load_data(args, template)
-        model.config.use_cache = False  # of no use in training, and it hides where joined samples begin
+    with started(args, load_data) as (model, template, data, checkpoint):
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)
         return run(args, model, template, data, LanguageModeling(), template.data_collator, sample_lengths, checkpoint)

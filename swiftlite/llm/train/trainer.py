@@ -30,17 +30,18 @@ from swiftlite.llm.dataset.order import (
     steps_of,
     write_data_state,
 )
+from swiftlite.llm.pipeline import prepare_model_template
 from swiftlite.llm.train import run_directory, tuner
-from swiftlite.llm.train.flops import ModelFlops, attention_pairs, model_flops
+from swiftlite.llm.train.flops import attention_pairs, flops_of
 from swiftlite.llm.train.meters import StepMeter, device_peak
-from swiftlite.llm.train.metrics import Metrics, format_seconds
+from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
 from swiftlite.llm.train.objective import Objective
 from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
 from swiftlite.llm.train.rhythm import Best, Rhythm, rotate
 from swiftlite.llm.train.schedule import build_optimizer, lr_schedule
 from swiftlite.llm.train.stop import StopSignal
 from swiftlite.utils.dist import barrier, get_local_rank, get_rank, get_world_size
-from swiftlite.utils.errors import SwiftliteError, UsageError
+from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes, peak_memory_bytes, replace_directory
 from swiftlite.utils.logger import get_logger
 
@@ -143,11 +144,7 @@ class HfTrainer(transformers.Trainer):
         sums = dict(zip([*names, "stop", *COUNTS, *self.objective.counts], numbers, strict=True))
         sums["data_s"] = self.data_seconds
         loss = self.objective.metrics(sums)["loss"]
-        if not math.isfinite(loss):
-            raise SwiftliteError(
-                f"step {self.state.global_step}: loss {loss}; training has diverged. Lower --lr or raise "
-                "--lr_warmup_iters, and start again from the last checkpoint"
-            )
+        check_finite(self.state.global_step, {"loss": loss})
         self.setting.meter.add(sums)
         self.last["loss"] = loss
         return sums["stop"] > 0
@@ -158,11 +155,8 @@ class HfTrainer(transformers.Trainer):
         if step > self.shown:
             self.shown = step
             norm = 0.0 if grad_norm is None else float(grad_norm)
-            if not math.isfinite(norm) and not self.args.fp16:  # fp16 skips such steps
-                raise SwiftliteError(
-                    f"step {step}: gradient norm {norm}; training has diverged. Lower --lr or raise "
-                    "--lr_warmup_iters, and start again from the last checkpoint"
-                )
+            if not self.args.fp16:  # fp16 skips such steps
+                check_finite(step, {"gradient norm": norm})
             self.setting.metrics.advance(step, self.last["loss"], kwargs.get("learning_rate") or 0.0, norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
@@ -368,6 +362,25 @@ def process_group() -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def started(
+    args: Any, load: Callable[[Any, Any], tuple[Any, Any]]
+) -> Iterator[tuple[Any, Any, tuple[Any, Any], str | None]]:
+    """What every command does before it prepares the model: (model, template, data, checkpoint to go on from).
+
+    Args: load: (args, template) -> training set, validation set. Raises: UsageError without --model.
+    """
+    if args.model is None:
+        raise UsageError("give the model with --model DIR_OR_ID")
+    with process_group():
+        model, template = prepare_model_template(args)
+        assert model is not None
+        checkpoint = settle_output(args)
+        data = load(args, template)
+        model.config.use_cache = False  # of no use in training, and it hides where joined samples begin
+        yield model, template, data, checkpoint
+
+
 def settle_output(args: Any) -> str | None:
     """Decide what happens with the output directory, the same on all ranks. Collective.
 
@@ -447,15 +460,6 @@ def counting(collate: Collate, objective: Objective, lengths: Callable[[Any], Se
     return counted
 
 
-def flops_of(args: Any) -> ModelFlops | None:
-    """Operations of the model; None for a config that does not say what is needed."""
-    try:
-        return model_flops(args.model_info.config or {})
-    except (KeyError, TypeError, ValueError):
-        logger.info("config.json does not tell the model's operations, so TFLOP/s are not shown")
-        return None
-
-
 def run(
     args: Any,
     model: Any,
@@ -483,7 +487,7 @@ def run(
     if main:
         root.mkdir(parents=True, exist_ok=True)
         args.save(root)
-    flops = flops_of(args)
+    flops = flops_of(args.model_info.config)
     kind: dict[str, Any] = tuner.trained_weights(model, flops) if flops else {}
     setting.meter = StepMeter(
         flops, get_world_size(), device_peak(str(setting.dtype).removeprefix("torch.")), peak_memory,
@@ -559,8 +563,3 @@ def _finish(trainer: HfTrainer, done: int, seconds: float) -> dict[str, Any]:
 def sample_lengths(row: Mapping[str, Any]) -> Sequence[int]:
     """Tokens of the samples in a row: one, or those of a packed sequence."""
     return row.get("sample_lengths") or [len(row["input_ids"])]
-
-
-def require_model(args: Any) -> None:
-    if args.model is None:
-        raise UsageError("give the model with --model DIR_OR_ID")

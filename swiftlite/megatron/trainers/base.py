@@ -5,7 +5,6 @@ A subclass says what a forward pass computes (`forward_step`); everything else i
 
 from __future__ import annotations
 
-import math
 import shlex
 import tempfile
 import time
@@ -24,10 +23,11 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
-from swiftlite.llm.train.flops import ModelFlops, attention_pairs, model_flops
+from swiftlite.llm.train.flops import ModelFlops, attention_pairs, flops_of
 from swiftlite.llm.train.meters import StepMeter, device_peak
-from swiftlite.llm.train.metrics import Metrics, format_seconds
+from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
 from swiftlite.llm.train.rhythm import Best, Rhythm
+from swiftlite.llm.train.schedule import warmup_and_decay
 from swiftlite.llm.train.stop import StopSignal
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.adapters import CONFIG as ADAPTER_CONFIG
@@ -44,7 +44,7 @@ from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
 from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
-from swiftlite.utils.errors import SwiftliteError, UsageError
+from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes, write_json
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.safetensors import SafetensorsSource
@@ -104,23 +104,15 @@ def build_optimizer(models: Sequence[torch.nn.Module], args: Any) -> Any:
 
 
 def build_scheduler(optimizer: Any, args: Any, train_iters: int, global_batch_size: int) -> OptimizerParamScheduler:
-    """Warm-up, then decay to min_lr; counted in samples, as megatron-core does.
-
-    Raises: UsageError if the warm-up takes the whole run.
-    """
-    decay_iters = args.lr_decay_iters or train_iters
-    warmup = args.lr_warmup_iters
-    if args.lr_warmup_fraction is not None:
-        warmup = int(args.lr_warmup_fraction * decay_iters)
-    if warmup >= decay_iters:
-        raise UsageError(f"{warmup} warm-up steps: must be fewer than the {decay_iters} steps of the schedule")
+    """Warm-up, then decay to min_lr; counted in samples, as megatron-core does. Raises: as warmup_and_decay."""
+    warmup, decay = warmup_and_decay(args, train_iters)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=args.lr,
         min_lr=args.min_lr,
         lr_warmup_steps=warmup * global_batch_size,
-        lr_decay_steps=decay_iters * global_batch_size,
+        lr_decay_steps=decay * global_batch_size,
         lr_decay_style=args.lr_decay_style,
         start_wd=args.weight_decay,
         end_wd=args.weight_decay,
@@ -307,11 +299,7 @@ class Trainer:
         sums = dict(zip(names, reduced, strict=True), samples=self.global_batch_size, data_s=data_seconds)
         self.position = Position(self.position.iteration + 1, start + self.global_batch_size)
         values = {"loss": self.metrics(sums)["loss"], "lr": lr, "grad_norm": float(grad_norm or 0.0)}
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise SwiftliteError(
-                f"step {self.position.iteration}: loss {values['loss']}, gradient norm {values['grad_norm']}; training "
-                "has diverged. Lower --lr or raise --lr_warmup_iters, and start again from the last checkpoint"
-            )
+        check_finite(self.position.iteration, {"loss": values["loss"], "gradient norm": values["grad_norm"]})
         return values, sums
 
     def _once(self, counts: Tensor) -> Tensor:
@@ -368,7 +356,7 @@ class Trainer:
 
     def _steps(self, metrics: Metrics, stop: StopSignal) -> dict[str, float]:
         last: dict[str, float] = {}
-        flops = self._flops()
+        flops = flops_of(self.args.model_info.config)
         meter = StepMeter(
             flops, self.parallel.world_size, device_peak(str(torch_dtype(self.args)).removeprefix("torch.")),
             backend.peak_memory_bytes, references=self.references, **self._trained_weights(flops),
@@ -396,14 +384,6 @@ class Trainer:
                 break
         self.writer.finish(wait=True)
         return last
-
-    def _flops(self) -> ModelFlops | None:
-        """Operations of the model; None for a config that does not say what is needed."""
-        try:
-            return model_flops(self.args.model_info.config)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            logger.info("config.json does not tell the model's operations, so TFLOP/s are not shown")
-            return None
 
     def _trained_weights(self, flops: ModelFlops | None) -> dict[str, Any]:
         """`trained` and `adapters` of ModelFlops.training."""

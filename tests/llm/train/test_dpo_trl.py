@@ -13,17 +13,13 @@ import torch
 
 from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.preprocess import preprocess
+from swiftlite.llm.plot import read_run
 from swiftlite.llm.template import get_template
 from swiftlite.llm.train.dpo import dpo_main
-from swiftlite.llm.train.metrics import read_history
 from swiftlite.llm.train.schedule import build_optimizer
+from tests.rows import preference_rows
 
-ROWS = [
-    {"messages": [{"role": "user", "content": f"Who are you? {i}"},
-                  {"role": "assistant", "content": "I am Swifty. " * (i % 3 + 1)}],
-     "rejected_response": "No idea" + " at all" * (i % 4)}
-    for i in range(12)
-]  # fmt: skip
+ROWS = preference_rows(12)
 STEPS, BATCH, BETA, RATE = 20, 4, 0.1, 5e-5
 METRICS = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins",
            "rewards/accuracies")  # fmt: skip
@@ -109,7 +105,7 @@ def test_equal_to_trl(family: str, kind: str, reference: str, tiny_model: Callab
     if ref_model is not None:
         flags["ref_model"] = ref_model
     dpo_main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
-    mine = read_history(tmp_path / "ours/logging.jsonl")
+    mine = read_run(tmp_path / "ours/logging.jsonl")
     wanted = trl_run(tiny_model(family), ref_model, tmp_path / "trl", **theirs)
     assert len(mine) == len(wanted) == STEPS
     assert [line["loss"] for line in mine] == pytest.approx([line["loss"] for line in wanted], rel=1e-5)

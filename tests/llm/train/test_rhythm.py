@@ -16,7 +16,7 @@ from swiftlite.cli.main import main
 from swiftlite.llm.argument.sft import SftArguments
 from swiftlite.llm.plot import plot_main, read_run, short_names
 from swiftlite.llm.train.meters import METERS, StepMeter
-from swiftlite.llm.train.metrics import Metrics, read_history
+from swiftlite.llm.train.metrics import Metrics
 from swiftlite.llm.train.rhythm import Best, Rhythm, rotate
 from swiftlite.llm.train.stop import StopSignal
 from swiftlite.utils.errors import CheckpointError, UsageError
@@ -138,7 +138,7 @@ def test_trackers(trackers: list[Any], tmp_path: Path) -> None:
     assert wandb["name"] == swanlab["experiment_name"] == tmp_path.name
     assert wandb["config"] == {"wandb_project": "p", "wandb_exp_name": None, "lr": 1.0}, "no access tokens"
     assert trackers[2:] == [("wandb", 1, {"loss": 2.0}), ("swanlab", 1, {"loss": 2.0}), "wandb done", "swanlab done"]
-    assert read_history(tmp_path / "logging.jsonl")[0]["loss"] == 2.0
+    assert read_run(tmp_path / "logging.jsonl")[0]["loss"] == 2.0
 
 
 def test_a_tracker_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,20 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from swiftlite.llm.dataset.pairs import PairDataset, sequences_of
+from swiftlite.llm.plot import read_run
 from swiftlite.llm.train import trainer as trainer_module
 from swiftlite.llm.train.dpo import dpo_main
 from swiftlite.llm.train.meters import METERS
-from swiftlite.llm.train.metrics import read_history
 from swiftlite.llm.train.sft import pt_main, sft_main
 from swiftlite.llm.train.trainer import HfTrainer
 from swiftlite.utils.errors import DatasetError, SwiftliteError, UsageError
+from tests.rows import preference_rows
 
-ROWS = [
-    {"messages": [{"role": "user", "content": f"Who are you? {i}"},
-                  {"role": "assistant", "content": "I am Swifty. " * (i % 3 + 1)}],
-     "rejected_response": "No idea" + " at all" * (i % 4)}
-    for i in range(12)
-]  # fmt: skip
+ROWS = preference_rows(12)
 
 
 @pytest.fixture
@@ -47,7 +43,7 @@ def run(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
             "max_length": 200, "report_to": "none", "lora_dropout": 0, **flags,
         }  # fmt: skip
         words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
-        return main(words), read_history(tmp_path / output / "logging.jsonl")
+        return main(words), read_run(tmp_path / output / "logging.jsonl")
 
     return start
 
