@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import pickle
@@ -398,6 +399,12 @@ class _ResultsFile:
         return item
 
     get = get_nowait
+
+
+def async_save_options() -> dict[str, Any]:
+    """For dist_checkpointing.save: megatron-core's own requests; 0.19 asks for those of another package by default."""
+    save = importlib.import_module("megatron.core.dist_checkpointing").save
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
 
 
 @contextlib.contextmanager

@@ -290,7 +290,7 @@ def prepare_checkpoint(
         return final, Write(0, save, lambda: save, [publish])
     nbytes = sum(t.data.nbytes for _, _, t in _tensors(state) if t.data is not None and is_main_replica(t.replica_id))
     with backend.results_in_file(temporary / f".results-{rank}"):
-        request = save(async_sharded_save=True)
+        request = save(async_sharded_save=True, **backend.async_save_options())
     return final, Write(nbytes, lambda: _stage(request)(), lambda: _stage(request), [*request.finalize_fns, publish])
 
 

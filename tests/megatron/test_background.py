@@ -19,6 +19,7 @@ from swiftlite.megatron.trainers import sft
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.sft import megatron_sft_main
 from swiftlite.utils.errors import CheckpointError
+from swiftlite.utils.io import write_text_atomic
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_the_snapshot_is_of_the_moment_it_was_taken(
     def step(self: Trainer) -> Any:
         values = steps(self)
         assert not (self.root / f"iter_{self.position.iteration - 1:07d}").exists()  # still being written
-        done.write_text(str(self.position.iteration))
+        write_text_atomic(done, str(self.position.iteration))  # the reader must not find it half written
         return values
 
     plain, late = tmp_path / "plain", tmp_path / "late"
