@@ -102,9 +102,12 @@ def profile(words: list[str], output: Path) -> None:
 
     cuda = torch.cuda.is_available()
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
-        train("megatron", words, output)
+        lines = train("megatron", words, output)
+    costs = record.key_averages()
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    print(record.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=70))
+    print(costs.table(sort_by=order, row_limit=16, max_name_column_width=70))
+    busy = sum(getattr(cost, "self_device_time_total" if cuda else order) for cost in costs) / 1e6
+    print(f"{busy:.2f} s of this in {sum(line['step_s'] for line in lines):.2f} s of {len(lines)} steps")
 
 
 def main() -> None:
