@@ -23,8 +23,10 @@ from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.trainers.sft import megatron_sft_main
 from swiftlite.megatron.tuners.lora import (
     Adapters,
+    Lora,
     _group_of,
     adapters_disabled,
+    grouped_lora,
     live_linears,
     plan_lora,
     prepare_lora,
@@ -105,6 +107,41 @@ def test_logits_and_gradients_are_those_of_peft(case: str, tmp_path: Path) -> No
         with torch.no_grad(), adapters_disabled([model]):
             assert_close(logits(model, IDS), base)
         assert_close(logits(model, IDS), found)
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["up_proj", "down_proj"]])
+@pytest.mark.parametrize("linear", ["linear_fc1", "linear_fc2"])
+def test_experts_at_once_equal_one_after_the_other(linear: str, targets: list[str], tmp_path: Path) -> None:
+    """Some experts without rows, one without adapters, ranks that do not fill 16 bytes."""
+    build_hf(config_of("glm4_5:default"), tmp_path / "hf")
+    generator = torch.Generator().manual_seed(0)
+    with adapted(tmp_path / "hf", lora_args(target_modules=targets)) as model:
+        loras: list[Lora | None] = [
+            lora for name, lora in model.adapters.named_children() if "layers/1/mlp/experts/local_experts/" in name
+            and name.endswith(linear)
+        ]  # fmt: skip
+        assert len(loras) >= 4
+        parameters = [p for lora in loras if lora for p in lora.parameters()]
+        for parameter in parameters:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        loras[1] = None
+        counts = [3, 2, 0, 7, *[1] * (len(loras) - 4)]
+        width = parameters[0].shape[1]
+        x = torch.randn(sum(counts), width, generator=generator, requires_grad=True)
+        out = next(lora(x[:1]).shape[-1] for lora in loras if lora)
+        one_by_one = torch.cat([
+            lora(rows) if lora else torch.zeros(len(rows), out) for lora, rows in zip(loras, x.split(counts), strict=True)
+        ])  # fmt: skip
+        at_once = grouped_lora(loras, x, torch.tensor(counts).cumsum(0, dtype=torch.int32))
+        assert one_by_one.abs().max() > 1
+        torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-4)
+        slope = torch.randn(at_once.shape, generator=generator)
+        wanted, found = (
+            torch.autograd.grad(y, [x, *parameters], slope, allow_unused=True, materialize_grads=True)
+            for y in (one_by_one, at_once)
+        )
+        for theirs, mine in zip(wanted, found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-3)
 
 
 # ---- whole runs ----

@@ -207,8 +207,8 @@ class Lora(torch.nn.Module):
             for i, name in enumerate(entry.hf)
             if name.removesuffix(".weight") in plan.modules
         ]
-        starts = {f"{share.module}.weight": (i, share.rows[0]) for i, share in enumerate(self.shares)}
-        # Rows of the output, in order: (number of the pair, or None, first row of its product, rows).
+        starts = {f"{share.module}.weight": (share.short, share.rows[0]) for share in self.shares}
+        # Rows of the output, in order: (pair or None, first row of its product, rows).
         self.layout = [(*_relative(starts.get(p.name), p.hf_row), p.count) for p in held]
         self.names: dict[str, str] = {}
         reduced = getattr(linear.weight, "allreduce", True)
@@ -230,28 +230,34 @@ class Lora(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: what the linear layer reads on this rank, [..., in]. Returns: what its output lacks, [..., out]."""
-        a, b = ([getattr(self, f"{share.short}_{s}") for share in self.shares] for s in "AB")
-        if self.expert and self.size > 1:
-            # The dispatcher adds up activations and their gradients over these ranks, so only weights are left.
-            a, b = (a if self.divides_columns else self._summed(a)), (b if self.divides_rows else self._summed(b))
+        pairs = self.pairs().values()
+        a, b = zip(*(self.summed(a, b) for a, b, _ in pairs), strict=True)
         if self.dropout and self.training:
-            low = torch.cat([F.linear(self._drop(x), matrix) for matrix in a], -1)
+            low = torch.cat([F.linear(self.drop(x), matrix) for matrix in a], -1)
         else:
             low = F.linear(x, torch.cat(a))
         parts = self._exchange(low).split([share.rank for share in self.shares], -1)
-        products = [F.linear(part * s.scale, matrix) for part, matrix, s in zip(parts, b, self.shares, strict=True)]
-        empty = products[0]
-        rows = [
-            empty.new_zeros(*empty.shape[:-1], count) if number is None else products[number][..., row : row + count]
-            for number, row, count in self.layout
-        ]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+        return _rows(
+            self.layout,
+            {s.short: F.linear(part * s.scale, m) for part, m, s in zip(parts, b, self.shares, strict=True)},
+        )
 
-    def _summed(self, matrices: list[Tensor]) -> list[Tensor]:
-        return [copy_to_tensor_model_parallel_region(matrix, group=self.group) for matrix in matrices]
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """(A, B, factor) of each pair, by the last part of its Hugging Face name."""
+        return {s.short: (getattr(self, f"{s.short}_A"), getattr(self, f"{s.short}_B"), s.scale) for s in self.shares}
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def summed(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of an expert, whose gradients ranks add up where they hold them whole."""
+        if not self.expert or self.size == 1:
+            return a, b
+        # The dispatcher adds up activations and their gradients over these ranks, so only weights are left.
+        whole = partial(copy_to_tensor_model_parallel_region, group=self.group)
+        return a if self.divides_columns else whole(a), b if self.divides_rows else whole(b)
+
+    def drop(self, x: Tensor) -> Tensor:
         """Ranks with the same input drop the same numbers."""
+        if not self.dropout or not self.training:
+            return x
         differs = self.size > 1 and (self.divides_columns or (self.sequence_parallel and not self.expert))
         with get_cuda_rng_tracker().fork() if differs else nullcontext():
             return F.dropout(x, self.dropout)
@@ -283,6 +289,55 @@ class Lora(torch.nn.Module):
         return found
 
 
+def grouped_lora(loras: Sequence[Lora | None], x: Tensor, ends: Tensor) -> Tensor:
+    """What the experts of one layer lack, in a few operations over all of them.
+
+    Args:
+        loras: each expert's pairs; None for one without.
+        x: [rows, in], sorted by expert.
+        ends: int32 [experts], where each expert's rows end.
+    Returns: [rows, out].
+    """
+    held = [lora for lora in loras if lora is not None]
+    pairs = [{} if lora is None else lora.pairs() for lora in loras]
+    products = {}
+    for short in dict.fromkeys(share.short for lora in held for share in lora.shares):
+        a, b, scales = (list(column) for column in zip(*(found.get(short, _NO_PAIR) for found in pairs), strict=True))
+        scale = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, device=x.device).view(-1, 1, 1)
+        low_a, high_b = held[0].summed(_stacked(a, 0), (_stacked(b, 1) * scale).to(x.dtype))
+        low = F.grouped_mm(held[0].drop(x), low_a.transpose(1, 2), offs=ends)
+        products[short] = F.grouped_mm(low, high_b.transpose(1, 2), offs=ends)
+    # Experts may have different pairs; the rows of their outputs lie alike.
+    layout = [next((row for row in rows if row[0]), rows[0]) for rows in zip(*(o.layout for o in held), strict=True)]
+    return _rows(layout, products)
+
+
+_NO_PAIR = (None, None, 1.0)
+
+
+def _stacked(matrices: Sequence[Tensor | None], dim: int) -> Tensor:
+    """[experts, ...], zeros where an expert has none. dim: that of the rank, which is filled up to whole 16 bytes."""
+    like = max((m for m in matrices if m is not None), key=lambda m: m.shape[dim])
+    rank = -(-like.shape[dim] // 8) * 8
+    empty = like.new_zeros([rank if d == dim else size for d, size in enumerate(like.shape)])
+
+    def full(matrix: Tensor) -> Tensor:
+        missing = rank - matrix.shape[dim]
+        return F.pad(matrix, (0, 0, 0, missing) if dim == 0 else (0, missing)) if missing else matrix
+
+    return torch.stack([empty if matrix is None else full(matrix) for matrix in matrices])
+
+
+def _rows(layout: Sequence[tuple[str | None, int, int]], products: Mapping[str, Tensor]) -> Tensor:
+    """A layer's output rows from the products of its pairs."""
+    some = next(iter(products.values()))
+    rows = [
+        some.new_zeros(*some.shape[:-1], count) if short is None else products[short][..., row : row + count]
+        for short, row, count in layout
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+
+
 def _share(
     module: str, shape: tuple[int, ...], held: Sequence[Piece], columns: tuple[int, int], plan: LoraPlan
 ) -> Share:
@@ -296,7 +351,7 @@ def _share(
     return Share(module, shape, *plan.modules[module], (start, start + count), columns)
 
 
-def _relative(start: tuple[int, int] | None, row: int) -> tuple[int | None, int]:
+def _relative(start: tuple[str, int] | None, row: int) -> tuple[str | None, int]:
     return (None, 0) if start is None else (start[0], row - start[1])
 
 
@@ -336,9 +391,9 @@ class Adapters(torch.nn.Module):
         """Inputs are x, sorted by expert, and how many rows each expert has."""
         if not self.enabled:
             return output
-        rows, width = inputs[0].split([int(count) for count in inputs[1]]), output[0].shape[-1]
-        parts = [loras[i](x) if i in loras else x.new_zeros(len(x), width) for i, x in enumerate(rows)]
-        return output[0] + torch.cat(parts), output[1]
+        x, counts = inputs
+        ends = torch.tensor([int(count) for count in counts], device=x.device).cumsum(0, dtype=torch.int32)
+        return output[0] + grouped_lora([loras.get(i) for i in range(len(counts))], x, ends), output[1]
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Nothing: the model's own state is that of the base."""
