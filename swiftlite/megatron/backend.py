@@ -621,8 +621,8 @@ def adjust_config(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Adjus
             changes.append(adjustment)
         if situation[adjustment.when]:
             adjusted[adjustment.field] = adjustment.value
-    if situation["local"] and "core_attn" in (adjusted.get("recompute_modules") or ()):
-        # SDPA keeps no scores, so that recomputing it costs time and saves nothing.
+    if "core_attn" in (adjusted.get("recompute_modules") or ()):
+        # Neither SDPA nor Transformer Engine's fused attention keeps scores: recomputing costs time and saves nothing.
         adjusted["recompute_modules"] = [m for m in adjusted["recompute_modules"] if m != "core_attn"]
         if not adjusted["recompute_modules"] and adjusted.get("recompute_granularity") == "selective":
             adjusted["recompute_granularity"] = None

@@ -188,6 +188,8 @@ class Share:
 class Lora(torch.nn.Module):
     """The pairs of one linear layer. `names`: Hugging Face names -> parameters."""
 
+    order: Tensor | None  # where each row of the layer's output is among the blocks' rows; None: at the same place
+
     def __init__(self, linear: LiveLinear, plan: LoraPlan, dropout: float, config: Any) -> None:
         """Raises: UsageError where TP ranks hold unequal parts of a weight."""
         super().__init__()
@@ -207,9 +209,8 @@ class Lora(torch.nn.Module):
             for i, name in enumerate(entry.hf)
             if name.removesuffix(".weight") in plan.modules
         ]
-        starts = {f"{share.module}.weight": (share.short, share.rows[0]) for share in self.shares}
-        # Rows of the output, in order: (pair or None, first row of its product, rows).
-        self.layout = [(*_relative(starts.get(p.name), p.hf_row), p.count) for p in held]
+        self.blocks, order = _blocks(entry.hf, held)
+        self.register_buffer("order", None if order == list(range(len(order))) else torch.tensor(order), False)
         self.names: dict[str, str] = {}
         reduced = getattr(linear.weight, "allreduce", True)
         for share in self.shares:
@@ -230,21 +231,32 @@ class Lora(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: what the linear layer reads on this rank, [..., in]. Returns: what its output lacks, [..., out]."""
-        pairs = self.pairs().values()
-        a, b = zip(*(self.summed(a, b) for a, b, _ in pairs), strict=True)
+        a, b = zip(*(self.summed(a, b * scale) for a, b, scale in self.pairs().values()), strict=True)
         if self.dropout and self.training:
             low = torch.cat([F.linear(self.drop(x), matrix) for matrix in a], -1)
         else:
             low = F.linear(x, torch.cat(a))
-        parts = self._exchange(low).split([share.rank for share in self.shares], -1)
-        return _rows(
-            self.layout,
-            {s.short: F.linear(part * s.scale, m) for part, m, s in zip(parts, b, self.shares, strict=True)},
-        )
+        return F.linear(self._exchange(low), self.joined(dict(zip(self.pairs(), b, strict=True))))
 
     def pairs(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """(A, B, factor) of each pair, by the last part of its Hugging Face name."""
         return {s.short: (getattr(self, f"{s.short}_A"), getattr(self, f"{s.short}_B"), s.scale) for s in self.shares}
+
+    def joined(self, b: Mapping[str, Tensor]) -> Tensor:
+        """One B [..., out, sum of ranks] of several [..., rows, rank]: each in its rows and its columns, zeros elsewhere.
+
+        One product with it costs less than a product, a scale and a rearrangement of its rows for every pair.
+        """
+        like, width, left, blocks = next(iter(b.values())), sum(matrix.shape[-1] for matrix in b.values()), 0, []
+        for short, rows in self.blocks:
+            if short in b:
+                rank = b[short].shape[-1]
+                blocks.append(F.pad(b[short], (left, width - left - rank)))
+                left += rank
+            else:
+                blocks.append(like.new_zeros(*like.shape[:-2], rows, width))
+        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)
+        return whole if self.order is None else whole.index_select(-2, self.order)
 
     def summed(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """A and B of an expert, whose gradients ranks add up where they hold them whole."""
@@ -298,18 +310,15 @@ def grouped_lora(loras: Sequence[Lora | None], x: Tensor, ends: Tensor) -> Tenso
         ends: int32 [experts], where each expert's rows end.
     Returns: [rows, out].
     """
-    held = [lora for lora in loras if lora is not None]
+    first = next(lora for lora in loras if lora is not None)
     pairs = [{} if lora is None else lora.pairs() for lora in loras]
-    products = {}
-    for short in dict.fromkeys(share.short for lora in held for share in lora.shares):
+    low, high = [], {}
+    for short in (short for short, _ in first.blocks if any(short in found for found in pairs)):
         a, b, scales = (list(column) for column in zip(*(found.get(short, _NO_PAIR) for found in pairs), strict=True))
         scale = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, device=x.device).view(-1, 1, 1)
-        low_a, high_b = held[0].summed(_stacked(a, 0), (_stacked(b, 1) * scale).to(x.dtype))
-        low = F.grouped_mm(held[0].drop(x), low_a.transpose(1, 2), offs=ends)
-        products[short] = F.grouped_mm(low, high_b.transpose(1, 2), offs=ends)
-    # Experts may have different pairs; the rows of their outputs lie alike.
-    layout = [next((row for row in rows if row[0]), rows[0]) for rows in zip(*(o.layout for o in held), strict=True)]
-    return _rows(layout, products)
+        low_a, high[short] = first.summed(_stacked(a, 0), (_stacked(b, 1) * scale).to(x.dtype))
+        low.append(F.grouped_mm(first.drop(x), low_a.transpose(1, 2), offs=ends))
+    return F.grouped_mm(torch.cat(low, -1), first.joined(high).transpose(1, 2), offs=ends)
 
 
 _NO_PAIR = (None, None, 1.0)
@@ -328,14 +337,17 @@ def _stacked(matrices: Sequence[Tensor | None], dim: int) -> Tensor:
     return torch.stack([empty if matrix is None else full(matrix) for matrix in matrices])
 
 
-def _rows(layout: Sequence[tuple[str | None, int, int]], products: Mapping[str, Tensor]) -> Tensor:
-    """A layer's output rows from the products of its pairs."""
-    some = next(iter(products.values()))
-    rows = [
-        some.new_zeros(*some.shape[:-1], count) if short is None else products[short][..., row : row + count]
-        for short, row, count in layout
-    ]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+def _blocks(names: Sequence[str], held: Sequence[Piece]) -> tuple[list[tuple[str, int]], list[int]]:
+    """((last part of the name, rows) of each Hugging Face weight held here, where each held row is among their rows)."""
+    blocks, place, total = [], dict[Piece, int](), 0
+    for name in names:
+        before = total
+        for piece in sorted((p for p in held if p.name == name), key=lambda p: p.hf_row):
+            place[piece] = total
+            total += piece.count
+        if total > before:
+            blocks.append((name.removesuffix(".weight").rpartition(".")[2], total - before))
+    return blocks, [place[piece] + row for piece in held for row in range(piece.count)]
 
 
 def _share(
@@ -349,10 +361,6 @@ def _share(
             "possible; take at most as many as there are key/value heads"
         )
     return Share(module, shape, *plan.modules[module], (start, start + count), columns)
-
-
-def _relative(start: tuple[str, int] | None, row: int) -> tuple[str | None, int]:
-    return (None, 0) if start is None else (start[0], row - start[1])
 
 
 class Adapters(torch.nn.Module):
