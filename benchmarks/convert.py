@@ -2,9 +2,10 @@
 
     python benchmarks/convert.py --kind moe --gigabytes 3 --directory /tmp/bench
 
-Page cache is dropped before every run where the system allows it (root), else the table says 'warm'. Start-up
-is a process that only imports what the conversion needs. Columns: seconds of the process, seconds until the bytes are on
-the disk (sync), ratio to cp + sync of the same without start-up, rate, largest resident memory.
+Page cache is dropped before every run where the system allows it (root), else the table says 'warm'. Start-up is a
+process that only imports what the conversion needs; a rewrite loads every shard with safetensors and saves it again.
+Columns: seconds of the process, seconds until the bytes are on the disk (sync), ratio to cp + sync of the same without
+start-up, rate, largest resident memory of a process.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ import time
 from pathlib import Path
 
 SWIFTLITE = [sys.executable, "-m", "swiftlite", "export"]
+REWRITE = """
+import sys, pathlib
+from safetensors.torch import load_file, save_file
+source, output = map(pathlib.Path, sys.argv[1:])
+output.mkdir()
+for shard in source.glob("*.safetensors"):
+    save_file(load_file(shard), output / shard.name)
+"""
 
 
 def drop_cache() -> bool:
@@ -29,12 +38,13 @@ def drop_cache() -> bool:
     return True
 
 
-def run(command: list[str], output: Path) -> tuple[float, float, int]:
-    """(seconds, seconds with sync, peak resident bytes) of a command that writes `output`, removed first."""
+def run(command: list[str], output: Path, processes: int = 1) -> tuple[float, float, int]:
+    """(seconds, seconds with sync, peak resident bytes of a process) of a command that writes `output`, removed first."""
     shutil.rmtree(output, ignore_errors=True)
     drop_cache()
+    environment = {**os.environ, "NPROC_PER_NODE": str(processes)} if processes > 1 else None
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     assert process.stderr is not None
     errors = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
@@ -57,27 +67,37 @@ def main() -> None:
     made = [sys.executable, str(Path(__file__).with_name("synthetic.py")), str(source), args.kind, str(args.gigabytes)]
     total = int(subprocess.run(made, capture_output=True, text=True, check=True).stdout)
     copy, mcore, back = (args.directory / name for name in ("copy", "mcore", "back"))
-    model_type = {"moe": "glm4_5", "dense": "qwen3"}[args.kind]
-    shared = ["--model_type", model_type, "--output_dir"]
-    rows = {
-        "cp": (["cp", "-r", str(source), str(copy)], copy),
-        "start-up": ([sys.executable, "-c", "import swiftlite.megatron.convert"], args.directory / "none"),
-        "to_mcore": ([*SWIFTLITE, "--model", str(source), "--to_mcore", "true", *shared, str(mcore)], mcore),
-        "to_hf": ([*SWIFTLITE, "--mcore_model", str(mcore), "--to_hf", "true", *shared, str(back)], back),
-    }
+    shared = ["--model_type", {"moe": "glm4_5", "dense": "qwen3"}[args.kind], "--output_dir"]
+    to_mcore = [*SWIFTLITE, "--model", str(source), "--to_mcore", "true", *shared, str(mcore)]
+    to_hf = [*SWIFTLITE, "--mcore_model", str(mcore), "--to_hf", "true", *shared, str(back)]
+    bitwise = ["--verify", "bitwise"]
+    rows: list[tuple[str, list[str], Path, int]] = [
+        ("cp", ["cp", "-r", str(source), str(copy)], copy, 1),
+        ("safetensors rewrite", [sys.executable, "-c", REWRITE, str(source), str(copy)], copy, 1),
+        ("start-up", [sys.executable, "-c", "import swiftlite.megatron.convert"], args.directory / "none", 1),
+        ("to_mcore, verified", [*to_mcore, *bitwise], mcore, 1),
+        ("to_mcore, 2 processes", to_mcore, mcore, 2),
+        ("to_mcore", to_mcore, mcore, 1),
+        ("to_hf, verified", [*to_hf, *bitwise], back, 1),
+        ("to_hf, 2 processes", to_hf, back, 2),
+        ("to_hf", to_hf, back, 1),
+    ]
     print(f"{args.kind}, {total / 1e9:.2f} GB, cache {'dropped' if drop_cache() else 'warm'}, best of {args.repeats}")
-    print(f"{'':<12}{'seconds':>9}{'+ sync':>9}{'ratio':>8}{'GB/s':>8}{'peak MB':>9}")
+    print(f"{'':<24}{'seconds':>9}{'+ sync':>9}{'ratio':>8}{'GB/s':>8}{'peak MB':>9}")
     base = startup = 0.0
-    results = {name: [run(command, output) for _ in range(args.repeats)] for name, (command, output) in rows.items()}
-    for name, runs in results.items():
+    for name, command, output, processes in rows:
+        runs = [run(command, output, processes) for _ in range(args.repeats)]
         seconds, synced, peak = (min(r[i] for r in runs) for i in range(3))
+        if output == copy:
+            shutil.rmtree(copy)
         if name == "start-up":
             startup = seconds
-            print(f"{name:<12}{seconds:>9.2f}{synced:>9.2f}{'':>8}{'':>8}{peak / 1e6:>9.0f}")
+            print(f"{name:<24}{seconds:>9.2f}{synced:>9.2f}{'':>8}{'':>8}{peak / 1e6:>9.0f}", flush=True)
             continue
         base = base or synced
-        net = synced - (startup if name != "cp" else 0)
-        print(f"{name:<12}{seconds:>9.2f}{synced:>9.2f}{net / base:>8.2f}{total / net / 1e9:>8.2f}{peak / 1e6:>9.0f}")
+        net = synced - (startup if command[0] == sys.executable and output != copy else 0)
+        row = f"{name:<24}{seconds:>9.2f}{synced:>9.2f}{net / base:>8.2f}{total / net / 1e9:>8.2f}{peak / 1e6:>9.0f}"
+        print(row, flush=True)
     for shard in source.glob("*.safetensors"):
         subprocess.run(["cmp", str(shard), str(back / shard.name)], check=True)
     print("every shard of the way back is byte-equal to the source")

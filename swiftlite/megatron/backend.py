@@ -787,6 +787,11 @@ def block_spec(config: Any, vp_stage: int | None = None, replace: Mapping[Any, A
     use_te = backend.spec == "te"
     spec = get_gpt_decoder_block_spec(config, use_te, normalization=config.normalization, vp_stage=vp_stage)
     if use_te:
+        if config.qk_layernorm and not config.multi_latent_attention:
+            for layer in spec.layer_specs:
+                # Transformer Engine's norm takes longer to start, twice a layer, than to compute on such narrow heads.
+                attention = layer.submodules.self_attention.submodules
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
         return substitute(spec, replace) if replace else spec
     spec = substitute(spec, {DotProductAttention: SdpaAttention, WrappedTorchNorm: RMSNorm, **(replace or {})})
     # With Apex installed the local functions pick its norm for the block; every norm here is RMSNorm.

@@ -55,11 +55,10 @@ def verify_bitwise(written: TensorSource, hashes: Mapping[str, str], max_memory:
     names = sorted(hashes)[get_rank() :: get_world_size()]
     total = sum(written.spec(name).nbytes for name in names)
     with progress("verify", total) as update, Files() as files:
-        for name in names:
-            for extent in written.extents(name, 0, written.spec(name).nbytes):
-                files.forget(extent.file)
-                break
-            if stream.hash_tensor(written, name, files) != hashes[name]:
+        for file in {extent.file for name in names for extent in written.extents(name, 0, written.spec(name).nbytes)}:
+            files.forget(file)
+        for name, found in stream.hash_tensors(written, names, files, _per_process(max_memory)):
+            if found != hashes[name]:
                 raise VerifyError(f"{name} reads back with other bytes than were written; the disk may be failing")
             update(written.spec(name).nbytes)
     barrier()

@@ -6,6 +6,7 @@ hashed, and written with pwrite to its final place, so memory does not depend on
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import xxhash
 
+from swiftlite.utils.dist import get_local_world_size
 from swiftlite.utils.errors import BudgetError
 from swiftlite.utils.io import format_bytes
 from swiftlite.weights.journal import Journal
@@ -23,7 +25,7 @@ from swiftlite.weights.rule import clip
 from swiftlite.weights.storage import Decode, Extent, Files, TensorSource, byte_view, decoder
 
 BLOCK_BYTES = 8 << 20
-WORKERS = 4
+MIN_WORKERS, MAX_WORKERS = 4, 16
 
 Locate = Callable[[int, int, int], Iterator[Extent]]
 
@@ -117,6 +119,23 @@ def hash_tensor(source: TensorSource, name: str, files: Files, dtype: torch.dtyp
         values = block if decode is None else decode(name, first, block)
         digest.update(byte_view(values.to(target)))
     return digest.hexdigest()
+
+
+def hash_tensors(
+    source: TensorSource, names: Sequence[str], files: Files, max_memory: int | None = None
+) -> Iterator[tuple[str, str]]:
+    """(name, hash) of many tensors, read by several threads in the order of the files."""
+
+    def place(name: str) -> tuple[str, int]:
+        first = next(source.extents(name, 0, min(source.spec(name).nbytes, 1)), None)
+        return (first.file.name, first.offset) if first else ("", 0)
+
+    names = sorted(names, key=place)
+    pool = ThreadPoolExecutor(max(planned_bytes(max_memory) // (3 * BLOCK_BYTES), 1))
+    try:
+        yield from zip(names, pool.map(lambda name: hash_tensor(source, name, files), names), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -234,21 +253,31 @@ def run(
     return digests
 
 
+def workers_here() -> int:
+    """Threads of this process: two for each core, which it may share with other processes of the run.
+
+    A thread waits for the disk half of its time; beyond MAX_WORKERS a disk gains nothing.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(2 * cores // get_local_world_size(), MIN_WORKERS), MAX_WORKERS)
+
+
 def planned_bytes(max_memory: int | None) -> int:
-    """What the blocks of a run take at most."""
-    default = 3 * BLOCK_BYTES * WORKERS
+    """What the blocks of a run take at most; without a limit this follows from the machine's cores."""
+    default = 3 * BLOCK_BYTES * workers_here()
     return default if max_memory is None else min(default, max_memory)
 
 
 def fit_budget(jobs: Sequence[Job], max_memory: int | None) -> tuple[int, int]:
     """Block size in bytes and number of threads under a budget; a block may need its bytes twice, for a cast."""
+    most = workers_here()
     if max_memory is None:
-        return BLOCK_BYTES, WORKERS
+        return BLOCK_BYTES, most
     largest_row = max((job.row_bytes for job in jobs), default=1)
     if 3 * largest_row > max_memory:
         raise BudgetError(
             f"--max_memory of {format_bytes(max_memory)} is too small: one row of a tensor takes "
             f"{format_bytes(3 * largest_row)} while it is converted; allow at least that"
         )
-    workers = max(1, min(WORKERS, max_memory // (3 * max(largest_row, 1 << 20))))
+    workers = max(1, min(most, max_memory // (3 * max(largest_row, 1 << 20))))
     return max(min(BLOCK_BYTES, max_memory // (3 * workers)), 1), workers
