@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     from swiftlite.llm.model.loader import get_model_processor, get_model_tokenizer
     from swiftlite.llm.model.register import get_model_info_meta
     from swiftlite.llm.template.register import get_template, register_template
-    from swiftlite.llm.train.sft import sft_main
+    from swiftlite.llm.train.dpo import dpo_main
+    from swiftlite.llm.train.sft import pt_main, sft_main
     from swiftlite.megatron.convert import convert_hf2mcore, convert_mcore2hf, export_main
-    from swiftlite.megatron.trainers.sft import megatron_sft_main
+    from swiftlite.megatron.trainers.dpo import megatron_dpo_main
+    from swiftlite.megatron.trainers.sft import megatron_pt_main, megatron_sft_main
 
 _WHERE = {
     "convert_hf2mcore": "swiftlite.megatron.convert",
     "convert_mcore2hf": "swiftlite.megatron.convert",
+    "dpo_main": "swiftlite.llm.train.dpo",
     "export_main": "swiftlite.megatron.convert",
     "get_model_info_meta": "swiftlite.llm.model.register",
     "get_model_processor": "swiftlite.llm.model.loader",
     "get_model_tokenizer": "swiftlite.llm.model.loader",
     "get_template": "swiftlite.llm.template.register",
     "infer_main": "swiftlite.llm.infer",
+    "megatron_dpo_main": "swiftlite.megatron.trainers.dpo",
+    "megatron_pt_main": "swiftlite.megatron.trainers.sft",
     "megatron_sft_main": "swiftlite.megatron.trainers.sft",
+    "pt_main": "swiftlite.llm.train.sft",
     "sft_main": "swiftlite.llm.train.sft",
     "register_dataset": "swiftlite.llm.dataset.register",
     "register_family": "swiftlite.families",
@@ -43,13 +49,17 @@ __all__ = [
     "__version__",
     "convert_hf2mcore",
     "convert_mcore2hf",
+    "dpo_main",
     "export_main",
     "get_model_info_meta",
     "get_model_processor",
     "get_model_tokenizer",
     "get_template",
     "infer_main",
+    "megatron_dpo_main",
+    "megatron_pt_main",
     "megatron_sft_main",
+    "pt_main",
     "register_dataset",
     "register_family",
     "register_model",

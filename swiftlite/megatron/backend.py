@@ -621,8 +621,9 @@ def adjust_config(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Adjus
             changes.append(adjustment)
         if situation[adjustment.when]:
             adjusted[adjustment.field] = adjustment.value
-    if "core_attn" in (adjusted.get("recompute_modules") or ()):
-        # Neither SDPA nor Transformer Engine's fused attention keeps scores: recomputing costs time and saves nothing.
+    keeps_scores = not situation["local"] and getattr(adjusted.get("attention_backend"), "name", "") == "unfused"
+    if "core_attn" in (adjusted.get("recompute_modules") or ()) and not keeps_scores:
+        # Recomputing SDPA or Transformer Engine's fused attention costs time and saves nothing.
         adjusted["recompute_modules"] = [m for m in adjusted["recompute_modules"] if m != "core_attn"]
         if not adjusted["recompute_modules"] and adjusted.get("recompute_granularity") == "selective":
             adjusted["recompute_granularity"] = None

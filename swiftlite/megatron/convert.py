@@ -145,7 +145,7 @@ def convert_mcore2hf(args: Any) -> Path:
     config = read_config(model_dir)
     dtype = args.dtype if "torch_dtype" in args.given else None
     manifest = read_manifest(root)
-    plan = plan_to_hf(iteration, config, dtype, manifest)
+    plan = plan_to_hf(iteration, config, dtype, manifest, data=not args.dry_run)
     layout = None if "max_shard_size" in args.given else plan.layout
     shards = plan_shards(plan.specs, args.max_shard_bytes, layout)
     output_dir = Path(args.output_dir or default_output_dir(root, "hf"))

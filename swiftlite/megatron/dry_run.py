@@ -102,12 +102,15 @@ def _disk(directory: Path, total: int, speed: Any) -> str:
 
 
 def print_training(
-    args: Any, origin: str | Path, adapters: Callable[[BoundMap], Mapping[str, int]] | None = None
+    args: Any,
+    origin: str | Path,
+    adapters: Callable[[BoundMap], Mapping[str, int] | None],
+    trained: Callable[[BoundMap], Collection[str] | None],
 ) -> None:
     """Bytes, files, memory, time, layouts and command of a training command; `args` have the model's fields set.
 
-    adapters: Hugging Face module -> rank, of a run that trains only these. A run that freezes parameters is planned as
-    if it trained all of them.
+    adapters: Hugging Face module -> rank, of a run that trains only these. trained: Hugging Face names, of one that
+    freezes the others.
     """
     root = origin_root(origin)
     config = read_config(root)
@@ -121,7 +124,7 @@ def print_training(
     own_reference = pairs and not args.precompute_ref_log_probs and (args.ref_model or args.train_type != "lora")
     model = TrainingModel(
         bound, args, args.dtype or torch.float32, sequences=2 if pairs and not args.packing else 1,
-        reference=bool(own_reference), adapters=adapters(bound) if adapters else None,
+        reference=bool(own_reference), adapters=adapters(bound), trained=trained(bound),
     )  # fmt: skip
     stored = checkpoint_bytes(model, with_optimizer=False)
     read = sum(p.stat().st_size for p in shards) or (planned.stored_bytes if planned is not None else 0)
@@ -151,7 +154,7 @@ def checkpoint_bytes(model: TrainingModel, with_optimizer: bool) -> int:
     if model.adapters is not None:
         return model.num_trained * (16 if with_optimizer else 4)
     weights = sum(math.prod(e.shape) * (4 if e.rule.keep_dtype else width) for e in model.bound.entries)
-    return weights + (12 * model.num_parameters if with_optimizer else 0)
+    return weights + (12 * model.num_trained if with_optimizer else 0)
 
 
 def own_layout(args: Any, gpus: int) -> Layout:
@@ -165,7 +168,8 @@ def own_layout(args: Any, gpus: int) -> Layout:
         stages = (*([first] if first else []), *([rest // max(between, 1)] * between), *([last] if last else []))
     dp = args.data_parallel_size(gpus)
     etp = args.expert_tensor_parallel_size or tp
-    return Layout(tp, pp, ep, etp, dp, stages, args.recompute_granularity, bool(args.sequence_parallel))
+    chunks = args.num_virtual_stages_per_pipeline_rank or 1
+    return Layout(tp, pp, ep, etp, dp, stages, args.recompute_granularity, bool(args.sequence_parallel), chunks)
 
 
 def print_layouts(args: Any, model: TrainingModel, words: Sequence[str], own: bool = False) -> None:

@@ -8,8 +8,8 @@ twice that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,7 +32,10 @@ _DIVIDED = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes, layers of each pipeline stage, what is recomputed (None, selective, full)."""
+    """Parallel sizes, layers of each pipeline stage, what is recomputed (None, selective, full).
+
+    chunks: of a stage in an interleaved pipeline, which takes turns between them.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -42,6 +45,23 @@ class Layout:
     stages: tuple[int, ...] = ()
     recompute: str | None = None
     sequence_parallel: bool = True
+    chunks: int = 1
+
+    def layers(self, rank: int) -> list[int]:
+        """Numbers of the layers that a pipeline stage holds."""
+        if self.chunks == 1:
+            first = sum(self.stages[:rank])
+            return list(range(first, first + self.stages[rank]))
+        count = self.stages[rank] // self.chunks
+        starts = [(chunk * self.pp + rank) * count for chunk in range(self.chunks)]
+        return [layer for start in starts for layer in range(start, start + count)]
+
+    def in_flight(self, rank: int, num_microbatches: int) -> float:
+        """Micro batches that a stage has begun and not yet gone back through, at most (1F1B); parts of one count."""
+        if self.chunks == 1:
+            return min(self.pp - rank, num_microbatches)
+        warmup = 2 * (self.pp - rank - 1) + (self.chunks - 1) * self.pp
+        return min(warmup + 1, num_microbatches * self.chunks) / self.chunks
 
     @property
     def gpus(self) -> int:
@@ -63,6 +83,8 @@ class Layout:
             words += ["--sequence_parallel", "true"]
         if self.stages and self.stages[-1] != self.stages[0]:
             words += ["--decoder_last_pipeline_num_layers", str(self.stages[-1])]
+        if self.chunks > 1:
+            words += ["--num_virtual_stages_per_pipeline_rank", str(self.chunks)]
         if self.recompute == "full":
             words += "--recompute_granularity full --recompute_method uniform --recompute_num_layers 1".split()
         return words
@@ -89,7 +111,8 @@ class TrainingModel:
 
     args: MegatronArguments with the model's fields set. dtype: of the weights. sequences: of a sample; a preference pair
     has two. reference: a frozen model of this size stays beside the trained one.
-    adapters: Hugging Face module -> rank, of a run that trains only LoRA adapters.
+    adapters: Hugging Face module -> rank, of a run that trains only LoRA adapters. trained: Hugging Face names, of one
+    that freezes the others.
     """
 
     bound: BoundMap
@@ -98,6 +121,7 @@ class TrainingModel:
     sequences: int = 1
     reference: bool = False
     adapters: Mapping[str, int] | None = None
+    trained: Collection[str] | None = None
 
     @cached_property
     def entries(self) -> dict[int | str, list[Entry]]:
@@ -113,9 +137,15 @@ class TrainingModel:
     @property
     def num_trained(self) -> int:
         """What gets gradients and optimizer states."""
+        if self.trained is not None:
+            return sum(math.prod(e.shape) for part in self.entries.values() for e in part if self._is_trained(e))
         if self.adapters is None:
             return self.num_parameters
         return sum(self._adapter_size(entry) for part in self.entries.values() for entry in part)
+
+    def _is_trained(self, entry: Entry) -> bool:
+        """Of a run on the weights themselves; what Megatron keeps in one matrix is trained together."""
+        return not entry.is_buffer and (self.trained is None or any(name in self.trained for name in entry.hf))
 
     def _adapter_size(self, entry: Entry) -> int:
         ranks = ((self.adapters or {}).get(name.removesuffix(".weight"), 0) for name in entry.hf)
@@ -124,13 +154,11 @@ class TrainingModel:
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model without MTP blocks; buffers do not count."""
-        return sum(math.prod(e.shape) for part in self.entries.values() for e in part if not _is_buffer(e))
+        return sum(math.prod(e.shape) for part in self.entries.values() for e in part if not e.is_buffer)
 
     def stage(self, layout: Layout, rank: int) -> list[Entry]:
         """Entries of a pipeline stage; with tied embeddings the last one has a copy."""
-        stages = layout.stages or even_stages(self.bound.model.num_layers, layout.pp)
-        first = sum(stages[:rank])
-        found = [e for layer in range(first, first + stages[rank]) for e in self.entries[layer]]
+        found = [e for layer in self._placed(layout).layers(rank) for e in self.entries[layer]]
         if rank == 0:
             found += self.entries["first"]
         if rank == layout.pp - 1:
@@ -139,15 +167,20 @@ class TrainingModel:
                 found += self.entries["first"]
         return found
 
-    def elements(self, layout: Layout, rank: int) -> tuple[int, int, int]:
-        """(dense parameters, expert parameters, fp32 buffers) on one GPU of a pipeline stage."""
+    def _placed(self, layout: Layout) -> Layout:
+        return layout if layout.stages else replace(layout, stages=even_stages(self.bound.model.num_layers, layout.pp))
+
+    def elements(self, layout: Layout, rank: int, trained: bool = False) -> tuple[int, int, int]:
+        """(dense parameters, expert parameters, fp32 buffers) on one GPU of a pipeline stage; of what is trained only."""
         dense = experts = buffers = 0
         for entry in self.stage(layout, rank):
+            if trained and not self._is_trained(entry):
+                continue
             shape = entry.shape
             if "vocab" in entry.rule.hf[0].dims:  # rows are padded, so that every rank has as many
                 shape = (math.ceil(shape[0] / layout.tp) * layout.tp, *shape[1:])
             size = math.prod(shape)
-            if _is_buffer(entry):
+            if entry.is_buffer:
                 buffers += size
             elif entry.expert is not None:
                 experts += size
@@ -171,24 +204,25 @@ class TrainingModel:
             dense = sum(self._adapter_size(entry) for entry in stage if entry.expert is None)
             experts = sum(self._adapter_size(entry) for entry in stage if entry.expert is not None) // layout.ep
             weights += 4 * (dense + experts)
+        elif self.trained is not None:
+            dense, experts, _ = self.elements(layout, rank, trained=True)
         return Need(
             weights=weights,
             gradients=(dense + experts) * 4,
             optimizer=per_parameter * (math.ceil(dense / layout.dp) + math.ceil(experts / layout.expert_dp)),
-            activations=self._activations(layout, rank, tokens, min(layout.pp - rank, num_microbatches)),
+            activations=self._activations(layout, rank, tokens, num_microbatches),
         )
 
-    def _activations(self, layout: Layout, rank: int, tokens: int, in_flight: int) -> int:
-        """Of the micro batches that a stage has begun and not yet gone back through (1F1B schedule)."""
-        stages = layout.stages or even_stages(self.bound.model.num_layers, layout.pp)
-        first, width = sum(stages[:rank]), self.dtype.itemsize
-        layers = [self.layer_activations(layout, i, tokens) for i in range(first, first + stages[rank])]
+    def _activations(self, layout: Layout, rank: int, tokens: int, num_microbatches: int) -> int:
+        """Of the micro batches that a stage has begun and not yet gone back through."""
+        layout, width = self._placed(layout), self.dtype.itemsize
+        layers = [self.layer_activations(layout, i, tokens) for i in layout.layers(rank)]
         kept = sum(layers)
         extra = 0
         if layout.recompute == "full":
             row = tokens * self.bound.model.hidden * width // (layout.tp if layout.sequence_parallel else 1)
             kept, extra = row * len(layers), max(layers)
-        total = kept * in_flight + extra
+        total = math.ceil(kept * layout.in_flight(rank, num_microbatches)) + extra
         if rank == layout.pp - 1:  # logits in the model's dtype, in fp32, and their gradient
             total += tokens * self.bound.model.vocab // layout.tp * (width + 8)
         return total
@@ -252,11 +286,6 @@ class TrainingModel:
         """The layout that takes least, whatever it costs in speed."""
         needs = ((la, self.need(la, micro_batch_size, seq_length, num_microbatches)) for la in self.layouts(gpus))
         return min(needs, key=lambda item: item[1].total)
-
-
-def _is_buffer(entry: Entry) -> bool:
-    """Kept in fp32 and moved by no optimizer."""
-    return entry.mcore.endswith("router.expert_bias")
 
 
 def even_stages(num_layers: int, pp: int) -> tuple[int, ...]:

@@ -178,13 +178,15 @@ def plan_to_hf(
     config: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     manifest: Mapping[str, Any] | None = None,
+    data: bool = True,
 ) -> ToHfPlan:
     """Read metadata, hold it against config.json and decide names, dtypes and order of the output.
 
     Args: dtype: converts to this while streaming; None keeps what the checkpoint holds. manifest: of the checkpoint
-        that this one was made from; gives order, files, stored copies and dtypes of tensors that have their own.
+        that this one was made from; gives order, files, stored copies and dtypes of tensors that have their own. data:
+        as TorchDistSource.
     """
-    source = TorchDistSource(iteration)
+    source = TorchDistSource(iteration, data)
     bound = bind_map(config, source.tensors)
     view = McoreView.open(source, bound)
     original = (manifest or {}).get("tensors", {})

@@ -148,6 +148,11 @@ class Entry:
         return self.mcore if self.expert is None else f"{self.mcore}[expert {self.expert}]"
 
     @property
+    def is_buffer(self) -> bool:
+        """Kept in fp32 and moved by no optimizer."""
+        return self.name.endswith("router.expert_bias")
+
+    @property
     def row_size(self) -> int:
         return self.rule.op.row_size(self.hf_shapes, self.model)
 

@@ -101,14 +101,25 @@ def _hash_input(job: Job, source: int, files: Files) -> str:
     return hasher.digests(whole, files)[job.inputs[source]]
 
 
-def hash_tensor(source: TensorSource, name: str, files: Files, dtype: torch.dtype | None = None) -> str:
-    """xxh3_128 of a tensor's row-major bytes, read block by block; of its values in `dtype` if that is another."""
+def hash_tensor(
+    source: TensorSource,
+    name: str,
+    files: Files,
+    dtype: torch.dtype | None = None,
+    scratch: torch.Tensor | None = None,
+) -> str:
+    """xxh3_128 of a tensor's row-major bytes, read block by block; of its values in `dtype` if that is another.
+
+    scratch: uint8, memory for a block; new memory for every tensor would leave the heap in pieces.
+    """
     spec, decode, digest = source.spec(name), decoder(source), xxhash.xxh3_128()
     target = dtype or spec.dtype
     plain = target == spec.dtype and decode is None
     row = max(spec.shape[1], 1) if len(spec.shape) == 2 else 1
     step = max(BLOCK_BYTES // (row * (spec.dtype.itemsize if plain else 4)), 1) * row
-    buffer = torch.empty(min(step, spec.numel), dtype=spec.dtype)
+    if scratch is None or scratch.numel() < step * spec.dtype.itemsize:
+        scratch = torch.empty(min(step, spec.numel) * spec.dtype.itemsize, dtype=torch.uint8)
+    buffer = scratch[: step * spec.dtype.itemsize].view(spec.dtype)
     for first in range(0, spec.numel, step):
         block = buffer[: spec.numel - first]
         view, done = byte_view(block), 0
@@ -130,10 +141,16 @@ def hash_tensors(
         first = next(source.extents(name, 0, min(source.spec(name).nbytes, 1)), None)
         return (first.file.name, first.offset) if first else ("", 0)
 
-    names = sorted(names, key=place)
+    names, local = sorted(names, key=place), threading.local()
+
+    def digest(name: str) -> str:
+        if not hasattr(local, "scratch"):
+            local.scratch = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        return hash_tensor(source, name, files, scratch=local.scratch)
+
     pool = ThreadPoolExecutor(max(planned_bytes(max_memory) // (3 * BLOCK_BYTES), 1))
     try:
-        yield from zip(names, pool.map(lambda name: hash_tensor(source, name, files), names), strict=True)
+        yield from zip(names, pool.map(digest, names), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -176,9 +176,12 @@ class _Chunks:
 
 
 class TorchDistSource:
-    """One `iter_*` directory. Opening it reads `.metadata` only. Names are global keys such as `decoder.layers.3.…`."""
+    """One `iter_*` directory. Opening it reads `.metadata` only. Names are global keys such as `decoder.layers.3.…`.
 
-    def __init__(self, directory: Path) -> None:
+    data: whether the files that hold the tensors must be there; a plan does without.
+    """
+
+    def __init__(self, directory: Path, data: bool = True) -> None:
         self.directory = directory
         path = directory / ".metadata"
         try:
@@ -209,7 +212,7 @@ class TorchDistSource:
                 chunks.append(_Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
             self.tensors[name] = _Chunks(name, TensorSpec(item.properties.dtype, tuple(item.size)), chunks)
         for part in sorted({c.file for t in self.tensors.values() for c in t.chunks}):
-            if not part.is_file():
+            if data and not part.is_file():
                 raise CheckpointError(f"{part} is missing; copy the checkpoint again")
 
     def spec(self, name: str) -> TensorSpec:

@@ -69,8 +69,38 @@ def test_the_command_that_export_prints_is_the_one_typed(
     assert sorted(command) == sorted(words)
     assert main(command) == 0
     assert len(list((tmp_path / "out/iter_0000001").glob("*.distcp"))) == 3
-    assert main(["export", "--mcore_model", str(tmp_path / "out"), "--to_hf", "true", "--dry_run", "true"]) == 0
-    assert "in 1 files" in rows(capsys.readouterr().out)["writes"]
+    back = ["export", "--mcore_model", str(tmp_path / "out"), "--to_hf", "true", "--output_dir", str(tmp_path / "back")]
+    assert main([*back, "--dry_run", "true"]) == 0
+    whole = rows(capsys.readouterr().out)
+    assert "in 1 files" in whole["writes"]
+    for part in (tmp_path / "out/iter_0000001").glob("*.distcp"):
+        part.unlink()  # a plan does without the weights, a conversion does not
+    assert main([*back, "--dry_run", "true"]) == 0
+    assert rows(capsys.readouterr().out)["writes"] == whole["writes"]
+    assert main(back) == 1 and not (tmp_path / "back").exists()
+    assert "__0_0.distcp is missing" in capsys.readouterr().err
+
+
+def test_plan_of_frozen_parameters_and_of_an_interleaved_pipeline(
+    air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["megatron", "sft", "--model", str(air), "--output_dir", str(tmp_path / "run"), "--max_length", "1024",
+             "--dry_run", "true", "--gpus", "8", "--gpu_memory", "512GB", "--expert_model_parallel_size", "4",
+             "--pipeline_model_parallel_size", "2", "--global_batch_size", "64"]  # fmt: skip
+
+    def plan(*more: str) -> tuple[str, list[float]]:
+        assert main([*words, *more]) == 0
+        text = capsys.readouterr().out
+        (line,) = [line for line in text.splitlines() if line.endswith("<- your flags")]
+        return rows(text)["model"], [float(number) for number in line.split()[6:11]]
+
+    _, whole = plan()
+    said, frozen = plan("--train_type", "freeze", "--trainable_parameters", "model.layers.45.")
+    assert re.fullmatch(r"106,852,245,504 parameters, 2,\d{3},\d{3},\d{3} trained", said)
+    assert frozen[0] == whole[0] and frozen[1] < whole[1] / 10 and frozen[2] < whole[2] / 10
+    _, interleaved = plan("--num_virtual_stages_per_pipeline_rank", "23")
+    # The last stage, which has the logits too, holds (22 x 2 + 1) / 23 micro batches instead of one.
+    assert interleaved[:3] == pytest.approx(whole[:3], rel=0.02) and interleaved[3] > 1.3 * whole[3]
 
 
 def test_an_index_that_does_not_fit_the_config_is_refused(air: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from swiftlite.megatron.memory import Layout, TrainingModel, even_stages
 from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.base import build_optimizer, build_scheduler, wrap_models
+from swiftlite.megatron.tuners.freeze import freeze_parameters, plan_freeze
 from tests.conftest import GOLDEN, TINY_CONFIGS
 from tests.families.cases import config_of
 
@@ -72,6 +74,56 @@ def test_weights_gradients_and_optimizer_are_what_megatron_core_allocates(family
                 states += [] if dtype == torch.float32 else [parameter]  # its own fp32 copy
         assert all(t.dtype == torch.float32 for t in states)
         assert sum(t.numel() * 4 for t in states) == need.optimizer
+
+
+def test_frozen_parameters_have_neither_gradients_nor_optimizer_states() -> None:
+    config = CONFIGS["glm4_moe"]
+    with live(config, torch.bfloat16) as (args, model):
+        args.train_type, args.freeze_parameters_ratio = "freeze", 0.6
+        for name in ("freeze_parameters", "trainable_parameters"):
+            setattr(args, name, [])
+        args.freeze_parameters_regex = args.trainable_parameters_regex = None
+        trained = plan_freeze(model.bound, args)
+        assert trained
+        plan = replace(model, trained=trained)
+        models = build_models(args)
+        assert freeze_parameters(models, model.bound, args) == trained
+        models = wrap_models(models, args)
+        buffers = [b for ddp in models for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+        assert sum(p.numel() for b in buffers for p in b.params) == plan.num_trained < 0.5 * model.num_trained
+        need, whole = (m.need(Layout(), 1, 128, 1) for m in (plan, model))
+        assert need.gradients == 4 * plan.num_trained and need.optimizer == 12 * plan.num_trained
+        assert need.weights == whole.weights
+        assert checkpoint_bytes(model, True) - checkpoint_bytes(plan, True) == 12 * (
+            model.num_trained - plan.num_trained
+        )
+
+
+@pytest.mark.parametrize("num_microbatches", [4, 8, 32])
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_micro_batches_in_flight_are_those_of_the_schedule(
+    chunks: int, num_microbatches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    layout = Layout(pp=4, stages=(6, 6, 6, 6), chunks=chunks)
+    config = TransformerConfig(
+        num_layers=24, hidden_size=8, num_attention_heads=1, pipeline_model_parallel_size=4,
+        pipeline_dtype=torch.float32, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+    )  # fmt: skip
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_world_size", lambda: 4)
+    monkeypatch.setattr(
+        parallel_state, "get_virtual_pipeline_model_parallel_world_size", lambda: chunks if chunks > 1 else None
+    )
+    for rank in range(4):
+        monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda rank=rank: rank)
+        total, _, warmup, _ = get_pp_rank_microbatches(num_microbatches, chunks, 4)
+        assert layout.in_flight(rank, num_microbatches) == min(warmup + 1, total) / chunks
+        first = [get_transformer_layer_offset(config, chunk if chunks > 1 else None, rank) for chunk in range(chunks)]
+        assert layout.layers(rank)[:: 6 // chunks] == first
 
 
 @pytest.mark.parametrize("mode", [None, "full"])

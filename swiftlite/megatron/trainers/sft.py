@@ -22,6 +22,7 @@ from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import HF_SUFFIX, Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import language_model_loss, token_losses
+from swiftlite.megatron.tuners.freeze import plan_freeze
 from swiftlite.megatron.tuners.lora import plan_lora
 from swiftlite.utils.dist import get_rank
 from swiftlite.utils.logger import get_logger
@@ -94,7 +95,11 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
     origin = settle(args)
     if args.dry_run:
         lora = args.train_type == "lora"
-        print_training(args, origin, (lambda bound: plan_lora(bound, args).ranks) if lora else None)
+        print_training(
+            args, origin,
+            adapters=lambda bound: plan_lora(bound, args).ranks if lora else None,
+            trained=lambda bound: None if lora else plan_freeze(bound, args),
+        )  # fmt: skip
         return {"output_dir": args.output_dir}
     template = prepare_template(args)
     train_set, val_set = load(args, template)

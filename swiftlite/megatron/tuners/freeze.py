@@ -16,17 +16,25 @@ from swiftlite.utils.errors import UsageError
 from swiftlite.weights.rule import BoundMap, Entry
 
 
-def freeze_parameters(models: Sequence[Any], bound: BoundMap, args: Any) -> set[str] | None:
-    """Freeze what the `--freeze_parameters*` and `--trainable_parameters*` flags say. Before DDP.
+def plan_freeze(bound: BoundMap, args: Any) -> set[str] | None:
+    """Hugging Face names of what the `--freeze_parameters*` and `--trainable_parameters*` flags train; None: everything.
 
     --freeze_parameters_ratio counts from the embedding through the layers to the head, in the weight map's order within
     a layer.
-    Returns: Hugging Face names of what is trained; None: everything.
-    Raises: UsageError as trainable_names; also where weights that Megatron keeps in one matrix are to be parted.
+    Raises: UsageError as trainable_names.
     """
     sizes = {n: math.prod(e.hf_shapes[i]) for e in _in_order(bound, args) for i, n in enumerate(e.hf)}
     trained = trainable_names(sizes, args)
-    if len(trained) == len(sizes):
+    return None if len(trained) == len(sizes) else trained
+
+
+def freeze_parameters(models: Sequence[Any], bound: BoundMap, args: Any) -> set[str] | None:
+    """Freeze what `plan_freeze` leaves out, before DDP. Returns: what plan_freeze does.
+
+    Raises: UsageError as plan_freeze; also where weights that Megatron keeps in one matrix are to be parted.
+    """
+    trained = plan_freeze(bound, args)
+    if trained is None:
         return None
     live = LiveMap(bound)
     for model in models:
@@ -54,7 +62,7 @@ def _in_order(bound: BoundMap, args: Any) -> Iterator[Entry]:
     layers = [e for e in bound.entries if e.stack == "decoder.layers"]
     mtp = [e for e in bound.entries if e.stack not in (None, "decoder.layers") and args.mtp_num_layers]
     for entry in (*first, *layers, *(e for e in top if e not in first), *mtp):
-        if not entry.rule.keep_dtype:
+        if not entry.is_buffer:
             yield entry
 
 
