@@ -85,7 +85,7 @@ def print_conversion(args: Any, output_dir: Path, source: TensorSource, total: i
             text += f"; --verify bitwise adds about {format_seconds(total / speed.read)}"
         else:
             text = f"about {format_seconds(seconds + total / speed.read)} with --verify bitwise"
-        rows.append(("time", text))
+        rows.append(("time", f"{text}, if the disk keeps up that speed"))
     rows.append(("command", shlex.join(command(["swiftlite", "export"], args))))
     _rows(rows)
 

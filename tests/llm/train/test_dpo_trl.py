@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.preprocess import preprocess
@@ -108,7 +109,9 @@ def test_equal_to_trl(family: str, kind: str, reference: str, tiny_model: Callab
     mine = read_run(tmp_path / "ours/logging.jsonl")
     wanted = trl_run(tiny_model(family), ref_model, tmp_path / "trl", **theirs)
     assert len(mine) == len(wanted) == STEPS
-    assert [line["loss"] for line in mine] == pytest.approx([line["loss"] for line in wanted], rel=1e-5)
+    # transformers 4 rounds the loss to four digits before it is logged.
+    rounded = 5.1e-5 if int(transformers.__version__.split(".")[0]) < 5 else 0.0
+    assert [line["loss"] for line in mine] == pytest.approx([line["loss"] for line in wanted], rel=1e-5, abs=rounded)
     assert [line["grad_norm"] for line in mine] == pytest.approx([line["grad_norm"] for line in wanted], rel=1e-5)
     for name in METRICS:
         assert [line[name] for line in mine] == pytest.approx([line[name] for line in wanted], rel=1e-5, abs=1e-5), name
