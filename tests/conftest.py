@@ -149,3 +149,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Pat
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_mla(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Callable[[int], Path]:
+    """`tiny_mla(seed)` -> as tiny_model, of Moonlight's kind: latent attention and experts, an odd vocabulary."""
+    made: dict[int, Path] = {}
+
+    def make(seed: int = 0) -> Path:
+        from tests.families.cases import build_hf, config_of
+
+        if seed not in made:
+            made[seed] = tmp_path_factory.mktemp("moonlight-model")
+            config = {**config_of("moonlight:default"), "max_position_embeddings": 256, "vocab_size": 333}
+            build_hf(config, made[seed], seed)
+            for file in tiny_tokenizer_dir.iterdir():
+                shutil.copy(file, made[seed])
+        return made[seed]
+
+    return make

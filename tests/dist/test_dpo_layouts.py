@@ -40,6 +40,7 @@ ALONE: dict[str, tuple[str, list[str]]] = {
     "start": ("qwen3", ["--ref_model", "none"]),
     "lora": ("qwen3", LORA),
     "lora-moe": ("glm4_moe", LORA),
+    "mla": ("moonlight", []),
 }
 # one process' run, world size, flags, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
@@ -60,6 +61,8 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "lora-pp2": ("lora", 2, [*LORA, *UNEVEN], None),
     "lora-tp2-pp2": ("lora", 4, [*LORA, *TP, *PP], None),
     "lora-moe-ep2": ("lora-moe", 2, [*LORA, *EP], None),
+    "mla-tp2-sp": ("mla", 2, TP, None),
+    "mla-ep2": ("mla", 2, EP, None),
     "control-double-layer": ("dense", 2, [], "double_layer"),
     "control-skip-norm-reduce": ("dense", 2, TP, "skip_norm_reduce"),
     "control-own-counts": ("dense", 2, [], "own_counts"),
@@ -69,7 +72,9 @@ CONTROLS = [name for name in LAYOUTS if name.startswith("control-")]
 
 
 @pytest.fixture(scope="module")
-def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+def argv(
+    tiny_model: Callable[..., Path], tiny_mla: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[str]]:
     """`argv("qwen3", OUTPUT_DIR, *flags)`: the same 8 pairs at every step, the other 3 for evaluation.
 
     The rate falls: at a constant one the descent turns unstable behind step 25, and rounding differences grow tenfold in
@@ -79,10 +84,13 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     for name, rows in (("train", ROWS[:8]), ("val", ROWS[8:])):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    def model(family: str, seed: int) -> Path:
+        return tiny_mla(seed) if family == "moonlight" else tiny_model(family, seed=seed, **MODELS[family])
+
     def make(family: str, output_dir: Path, *flags: str) -> list[str]:
         common = {
-            "model": tiny_model(family, **MODELS[family]), "model_type": MODEL_TYPES[family],
-            "ref_model": tiny_model(family, seed=1, **MODELS[family]), "dataset": root / "train.jsonl",
+            "model": model(family, 0), "model_type": MODEL_TYPES[family],
+            "ref_model": model(family, 1), "dataset": root / "train.jsonl",
             "val_dataset": root / "val.jsonl", "eval_steps": 15, "output_dir": output_dir, "torch_dtype": "float32",
             "micro_batch_size": 1, "global_batch_size": 8, "train_iters": STEPS, "lr": 1e-3,
             "rpo_alpha": 0.5, "logging_steps": 1, "save_steps": 1000,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 
 from tests.dist.launch import MODEL_TYPES, curve, largest_difference, run_layouts, torchrun
 from tests.dist.test_layouts import ROWS, TOLERANCE
-from tests.families.cases import build_hf, config_of
 
 pytestmark = pytest.mark.dist
 
@@ -66,18 +64,12 @@ CONTROLS = [name for name in LAYOUTS if name.startswith("control-")]
 
 
 @pytest.fixture(scope="module")
-def models(
-    tiny_model: Callable[..., Path], tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def models(tiny_model: Callable[..., Path], tiny_mla: Callable[[int], Path]) -> dict[str, Path]:
     changes = {"vocab_size": 333}
-    mla = tmp_path_factory.mktemp("moonlight")
-    build_hf({**config_of("moonlight:default"), **changes}, mla)
-    for file in tiny_tokenizer_dir.iterdir():
-        shutil.copy(file, mla)
     return {
         "qwen3": tiny_model("qwen3", num_hidden_layers=4, tie_word_embeddings=True, **changes),
         "glm4_moe": tiny_model("glm4_moe", **changes),
-        "moonlight": mla,
+        "moonlight": tiny_mla(0),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from swiftlite.llm.train.meters import METERS
 from swiftlite.megatron.convert import export_main
 from swiftlite.megatron.trainers.dpo import DpoTrainer, PairBatch, megatron_dpo_main
 from swiftlite.utils.errors import UsageError
-from tests.families.cases import build_hf, config_of
 from tests.rows import preference_rows
 
 ROWS = preference_rows(12)
@@ -30,22 +28,13 @@ REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
 @pytest.fixture(scope="module")
-def model_of(
-    tiny_model: Callable[..., Path], tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def model_of(tiny_model: Callable[..., Path], tiny_mla: Callable[[int], Path]) -> Callable[..., Path]:
     """model_of("qwen3", seed=1) -> a tiny model with an odd vocabulary; "mla": latent attention and experts."""
-    made: dict[int, Path] = {}
 
     def make(family: str, seed: int = 0, **overrides: Any) -> Path:
-        if family != "mla":
-            return tiny_model(family, seed=seed, **{"vocab_size": 333, "initializer_range": 0.02, **overrides})
-        if seed not in made:
-            made[seed] = tmp_path_factory.mktemp("mla")
-            config = {**config_of("moonlight:default"), "max_position_embeddings": 256, "vocab_size": 333}
-            build_hf(config, made[seed], seed)
-            for file in tiny_tokenizer_dir.iterdir():
-                shutil.copy(file, made[seed])
-        return made[seed]
+        if family == "mla":
+            return tiny_mla(seed)
+        return tiny_model(family, seed=seed, **{"vocab_size": 333, "initializer_range": 0.02, **overrides})
 
     return make
 
