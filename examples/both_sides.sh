@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # One model, four runs: LoRA fine-tuning and DPO, each with transformers and with megatron-core, on the shipped data.
 #
-#   bash examples/both_sides.sh MODEL_DIR      for one, SmolLM2-135M-Instruct: output/quickstart/model of the quickstart
+#   bash examples/both_sides.sh MODEL_DIR [OUTPUT_DIR]     for one, output/quickstart/model, which the quickstart makes
 #
-# Prints the model's answers before and after each run; output/both_sides/{lora,dpo}.png compare the curves. PYTHON is the
-# interpreter that has swiftlite, default .venv/bin/python. About 10 minutes on 2 cores.
+# Prints the model's answers before and after each run; lora.png and dpo.png in OUTPUT_DIR (output/both_sides) compare the
+# curves. PYTHON is the interpreter that has swiftlite, default .venv/bin/python. About 10 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# = 1 ] || { echo "usage: bash examples/both_sides.sh MODEL_DIR" >&2; exit 2; }
-MODEL=$1 ROOT=output/both_sides PYTHON=${PYTHON:-.venv/bin/python}
+[ $# = 1 ] || [ $# = 2 ] || { echo "usage: bash examples/both_sides.sh MODEL_DIR [OUTPUT_DIR]" >&2; exit 2; }
+MODEL=$1 ROOT=${2:-output/both_sides} PYTHON=${PYTHON:-.venv/bin/python}
 export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
-rm -rf "$ROOT"
-mkdir -p "$ROOT"
+mkdir -p "$(dirname "$ROOT")"
+mkdir "$ROOT" || { echo "$ROOT exists already; delete it or name another" >&2; exit 1; }
 for question in "Who are you?" "What is your name?" "What is the capital of France?" "How many days are in a week?"; do
     printf '{"query": "%s"}\n' "$question"
 done >"$ROOT/questions.jsonl"

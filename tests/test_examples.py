@@ -67,7 +67,7 @@ def log_of(output: Path) -> list[dict[str, Any]]:
 def test_every_example_has_a_stand_in() -> None:
     assert {config.name for config in CONFIGS} | set(TRAINING_SCRIPTS) == set(STAND_INS)
     scripts = {path.name for path in (ROOT / "examples").glob("*.sh")}
-    assert scripts == {*TRAINING_SCRIPTS, "quickstart.sh"}
+    assert scripts == {*TRAINING_SCRIPTS, "quickstart.sh", "both_sides.sh"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
@@ -134,3 +134,17 @@ def test_a_stopped_run_goes_on_under_another_layout(tiny_model: Callable[..., Pa
     assert [line["step"] for line in log_of(output)] == list(range(1, steps + 1))
     losses = [line["loss"] for line in log_of(output)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_both_sides_of_a_tiny_model(tmp_path: Path) -> None:
+    make = [sys.executable, "examples/make_tiny_model.py", str(tmp_path / "model"), "--corpus"]
+    subprocess.run([*make, "examples/data/self_cognition.jsonl"], cwd=ROOT, check=True)
+    words = ["bash", "examples/both_sides.sh", str(tmp_path / "model"), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("== answers ") == 5 and done.stdout.count(" -> ") == 20
+    assert (tmp_path / "out/lora.png").is_file() and (tmp_path / "out/dpo.png").is_file()
+    again = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 1 and "exists already" in again.stderr

@@ -24,7 +24,7 @@ from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import clip
 from swiftlite.weights.storage import Decode, Extent, Files, TensorSource, byte_view, decoder
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20  # read, hashed and written while it is in the processor's cache
 MIN_WORKERS, MAX_WORKERS = 4, 16
 
 Locate = Callable[[int, int, int], Iterator[Extent]]

@@ -99,7 +99,7 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
     thread_count: int | None = field(None, "number of torch_dist files (default: about 10 GB each, at least 2)")
     max_shard_size: str = field("5GB", "largest safetensors file")
     max_memory: str | None = field(
-        None, "memory for blocks in flight, like 4GB (default: 25 MB for each of two threads a core)"
+        None, "memory for blocks in flight, like 4GB (default: 3 MB for each of two threads a core)"
     )
     verify: str = field(
         "names", "check afterwards: names and shapes, or every byte both ways", choices=["none", "names", "bitwise"]
