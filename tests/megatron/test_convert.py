@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -190,8 +191,8 @@ def test_a_corrupt_conversion_fails_the_command_and_leaves_nothing(
 
     original = convert.plan_to_hf
 
-    def faulty(*args: object) -> object:
-        plan = original(*args)
+    def faulty(*args: Any, **options: Any) -> Any:
+        plan = original(*args, **options)
         k, v = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
         plan.copies.update({k: v, v: k})
         return plan
