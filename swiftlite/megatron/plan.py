@@ -18,7 +18,7 @@ from swiftlite.weights.fp8 import ACTIVATION_SCALES, SCALES, open_source
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Coverage, Duplicate, Entry
 from swiftlite.weights.safetensors import INDEX, SINGLE, Located, SafetensorsSource
-from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, decoder
+from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, decoder, place_of
 from swiftlite.weights.torch_dist import DistPlan, HfNames, McoreView, TorchDistSource, plan_torch_dist
 
 # ---- Hugging Face -> Megatron ----
@@ -157,9 +157,7 @@ class ToHfPlan:
         keyed = []
         for name, spec in self.specs.items():
             origin = self.copies.get(name, name)
-            job = copy_job(source, origin, *places[name], spec.dtype)
-            first = next(source.extents(origin, 0, min(spec.nbytes, 1)), None)
-            keyed.append(((first.file.name, first.offset) if first else ("", 0), job))
+            keyed.append((place_of(source, origin), copy_job(source, origin, *places[name], spec.dtype)))
         return [job for _, job in sorted(keyed, key=lambda item: item[0])]
 
 

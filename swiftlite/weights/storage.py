@@ -153,6 +153,12 @@ class Files:
             os.posix_fadvise(self.fd(path), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def place_of(source: TensorSource, name: str) -> tuple[str, int]:
+    """(file name, offset) of a tensor's first byte, to read many in the order of the files."""
+    first = next(source.extents(name, 0, min(source.spec(name).nbytes, 1)), None)
+    return (first.file.name, first.offset) if first else ("", 0)
+
+
 def read_tensor(source: TensorSource, name: str, files: Files, rows: tuple[int, int] | None = None) -> torch.Tensor:
     """Read a tensor, or rows [start, stop) of its first dimension."""
     spec = source.spec(name)

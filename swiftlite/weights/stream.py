@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from swiftlite.utils.io import format_bytes
 from swiftlite.weights.journal import Journal
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import clip
-from swiftlite.weights.storage import Decode, Extent, Files, TensorSource, byte_view, decoder
+from swiftlite.weights.storage import Decode, Extent, Files, TensorSource, byte_view, decoder, place_of
 
 BLOCK_BYTES = 1 << 20  # read, hashed and written while it is in the processor's cache
 MIN_WORKERS, MAX_WORKERS = 4, 16
@@ -136,12 +137,7 @@ def hash_tensors(
     source: TensorSource, names: Sequence[str], files: Files, max_memory: int | None = None
 ) -> Iterator[tuple[str, str]]:
     """(name, hash) of many tensors, read by several threads in the order of the files."""
-
-    def place(name: str) -> tuple[str, int]:
-        first = next(source.extents(name, 0, min(source.spec(name).nbytes, 1)), None)
-        return (first.file.name, first.offset) if first else ("", 0)
-
-    names, local = sorted(names, key=place), threading.local()
+    names, local = sorted(names, key=partial(place_of, source)), threading.local()
 
     def digest(name: str) -> str:
         if not hasattr(local, "scratch"):
