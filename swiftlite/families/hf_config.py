@@ -1,0 +1,83 @@
+"""Hugging Face config.json -> Megatron-LM argument names, by the family's rules. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from swiftlite.families import family_of
+from swiftlite.meta.family import Family
+from swiftlite.meta.mcore import ConfigRule, Derived, Refuse
+from swiftlite.utils.errors import ConfigError
+
+Rules = tuple[ConfigRule | Derived | Refuse, ...]
+
+
+def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give rope settings the keys that hub configs use, whichever transformers version wrote the config.
+
+    transformers 5 moves rope_theta, partial_rotary_factor and rope_scaling into `rope_parameters`; `type` is the old
+    name of `rope_type`; 'default' means no scaling.
+    """
+    flat = dict(config)
+    scaling = flat.get("rope_scaling")
+    parameters = flat.pop("rope_parameters", None)
+    if isinstance(parameters, Mapping):
+        parameters = dict(parameters)
+        for key in ("rope_theta", "partial_rotary_factor"):
+            value = parameters.pop(key, None)
+            if value is not None and flat.get(key) is None:
+                flat[key] = value
+        scaling = scaling or parameters
+    if isinstance(scaling, int | float):
+        scaling = {"type": "linear", "factor": float(scaling)}
+    if isinstance(scaling, Mapping):
+        scaling = dict(scaling)
+        kind = scaling.setdefault("rope_type", scaling.get("type"))
+        if kind in (None, "default"):
+            scaling = None
+    flat["rope_scaling"] = scaling
+    return flat
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Raises: ConfigError if config.json names no architecture."""
+    names = config.get("architectures")
+    if not names:
+        raise ConfigError("config.json has no 'architectures'; add the model class, such as [\"Qwen3ForCausalLM\"]")
+    return str(names[0])
+
+
+def convert_hf_config(
+    config: Mapping[str, Any], family: Family | None = None, *, patched: bool = True
+) -> dict[str, Any]:
+    """Convert to Megatron-LM argument names; fields without a value are absent and keep their default.
+
+    Args: family: default, that of the config's architecture. patched: apply what the architecture forces without a key.
+    Raises: ConfigError naming what megatron-core cannot compute.
+    """
+    architecture = architecture_of(config)
+    family = family or family_of(architecture)
+    flat = flatten_config(config)
+    result = _apply(family.mcore.config, flat, {})
+    if patched:
+        result = _apply(family.mcore.patches, flat, result)
+        result["architectures"] = architecture
+    return result
+
+
+def _apply(rules: Rules, config: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    for rule in rules:
+        if isinstance(rule, Refuse):
+            reason = rule.reason(config)
+            if reason:
+                raise ConfigError(f"this model cannot be converted: {reason}")
+            continue
+        if isinstance(rule, Derived):
+            value = rule.compute(config)
+        else:
+            found = next((config[k] for k in rule.hf if config.get(k) is not None), None)
+            value = rule.default if found is None else rule.to_mcore(found) if rule.to_mcore else found
+        if value is not None:
+            result[rule.field] = value
+    return result
