@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swiftlite.utils.errors import BudgetError, UsageError
+from swiftlite.utils.errors import BudgetError, CheckpointError, SwiftliteError, UsageError
+from swiftlite.utils.logger import get_logger
 
 
 def check_new(path: Path, exist_ok: bool = False) -> None:
@@ -22,32 +26,128 @@ def check_new(path: Path, exist_ok: bool = False) -> None:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; what was at `target` is removed after the new one stands."""
+    """Let `source` take the name `target`, once all of its files are on the disk.
+
+    What was at `target` is moved aside, put back if the renaming fails, and deleted after the new one stands.
+    """
+    sync_tree(source)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
+    moved = target.exists()
+    if moved:
         target.rename(old)
-    source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        source.rename(target)
+    except OSError:
+        if moved:
+            _put_back(old, target)
+        raise
     sync_directory(target.parent)
+    if moved:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def sync_directory(path: Path) -> None:
+def _put_back(old: Path, target: Path) -> None:
+    try:
+        old.rename(target)
+    except OSError:
+        get_logger().error("%s could not be put back; what it held is in %s", target, old)
+
+
+def restore_directory(target: Path) -> None:
+    """Finish what a `replace_directory(..., target)` that was killed left: put the old one back, or delete it.
+
+    Only for whoever holds the lock of `target`.
+    """
+    for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.old-*")):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            get_logger().warning("%s had been moved to %s by a process that was killed; put back", target, old)
+            old.rename(target)
+
+
+def sync_tree(directory: Path) -> None:
+    """Force every file and folder below `directory` to the disk, and the directory itself last."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            path = os.path.join(folder, name)
+            if not os.path.islink(path):
+                sync_directory(path)
+        sync_directory(folder)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Force a directory, or a file, to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write through a temporary sibling, so that a reader sees the old text or the new one."""
+    """Write beside and rename, so that a reader sees the old text or the new one, also after the power failed."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """See write_text_atomic."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """Write as JSON, see write_text_atomic. options: of json.dumps."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, **options) + "\n")
+
+
+MAX_JSON_BYTES = 256 << 20  # the index of a model of 100,000 tensors takes 10 MB, a tokenizer 40 MB
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a side file that holds a JSON object. Raises: CheckpointError naming the file and what is wrong with it."""
+    advice = "download or copy the file again"
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {format_bytes(size)}, too much for a file of its kind; {advice}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # also text that is no UTF-8
+        raise CheckpointError(f"{path} is not valid JSON ({error}); {advice}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} is not valid JSON (nested too deeply); {advice}") from None
+    except MemoryError:
+        raise CheckpointError(f"{path} does not fit in memory; {advice}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object; {advice}")
+    return value
+
+
+@contextmanager
+def blame(what: object) -> Iterator[None]:
+    """Around code that takes values out of a file: where they are of another kind than expected, the error names it."""
+    try:
+        yield
+    except SwiftliteError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{what} does not say {error}; download or copy it again") from error
+    except (
+        TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError, MemoryError
+    ) as error:  # fmt: skip
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{what} holds something unexpected ({text}); download or copy it again") from error
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,21 @@ beside the journals; another one makes them void.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.dist import barrier, get_rank
-from swiftlite.utils.errors import CheckpointError, SwiftliteError, UsageError
-from swiftlite.utils.io import check_new, replace_directory, write_text_atomic
+from swiftlite.utils.errors import CheckpointError, SwiftliteError
+from swiftlite.utils.io import check_new, replace_directory, restore_directory, write_text_atomic
+from swiftlite.utils.lock import output_lock
 from swiftlite.utils.logger import get_logger
 
 FLUSH_BYTES = 512 << 20
@@ -103,28 +103,30 @@ def workspace(
     Raises: UsageError if `output` exists (exist_ok replaces it at the very end), or another process is at work on it.
     """
     check_new(output, exist_ok)
-    directory, lock_file = (output.with_name(f".{output.name}.{suffix}") for suffix in ("partial", "lock"))
+    output = Path(os.path.realpath(output))  # a link to a large disk: the work is there, too
+    directory = output.with_name(f".{output.name}.partial")
     state, main = directory / STATE, get_rank() == 0
     output.parent.mkdir(parents=True, exist_ok=True)
     mine = identity()
     barrier()
-    lock = lock_file.open("w") if main else None
-    try:
+    with output_lock(output) if main else nullcontext():
         resumed = False
-        if lock is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(f"another swiftlite process is writing {output}; wait for it or stop it") from None
-            resumed = _claim(directory, mine, prepare)
+        if main:
+            restore_directory(output)
+            resumed = _claim(directory, output, mine, prepare)
         barrier()
         journal = Journal(state, get_rank())
         barrier()
         try:
-            yield Workspace(directory, journal, resumed)
-            barrier()
-            if identity() != mine:
-                raise CheckpointError("the source changed while it was read; run the command again")
+            try:
+                yield Workspace(directory, journal, resumed)
+                barrier()
+                if identity() != mine:
+                    raise CheckpointError("the source changed while it was read; run the command again")
+            finally:
+                journal.close()
+            if main:
+                _publish(directory, output)
         except SwiftliteError:
             if main:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -132,21 +134,29 @@ def workspace(
         except OSError:
             get_logger().warning("what is done stays in %s; the same command goes on there", directory)
             raise
-        finally:
-            journal.close()
-        if main:
-            shutil.rmtree(state)
-            replace_directory(directory, output)
         barrier()
-    finally:
-        if lock is not None:
-            lock_file.unlink(missing_ok=True)
-            lock.close()
 
 
-def _claim(directory: Path, identity: str, prepare: Callable[[Path], None]) -> bool:
+def _publish(directory: Path, output: Path) -> None:
+    """Give the finished directory its name; if that fails, it stays as it was, journal and all."""
+    state, aside = directory / STATE, output.with_name(f".{output.name}.{STATE}")
+    state.rename(aside)
+    try:
+        replace_directory(directory, output)
+    except OSError:
+        aside.rename(state)
+        raise
+    shutil.rmtree(aside)
+
+
+def _claim(directory: Path, output: Path, identity: str, prepare: Callable[[Path], None]) -> bool:
     """Make the hidden sibling ready. Returns: True if it holds finished work of the same conversion."""
-    mark = directory / STATE / "identity"
+    mark, aside = directory / STATE / "identity", output.with_name(f".{output.name}.{STATE}")
+    if aside.exists():  # killed while the finished directory was to take its name
+        if directory.is_dir() and not mark.is_file():
+            aside.rename(directory / STATE)
+        else:
+            shutil.rmtree(aside)
     if mark.is_file() and mark.read_text() == identity:
         get_logger().info("going on with the unfinished conversion in %s", directory)
         return True
