@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.processes import PARENT, end_with_parent
 
 
 def _count(environ: Mapping[str, str], name: str, default: int, least: int) -> int:
@@ -71,15 +72,22 @@ def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def launch(torchrun: Sequence[str], argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run `swiftlite ARGV` under torchrun; SIGINT and SIGTERM are passed on. Returns: the exit code."""
+    """Run `swiftlite ARGV` under torchrun; SIGINT, SIGTERM and SIGHUP are passed on. Returns: the exit code.
+
+    torchrun ends, and the workers with it, when this process is killed.
+    """
     command = [sys.executable, "-m", "swiftlite.cli.launcher", *torchrun, "-m", "swiftlite", *argv]
     # A session of its own: Ctrl-C then reaches the workers once, through us, and not twice.
-    child = subprocess.Popen(command, env=worker_environment(environ), start_new_session=True)
+    environment = {**worker_environment(environ), PARENT: str(os.getpid())}
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, forward) for number in numbers}
     try:
         code = child.wait()
     finally:
@@ -90,6 +98,8 @@ def launch(torchrun: Sequence[str], argv: Sequence[str], environ: Mapping[str, s
 
 def _torchrun(argv: Sequence[str]) -> int:
     """Run torchrun in this process. Returns: 0, or the exit code of the first worker that failed."""
+    end_with_parent(patience=SHUTDOWN_SECONDS)
+    os.environ[PARENT] = str(os.getpid())  # for the workers
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException

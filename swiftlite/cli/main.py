@@ -16,9 +16,11 @@ from typing import Any
 
 from swiftlite import __version__
 from swiftlite.cli.routes import ROUTES, Route
+from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import format_help, nearest, parse
+from swiftlite.utils.processes import end_with_parent
 
 _TRUE = ("true", "1", "yes", "on")
 
@@ -78,8 +80,10 @@ def run(argv: Sequence[str]) -> int:
     if "-h" in rest or "--help" in rest:
         sys.stdout.write(format_help(arguments, f"swiftlite {' '.join(words)}") + "\n")
         return 0
-    from swiftlite.cli.launcher import launch, torchrun_args
+    from swiftlite.cli.launcher import SHUTDOWN_SECONDS, launch, torchrun_args
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker
+        end_with_parent(patience=SHUTDOWN_SECONDS)
     torchrun = torchrun_args(os.environ)
     if torchrun is None or not route.launch:
         args = parse(arguments, rest)
@@ -100,8 +104,11 @@ def run(argv: Sequence[str]) -> int:
 def _handle(route: Route, args: Any) -> int:
     if not getattr(args, "debug", False):  # deprecations inside libraries are nothing that a user can act on
         warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
-    _load(route.handler)(args)
-    return 0
+    result = _load(route.handler)(args)
+    # A run that a signal ended early has saved; it still ends as the signal would have ended it. One of several processes
+    # says so: torchrun would kill the others for it.
+    number = result.get("signal") if isinstance(result, dict) and is_main_process() else None
+    return 128 + int(number) if number else 0
 
 
 def _message(error: BaseException) -> str:
@@ -113,7 +120,10 @@ def _message(error: BaseException) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the `swiftlite` script. Returns: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    """Entry point of the `swiftlite` script.
+
+    Returns: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return run(argv)

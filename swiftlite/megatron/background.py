@@ -7,6 +7,7 @@ written counts only after `finish` has run on all ranks. Imports no megatron-cor
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from swiftlite.utils.dist import get_local_world_size
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import available_memory_bytes, format_bytes
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.processes import end_with_parent
 
 
 @dataclass
@@ -98,9 +100,10 @@ class BackgroundWriter:
 
 
 def _write(staged: Sequence[Callable[[], None]]) -> None:
-    """In the forked process. A stop of the run lets it come to its end: the run waits for it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """In the forked process. A stop of the run lets it come to its end: the run waits for it, unless it is gone."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(os.getppid())
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     for write in staged:
         write()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import TokenStore, type_of
 from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Template
 from swiftlite.utils.errors import DatasetError, TemplateError
+from swiftlite.utils.processes import end_with_parent
 
 _BATCH = 256
 
@@ -103,35 +108,55 @@ class RowEncoder:
     """
 
     def __init__(self, template: Template, num_proc: int = 1) -> None:
-        self.template = template
-        self._pool: Any = None
+        self.template, self.num_proc = template, num_proc
+        self._pool: ProcessPoolExecutor | None = None
         if num_proc > 1:
             # Children of a fork have the template already: nothing but rows and numbers travels.
-            self._pool = multiprocessing.get_context("fork").Pool(num_proc, _start_child, (template,))
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(num_proc, context, _start_child, (template, os.getpid()))
+            self._pool.submit(os.getpid)  # the first job makes them all
 
     def __enter__(self) -> RowEncoder:
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._pool is not None:
-            self._pool.terminate()
+            self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> Iterator[Any]:
-        """`template.encode_batch` of all rows, in order."""
+        """`template.encode_batch` of all rows, in order. Raises: DatasetError if a process that encodes is killed."""
+        batches = _batches(rows)
         if self._pool is None:
-            for batch in _batches(rows):
+            for batch in batches:
                 yield from self.template.encode_batch(batch)
-        else:
-            for encoded in self._pool.imap(_encode_batch, _batches(rows)):
-                yield from encoded
+            return
+        waiting: deque[Future[list[Any]]] = deque()
+        try:
+            for batch in batches:
+                waiting.append(self._pool.submit(_encode_batch, batch))
+                if len(waiting) > 4 * self.num_proc:  # enough that none is idle, and few rows are held twice
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DatasetError(
+                f"--dataset_num_proc {self.num_proc}: a process that tokenises was killed, often for want of memory; "
+                "use fewer processes"
+            ) from None
 
 
 _template: Template | None = None
 
 
-def _start_child(template: Template) -> None:
+def _start_child(template: Template, parent: int) -> None:
     global _template
     _template = template
+    end_with_parent(parent)
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # the terminal sends them to all: the run saves, and needs data for it
+        signal.signal(number, signal.SIG_IGN)
     # The processes are the threads: a tokenizer that makes its own ones besides would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

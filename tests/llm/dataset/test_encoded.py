@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from swiftlite.llm.dataset import EncodedDataset
+from swiftlite.llm.dataset.encoded import RowEncoder
 from swiftlite.llm.template import get_template
 from swiftlite.utils.errors import DatasetError
 
@@ -53,6 +57,19 @@ def test_left_out_rows_are_reported(make_template):
     assert "row 5" in dataset.report.summary() and "row 9" in dataset.report.summary()
     with pytest.raises(DatasetError, match=r"3 of 40 rows dropped.*--max_drop_ratio 0.05"):
         EncodedDataset(rows, template)
+
+
+def test_several_processes_give_the_same_and_a_killed_one_is_told(make_template):
+    template = make_template()
+    rows = [row(i) for i in range(3000)]
+    with RowEncoder(template, 2) as encode:
+        found = [{name: list(value) for name, value in item.items() if name == "labels"} for item in encode(rows)]
+        assert found == [{"labels": item["labels"]} for item in RowEncoder(template)(rows)]
+        again = encode(rows)
+        next(again)
+        os.kill(next(iter(encode._pool._processes)), signal.SIGKILL)
+        with pytest.raises(DatasetError, match="--dataset_num_proc 2: a process that tokenises was killed"):
+            list(again)
 
 
 def test_nothing_left(make_template):
