@@ -176,7 +176,8 @@ open(out, "w").write(os.environ["WORLD_SIZE"] + " " + " ".join(sys.argv[1:]))
 if "fail" in sys.argv and os.environ["RANK"] == "1":
     sys.exit(7)
 if "wait" in sys.argv:
-    signal.signal(signal.SIGTERM, lambda *a: (time.sleep(3), open(out + ".term", "w").close(), sys.exit(0)))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *a: (time.sleep(3), open(out + ".term", "w").close(), sys.exit(0)))
     open(out + ".ready", "w").close()
     time.sleep(60)
 """
@@ -221,3 +222,29 @@ def test_sigterm_reaches_the_workers_and_leaves_them_time(tmp_path, patience):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert len(list(tmp_path.glob("*.term"))) == (2 if patience is None else 0)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_workers_end_with_the_launcher(tmp_path, number):
+    """Whatever it dies of; they have time to save."""
+    process = start(tmp_path, "wait")
+    deadline = time.time() + 60
+    while len(list(tmp_path.glob("*.ready"))) < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    deadline = time.time() + 15
+    while len(list(tmp_path.glob("*.term"))) < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    assert len(list(tmp_path.glob("*.term"))) == 2
+
+
+def test_a_run_that_a_signal_ended_says_so(monkeypatch):
+    route = Route("swiftlite.llm.argument.plot:PlotArguments", "tests.cli.test_main:stopped", False, "")
+    monkeypatch.setitem(ROUTES, ("plot",), route)
+    assert main(["plot", "x"]) == 130
+
+
+def stopped(args):
+    return {"signal": signal.SIGINT}

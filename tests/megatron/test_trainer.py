@@ -232,7 +232,8 @@ def test_sigterm_saves_and_ends(sft: Callable[..., Any], tmp_path: Path, monkeyp
         return step(self)
 
     monkeypatch.setattr(SftTrainer, "train_step", train_step)
-    assert sft("parts", save_steps=100)["iteration"] == 3
+    stopped = sft("parts", save_steps=100)
+    assert (stopped["iteration"], stopped["signal"]) == (3, signal.SIGTERM)
     assert (tmp_path / "parts/latest_checkpointed_iteration.txt").read_text() == "3"
     assert sft("parts", save_steps=100)["iteration"] == 4
     whole, parts = (read_run(tmp_path / name / "logging.jsonl") for name in ("whole", "parts"))

@@ -1,33 +1,52 @@
-"""SIGTERM, as schedulers send it before they kill: the run ends after the step in hand, with a checkpoint."""
+"""SIGTERM (schedulers, before they kill), Ctrl-C, SIGHUP: the run ends after the step in hand, with a checkpoint."""
 
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
 
-from swiftlite.utils.dist import get_world_size
+from swiftlite.utils.dist import get_world_size, is_main_process
+from swiftlite.utils.logger import get_logger
+
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_IMPATIENT_SECONDS = 2.0  # one Ctrl-C may arrive twice, from the terminal and from torchrun
 
 
 class StopSignal:
-    """`with StopSignal() as stop:` catches SIGTERM; `stop.requested` says whether this process was sent one."""
+    """`with StopSignal() as stop:` catches the signals; `stop.requested` says whether this process was sent one.
+
+    number: which, None before. A second Ctrl-C, some seconds later, ends the process at once.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+        self.number: int | None = None
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
 
     def __enter__(self) -> StopSignal:
         try:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            for number in _NUMBERS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                    self._previous[number] = signal.signal(number, self._note)
         except ValueError:  # not the main thread: the caller's program handles signals
-            self._previous = None
+            self._previous = {}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.requested = True
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._since = number, now
+        elif number == signal.SIGINT and now - self._since > _IMPATIENT_SECONDS:
+            raise KeyboardInterrupt
 
     def agreed(self, device: Any) -> bool:
         """Whether any rank was sent one; the signal reaches ranks in different steps. Collective."""
@@ -38,3 +57,18 @@ class StopSignal:
         flag = torch.tensor(float(self.requested), device=device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
+
+    @property
+    def sent(self) -> signal.Signals:
+        """The signal; on a rank that was sent none, the one that schedulers send."""
+        return signal.Signals(self.number or signal.SIGTERM)
+
+
+def say_how_to_go_on(args: Any, stop: StopSignal) -> None:
+    """The last words of a run that a signal ended."""
+    if not is_main_process():
+        return
+    again = "the same command goes on from there"
+    if args.add_version:
+        again = f"to go on, give the same command with --output_dir {args.output_dir} and without --add_version"
+    get_logger().warning("stopped by %s with everything saved in %s; %s", stop.sent.name, args.output_dir, again)

@@ -39,7 +39,7 @@ from swiftlite.llm.train.objective import Objective
 from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
 from swiftlite.llm.train.rhythm import Best, Rhythm, rotate
 from swiftlite.llm.train.schedule import build_optimizer, lr_schedule
-from swiftlite.llm.train.stop import StopSignal
+from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.utils.dist import barrier, get_local_rank, get_rank, get_world_size
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes, peak_memory_bytes, replace_directory
@@ -295,9 +295,7 @@ class _Steps(transformers.TrainerCallback):
         control.should_training_stop = step >= setting.steps or stop
         if stop and step < setting.steps:
             setting.stopped = True
-            logger.warning(
-                "asked to stop: saving step %d of %d, then ending; the same command goes on", step, setting.steps
-            )
+            logger.warning("%s: saving step %d of %d, then ending", setting.stop.sent.name, step, setting.steps)
 
 
 class Setting:
@@ -557,7 +555,10 @@ def _finish(trainer: HfTrainer, done: int, seconds: float) -> dict[str, Any]:
         logger.info("next: swiftlite infer --model %s --adapters %s", args.model, last)
     else:
         logger.info("next: swiftlite infer --model %s", last)
-    return {**trainer.last, "iteration": step, "seconds": seconds, "output_dir": args.output_dir}
+    if setting.stopped:
+        say_how_to_go_on(args, setting.stop)
+    ended = {"iteration": step, "seconds": seconds, "output_dir": args.output_dir}
+    return {**trainer.last, **ended, "signal": setting.stop.sent if setting.stopped else None}
 
 
 def sample_lengths(row: Mapping[str, Any]) -> Sequence[int]:

@@ -28,7 +28,7 @@ from swiftlite.llm.train.meters import StepMeter, device_peak
 from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
 from swiftlite.llm.train.rhythm import Best, Rhythm
 from swiftlite.llm.train.schedule import warmup_and_decay
-from swiftlite.llm.train.stop import StopSignal
+from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.adapters import CONFIG as ADAPTER_CONFIG
 from swiftlite.megatron.adapters import merge_to_hf, open_adapter, write_peft
@@ -162,6 +162,7 @@ class Trainer:
         self.val_size = len(val_set) if val_set is not None else 0
         self.val_loader = self.loader(val_set, *options)
         self.position = Position()
+        self.stopped = False  # by a signal, before the last step
         self.written: list[Path] = []
         self.models: list[Any] = []
         self.lora: LoraPlan | None = None  # of a run that trains adapters
@@ -344,7 +345,10 @@ class Trainer:
         if plot is not None:
             self.written.append(plot)
         self._summary(seconds, last)
-        return {**last, "iteration": self.position.iteration, "seconds": seconds, "output_dir": str(self.root)}
+        if self.stopped:
+            say_how_to_go_on(self.args, stop)
+        return {**last, "iteration": self.position.iteration, "seconds": seconds, "output_dir": str(self.root),
+                "signal": stop.sent if self.stopped else None}  # fmt: skip
 
     def release(self) -> None:
         """Let weights, gradients and process groups go. Hooks on gradients keep DDP in a cycle that Python cannot see."""
@@ -368,6 +372,8 @@ class Trainer:
             self.writer.finish()
             meter.add(sums)
             metrics.advance(step, values["loss"], values["lr"], values["grad_norm"])
+            if stopping and step < self.train_iters:
+                logger.warning("%s: saving step %d of %d, then ending", stop.sent.name, step, self.train_iters)
             if self.rhythm.logs(step) or stopping:
                 last = {**values, **self.metrics(meter.sums()), **meter.summary()}
                 metrics.log(step, last)
@@ -380,7 +386,7 @@ class Trainer:
                 self.save()
                 meter.restart_clock()
             if stopping:
-                logger.warning("asked to stop: saved step %d of %d; the same command goes on", step, self.train_iters)
+                self.stopped = step < self.train_iters
                 break
         self.writer.finish(wait=True)
         return last
@@ -444,8 +450,8 @@ class Trainer:
             logger.info("all %d steps were done before; nothing is left to do", self.position.iteration)
             return
         logger.info(
-            "finished step %d in %s; loss %.6g; peak memory %s", self.position.iteration, format_seconds(seconds),
-            last["loss"], format_bytes(backend.peak_memory_bytes()),
+            "%s step %d in %s; loss %.6g; peak memory %s", "stopped at" if self.stopped else "finished",
+            self.position.iteration, format_seconds(seconds), last["loss"], format_bytes(backend.peak_memory_bytes()),
         )  # fmt: skip
         for path in self.written:
             logger.info("wrote %s", path)

@@ -116,7 +116,9 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
             result = trainer.train(resume)
         finally:
             trainer.release()
-    if args.push_to_hub and get_rank() == 0:  # without the groups: no rank waits for the network
+    if (
+        args.push_to_hub and get_rank() == 0 and not result["signal"]
+    ):  # without the groups: no rank waits for the network
         newest = f"iter_{trainer.position.iteration:07d}{HF_SUFFIX}"
         push(trainer.root / newest, args.hub_model_id, use_hf=args.use_hf, token=args.hub_token,
              private=args.hub_private_repo)  # fmt: skip

@@ -173,3 +173,24 @@ def test_sigterm_is_noted_and_given_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested and stop.agreed("cpu")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_saves_once_and_ends_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second within two seconds is the first one again, as torchrun hands it on."""
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.sent == signal.SIGINT
+        monkeypatch.setattr("swiftlite.llm.train.stop._IMPATIENT_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_is_left_alone() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -153,6 +153,7 @@ def test_sigterm_saves_and_ends(run: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(HfTrainer, "end_step", send)
     result, _ = run(sft_main, "parts")
+    assert result["signal"] == signal.SIGTERM
     assert result["iteration"] == 2 and (tmp_path / "parts/checkpoint-2/trainer_state.json").is_file()
     result, parts = run(sft_main, "parts")
     assert result["iteration"] == 4
