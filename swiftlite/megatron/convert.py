@@ -206,11 +206,13 @@ def _check_precision(
     vocab_size: int | None = None,
     cast: torch.dtype | None = None,
 ) -> None:
-    if args.test_convert_precision and get_rank() == 0:
-        from swiftlite.megatron.verify import check_precision
+    if args.test_convert_precision:
+        from swiftlite.megatron.verify import check_precision, groups_of_check
 
-        check_precision(hf_dir, mcore_dir, args, source, vocab_size, cast)
-    barrier()
+        with groups_of_check(hf_dir):
+            if get_rank() == 0:
+                check_precision(hf_dir, mcore_dir, args, source, vocab_size, cast)
+            barrier()
 
 
 def _summary(output_dir: Path, total: int, started: float, next_command: str) -> None:

@@ -128,7 +128,12 @@ def destroy() -> None:
 
 @contextmanager
 def parallel_groups(args: Any) -> Iterator[ParallelState]:
-    """`initialize`, and `destroy` however the block ends."""
+    """`initialize`, and `destroy` however the block ends; inside such a block, the groups that are there."""
+    from megatron.core import parallel_state as mpu
+
+    if mpu.model_parallel_is_initialized():
+        yield get_parallel_state()
+        return
     try:
         yield initialize(args)
     finally:

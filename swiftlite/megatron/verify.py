@@ -102,6 +102,15 @@ class PrecisionReport:
         return None
 
 
+@contextmanager
+def groups_of_check(hf_dir: Path) -> Iterator[None]:
+    """megatron-core's groups for a check that one of several processes makes: all must make them. Collective."""
+    from swiftlite.megatron.distributed import parallel_groups
+
+    with parallel_groups(conversion_arguments(convert_hf_config(read_config(hf_dir)), "", torch.float32)):
+        yield
+
+
 def check_precision(
     hf_dir: Path,
     mcore_dir: Path,
