@@ -26,10 +26,11 @@ def check_new(path: Path, exist_ok: bool = False) -> None:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Let `source` take the name `target`, once all of its files are on the disk.
+    """Let `source` take the name `target`, once all of its files are on the disk, with the modes that the umask gives.
 
     What was at `target` is moved aside, put back if the renaming fails, and deleted after the new one stands.
     """
+    give_usual_modes(source)
     sync_tree(source)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     moved = target.exists()
@@ -64,6 +65,18 @@ def restore_directory(target: Path) -> None:
         else:
             get_logger().warning("%s had been moved to %s by a process that was killed; put back", target, old)
             old.rename(target)
+
+
+def give_usual_modes(directory: Path) -> None:
+    """Let everything below `directory` be read and written as the umask says; some libraries write for the owner only."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (directory, *directory.rglob("*")):
+        if not path.is_symlink():
+            mode = path.stat().st_mode & 0o7777
+            usual = mode | (0o777 if path.is_dir() else 0o666) & ~umask
+            if usual != mode:
+                path.chmod(usual)
 
 
 def sync_tree(directory: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from swiftlite.utils.io import peak_memory_bytes
+from swiftlite.utils.io import peak_memory_bytes, replace_directory
 
 CHILD = "from swiftlite.utils.io import peak_memory_bytes; x = bytearray(50 << 20); print(peak_memory_bytes())"
 
@@ -18,3 +20,19 @@ def test_peak_memory_is_this_process_alone() -> None:
     assert peak_memory_bytes() >= len(ballast)
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
     assert 50 << 20 <= int(done.stdout) < 150 << 20  # getrusage would count the ballast
+
+
+def test_finished_directories_have_the_usual_modes(tmp_path: Path) -> None:
+    """safetensors and tempfile write for the owner only; the umask decides what others may do."""
+    made = tmp_path / "made"
+    (made / "inner").mkdir(parents=True, mode=0o700)
+    for name, mode in (("a", 0o600), ("inner/b", 0o600), ("c", 0o755)):
+        (made / name).touch()
+        (made / name).chmod(mode)
+    before = os.umask(0o027)
+    try:
+        replace_directory(made, tmp_path / "there")
+    finally:
+        os.umask(before)
+    modes = {name: (tmp_path / "there" / name).stat().st_mode & 0o777 for name in ("a", "inner/b", "inner", "c")}
+    assert modes == {"a": 0o640, "inner/b": 0o640, "inner": 0o750, "c": 0o755}

@@ -126,6 +126,33 @@ def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | None, **kwargs: Any) -> Any:
+    """`from_pretrained`, for files that hold exactly this model. Raises: CheckpointError naming what is amiss."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from swiftlite.llm.model.names import Others, check_names, keep_declared_frozen
+
+    dtype = "auto" if model_info.quant_method == "fp8" else model_info.torch_dtype
+    model_class: Any = automodel_class or AutoModelForCausalLM
+    try:
+        model, loading = model_class.from_pretrained(
+            model_dir, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"the model in {model_dir} could not be loaded: {_one_line(error)}") from error
+    others = Others.of(model_info.config or {})
+    unexpected = [name for name in loading["unexpected_keys"] if not others.has(name)]
+    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+        raise CheckpointError(
+            f"{model_dir}: {name} has shape {list(stored)}, config.json makes it {list(wanted)}; the two files do not "
+            "belong together"
+        )
+    check_names(loading["missing_keys"], unexpected, model_dir)
+    keep_declared_frozen(model)
+    return model
+
+
 def get_model_tokenizer_from_local(
     model_dir: str,
     model_info: ModelInfo,
@@ -139,17 +166,11 @@ def get_model_tokenizer_from_local(
     tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     model = None
     if load_model:
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-
-        dtype = "auto" if model_info.quant_method == "fp8" else model_info.torch_dtype
-        try:
-            model = (automodel_class or AutoModelForCausalLM).from_pretrained(
-                model_dir, dtype=dtype, trust_remote_code=trust_remote_code, **(model_kwargs or {})
+        model = correct(
+            _load_model(
+                model_dir, model_info, automodel_class, trust_remote_code=trust_remote_code, **(model_kwargs or {})
             )
-        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-            raise CheckpointError(f"the model in {model_dir} could not be loaded: {_one_line(error)}") from error
-        model = correct(model)
+        )
     repair_pad_eos(tokenizer, model)
     return model, tokenizer
 

@@ -30,6 +30,7 @@ from swiftlite.llm.dataset.order import (
     steps_of,
     write_data_state,
 )
+from swiftlite.llm.model.names import Others, check_names, load_tensors
 from swiftlite.llm.pipeline import prepare_model_template
 from swiftlite.llm.train import run_directory, tuner
 from swiftlite.llm.train.flops import attention_pairs, flops_of
@@ -258,8 +259,12 @@ class HfTrainer(transformers.Trainer):
         held = {n: p.detach() for n, p in model.named_parameters() if n in tuner.held_in_fp32(model)}
         cast = {value.data_ptr(): value.to(self.setting.dtype) for value in held.values()}
         state = {name: cast.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
-        model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
-        copy_model_files(Path(self.setting.args.model_info.model_dir), directory, model, self.setting.tokenizer)
+        info = self.setting.args.model_info
+        carried = Others.of(info.config).carried(Path(info.model_dir), state)
+        if carried:
+            logger.info("%d tensors of MTP blocks, which transformers does not train, are carried over", len(carried))
+        model.save_pretrained(directory, state_dict={**state, **carried})  # type: ignore[operator]
+        copy_model_files(Path(info.model_dir), directory, model, self.setting.tokenizer)
         if held and not self.args.save_only_model:
             from safetensors.torch import save_file
 
@@ -270,11 +275,12 @@ class HfTrainer(transformers.Trainer):
         if self.setting.args.train_type == "lora":
             tuner.load_adapter(self.model, directory)
             return
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_tensors(self.model, directory, Others.of(self.setting.args.model_info.config))
         if (directory / FP32_FILE).is_file():
             from safetensors.torch import load_file
 
-            stored = load_file(directory / FP32_FILE)
+            stored, held = load_file(directory / FP32_FILE), tuner.held_in_fp32(self.model)
+            check_names(held - set(stored), set(stored) - held, directory / FP32_FILE)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():  # type: ignore[union-attr]
                     if name in stored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swiftlite.llm.model.names import Stored, checkpoint_tensors
 from swiftlite.llm.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.logger import get_logger
@@ -26,38 +27,76 @@ _HELD = "_swiftlite_held_in_fp32"
 
 
 def trainable_names(sizes: Mapping[str, int], args: Any) -> set[str]:
-    """The parameters that are trained with `--train_type full` or `freeze`.
+    """The parameters that are trained with `--train_type full` or `freeze`; the same on both sides.
 
-    Args: sizes: numbers in each parameter by its Hugging Face name, in the model's order. args: TunerArguments.
+    Args: sizes: numbers in each parameter by its name in checkpoints. args: TunerArguments.
     A parameter is frozen if a `--freeze_parameters*` flag says so and no `--trainable_parameters*` flag says otherwise;
     with none of the former, `--trainable_parameters*` alone names what is trained.
-    Raises: UsageError if nothing is trained, a prefix fits nothing, or `freeze` comes without saying what.
+    Raises: UsageError if nothing is trained, a prefix or expression fits nothing, or `freeze` comes without saying what.
     """
     given = [flag for flag in FREEZE_FLAGS if getattr(args, flag)]
     if args.train_type == "freeze" and not given:
         raise UsageError(f"--train_type freeze: say what with one of --{', --'.join(FREEZE_FLAGS)}")
-    for flag in ("freeze_parameters", "trainable_parameters"):
-        for prefix in getattr(args, flag):
-            if not any(name.startswith(prefix) for name in sizes):
-                raise UsageError(f"--{flag} {prefix}: no parameter begins so; the first is {next(iter(sizes))}")
-    frozen = _named(sizes, args.freeze_parameters, args.freeze_parameters_regex)
-    budget, total = args.freeze_parameters_ratio * sum(sizes.values()), 0
-    for name, size in sizes.items():
-        total += size
-        if total > budget:
-            break
-        frozen.add(name)
+    frozen = _named(sizes, args, "freeze_parameters") | _lowest(sizes, args.freeze_parameters_ratio)
     if given and all(flag.startswith("trainable") for flag in given):
         frozen = set(sizes)
-    trained = set(sizes) - frozen | _named(sizes, args.trainable_parameters, args.trainable_parameters_regex)
+    trained = set(sizes) - frozen | _named(sizes, args, "trainable_parameters")
     if not trained:
         raise UsageError(f"--{given[0]}: freezes all parameters; nothing would be trained")
     return trained
 
 
-def _named(names: Mapping[str, int], prefixes: Sequence[str], regex: str | None) -> set[str]:
-    pattern = re.compile(regex) if regex else None
-    return {n for n in names if n.startswith(tuple(prefixes)) or (pattern is not None and pattern.search(n))}
+def _named(names: Mapping[str, int], args: Any, flag: str) -> set[str]:
+    """What --`flag` names by its beginning, and --`flag`_regex by an expression that fits somewhere in it."""
+    found, first = set(), next(iter(names))
+    for prefix in getattr(args, flag):
+        fits = {name for name in names if name.startswith(prefix)}
+        if not fits:
+            raise UsageError(f"--{flag} {prefix}: no parameter begins so; the first is {first}")
+        found |= fits
+    text = getattr(args, f"{flag}_regex")
+    if text:
+        try:
+            fits = {name for name in names if re.search(text, name)}
+        except re.error as error:
+            raise UsageError(f"--{flag}_regex {text}: is no regular expression ({error})") from None
+        if not fits:
+            raise UsageError(f"--{flag}_regex {text}: fits no parameter; names are those of the checkpoint, as {first}")
+        found |= fits
+    return found
+
+
+# Parameters that one side or the other keeps in one tensor.
+_JOINED = ((r"\.experts\.\d+\.", ".experts."), (r"\.[qkv]_proj\.", ".qkv."), (r"\.(gate|up)_proj\.", ".gate_up."))
+_IN_A_LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm")
+
+
+def _lowest(sizes: Mapping[str, int], ratio: float) -> set[str]:
+    """The parameters from the input on that make up at most `ratio` of all numbers, by names alone.
+
+    The order is embedding, layers, final norm, head; in a layer: norm, attention, norm, the rest.
+    """
+    units: dict[str, list[str]] = {}
+    for name in sizes:
+        unit = name
+        for pattern, joined in _JOINED:
+            unit = re.sub(pattern, joined, unit)
+        units.setdefault(unit, []).append(name)
+    budget, total, found = ratio * sum(sizes.values()), 0, set()
+    for unit in sorted(units, key=_height):
+        total += sum(sizes[name] for name in units[unit])
+        if total > budget:
+            break
+        found.update(units[unit])
+    return found
+
+
+def _height(name: str) -> tuple[int, int, int, str]:
+    layer = re.search(r"\.layers\.(\d+)\.([^.]+)", name)
+    if layer is None:
+        return (0 if "embed" in name else 3 if "lm_head" in name else 2), 0, 0, name
+    part = _IN_A_LAYER.index(layer[2]) if layer[2] in _IN_A_LAYER else len(_IN_A_LAYER)
+    return 1, int(layer[1]), part, name
 
 
 def prepare_model(model: Any, args: Any) -> Any:
@@ -69,9 +108,7 @@ def prepare_model(model: Any, args: Any) -> Any:
     if args.train_type == "lora":
         model = lora_model(model, args)
     else:
-        trained = trainable_names({name: p.numel() for name, p in model.named_parameters()}, args)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
+        freeze(model, args)
     held = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
@@ -79,6 +116,47 @@ def prepare_model(model: Any, args: Any) -> Any:
             held.add(name)
     setattr(model, _HELD, held)
     return model
+
+
+def freeze(model: Any, args: Any) -> None:
+    """Let only what `trainable_names` says require gradients. Experts that part company become modules of their own.
+
+    What the model declares as not trainable stays so, and has no name here. Raises: UsageError as trainable_names; also
+    for tensors of a checkpoint that are one parameter and cannot be divided.
+    """
+    owners = trainable_tensors(model)
+    trained = trainable_names({name: stored.view.numel() for name, stored in owners.items()}, args)
+    if _parted(owners, trained) and split_experts(model, trainable=True):
+        owners = trainable_tensors(model)
+    parted = _parted(owners, trained)
+    if parted:
+        raise UsageError(
+            f"--train_type {args.train_type}: {parted[1]} would be trained and {parted[0]} not, but they are one "
+            "parameter of this model; freeze or train them together"
+        )
+    for name, stored in owners.items():
+        stored.owner.requires_grad_(name in trained)
+
+
+def trainable_tensors(model: Any) -> dict[str, Stored]:
+    """The tensors of a checkpoint that can be trained, tied ones once: a tied head is the embedding."""
+    found: dict[str, Stored] = {}
+    whole: set[int] = set()
+    tensors = checkpoint_tensors(model)
+    for name in sorted(tensors, key=lambda name: name.startswith("lm_head")):
+        stored = tensors[name]
+        is_alias = id(stored.owner) in whole
+        if isinstance(stored.owner, nn.Parameter) and stored.owner.requires_grad and not is_alias:
+            found[name] = stored
+            if stored.view.shape == stored.owner.shape:
+                whole.add(id(stored.owner))
+    return found
+
+
+def _parted(owners: Mapping[str, Stored], trained: set[str]) -> tuple[str, str] | None:
+    """(name that is frozen, name that is trained) of one parameter, if there is such a pair."""
+    kept = {id(stored.owner): name for name, stored in owners.items() if name not in trained}
+    return next(((kept[id(s.owner)], n) for n, s in owners.items() if n in trained and id(s.owner) in kept), None)
 
 
 def held_in_fp32(model: Any) -> set[str]:
@@ -235,7 +313,7 @@ def _linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def split_experts(model: Any) -> int:
+def split_experts(model: Any, trainable: bool = False) -> int:
     """Replace fused experts by SplitExperts, in place. Returns: how many layers; 0 with transformers 4, where none are."""
     count = 0
     for module in list(model.modules()):
@@ -244,9 +322,9 @@ def split_experts(model: Any) -> int:
         if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == 3:
             if up.shape[1] != 2 * down.shape[2] or up.shape[2] != down.shape[1]:
                 raise UsageError(
-                    f"{type(fused).__name__}: LoRA on experts of this form is not known; use --train_type full"
+                    f"{type(fused).__name__}: experts of this form cannot be divided; use --train_type full"
                 )
-            module.experts = SplitExperts(fused)
+            module.experts = SplitExperts(fused).requires_grad_(trainable)
             count += 1
     return count
 

@@ -19,8 +19,6 @@ from swiftlite.weights.rule import BoundMap, Entry
 def plan_freeze(bound: BoundMap, args: Any) -> set[str] | None:
     """Hugging Face names of what the `--freeze_parameters*` and `--trainable_parameters*` flags train; None: everything.
 
-    --freeze_parameters_ratio counts from the embedding through the layers to the head, in the weight map's order within
-    a layer.
     Raises: UsageError as trainable_names.
     """
     sizes = {n: math.prod(e.hf_shapes[i]) for e in _in_order(bound, args) for i, n in enumerate(e.hf)}

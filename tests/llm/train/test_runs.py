@@ -100,6 +100,18 @@ def test_bf16_goes_on_exactly(run: Any, tmp_path: Path) -> None:
     assert losses(run(sft_main, "parts", **flags)[1]) != losses(whole)
 
 
+def test_experts_go_on_where_they_were(run: Any, tmp_path: Path) -> None:
+    """Checkpoints name each expert, the model in memory may hold all of a layer in one tensor."""
+    common = {"family": "glm4_moe", "save_steps": 2, "lr": 1e-2}
+    some = {"trainable_parameters_regex": r"experts\.[12]\.", "train_type": "freeze"}
+    for output, flags in (("full", common), ("freeze", {**common, **some})):
+        _, whole = run(sft_main, output, **flags)
+        shutil.rmtree(tmp_path / output / "checkpoint-4")
+        _, parts = run(sft_main, output, **flags)
+        assert losses(parts)[2:] == losses(whole)[2:] and losses(whole)[3] < losses(whole)[2], output
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in load_file(tmp_path / "full/checkpoint-2/model.safetensors")
+
+
 def test_a_run_in_bf16_leaves_nothing_to_the_next(run: Any) -> None:
     before = losses(run(sft_main, "before")[1])
     run(sft_main, "half", torch_dtype="bfloat16", train_iters=1)

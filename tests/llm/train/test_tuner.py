@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from swiftlite.llm.argument.sft import SftArguments
+from swiftlite.llm.model.names import checkpoint_tensors
 from swiftlite.llm.train import tuner
 from swiftlite.llm.train.tuner import trainable_names
 from swiftlite.utils.errors import CheckpointError, UsageError
@@ -44,11 +46,46 @@ def test_trainable_names(values: dict[str, Any], trained: set[str]) -> None:
         ({}, "say what with one of --freeze_parameters"),
         ({"freeze_parameters": ["layers"]}, "no parameter begins so; the first is model.embed_tokens.weight"),
         ({"freeze_parameters": ["model", "lm_head"]}, "nothing would be trained"),
+        ({"freeze_parameters_regex": "gate_up"}, "--freeze_parameters_regex gate_up: fits no parameter"),
+        ({"trainable_parameters_regex": "gate_up"}, "--trainable_parameters_regex gate_up: fits no parameter"),
+        ({"freeze_parameters_regex": "w["}, r"--freeze_parameters_regex w\[: is no regular expression"),
     ],
 )
 def test_what_cannot_be_trained(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         trainable_names(SIZES, args(train_type="freeze", **values))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_the_ratio_parts_nothing_that_a_side_joins(ratio: float) -> None:
+    """Whatever the order in which a side lists its parameters."""
+    layer = {"mlp.experts.{}.gate_proj": 8, "mlp.experts.{}.up_proj": 8, "mlp.experts.{}.down_proj": 8}
+    sizes = {f"model.layers.{i}.{n.format(e)}.weight": s for i in range(3) for n, s in layer.items() for e in range(4)}
+    sizes |= {f"model.layers.{i}.self_attn.{n}_proj.weight": 5 for i in range(3) for n in "qkvo"}
+    sizes |= {f"model.layers.{i}.input_layernorm.weight": 1 for i in range(12)}
+    sizes |= {"lm_head.weight": 40, "model.norm.weight": 1, "model.embed_tokens.weight": 40}
+    flags = args(train_type="freeze", freeze_parameters_ratio=ratio)
+    trained = trainable_names(sizes, flags)
+    assert trained == trainable_names(dict(sorted(sizes.items())), flags)
+    share = 1 - sum(sizes[name] for name in trained) / sum(sizes.values())
+    assert ratio - 0.2 < share <= ratio
+    assert "lm_head.weight" in trained and "model.embed_tokens.weight" not in trained
+    for i in range(3):
+        for joined in ([f"self_attn.{n}_proj" for n in "qkv"],
+                       [f"mlp.experts.{e}.{n}_proj" for e in range(4) for n in ("gate", "up")]):  # fmt: skip
+            assert len({f"model.layers.{i}.{name}.weight" in trained for name in joined}) == 1
+
+
+def test_names_of_experts_are_the_checkpoints(tmp_path: Path) -> None:
+    """Also of some experts only, and of one of the two matrices that transformers 5 joins."""
+    for number, regex in enumerate((r"experts\.\d+\.", r"experts\.1\.(gate|up)_proj", r"experts\.\d+\.up_proj")):
+        model = build_hf(config_of("glm4_5:default"), tmp_path / str(number))
+        before = logits(model)
+        tuner.freeze(model, args(train_type="freeze", trainable_parameters_regex=regex))
+        torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+        stored = checkpoint_tensors(model)
+        trained = {name for name, tensor in stored.items() if tensor.owner.requires_grad}
+        assert trained == {name for name in stored if re.search(regex, name)} and trained
 
 
 def test_targets() -> None:
@@ -113,6 +150,9 @@ def test_trained_weights_are_held_in_fp32(tmp_path: Path) -> None:
     assert kinds["model.layers.1.mlp.up_proj.weight"] == (torch.float32, True)
     assert tuner.held_in_fp32(model) == {name for name, (_, trained) in kinds.items() if trained}
     assert model.lm_head.weight is model.model.embed_tokens.weight, "tied weights stay one"
+    assert next(reversed(tuner.trainable_tensors(model))) != "lm_head.weight", "and have one name"
+    tuner.freeze(model, args(train_type="freeze", freeze_parameters=["model.embed_tokens"]))
+    assert not model.lm_head.weight.requires_grad
 
 
 def test_rank_share_of_experts() -> None:

@@ -1,0 +1,167 @@
+"""A loaded model's tensors under the names that its checkpoint has for them, and what a checkpoint holds besides.
+
+transformers 5 joins experts into one tensor and renames some parameters; files and flags keep the checkpoint's names.
+"""
+
+from __future__ import annotations
+
+import bisect
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftlite.families import family_of
+from swiftlite.families.hf_config import architecture_of
+from swiftlite.utils.errors import CheckpointError, ConfigError
+from swiftlite.weights.safetensors import SafetensorsSource
+from swiftlite.weights.storage import Files, read_tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint in a live model. owner: the parameter or buffer that holds it; view: its part of that."""
+
+    owner: Tensor
+    view: Tensor
+
+
+def checkpoint_tensors(model: Any) -> dict[str, Stored]:
+    """Every tensor that a checkpoint of `model` holds, under its name there. Tied weights come under each name.
+
+    Raises: ConfigError for a model whose parameters are no rows of the checkpoint's tensors.
+    """
+    live: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4: the names are the checkpoint's
+        return {name: Stored(tensor, tensor.data) for name, tensor in live.items()}
+    # The library's own way back, done with row numbers in place of rows, says where each tensor comes from.
+    starts, owners, numbers, total = [], [], {}, 0
+    for name, tensor in live.items():
+        lead = tensor.shape[:-1]
+        rows = torch.arange(total, total + lead.numel())
+        numbers[name] = rows.view(*lead, 1) if tensor.dim() else rows.view(())
+        starts.append(total)
+        owners.append(tensor)
+        total += lead.numel()
+    found = {}
+    for name, rows in revert_weight_conversion(model, numbers).items():
+        first, count = int(rows.flatten()[0]), rows.numel()
+        index = bisect.bisect_right(starts, first) - 1
+        owner = owners[index]
+        first -= starts[index]
+        ordered = torch.equal(rows.flatten(), torch.arange(count) + first + starts[index])
+        if not ordered or rows.shape[-1:] not in ((1,), ()) or first + count > owner.shape[:-1].numel():
+            raise ConfigError(f"{type(model).__name__}: how {name} lies in the loaded model is not known")
+        whole = owner.data.reshape(-1, owner.shape[-1]) if owner.dim() else owner.data.view(1, 1)
+        found[name] = Stored(owner, whole[first : first + count].view(*rows.shape[:-1], *owner.shape[-1:]))
+    return found
+
+
+@dataclass(frozen=True)
+class Others:
+    """What a model directory may hold that transformers does not load: MTP blocks, copies, tensors that are derived.
+
+    prefixes: of MTP blocks that config.json announces. copies: name -> the tensor that it repeats. ignored: patterns.
+    """
+
+    prefixes: tuple[str, ...] = ()
+    copies: Mapping[str, str] | None = None
+    ignored: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Others:
+        """By the model family's rules; nothing for a model without a family."""
+        try:
+            weights = family_of(architecture_of(config)).mcore.weights
+        except ConfigError:
+            return cls()
+        tied = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
+        count = int(config.get("num_nextn_predict_layers") or 0) if weights.mtp_layer else 0
+        first = int(config.get("num_hidden_layers") or 0)
+        blocks = [str(weights.mtp_layer).format(index=i, number=first + i) for i in range(count)]
+        copies = {}
+        for duplicate in weights.duplicates:
+            of = tied if duplicate.of == "lm_head.weight" else duplicate.of
+            for block in blocks if "{layer}" in duplicate.name else ("",):
+                copies[duplicate.name.format(layer=block)] = of
+        return cls(tuple(f"{block}." for block in blocks), copies, weights.ignore)
+
+    def has(self, name: str) -> bool:
+        return (
+            name.startswith(self.prefixes)
+            or name in (self.copies or {})
+            or any(fnmatch.fnmatch(name, pattern) for pattern in self.ignored)
+        )
+
+    def carried(self, directory: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The MTP blocks of the model in `directory`, for a checkpoint with the tensors `state`.
+
+        They are what they were, but for the copies of embedding and head, which follow `state`.
+        """
+        found: dict[str, Tensor] = {}
+        if not self.prefixes:
+            return found
+        source = SafetensorsSource(directory)
+        with Files() as files:
+            for name in source.tensors:
+                if name.startswith(self.prefixes) and name not in state:
+                    of = state.get((self.copies or {}).get(name, ""))
+                    found[name] = read_tensor(source, name, files) if of is None else of.detach().cpu().clone()
+        return found
+
+
+def check_names(missing: Iterable[str], unexpected: Iterable[str], where: str | Path) -> None:
+    """Raises: CheckpointError if there is a name in either."""
+    parts = []
+    for what, names in (("missing", sorted(missing)), ("unknown", sorted(unexpected))):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{len(names)} {what} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:3])}{more}")
+    if parts:
+        raise CheckpointError(
+            f"{where} does not hold this model's weights: {'; '.join(parts)}. Check that all of its files are there and "
+            "that config.json is theirs"
+        )
+
+
+def load_tensors(model: Any, directory: Path, others: Others) -> None:
+    """Fill `model` with the safetensors files of a checkpoint that was saved from one like it.
+
+    Raises: CheckpointError naming tensors that are missing, unknown or of another shape.
+    """
+    wanted, source = checkpoint_tensors(model), SafetensorsSource(directory)
+    held = {id(wanted[name].owner) for name in source.tensors if name in wanted}
+    missing = [n for n, stored in wanted.items() if n not in source.tensors and not _is_alias(stored, held)]
+    check_names(missing, [n for n in source.tensors if n not in wanted and not others.has(n)], directory)
+    with Files() as files, torch.no_grad():
+        for name, located in source.tensors.items():
+            if name not in wanted:
+                continue
+            view = wanted[name].view
+            if located.spec.shape != tuple(view.shape):
+                raise CheckpointError(
+                    f"{located.file}: {name} has shape {list(located.spec.shape)}, the model has {list(view.shape)}; "
+                    "they do not belong together"
+                )
+            view.copy_(read_tensor(source, name, files))
+
+
+def _is_alias(stored: Stored, held: set[int]) -> bool:
+    """A second name of a tied weight that the files have under the first."""
+    return stored.view.shape == stored.owner.shape and id(stored.owner) in held
+
+
+def keep_declared_frozen(model: Any) -> None:
+    """Let parameters that the model's class declares without gradient have none: transformers 5 forgets it on loading."""
+    with torch.device("meta"):
+        declared = type(model)(model.config)
+    frozen = {name for name, parameter in declared.named_parameters() if not parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
