@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.llm.argument.infer import InferArguments
-from swiftlite.llm.dataset.preprocess import RowError, preprocess
+from swiftlite.llm.dataset.loader import ReadOptions, read_questions
+from swiftlite.llm.dataset.preprocess import RowError
+from swiftlite.llm.dataset.register import register_dataset_info
+from swiftlite.llm.dataset.report import printable
 from swiftlite.llm.pipeline import as_arguments, prepare_model_template
 from swiftlite.utils.errors import DatasetError, SwiftliteError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
@@ -93,6 +96,10 @@ class Generator:
                 f"the conversation has {prompt_length} tokens, the model holds {longest}; shorten it or type `clear`"
             )
         return int(room)
+
+    def check_room(self, messages: Sequence[Message], tools: Any = None) -> None:
+        """Raises: TemplateError for a conversation that cannot be written, or leaves no room for an answer."""
+        self._room(len(self.template.encode_prompt(list(messages), tools)))
 
     def _inputs(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Any] | None = None) -> dict[str, Any]:
         """Prompts padded on the left: input_ids and attention_mask, int64 [B, S]."""
@@ -238,95 +245,90 @@ def write_answer(generator: Generator, messages: Sequence[Message], stream: bool
     return text
 
 
-def read_rows(files: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of JSONL files. Raises: DatasetError naming file and line of what is no JSON object."""
-    rows = []
-    for file in files:
-        if not Path(file).is_file():
-            raise DatasetError(f"--val_dataset {file}: no such file; give a JSONL file")
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DatasetError(f"{file}:{number}: not valid JSON ({error}); mend the line") from None
-                if not isinstance(row, dict):
-                    raise DatasetError(f"{file}:{number}: a row must be a JSON object, this is {line.strip()[:40]}")
-                rows.append(row)
-    return rows
-
-
-def split_row(row: dict[str, Any], columns: Mapping[str, str] | None = None) -> tuple[list[Message], Any, str | None]:
-    """`(messages up to where the model answers, tools, reference answer)` of a row in any format that training takes.
-
-    A row with `query` needs no response here. Raises: RowError saying why a row cannot be used.
-    """
-    row = {(columns or {}).get(key, key): value for key, value in row.items()}
-    if isinstance(row.get("query"), str) and row.get("response") is None:
-        row["response"] = "(unknown)"
-        standard, reference = preprocess(row), None
-        messages = standard["messages"][:-1]
-    else:
-        standard, reference = preprocess(row), None
-        messages = list(standard["messages"])
-        while messages and messages[-1]["role"] == "assistant":
-            reference = messages.pop().get("content")
-    return messages, standard.get("tools"), reference
+def split_row(standard: Mapping[str, Any]) -> tuple[list[Message], str | None]:
+    """`(messages up to where the model answers, reference answer)` of a standard row."""
+    messages, reference = list(standard["messages"]), None
+    while messages and messages[-1]["role"] == "assistant":
+        reference = messages.pop().get("content")
+    return messages, reference
 
 
 def answer_rows(
-    generator: Generator, rows: Sequence[dict[str, Any]], batch_size: int, columns: Mapping[str, str] | None = None
+    generator: Generator, rows: Sequence[tuple[str, Any, dict[str, Any] | RowError]], batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Each row with `response` (the model's) and `labels` (the reference, where it has one).
 
-    A row that cannot be written as a prompt gets `response` None and `error`.
+    Args: rows: what read_questions gives. A row that cannot be answered gets `response` None and `error`.
     """
     for start in range(0, len(rows), batch_size):
-        batch = [dict(row) for row in rows[start : start + batch_size]]
-        good, conversations, tools = [], [], []
-        for row in batch:
+        batch, good, conversations, tools = [], [], [], []
+        for place, raw, standard in rows[start : start + batch_size]:
+            row = dict(raw) if isinstance(raw, Mapping) else {"row": raw.row if isinstance(raw, RowError) else raw}
+            batch.append(row)
             try:
-                messages, offered, reference = split_row(row, columns)
-                generator.template.encode_prompt(messages, offered)
+                if isinstance(standard, RowError):
+                    raise standard
+                messages, reference = split_row(standard)
+                generator.check_room(messages, standard.get("tools"))
             except (RowError, TemplateError) as error:
-                row |= {"response": None, "error": str(error)}
+                row |= {"response": None, "error": f"{place}: {printable(str(error))}"}
                 continue
             if reference is not None:
                 row["labels"] = reference
             good.append(row)
             conversations.append(messages)
-            tools.append(offered)
+            tools.append(standard.get("tools"))
         for row, text in zip(good, generator.answer(conversations, tools) if good else (), strict=True):
             row["response"] = text
         yield from batch
 
 
+def as_line(row: dict[str, Any]) -> str:
+    """A result as JSON that every reader takes: what is neither JSON nor a character in the row is written as text."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+        text.encode()
+    except (ValueError, TypeError, RecursionError):
+        kept = {key: value for key, value in row.items() if key in ("response", "labels", "error")}
+        rest = {str(key): ascii(value) for key, value in row.items() if key not in kept}
+        text = json.dumps({**rest, **kept}, default=str)
+    return text + "\n"
+
+
 def infer_dataset(generator: Generator, args: InferArguments) -> None:
-    """Answer `--val_dataset`; the result file appears when it is complete."""
+    """Answer `--val_dataset`; the result file appears when it is complete.
+
+    Raises: DatasetError where no row could be answered; the file says why of each.
+    """
     from tqdm import tqdm
 
-    rows = read_rows(args.val_dataset)
-    answered = tqdm(
-        answer_rows(generator, rows, args.max_batch_size, args.columns), total=len(rows), desc="rows", disable=None
-    )
-    if args.result_path is None:
+    for file in args.dataset_info:
+        register_dataset_info(file)
+    options = ReadOptions(args.columns, args.use_hf, False, 1, args.hub_token)
+    rows = read_questions(args.val_dataset, options, args.seed)
+    answered = tqdm(answer_rows(generator, rows, args.max_batch_size), total=len(rows), desc="rows", disable=None)
+    path = None if args.result_path is None else Path(args.result_path)
+    errors = []
+    if path is None:
         for row in answered:
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
-        return
-    path = Path(args.result_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    failed = 0
-    with open(partial, "w", encoding="utf-8") as out:
-        for row in answered:
-            failed += "error" in row
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial, path)
-    logger.info("%d rows answered, %d could not be; results in %s", len(rows) - failed, failed, path)
+            errors += [row["error"]] if row["response"] is None else []
+            sys.stdout.write(as_line(row))
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "w", encoding="utf-8") as out:
+            for row in answered:
+                errors += [row["error"]] if row["response"] is None else []
+                out.write(as_line(row))
+                out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, path)
+    where = f"; results in {path}" if path is not None else ""
+    if len(errors) == len(rows):
+        raise DatasetError(f"none of {len(rows)} rows could be answered, the first: {errors[0][:300]}{where}")
+    logger.info("%d rows answered, %d could not be%s", len(rows) - len(errors), len(errors), where)
+    if errors:
+        logger.warning("%d of %d rows could not be answered, the first: %s", len(errors), len(rows), errors[0][:300])
 
 
 def infer_main(args: InferArguments | Sequence[str]) -> None:

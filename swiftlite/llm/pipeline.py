@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -93,11 +93,66 @@ def register_custom(paths: Sequence[str]) -> None:
         get_logger().info("registered %s", full)
 
 
+def take_recorded(args: Any, recorded: Mapping[str, Any]) -> None:
+    """Settings of an earlier command that decide how the model is used, where the user says nothing."""
+    for name in RECORDED:
+        if name not in args.given and getattr(args, name) is None and recorded.get(name) is not None:
+            setattr(args, name, recorded[name])
+
+
+def base_of_adapter(directory: Path) -> tuple[str, dict[str, Any]]:
+    """(directory of the model that an adapter belongs to, settings of the run that made it).
+
+    The run's args.json says it, else adapter_config.json. A hub id in them is not fetched unasked.
+    Raises: UsageError if no directory is named that is there.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"--adapters {directory}: no such directory")
+    recorded = load_args(directory) or load_args(directory.parent)
+    named = [recorded.get("model_dir"), recorded.get("model")]
+    for folder in (directory, directory.parent):
+        path = folder / "adapter_config.json"
+        if path.is_file():
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+                named.append(config.get("base_model_name_or_path"))
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise CheckpointError(f"{path}: not a JSON object ({error}); copy it again") from None
+    bases = [os.path.expanduser(name) for name in named if isinstance(name, str) and name]
+    found = next((base for base in bases if os.path.isfile(os.path.join(base, "config.json"))), None)
+    if found is None:
+        there = f"names {ascii(bases[0])}, which is no model directory here" if bases else "names no model"
+        raise UsageError(f"--adapters {directory}: {there}; give its base model with --model DIR_OR_ID")
+    get_logger().info("--model is taken from %s: %s", directory, found)
+    return found, recorded
+
+
+def read_system(args: Any) -> None:
+    """`--system FILE.txt`: the file's text is the system message. A text of several words may end in .txt too.
+
+    Raises: UsageError if there is no such file, or it is not UTF-8.
+    """
+    text = args.system
+    if text is None or not text.strip().endswith(".txt") or "\n" in text.strip():
+        return
+    path = Path(text.strip()).expanduser()
+    if not path.is_file() and len(text.split()) > 1:
+        return
+    try:
+        args.system = path.read_text(encoding="utf-8-sig").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(
+            f"--system {text}: cannot be read ({reason}); give a text, or a .txt file that holds it"
+        ) from None
+
+
 def resolve(args: Any, *, download_model: bool | None = None, need_template: bool = True) -> Any:
     """Find out what the model is and fill in what follows from it; `args` is changed and returned.
 
     Adds `args.model_info` and `args.model_meta`; sets model_type, template, torch_dtype and max_length where the user
-    did not. With `--mcore_model DIR` alone, DIR's args.json, config.json and tokenizer are the model's.
+    did not. With `--mcore_model DIR` alone, DIR's args.json, config.json and tokenizer are the model's; with adapters
+    alone, the model that they were trained on.
 
     Args:
         download_model: fetch a hub id's weights too; default: unless they come from --mcore_model or it is a dry run.
@@ -112,9 +167,7 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
     if mcore_model:
         root = mcore_root(mcore_model)
         recorded = load_args(root)
-        for name in RECORDED:
-            if name not in args.given and getattr(args, name) is None and recorded.get(name) is not None:
-                setattr(args, name, recorded[name])
+        take_recorded(args, recorded)
         if source is None:
             source = str(root)
             if not (root / "config.json").is_file():
@@ -124,8 +177,14 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
                         f"--mcore_model {mcore_model}: it holds neither {ARGS_FILE} nor config.json; give the Hugging "
                         "Face model that it comes from with --model"
                     )
+    elif source is None and (
+        adapters := [*args.adapters, *([args.mcore_adapter] if getattr(args, "mcore_adapter", None) else [])]
+    ):
+        source, recorded = base_of_adapter(Path(adapters[0]))
+        take_recorded(args, recorded)
     if source is None:
         raise UsageError("give a model with --model DIR_OR_ID")
+    read_system(args)
     if download_model is None:
         download_model = not mcore_model and not getattr(args, "dry_run", False)
     args.model_info, args.model_meta = get_model_info_meta(

@@ -16,7 +16,7 @@ from typing import Any
 
 from swiftlite.llm.argument.preview import PreviewArguments
 from swiftlite.llm.dataset.encoded import EncodedDataset
-from swiftlite.llm.dataset.loader import ReadOptions, RowStream
+from swiftlite.llm.dataset.loader import PlacedRow, ReadOptions, RowStream
 from swiftlite.llm.dataset.packing import pack_windows
 from swiftlite.llm.dataset.prepare import read_rows
 from swiftlite.llm.dataset.preprocess import RowError
@@ -123,7 +123,7 @@ def _first_rows(args: Any, rejects: RejectsFile) -> Iterator[Any]:
         if isinstance(row, RowError):
             rejects.write(place, row.reason, row.seen, row.row)
         else:
-            yield row
+            yield PlacedRow(row, place)
 
 
 def _trained_share(samples: EncodedDataset) -> float:

@@ -24,15 +24,23 @@ T = TypeVar("T")
 
 
 def field(
-    default: Any = MISSING, help: str = "", *, aliases: Iterable[str] = (), choices: Iterable[str] | None = None
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    aliases: Iterable[str] = (),
+    choices: Iterable[str] | None = None,
+    path: bool = False,
 ) -> Any:
     """A dataclass field with what the command line needs. A list or dict default is copied for each object.
 
     Args:
         aliases: other names that users type for the same thing; they work as flags, keys, keywords and attributes.
         choices: the allowed strings (None is allowed too where it is the default).
+        path: values may be paths; a leading ~ is the home directory, also where no shell has read the value.
     """
-    metadata = {"help": help, "aliases": tuple(aliases), "choices": tuple(choices) if choices is not None else None}
+    metadata = {
+        "help": help, "aliases": tuple(aliases), "choices": tuple(choices) if choices is not None else None, "path": path
+    }  # fmt: skip
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=functools.partial(type(default), default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -122,14 +130,21 @@ class Spec:
     aliases: tuple[str, ...]
     choices: tuple[str, ...] | None
     owner: type
+    path: bool = False
 
     def convert(self, value: Any) -> Any:
         value = convert(value, self.type, self.name)
+        if self.path and value:
+            value = [_home(item) for item in value] if isinstance(value, list) else _home(value)
         if self.choices is not None and value is not None:
             for item in value if isinstance(value, list) else [value]:
                 if item not in self.choices:
                     raise UsageError(f"--{self.name} {item}: must be one of {', '.join(self.choices)}")
         return value
+
+
+def _home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def specs(cls: type) -> dict[str, Spec]:
@@ -149,8 +164,9 @@ def _read_specs(cls: type) -> dict[str, Spec]:
         default = f.default if f.default_factory is MISSING else f.default_factory()
         meta = f.metadata
         result[f.name] = Spec(
-            f.name, hints[f.name], default, meta.get("help", ""), meta.get("aliases", ()), meta.get("choices"), owner
-        )
+            f.name, hints[f.name], default, meta.get("help", ""), meta.get("aliases", ()), meta.get("choices"), owner,
+            meta.get("path", False),
+        )  # fmt: skip
     return result
 
 
@@ -291,6 +307,7 @@ def read_config_file(path: str) -> dict[str, Any]:
 
     Raises: UsageError naming the file if it is missing, malformed or not a mapping.
     """
+    path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise UsageError(f"{path}: no such config file; a command takes [config.yaml|config.json] [--flag value ...]")
     with open(path, encoding="utf-8") as file:

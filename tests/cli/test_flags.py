@@ -1,6 +1,7 @@
 """Every flag that ms-swift users type parses, is explained or is refused with a reason; none is silently ignored."""
 
 import dataclasses
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -119,3 +120,21 @@ def test_every_flag_that_acts_is_read_somewhere(words):
         if not by_attribute and not any(re.search(rf"[\"']{re.escape(t)}[\"']", named) for t in targets):
             unread.append(field)
     assert not unread, f"{' '.join(words)}: read nowhere: {unread}"
+
+
+# Flags that speak of files or directories but whose value is none; and the three that expand ~ where they read it.
+NO_PATHS = {
+    "model_type", "exist_ok", "thread_count", "max_shard_size", "save_safetensors", "add_version", "dry_run",
+    "push_to_hub", "wandb_exp_name", "new_special_tokens", "system", "loss_scale",
+}  # fmt: skip
+
+
+def test_every_path_may_begin_with_the_home_directory():
+    for route in ROUTES.values():
+        module, _, name = route.arguments.partition(":")
+        for spec in specs(getattr(importlib.import_module(module), name)).values():
+            names_one = re.search(
+                r"director|\bfiles?\b|\bpaths?\b|data that|_dir\b|_path\b", f"{spec.help} {spec.name}"
+            )
+            if names_one and spec.name not in NO_PATHS and spec.type is not bool:
+                assert spec.path, f"{name}: --{spec.name} ({spec.help})"

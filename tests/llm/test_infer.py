@@ -151,21 +151,56 @@ def test_data_set(model_dir: str, generator: infer.Generator, monkeypatch: pytes
     assert list(result.parent.iterdir()) == [result]  # nothing half-written is left
 
 
-def test_rows_that_are_no_conversations(generator: infer.Generator, tmp_path: Path) -> None:
+def answered(model_dir: str, monkeypatch: pytest.MonkeyPatch, generator: infer.Generator, file: Path) -> list[Any]:
+    monkeypatch.setattr(infer.Generator, "from_arguments", lambda _args: generator)
+    result = file.with_suffix(".out")
+    infer.infer_main(arguments(model_dir, "--val_dataset", str(file), "--result_path", str(result)))
+    return [json.loads(line) for line in result.read_text(encoding="utf-8").splitlines()]
+
+
+def test_rows_that_cannot_be_answered_cost_only_themselves(
+    model_dir: str, generator: infer.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"query": "Hello"}\n[1]\n')
-    with pytest.raises(DatasetError, match=r"rows.jsonl:2: a row must be a JSON object"):
-        infer.read_rows([str(file)])
-    file.write_text('{"query": ')
-    with pytest.raises(DatasetError, match=r"rows.jsonl:1: not valid JSON"):
-        infer.read_rows([str(file)])
+    lines = [
+        b'{"query": "Hello"}', b"[1]", b'{"query": ', b'{"query": "smile \\ud83d"}', b'{"query": "caf\xe9"}',
+        b'{"query": NaN}', b'{"colour": "red"}', b'{"messages": [{"content": "who says this?"}]}',
+        json.dumps({"query": "word " * 3000}).encode(), json.dumps({"query": "a" * 5_000_000}).encode(),
+        b'{"messages": [{"role": "user", "content": "Hello"}], "score": NaN}',
+    ]  # fmt: skip
+    file.write_bytes(b"\n".join(lines))
+    done = answered(model_dir, monkeypatch, generator, file)
+    hello = generator.answer([[{"role": "user", "content": "Hello"}]])[0]
+    assert [row["response"] for row in done] == [hello, *[None] * 9, hello]
+    assert all(row["error"].startswith(f"{file}:{i + 1}: ") for i, row in enumerate(done) if i not in (0, 10))
+    reasons = ("not an object", "not valid JSON", "surrogate", "not UTF-8", "no known format", "no known format",
+               "no role", "tokens", "characters")  # fmt: skip
+    assert all(reason in row["error"] for reason, row in zip(reasons, done[1:10], strict=True))
+    file.write_bytes(b"\n".join(lines[1:3]))
+    with pytest.raises(
+        DatasetError, match=r"none of 2 rows could be answered, the first: .*rows.jsonl:1: not an object"
+    ):
+        answered(model_dir, monkeypatch, generator, file)
     with pytest.raises(DatasetError, match="no such file"):
-        infer.read_rows([str(tmp_path / "absent.jsonl")])
-    bad, good = {"messages": [{"content": "who says this?"}]}, {"query": "Hello"}
-    done = list(infer.answer_rows(generator, [bad, good, {"colour": "red"}], batch_size=2))
-    assert done[2]["response"] is None and "no known format" in done[2]["error"]
-    assert done[0]["response"] is None and "role" in done[0]["error"]
-    assert done[1]["response"] == generator.answer([[{"role": "user", "content": "Hello"}]])[0]
+        answered(model_dir, monkeypatch, generator, tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("ends.jsonl", json.dumps({"messages": [{"role": "system", "content": "Be brief."}, *QUESTION]})),
+        ("array.json", json.dumps([{"messages": [{"role": "system", "content": "Be brief."}, *QUESTION]}])),
+        ("bom.jsonl", "\ufeff" + json.dumps({"query": QUESTION[0]["content"], "system": "Be brief."}) + "\r\n"),
+        ("table.csv", f"query,system\n{QUESTION[0]['content']},Be brief.\n"),
+        ("empty.jsonl", json.dumps({"query": QUESTION[0]["content"], "response": "", "system": "Be brief."})),
+    ],
+)
+def test_one_reader_serves_training_and_inference(
+    name: str, content: str, model_dir: str, generator: infer.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    (row,) = answered(model_dir, monkeypatch, generator, tmp_path / name)
+    assert row["response"] == generator.answer([[{"role": "system", "content": "Be brief."}, *QUESTION]])[0]
 
 
 def test_chat_keeps_the_history(

@@ -123,3 +123,48 @@ def test_arguments_or_words():
     args = InferArguments(model="DIR")
     assert pipeline.as_arguments(InferArguments, args) is args
     assert pipeline.as_arguments(InferArguments, ["--model", "DIR"]).model == "DIR"
+
+
+def test_adapters_alone_name_their_base(tiny_model, tmp_path):
+    base = tiny_model("glm4_moe")
+    for name, recorded, config in (
+        ("run/checkpoint-1", {"model_dir": str(base), "template": "glm4_5"}, {}),
+        ("alone", None, {"base_model_name_or_path": str(base)}),
+    ):
+        adapter = tmp_path / name
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        if recorded:
+            (adapter.parent / "args.json").write_text(json.dumps(recorded))
+        for cls, more in (
+            (InferArguments, {}),
+            (ExportArguments, {"merge_lora": True}),
+            (ExportArguments, {"to_mcore": True}),
+        ):
+            args = pipeline.resolve(cls(adapters=[str(adapter)], **more))
+            assert args.model_info.model_dir == str(base) and args.template == "glm4_5"
+    for config, message in (
+        ({"base_model_name_or_path": "org/name"}, "names 'org/name', which is no model directory"),
+        ({}, "names no model; give its base model with --model"),
+        ([], "not a JSON object"),
+    ):
+        (tmp_path / "alone/adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises((UsageError, CheckpointError), match=message):
+            pipeline.resolve(InferArguments(adapters=[str(tmp_path / "alone")]))
+
+
+def test_system_message_from_a_file(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "system.txt").write_bytes("\ufeffBe a pirate.\nAlways.\r\n".encode())
+    model = str(tiny_model("glm4_moe"))
+
+    def system(text):
+        return pipeline.resolve(InferArguments(model=model, system=text)).system
+
+    assert system(str(tmp_path / "system.txt")) == system("~/system.txt") == "Be a pirate.\nAlways."
+    for text in ("Be brief.", "", "Read the file notes.txt", "a.txt\nb.txt"):
+        assert system(text) == text
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name, reason in (("none.txt", "No such file"), ("~/latin.txt", "not UTF-8")):
+        with pytest.raises(UsageError, match=rf"--system {name}: cannot be read .*{reason}"):
+            system(name)

@@ -167,3 +167,21 @@ def test_from_dict_takes_aliases_and_refuses_unknown_names():
 def test_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = Demo().nothing
+
+
+def test_the_home_directory_in_paths(tmp_path, monkeypatch):
+    @arguments
+    class Paths(Arguments):
+        """Paths"""
+
+        save: str | None = field(None, "directory", path=True)
+        files: list[str] = field([], "files", path=True)
+        text: str = field("", "no path")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("save: ~/out\nfiles: [~/a.jsonl, b~.jsonl]\ntext: ~/x\n")
+    for words in (["~/run.yaml"], ["--save=~/out", "--files", "~/a.jsonl", "b~.jsonl", "--text=~/x"]):
+        found = parse(Paths, words)
+        assert (found.save, found.text) == (f"{tmp_path}/out", "~/x")
+        assert found.files == [f"{tmp_path}/a.jsonl", "b~.jsonl"]
+    assert Paths(save="~").save == str(tmp_path)

@@ -50,7 +50,7 @@ def normalize_dtype(value: Any, flag: str = "torch_dtype") -> str | None:
 class RunArguments(Arguments):
     """Run: where results go, seed, precision, kernels"""
 
-    output_dir: str | None = field(None, "directory that is written", aliases=["save"])
+    output_dir: str | None = field(None, "directory that is written", aliases=["save"], path=True)
     seed: int = field(42, "seed of weights' initialisation, data order and dropout")
     torch_dtype: Any = field(
         None, "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)", aliases=["dtype"]
@@ -96,7 +96,7 @@ class RunArguments(Arguments):
 class ModelArguments(Arguments):
     """Model: which checkpoint, and how it is read"""
 
-    model: str | None = field(None, "directory, ModelScope id, or Hugging Face id with --use_hf true")
+    model: str | None = field(None, "directory, ModelScope id, or Hugging Face id with --use_hf true", path=True)
     model_type: str | None = field(None, "registered type; needed only where the directory does not settle it")
     model_revision: str | None = field(None, "branch, tag or commit on the hub", aliases=["revision"])
     use_hf: bool = field(False, "download from Hugging Face instead of ModelScope")
@@ -107,7 +107,7 @@ class ModelArguments(Arguments):
     device_map: Any = field(None, "where transformers puts the layers: auto, cpu, cuda:0 or a JSON map")
     trust_remote_code: bool = field(False, "allow Python code that a checkpoint brings to run")
     ignore_requirements: bool = field(False, "go on although a package version that the model asks for is missing")
-    adapters: list[str] = field([], "directories of LoRA adapters in PEFT's format")
+    adapters: list[str] = field([], "directories of LoRA adapters in PEFT's format", path=True)
     merge_lora: bool | None = field(None, "add LoRA weights into the model that is written")
 
     def __post_init__(self) -> None:
@@ -178,12 +178,14 @@ class DataArguments(Arguments):
     """Data: what is trained or run on"""
 
     dataset: list[str] = field(
-        [], "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it"
+        [],
+        "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it",
+        path=True,
     )
-    val_dataset: list[str] = field([], "the same, for evaluation")
+    val_dataset: list[str] = field([], "the same, for evaluation", path=True)
     split_dataset_ratio: float = field(0.0, "share of the data set kept for evaluation where --val_dataset is absent")
     columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
-    dataset_info: list[str] = field([], "JSON files that name data sets", aliases=["custom_dataset_info"])
+    dataset_info: list[str] = field([], "JSON files that name data sets", aliases=["custom_dataset_info"], path=True)
     interleave_prob: list[float] = field([], "draw from the data sets with these probabilities, one for each")
     stopping_strategy: str = field(
         "first_exhausted", "end of such a mixture", choices=["first_exhausted", "all_exhausted"]
@@ -191,7 +193,7 @@ class DataArguments(Arguments):
     streaming: bool = field(False, "read and tokenise while training runs; needs --train_iters")
     shuffle_buffer_size: int = field(1000, "rows that are shuffled and packed together when streaming")
     load_from_cache_file: bool = field(False, "keep tokenised data between runs, by content")
-    cached_dataset: str | None = field(None, "directory that `export --to_cached_dataset true` wrote")
+    cached_dataset: str | None = field(None, "directory that `export --to_cached_dataset true` wrote", path=True)
     dataset_num_proc: int = field(1, "processes that read and tokenise")
     max_drop_ratio: float = field(0.05, "stop when a larger share of the rows cannot be used")
     data_seed: int | None = field(None, "seed of the data order (default: --seed)")
@@ -286,7 +288,10 @@ class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArgumen
     NOTES: ClassVar[Mapping[str, Note]] = COMMON_NOTES
 
     custom_register_path: list[str] = field(
-        [], "Python files that register models, templates or data sets", aliases=["external_plugins"]
+        [],
+        "Python files that register models, templates or data sets",
+        aliases=["external_plugins"],
+        path=True,
     )
     exist_ok: bool = field(False, "write although the output directory exists")
     debug: bool = field(False, "show the traceback of an error")

@@ -30,8 +30,10 @@ def parse_bytes(text: str, flag: str) -> int:
 class McoreArguments(Arguments):
     """Megatron checkpoints: where torch_dist weights come from"""
 
-    mcore_model: str | None = field(None, "directory with latest_checkpointed_iteration.txt", aliases=["load"])
-    mcore_adapter: str | None = field(None, "adapter checkpoint of a Megatron run", aliases=["adapter_load"])
+    mcore_model: str | None = field(
+        None, "directory with latest_checkpointed_iteration.txt", aliases=["load"], path=True
+    )
+    mcore_adapter: str | None = field(None, "adapter checkpoint of a Megatron run", aliases=["adapter_load"], path=True)
 
 
 @arguments
@@ -121,7 +123,7 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
             raise UsageError("--to_mcore true and --to_hf true: give one direction")
         if self.to_hf and not (self.mcore_model or self.mcore_adapter or self.adapters):
             raise UsageError("--to_hf true: give the Megatron checkpoint with --mcore_model DIR")
-        if self.to_mcore and not self.model:
+        if self.to_mcore and not (self.model or self.adapters or self.mcore_adapter):
             raise UsageError("--to_mcore true: give the Hugging Face checkpoint with --model DIR_OR_ID")
         self.test_convert_dtype = normalize_dtype(self.test_convert_dtype, "test_convert_dtype") or "float32"
         if self.thread_count is not None and self.thread_count < 1:
@@ -147,7 +149,7 @@ class VerifyArguments(Arguments):
 
     POSITIONAL: ClassVar[str | None] = "directories"
 
-    directories: list[str] = field([], "two checkpoints, Hugging Face or Megatron, in either order")
+    directories: list[str] = field([], "two checkpoints, Hugging Face or Megatron, in either order", path=True)
     quick: bool = field(False, "compare recorded hashes where a checkpoint has them, instead of reading its weights")
     debug: bool = field(False, "show the traceback of an error")
 
@@ -163,12 +165,12 @@ class VerifyArguments(Arguments):
 class CheckArguments(Arguments):
     """Check: does this kind of model convert and compute right? With --parity true: does it train the same on both sides?"""
 
-    model: str | None = field(None, "directory or hub id; only its config.json is read, except by --parity")
+    model: str | None = field(None, "directory or hub id; only its config.json is read, except by --parity", path=True)
     model_type: str | None = field(None, "registered type, or all; tests a small config of the type")
     parity: bool = field(
         False, "train with transformers and on Megatron from one start on the same batches, and compare"
     )
-    dataset: list[str] = field([], "with --parity: data that both train on")
+    dataset: list[str] = field([], "with --parity: data that both train on", path=True)
     shrink: bool = field(False, "with --parity: train a small random model of the same shape class instead")
     train_type: str = field("full", "with --parity: what is trained", aliases=["tuner_type"], choices=["full", "lora"])
     rlhf_type: str | None = field(None, "with --parity: training on preference pairs instead", choices=["dpo"])

@@ -15,7 +15,7 @@ class InferArguments(GenerationArguments, BaseArguments):
     """Inference: chat, one prompt, or a data set"""
 
     HIDDEN: ClassVar[Mapping[str, str]] = {
-        **hide(DataArguments, "has no effect on inference", keep=["val_dataset"]),
+        **hide(DataArguments, "has no effect on inference", keep=["val_dataset", "columns", "dataset_info"]),
         "merge_lora": "has no effect on inference",
         "output_dir": "inference writes only --result_path",
         "padding_free": "has no effect on inference",
@@ -23,7 +23,7 @@ class InferArguments(GenerationArguments, BaseArguments):
     }
 
     prompt: str | None = field(None, "answer this and end", aliases=["query"])
-    result_path: str | None = field(None, "JSONL file for the answers to --val_dataset")
+    result_path: str | None = field(None, "JSONL file for the answers to --val_dataset", path=True)
     max_batch_size: int = field(1, "rows of --val_dataset answered at once")
 
     def __post_init__(self) -> None:

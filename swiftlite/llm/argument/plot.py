@@ -14,8 +14,8 @@ class PlotArguments(Arguments):
 
     POSITIONAL: ClassVar[str | None] = "runs"
 
-    runs: list[str] = field([], "output directories of runs, or their logging.jsonl")
-    output: str = field("runs.png", "picture that is written", aliases=["output_path"])
+    runs: list[str] = field([], "output directories of runs, or their logging.jsonl", path=True)
+    output: str = field("runs.png", "picture that is written", aliases=["output_path"], path=True)
     debug: bool = field(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:

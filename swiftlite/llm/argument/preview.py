@@ -27,7 +27,7 @@ class PreviewArguments(BaseArguments):
     num_rows: int = field(3, "rows that are shown")
     show_ids: bool = field(False, "list each token with its id and weight")
     color: str = field("auto", "colours in the terminal", choices=["auto", "always", "never"])
-    html: str | None = field(None, "also write the report as this HTML file")
+    html: str | None = field(None, "also write the report as this HTML file", path=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

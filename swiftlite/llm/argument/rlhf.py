@@ -23,7 +23,9 @@ class PreferenceArguments(Arguments):
     label_smoothing: float = field(0.0, "probability that a preference is wrong, 0 to 0.5")
     rpo_alpha: float | None = field(None, "weight of the chosen answers' cross entropy that is added")
     ref_model: str | None = field(
-        None, "directory or id of the reference (default: the start weights; with LoRA the model without adapters)"
+        None,
+        "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",
+        path=True,
     )
     precompute_ref_log_probs: bool = field(
         False, "the reference answers the whole data set once before training, then its memory is free"

@@ -65,7 +65,9 @@ class TrainArguments(Arguments):
     )
     greater_is_better: bool | None = field(None, "is more of it better? (default: unless it is a loss)")
     logging_steps: int = field(5, "steps between log lines", aliases=["log_interval"])
-    logging_dir: str | None = field(None, "TensorBoard files (default: OUTPUT_DIR/runs)", aliases=["tensorboard_dir"])
+    logging_dir: str | None = field(
+        None, "TensorBoard files (default: OUTPUT_DIR/runs)", aliases=["tensorboard_dir"], path=True
+    )
     report_to: list[str] = field(
         ["tensorboard"], "where metrics go besides logging.jsonl", choices=["tensorboard", "wandb", "swanlab", "none"]
     )

@@ -66,7 +66,7 @@ def _hash(texts: Iterable[str]) -> str:
 
 def cache_root() -> Path:
     """`$SWIFTLITE_CACHE`, or ~/.cache/swiftlite."""
-    return Path(os.environ.get("SWIFTLITE_CACHE") or Path.home() / ".cache" / "swiftlite")
+    return Path(os.environ.get("SWIFTLITE_CACHE") or "~/.cache/swiftlite").expanduser()
 
 
 def encode_cached(

@@ -54,7 +54,7 @@ class EncodedDataset:
         # A few rows are encoded faster than processes start.
         with RowEncoder(template, num_proc if len(rows) > 2 * _BATCH else 1) as encode:
             for i, encoded in enumerate(encode(rows)):
-                for sample in samples_of(encoded, self.report, f"row {i}", rows[i]):
+                for sample in samples_of(encoded, self.report, place_of(rows[i], i), rows[i]):
                     self.row_indices.append(i)
                     self.store.append(sample)
         self.lengths = self.store.lengths()
@@ -84,11 +84,16 @@ class EncodedDataset:
         return iter(self.store)
 
 
+def place_of(row: Any, index: int) -> str:
+    """Where a row stands: "file:line" where its reader said so, else its number."""
+    return getattr(row, "place", f"row {index}")
+
+
 def samples_of(encoded: Any, report: DropReport, place: str, row: Any) -> list[Sample]:
     """The samples of one row's encoding; a row without any is counted with its reason."""
     report.total += 1
     if isinstance(encoded, MaxLengthError):
-        report.drop("longer than --max_length", place, f"{encoded.length} tokens", row)
+        report.drop("longer than --max_length", place, encoded.seen, row)
         return []
     if isinstance(encoded, TemplateError):
         report.drop("cannot be encoded", place, str(encoded), row)

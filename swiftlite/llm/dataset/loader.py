@@ -5,13 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from swiftlite.llm.dataset.preprocess import Row, RowError, preprocess
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
-from swiftlite.llm.dataset.sources import Item, Source, open_spec, parse_spec
+from swiftlite.llm.dataset.sources import Item, Source, Spec, open_spec, parse_spec
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
+
+T = TypeVar("T")
+
+
+class PlacedRow(dict[str, Any]):
+    """A standard row that knows where it stands ("file:line"), for those who drop it later."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, row: Mapping[str, Any], place: str) -> None:
+        super().__init__(row)
+        self.place = place
+
 
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")
 
@@ -102,27 +115,58 @@ def _load_one(
     spec = parse_spec(text)
     report = DropReport(rejects=rejects)
     rows: list[Row] = []
-    for source in open_spec(spec, use_hf=options.use_hf, num_proc=options.num_proc, hub_token=options.hub_token):
-        for place, item in source.read(0):
-            report.total += 1
-            row = standard_row(item, source, options)
-            if isinstance(row, RowError):
-                report.drop(row.reason, place, row.seen, row.row)
-            else:
-                rows.append(row)
+    for place, item, source in _items(spec, options):
+        report.total += 1
+        row = standard_row(item, source, options)
+        if isinstance(row, RowError):
+            report.drop(row.reason, place, row.seen, row.row)
+        else:
+            rows.append(PlacedRow(row, place))
     if not report.total:
         raise DatasetError(f"{spec.name}: holds no rows; give a file with at least one")
     report.check(max_drop_ratio, spec.name)
-    if spec.count is not None:
-        order = random.Random(seed)
-        whole, rest = divmod(spec.count, len(rows))
-        rows = rows * whole + [rows[i] for i in sorted(order.sample(range(len(rows)), rest))]
+    rows = _counted(rows, spec, seed)
     get_logger().info("%s: %d rows", spec.name, len(rows))
     return rows
 
 
-def standard_row(item: Any, source: Source, options: ReadOptions) -> Row | RowError:
-    """A raw row in the standard form, or why it has none."""
+def _items(spec: Spec, options: ReadOptions) -> Iterator[tuple[str, Any, Source]]:
+    for source in open_spec(spec, use_hf=options.use_hf, num_proc=options.num_proc, hub_token=options.hub_token):
+        for place, item in source.read(0):
+            yield place, item, source
+
+
+def _counted(rows: list[T], spec: Spec, seed: str) -> list[T]:
+    """`NAME#N`: whole rounds of the rows, and a choice for the rest."""
+    if spec.count is None:
+        return rows
+    whole, rest = divmod(spec.count, len(rows))
+    return rows * whole + [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), rest))]
+
+
+def read_questions(
+    datasets: Sequence[str], options: ReadOptions, seed: int = 42
+) -> list[tuple[str, Any, Row | RowError]]:
+    """(place, raw row, standard row or why there is none) of data sets that a model is to answer.
+
+    Read as load_dataset reads, but a row may end with a question, and rows that cannot be used keep their place.
+    Raises: DatasetError for what cannot be read.
+    """
+    found: list[tuple[str, Any, Row | RowError]] = []
+    for number, text in enumerate(datasets):
+        spec = parse_spec(text)
+        part = [
+            (place, item, standard_row(item, source, options, answered=False))
+            for place, item, source in _items(spec, options)
+        ]
+        if not part:
+            raise DatasetError(f"{spec.name}: holds no rows; give a file with at least one")
+        found += _counted(part, spec, f"{seed}-{number}")
+    return found
+
+
+def standard_row(item: Any, source: Source, options: ReadOptions, answered: bool = True) -> Row | RowError:
+    """A raw row in the standard form, or why it has none. answered: see preprocess."""
     if isinstance(item, RowError):
         return item
     raw = item
@@ -134,16 +178,16 @@ def standard_row(item: Any, source: Source, options: ReadOptions) -> Row | RowEr
             item, columns = source.preprocess(item), {}
             if item is None:
                 raise RowError("left out by the data set's own preprocess")
-        row = preprocess(item, columns)
+        row = preprocess(item, columns, answered)
         return _fill(row, raw, {"NAME": options.model_name, "AUTHOR": options.model_author})
     except RowError as error:
         error.row = raw
         return error
     except RecursionError:
         return RowError("nested too deeply", "", None)
-    except Exception as error:
+    except Exception as error:  # a row costs itself, never the run
         if source.preprocess is None:
-            raise
+            return RowError("has a form that cannot be read", f"{type(error).__name__}: {error}", raw)
         return RowError(f"the data set's own preprocess failed: {type(error).__name__}", str(error)[:200], raw)
 
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from swiftlite.llm.dataset.encoded import RowEncoder, Sample
+from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
 from swiftlite.llm.dataset.packing import pack_windows
 from swiftlite.llm.dataset.prepare import packing_capacity, read_rows
 from swiftlite.llm.dataset.report import REJECTS_FILE, DropReport, RejectsFile
@@ -52,7 +52,7 @@ class PairDataset:
             encoded = encode(side for row in rows for side in _sides(row))
             for i, row in enumerate(rows):
                 pair = next(encoded), next(encoded)
-                self._add(pair, f"row {i}", row)
+                self._add(pair, place_of(row, i), row)
         self.report.check(max_drop_ratio, name)
         self.sizes = [sum(len(self.store[i][f"{side}_input_ids"]) for side in SIDES) for i in range(self.pairs)]
         self.items = [[i] for i in range(self.pairs)]
@@ -68,7 +68,7 @@ class PairDataset:
             return self.report.drop("no rejected answer", place, "give rejected_messages or rejected_response", row)
         for side in pair:
             if isinstance(side, MaxLengthError):
-                return self.report.drop("longer than --max_length", place, f"{side.length} tokens", row)
+                return self.report.drop("longer than --max_length", place, side.seen, row)
             if isinstance(side, TemplateError):
                 return self.report.drop("cannot be encoded", place, str(side), row)
             if all(label == IGNORE_INDEX for label in side["labels"][1:]):

@@ -1,12 +1,14 @@
 """Any row -> {"messages": [...], ...}. Formats are recognised by their columns; rows that fit none raise RowError.
 
 A standard row holds `messages` (role in system, user, assistant, tool; content text; `tool_calls` with argument
-objects; `reasoning_content`), and where given `tools`, `rejected_messages`, `label`, `images`... are left out.
+objects; `reasoning_content`), and where given `tools`, `rejected_messages`, `label`. Other columns are left out, but rows
+with images, video or sound are refused: a text model would learn to answer without them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,22 +47,32 @@ _RESPONSE = ("response", "answer", "output", "completion", "solution", "chosen")
 _SYSTEM = ("system", "system_prompt")
 _REJECTED = ("rejected_response", "rejected")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-# What a message may carry besides role and content.
-_MESSAGE_EXTRAS = ("loss", "loss_scale", "name", "tool_call_id")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# What a message may carry besides role and content: texts and numbers.
+_MESSAGE_EXTRAS = ("name", "tool_call_id")
+_WEIGHTS = ("loss", "loss_scale", "weight")
+# No schema or call of a real data set is as deep; printing one that is deeper ends in a RecursionError.
+_MAX_DEPTH = 64
+_LARGEST = 1e308  # Python prints no whole number that is much longer
 
 
-def preprocess(row: Any, columns: Mapping[str, str] | None = None) -> Row:
+def preprocess(row: Any, columns: Mapping[str, str] | None = None, answered: bool = True) -> Row:
     """Bring a row into the standard form.
 
-    Args: columns: old column name -> new one, applied first.
+    Args: columns: old column name -> new one, applied first. answered: False for questions to a model: the answer may
+        be missing or empty.
     Returns: a new dict; the row is not changed.
     Raises: RowError with the reason.
     """
     if not isinstance(row, Mapping):
         raise RowError("not an object", type(row).__name__)
-    # Null columns come from tables that hold several formats; they say nothing.
-    named = {(columns or {}).get(key, key): value for key, value in row.items() if value is not None}
-    out: Row = {"messages": _find_messages(named)}
+    # Null columns come from tables that hold several formats; they say nothing. Tables of numbers write NaN for null.
+    named = {(columns or {}).get(key, key): value for key, value in row.items() if not _is_missing(value)}
+    media = next((key for key in _MEDIA if named.get(key)), None)
+    if media:
+        raise RowError("has images, video or sound, which a text model cannot see", f"column {media}")
+    out: Row = {"messages": _find_messages(named, answered)}
+    _check_answers(out["messages"], answered)
     rejected = _find_rejected(named, out["messages"])
     if rejected is not None:
         out["rejected_messages"] = rejected
@@ -73,48 +85,84 @@ def preprocess(row: Any, columns: Mapping[str, str] | None = None) -> Row:
     return out
 
 
-def _find_messages(row: Row) -> list[Message]:
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _find_messages(row: Row, answered: bool) -> list[Message]:
     for key in ("messages", "conversations", "conversation"):
         if key in row:
-            return _conversation(row[key], _text(row, _SYSTEM))
+            messages = _conversation(row[key], _text(row, _SYSTEM))
+            if messages[-1]["role"] != "assistant" and _chosen(row) is not None:
+                messages = [*messages, *_answer_of(row, "chosen")]
+            return messages
     prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) and (isinstance(completion, list) or isinstance(row.get("chosen"), list)):
-        return _conversation([*prompt, *(completion or row["chosen"])], None)
+    if isinstance(prompt, list):
+        answer = completion if isinstance(completion, list) else row.get("chosen")
+        if isinstance(answer, list) or not answered:
+            return _conversation([*prompt, *(answer or ())], None)
     if isinstance(row.get("chosen"), list):
         return _conversation(row["chosen"], _text(row, _SYSTEM))
     query, response = _text(row, _QUERY), _text(row, _RESPONSE)
-    if query is not None and response is not None:
+    if query is not None and (response is not None or not answered):
         if "instruction" in row and isinstance(row.get("input"), str) and row["input"]:
             query = f"{query}\n{row['input']}" if query else row["input"]
-        turns = [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
+        turns = [{"role": "user", "content": query}]
+        turns += [] if response is None else [{"role": "assistant", "content": response}]
         return _conversation([*_history(row.get("history")), *turns], _text(row, _SYSTEM))
     if isinstance(row.get("text"), str):
         # Plain text for pre-training: all of it is the model's.
         return _conversation([{"role": "assistant", "content": row["text"]}], None)
-    columns = ", ".join(sorted(map(str, row))) or "none"
+    columns = ", ".join(sorted(map(str, row)))[:200] or "none"
     raise RowError("no known format", f"columns {columns}; use messages, conversations, query/response or --columns")
+
+
+def _chosen(row: Row) -> Any:
+    """The better answer to a conversation that ends with a question, None where the row ranks nothing."""
+    return row.get("chosen") if any(key in row for key in _REJECTED) else None
+
+
+def _answer_of(row: Row, key: str) -> list[Message]:
+    """An answer that stands in its own column: text, one message, or several."""
+    value = row[key]
+    if isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    elif isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise RowError(f"{'chosen' if key == 'chosen' else 'rejected'} answer is not text", type(value).__name__)
+    return _conversation(value, None)
 
 
 def _find_rejected(row: Row, messages: list[Message]) -> list[Message] | None:
     if "rejected_messages" in row:
-        return _conversation(row["rejected_messages"], None)
-    rejected = next((row[key] for key in _REJECTED if key in row), None)
-    if rejected is None:
+        rejected = _conversation(row["rejected_messages"], None)
+        _check_answers(rejected)
+        return rejected
+    key = next((key for key in _REJECTED if key in row), None)
+    if key is None:
         return None
-    if isinstance(rejected, str):
-        return [*messages[:-1], {"role": "assistant", "content": rejected}]
-    if isinstance(rejected, list):
-        prompt = row["prompt"] if isinstance(row.get("prompt"), list) else []
-        return _conversation([*prompt, *rejected], _text(row, _SYSTEM))
-    raise RowError("rejected answer is not text", type(rejected).__name__)
+    answer = _answer_of(row, key)
+    prompt = row["prompt"] if isinstance(row.get("prompt"), list) else []
+    if isinstance(row[key], list) and (prompt or answer[0]["role"] != "assistant"):  # a whole conversation
+        rejected = _conversation([*prompt, *row[key]], _text(row, _SYSTEM))
+        _check_answers(rejected)
+        return rejected
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return [*messages[:end], *answer]
 
 
 def _text(row: Row, names: tuple[str, ...]) -> str | None:
     value = next((row[name] for name in names if name in row), None)
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        pass
     raise RowError("column is not text", f"{next(n for n in names if n in row)} is {type(value).__name__}")
 
 
@@ -144,12 +192,18 @@ def _conversation(messages: Any, system: str | None) -> list[Message]:
             _append(out, standard)
     if system and out[0]["role"] != "system":
         out.insert(0, {"role": "system", "content": system})
-    answers = [message for message in out if message["role"] == "assistant"]
-    if not answers:
-        raise RowError("no assistant message", f"roles {', '.join(message['role'] for message in out)}")
-    if out[-1]["role"] == "assistant" and not (out[-1]["content"].strip() or out[-1].get("tool_calls")):
-        raise RowError("the last answer is empty")
     return out
+
+
+def _check_answers(messages: list[Message], answered: bool = True) -> None:
+    """A conversation that is learnt has answers, and the last one says something."""
+    if not answered:
+        return
+    if all(message["role"] != "assistant" for message in messages):
+        raise RowError("no assistant message", f"roles {', '.join(message['role'] for message in messages[:20])}")
+    last = messages[-1]
+    if last["role"] == "assistant" and not (last["content"].strip() or last.get("tool_calls")):
+        raise RowError("the last answer is empty")
 
 
 def _messages_of(message: Any) -> list[Message]:
@@ -161,15 +215,15 @@ def _messages_of(message: Any) -> list[Message]:
         pair = (("user", message["human"]), ("assistant", message["assistant"]))
         return [{"role": name, "content": _content(text)} for name, text in pair]
     if role is None:
-        raise RowError("a message has no role", f"keys {', '.join(map(str, message))}")
+        raise RowError("a message has no role", f"keys {_short(list(message))}")
     standard = _ROLES.get(role) if isinstance(role, str) else None
     if standard is None:
-        raise RowError("unknown role", f"{role!r}; use system, user, assistant or tool")
+        raise RowError("unknown role", f"{_short(role)}; use system, user, assistant or tool")
     content = message["content"] if "content" in message else message.get("value")
     if standard == "tool_call":
         # A call written as its own message: {"name": ..., "arguments": ...}.
         call = _from_json(content, "a tool call is no JSON") if isinstance(content, str) else content
-        calls = call if isinstance(call, list) else [call]
+        calls = call if isinstance(call, list) and call else [call]
         return [{"role": "assistant", "content": "", "tool_calls": [_call(call) for call in calls]}]
     out: Message = {"role": standard}
     called: Any = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else None)
@@ -182,8 +236,26 @@ def _messages_of(message: Any) -> list[Message]:
         reasoning = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), None)
         if reasoning:
             out["reasoning_content"] = reasoning
-    out.update({key: message[key] for key in _MESSAGE_EXTRAS if message.get(key) is not None})
+    out.update(_weight(message))
+    for key in _MESSAGE_EXTRAS:
+        if not _is_missing(message.get(key)):
+            out[key] = _plain(message[key], key)
     return [out]
+
+
+def _weight(message: Mapping[str, Any]) -> Message:
+    """How much a message counts: `loss` (true, false or a number), `loss_scale`, or OpenAI's `weight`."""
+    found: Message = {}
+    for key in _WEIGHTS:
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
+            raise RowError(f"{key} is no number", f"{_short(value)}; use true, false or a number, 0 or more")
+        found[key] = value
+    weight = found.pop("weight", 1)
+    # 1 is what a message weighs anyway, where the strategy of --loss_scale says nothing else.
+    return found if weight == 1 or "loss" in found or "loss_scale" in found else {**found, "loss_scale": weight}
 
 
 def _append(out: list[Message], message: Message) -> None:
@@ -219,8 +291,9 @@ def _call(call: Any) -> dict[str, Any]:
         arguments = _from_json(arguments, "tool call arguments are no JSON")
     if not isinstance(arguments, Mapping):
         raise RowError("tool call arguments are not an object", type(arguments).__name__)
-    out: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
-    return {"id": call["id"], **out} if call.get("id") else out
+    plain = _plain(arguments, "tool call")
+    out: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": plain}}
+    return {"id": _plain(call["id"], "tool call"), **out} if call.get("id") else out
 
 
 def _tools(tools: Any) -> list[Any]:
@@ -237,9 +310,37 @@ def _tools(tools: Any) -> list[Any]:
             tool = _from_json(tool, "a tool is text but no JSON")
         if not isinstance(tool, Mapping):
             raise RowError("a tool is not an object", type(tool).__name__)
-        is_bare = "name" in tool and "function" not in tool
-        out.append({"type": "function", "function": dict(tool)} if is_bare else dict(tool))
+        plain = _plain(tool, "tool")
+        is_bare = "name" in plain and "function" not in plain
+        out.append({"type": "function", "function": plain} if is_bare else plain)
     return out
+
+
+def _plain(value: Any, what: str, depth: int = 0) -> Any:
+    """A copy that any chat template can print: texts, finite numbers, true, false, null, lists, objects.
+
+    Raises: RowError naming what is none of these.
+    """
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, (int, float)):
+        if not -_LARGEST < value < _LARGEST:
+            raise RowError(f"{what} holds a number that JSON cannot", type(value).__name__)
+        return value
+    if depth > _MAX_DEPTH:
+        raise RowError("nested too deeply", f"{what} has more than {_MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise RowError(f"{what} has a key that is not text")
+        return {key: _plain(inner, what, depth + 1) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, what, depth + 1) for inner in value]
+    raise RowError(f"{what} holds a value that JSON cannot", type(value).__name__)
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _from_json(text: str, reason: str) -> Any:
@@ -247,3 +348,5 @@ def _from_json(text: str, reason: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise RowError(reason, str(error)) from None
+    except RecursionError:
+        raise RowError("nested too deeply") from None

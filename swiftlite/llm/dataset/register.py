@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
 
 Row = dict[str, Any]
 
@@ -68,42 +69,98 @@ def register_dataset_info(file: str) -> list[str]:
     """Register the data sets of a JSON file: {name: {...}}, or a list of entries that have `dataset_name`.
 
     An entry has path (relative to the file), hf_id or ms_id, and may have columns, subsets, split. The names of
-    ms-swift (dataset_path, hf_dataset_id, ms_dataset_id) and LLaMA-Factory (file_name, hf_hub_url, ms_hub_url; its
-    columns are read the other way round) are understood.
+    ms-swift (dataset_path, hf_dataset_id, ms_dataset_id) and LLaMA-Factory (file_name, hf_hub_url, ms_hub_url, tags,
+    ranking; its columns are read the other way round) are understood; other keys are told.
     Returns: the names. Raises: UsageError naming file and entry.
     """
     path = Path(file).expanduser()
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--dataset_info {file}: cannot be read ({error}); give a JSON file") from None
     if isinstance(entries, Mapping):
-        entries = [{"dataset_name": name, **entry} for name, entry in entries.items()]
+        entries = [
+            {"dataset_name": name, **entry} if isinstance(entry, Mapping) else entry for name, entry in entries.items()
+        ]
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise UsageError(f"--dataset_info {file}: must hold {{name: {{...}}}}, or a list of objects; mend the file")
     names = []
     for entry in entries:
-        values: dict[str, Any] = {
-            key: next((entry[name] for name in names_ if entry.get(name)), None) for key, names_ in _KEYS.items()
-        }
-        name = entry.get("dataset_name") or values["ms_id"] or values["hf_id"] or values["path"]
-        if values["path"] and (values["hf_id"] or values["ms_id"]):  # a local copy is nearer
-            values["hf_id"] = values["ms_id"] = None
-        if values["path"] and not Path(values["path"]).is_absolute():
-            values["path"] = str(path.parent / values["path"])
-        columns = dict(entry.get("columns") or {})
-        if "file_name" in entry or "hf_hub_url" in entry or "ms_hub_url" in entry or "formatting" in entry:
-            columns = {old: _STANDARD.get(new, new) for new, old in columns.items()}
-        subsets = entry.get("subsets") or ([entry["subset"]] if entry.get("subset") else [])
-        split = entry.get("split") or "train"
         try:
-            register_dataset(
-                str(name), exist_ok=True, columns=columns, subsets=tuple(subsets),
-                split=split if isinstance(split, str) else split[0], **values,
-            )  # fmt: skip
-        except UsageError as error:
-            raise UsageError(f"--dataset_info {file}: {error}") from None
-        names.append(str(name))
+            names.append(_register_entry(entry, path))
+        except (UsageError, TypeError, AttributeError) as error:  # values of a wrong type
+            where = ascii(entry.get("dataset_name"))
+            reason = error if isinstance(error, UsageError) else f"entry {where} has a value of a wrong type ({error})"
+            raise UsageError(f"--dataset_info {file}: {reason}") from None
     return names
+
+
+def _register_entry(entry: Mapping[str, Any], file: Path) -> str:
+    values: dict[str, Any] = {
+        key: next((entry[name] for name in names if entry.get(name)), None) for key, names in _KEYS.items()
+    }
+    name = str(entry.get("dataset_name") or values["ms_id"] or values["hf_id"] or values["path"])
+    if values["path"]:
+        values["path"] = str(file.parent / Path(values["path"]).expanduser())
+    if values["path"] and (values["hf_id"] or values["ms_id"]):  # a local copy is nearer
+        gone = ("hf_id", "ms_id") if Path(values["path"]).exists() else ("path",)
+        values.update(dict.fromkeys(gone))
+    columns = dict(entry.get("columns") or {})
+    tags = entry.get("tags")
+    if tags or any(key in entry for key in ("file_name", "hf_hub_url", "ms_hub_url", "formatting", "ranking")):
+        columns = {old: _STANDARD.get(new, new) for new, old in columns.items()}
+    subsets = entry.get("subsets") or ([entry["subset"]] if entry.get("subset") else [])
+    split = entry.get("split") or "train"
+    unknown = sorted(set(entry) - _KNOWN)
+    if unknown:
+        get_logger().warning("%s: %s has keys that are not read: %s", file, ascii(name), ascii(", ".join(unknown)))
+    meta = register_dataset(
+        name, exist_ok=True, columns=columns, subsets=tuple(subsets),
+        split=split if isinstance(split, str) else split[0],
+        preprocess=_tag_reader({**_TAGS, **tags}) if tags else None, **values,
+    )  # fmt: skip
+    return meta.name
 
 
 # LLaMA-Factory's names of columns.
 _STANDARD = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+# Its names of what a message consists of, with the values that they have where an entry says nothing.
+_TAGS = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+_ROLE_TAGS = {
+    "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "tool_call",
+    "system_tag": "system",
+}  # fmt: skip
+# dataset_name, dataset_description, help, huge_dataset and formatting say nothing that the rows do not.
+_KNOWN = {
+    *(name for names in _KEYS.values() for name in names), "dataset_name", "columns", "tags", "ranking", "subset",
+    "subsets", "split", "formatting", "dataset_description", "help", "huge_dataset",
+}  # fmt: skip
+
+
+def _tag_reader(tags: Mapping[str, str]) -> Callable[[Row], Row]:
+    """Rows whose messages have keys and roles of their own -> role and content."""
+    roles = {tags[tag]: role for tag, role in _ROLE_TAGS.items()}
+    role_key, content_key = tags["role_tag"], tags["content_tag"]
+
+    def message(value: Any) -> Any:
+        if not isinstance(value, Mapping) or role_key not in value:
+            return value
+        rest = {key: inner for key, inner in value.items() if key not in (role_key, content_key)}
+        role = value[role_key]
+        return {**rest, "role": roles.get(role, role) if isinstance(role, str) else role,
+                "content": value.get(content_key)}  # fmt: skip
+
+    def preprocess(row: Row) -> Row:
+        out = dict(row)
+        for key in ("conversations", "messages", "chosen", "rejected"):
+            value = out.get(key)
+            if isinstance(value, list):
+                out[key] = [message(inner) for inner in value]
+            elif value is not None:
+                out[key] = message(value)
+        return out
+
+    return preprocess

@@ -39,14 +39,19 @@ class RejectsFile:
             self._file = self.path.open("w", encoding="utf-8")
         try:
             text = json.dumps(row, ensure_ascii=False, default=str)
-        except ValueError:  # a row that holds itself
-            text = repr(row)
+        except (ValueError, TypeError, RecursionError):  # a row that holds itself, or has keys that JSON has not
+            text, row = "", f"a {type(row).__name__} that JSON cannot hold"
         if len(text) > _MAX_CHARS:
             row = text[:_MAX_CHARS] + "..."
         line = {"place": place, "reason": reason, "detail": detail[:_MAX_CHARS], "row": row}
         out = json.dumps(line, ensure_ascii=False, default=str)
         self._file.write(out.encode("utf-8", "replace").decode("utf-8") + "\n")
         self._file.flush()
+
+
+def printable(text: str) -> str:
+    """What came out of a file, for one line of a log: no control characters, no halves of surrogate pairs."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:_MAX_CHARS])
 
 
 @dataclass
@@ -72,6 +77,7 @@ class DropReport:
 
     def drop(self, reason: str, place: str, detail: str = "", row: Any = None) -> None:
         """Count a dropped row (already in `total`) under its reason."""
+        detail = printable(detail)
         self.reasons[reason] += 1
         if self.log is not None:
             self.log.append((reason, place, detail[:200]))

@@ -44,10 +44,11 @@ def read_special_tokens(items: Sequence[str] | None) -> list[str]:
     """The tokens that `--new_special_tokens` names; an item ending in `.txt` is a file of them, split at whitespace."""
     tokens: list[str] = []
     for item in items or ():
+        path = Path(item).expanduser()
         if not item.endswith(".txt"):
             tokens.append(item)
-        elif Path(item).is_file():
-            tokens += Path(item).read_text(encoding="utf-8").split()
+        elif path.is_file():
+            tokens += path.read_text(encoding="utf-8").split()
         else:
             raise UsageError(f"--new_special_tokens {item}: no such file; give a file of tokens, or tokens")
     return list(dict.fromkeys(tokens))

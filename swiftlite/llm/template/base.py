@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,16 @@ from swiftlite.llm.template.jinja import jinja_spans, write_jinja
 from swiftlite.llm.template.layouts import LAYOUTS, PRINTS_CALLS, PRINTS_TOOLS, Conversation
 from swiftlite.llm.template.layouts.conversation import Message, role_of
 from swiftlite.llm.template.layouts.rounds import join_parts
+from swiftlite.llm.template.limits import (
+    MaxLengthError,
+    Span,
+    bounded_text,
+    check_characters,
+    check_length,
+    in_parts,
+    max_token_chars,
+    told_as_template_error,
+)
 from swiftlite.llm.template.loss_scale import parse_loss_scale, weigh
 from swiftlite.meta.template import TemplateMeta
 from swiftlite.utils.errors import TemplateError, UsageError
@@ -38,22 +49,7 @@ _TAGS = {f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") 
 # How templates mark an answer without thoughts.
 _EMPTY_THOUGHTS = ("<think>\n\n</think>\n\n", "\n<think></think>")
 
-Span = tuple[int, int, float]  # characters [start, end) of the text and their loss weight
 Encoded = dict[str, Any]
-
-
-class MaxLengthError(TemplateError):
-    """A conversation with more tokens than max_length. `length` is its number of tokens."""
-
-    def __init__(self, length: int, max_length: int) -> None:
-        super().__init__(
-            f"{length} tokens are more than --max_length {max_length}; raise it, or choose --truncation_strategy "
-            "delete, left, right or split"
-        )
-        self.length, self.max_length = length, max_length
-
-    def __reduce__(self) -> Any:
-        return MaxLengthError, (self.length, self.max_length)
 
 
 class Template:
@@ -164,7 +160,9 @@ class Template:
         """Token ids of the conversation up to where the model answers, for generation."""
         if not self.use_chat_template:
             return self.tokenize("".join(str(message.get("content") or "") for message in messages))
-        text = self.render(messages, tools, add_generation_prompt=True, **kwargs)
+        with told_as_template_error():
+            text = self.render(messages, tools, add_generation_prompt=True, **kwargs)
+        check_length(text)
         if self.response_prefix is not None:
             text = text.removesuffix(self.meta.response_prefix) + self.response_prefix
         return self.tokenize(text)
@@ -176,7 +174,11 @@ class Template:
     # -- tokens -------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens are written out; nothing is added."""
+        """Ids of a text in which special tokens are written out; nothing is added.
+
+        Raises: TemplateError for half of a surrogate pair, which is no character.
+        """
+        check_characters(text)
         encoded = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return list(encoded["input_ids"])
 
@@ -207,7 +209,11 @@ class Template:
         scripts: list[tuple[str, list[Span]] | TemplateError] = []
         for row in rows:
             try:
-                scripts.append(self.training_text(row))
+                with told_as_template_error():
+                    text, spans = self.training_text(row)
+                check_characters(text)
+                limit = (self.max_length, self._max_token_chars, self.truncation_strategy)
+                scripts.append(bounded_text(text, spans, *limit))
             except TemplateError as error:
                 scripts.append(error)
         tokenized = iter(self._tokenize_batch([s for s in scripts if not isinstance(s, TemplateError)]))
@@ -342,16 +348,17 @@ class Template:
         if not scripts:
             return
         if getattr(self.tokenizer, "is_fast", False):
-            batch = self.tokenizer(
-                [text for text, _ in scripts],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                return_offsets_mapping=True,
-                verbose=False,
-            )
-            for (_, spans), ids, offsets in zip(scripts, batch["input_ids"], batch["offset_mapping"], strict=True):
-                yield ids, list(_token_spans(offsets, spans))
+            for part in in_parts(scripts):
+                batch = self.tokenizer(
+                    [text for text, _ in part],
+                    add_special_tokens=False,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    return_offsets_mapping=True,
+                    verbose=False,
+                )
+                for (_, spans), ids, offsets in zip(part, batch["input_ids"], batch["offset_mapping"], strict=True):
+                    yield ids, list(_token_spans(offsets, spans))
         else:
             # Without offsets: a boundary lies where the ids of the text before it stop agreeing. Blanks of the header
             # that are tokenised differently once text follows are then learnt too.
@@ -362,6 +369,10 @@ class Template:
                     first, last = (_common_prefix(ids, self.tokenize(text[:at])) for at in (start, end))
                     found.append((first, last, weight))
                 yield ids, found
+
+    @cached_property
+    def _max_token_chars(self) -> int:
+        return max_token_chars(self.tokenizer)
 
     def _finish(self, row: dict[str, Any], ids: list[int], spans: list[Span]) -> Encoded | list[Encoded]:
         if self.max_length is not None and len(ids) > self.max_length:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from swiftlite.llm.dataset import EncodedDataset
+from swiftlite.llm.dataset import EncodedDataset, load_dataset
 from swiftlite.llm.dataset.encoded import RowEncoder
 from swiftlite.llm.template import get_template
 from swiftlite.utils.errors import DatasetError
@@ -82,3 +83,64 @@ def test_nothing_left(make_template):
 def test_truncation_keeps_rows(make_template):
     dataset = EncodedDataset([row(0, "long " * 200)], make_template(max_length=50, truncation_strategy="right"))
     assert dataset.lengths == [50]
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """Characters of the texts that the tokenizer was given, one entry a call."""
+    seen = []
+    original = PreTrainedTokenizerFast.__call__
+
+    def count(self, text, **kwargs):
+        seen.append(sum(map(len, text)) if isinstance(text, list) else len(text))
+        return original(self, text, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", count)
+    return seen
+
+
+def test_a_huge_row_is_dropped_before_it_is_tokenised(make_template, tokenised, monkeypatch):
+    monkeypatch.setattr("swiftlite.llm.template.limits._CHARS_AT_ONCE", 20_000)
+    monkeypatch.setattr("swiftlite.llm.template.limits.MAX_CHARS", 300_000)
+    rows = [row(i, "word " * 200) for i in range(40)]
+    rows[5], rows[7] = row(5, "a" * 200_000), row(7, "b" * 400_000)
+    dataset = EncodedDataset(rows, make_template(max_length=2000), max_drop_ratio=0.1)
+    assert len(dataset) == 38 and max(tokenised) < 25_000 and sum(tokenised) < 50_000
+    assert dataset.report.examples["longer than --max_length"][0].startswith("row 5 2000")
+    tokenised.clear()
+    dataset = EncodedDataset(rows, make_template(max_length=2000, truncation_strategy="split"), max_drop_ratio=0.1)
+    assert dataset.row_indices.count(5) > 20 and 7 not in dataset.row_indices and max(tokenised) < 250_000
+    assert "characters are more than 300,000" in dataset.report.examples["cannot be encoded"][0]
+
+
+@pytest.mark.parametrize("strategy", ["left", "right"])
+def test_a_huge_row_is_cut_as_if_it_were_tokenised_whole(make_template, tokenised, monkeypatch, strategy):
+    words = " ".join(f"w{i}" for i in range(40_000))
+    template = make_template(max_length=100, truncation_strategy=strategy)
+    found = template.encode(row(0, words))
+    assert max(tokenised) < 0.1 * len(words)
+    monkeypatch.setattr("swiftlite.llm.template.base.bounded_text", lambda text, spans, *_: (text, spans))
+    assert found == template.encode(row(0, words))
+
+
+def test_values_of_odd_types_cost_their_row_only(make_template):
+    rows = [row(i) for i in range(40)]
+    rows[3] = row(3, "smile \ud83d")
+    rows[4]["messages"][1]["loss"] = "no"
+    rows[5]["messages"][1]["loss"] = {}
+    rows[6]["messages"] = [1, 2]
+    rows[7]["messages"][0]["content"] = ["a"]
+    dataset = EncodedDataset(rows, make_template(), max_drop_ratio=0.2)
+    assert dataset.row_indices == [i for i in range(40) if i not in (3, 4, 5, 6, 7)]
+    assert "half of a surrogate pair" in dataset.report.examples["cannot be encoded"][0]
+
+
+def test_rows_of_a_file_keep_their_line(make_template, tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [row(0), row(1, "\ud83d"), row(2, "long " * 300), row(3)]
+    path.write_text("".join(json.dumps(r) + "\n\n" for r in rows))
+    rows, _ = load_dataset(str(path))
+    for num_proc in (1, 2):
+        report = EncodedDataset(rows * 200, make_template(max_length=100), max_drop_ratio=1, num_proc=num_proc).report
+        assert report.examples["cannot be encoded"][0].startswith(f"{path}:3 ")
+        assert report.examples["longer than --max_length"][0].startswith(f"{path}:5 ")
