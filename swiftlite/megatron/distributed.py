@@ -120,7 +120,12 @@ def destroy() -> None:
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():
+        # megatron-core forgets its groups and leaves them, with their threads, to a process group that stays.
+        groups = [group for group in mpu._global_process_group_list or () if group is not None]
         mpu.destroy_model_parallel()
+        for group in groups:
+            if group in dist.distributed_c10d._world.pg_map:  # it ends some itself
+                dist.destroy_process_group(group)
     if _owns_group and dist.is_initialized():
         dist.destroy_process_group()
     _owns_group = False

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from swiftlite.llm.plot import read_run
-from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_layouts, torchrun
+from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_cases, run_layouts
 
 pytestmark = pytest.mark.dist
 
-STEPS = 30
+STEPS = 10
 TOLERANCE = 1e-5  # relative, of loss and gradient norm, in fp32
 
 # Pairs of different lengths: ranks hold different numbers of tokens.
@@ -91,7 +91,7 @@ def argv(
         common = {
             "model": model(family, 0), "model_type": MODEL_TYPES[family],
             "ref_model": model(family, 1), "dataset": root / "train.jsonl",
-            "val_dataset": root / "val.jsonl", "eval_steps": 15, "output_dir": output_dir, "torch_dtype": "float32",
+            "val_dataset": root / "val.jsonl", "eval_steps": 5, "output_dir": output_dir, "torch_dtype": "float32",
             "micro_batch_size": 1, "global_batch_size": 8, "train_iters": STEPS, "lr": 1e-3,
             "rpo_alpha": 0.5, "logging_steps": 1, "save_steps": 1000,
             "save_weights_only": "true", "report_to": "none", "adam_eps": 1e-5,
@@ -103,7 +103,7 @@ def argv(
 
 @pytest.fixture(scope="module")
 def root(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory with all runs. One torchrun per world size."""
+    """The directory with all runs."""
     root = tmp_path_factory.mktemp("layouts")
     runs = {name: (name, 1, flags, None) for name, (_, flags) in ALONE.items()} | LAYOUTS
 
@@ -142,13 +142,13 @@ def test_a_planted_mistake_is_seen(root: Path, name: str) -> None:
 
 def test_a_killed_run_goes_on_under_another_layout(argv: Callable[..., list[str]], root: Path, tmp_path: Path) -> None:
     """The reference stays the model as training began."""
-    flags = ["--ref_model", "none", "--save_steps", "10", "--save_weights_only", "false"]
+    flags = ["--ref_model", "none", "--save_steps", "4", "--save_weights_only", "false"]
     output_dir = tmp_path / "run"
-    first = [{"command": "dpo", "argv": argv("qwen3", output_dir, *flags, *TP), "fault": "kill_at_13"}]
-    assert torchrun(2, first, tmp_path / "first")[0] != 0
-    assert len(curve(output_dir)) >= 10
-    second = [{"command": "dpo", "argv": argv("qwen3", output_dir, *flags, *PP)}]
-    code, log = torchrun(2, second, tmp_path / "second")
+    first = [{"command": "dpo", "argv": argv("qwen3", output_dir, *flags, *TP), "fault": "end_after_6"}]
+    code, log = run_cases(2, first)
     assert code == 0, log[-5000:]
-    assert "going on from step 10" in log
+    second = [{"command": "dpo", "argv": argv("qwen3", output_dir, *flags, *PP)}]
+    code, log = run_cases(2, second)
+    assert code == 0, log[-5000:]
+    assert "going on from step 4" in log
     assert largest_difference(curve(root / "start"), curve(output_dir)) <= TOLERANCE

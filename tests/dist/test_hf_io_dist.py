@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from swiftlite.llm.model import reference
+from tests.dist.launch import run_cases
 from tests.families.cases import build_hf, config_of
 from tests.families.test_round_trip import to_mcore
 
@@ -47,17 +44,12 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
 @pytest.mark.dist
 @pytest.mark.parametrize("processes", LAYOUTS)
 def test_every_rank_holds_the_offline_slice(processes: int, tmp_path: Path) -> None:
-    job = []
+    cases: list[Any] = []
     for case, layouts in LAYOUTS[processes].items():
         root = tmp_path / case.replace(":", "-")
         build_hf({**config_of(case), **CASES[case]}, root / "hf")
         to_mcore(root / "hf", root / "mcore")
-        job += [[str(root), layout] for layout in layouts]
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "tests.dist.worker_hf_io", str(tmp_path / "job.json")]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("ok ") == len(job), result.stdout
+        cases += [[str(root), layout, str(root / f"saved-{number}")] for number, layout in enumerate(layouts)]
+    code, log = run_cases(processes, cases, "tests.dist.worker_hf_io")
+    assert code == 0, log[-4000:]
+    assert log.count("ok ") == len(cases), log

@@ -12,7 +12,7 @@ import pytest
 from swiftlite.llm.plot import read_run
 from swiftlite.llm.train.dpo import dpo_main
 from swiftlite.llm.train.sft import sft_main
-from tests.dist.launch import torchrun
+from tests.dist.launch import run_cases
 from tests.rows import preference_rows
 
 pytestmark = pytest.mark.dist
@@ -52,7 +52,7 @@ def test_two_processes_equal_one(tiny_model: Callable[..., Path], tmp_path: Path
 
     one, two = tmp_path / "one", tmp_path / "two"
     cases = [(command, words(name, two / name), fault) for name, (command, _, _, fault) in CASES.items()]
-    code, errors = torchrun(2, cases, two, "worker_hf.py")
+    code, errors = run_cases(2, cases, "tests.dist.worker_hf")
     assert code == 0, errors[-3000:]
     for case, (command, _, _, fault) in CASES.items():
         if fault is not None:

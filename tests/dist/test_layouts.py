@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_layouts, torchrun
+from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_cases, run_layouts
 
 pytestmark = pytest.mark.dist
 
-STEPS = 20
+STEPS = 8
 TOLERANCE = 1e-5  # relative, of loss and gradient norm, in fp32
 
 # Samples of different lengths: ranks hold different data under data and expert parallelism.
@@ -60,14 +60,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: Callable[..., Path], data: Path) -> Callable[..., list[str]]:
-    """`argv("qwen3", OUTPUT_DIR, *flags)`: the same 8 samples at every step, a constant learning rate of 1e-3."""
+    """`argv("qwen3", OUTPUT_DIR, *flags)`: the same 8 samples at every step, a constant learning rate of 4e-3."""
 
     def make(family: str, output_dir: Path, *flags: str) -> list[str]:
         common = {
             "model": tiny_model(family, **MODELS[family]), "model_type": MODEL_TYPES[family], "dataset": data,
-            "output_dir": output_dir, "torch_dtype": "float32", "micro_batch_size": 1, "global_batch_size": 8,
-            "train_iters": STEPS, "lr": 1e-3, "lr_decay_style": "constant", "logging_steps": 1, "save_steps": 1000,
-            "save_weights_only": "true",
+            "output_dir": output_dir, "torch_dtype": "float32", "micro_batch_size": 2, "global_batch_size": 8,
+            "train_iters": STEPS, "lr": 4e-3, "lr_decay_style": "constant", "logging_steps": 1, "save_steps": 1000,
+            "save_weights_only": "true", "report_to": "none",
             # Adam divides gradients of 1e-8 by themselves, so rounding in them would grow to whole steps.
             "adam_eps": 1e-5,
         }  # fmt: skip
@@ -78,7 +78,7 @@ def argv(tiny_model: Callable[..., Path], data: Path) -> Callable[..., list[str]
 
 @pytest.fixture(scope="module")
 def curves(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The curve of every layout, and of one process for each family under its name. One torchrun per world size."""
+    """The curve of every layout, and of one process for each family under its name."""
     root = tmp_path_factory.mktemp("layouts")
     runs = {family: (family, 1, [], None) for family in MODELS} | LAYOUTS
     run_layouts(runs, lambda family, output, flags: {"argv": argv(family, output, *flags)}, root)
@@ -102,8 +102,8 @@ def test_a_planted_mistake_is_seen(curves: dict[str, Any], name: str) -> None:
     assert largest_difference(curves[LAYOUTS[name][0]], curves[name]) > 100 * TOLERANCE
 
 
-SAVE = ["--save_steps", "10", "--save_weights_only", "false"]
-# world size and flags of the run that is killed, and of the one that goes on
+SAVE = ["--save_steps", "4", "--save_weights_only", "false"]
+# world size and flags of the run that ends early, and of the one that goes on
 RESUMES: dict[str, tuple[str, tuple[int, list[str]], tuple[int, list[str]]]] = {
     "dense-dp2": ("qwen3", (2, []), (2, [])),
     "dense-tp2-to-pp2": (
@@ -122,12 +122,12 @@ def test_a_killed_run_goes_on_under_any_layout(
 ) -> None:
     family, (size, flags), (next_size, next_flags) = RESUMES[name]
     output_dir = tmp_path / "run"
-    first = [{"argv": argv(family, output_dir, *SAVE, *flags), "fault": "kill_at_13"}]
-    assert torchrun(size, first, tmp_path / "first")[0] != 0
-    assert len(curve(output_dir)) >= 10
-    code, log = torchrun(next_size, [{"argv": argv(family, output_dir, *SAVE, *next_flags)}], tmp_path / "second")
+    cases = [(size, {"argv": argv(family, output_dir, *SAVE, *flags), "fault": "end_after_6"})]
+    cases += [(next_size, {"argv": argv(family, output_dir, *SAVE, *next_flags)})]
+    (code, log), (next_code, next_log) = (run_cases(processes, [case]) for processes, case in cases)
     assert code == 0, log[-5000:]
-    assert "going on from step 10" in log
+    assert next_code == 0, next_log[-5000:]
+    assert "going on from step 4" in next_log
     assert largest_difference(curves[family], curve(output_dir)) <= TOLERANCE
 
 
@@ -136,12 +136,12 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(
 ) -> None:
     output_dir = tmp_path / "run"
     case = {"argv": argv("qwen3", output_dir, *SAVE)}
-    assert torchrun(1, [case | {"fault": "kill_in_save"}], tmp_path / "first")[0] != 0
-    assert (output_dir / "latest_checkpointed_iteration.txt").read_text() == "10"
-    assert not (output_dir / "iter_0000020").exists()
-    code, log = torchrun(1, [case], tmp_path / "second")
+    assert run_cases(1, [case | {"fault": "kill_in_save"}])[0] != 0
+    assert (output_dir / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert not (output_dir / "iter_0000008").exists()
+    code, log = run_cases(1, [case])
     assert code == 0, log[-5000:]
-    assert (output_dir / "iter_0000020").is_dir()
+    assert (output_dir / "iter_0000008").is_dir()
     assert not list(output_dir.glob(".*saving*"))
     assert largest_difference(curves["qwen3"], curve(output_dir)) <= TOLERANCE
 
@@ -150,14 +150,14 @@ def test_a_kill_while_saving_in_the_background_leaves_the_checkpoint_before(
     argv: Callable[..., list[str]], curves: dict[str, Any], tmp_path: Path
 ) -> None:
     output_dir = tmp_path / "run"
-    flags = ["--save_steps", "5", "--save_weights_only", "false", "--async_save", "true"]
+    flags = ["--save_steps", "2", "--save_weights_only", "false", "--async_save", "true"]
     flags += ["--tensor_model_parallel_size", "2"]
     case = {"argv": argv("qwen3", output_dir, *flags)}
-    assert torchrun(2, [case | {"fault": "kill_in_background"}], tmp_path / "first")[0] != 0
-    assert (output_dir / "latest_checkpointed_iteration.txt").read_text() == "5"
-    assert not (output_dir / "iter_0000010").exists()
-    code, log = torchrun(2, [case], tmp_path / "second")
+    assert run_cases(2, [case | {"fault": "kill_in_background"}])[0] != 0
+    assert (output_dir / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert not (output_dir / "iter_0000004").exists()
+    code, log = run_cases(2, [case])
     assert code == 0, log[-5000:]
-    assert "going on from step 5" in log
-    assert [p.name for p in sorted(output_dir.glob("iter_*"))] == [f"iter_{i:07d}" for i in (5, 10, 15, 20)]
+    assert "going on from step 2" in log
+    assert [p.name for p in sorted(output_dir.glob("iter_*"))] == [f"iter_{i:07d}" for i in (2, 4, 6, 8)]
     assert largest_difference(curves["qwen3"], curve(output_dir)) <= TOLERANCE

@@ -1,26 +1,33 @@
-"""Runs training cases inside one torchrun: `worker.py CASES.json`.
+"""Runs cases inside one torchrun: `python -m tests.dist.worker DIRECTORY GIVER` takes jobs from there, see launch.py.
 
-Each case is a command (default: sft), its argv, and a fault to plant or none.
+A job names a module with `run_case`; here a case is a Megatron command (default: sft), its argv, and a fault to plant
+or none.
 
 Faults: 'double_layer' doubles one layer's gradients, 'skip_norm_reduce' leaves out the all-reduce of norm gradients,
-'kill_at_13' kills the process after step 13, 'kill_in_save' after the second checkpoint is written, before it is
-renamed, 'kill_in_background' from the process that begins to write the second checkpoint, 'own_counts' weighs
-preference losses by the pairs and tokens of this rank alone.
+'end_after_6' ends the run after step 6 as if it had been killed there, 'kill_in_save' kills the process after the second
+checkpoint is written, before it is renamed, 'kill_in_background' from the process that begins to write the second
+checkpoint, 'own_counts' weighs preference losses by the pairs and tokens of this rank alone.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+
+class Ended(Exception):
+    """The run ends here; what is on disk is what a kill would leave."""
 
 
 @contextmanager
@@ -51,17 +58,17 @@ def fault(name: str | None) -> Iterator[None]:
 
         return changed
 
-    def kill_at_13(original: Any) -> Any:
+    def end_after_6(original: Any) -> Any:
         def changed(self: Any, step: int, *args: Any) -> None:
             original(self, step, *args)
-            if step == 13:
-                os.killpg(0, signal.SIGKILL)  # with the helpers that saving starts
+            if step == 6:
+                raise Ended
 
         return changed
 
     def kill_in_save(original: Any) -> Any:
         def changed(source: Path, target: Path) -> None:
-            if target.name == "iter_0000020":
+            if target.name == "iter_0000008":
                 os.killpg(0, signal.SIGKILL)  # with the helpers that saving starts
             original(source, target)
 
@@ -91,7 +98,7 @@ def fault(name: str | None) -> Iterator[None]:
             "_allreduce_non_tensor_model_parallel_grads",
             lambda _: lambda *args, **kwargs: None,
         ),
-        "kill_at_13": (base.Metrics, "advance", kill_at_13),
+        "end_after_6": (base.Metrics, "advance", end_after_6),
         "kill_in_save": (checkpoint, "replace_directory", kill_in_save),
         "own_counts": (DpoTrainer, "count", own_counts),
         "kill_in_background": (background.BackgroundWriter, "start", kill_in_background),
@@ -103,16 +110,35 @@ def fault(name: str | None) -> Iterator[None]:
         yield
 
 
-def main() -> None:
+def run_case(case: dict[str, Any]) -> None:
     from swiftlite.megatron.trainers.dpo import megatron_dpo_main
     from swiftlite.megatron.trainers.sft import megatron_sft_main
 
     commands = {"sft": megatron_sft_main, "dpo": megatron_dpo_main}
+    with fault(case.get("fault")), suppress(Ended):
+        commands[case.get("command", "sft")](case["argv"])
+
+
+def jobs(directory: Path, giver: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Jobs in their order, waiting for the next one as long as `giver`, the process that gives them, lives."""
+    for number in itertools.count():
+        job = directory / f"job-{number}.json"
+        while not job.exists():
+            os.kill(giver, 0)  # an error when it is gone
+            time.sleep(0.05)
+        yield number, json.loads(job.read_text())
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
     dist.init_process_group("gloo")  # one group for all cases
     try:
-        for case in json.loads(Path(sys.argv[1]).read_text()):
-            with fault(case.get("fault")):
-                commands[case.get("command", "sft")](case["argv"])
+        for number, job in jobs(directory, int(sys.argv[2])):
+            module = importlib.import_module(job["module"])
+            for case in job["cases"]:
+                module.run_case(case)
+            sys.stdout.flush()
+            (directory / f"done-{number}-{os.environ['RANK']}").touch()
     finally:
         dist.destroy_process_group()
 

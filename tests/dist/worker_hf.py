@@ -1,18 +1,13 @@
-"""Runs transformers-side training cases inside one torchrun: `worker_hf.py CASES.json`, a list of [command, words, fault].
+"""Runs a transformers-side training case inside one torchrun: [command, words, fault].
 
 Faults: 'sigterm' sends one to the second rank in step 3, 'unreduced' leaves each rank with its own gradients.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
-from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from swiftlite.llm.train.dpo import dpo_main
 from swiftlite.llm.train.sft import sft_main
@@ -46,15 +41,7 @@ FAULTS = {
 }
 
 
-def main() -> None:
-    dist.init_process_group("gloo")  # one group for all cases
-    try:
-        for command, words, fault in json.loads(Path(sys.argv[1]).read_text()):
-            with replaced(HfTrainer, *FAULTS[fault]):
-                COMMANDS[command](words)
-    finally:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def run_case(case: list[Any]) -> None:
+    command, words, fault = case
+    with replaced(HfTrainer, *FAULTS[fault]):
+        COMMANDS[command](words)

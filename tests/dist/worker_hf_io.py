@@ -1,9 +1,7 @@
-"""Run by torchrun: live load and save of several models under several layouts; every rank checks its own shards."""
+"""Live load and save of one model under one layout: [directory, layout, where to save]; every rank checks its shards."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +100,9 @@ def check_writers(models: list[Any], save_to: Path, origin: Path) -> None:
         assert max(loads) - min(loads) <= largest, loads
 
 
-if __name__ == "__main__":
+def run_case(case: list[Any]) -> None:
+    root, layout, save_to = case
     backend.setup()
-    torch.distributed.init_process_group("gloo")  # one for all cases; `destroy` leaves it
-    job = json.loads(Path(sys.argv[1]).read_text())
-    for number, (root, layout) in enumerate(job):
-        check(Path(root), layout, Path(root) / f"saved-{number}")
-        if get_rank() == 0:
-            print(f"ok {Path(root).name} {layout}", flush=True)
-    torch.distributed.destroy_process_group()
+    check(Path(root), layout, Path(save_to))
+    if get_rank() == 0:
+        print(f"ok {Path(root).name} {layout}", flush=True)
