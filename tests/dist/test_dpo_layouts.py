@@ -14,7 +14,7 @@ from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, ru
 
 pytestmark = pytest.mark.dist
 
-STEPS = 10
+STEPS = 14
 TOLERANCE = 1e-5  # relative, of loss and gradient norm, in fp32
 
 # Pairs of different lengths: ranks hold different numbers of tokens.
@@ -29,8 +29,10 @@ PP = ["--pipeline_model_parallel_size", "2"]
 UNEVEN = [*PP, "--decoder_first_pipeline_num_layers", "1"]
 EP = ["--expert_model_parallel_size", "2"]
 KNOWN = ["--precompute_ref_log_probs", "true"]
-PACKED = ["--packing", "true", "--max_length", "250", "--global_batch_size", "2"]
-LORA = ["--ref_model", "none", "--train_type", "lora", "--lora_rank", "4", "--lora_dropout", "0", "--lr", "2e-3"]
+PACKED = ["--packing", "true", "--max_length", "250", "--global_batch_size", "2", "--micro_batch_size", "1"]
+LORA = ["--ref_model", "none", "--train_type", "lora", "--lora_rank", "16", "--lora_dropout", "0", "--lr", "4e-3",
+        "--lr_decay_style", "constant"]  # fmt: skip
+LORA_MOE = [*LORA, "--lr", "2.5e-3", "--train_iters", "20"]  # at a higher rate routing flips on rounding differences
 
 # What one process runs: family, flags. The others are compared with the one they name.
 ALONE: dict[str, tuple[str, list[str]]] = {
@@ -39,7 +41,7 @@ ALONE: dict[str, tuple[str, list[str]]] = {
     "packed": ("qwen3", PACKED),
     "start": ("qwen3", ["--ref_model", "none"]),
     "lora": ("qwen3", LORA),
-    "lora-moe": ("glm4_moe", LORA),
+    "lora-moe": ("glm4_moe", LORA_MOE),
     "mla": ("moonlight", []),
 }
 # one process' run, world size, flags, fault
@@ -60,7 +62,7 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "lora-tp2-sp": ("lora", 2, [*LORA, *TP], None),
     "lora-pp2": ("lora", 2, [*LORA, *UNEVEN], None),
     "lora-tp2-pp2": ("lora", 4, [*LORA, *TP, *PP], None),
-    "lora-moe-ep2": ("lora-moe", 2, [*LORA, *EP], None),
+    "lora-moe-ep2": ("lora-moe", 2, [*LORA_MOE, *EP], None),
     "mla-tp2-sp": ("mla", 2, TP, None),
     "mla-ep2": ("mla", 2, EP, None),
     "control-double-layer": ("dense", 2, [], "double_layer"),
@@ -77,8 +79,8 @@ def argv(
 ) -> Callable[..., list[str]]:
     """`argv("qwen3", OUTPUT_DIR, *flags)`: the same 8 pairs at every step, the other 3 for evaluation.
 
-    The rate falls: at a constant one the descent turns unstable behind step 25, and rounding differences grow tenfold in
-    three steps.
+    The rate falls: at a constant one the descent turns unstable later, and rounding differences grow tenfold in three
+    steps.
     """
     root = tmp_path_factory.mktemp("data")
     for name, rows in (("train", ROWS[:8]), ("val", ROWS[8:])):
@@ -91,8 +93,8 @@ def argv(
         common = {
             "model": model(family, 0), "model_type": MODEL_TYPES[family],
             "ref_model": model(family, 1), "dataset": root / "train.jsonl",
-            "val_dataset": root / "val.jsonl", "eval_steps": 5, "output_dir": output_dir, "torch_dtype": "float32",
-            "micro_batch_size": 1, "global_batch_size": 8, "train_iters": STEPS, "lr": 1e-3,
+            "val_dataset": root / "val.jsonl", "eval_steps": 7, "output_dir": output_dir, "torch_dtype": "float32",
+            "micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS, "lr": 2e-3,
             "rpo_alpha": 0.5, "logging_steps": 1, "save_steps": 1000,
             "save_weights_only": "true", "report_to": "none", "adam_eps": 1e-5,
         }  # fmt: skip
@@ -117,7 +119,7 @@ def root(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", ALONE)
 def test_the_pairs_are_learnable(root: Path, name: str) -> None:
     lines = [line for line in read_run(root / name / "logging.jsonl") if "loss" in line]
-    assert len(lines) == STEPS
+    assert len(lines) >= STEPS
     assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
     assert lines[-1]["rewards/margins"] > 1 + lines[0]["rewards/margins"]
 
