@@ -86,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
         end_with_parent(patience=SHUTDOWN_SECONDS)
     torchrun = torchrun_args(os.environ)
     if torchrun is None or not route.launch:
-        args = parse(arguments, rest)
+        args = _parse(arguments, rest)
         if torchrun is not None:
             get_logger().warning("%s runs in one process; NPROC_PER_NODE and NNODES have no effect", " ".join(words))
         return _handle(route, args)
@@ -94,11 +94,18 @@ def run(argv: Sequence[str]) -> int:
     logger = get_logger()
     level = logger.level
     logger.setLevel(logging.WARNING)
-    args = parse(arguments, rest)
+    args = _parse(arguments, rest)
     logger.setLevel(level)
     if getattr(args, "dry_run", False):
         return _handle(route, args)
     return launch(torchrun, argv, os.environ)
+
+
+def _parse(arguments: Any, words: Sequence[str]) -> Any:
+    """The arguments, as far as they can be checked without torch."""
+    args = parse(arguments, words)
+    _load("swiftlite.llm.preflight:check_command")(args)
+    return args
 
 
 def _handle(route: Route, args: Any) -> int:
@@ -116,6 +123,9 @@ def _message(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, SwiftliteError):
         return text
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = {"megatron": "'swiftlite[megatron]'", "yaml": "pyyaml"}.get(top := error.name.partition(".")[0], top)
+        return f"the package {top} is missing; run: pip install {package}"
     return f"{type(error).__name__}: {text or 'no message'} (the traceback: --debug true)"
 
 

@@ -13,9 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from swiftlite.families import MODEL_MAPPING
+from swiftlite.llm.preflight import custom_files, preflight
+from swiftlite.utils.directories import TRACKER as TRACKER
+from swiftlite.utils.directories import Directory, expect
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.parser import Arguments, parse
+from swiftlite.utils.parser import Arguments, parse, specs
 
 if TYPE_CHECKING:
     from swiftlite.llm.argument.base import BaseArguments
@@ -23,10 +27,12 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound=Arguments)
 
 ARGS_FILE = "args.json"
-TRACKER = "latest_checkpointed_iteration.txt"
 
-# What a converted checkpoint tells later commands, where the user says nothing.
-RECORDED = ("model_type", "template", "task_type", "num_labels", "agent_template", "response_prefix")
+# What args.json beside weights or adapters tells later commands, where the user says nothing.
+RECORDED = ("model_type", "template", "template_backend", "task_type", "num_labels", "agent_template", "response_prefix",
+            "system", "enable_thinking", "add_non_thinking_prefix")  # fmt: skip
+# What it tells only those that ask the model or pass it on: after `pt`, plain text; a further `sft` is a conversation's.
+RECORDED_TO_ASK = ("use_chat_template",)
 
 
 def as_arguments(cls: type[A], args: A | Sequence[str]) -> A:
@@ -57,20 +63,42 @@ def save_args(args: BaseArguments, directory: str | os.PathLike[str]) -> Path:
 
 
 def mcore_root(path: str) -> Path:
-    """The checkpoint directory that `--mcore_model` means; an `iter_*` directory inside it is accepted too.
+    """Where config.json, tokenizer and args.json of `--mcore_model` lie: an `iter_*` directory's are beside it.
 
-    Raises: UsageError if there is no such directory; CheckpointError if it is no Megatron checkpoint.
+    Raises: UsageError if there is no such directory; CheckpointError saying what it is instead of a Megatron checkpoint.
     """
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise UsageError(f"--mcore_model {path}: no such directory")
-    if root.name.startswith("iter_") and (root / "metadata.json").is_file():
-        return root.parent
-    if (root / TRACKER).is_file():
-        return root
-    if list(root.glob("*.safetensors")) or (root / "model.safetensors.index.json").is_file():
-        raise CheckpointError(f"--mcore_model {path}: this is a Hugging Face directory; give it with --model")
-    raise CheckpointError(f"--mcore_model {path}: no {TRACKER} in it, so it is no (finished) Megatron checkpoint")
+    directory = expect("mcore_model", path, "is_megatron")
+    return directory.parent if Directory(directory).iteration == directory else directory
+
+
+def take_recorded(args: Any, directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Settings of the template from args.json of a checkpoint or adapter, where the user or another one says nothing.
+
+    Returns: all of that file, {} where there is none. Raises: CheckpointError for values of a wrong kind.
+    """
+    root = Path(directory).expanduser()
+    if root.name.startswith(("iter_", "checkpoint-")) and not (root / ARGS_FILE).is_file():
+        root = root.parent
+    recorded = load_args(root)
+    known, settled = specs(type(args)), args.__dict__.setdefault("_recorded", set())
+    given = args.given | settled | ({"template_backend"} if "template" in args.given else set())
+    taken = []
+    for name in (*RECORDED, *(() if args.trains else RECORDED_TO_ASK)):
+        value = recorded.get(name)
+        if value is None or name in given or name not in known or (name == "model_type" and value not in MODEL_MAPPING):
+            continue
+        try:
+            setattr(args, name, known[name].convert(value))
+        except UsageError as error:
+            raise CheckpointError(f"{root / ARGS_FILE}: {error}; mend or remove the file") from None
+        settled.add(name)
+        if value != known[name].default and name not in ("model_type", "task_type"):
+            taken.append(f"{name} {value if len(str(value)) <= 60 else f'{str(value)[:60]}...'!r}")
+    if taken:
+        get_logger().info("%s says: %s", root / ARGS_FILE, ", ".join(taken))
+    if recorded.get("custom_register_path") and not args.custom_register_path:
+        get_logger().info("%s was trained with --custom_register_path; if a name is unknown here, give it again", root)
+    return recorded
 
 
 _registered: set[str] = set()
@@ -78,12 +106,9 @@ _registered: set[str] = set()
 
 def register_custom(paths: Sequence[str]) -> None:
     """Run each Python file of `--custom_register_path` once. Raises: UsageError naming a file that is missing."""
-    for path in paths:
-        full = os.path.abspath(os.path.expanduser(path))
+    for full in custom_files(paths):
         if full in _registered:
             continue
-        if not os.path.isfile(full) or not full.endswith(".py"):
-            raise UsageError(f"--custom_register_path {path}: must be an existing .py file")
         spec = importlib.util.spec_from_file_location(f"swiftlite_custom_{len(_registered)}", full)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -93,15 +118,8 @@ def register_custom(paths: Sequence[str]) -> None:
         get_logger().info("registered %s", full)
 
 
-def take_recorded(args: Any, recorded: Mapping[str, Any]) -> None:
-    """Settings of an earlier command that decide how the model is used, where the user says nothing."""
-    for name in RECORDED:
-        if name not in args.given and getattr(args, name) is None and recorded.get(name) is not None:
-            setattr(args, name, recorded[name])
-
-
-def base_of_adapter(directory: Path) -> tuple[str, dict[str, Any]]:
-    """(directory of the model that an adapter belongs to, settings of the run that made it).
+def base_of_adapter(directory: Path) -> str:
+    """The directory of the model that an adapter belongs to.
 
     The run's args.json says it, else adapter_config.json. A hub id in them is not fetched unasked.
     Raises: UsageError if no directory is named that is there.
@@ -124,7 +142,7 @@ def base_of_adapter(directory: Path) -> tuple[str, dict[str, Any]]:
         there = f"names {ascii(bases[0])}, which is no model directory here" if bases else "names no model"
         raise UsageError(f"--adapters {directory}: {there}; give its base model with --model DIR_OR_ID")
     get_logger().info("--model is taken from %s: %s", directory, found)
-    return found, recorded
+    return found
 
 
 def read_system(args: Any) -> None:
@@ -161,13 +179,17 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
     """
     from swiftlite.llm.model.register import get_model_info_meta
 
+    preflight(args)
     register_custom(args.custom_register_path)
     mcore_model = getattr(args, "mcore_model", None)
     source = args.model
+    adapters = [*args.adapters, *filter(None, [getattr(args, "mcore_adapter", None)])]
+    read_system(args)
+    for adapter in adapters:
+        take_recorded(args, adapter)
     if mcore_model:
         root = mcore_root(mcore_model)
-        recorded = load_args(root)
-        take_recorded(args, recorded)
+        recorded = take_recorded(args, root)
         if source is None:
             source = str(root)
             if not (root / "config.json").is_file():
@@ -177,14 +199,11 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
                         f"--mcore_model {mcore_model}: it holds neither {ARGS_FILE} nor config.json; give the Hugging "
                         "Face model that it comes from with --model"
                     )
-    elif source is None and (
-        adapters := [*args.adapters, *([args.mcore_adapter] if getattr(args, "mcore_adapter", None) else [])]
-    ):
-        source, recorded = base_of_adapter(Path(adapters[0]))
-        take_recorded(args, recorded)
+    elif source is None and adapters:
+        source = base_of_adapter(Path(adapters[0]).expanduser())
     if source is None:
         raise UsageError("give a model with --model DIR_OR_ID")
-    read_system(args)
+    take_recorded(args, source)
     if download_model is None:
         download_model = not mcore_model and not getattr(args, "dry_run", False)
     args.model_info, args.model_meta = get_model_info_meta(

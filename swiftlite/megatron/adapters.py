@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from swiftlite.megatron.side_files import copy_side_files, read_config
 from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, write_json
-from swiftlite.utils.logger import get_logger
+from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.journal import fingerprint, workspace
 from swiftlite.weights.lora import (
@@ -142,7 +142,8 @@ def export_adapter(args: Any, to_mcore_merged: Callable[[Any], Path], default_di
             dtype = args.dtype if "torch_dtype" in args.given else None
             adapter = open_adapter(path, Origin(base).bound, Path(scratch))
             return merge_to_hf(
-                base, adapter, output_dir, dtype, max_shard_bytes=args.max_shard_bytes, exist_ok=args.exist_ok,
+                base, adapter, output_dir, dtype, record=args.save, next_words=args.loading_words(hub=False),
+                max_shard_bytes=args.max_shard_bytes, exist_ok=args.exist_ok,
                 max_memory=args.max_memory_bytes, verify=args.verify == "bitwise", dry_run=args.dry_run,
             )  # fmt: skip
         return convert_adapter(args, open_adapter(path, base_map(args), Path(scratch)), output_dir)
@@ -184,6 +185,7 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
         hashes = run_jobs("adapter", jobs, args.max_memory_bytes, space)
         if get_rank() == 0:
             adapter.write_config(space.directory)
+            args.save(space.directory)
             if args.to_mcore:
                 torch_dist.write_metadata(space.directory / "iter_0000001", plan, {}, iteration=1)
                 (space.directory / torch_dist.TRACKER).write_text("1")
@@ -228,6 +230,8 @@ def merge_to_hf(
     output_dir: Path,
     dtype: torch.dtype | None,
     *,
+    record: Callable[[Path], Any],
+    next_words: Sequence[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
     max_memory: int | None = None,
     verify: bool = False,
@@ -236,7 +240,8 @@ def merge_to_hf(
 ) -> Path:
     """Write a base model of either format with the adapter added, as a Hugging Face directory. Collective.
 
-    Args: dtype: of the result; None: that of each weight of the base. verify: read everything back.
+    Args: dtype: of the result; None: that of each weight of the base. record: writes args.json into a directory.
+        next_words: further flags of the command to suggest. verify: read everything back.
     """
     origin = Origin(base_dir)
     merged = Merged(origin.source, adapter.source, adapter.names, adapter.config)
@@ -268,11 +273,14 @@ def merge_to_hf(
         hashes = run_jobs("merge", jobs, max_memory, space)
         if get_rank() == 0:
             copy_side_files(root, space.directory, {"torch_dtype": dtype} if dtype else {})
+            record(space.directory)
             write_index(space.directory, shards, total)
         barrier()
         if verify:
             verify_bitwise(SafetensorsSource(space.directory), hashes, max_memory)
-    get_logger().info("wrote %s (%s); next: swiftlite infer --model %s", output_dir, format_bytes(total), output_dir)
+    get_logger().info("wrote %s (%s)", output_dir, format_bytes(total))
+    if next_words is not None:
+        log_next("swiftlite", "infer", "--model", output_dir, *next_words)
     return output_dir
 
 

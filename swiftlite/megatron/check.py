@@ -27,7 +27,7 @@ from swiftlite.megatron.plan import plan_to_hf, plan_to_mcore
 from swiftlite.megatron.side_files import copy_side_files, read_config, read_manifest, write_manifest
 from swiftlite.utils.errors import UsageError, VerifyError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.parser import nearest
+from swiftlite.utils.parser import nearest, some
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shape import ModelShape
@@ -251,7 +251,8 @@ def _configs(args: CheckArguments, directory: Path | None) -> dict[str, dict[str
     if args.model_type == "all":
         return {f"{t}:{v}" if v != "default" else t: c for t, variants in known.items() for v, c in variants.items()}
     if args.model_type not in known:
-        raise UsageError(f"--model_type {args.model_type}: no such type{nearest(str(args.model_type), known)}")
+        hint = nearest(str(args.model_type), known) or f"; some that are: {some(sorted(known))}"
+        raise UsageError(f"--model_type {args.model_type}: no such type{hint}")
     return {f"{args.model_type}:{v}": c for v, c in known[args.model_type].items()}
 
 

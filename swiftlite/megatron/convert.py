@@ -44,7 +44,7 @@ from swiftlite.megatron.vocabulary import add_tokens
 from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, peak_memory_bytes
-from swiftlite.utils.logger import get_logger
+from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.journal import fingerprint, workspace
@@ -127,7 +127,7 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
             written = HfNames(McoreView.open(TorchDistSource(iteration), plan.bound))
             verify_bitwise(written, hashes, args.max_memory_bytes)
         _check_precision(args, model_dir, space.directory, plan.source, config["vocab_size"], dtype)
-    _summary(output_dir, total, started, f"swiftlite megatron sft --mcore_model {output_dir} --dataset FILE")
+    _summary(output_dir, total, started, ["megatron", "sft", "--mcore_model", output_dir, "--dataset", "FILE"])
     return output_dir
 
 
@@ -168,12 +168,13 @@ def convert_mcore2hf(args: Any) -> Path:
         hashes = run_jobs("to_hf", plan.jobs(places), args.max_memory_bytes, space)
         if get_rank() == 0:
             copy_side_files(model_dir, space.directory, {"torch_dtype": dtype} if dtype else {})
+            args.save(space.directory)
             write_index(space.directory, shards, plan.total_bytes)
         barrier()
         if args.verify == "bitwise":
             verify_bitwise(SafetensorsSource(space.directory), hashes, args.max_memory_bytes)
         _check_precision(args, space.directory, iteration, cast=dtype)
-    _summary(output_dir, plan.total_bytes, started, f"swiftlite infer --model {output_dir}")
+    _summary(output_dir, plan.total_bytes, started, ["infer", "--model", output_dir, *args.loading_words(hub=False)])
     return output_dir
 
 
@@ -215,13 +216,13 @@ def _check_precision(
             barrier()
 
 
-def _summary(output_dir: Path, total: int, started: float, next_command: str) -> None:
+def _summary(output_dir: Path, total: int, started: float, next_words: Sequence[Any]) -> None:
     seconds = time.time() - started
     get_logger().info(
         "wrote %s (%s) in %.1f s, %s/s, measured peak memory %s", output_dir, format_bytes(total), seconds,
         format_bytes(total / max(seconds, 1e-9)), format_bytes(peak_memory_bytes()),
     )  # fmt: skip
-    get_logger().info("next: %s", next_command)
+    log_next("swiftlite", *next_words)
 
 
 def _ready(args: Any) -> Any:

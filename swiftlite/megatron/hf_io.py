@@ -6,7 +6,7 @@ What a rank holds is read off the modules' own `sharded_state_dict()`, so every 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,13 @@ def save_hf_weights(
 
 
 def prepare_hf_weights(
-    models: Sequence[torch.nn.Module], output_dir: str | Path, origin_dir: str | Path, max_shard_bytes: int = 5 * 10**9
+    models: Sequence[torch.nn.Module],
+    output_dir: str | Path,
+    origin_dir: str | Path,
+    max_shard_bytes: int = 5 * 10**9,
+    record: Callable[[Path], Any] | None = None,
 ) -> tuple[list[str], Write]:
-    """Decide what goes where and which rank writes it; see save_hf_weights. Collective."""
+    """Decide what goes where and which rank writes it; see save_hf_weights. record: writes args.json. Collective."""
     output_dir, origin = Path(output_dir), Origin(origin_dir)
     side_files = origin_root(origin_dir)
     live = LiveMap(origin.bound)
@@ -137,6 +141,8 @@ def prepare_hf_weights(
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         copy_side_files(side_files, directory, {})
+        if record is not None:
+            record(directory)
         create_shards(directory, plan)
     barrier()
     places = {name: (directory / s.file, offset) for s in plan for name, offset in s.offsets.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from typing import TextIO
 
@@ -34,6 +35,11 @@ def get_logger() -> logging.Logger:
         logger.setLevel(os.environ.get("SWIFTLITE_LOG_LEVEL", "INFO").upper())
         logger.propagate = False
     return logger
+
+
+def log_next(*words: object) -> None:
+    """`next: COMMAND`, ready to be typed."""
+    get_logger().info("next: %s", shlex.join(map(str, words)))
 
 
 _warned: set[str] = set()

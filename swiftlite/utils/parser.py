@@ -112,6 +112,21 @@ class Arguments:
         given: frozenset[str] = self.__dict__.get("_given", frozenset())
         return given
 
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        """Field -> what its directory must be, see swiftlite.utils.directories.expect."""
+        return {}
+
+    @property
+    def needs_megatron(self) -> bool:
+        """Does the command import megatron-core?"""
+        return False
+
+    @property
+    def trains(self) -> bool:
+        """Does the command make training samples? Others ask the model, or pass it on."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         return {spec.name: getattr(self, spec.name) for spec in specs(type(self)).values()}
 
@@ -277,24 +292,31 @@ def _to_scalar(value: Any, hint: Any, name: str) -> Any:
         raise wrong from None
 
 
+def some(names: Iterable[str], count: int = 8) -> str:
+    """The first names of a list that may be long, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """`; did you mean --a or --b?`, or nothing if no known name is close."""
     close = difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def split_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Split into leading positional words and `{flag: values}`. `--a-b`, `--a_b` and `--a=x` are read alike.
+def split_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """Split into leading positional words and `{flag: values each time}`. `--a-b`, `--a_b` and `--a=x` are read alike.
 
-    A value that itself begins with `--` is written `--flag=--value`. A repeated flag: the last one counts.
+    A value that itself begins with `--` is written `--flag=--value`.
     """
     positional: list[str] = []
-    flags: dict[str, list[str]] = {}
+    flags: dict[str, list[list[str]]] = {}
     current: list[str] | None = None
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
-            current = flags[name.replace("-", "_")] = [value] if equals else []
+            current = [value] if equals else []
+            flags.setdefault(name.replace("-", "_"), []).append(current)
         elif current is None:
             positional.append(word)
         else:
@@ -336,7 +358,7 @@ def parse(cls: type[A], argv: Sequence[str]) -> A:
     """
     positional, flags = split_argv(argv)
     if "config" in flags and "config" not in alias_table(cls):
-        positional += flags.pop("config")
+        positional += [word for words in flags.pop("config") for word in words]
     if cls.POSITIONAL is None and len(positional) > 1:
         raise UsageError(f"{positional[1]}: unexpected word; a command takes one config file, then --flag value pairs")
     values: dict[str, Any] = {}
@@ -344,7 +366,7 @@ def parse(cls: type[A], argv: Sequence[str]) -> A:
         values[cls.POSITIONAL] = positional
     elif positional:
         values.update(_accept(cls, read_config_file(positional[0]), where=f"{positional[0]}: "))
-    values.update(_accept(cls, {name: _flag_value(cls, name, words) for name, words in flags.items()}))
+    values.update(_accept(cls, {name: _flag_value(cls, name, times) for name, times in flags.items()}))
     return from_dict(cls, values)
 
 
@@ -353,8 +375,14 @@ def from_dict(cls: type[A], values: Mapping[str, Any]) -> A:
     return cls(**_accept(cls, values))
 
 
-def _flag_value(cls: type[Arguments], name: str, words: list[str]) -> Any:
+def _flag_value(cls: type[Arguments], name: str, times: list[list[str]]) -> Any:
+    """The value of a flag; given several times, a list is joined, and of other values the last one counts."""
     spec = specs(cls).get(alias_table(cls).get(name, name))
+    words = times[-1]
+    if spec is not None and _is_list(spec.type):
+        words = [word for part in times for word in part]
+    elif any(part != words for part in times):
+        get_logger().warning(f"--{name}: given {len(times)} times; the last one counts: {' '.join(words)}")
     if words:
         return words if len(words) > 1 or (spec is not None and _is_list(spec.type)) else words[0]
     if spec is None or spec.type is bool or bool in typing.get_args(spec.type):

@@ -33,12 +33,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from swiftlite.utils.directories import TRACKER as TRACKER
+from swiftlite.utils.directories import Directory, what_it_is
 from swiftlite.utils.errors import CheckpointError, MapError, ShapeError
 from swiftlite.weights.ops import Segment, Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
 from swiftlite.weights.storage import Extent, TensorSpec
 
-TRACKER = "latest_checkpointed_iteration.txt"
 SHARDED_BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -411,16 +412,11 @@ def find_iteration(directory: Path) -> Path:
         return directory / name
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist; give the directory of a Megatron checkpoint")
-    if any(directory.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{directory} is a Hugging Face checkpoint, not a Megatron one; use it with --model, or convert it with "
-            "`swiftlite export --model DIR --to_mcore true`"
-        )
-    if any(directory.glob("mp_rank_*")) or any(directory.glob("iter_*/mp_rank_*")):
-        raise CheckpointError(
-            f"{directory} has Megatron's old per-rank format; save it as torch_dist first (--ckpt-format)"
-        )
-    raise CheckpointError(f"{directory} is no Megatron checkpoint: it has no {TRACKER}")
+    newest = Directory(directory).iteration
+    if newest is not None:
+        raise CheckpointError(f"{directory}: its {TRACKER} is missing; name the checkpoint itself, {newest}")
+    text, advice = what_it_is(directory)
+    raise CheckpointError(f"{directory}: no Megatron checkpoint, it {text}; {advice}")
 
 
 # ---- writing ----

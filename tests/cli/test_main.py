@@ -95,9 +95,9 @@ def test_other_exceptions_are_one_line_with_a_hint(route, capsys):
         raise RuntimeError("two\nlines")
 
     route(fail)
-    assert main(["infer", "--model", "DIR"]) == 1
+    assert main(["infer", "--model", "ORG/NAME"]) == 1
     assert capsys.readouterr().err == "swiftlite: error: RuntimeError: two lines (the traceback: --debug true)\n"
-    assert main(["infer", "--model", "DIR", "--debug", "true"]) == 1
+    assert main(["infer", "--model", "ORG/NAME", "--debug", "true"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -106,11 +106,11 @@ def test_interrupt_is_130_and_success_is_0(route, capsys):
         raise KeyboardInterrupt
 
     route(interrupt)
-    assert main(["infer", "--model", "DIR"]) == 130
+    assert main(["infer", "--model", "ORG/NAME"]) == 130
     seen = []
     route(seen.append)
-    assert main(["infer", "--model", "DIR", "--prompt", "hi"]) == 0
-    assert seen[0].prompt == "hi" and seen[0].model == "DIR"
+    assert main(["infer", "--model", "ORG/NAME", "--prompt", "hi"]) == 0
+    assert seen[0].prompt == "hi" and seen[0].model == "ORG/NAME"
 
 
 def test_debug_is_read_from_the_words():
@@ -121,7 +121,7 @@ def test_debug_is_read_from_the_words():
 def test_commands_of_one_process_say_so(route, capsys, monkeypatch):
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     route(lambda args: None)
-    assert main(["infer", "--model", "DIR"]) == 0
+    assert main(["infer", "--model", "ORG/NAME"]) == 0
     assert "infer runs in one process; NPROC_PER_NODE" in capsys.readouterr().err
 
 

@@ -8,6 +8,8 @@ import pytest
 from swiftlite.llm import pipeline
 from swiftlite.llm.argument.export import ExportArguments
 from swiftlite.llm.argument.infer import InferArguments
+from swiftlite.llm.argument.preview import PreviewArguments
+from swiftlite.llm.argument.sft import SftArguments
 from swiftlite.megatron.argument.resolve import resolve_megatron
 from swiftlite.megatron.argument.sft import MegatronSftArguments
 from swiftlite.utils.errors import CheckpointError, UsageError
@@ -26,6 +28,7 @@ def mcore_dir(tiny_model, tmp_path):
     (root / "latest_checkpointed_iteration.txt").write_text("1")
     (root / "iter_0000001").mkdir()
     (root / "iter_0000001/metadata.json").write_text("{}")
+    (root / "iter_0000001/.metadata").touch()
     return root
 
 
@@ -71,11 +74,11 @@ def test_foreign_checkpoint_needs_its_model(mcore_dir, tiny_model):
 
 def test_directories_of_the_wrong_kind(tiny_model, tmp_path):
     hf = str(tiny_model("glm4_moe"))
-    with pytest.raises(CheckpointError, match="this is a Hugging Face directory; give it with --model"):
+    with pytest.raises(CheckpointError, match="is a Hugging Face model; give it with --model"):
         pipeline.resolve(MegatronSftArguments(mcore_model=hf))
     with pytest.raises(UsageError, match="no such directory"):
         pipeline.resolve(MegatronSftArguments(mcore_model=str(tmp_path / "nowhere")))
-    with pytest.raises(CheckpointError, match="no finished|no latest_checkpointed_iteration.txt"):
+    with pytest.raises(CheckpointError, match="holds neither a model nor a checkpoint"):
         pipeline.resolve(MegatronSftArguments(mcore_model=str(tmp_path)))
     with pytest.raises(UsageError, match="give a model with --model"):
         pipeline.resolve(InferArguments())
@@ -168,3 +171,31 @@ def test_system_message_from_a_file(tiny_model, tmp_path, monkeypatch):
     for name, reason in (("none.txt", "No such file"), ("~/latin.txt", "not UTF-8")):
         with pytest.raises(UsageError, match=rf"--system {name}: cannot be read .*{reason}"):
             system(name)
+
+
+def test_what_training_recorded_holds_for_later_commands(tiny_model, tmp_path):
+    """args.json beside weights, beside an adapter, in a run's root for its iterations; the user's own words rule."""
+    adapter = tmp_path / "run/iter_0000003"
+    adapter.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).touch()
+    trained = SftArguments(model=str(tiny_model("qwen2")), model_type="qwen2_5", template="qwen3", system="Be brief.",
+                           use_chat_template=False)  # fmt: skip
+    pipeline.save_args(pipeline.resolve(trained), adapter.parent)
+    words = {"model": str(tiny_model("qwen2")), "adapters": [str(adapter)]}
+    asked = pipeline.resolve(InferArguments(**words))
+    assert (asked.model_type, asked.template, asked.system) == ("qwen2_5", "qwen3", "Be brief.")
+    assert asked.use_chat_template is False
+    assert pipeline.resolve(InferArguments(**words, system="Own.")).system == "Own."
+    assert pipeline.resolve(InferArguments(**words, template="qwen2_5")).template == "qwen2_5"
+    again = pipeline.resolve(SftArguments(**words, train_type="lora"))
+    assert (again.template, again.use_chat_template) == ("qwen3", True)  # plain text was the first training's own
+    weights = tmp_path / "weights"
+    shutil.copytree(tiny_model("qwen2"), weights)
+    shutil.copy(adapter.parent / "args.json", weights)
+    shown = pipeline.resolve(PreviewArguments(model=str(weights), dataset=["hf::any/thing"]))
+    assert (shown.template, shown.system, shown.use_chat_template) == ("qwen3", "Be brief.", True)
+    values = pipeline.load_args(weights)
+    (weights / "args.json").write_text(json.dumps({**values, "enable_thinking": "perhaps"}))
+    with pytest.raises(CheckpointError, match="args.json: --enable_thinking perhaps: must be true or false"):
+        pipeline.resolve(InferArguments(model=str(weights)))

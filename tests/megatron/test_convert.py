@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swiftlite.cli.main import main
+from swiftlite.weights.torch_dist import find_iteration
 
 
 def export(*words: str | Path) -> int:
@@ -265,3 +266,22 @@ def test_new_special_tokens_that_fit_change_no_weight(tiny_model: Callable[..., 
     assert export("--model", source, "--to_mcore", "true", "--new_special_tokens", "<one>", *flags, mcore) == 0
     assert export("--mcore_model", mcore, "--to_hf", "true", *flags, back) == 0
     assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_the_iteration_that_is_named(converted: Path, model: Path, tmp_path: Path) -> None:
+    """`RUN/iter_1` is not the newest one: training, export and verify take it."""
+    from swiftlite.megatron.argument.sft import MegatronSftArguments
+    from swiftlite.megatron.trainers.sft import settle
+
+    first, second = converted / "iter_0000001", converted / "iter_0000002"
+    shutil.copytree(first, second)
+    for file in second.glob("*.distcp"):  # what was trained since
+        file.write_bytes(file.read_bytes()[:-4000] + bytes(4000))
+    (converted / "latest_checkpointed_iteration.txt").write_text("2")
+    assert main(["verify", str(first), str(model)]) == 0
+    assert main(["verify", str(converted), str(model)]) == 1
+    assert export("--mcore_model", first, "--to_hf", "true", "--output_dir", tmp_path / "back") == 0
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    args = MegatronSftArguments(mcore_model=str(first), dataset=["FILE"], output_dir=str(tmp_path / "run"))
+    assert find_iteration(Path(settle(args))) == first
+    assert Path(args.model_info.model_dir) == converted

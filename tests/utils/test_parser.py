@@ -58,11 +58,12 @@ def test_bare_boolean_is_true_and_none_clears():
 
 def test_dashes_equals_and_values_that_begin_with_dashes():
     assert parse(Demo, ["--learning-rate=0.5", "--files=--x"]).files == ["--x"]
-    assert split_argv(["c.yaml", "--a", "1", "2", "--b"]) == (["c.yaml"], {"a": ["1", "2"], "b": []})
+    assert split_argv(["c.yaml", "--a", "1", "2", "--b"]) == (["c.yaml"], {"a": [["1", "2"]], "b": [[]]})
 
 
-def test_the_last_of_a_repeated_flag_counts():
+def test_the_last_of_a_repeated_flag_counts_and_lists_are_joined(caplog):
     assert parse(Demo, ["--lr", "1", "--lr", "2"]).lr == 2
+    assert parse(Demo, ["--files", "a", "--files", "b", "c", "--files=d"]).files == ["a", "b", "c", "d"]
 
 
 def test_aliases_work_as_flag_keyword_and_attribute():

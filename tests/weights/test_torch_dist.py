@@ -191,7 +191,10 @@ def test_find_iteration_says_what_a_directory_is(tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     hf.mkdir()
     (hf / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="is a Hugging Face checkpoint, not a Megatron one"):
+    (hf / "config.json").touch()
+    with pytest.raises(
+        CheckpointError, match="no Megatron checkpoint, it is a Hugging Face model; give it with --model"
+    ):
         find_iteration(hf)
     with pytest.raises(CheckpointError, match="does not exist"):
         find_iteration(tmp_path / "none")

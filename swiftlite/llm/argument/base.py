@@ -117,6 +117,16 @@ class ModelArguments(Arguments):
         if isinstance(self.device_map, str) and self.device_map.startswith("{"):
             self.device_map = json.loads(self.device_map)
 
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return {"model": ("is_hf",), "adapters": ("is_peft",)}
+
+    def loading_words(self, hub: bool = True) -> list[str]:
+        """What a later command needs to load this model as well. hub: it is named as it was here, perhaps on a hub."""
+        names = (*(("use_hf", "model_revision") if hub else ()), "trust_remote_code", "ignore_requirements")
+        given = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return [word for n, v in given.items() for word in (f"--{n}", "true" if v is True else str(v))]
+
 
 @arguments
 class TemplateArguments(Arguments):

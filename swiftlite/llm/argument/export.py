@@ -15,15 +15,19 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-def parse_bytes(text: str, flag: str) -> int:
-    """`5GB` -> 5_000_000_000, `4GiB` -> 4 * 2**30; a bare number is bytes. Raises: UsageError."""
+def parse_bytes(text: str, flag: str, least: int = 1) -> int:
+    """`5GB` -> 5_000_000_000, `4GiB` -> 4 * 2**30; a bare number is bytes. Raises: UsageError, also below `least`."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?B?)\s*", str(text).upper())
     unit = match.group(2) if match else None
     if unit is not None and unit and not unit.endswith("B"):
         unit += "B"
     if match is None or unit not in _UNITS:
         raise UsageError(f"--{flag} {text}: must be a size like 5GB, 512MB or 4GiB")
-    return int(float(match.group(1)) * _UNITS[unit])
+    size = int(float(match.group(1)) * _UNITS[unit])
+    if size < least:
+        number = match.group(1)
+        raise UsageError(f"--{flag} {text}: is {size} bytes" + (f"; write {number}GB" if not unit else ", too few"))
+    return size
 
 
 @arguments
@@ -34,6 +38,17 @@ class McoreArguments(Arguments):
         None, "directory with latest_checkpointed_iteration.txt", aliases=["load"], path=True
     )
     mcore_adapter: str | None = field(None, "adapter checkpoint of a Megatron run", aliases=["adapter_load"], path=True)
+
+
+def megatron_kinds(args: McoreArguments, reads_model: bool) -> dict[str, tuple[str, ...]]:
+    """`directory_kinds` of a command that takes both formats. reads_model: --model's weights, not only its config."""
+    adapter = ("is_peft", "is_megatron_adapter")
+    return {
+        "model": ("is_hf" if reads_model else "config",),
+        "mcore_model": ("is_megatron",),
+        "adapters": adapter,
+        "mcore_adapter": adapter,
+    }
 
 
 @arguments
@@ -53,11 +68,11 @@ class PlanArguments(Arguments):
                 raise UsageError(f"--{name} {getattr(self, name)}: belongs to the plan; add --dry_run true")
         if self.gpus is not None and self.gpus < 1:
             raise UsageError(f"--gpus {self.gpus}: must be at least 1")
-        parse_bytes(self.gpu_memory, "gpu_memory")
+        parse_bytes(self.gpu_memory, "gpu_memory", 10**9)
 
     @property
     def gpu_memory_bytes(self) -> int:
-        return parse_bytes(self.gpu_memory, "gpu_memory")
+        return parse_bytes(self.gpu_memory, "gpu_memory", 10**9)
 
 
 @arguments
@@ -128,11 +143,25 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         self.test_convert_dtype = normalize_dtype(self.test_convert_dtype, "test_convert_dtype") or "float32"
         if self.thread_count is not None and self.thread_count < 1:
             raise UsageError(f"--thread_count {self.thread_count}: must be at least 1")
-        parse_bytes(self.max_shard_size, "max_shard_size")
+        parse_bytes(self.max_shard_size, "max_shard_size", 1000)
         if self.max_memory is not None:
             parse_bytes(self.max_memory, "max_memory")
         if self.max_length is None:
             self.max_length = 2048
+
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        reads = self.to_mcore or self.merge_lora or self.push_to_hub
+        adapter = (self.adapters or self.mcore_adapter) and not self.merge_lora  # its base's config is enough
+        return megatron_kinds(self, bool(reads and not adapter and self.mcore_model is None and not self.dry_run))
+
+    @property
+    def needs_megatron(self) -> bool:
+        return self.test_convert_precision
+
+    @property
+    def trains(self) -> bool:
+        return self.to_cached_dataset
 
     @property
     def max_shard_bytes(self) -> int:
@@ -152,6 +181,10 @@ class VerifyArguments(Arguments):
     directories: list[str] = field([], "two checkpoints, Hugging Face or Megatron, in either order", path=True)
     quick: bool = field(False, "compare recorded hashes where a checkpoint has them, instead of reading its weights")
     debug: bool = field(False, "show the traceback of an error")
+
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return {"directories": ("is_hf", "is_megatron")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,6 +217,14 @@ class CheckArguments(Arguments):
     hub_token: str | None = field(None, "access token of the hub")
     trust_remote_code: bool = field(False, "allow Python code that a checkpoint brings to run")
     debug: bool = field(False, "show the traceback of an error")
+
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return {"model": ("is_hf" if self.parity and not self.shrink else "config",)}
+
+    @property
+    def needs_megatron(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,6 +29,14 @@ class PreviewArguments(BaseArguments):
     color: str = field("auto", "colours in the terminal", choices=["auto", "always", "never"])
     html: str | None = field(None, "also write the report as this HTML file", path=True)
 
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return {"model": ("config",)}
+
+    @property
+    def trains(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_rows < 0:

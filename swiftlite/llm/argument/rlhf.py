@@ -53,6 +53,10 @@ class DpoArguments(PreferenceArguments, SftArguments):
     NOTES: ClassVar[Mapping[str, Note]] = DPO_NOTES
     UNAVAILABLE: ClassVar[Mapping[str, str]] = DPO_UNAVAILABLE
 
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return {**super().directory_kinds, "ref_model": ("is_hf",)}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if "loss_scale" not in self.given:

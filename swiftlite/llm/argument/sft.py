@@ -110,6 +110,10 @@ class TrainArguments(Arguments):
         if self.eval_steps is None:
             self.eval_steps = self.save_steps
 
+    @property
+    def trains(self) -> bool:
+        return True
+
     def batch_sizes(self, data_parallel_size: int) -> tuple[int, int, int]:
         """(micro batch, accumulation steps, global batch) for this many data-parallel ranks; two of them decide.
 

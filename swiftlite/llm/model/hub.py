@@ -62,6 +62,21 @@ def _download(
     )
 
 
+def local_directory(model_id_or_path: str, flag: str = "model") -> str | None:
+    """The absolute path of a directory that exists, None for a hub id. Raises: UsageError for what is neither."""
+    path = os.path.expanduser(str(model_id_or_path))
+    if os.path.isdir(path):
+        return os.path.abspath(path)
+    if os.path.isfile(path):
+        raise UsageError(f"--{flag} {model_id_or_path} is a file; give the directory that holds config.json")
+    if not _HUB_ID.fullmatch(path):
+        raise UsageError(
+            f"--{flag} {model_id_or_path}: no such directory, and not a hub id of the form ORGANISATION/NAME; "
+            "check the path"
+        )
+    return None
+
+
 def fetch(
     model_id_or_path: str,
     *,
@@ -76,16 +91,10 @@ def fetch(
     Args: download_model: False leaves the weight files on the hub. ignore_patterns: more file names to leave there.
     Raises: UsageError for a path that does not exist, CheckpointError where the hub cannot be reached.
     """
-    path = os.path.expanduser(str(model_id_or_path))
-    if os.path.isdir(path):
-        return os.path.abspath(path)
-    if os.path.isfile(path):
-        raise UsageError(f"--model {model_id_or_path} is a file; give the directory that holds config.json")
-    if not _HUB_ID.fullmatch(path):
-        raise UsageError(
-            f"--model {model_id_or_path}: no such directory, and not a hub id of the form ORGANISATION/NAME; "
-            "check the path"
-        )
+    local = local_directory(model_id_or_path)
+    if local is not None:
+        return local
+    path = str(model_id_or_path)
     hub = "Hugging Face" if use_hf else "ModelScope"
     ignore = [*FOREIGN_FILES, *map(_glob, ignore_patterns or ())]
     if not download_model:

@@ -17,6 +17,7 @@ from swiftlite.meta.model import Model, ModelGroup, ModelInfo, ModelMeta
 from swiftlite.meta.template import TemplateMeta
 from swiftlite.utils.errors import ConfigError, SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.parser import some
 
 logger = get_logger()
 
@@ -64,8 +65,15 @@ def _hub_id(model_id: str, model: Model | None, use_hf: bool) -> str:
 
 def _unknown_type(model_type: str, registry: Mapping[str, ModelMeta]) -> UsageError:
     near = difflib.get_close_matches(model_type, registry, n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else f"allowed: {', '.join(sorted(registry))}"
+    hint = f"did you mean {', '.join(near)}?" if near else f"some that are: {some(sorted(registry))} (docs/models.md)"
     return UsageError(f"--model_type {model_type} is not registered; {hint}")
+
+
+def check_model_type(model_type: str, registry: Mapping[str, ModelMeta] | None = None) -> None:
+    """Raises: UsageError for a type that is not registered, naming the nearest."""
+    registry = MODEL_MAPPING if registry is None else registry
+    if model_type not in registry:
+        raise _unknown_type(model_type, registry)
 
 
 def _architecture(config: Mapping[str, Any], model_dir: str) -> str:
@@ -128,7 +136,7 @@ def _resolve_type(
         known = sorted({a for meta in registry.values() for a in meta.architectures})
         raise ConfigError(
             f"{facts.model_dir}/config.json has architecture {architecture}, which is not supported; "
-            f"supported: {', '.join(known)}; give --model_type if it is one of these under another name"
+            f"supported: {some(known)} (docs/models.md); give --model_type if it is one of these under another name"
         )
     if len(candidates) == 1:
         return candidates[0].model_type, candidates[0], f"it is the only type with architecture {architecture}"
@@ -138,9 +146,9 @@ def _resolve_type(
     if len(choice.candidates) == 1:
         return first.model_type, first, explanation
     if len(choice.templates) == 1:
-        others = ", ".join(meta.model_type for meta in choice.candidates[1:])
+        others = some((meta.model_type for meta in choice.candidates[1:]), 3)
         return first.model_type, first, f"{explanation}; {others} would mean the same: template {first.template}"
-    names = ", ".join(meta.model_type for meta in choice.candidates)
+    names = some(meta.model_type for meta in choice.candidates)
     if need_template:
         raise UsageError(
             f"{facts.model_dir} ({architecture}) may be any of {names}, which have different chat templates, and "
@@ -219,8 +227,8 @@ def get_model_info_meta(
     """
     registry = MODEL_MAPPING if registry is None else registry
     templates = _templates() if templates is None else templates
-    if model_type is not None and model_type not in registry:
-        raise _unknown_type(model_type, registry)
+    if model_type is not None:
+        check_model_type(model_type, registry)
     found = _match(model_id_or_path, registry)
     meta, group, model = found or (None, None, None)
     if revision is None and model is not None:

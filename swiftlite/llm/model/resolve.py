@@ -22,6 +22,7 @@ from swiftlite.llm.model.hub import model_name
 from swiftlite.llm.model.info import first_of, read_json, rope_scaling
 from swiftlite.meta.model import ModelMeta
 from swiftlite.meta.template import TemplateMeta
+from swiftlite.utils.parser import some
 
 _QUERY, _SYSTEM = "What is in the box?", "You answer in verse."
 _DATE = re.compile(r"\d{1,2} [A-Z][a-z]{2} \d{4}")
@@ -264,5 +265,5 @@ def choose(facts: Facts, candidates: Sequence[ModelMeta], templates: Mapping[str
         kept, reason = clue(facts, choice.candidates, templates)
         if kept and len(kept) < len(choice.candidates):
             choice.candidates = kept
-            choice.reasons.append(f"{reason} ({', '.join(meta.model_type for meta in kept)})")
+            choice.reasons.append(f"{reason} ({some(meta.model_type for meta in kept)})")
     return choice

@@ -12,6 +12,7 @@ from swiftlite.llm.template.thinking import ThinkingTemplate
 from swiftlite.meta.template import TemplateMeta
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.parser import some
 
 TEMPLATE_MAPPING: dict[str, TemplateMeta] = {meta.template_type: meta for meta in TEMPLATES}
 TEMPLATE_CLASSES: dict[str, type[Template]] = {"Template": Template, "ThinkingTemplate": ThinkingTemplate}
@@ -59,7 +60,11 @@ def get_template_meta(template_type: str) -> TemplateMeta:
             TEMPLATE_MAPPING.setdefault(meta.template_type, meta)
     if template_type not in TEMPLATE_MAPPING:
         near = difflib.get_close_matches(str(template_type), TEMPLATE_MAPPING, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(TEMPLATE_MAPPING))}"
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"some that are known: {some(sorted(TEMPLATE_MAPPING))} (docs/templates.md)"
+        )
         raise UsageError(f"template {template_type!r} is unknown; {hint} (--template)")
     return TEMPLATE_MAPPING[template_type]
 

@@ -21,6 +21,11 @@ class MegatronDpoArguments(MegatronSftArguments, DpoArguments):
     """
 
     COMMAND: ClassVar[str] = "megatron dpo"
+
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return {**super().directory_kinds, "ref_model": ("is_hf", "is_megatron")}
+
     NOTES: ClassVar[Mapping[str, Note]] = {
         **DPO_NOTES,
         "mcore_ref_model": Note("rejected", "give it with --ref_model, which takes checkpoints of either format"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.llm.argument.export import PlanArguments, PushArguments
+from swiftlite.llm.argument.export import PlanArguments, PushArguments, megatron_kinds
 from swiftlite.llm.argument.flags import BATCH_NOTES, TRAIN_UNAVAILABLE
 from swiftlite.llm.argument.sft import PtArguments, SftArguments
 from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE, MegatronArguments
@@ -26,6 +26,14 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
         **{name: note.reason for name, note in BATCH_NOTES.items()},
         "device_map": "megatron-core places the model: one process per device (NPROC_PER_NODE)",
     }
+
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return megatron_kinds(self, self.mcore_model is None and not self.dry_run)
+
+    @property
+    def needs_megatron(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
@@ -22,10 +24,10 @@ from torch import Tensor
 
 from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
 from swiftlite.llm.train.flops import ModelFlops, attention_pairs, flops_of
-from swiftlite.llm.train.fp16 import LOWEST_SCALE, say_skipped
 from swiftlite.llm.train.meters import StepMeter, device_peak
 from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
 from swiftlite.llm.train.rhythm import Best, Rhythm
+from swiftlite.llm.train.schedule import warmup_and_decay
 from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.adapters import CONFIG as ADAPTER_CONFIG
@@ -40,12 +42,11 @@ from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.side_files import MANIFEST, copy_side_files, read_manifest, write_manifest
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
-from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_optimizer, build_scheduler
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
 from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes, write_json
-from swiftlite.utils.logger import get_logger
+from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.weights.safetensors import SafetensorsSource
 
 logger = get_logger()
@@ -79,6 +80,48 @@ def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
             DistributedDataParallel(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
         )
     return wrapped
+
+
+def build_optimizer(models: Sequence[torch.nn.Module], args: Any) -> Any:
+    """Adam with fp32 main parameters, always as the distributed optimizer: so one checkpoint format exists."""
+    dtype = torch_dtype(args)
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_eps,
+        clip_grad=args.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_distributed_optimizer=True,
+        overlap_param_gather=args.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, list(models))
+
+
+def build_scheduler(optimizer: Any, args: Any, train_iters: int, global_batch_size: int) -> OptimizerParamScheduler:
+    """Warm-up, then decay to min_lr; counted in samples, as megatron-core does. Raises: as warmup_and_decay."""
+    warmup, decay = warmup_and_decay(args, train_iters)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=warmup * global_batch_size,
+        lr_decay_steps=decay * global_batch_size,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=train_iters * global_batch_size,
+        wd_incr_style="constant",
+        # A resumed run's arguments equal those of the first (run_directory), so they rule.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
 
 
 class Trainer:
@@ -122,8 +165,6 @@ class Trainer:
         self.stopped = False  # by a signal, before the last step
         self.written: list[Path] = []
         self.models: list[Any] = []
-        # Losses are sums over tokens, so a first scale that fits depends on the batch: its first step is tried again.
-        self.scale_is_found = torch_dtype(args) != torch.float16
         self.lora: LoraPlan | None = None  # of a run that trains adapters
         self.trained: set[str] | None = None  # Hugging Face names, of a run that leaves some as they are
         self.writer = BackgroundWriter(self.device)
@@ -164,7 +205,6 @@ class Trainer:
             self.position = checkpoint.load_checkpoint(
                 self.root, self.models, self.args, self.optimizer, self.scheduler
             )
-            self.scale_is_found |= not self.args.no_save_optim
             logger.info("going on from step %d in %s", self.position.iteration, self.root)
             read_data_state(self.train_set, self.root / checkpoint.iteration_name(self.position.iteration))
         self.carried = {} if self.lora else checkpoint.carried_tensors(self.models, self.origin)
@@ -244,13 +284,13 @@ class Trainer:
         began = time.perf_counter()
         batches = self.train_loader.load(self.plan.micro_batches(samples))
         data_seconds = time.perf_counter() - began
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        total = self.run_batches(batches, forward_only=False)
         lr = next(group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None)
-        total, updated, grad_norm, scale = self._update(batches)
-        while not updated and not self.scale_is_found and scale > LOWEST_SCALE:
-            total, updated, grad_norm, scale = self._update(batches)
-        self.scale_is_found = True
-        if updated:
-            self.scheduler.step(increment=self.global_batch_size)
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=self.global_batch_size)
         attended = sum(attention_pairs(b.sample_lengths) for b in batches)
         counts = torch.tensor(
             [sum(b.num_tokens for b in batches), sum(b.tokens.numel() for b in batches), attended], device=self.device
@@ -259,30 +299,9 @@ class Trainer:
         names = (*self.sums, "tokens", "padded_tokens", "pairs_attended")
         sums = dict(zip(names, reduced, strict=True), samples=self.global_batch_size, data_s=data_seconds)
         self.position = Position(self.position.iteration + 1, start + self.global_batch_size)
-        values = {"loss": self.metrics(sums)["loss"], "lr": lr}
-        check_finite(self.position.iteration, {"loss": values["loss"], "gradient norm": float(grad_norm or 0.0)})
-        if updated:
-            values["grad_norm"] = float(grad_norm or 0.0)
-        if self.config.fp16:
-            skipped = self.position.iteration - self.scheduler.num_steps // self.global_batch_size
-            values.update(loss_scale=scale, skipped_steps=skipped)
-            if not updated:
-                say_skipped(self.position.iteration, scale, skipped)
+        values = {"loss": self.metrics(sums)["loss"], "lr": lr, "grad_norm": float(grad_norm or 0.0)}
+        check_finite(self.position.iteration, {"loss": values["loss"], "gradient norm": values["grad_norm"]})
         return values, sums
-
-    def _update(self, batches: list[MicroBatch]) -> tuple[Tensor, bool, float | None, float]:
-        """Gradients of a step's batches, and the optimizer's step unless they overflow (fp16).
-
-        Returns: `sums`, whether weights were updated, norm of the gradient, loss scale.
-        """
-        for model in self.models:
-            model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        scale = float(self.optimizer.get_loss_scale())
-        total = self.run_batches(batches, forward_only=False)
-        updated, grad_norm, _ = self.optimizer.step()
-        agree_on_loss_scale(self.optimizer)
-        return total, updated, grad_norm, scale
 
     def _once(self, counts: Tensor) -> Tensor:
         """Counts of the last stage only: every stage sees the same samples."""
@@ -341,7 +360,7 @@ class Trainer:
 
     def _steps(self, metrics: Metrics, stop: StopSignal) -> dict[str, float]:
         last: dict[str, float] = {}
-        flops = flops_of(self.args.model_info.config, self.args.mtp_num_layers or 0)
+        flops = flops_of(self.args.model_info.config)
         meter = StepMeter(
             flops, self.parallel.world_size, device_peak(str(torch_dtype(self.args)).removeprefix("torch.")),
             backend.peak_memory_bytes, references=self.references, **self._trained_weights(flops),
@@ -352,7 +371,7 @@ class Trainer:
             stopping = stop.agreed(self.device)
             self.writer.finish()
             meter.add(sums)
-            metrics.advance(step, values["loss"], values["lr"], values.get("grad_norm", 0.0))
+            metrics.advance(step, values["loss"], values["lr"], values["grad_norm"])
             if stopping and step < self.train_iters:
                 logger.warning("%s: saving step %d of %d, then ending", stop.sent.name, step, self.train_iters)
             if self.rhythm.logs(step) or stopping:
@@ -391,14 +410,14 @@ class Trainer:
                 model.start_param_sync(force_sync=True)
         path, write = checkpoint.prepare_checkpoint(
             self.root, self.position, self.models, self.args,
-            None if weights_only else self.optimizer, self.scheduler, self.carried,
-            (lambda directory: write_peft(directory, lora.peft_config, directory)) if lora else None,
+            None if weights_only else self.optimizer, None if weights_only else self.scheduler, self.carried,
+            self._write_adapter if lora else None,
             lambda directory: write_data_state(self.train_set, directory, samples), self.args.async_save,
         )  # fmt: skip
         written, writes = [path], [write]
         if self.args.save_safetensors and not lora:
             hf_dir = self.root / f"{path.name}{HF_SUFFIX}"
-            writes.append(prepare_hf_weights(self.models, hf_dir, self.origin_dir)[1])
+            writes.append(prepare_hf_weights(self.models, hf_dir, self.origin_dir, record=self.args.save)[1])
             written.append(hf_dir)
         saved = partial(self._saved, written, self.position.iteration, self.evaluation)
         if self.args.async_save:
@@ -408,13 +427,21 @@ class Trainer:
             write.run()
         saved()
 
+    def _write_adapter(self, directory: Path) -> None:
+        """The adapter in PEFT's format beside a checkpoint that is being written, and what it was trained with."""
+        assert self.lora is not None
+        write_peft(directory, self.lora.peft_config, directory)
+        self.args.save(directory)
+
     def _saved(self, written: list[Path], iteration: int, evaluation: dict[str, float]) -> None:
         """A checkpoint has become valid: only now it counts for the best one and for the limit. Collective."""
         if self.lora and self.args.merge_lora:
             hf_dir = self.root / f"{written[0].name}{HF_SUFFIX}"
             with tempfile.TemporaryDirectory() as scratch:
                 adapter = open_adapter(written[0], self.origin.bound, Path(scratch))
-                merge_to_hf(self.origin_dir, adapter, hf_dir, torch_dtype(self.args), exist_ok=True)
+                merge_to_hf(
+                    self.origin_dir, adapter, hf_dir, torch_dtype(self.args), record=self.args.save, exist_ok=True
+                )
             written = [*written, hf_dir]
         deleted: list[Path] = []
         if self.parallel.rank == 0:
@@ -440,9 +467,14 @@ class Trainer:
             logger.info("best checkpoint by %s: %s", self.best.metric, self.root / self.best.checkpoint)
         hf_dirs = [p for p in self.written if p.name.endswith(HF_SUFFIX)]
         if hf_dirs:
-            logger.info("next: swiftlite infer --model %s", hf_dirs[-1])
+            log_next("swiftlite", "infer", "--model", hf_dirs[-1], *self.args.loading_words(hub=False))
         elif self.lora:
             adapters = self.root / checkpoint.iteration_name(self.position.iteration)
-            logger.info("next: swiftlite infer --model %s --adapters %s", self.args.model or "BASE", adapters)
+            if self.args.mcore_model:
+                base = ("--mcore_model", self.args.mcore_model)
+                log_next("swiftlite", "export", *base, "--adapters", adapters, "--merge_lora", "true")
+            else:
+                words = self.args.loading_words()
+                log_next("swiftlite", "infer", "--model", self.args.model, "--adapters", adapters, *words)
         else:
-            logger.info("next: swiftlite export --mcore_model %s --to_hf true", self.root)
+            log_next("swiftlite", "export", "--mcore_model", self.root, "--to_hf", "true")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from swiftlite.llm.dataset.pairs import load_pairs, sequences_of
 from swiftlite.llm.model.register import get_model_info_meta
-from swiftlite.llm.pipeline import TRACKER, as_arguments
+from swiftlite.llm.pipeline import as_arguments
 from swiftlite.llm.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
 from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE
 from swiftlite.megatron.argument.rlhf import MegatronDpoArguments
@@ -34,6 +34,7 @@ from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch, evaluatio
 from swiftlite.megatron.trainers.loss import LossResult, reduce_over_ranks, token_losses
 from swiftlite.megatron.trainers.sft import run
 from swiftlite.megatron.tuners.lora import adapters_disabled
+from swiftlite.utils.directories import Directory
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import specs
@@ -214,8 +215,8 @@ def reference_of(args: Any, origin: Path) -> tuple[Path, Any]:
                 "--adapters: the reference would be the model without them; merge them first, or give --ref_model"
             )
         return origin, None if args.train_type == "lora" else args
-    directory = Path(args.ref_model)
-    if not (directory / TRACKER).is_file():
+    directory = Path(args.ref_model).expanduser()
+    if not Directory(directory).is_megatron:
         info, _ = get_model_info_meta(
             args.ref_model, use_hf=args.use_hf, hub_token=args.hub_token, need_template=False,
             ignore_requirements=args.ignore_requirements,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.llm.model.hub import check_hub_id, push
-from swiftlite.llm.pipeline import as_arguments, mcore_root, prepare_template, resolve
+from swiftlite.llm.pipeline import as_arguments, prepare_template, resolve
 from swiftlite.llm.train.data import load_data
 from swiftlite.megatron.argument.sft import MegatronPtArguments, MegatronSftArguments
 from swiftlite.megatron.distributed import ParallelState, parallel_groups
@@ -50,7 +51,7 @@ def settle(args: Any) -> str:
     """
     if not hasattr(args, "model_info"):
         resolve(args)
-    origin = str(mcore_root(args.mcore_model)) if args.mcore_model else args.model_info.model_dir
+    origin = os.path.expanduser(args.mcore_model) if args.mcore_model else args.model_info.model_dir
     args.apply_model_config(convert_hf_config(read_config(origin_root(origin))))
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         if args.num_experts or args.multi_latent_attention:

@@ -68,6 +68,9 @@ def test_wrong_sizes(text):
 @pytest.mark.parametrize(
     "cls, kwargs, message",
     [
+        (ExportArguments, {"dry_run": True, "gpu_memory": "24"}, "is 24 bytes; write 24GB"),
+        (ExportArguments, {"dry_run": True, "gpu_memory": "512MB"}, "is 512000000 bytes, too few"),
+        (ExportArguments, {"max_shard_size": "5"}, "is 5 bytes; write 5GB"),
         (ExportArguments, {"to_mcore": True, "to_hf": True, "model": "x", "mcore_model": "y"}, "give one direction"),
         (ExportArguments, {"to_mcore": True}, "--model DIR_OR_ID"),
         (ExportArguments, {"to_hf": True}, "--mcore_model DIR"),
