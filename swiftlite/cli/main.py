@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import format_help, nearest, parse
 from swiftlite.utils.processes import end_with_parent
+from swiftlite.utils.quiet import quiet
 
 _TRUE = ("true", "1", "yes", "on")
 
@@ -28,7 +28,7 @@ _TRUE = ("true", "1", "yes", "on")
 def usage() -> str:
     lines = ["usage: swiftlite COMMAND [config.yaml|config.json] [--flag value ...]", "", "commands:"]
     lines += [f"  {' '.join(words):<18}{route.help}" for words, route in ROUTES.items()]
-    lines += ["", "`swiftlite COMMAND --help` lists a command's flags; `swiftlite --version` prints the version.",
+    lines += ["", "`swiftlite COMMAND --help` lists what a command needs first, `--help_all` every flag; `swiftlite --version`.",
               "Several processes: NPROC_PER_NODE=4 swiftlite COMMAND ... (and NNODES, NODE_RANK, MASTER_ADDR, "
               "MASTER_PORT)."]  # fmt: skip
     return "\n".join(lines)
@@ -77,8 +77,10 @@ def run(argv: Sequence[str]) -> int:
         return 0
     words, route, rest = find_route(argv)
     arguments = _load(route.arguments)
-    if "-h" in rest or "--help" in rest:
-        sys.stdout.write(format_help(arguments, f"swiftlite {' '.join(words)}") + "\n")
+    asked = {"-h", "--help", "--help_all", "--help-all"} & set(rest)
+    if asked:
+        everything = bool(asked - {"-h", "--help"})
+        sys.stdout.write(format_help(arguments, f"swiftlite {' '.join(words)}", everything) + "\n")
         return 0
     from swiftlite.cli.launcher import SHUTDOWN_SECONDS, launch, torchrun_args
 
@@ -110,7 +112,7 @@ def _parse(arguments: Any, words: Sequence[str]) -> Any:
 
 def _handle(route: Route, args: Any) -> int:
     if not getattr(args, "debug", False):  # deprecations inside libraries are nothing that a user can act on
-        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
+        quiet()
     result = _load(route.handler)(args)
     # A run that a signal ended early has saved; it still ends as the signal would have ended it. One of several processes
     # says so: torchrun would kill the others for it.

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import printable
 from swiftlite.llm.pipeline import as_arguments, prepare_model_template
-from swiftlite.utils.errors import DatasetError, SwiftliteError, TemplateError, UsageError
+from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.progress import progress_bar
 
 logger = get_logger()
 
@@ -48,8 +50,6 @@ class Generator:
 
         torch.manual_seed(args.seed)
         model, template = prepare_model_template(args)
-        if model is None:
-            raise SwiftliteError(f"--model {args.model}: no weights were loaded")
         if len(args.adapters) > 1:
             raise UsageError("--adapters: one at a time; merge the others with `swiftlite export --merge_lora true`")
         for adapter in args.adapters:
@@ -199,6 +199,8 @@ class Generator:
 
 def chat(generator: Generator, stream: bool = True) -> None:
     """Talk with the model until `exit` or the end of the input. Ctrl-C ends an answer, not the chat."""
+    with suppress(ImportError):  # not on every system
+        import readline  # noqa: F401  # input() then edits its line and remembers earlier ones
     logger.info(HELP)
     system: list[Message] = []
     history: list[Message] = []
@@ -300,13 +302,11 @@ def infer_dataset(generator: Generator, args: InferArguments) -> None:
 
     Raises: DatasetError where no row could be answered; the file says why of each.
     """
-    from tqdm import tqdm
-
     for file in args.dataset_info:
         register_dataset_info(file)
     options = ReadOptions(args.columns, args.use_hf, False, 1, args.hub_token)
     rows = read_questions(args.val_dataset, options, args.seed)
-    answered = tqdm(answer_rows(generator, rows, args.max_batch_size), total=len(rows), desc="rows", disable=None)
+    answered = progress_bar(answer_rows(generator, rows, args.max_batch_size), total=len(rows), desc="rows")
     path = None if args.result_path is None else Path(args.result_path)
     errors = []
     if path is None:

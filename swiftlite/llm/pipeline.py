@@ -228,17 +228,13 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
     return args
 
 
-def prepare_model_template(args: Any, *, load_model: bool = True) -> tuple[Any | None, Any]:
-    """(model, template): the Hugging Face model, None without `load_model`, and the template with its tokenizer.
-
-    Resolves `args` if that has not happened.
-    """
-    from swiftlite.llm.model.loader import get_model_tokenizer
+def prepare_template(args: Any) -> Any:
+    """The template with its tokenizer, without a model. Resolves `args` if that has not happened."""
     from swiftlite.llm.template.parity import check_parity
     from swiftlite.llm.template.register import JINJA, get_template
 
     if not hasattr(args, "model_info"):
-        resolve(args, download_model=load_model)
+        resolve(args, download_model=False)
     if args.template is None and args.template_backend == "jinja":
         args.template = JINJA
     if args.template is None:
@@ -246,7 +242,35 @@ def prepare_model_template(args: Any, *, load_model: bool = True) -> tuple[Any |
             f"{args.model_info.model_dir}: no chat template is known for it; name one with --template, or use the "
             "checkpoint's own one with --template_backend jinja"
         )
-    model, tokenizer = get_model_tokenizer(
+    _, tokenizer = _load(args, load_model=False)
+    template = get_template(
+        args.template,
+        tokenizer,
+        enable_thinking=args.enable_thinking,
+        add_non_thinking_prefix=args.add_non_thinking_prefix,
+        **args.get_template_kwargs(),
+    )
+    check_parity(template, args.strict_template)
+    return template
+
+
+def load_model(args: Any) -> Any:
+    """The Hugging Face model of resolved `args`, its vocabulary grown for --new_special_tokens."""
+    return _load(args, load_model=True)[0]
+
+
+def prepare_model_template(args: Any) -> tuple[Any, Any]:
+    """(Hugging Face model, template with its tokenizer); the template is right before weights are read."""
+    if not hasattr(args, "model_info"):
+        resolve(args)
+    template = prepare_template(args)
+    return load_model(args), template
+
+
+def _load(args: Any, load_model: bool) -> tuple[Any | None, Any]:
+    from swiftlite.llm.model.loader import get_model_tokenizer
+
+    return get_model_tokenizer(
         args.model_info.model_dir,
         args.model_info.torch_dtype,
         args.device_map,
@@ -258,17 +282,3 @@ def prepare_model_template(args: Any, *, load_model: bool = True) -> tuple[Any |
         need_template=False,
         ignore_requirements=args.ignore_requirements,
     )
-    template = get_template(
-        args.template,
-        tokenizer,
-        enable_thinking=args.enable_thinking,
-        add_non_thinking_prefix=args.add_non_thinking_prefix,
-        **args.get_template_kwargs(),
-    )
-    check_parity(template, args.strict_template)
-    return model, template
-
-
-def prepare_template(args: Any) -> Any:
-    """The template with its tokenizer, without a model."""
-    return prepare_model_template(args, load_model=False)[1]

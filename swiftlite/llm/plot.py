@@ -13,23 +13,28 @@ from swiftlite.utils.logger import get_logger
 logger = get_logger()
 
 JSONL = "logging.jsonl"
-# Panels, top to bottom, and the curves of each; one that no run has is left out.
+# Panels, top to bottom, each with its unit, and the curves of each; one that no run has is left out.
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss", ("loss", "eval_loss")),
-    ("rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
-    ("reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
-    ("lr", ("lr",)),
-    ("grad_norm", ("grad_norm",)),
-    ("tokens_per_second", ("tokens_per_second",)),
-    ("mfu", ("mfu",)),
+    ("loss (nats)", ("loss", "eval_loss")),
+    ("rewards (nats)", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+    ("reward accuracy (share of pairs)", ("rewards/accuracies", "eval_rewards/accuracies")),
+    ("learning rate (per step)", ("lr",)),
+    ("gradient norm (nats)", ("grad_norm",)),
+    ("throughput (tokens/s)", ("tokens_per_second",)),
+    ("MFU (share of peak)", ("mfu",)),
 )
 _STYLES = ("-", "--", ":")  # of the curves of one panel, where colours tell runs apart
 
 
-def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path) -> Path | None:
-    """Draw lines of logging.jsonl, by the runs' names. Returns: `target`, None without matplotlib or without lines."""
+def plot_runs(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path, title: str | None = None
+) -> Path | None:
+    """Draw lines of logging.jsonl, by the runs' names; title: default these names.
+
+    Returns: `target`, None without matplotlib or without lines.
+    """
     present = {name for history in runs.values() for line in history for name in line}
-    panels = [(title, found) for title, names in PANELS if (found := [n for n in names if n in present])]
+    panels = [(label, found) for label, names in PANELS if (found := [n for n in names if n in present])]
     if not panels:
         return None
     try:
@@ -41,7 +46,7 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path) -> 
         return None
     figure = Figure(figsize=(8, 2.6 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (title, names) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+    for axis, (label, names) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         for number, (run, history) in enumerate(runs.items()):
             for style, name in zip(_STYLES, names, strict=False):
                 points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
@@ -49,14 +54,15 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path) -> 
                     # Earlier runs are wider, so that one that lies under another is seen.
                     width = 1.5 + 3 * (len(runs) - 1 - number) / len(runs)
                     look = {"color": f"C{number}", "linestyle": style, "linewidth": width} if len(runs) > 1 else {}
-                    label = " ".join(word for word in (run, name if len(names) > 1 else "") if word)
-                    axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None, **look)
+                    curve = " ".join(word for word in (run, name if len(names) > 1 else "") if word)
+                    axis.plot(*zip(*points, strict=True), label=curve, marker="." if len(points) < 50 else None, **look)
         if len(names) > 1 or len(runs) > 1:
             axis.legend(fontsize="small")
-        axis.set_ylabel(title)
+        axis.set_ylabel(label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    axis.set_xlabel("step")
+    axis.set_xlabel("step (updates of the weights)")
+    figure.suptitle(title or ", ".join(runs))
     figure.savefig(target, dpi=120)
     return target
 

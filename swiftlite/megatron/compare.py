@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from swiftlite.llm.argument.export import VerifyArguments
 from swiftlite.llm.pipeline import as_arguments
@@ -15,6 +14,7 @@ from swiftlite.megatron.side_files import read_hashes
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.progress import progress_bar
 from swiftlite.weights.fp8 import FP8
 from swiftlite.weights.storage import Files, TensorSpec
 from swiftlite.weights.stream import hash_tensor
@@ -39,7 +39,7 @@ def verify_main(args: VerifyArguments | Sequence[str]) -> None:
                 f"{sorted(missing)[0]} is in {paths[there]} but not in {paths[here]} ({len(missing)} such tensors)"
             )
     total = sum(a.source.spec(name).nbytes for name in names)
-    with Files() as files, tqdm(total=total, unit="B", unit_scale=True, desc="verify", mininterval=0.5) as bar:
+    with Files() as files, progress_bar(total=total, unit="B", unit_scale=True, desc="verify") as bar:
         for name in names:
             specs = _comparable(*(origin.source.spec(name) for origin in (a, b)))
             if specs[0] != specs[1]:

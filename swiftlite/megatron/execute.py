@@ -10,6 +10,7 @@ from typing import Any
 from swiftlite.utils.dist import all_gather, barrier, get_local_world_size, get_rank, get_world_size
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.progress import progress_bar
 from swiftlite.weights import stream
 from swiftlite.weights.journal import Workspace
 from swiftlite.weights.storage import Files, TensorSource
@@ -17,9 +18,7 @@ from swiftlite.weights.storage import Files, TensorSource
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc=what, mininterval=0.5, disable=get_rank() != 0) as bar:
+    with progress_bar(total=total, unit="B", unit_scale=True, desc=what, disable=get_rank() != 0) as bar:
         yield bar.update
 
 

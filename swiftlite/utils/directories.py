@@ -98,7 +98,7 @@ def what_it_is(directory: Path) -> tuple[str, str]:
     if found.is_megatron_adapter or found.has(ADAPTER_CONFIG):
         return "is a LoRA adapter" + (" of a Megatron run" if found.iteration else ""), adapter_advice(found)
     if found.is_hf:
-        return "is a Hugging Face model", f"give it with --model {directory}"
+        return "is a Hugging Face directory", f"give it with --model {directory}"
     if found.iteration is not None:
         name = found.iteration.name
         text = "is a Megatron checkpoint" + ("" if found.iteration == directory else f", the newest is {name}")
@@ -137,4 +137,4 @@ def expect(flag: str, given: str | Path, *kinds: str) -> Path:
     if any(found.has("config.json") if kind == "config" else getattr(found, kind) for kind in kinds):
         return path
     text, advice = what_it_is(path)
-    raise CheckpointError(f"--{flag} {given}: {text}; {advice}")
+    raise CheckpointError(f"--{flag} {given}: this {text}; {advice}")

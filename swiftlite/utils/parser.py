@@ -83,12 +83,14 @@ class Arguments:
         NOTES: flags that are accepted without a field, or refused, each with the reason.
         HIDDEN: fields that this command does not offer on its command line, name -> reason.
         ADVANCED: set on a part whose flags --help lists last.
+        BASIC: what --help shows, where that is not everything, in the order of its parts; --help_all shows the rest.
         POSITIONAL: list field that leading words fill, in place of a config file.
         UNAVAILABLE: fields of which only the default (or false) is possible so far, name -> reason.
     """
 
     NOTES: typing.ClassVar[Mapping[str, Note]] = {}
     HIDDEN: typing.ClassVar[Mapping[str, str]] = {}
+    BASIC: typing.ClassVar[tuple[str, ...]] = ()
     POSITIONAL: typing.ClassVar[str | None] = None
     UNAVAILABLE: typing.ClassVar[Mapping[str, str]] = {}
 
@@ -411,7 +413,7 @@ def _accept(cls: type[Arguments], values: Mapping[str, Any], where: str = "") ->
         if note is None and target is not None:
             raise UsageError(f"{where}{spell(name)}: {hidden[target]}")
         if note is None:
-            known = [spell(n) for n in table if table[n] not in hidden] + [spell(n) for n in notes]
+            known = [spell(n) for n in table if table[n] not in hidden and table[n] not in cls.UNAVAILABLE]
             raise UsageError(f"{where}{spell(name)}: unknown {'setting' if where else 'flag'}"
                              f"{nearest(spell(name), known) or '; see --help'}")  # fmt: skip
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -423,15 +425,23 @@ def _accept(cls: type[Arguments], values: Mapping[str, Any], where: str = "") ->
     return canonical_names(cls, kept, spell)
 
 
-def format_help(cls: type[Arguments], usage: str) -> str:
-    """The text of `COMMAND --help`: flags grouped by the part of the arguments that declares them."""
+def format_help(cls: type[Arguments], usage: str, everything: bool = True) -> str:
+    """The text of `COMMAND --help`: flags grouped by the part of the arguments that declares them.
+
+    everything: or only BASIC, with a last line that says how to see the others.
+    """
+    offered = [s for s in specs(cls).values() if s.name not in cls.HIDDEN and s.name not in cls.UNAVAILABLE]
+    basic = [] if everything else [spec for name in cls.BASIC for spec in offered if spec.name == name]
+    shown = basic or offered
     groups: dict[type, list[Spec]] = {}
-    for spec in specs(cls).values():
-        if spec.name not in cls.HIDDEN and spec.name not in cls.UNAVAILABLE:
-            groups.setdefault(spec.owner, []).append(spec)
-    lines = [f"usage: {usage} [config.yaml|config.json] [--flag value ...]"]
+    for spec in shown:
+        groups.setdefault(spec.owner, []).append(spec)
     # What the command itself adds comes first, parts that few people need last.
-    for owner, members in sorted(reversed(groups.items()), key=lambda group: "ADVANCED" in group[0].__dict__):
+    ordered = list(groups.items()) if basic else sorted(
+        reversed(groups.items()), key=lambda group: "ADVANCED" in group[0].__dict__
+    )  # fmt: skip
+    lines = [f"usage: {usage} [config.yaml|config.json] [--flag value ...]"]
+    for owner, members in ordered:
         lines += ["", f"{(owner.__doc__ or owner.__name__).strip().splitlines()[0]}"]
         for spec in members:
             notes = []
@@ -443,6 +453,8 @@ def format_help(cls: type[Arguments], usage: str) -> str:
                 notes.append("also " + ", ".join(f"--{alias}" for alias in spec.aliases))
             lines.append(f"  --{spec.name} {_metavar(spec.type)}")
             lines.append(f"      {'; '.join(part for part in (spec.help, *notes) if part)}")
+    if len(shown) < len(offered):
+        lines += ["", f"{len(offered) - len(shown)} more flags: {usage} --help_all"]
     return "\n".join(lines)
 
 

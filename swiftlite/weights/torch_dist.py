@@ -416,7 +416,7 @@ def find_iteration(directory: Path) -> Path:
     if newest is not None:
         raise CheckpointError(f"{directory}: its {TRACKER} is missing; name the checkpoint itself, {newest}")
     text, advice = what_it_is(directory)
-    raise CheckpointError(f"{directory}: no Megatron checkpoint, it {text}; {advice}")
+    raise CheckpointError(f"{directory}: no Megatron checkpoint, this {text}; {advice}")
 
 
 # ---- writing ----

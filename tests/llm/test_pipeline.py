@@ -74,7 +74,7 @@ def test_foreign_checkpoint_needs_its_model(mcore_dir, tiny_model):
 
 def test_directories_of_the_wrong_kind(tiny_model, tmp_path):
     hf = str(tiny_model("glm4_moe"))
-    with pytest.raises(CheckpointError, match="is a Hugging Face model; give it with --model"):
+    with pytest.raises(CheckpointError, match="this is a Hugging Face directory; give it with --model"):
         pipeline.resolve(MegatronSftArguments(mcore_model=hf))
     with pytest.raises(UsageError, match="no such directory"):
         pipeline.resolve(MegatronSftArguments(mcore_model=str(tmp_path / "nowhere")))

@@ -71,7 +71,7 @@ def test_a_directory_that_is_no_model(kinds: Path, command: str, capsys: pytest.
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("hf", "is a Hugging Face model; give it with --model hf"),
+        ("hf", "is a Hugging Face directory; give it with --model hf"),
         ("peft", "is a LoRA adapter"),
         ("lora", "is a LoRA adapter of a Megatron run"),
         ("adapter", "give it with --mcore_adapter adapter"),

@@ -193,7 +193,7 @@ def test_find_iteration_says_what_a_directory_is(tmp_path: Path) -> None:
     (hf / "model.safetensors").touch()
     (hf / "config.json").touch()
     with pytest.raises(
-        CheckpointError, match="no Megatron checkpoint, it is a Hugging Face model; give it with --model"
+        CheckpointError, match="no Megatron checkpoint, this is a Hugging Face directory; give it with --model"
     ):
         find_iteration(hf)
     with pytest.raises(CheckpointError, match="does not exist"):

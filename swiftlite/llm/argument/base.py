@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swiftlite import __version__
-from swiftlite.llm.argument.flags import COMMON_NOTES
+from swiftlite.llm.argument.flags import BASIC, COMMON_NOTES
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.parser import Arguments, Note, arguments, field
 
@@ -296,6 +296,7 @@ class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArgumen
     """General"""
 
     NOTES: ClassVar[Mapping[str, Note]] = COMMON_NOTES
+    BASIC: ClassVar[tuple[str, ...]] = BASIC
 
     custom_register_path: list[str] = field(
         [],

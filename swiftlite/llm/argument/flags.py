@@ -8,6 +8,20 @@ from __future__ import annotations
 
 from swiftlite.utils.parser import Note
 
+# What `COMMAND --help` shows of the flags that commands have in common, parts in this order; --help_all shows all.
+BASIC = (
+    "to_mcore", "to_hf", "to_cached_dataset", "test_convert_precision", "max_shard_size", "verify",
+    "prompt", "result_path", "max_new_tokens", "temperature", "stream", "num_rows", "show_ids", "html",
+    "model", "model_type", "use_hf", "adapters", "merge_lora", "mcore_model", "mcore_adapter",
+    "dataset", "val_dataset", "split_dataset_ratio", "packing", "template", "system", "max_length",
+    "output_dir", "torch_dtype", "seed",
+    "micro_batch_size", "global_batch_size", "num_train_epochs", "train_iters", "lr", "lr_warmup_fraction", "recompute",
+    "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "logging_steps", "report_to",
+    "train_type", "target_modules", "lora_rank", "lora_alpha", "beta", "loss_type", "ref_model",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "sequence_parallel",
+    "dry_run", "push_to_hub", "hub_model_id", "debug",
+)  # fmt: skip
+
 _TEXT_ONLY = "the models here are text only, there is no vision tower"
 _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is the same for every layout"
 _DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite megatron dpo`"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from swiftlite.llm.plot import JSONL, plot_runs, read_run
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.progress import progress_bar
 
 logger = get_logger()
 
@@ -46,8 +48,6 @@ class Metrics:
         self._bar: Any = None
         if not active:
             return
-        from tqdm import tqdm
-
         for name in report_to:
             if name != "none":
                 tracker = _TRACKERS[name](directory, tensorboard_dir, first_step, settings or {})
@@ -55,7 +55,7 @@ class Metrics:
                     self._trackers.append(tracker)
         self._keep_history(first_step)
         self._jsonl = (directory / JSONL).open("a", encoding="utf-8")
-        self._bar = tqdm(total=last_step, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
+        self._bar = progress_bar(total=last_step, initial=first_step, desc="train", unit="step")
 
     def _keep_history(self, first_step: int) -> None:
         """Lines of steps that a resumed run does again are taken out, so that the curve has each step once."""
@@ -84,9 +84,8 @@ class Metrics:
         for tracker in self._trackers:
             tracker.log(values, step)
         shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if name not in _QUIET)
-        self._bar.clear()
-        logger.info("step %d/%d: %s, eta %s", step, self.last_step, shown, format_seconds(line["remaining_s"]))
-        self._bar.refresh()
+        with self._bar.external_write_mode(sys.stderr):  # takes a bar in the terminal away, and draws it again
+            logger.info("step %d/%d: %s, eta %s", step, self.last_step, shown, format_seconds(line["remaining_s"]))
 
     def close(self) -> None:
         """End the bar and flush the files; also after an error."""
@@ -101,7 +100,7 @@ class Metrics:
         """Draw the run's curves as a PNG. Returns: the file, None without matplotlib or without a line to draw."""
         if not self.active:
             return None
-        return plot_runs({"": read_run(self.directory)}, self.directory / PLOT)
+        return plot_runs({"": read_run(self.directory)}, self.directory / PLOT, f"training run {self.directory.name}")
 
 
 class _Tracker:

@@ -31,7 +31,7 @@ from swiftlite.llm.dataset.order import (
     write_data_state,
 )
 from swiftlite.llm.model.names import Others, check_names, load_tensors
-from swiftlite.llm.pipeline import prepare_model_template
+from swiftlite.llm.pipeline import load_model, prepare_template, resolve
 from swiftlite.llm.train import run_directory, tuner
 from swiftlite.llm.train.flops import attention_pairs, flops_of
 from swiftlite.llm.train.meters import StepMeter, device_peak
@@ -372,15 +372,19 @@ def started(
 ) -> Iterator[tuple[Any, Any, tuple[Any, Any], str | None]]:
     """What every command does before it prepares the model: (model, template, data, checkpoint to go on from).
 
+    Weights come last: everything else that can be wrong is known by then.
+
     Args: load: (args, template) -> training set, validation set. Raises: UsageError without --model.
     """
     if args.model is None:
         raise UsageError("give the model with --model DIR_OR_ID")
     with process_group():
-        model, template = prepare_model_template(args)
-        assert model is not None
+        resolve(args)
+        template = prepare_template(args)
         checkpoint = settle_output(args)
         data = load(args, template)
+        tuner.check_settings(args)
+        model = load_model(args)
         model.config.use_cache = False  # of no use in training, and it hides where joined samples begin
         yield model, template, data, checkpoint
 

@@ -159,6 +159,20 @@ def _parted(owners: Mapping[str, Stored], trained: set[str]) -> tuple[str, str] 
     return next(((kept[id(s.owner)], n) for n, s in owners.items() if n in trained and id(s.owner) in kept), None)
 
 
+def check_settings(args: Any) -> None:
+    """Try what the user says of layers and parameters on a model without weights. Raises: UsageError as prepare_model."""
+    flags = ("target_regex", "modules_to_save") if args.train_type == "lora" else FREEZE_FLAGS
+    names_layers = args.train_type == "lora" and args.target_modules != ["all-linear"]
+    if args.adapters or not (names_layers or any(getattr(args, flag) for flag in flags)):
+        return
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    code = args.trust_remote_code
+    config = AutoConfig.from_pretrained(args.model_info.model_dir, trust_remote_code=code)
+    with torch.device("meta"):
+        prepare_model(AutoModelForCausalLM.from_config(config, trust_remote_code=code), args)
+
+
 def held_in_fp32(model: Any) -> set[str]:
     """Names of the parameters whose dtype `prepare_model` raised."""
     return getattr(model, _HELD, set())
