@@ -28,7 +28,7 @@ _TRUE = ("true", "1", "yes", "on")
 def usage() -> str:
     lines = ["usage: swiftlite COMMAND [config.yaml|config.json] [--flag value ...]", "", "commands:"]
     lines += [f"  {' '.join(words):<18}{route.help}" for words, route in ROUTES.items()]
-    lines += ["", "`swiftlite COMMAND --help` lists what a command needs first, `--help_all` every flag; `swiftlite --version`.",
+    lines += ["", "`swiftlite COMMAND --help` lists the flags it needs first, `--help_all` all; `swiftlite --version`.",
               "Several processes: NPROC_PER_NODE=4 swiftlite COMMAND ... (and NNODES, NODE_RANK, MASTER_ADDR, "
               "MASTER_PORT)."]  # fmt: skip
     return "\n".join(lines)

@@ -26,9 +26,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _STYLES = ("-", "--", ":")  # of the curves of one panel, where colours tell runs apart
 
 
-def plot_runs(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path, title: str | None = None
-) -> Path | None:
+def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path, title: str | None = None) -> Path | None:
     """Draw lines of logging.jsonl, by the runs' names; title: default these names.
 
     Returns: `target`, None without matplotlib or without lines.

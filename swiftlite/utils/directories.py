@@ -95,6 +95,8 @@ def adapter_advice(found: Directory, model: str | None = None) -> str:
 def what_it_is(directory: Path) -> tuple[str, str]:
     """(what a directory is, how it is used), both as parts of an error's line."""
     found = Directory(directory)
+    if found.has(ADAPTER_CONFIG) and not found.is_peft and found.iteration is None:
+        return f"has an {ADAPTER_CONFIG} but no adapter_model.safetensors", "copy it there, or name another directory"
     if found.is_megatron_adapter or found.has(ADAPTER_CONFIG):
         return "is a LoRA adapter" + (" of a Megatron run" if found.iteration else ""), adapter_advice(found)
     if found.is_hf:

@@ -137,6 +137,7 @@ def test_adapters_alone_name_their_base(tiny_model, tmp_path):
         adapter = tmp_path / name
         adapter.mkdir(parents=True)
         (adapter / "adapter_config.json").write_text(json.dumps(config))
+        (adapter / "adapter_model.safetensors").touch()
         if recorded:
             (adapter.parent / "args.json").write_text(json.dumps(recorded))
         for cls, more in (
