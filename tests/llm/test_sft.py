@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_learning_rates_are_megatron_cores(style: str, warmup: dict[str, float])
 
     args = SftArguments(lr=2e-3, min_lr=1e-4, lr_decay_style=style, **warmup)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0, "max_lr": 2e-3, "min_lr": 1e-4}])
-    steps = int(17 * (args.lr_warmup_fraction or 0)) or args.lr_warmup_iters
+    steps = math.ceil(17 * (args.lr_warmup_fraction or 0)) or args.lr_warmup_iters
     theirs = OptimizerParamScheduler(
         optimizer, init_lr=0.0, max_lr=2e-3, min_lr=1e-4, lr_warmup_steps=steps, lr_decay_steps=17, lr_decay_style=style,
         start_wd=0.0, end_wd=0.0, wd_incr_steps=17, wd_incr_style="constant",
@@ -52,6 +53,23 @@ def test_learning_rates_are_megatron_cores(style: str, warmup: dict[str, float])
     for step in range(20):
         assert share(step) * 2e-3 == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), step
         theirs.step(1)
+
+
+@pytest.mark.parametrize(
+    "share, steps, warmup", [(0.03, 30, 1), (0.29, 100, 29), (0.1, 13, 2), (1.0, 4, 4), (0.5, 1, 1)]
+)
+def test_a_warmup_ratio_rounds_up_as_in_transformers(share: float, steps: int, warmup: int) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    from swiftlite.llm.argument.sft import SftArguments
+    from swiftlite.llm.train.schedule import lr_schedule, warmup_and_decay
+
+    args = SftArguments(lr=1e-3, lr_decay_style="linear", warmup_ratio=share)
+    assert warmup_and_decay(args, steps)[0] == warmup
+    theirs = get_scheduler("linear", torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup, steps).lr_lambdas[0]
+    ours = lr_schedule(args, steps)
+    assert [ours(step) for step in range(steps)] == pytest.approx([theirs(step) for step in range(steps)], rel=1e-12)
 
 
 FLAGS = ["--global_batch_size", "4", "--micro_batch_size", "2", "--lr", "1e-3", "--logging_steps", "1", "--seed", "7",

@@ -12,12 +12,18 @@ from swiftlite.utils.errors import UsageError
 
 
 def warmup_and_decay(args: Any, steps: int) -> tuple[int, int]:
-    """Steps that warm up, and the step at which --min_lr is reached. Raises: UsageError if the former take all of it."""
+    """Steps that warm up, and the step at which --min_lr is reached.
+
+    A share of the steps rounds up, as transformers' TrainingArguments.get_warmup_steps does, and may be all of them.
+    Raises: UsageError if --lr_warmup_iters take all of the schedule.
+    """
     decay = args.lr_decay_iters or steps
-    warmup = args.lr_warmup_iters if args.lr_warmup_fraction is None else int(args.lr_warmup_fraction * decay)
-    if warmup >= decay:
-        raise UsageError(f"{warmup} warm-up steps: must be fewer than the {decay} steps of the schedule")
-    return warmup, decay
+    if args.lr_warmup_fraction is not None:
+        warmup = math.ceil(decay * args.lr_warmup_fraction)
+        return warmup, max(decay, warmup + 1)  # megatron-core wants a step after the warm-up
+    if args.lr_warmup_iters >= decay:
+        raise UsageError(f"{args.lr_warmup_iters} warm-up steps: must be fewer than the {decay} steps of the schedule")
+    return args.lr_warmup_iters, decay
 
 
 def lr_schedule(args: Any, steps: int) -> Callable[[int], float]:
