@@ -87,17 +87,21 @@ def moe_layers(config: Mapping[str, Any]) -> list[bool]:
     return [i >= first_dense and (i + 1) % step == 0 and i not in dense and i % every == 0 for i in layers]
 
 
-def flops_of(config: Mapping[str, Any] | None) -> ModelFlops | None:
+def flops_of(config: Mapping[str, Any] | None, mtp_layers: int = 0) -> ModelFlops | None:
     """`model_flops`; None, and a remark, for a config that does not say what is needed."""
     try:
-        return model_flops(config or {})
+        return model_flops(config or {}, mtp_layers)
     except (AttributeError, KeyError, TypeError, ValueError):
         get_logger().info("config.json does not tell the model's operations, so TFLOP/s are not shown")
         return None
 
 
-def model_flops(config: Mapping[str, Any]) -> ModelFlops:
-    """Of a decoder with gated feed-forward layers, by its config.json: GQA or MLA, dense or with experts."""
+def model_flops(config: Mapping[str, Any], mtp_layers: int = 0) -> ModelFlops:
+    """Of a decoder with gated feed-forward layers, by its config.json: GQA or MLA, dense or with experts.
+
+    Args: mtp_layers: blocks that predict further tokens and are trained: each has a layer of the last one's kind, a
+        projection of two hidden states to one, and its own pass through the head.
+    """
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     if config.get("kv_lora_rank"):
         rope, value = config["qk_rope_head_dim"], config["v_head_dim"]
@@ -117,10 +121,11 @@ def model_flops(config: Mapping[str, Any]) -> ModelFlops:
         shared = width * int(_first(config, "n_shared_experts", "moe_num_shared_experts", default=0))
     sparse = 3 * hidden * (top_k * width + shared) + hidden * experts + gate
     dense = 3 * hidden * int(config["intermediate_size"])
-    weights = sum(attention + (sparse if is_moe else dense) for is_moe in moe_layers(config))
-    weights += hidden * int(config["vocab_size"])
+    layers = [attention + (sparse if is_moe else dense) for is_moe in moe_layers(config)]
+    head = hidden * int(config["vocab_size"])
+    weights = sum(layers) + head + mtp_layers * (layers[-1] + 2 * hidden * hidden + head)
     return ModelFlops(
         linear=2 * weights,
-        attention=2 * int(config["num_hidden_layers"]) * heads * (key + value),
+        attention=2 * (len(layers) + mtp_layers) * heads * (key + value),
         expert_share=top_k / experts if experts else 1.0,
     )

@@ -89,6 +89,12 @@ def test_known_models() -> None:
     assert model_flops(air).expert_share == 8 / 128
     assert sum(moe_layers(air)) == 45
     assert model_flops(air).training(1, 0) == 6 * active
+    mtp, plain = model_flops(air, mtp_layers=2), model_flops(air)
+    hidden, vocabulary = 4096, 151552
+    attention = hidden * 128 * (2 * 96 + 2 * 8)
+    block = attention + 3 * hidden * 1408 * (8 + 1) + hidden * 128 + 2 * hidden**2 + hidden * vocabulary
+    assert mtp.linear - plain.linear == 2 * 2 * block, "each has a layer with experts, a projection and the head"
+    assert mtp.attention / plain.attention == 48 / 46
     assert ModelFlops(10, 1).training(2, 3, references=1) == 3 * (10 * 2 + 3) + 23
 
 
