@@ -123,7 +123,13 @@ NEXT_LAYER_MTP_COPIES = (
 
 # ---- config: HF key -> Megatron-LM argument, in the order in which a converted config lists them ----
 
-GPT_CONFIG: tuple[ConfigRule | Derived | Refuse, ...] = (
+
+def rotary_base(default: float | None = None) -> ConfigRule:
+    """rope_theta, a whole number as an int. default: what the class in transformers assumes, where not 10000."""
+    return ConfigRule("rotary_base", ("rope_theta",), lambda v: int(v) if v == int(v) else float(v), default)
+
+
+PARTIAL_ROTARY_CONFIG: tuple[ConfigRule | Derived | Refuse, ...] = (
     Refuse(
         lambda c: (
             f"hidden_act {c['hidden_act']!r} is not 'silu'; only gated SiLU MLPs are supported"
@@ -153,7 +159,7 @@ GPT_CONFIG: tuple[ConfigRule | Derived | Refuse, ...] = (
     ConfigRule("num_query_groups", ("num_key_value_heads", "num_attention_heads")),
     ConfigRule("max_position_embeddings", ("max_position_embeddings",)),
     ConfigRule("norm_epsilon", ("rms_norm_eps",), default=1e-6),
-    ConfigRule("rotary_base", ("rope_theta",), int),
+    rotary_base(),
     ConfigRule("padded_vocab_size", ("vocab_size",)),
     ConfigRule("attention_dropout", ("attention_dropout",)),
     ConfigRule("untie_embeddings_and_output_weights", ("tie_word_embeddings",), lambda v: not v, default=True),
@@ -177,6 +183,19 @@ GPT_CONFIG: tuple[ConfigRule | Derived | Refuse, ...] = (
     ConfigRule("qk_layernorm", ("use_qk_norm",)),
     ConfigRule("rope_scaling", ("rope_scaling",)),
     ConfigRule("partial_rotary_factor", ("partial_rotary_factor",)),
+    ConfigRule("original_max_position_embeddings", ("original_max_position_embeddings",)),
+)
+# Of the architectures whose classes in transformers rotate whole heads: they ignore the factor or fail over it.
+GPT_CONFIG = (
+    *PARTIAL_ROTARY_CONFIG,
+    Refuse(
+        lambda c: (
+            f"partial_rotary_factor {c['partial_rotary_factor']}: this architecture rotates whole heads"
+            if c.get("partial_rotary_factor") not in (None, 1)
+            and (c.get("rope_scaling") or {}).get("rope_type") != "proportional"
+            else None
+        )
+    ),
 )
 
 

@@ -19,6 +19,7 @@ from swiftlite.families.blocks import (
     Config,
     constant,
     copy,
+    rotary_base,
 )
 from swiftlite.meta.family import Family
 from swiftlite.meta.mcore import Derived, McoreMeta, Refuse
@@ -63,6 +64,7 @@ def _if_moe(value: Any) -> Callable[[Config], Any]:
 PATCHES = (
     Refuse(lambda c: "use_bias true is not supported" if c.get("use_bias") else None),
     Derived("untie_embeddings_and_output_weights", lambda c: not c.get("tie_word_embeddings", True)),
+    rotary_base(500000),
     constant("rotary_interleaved", True),
     Derived("moe_ffn_hidden_size", _text_width),
     Derived("moe_layer_freq", _moe_layers),

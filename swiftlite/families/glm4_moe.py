@@ -9,10 +9,10 @@ from swiftlite.families.blocks import (
     EMBED,
     EXPERT_BIAS_ON,
     EXPERTS,
-    GPT_CONFIG,
     MLP,
     NEXT_LAYER_MTP,
     NEXT_LAYER_MTP_COPIES,
+    PARTIAL_ROTARY_CONFIG,
     QK_NORM,
     ROUTER,
     ROUTER_BIAS,
@@ -31,7 +31,7 @@ register_family(
         "glm4_moe",
         architectures=("Glm4MoeForCausalLM",),
         mcore=McoreMeta(
-            config=GPT_CONFIG,
+            config=PARTIAL_ROTARY_CONFIG,
             patches=(
                 *SIGMOID_ROUTER,
                 ConfigRule("partial_rotary_factor", ("partial_rotary_factor",), default=0.5),

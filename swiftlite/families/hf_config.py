@@ -6,38 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from swiftlite.families import family_of
+from swiftlite.families.rope import flatten_config
 from swiftlite.meta.family import Family
 from swiftlite.meta.mcore import ConfigRule, Derived, Refuse
 from swiftlite.utils.errors import ConfigError
 
 Rules = tuple[ConfigRule | Derived | Refuse, ...]
-
-
-def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Give rope settings the keys that hub configs use, whichever transformers version wrote the config.
-
-    transformers 5 moves rope_theta, partial_rotary_factor and rope_scaling into `rope_parameters`; `type` is the old
-    name of `rope_type`; 'default' means no scaling.
-    """
-    flat = dict(config)
-    scaling = flat.get("rope_scaling")
-    parameters = flat.pop("rope_parameters", None)
-    if isinstance(parameters, Mapping):
-        parameters = dict(parameters)
-        for key in ("rope_theta", "partial_rotary_factor"):
-            value = parameters.pop(key, None)
-            if value is not None and flat.get(key) is None:
-                flat[key] = value
-        scaling = scaling or parameters
-    if isinstance(scaling, int | float):
-        scaling = {"type": "linear", "factor": float(scaling)}
-    if isinstance(scaling, Mapping):
-        scaling = dict(scaling)
-        kind = scaling.setdefault("rope_type", scaling.get("type"))
-        if kind in (None, "default"):
-            scaling = None
-    flat["rope_scaling"] = scaling
-    return flat
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

@@ -27,6 +27,16 @@ CONFIG = {
     "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
     "tie_word_embeddings": False, "attention_bias": False,
 }  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [4.0 + i for i in range(8)],
+    "original_max_position_embeddings": 64, "factor": 2.0,
+}  # fmt: skip
+# What else stands in config.json.
+TOP: dict[str, dict[str, Any]] = {
+    "longrope, original length at the top": {"original_max_position_embeddings": 64},
+    "proportional": {"partial_rotary_factor": 0.5},
+    "default": {"rope_theta": 10000.5},
+}
 SCALINGS: dict[str, dict[str, Any] | None] = {
     "default": None,
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -36,6 +46,17 @@ SCALINGS: dict[str, dict[str, Any] | None] = {
         "original_max_position_embeddings": 64,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn, not truncated": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False, "beta_fast": 16,
+        "beta_slow": 2,
+    },
+    "yarn, mscale": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0},
+    "yarn, attention_factor": {"type": "yarn", "factor": 4.0, "attention_factor": 1.3},
+    "longrope": LONGROPE,
+    "longrope, original length at the top": {k: v for k, v in LONGROPE.items() if not k.startswith("original")},
+    "longrope, attention_factor": {**LONGROPE, "attention_factor": 1.1},
+    "longrope, factor": {**LONGROPE, "factor": 3.0},
+    "proportional": {"rope_type": "proportional", "factor": 2.0},
 }  # fmt: skip
 
 
@@ -48,27 +69,89 @@ def arguments(**changes: Any) -> MegatronArguments:
 @pytest.mark.parametrize("kind", SCALINGS)
 def test_frequencies_are_those_of_transformers_model(kind: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = {**CONFIG, "rope_scaling": SCALINGS[kind]}
+    if kind not in ("default", *ROPE_INIT_FUNCTIONS) and kind.partition(",")[0] not in ROPE_INIT_FUNCTIONS:
+        pytest.skip(f"this transformers has no {kind}")
+    config = {**CONFIG, "rope_scaling": SCALINGS[kind], **TOP.get(kind, {})}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
-    rope = Rope(arguments(rope_scaling=SCALINGS[kind]))
-    assert torch.equal(rope.inv_freq, reference.inv_freq)
-    assert rope.attention_factor == reference.attention_scaling
-    # Beyond max_position_embeddings only 'dynamic' changes.
-    reference(torch.zeros(1, 200, 1), torch.arange(200)[None])
-    assert torch.equal(rope.for_length(200), reference.inv_freq)
-    assert torch.equal(rope.for_length(200), rope.inv_freq) == (kind != "dynamic")
+    rope = Rope(arguments(**{key: config[key] for key in ("rope_scaling", *TOP.get(kind, {}))}))
+    lengths = {}
+    for length in (30, 64, 65, 128, 129, 200):
+        reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+        assert rope.attention_factor == reference.attention_scaling
+        reference(torch.zeros(1, length, 1), torch.arange(length)[None])
+        lengths[length] = rope.for_length(length)
+        assert torch.equal(lengths[length], reference.inv_freq), length
+    changes = not torch.equal(lengths[30], lengths[200])
+    assert changes == (kind == "dynamic" or kind.startswith("longrope"))
 
 
-def test_partial_rotary_and_unknown_type() -> None:
+def test_partial_rotary() -> None:
     args = arguments()
     args.partial_rotary_factor = 0.5
     assert Rope(args).inv_freq.shape == (4,)  # of a head of 16, 8 rotate, in pairs
-    args.rope_scaling = {"rope_type": "spiral"}
-    with pytest.raises(ConfigError, match="spiral"):
-        Rope(args)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"rope_scaling": {"rope_type": "spiral"}}, "'spiral' is not known; supported: default, linear"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "'mrope' is not known"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
+        ({"rope_scaling": {**LONGROPE, "long_factor": None}}, "needs long_factor"),
+        ({"rope_scaling": {**LONGROPE, "short_factor": [1.0, float("nan")]}}, "short_factor nan must be a number"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor '4' must be a number"),
+        ({"rope_theta": -1}, "rope_theta -1 must be"),
+        ({"rope_theta": "1e4"}, "rope_theta '1e4' must be"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "two values of rope_theta: 10000.0 .at the top"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}}, "two values of rope_theta"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            "two values of factor: 4.0 .rope_parameters. and 2.0 .rope_scaling",
+        ),
+        ({"original_max_position_embeddings": 32, "rope_scaling": LONGROPE}, "two values of original_max_position"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "by kind of layer"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5: this architecture rotates whole heads"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotates whole heads"),
+        ({"max_position_embeddings": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "max_position_embeddings"),
+    ],
+)  # fmt: skip
+def test_rope_settings_that_are_refused_at_conversion(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        convert_hf_config({**CONFIG, **config})
+
+
+def test_rope_settings_that_agree_in_several_places() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    fields = convert_hf_config(
+        {**CONFIG, "rope_theta": 10000, "rope_scaling": yarn, "rope_parameters": {**yarn, "rope_theta": 10000.0}}
+    )
+    assert fields["rope_scaling"] == yarn and fields["rotary_base"] == 10000 and isinstance(fields["rotary_base"], int)
+    assert convert_hf_config({**CONFIG, "rope_theta": 10000.5})["rotary_base"] == 10000.5
+
+
+@pytest.mark.parametrize("architecture", ["Ernie4_5ForCausalLM", "Glm4MoeForCausalLM", "Qwen2ForCausalLM"])
+def test_rope_defaults_are_those_of_transformers_classes(architecture: str) -> None:
+    import transformers
+
+    config = {
+        k: v for k, v in config_of(DEFAULTS_OF[architecture]).items() if k not in ("rope_theta", "rope_parameters")
+    }
+    config.pop("partial_rotary_factor", None)
+    theirs = getattr(transformers, architecture).config_class(**config)
+    parameters = getattr(theirs, "rope_parameters", None) or {}
+    args = MegatronArguments(torch_dtype="float32")
+    args.apply_model_config(convert_hf_config(config))
+    assert args.rotary_base == (parameters.get("rope_theta") or theirs.rope_theta)
+    partial = parameters.get("partial_rotary_factor", getattr(theirs, "partial_rotary_factor", None))
+    assert (args.partial_rotary_factor or 1) == (partial or 1)
+
+
+DEFAULTS_OF = {
+    "Ernie4_5ForCausalLM": "ernie:dense", "Glm4MoeForCausalLM": "glm4_5:default", "Qwen2ForCausalLM": "qwen2:tied",
+}  # fmt: skip
 
 
 def test_attention_factor_reaches_the_layers() -> None:

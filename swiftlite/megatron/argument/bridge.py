@@ -231,7 +231,7 @@ STOCK: tuple[Row, ...] = (
     *_when(lambda args: not _is_mla(args), *_same("--num-query-groups", "--kv-channels")),
     *_same("--max-position-embeddings", "--seq-length"),
     _fixed("--position-embedding-type", "rope"),
-    Row("--rotary-base", rule=lambda args: int(args.rotary_base or 10000)),
+    Row("--rotary-base", rule=lambda args: _whole(args.rotary_base or 10000)),
     *_when(lambda args: not _is_mla(args), Row("--rotary-percent", "partial_rotary_factor", fallback=1.0)),
     *_same("--rotary-interleaved"),
     *_when(
@@ -279,9 +279,15 @@ def _rope_type(args: MegatronArguments) -> str:
     return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
 
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
 def _stock_limit(args: MegatronArguments) -> str | None:
     """Why stock Megatron-LM cannot compute this model, or None. Judged by settings, not by model type."""
     scaling, rope = args.rope_scaling or {}, _rope_type(args)
+    if args.rotary_base and args.rotary_base != int(args.rotary_base):
+        return f"its --rotary-base takes whole numbers; this model has rope_theta {args.rotary_base}"
     if rope in ("llama3", "linear") and _is_mla(args):
         return f"it has no arguments for {rope} rotary scaling with latent attention"
     if rope == "llama3":

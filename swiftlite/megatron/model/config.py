@@ -73,11 +73,12 @@ MLA_RULES: Mapping[str, Rule] = {
     "q_lora_rank": lambda a: a.q_lora_rank,
     # Latent norms exist in every MLA model; megatron-core ties them to this switch.
     "qk_layernorm": lambda a: True,
-    "rope_type": lambda a: "yarn" if rope_type(a) == "yarn" else "rope",
+    # The types with a factor on cos and sin, for which megatron-core has its 'yarn' only.
+    "rope_type": lambda a: "yarn" if rope_type(a) in ("yarn", "longrope") else "rope",
     # Only the softmax scale reads these: the frequencies come from transformers' own functions.
-    "rotary_scaling_factor": lambda a: (a.rope_scaling or {}).get("factor", 1.0),
-    "mscale": lambda a: (a.rope_scaling or {}).get("mscale", 1.0),
-    "mscale_all_dim": lambda a: (a.rope_scaling or {}).get("mscale_all_dim", 0.0),
+    "rotary_scaling_factor": lambda a: (a.rope_scaling or {}).get("factor") or 1.0,
+    "mscale": lambda a: (a.rope_scaling or {}).get("mscale") or 1.0,
+    "mscale_all_dim": lambda a: (a.rope_scaling or {}).get("mscale_all_dim") or 0.0,
     "apply_rope_fusion": lambda a: False,
 }
 # None is their value there, not "take the default".

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from swiftlite.families import family_of
-from swiftlite.families.hf_config import architecture_of, convert_hf_config, flatten_config
+from swiftlite.families.hf_config import architecture_of, convert_hf_config
+from swiftlite.families.rope import flatten_config
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.shape import ModelShape
 

@@ -6,6 +6,7 @@ transformers' ROPE_INIT_FUNCTIONS are the source for every scaled type, so both 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ class Rope:
     """
 
     def __init__(self, args: Any) -> None:
-        """Raises: ConfigError for a rope type that transformers does not know."""
+        """Raises: ConfigError for a rope type that transformers does not know or cannot compute."""
         self.kind = rope_type(args)
         self.base = float(args.rotary_base)
         self.max_length = args.max_position_embeddings
@@ -32,26 +33,40 @@ class Rope:
         self.head_dim = args.qk_pos_emb_head_dim if mla else args.kv_channels or _head_width(args)
         self.partial = 1.0 if mla else (args.partial_rotary_factor or 1.0)
         self.scaling = dict(args.rope_scaling or {})
+        self.original_length = args.original_max_position_embeddings
         self._sizes = (args.hidden_size, args.num_attention_heads)
+        self._frequencies = lru_cache(maxsize=8)(self.frequencies)  # each MLA layer asks for them
         self.inv_freq, self.attention_factor = self.frequencies()
 
     def frequencies(self, seq_len: int | None = None) -> tuple[Tensor, float]:
-        """(inv_freq, attention factor) for sequences of this length; only 'dynamic' depends on it."""
+        """(inv_freq, attention factor) for sequences of this length; only 'dynamic' and 'longrope' depend on it.
+
+        Raises: ConfigError for what the installed transformers cannot compute.
+        """
         if self.kind == "default":
             width = int(self.head_dim * self.partial)
             exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
             return 1.0 / (self.base**exponents), 1.0
+        from transformers import __version__
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         if self.kind not in ROPE_INIT_FUNCTIONS:
-            raise ConfigError(f"rope type {self.kind!r}: transformers knows {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
-        inv_freq, factor = ROPE_INIT_FUNCTIONS[self.kind](self._hf_config(), torch.device("cpu"), seq_len=seq_len)
+            raise ConfigError(
+                f"rope type {self.kind!r}: transformers {__version__} knows {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
+            )
+        try:
+            inv_freq, factor = ROPE_INIT_FUNCTIONS[self.kind](self._hf_config(), torch.device("cpu"), seq_len=seq_len)
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise ConfigError(
+                f"rope type {self.kind!r}: transformers {__version__} cannot compute {self.scaling} "
+                f"({type(error).__name__}: {error})"
+            ) from error
         return inv_freq.float(), float(factor)
 
     def for_length(self, seq_len: int) -> Tensor:
         """inv_freq of a forward pass over `seq_len` positions."""
-        if self.kind == "dynamic" and seq_len > self.max_length:
-            return self.frequencies(seq_len)[0]
+        if self.kind in ("dynamic", "longrope"):
+            return self._frequencies(seq_len)[0]
         return self.inv_freq
 
     def _hf_config(self) -> Any:
@@ -59,8 +74,8 @@ class Rope:
         hidden, heads = self._sizes
         scaling = {**self.scaling, "rope_type": self.kind}
         parameters = {**scaling, "rope_theta": self.base, "partial_rotary_factor": self.partial}
-        parameters.setdefault("original_max_position_embeddings", self.max_length)
-        return SimpleNamespace(
+        parameters.setdefault("original_max_position_embeddings", self.original_length or self.max_length)
+        config = SimpleNamespace(
             hidden_size=hidden,
             num_attention_heads=heads,
             head_dim=self.head_dim,
@@ -71,6 +86,9 @@ class Rope:
             rope_parameters=parameters,
             standardize_rope_params=lambda: None,
         )
+        if self.original_length:  # 4.57 asks whether config.json has it at the top
+            config.original_max_position_embeddings = self.original_length
+        return config
 
     def set_attention_factor(self, config: Any) -> None:
         """Put the factor into `config`, through the three attributes that GQA layers of megatron-core read.
