@@ -232,7 +232,7 @@ def prepare_checkpoint(
 ) -> tuple[Path, Write]:
     """Decide what goes into `root`/iter_XXXXXXX; the write that comes back fills it and moves the tracker. Collective.
 
-    Args: optimizer, scheduler: None leaves them and the RNG state out (weights only). carried: see carried_tensors.
+    Args: optimizer: None leaves it and the RNG state out (weights only). carried: see carried_tensors.
         beside: adds files to the directory, on rank 0, now. complete: does so before the directory takes its name.
         background: another process will write.
     Returns: the iteration's directory, and its write.
@@ -257,11 +257,12 @@ def prepare_checkpoint(
     state: dict[str, Any] = _model_states(models, metadata)
     if carried:
         state["carried"] = dict(carried)
+    if scheduler is not None:
+        common["opt_param_scheduler"] = scheduler.state_dict()
     if optimizer is not None:
         weights = {key: value for key, value in state.items() if key.startswith("model")}
         _agree_on_step(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
-        common["opt_param_scheduler"] = scheduler.state_dict()
         if not args.no_save_rng:
             state["rng_state"] = _rng_object()
         first = _optimizer_parts(state["optimizer"])[0]

@@ -12,7 +12,9 @@ from swiftlite.llm.train.flops import ModelFlops, peak_flops
 METERS: dict[str, str] = {
     "loss": "mean over the tokens (pairs, in preference training) of the steps since the last line",
     "lr": "learning rate of the last step",
-    "grad_norm": "norm of the whole gradient before clipping, last step",
+    "grad_norm": "norm of the whole gradient before clipping, last step; absent where fp16 skipped it",
+    "loss_scale": "factor on the loss of the last step, fp16 only",
+    "skipped_steps": "steps so far that updated nothing because gradients overflowed, fp16 only",
     "tokens_per_second": "tokens without padding, all devices",
     "padded_tokens_per_second": "tokens with padding, all devices",
     "samples_per_second": "samples (packed sequences, pairs), all devices",

@@ -34,6 +34,7 @@ from swiftlite.llm.model.names import Others, check_names, load_tensors
 from swiftlite.llm.pipeline import load_model, prepare_template, resolve
 from swiftlite.llm.train import run_directory, tuner
 from swiftlite.llm.train.flops import attention_pairs, flops_of
+from swiftlite.llm.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, say_skipped
 from swiftlite.llm.train.meters import StepMeter, device_peak
 from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
 from swiftlite.llm.train.objective import Objective
@@ -77,6 +78,11 @@ class HfTrainer(transformers.Trainer):
 
     def __init__(self, *args: Any, setting: Setting, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.fp16:
+            self.accelerator.native_amp = True  # on a CPU accelerate would compute in fp32, without a scaler
+            self.accelerator.scaler = torch.amp.GradScaler(
+                self.args.device.type, init_scale=INITIAL_SCALE, growth_interval=GROWTH_INTERVAL
+            )
         self.setting: Setting = setting
         self.objective: Objective = objective
         self.model_accepts_loss_kwargs = True  # losses are divided by the global batch's counts, not per micro batch
@@ -87,6 +93,8 @@ class HfTrainer(transformers.Trainer):
         self.evaluation: dict[str, float] = {}
         self.last: dict[str, float] = {"loss": math.nan}
         self.shown = 0  # step up to which the bar has moved
+        self.loss_scale = 1.0  # of the step that is being done, fp16 only
+        self.scaling: dict[str, float] = {}  # what a log line tells about it
 
     # ---- data ----
 
@@ -155,9 +163,14 @@ class HfTrainer(transformers.Trainer):
         step = self.state.global_step
         if step > self.shown:
             self.shown = step
+            if self.args.fp16:
+                scheduler: Any = self.lr_scheduler  # has moved once for each step that updated something
+                self.scaling = {"loss_scale": self.loss_scale, "skipped_steps": step - scheduler.last_epoch}
+                if self.accelerator.optimizer_step_was_skipped:
+                    say_skipped(step, self.loss_scale, step - scheduler.last_epoch)
+                    grad_norm = None
             norm = 0.0 if grad_norm is None else float(grad_norm)
-            if not self.args.fp16:  # fp16 skips such steps
-                check_finite(step, {"gradient norm": norm})
+            check_finite(step, {"gradient norm": norm})
             self.setting.metrics.advance(step, self.last["loss"], kwargs.get("learning_rate") or 0.0, norm)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
@@ -170,7 +183,7 @@ class HfTrainer(transformers.Trainer):
         line = {"loss": values.pop("loss"), "lr": logs["learning_rate"]}
         if logs.get("grad_norm") is not None:
             line["grad_norm"] = float(logs["grad_norm"])
-        self.last = {**line, **values, **meter.summary()}
+        self.last = {**line, **self.scaling, **values, **meter.summary()}
         self.setting.metrics.log(self.state.global_step, self.last)
         self.control.should_log = False
 
@@ -289,6 +302,10 @@ class _Steps(transformers.TrainerCallback):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.trainer: HfTrainer | None = None
+
+    def on_pre_optimizer_step(self, args: Any, *_: Any, **__: Any) -> None:
+        if args.fp16 and self.trainer is not None:
+            self.trainer.loss_scale = self.trainer.accelerator.scaler.get_scale()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, setting, step = self.trainer, self.setting, state.global_step

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
@@ -24,10 +22,10 @@ from torch import Tensor
 
 from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
 from swiftlite.llm.train.flops import ModelFlops, attention_pairs, flops_of
+from swiftlite.llm.train.fp16 import LOWEST_SCALE, say_skipped
 from swiftlite.llm.train.meters import StepMeter, device_peak
 from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
 from swiftlite.llm.train.rhythm import Best, Rhythm
-from swiftlite.llm.train.schedule import warmup_and_decay
 from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.adapters import CONFIG as ADAPTER_CONFIG
@@ -42,6 +40,7 @@ from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.side_files import MANIFEST, copy_side_files, read_manifest, write_manifest
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
+from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_optimizer, build_scheduler
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
 from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
 from swiftlite.utils.errors import UsageError
@@ -80,48 +79,6 @@ def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
             DistributedDataParallel(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
         )
     return wrapped
-
-
-def build_optimizer(models: Sequence[torch.nn.Module], args: Any) -> Any:
-    """Adam with fp32 main parameters, always as the distributed optimizer: so one checkpoint format exists."""
-    dtype = torch_dtype(args)
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=args.lr,
-        min_lr=args.min_lr,
-        weight_decay=args.weight_decay,
-        adam_beta1=args.adam_beta1,
-        adam_beta2=args.adam_beta2,
-        adam_eps=args.adam_eps,
-        clip_grad=args.clip_grad,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_distributed_optimizer=True,
-        overlap_param_gather=args.overlap_param_gather,
-    )
-    return get_megatron_optimizer(config, list(models))
-
-
-def build_scheduler(optimizer: Any, args: Any, train_iters: int, global_batch_size: int) -> OptimizerParamScheduler:
-    """Warm-up, then decay to min_lr; counted in samples, as megatron-core does. Raises: as warmup_and_decay."""
-    warmup, decay = warmup_and_decay(args, train_iters)
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=args.lr,
-        min_lr=args.min_lr,
-        lr_warmup_steps=warmup * global_batch_size,
-        lr_decay_steps=decay * global_batch_size,
-        lr_decay_style=args.lr_decay_style,
-        start_wd=args.weight_decay,
-        end_wd=args.weight_decay,
-        wd_incr_steps=train_iters * global_batch_size,
-        wd_incr_style="constant",
-        # A resumed run's arguments equal those of the first (run_directory), so they rule.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
 
 
 class Trainer:
@@ -165,6 +122,8 @@ class Trainer:
         self.stopped = False  # by a signal, before the last step
         self.written: list[Path] = []
         self.models: list[Any] = []
+        # Losses are sums over tokens, so a first scale that fits depends on the batch: its first step is tried again.
+        self.scale_is_found = torch_dtype(args) != torch.float16
         self.lora: LoraPlan | None = None  # of a run that trains adapters
         self.trained: set[str] | None = None  # Hugging Face names, of a run that leaves some as they are
         self.writer = BackgroundWriter(self.device)
@@ -205,6 +164,7 @@ class Trainer:
             self.position = checkpoint.load_checkpoint(
                 self.root, self.models, self.args, self.optimizer, self.scheduler
             )
+            self.scale_is_found |= not self.args.no_save_optim
             logger.info("going on from step %d in %s", self.position.iteration, self.root)
             read_data_state(self.train_set, self.root / checkpoint.iteration_name(self.position.iteration))
         self.carried = {} if self.lora else checkpoint.carried_tensors(self.models, self.origin)
@@ -284,13 +244,13 @@ class Trainer:
         began = time.perf_counter()
         batches = self.train_loader.load(self.plan.micro_batches(samples))
         data_seconds = time.perf_counter() - began
-        for model in self.models:
-            model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        total = self.run_batches(batches, forward_only=False)
         lr = next(group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None)
-        _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=self.global_batch_size)
+        total, updated, grad_norm, scale = self._update(batches)
+        while not updated and not self.scale_is_found and scale > LOWEST_SCALE:
+            total, updated, grad_norm, scale = self._update(batches)
+        self.scale_is_found = True
+        if updated:
+            self.scheduler.step(increment=self.global_batch_size)
         attended = sum(attention_pairs(b.sample_lengths) for b in batches)
         counts = torch.tensor(
             [sum(b.num_tokens for b in batches), sum(b.tokens.numel() for b in batches), attended], device=self.device
@@ -299,9 +259,30 @@ class Trainer:
         names = (*self.sums, "tokens", "padded_tokens", "pairs_attended")
         sums = dict(zip(names, reduced, strict=True), samples=self.global_batch_size, data_s=data_seconds)
         self.position = Position(self.position.iteration + 1, start + self.global_batch_size)
-        values = {"loss": self.metrics(sums)["loss"], "lr": lr, "grad_norm": float(grad_norm or 0.0)}
-        check_finite(self.position.iteration, {"loss": values["loss"], "gradient norm": values["grad_norm"]})
+        values = {"loss": self.metrics(sums)["loss"], "lr": lr}
+        check_finite(self.position.iteration, {"loss": values["loss"], "gradient norm": float(grad_norm or 0.0)})
+        if updated:
+            values["grad_norm"] = float(grad_norm or 0.0)
+        if self.config.fp16:
+            skipped = self.position.iteration - self.scheduler.num_steps // self.global_batch_size
+            values.update(loss_scale=scale, skipped_steps=skipped)
+            if not updated:
+                say_skipped(self.position.iteration, scale, skipped)
         return values, sums
+
+    def _update(self, batches: list[MicroBatch]) -> tuple[Tensor, bool, float | None, float]:
+        """Gradients of a step's batches, and the optimizer's step unless they overflow (fp16).
+
+        Returns: `sums`, whether weights were updated, norm of the gradient, loss scale.
+        """
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        scale = float(self.optimizer.get_loss_scale())
+        total = self.run_batches(batches, forward_only=False)
+        updated, grad_norm, _ = self.optimizer.step()
+        agree_on_loss_scale(self.optimizer)
+        return total, updated, grad_norm, scale
 
     def _once(self, counts: Tensor) -> Tensor:
         """Counts of the last stage only: every stage sees the same samples."""
@@ -360,7 +341,7 @@ class Trainer:
 
     def _steps(self, metrics: Metrics, stop: StopSignal) -> dict[str, float]:
         last: dict[str, float] = {}
-        flops = flops_of(self.args.model_info.config)
+        flops = flops_of(self.args.model_info.config, self.args.mtp_num_layers or 0)
         meter = StepMeter(
             flops, self.parallel.world_size, device_peak(str(torch_dtype(self.args)).removeprefix("torch.")),
             backend.peak_memory_bytes, references=self.references, **self._trained_weights(flops),
@@ -371,7 +352,7 @@ class Trainer:
             stopping = stop.agreed(self.device)
             self.writer.finish()
             meter.add(sums)
-            metrics.advance(step, values["loss"], values["lr"], values["grad_norm"])
+            metrics.advance(step, values["loss"], values["lr"], values.get("grad_norm", 0.0))
             if stopping and step < self.train_iters:
                 logger.warning("%s: saving step %d of %d, then ending", stop.sent.name, step, self.train_iters)
             if self.rhythm.logs(step) or stopping:
@@ -410,7 +391,7 @@ class Trainer:
                 model.start_param_sync(force_sync=True)
         path, write = checkpoint.prepare_checkpoint(
             self.root, self.position, self.models, self.args,
-            None if weights_only else self.optimizer, None if weights_only else self.scheduler, self.carried,
+            None if weights_only else self.optimizer, self.scheduler, self.carried,
             self._write_adapter if lora else None,
             lambda directory: write_data_state(self.train_set, directory, samples), self.args.async_save,
         )  # fmt: skip

@@ -1,0 +1,72 @@
+"""Optimizer, learning rates and loss scale of a run on megatron-core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from swiftlite.llm.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, LOWEST_SCALE
+from swiftlite.llm.train.schedule import warmup_and_decay
+from swiftlite.megatron.model.config import torch_dtype
+
+
+def build_optimizer(models: Sequence[torch.nn.Module], args: Any) -> Any:
+    """Adam with fp32 main parameters, always as the distributed optimizer: so one checkpoint format exists."""
+    dtype = torch_dtype(args)
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_eps,
+        clip_grad=args.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        initial_loss_scale=INITIAL_SCALE,
+        min_loss_scale=LOWEST_SCALE,
+        loss_scale_window=GROWTH_INTERVAL,
+        hysteresis=1,
+        use_distributed_optimizer=True,
+        overlap_param_gather=args.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, list(models))
+
+
+def build_scheduler(optimizer: Any, args: Any, train_iters: int, global_batch_size: int) -> OptimizerParamScheduler:
+    """Warm-up, then decay to min_lr; counted in samples, as megatron-core does. Raises: as warmup_and_decay."""
+    warmup, decay = warmup_and_decay(args, train_iters)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=warmup * global_batch_size,
+        lr_decay_steps=decay * global_batch_size,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=train_iters * global_batch_size,
+        wd_incr_style="constant",
+        # A resumed run's arguments equal those of the first (run_directory), so they rule.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def agree_on_loss_scale(optimizer: Any) -> None:
+    """Let the optimizers of a chain (experts have their own) go on with one loss scale, the lowest.
+
+    An overflow in one of them lowers only its scale, while the loss is multiplied by that of the first.
+    """
+    scalers = [part.grad_scaler for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    if len(scalers) > 1 and all(scalers):
+        lowest = min(scalers, key=lambda scaler: float(scaler.scale))
+        for scaler in scalers:
+            scaler.load_state_dict(lowest.state_dict())
