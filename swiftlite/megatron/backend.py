@@ -9,6 +9,7 @@ Shapes: S sequence, B batch, N heads, G key/value heads, D head width, T packed 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib
@@ -418,6 +419,31 @@ def results_in_file(path: Path) -> Iterator[None]:
         writer._results_queue = usual
 
 
+def _norm_recompute_without_te() -> None:
+    checkpoint: Any = importlib.import_module("megatron.core.tensor_parallel.random").CheckpointWithoutOutput
+    original = checkpoint.__init__
+
+    def init(self: Any, fp8: Any = None, **kwargs: Any) -> None:
+        original(self, fp8=fp8 or None, **kwargs)
+
+    checkpoint.__init__ = init
+
+
+def _recompute_in_context() -> None:
+    function: Any = importlib.import_module("megatron.core.tensor_parallel.random").CheckpointFunction
+    original = function.forward
+
+    def forward(ctx: Any, run_function: Callable[..., Any], distribute: bool, *args: Any) -> Any:
+        context = contextvars.copy_context()
+
+        def run(*inputs: Any) -> Any:
+            return context.run(run_function, *inputs)
+
+        return original(ctx, run, distribute, *args)
+
+    function.forward = staticmethod(forward)
+
+
 def _plain_q_projection() -> None:
     if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is None:
         return
@@ -515,6 +541,23 @@ SHIMS = (
         "holds shifted states",
         "a tied model saved from two pipeline stages resumes in one without it",
         _keep_bucket_padding,
+    ),
+    Shim(
+        "norm_recompute",
+        "0.16-0.19",
+        "no_te",
+        "recomputation of norms takes 'no FP8' for FP8 and looks for Transformer Engine's FP8 state",
+        "--recompute_modules layernorm trains without Transformer Engine and without it",
+        _norm_recompute_without_te,
+    ),
+    Shim(
+        "recompute_context",
+        "0.16-0.19",
+        "always",
+        "what is recomputed in the backward pass runs outside of the context of its forward pass, when other micro batches "
+        "have been run: routers would look at the wrong one's padding (blocks/router.py)",
+        "megatron-core hands a micro batch's padding and sequences to every router, MTP's too",
+        _recompute_in_context,
     ),
     Shim(
         "results_queue",

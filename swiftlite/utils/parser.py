@@ -150,7 +150,8 @@ class Spec:
     path: bool = False
 
     def convert(self, value: Any) -> Any:
-        value = convert(value, self.type, self.name)
+        if self.choices is None or value not in self.choices or typing.get_origin(self.type) is list:
+            value = convert(value, self.type, self.name)  # a choice `none` is that, not the absence of one
         if self.path and value:
             value = [_home(item) for item in value] if isinstance(value, list) else _home(value)
         if self.choices is not None and value is not None:

@@ -47,6 +47,29 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
         "qwen3", 2, ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"], "skip_norm_reduce",
     ),
 }  # fmt: skip
+_ROUTER = [
+    "--micro_batch_size", "2", "--train_iters", "3", "--moe_aux_loss_coeff", "0.5", "--moe_z_loss_coeff", "0.1",
+    "--moe_router_bias_update_rate", "0.01",
+]  # fmt: skip
+_CAPACITY = [*_ROUTER, "--moe_expert_capacity_factor", "0.7", "--moe_pad_expert_input_to_capacity", "true"]
+_EP2 = ["--expert_model_parallel_size", "2"]
+# Padding, router losses, expert bias, capacity, dispatchers that want equal lengths. Each layout equals the run in one
+# process that its name begins with.
+ROUTERS: dict[str, tuple[str, int, list[str], str | None]] = {
+    "router": ("glm4_moe", 1, _ROUTER, None),
+    "router-dp2": ("glm4_moe", 2, _ROUTER, None),
+    "router-ep2-allgather": ("glm4_moe", 2, [*_ROUTER, *_EP2, "--moe_token_dispatcher_type", "allgather"], None),
+    "router-tp2": ("glm4_moe", 2, [*_ROUTER, "--tensor_model_parallel_size", "2"], None),
+    "router-pp2-recompute": (
+        "glm4_moe", 2,
+        [*_ROUTER, "--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "2", "--recompute", "full"],
+        None,
+    ),
+    "capacity": ("glm4_moe", 1, _CAPACITY, None),
+    "capacity-ep2": ("glm4_moe", 2, [*_CAPACITY, *_EP2], None),
+    "mean": ("glm4_moe", 1, [*_ROUTER, "--calculate_per_token_loss", "false"], None),
+    "mean-ep2": ("glm4_moe", 2, [*_ROUTER, *_EP2, "--calculate_per_token_loss", "false"], None),
+}  # fmt: skip
 EQUAL = [name for name in LAYOUTS if not name.startswith("control-")]
 CONTROLS = [name for name in LAYOUTS if name.startswith("control-")]
 
@@ -80,7 +103,7 @@ def argv(tiny_model: Callable[..., Path], data: Path) -> Callable[..., list[str]
 def curves(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The curve of every layout, and of one process for each family under its name."""
     root = tmp_path_factory.mktemp("layouts")
-    runs = {family: (family, 1, [], None) for family in MODELS} | LAYOUTS
+    runs = {family: (family, 1, [], None) for family in MODELS} | LAYOUTS | ROUTERS
     run_layouts(runs, lambda family, output, flags: {"argv": argv(family, output, *flags)}, root)
     return {name: curve(root / name) for name in runs}
 
@@ -95,6 +118,11 @@ def test_the_batch_is_learnable(curves: dict[str, Any], family: str) -> None:
 @pytest.mark.parametrize("name", EQUAL)
 def test_layout_equals_one_process(curves: dict[str, Any], name: str) -> None:
     assert largest_difference(curves[LAYOUTS[name][0]], curves[name]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if "-" in name])
+def test_routers_equal_those_of_one_process(curves: dict[str, Any], name: str) -> None:
+    assert largest_difference(curves[name.partition("-")[0]], curves[name]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", CONTROLS)

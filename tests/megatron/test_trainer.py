@@ -75,7 +75,15 @@ def test_loss_is_a_weighted_sum_and_counts_tokens() -> None:
     losses, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.0, 1.0, 0.5]])
     total, count, report = language_model_loss(mask, losses)
     assert (total.item(), count.item()) == (4.0, 2)
+    total /= 2  # as megatron-core's schedule does, in place
     assert {name: value.item() for name, value in report.items()} == {"loss": 4.0, "trained_tokens": 2}
+
+
+def test_without_per_token_loss_the_logged_loss_is_the_mean_over_micro_batches() -> None:
+    losses, masks = torch.tensor([[1.0, 2.0, 4.0]]), ([[0.0, 1.0, 0.5]], [[0.0, 0.0, 1.0]])
+    reports = [language_model_loss(torch.tensor(mask), losses, per_token=False)[2] for mask in masks]
+    sums = {name: sum(report[name].item() for report in reports) for name in SftTrainer.sums}
+    assert SftTrainer.metrics(None, sums) == {"loss": (2.0 + 4.0) / 2}  # type: ignore[arg-type]
 
 
 def test_format_seconds() -> None:

@@ -43,6 +43,16 @@ class TrainArguments(Arguments):
     adam_beta2: float = field(0.95, "Adam's second decay rate")
     adam_eps: float = field(1e-8, "Adam's epsilon", aliases=["adam_epsilon"])
 
+    moe_aux_loss_coeff: float = field(
+        0.0, "weight of the experts' load-balancing loss, summed over layers", aliases=["router_aux_loss_coef"]
+    )
+    moe_z_loss_coeff: float | None = field(None, "weight of the routers' z-loss, summed over layers")
+    moe_router_load_balancing_type: str | None = field(
+        None,
+        "over which tokens experts are kept busy: of a micro batch, or of each sequence (default: as the model was trained)",
+        choices=["aux_loss", "seq_aux_loss", "sinkhorn", "none"],
+    )
+
     recompute: str | None = field(
         None, "recompute activations to save memory: full, selective or none; sets the three --recompute_* flags",
         aliases=["gradient_checkpointing"],
@@ -90,6 +100,15 @@ class TrainArguments(Arguments):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"--{name} {value}: must be 0 or more")
+        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"--{name} {value}: must be a number of 0 or more")
+        if self.moe_router_load_balancing_type == "sinkhorn":
+            raise UsageError(
+                "--moe_router_load_balancing_type sinkhorn: sends tokens to other experts than the model's own choice, so "
+                "a trained model computes something else; use aux_loss, seq_aux_loss or none"
+            )
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:
             raise UsageError(f"--num_train_epochs {self.num_train_epochs}: must be more than 0")
         if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction <= 1:

@@ -40,6 +40,7 @@ from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
 from swiftlite.llm.train.objective import Objective
 from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
 from swiftlite.llm.train.rhythm import Best, Rhythm, rotate
+from swiftlite.llm.train.router_loss import RouterWatch
 from swiftlite.llm.train.schedule import build_optimizer, lr_schedule
 from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.utils.dist import barrier, get_local_rank, get_rank, get_world_size
@@ -74,15 +75,20 @@ class _Stream(torch.utils.data.Sampler[int]):
 
 
 class HfTrainer(transformers.Trainer):
-    """One run. `objective` says what is minimised; `setting` holds what both sides of swiftlite have in common."""
+    """One run. `objective` says what is minimised, `routers` what is added to it by the routers of experts; `setting`
+    holds what both sides of swiftlite have in common.
+    """
 
-    def __init__(self, *args: Any, setting: Setting, objective: Objective, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, setting: Setting, objective: Objective, routers: RouterWatch | None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         if self.args.fp16:
             self.accelerator.native_amp = True  # on a CPU accelerate would compute in fp32, without a scaler
             self.accelerator.scaler = torch.amp.GradScaler(
                 self.args.device.type, init_scale=INITIAL_SCALE, growth_interval=GROWTH_INTERVAL
             )
+        self.routers = routers
         self.setting: Setting = setting
         self.objective: Objective = objective
         self.model_accepts_loss_kwargs = True  # losses are divided by the global batch's counts, not per micro batch
@@ -131,6 +137,8 @@ class HfTrainer(transformers.Trainer):
     ) -> Any:
         """This micro batch's share of the global batch's loss; ranks' gradients are averaged, hence the factor."""
         assert self.counts is not None
+        if self.routers is not None:
+            self.routers.begin(inputs)
         with self.accelerator.autocast():  # for a reference model; the policy has it already
             sums = self.objective.sums(model, inputs)
         for name, value in sums.items():
@@ -138,6 +146,8 @@ class HfTrainer(transformers.Trainer):
                 self.step_sums[name] = self.step_sums.get(name, 0.0) + value.detach().double()
         totals = dict(zip(self.objective.counts, self.counts[len(COUNTS) :], strict=True))
         loss = self.objective.loss({**sums, **totals}) * get_world_size()
+        if self.routers is not None:  # a mean over the micro batches of all ranks
+            loss = loss + self.routers.total() / self.setting.accumulation
         return (loss, None) if return_outputs else loss
 
     def end_step(self) -> bool:
@@ -537,6 +547,7 @@ def run(
         callbacks=[steps],
         setting=setting,
         objective=objective,
+        routers=RouterWatch.of(model, args),
     )
     steps.trainer = trainer
     if before is not None:

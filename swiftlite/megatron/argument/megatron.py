@@ -166,15 +166,10 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     mtp_loss_scaling_factor: float = field(0.1, "weight of the multi-token-prediction loss")
 
     # How it is trained.
-    moe_router_load_balancing_type: str | None = field(
-        None, "how experts are kept busy", choices=["aux_loss", "seq_aux_loss", "sinkhorn", "none"]
-    )
     moe_router_dtype: str | None = field("fp32", "dtype of the router", choices=["fp32", "fp64"])
     moe_router_bias_update_rate: float = field(
         1e-3, "step by which training moves the expert bias (default of trainers: 0, as Hugging Face leaves it)"
     )
-    moe_aux_loss_coeff: float = field(0.0, "weight of the load-balancing loss", aliases=["router_aux_loss_coef"])
-    moe_z_loss_coeff: float | None = field(None, "weight of the router's z-loss")
     moe_token_dispatcher_type: str = field(
         "alltoall", "how tokens travel to experts", choices=["alltoall", "allgather", "flex"]
     )
@@ -190,7 +185,10 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     )
     recompute_method: str | None = field(None, "how layers are grouped", choices=["uniform", "block"])
     recompute_num_layers: int | None = field(None, "layers of a group")
-    recompute_modules: list[str] = field(["core_attn"], "what selective recomputation covers")
+    recompute_modules: list[str] = field(
+        ["core_attn"], "what selective recomputation covers (core_attn: where its kernel keeps the scores)",
+        choices=["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"],
+    )  # fmt: skip
     use_cpu_initialization: bool = field(False, "make weights on the CPU")
     calculate_per_token_loss: bool = field(True, "average the loss over all tokens of the global batch")
     cross_entropy_loss_fusion: bool = field(False, "fused cross entropy")
@@ -292,6 +290,40 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             raise UsageError(f"--expert_model_parallel_size {ep}: the model has no experts")
         if self.num_experts and self.num_experts % ep:
             raise UsageError(f"--expert_model_parallel_size {ep}: must divide {self.num_experts} experts")
+        self._check_capacity()
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        """What was asked for by name is there to be recomputed."""
+        if "recompute_modules" not in self.given:
+            return
+        if self.recompute_granularity != "selective":
+            raise UsageError(
+                f"--recompute_modules {' '.join(self.recompute_modules)}: needs --recompute selective, not "
+                f"{self.recompute_granularity or 'none'}"
+            )
+        experts = self.moe_layer_pattern
+        there = {
+            "moe": any(experts), "moe_act": any(experts), "mlp": not all(experts),
+            "shared_experts": bool(self.moe_shared_expert_intermediate_size),
+            "mla_up_proj": bool(self.multi_latent_attention),
+        }  # fmt: skip
+        for module in self.recompute_modules:
+            if not there.get(module, True):
+                raise UsageError(f"--recompute_modules {module}: the model has none; leave it out")
+
+    def _check_capacity(self) -> None:
+        factor, pad = self.moe_expert_capacity_factor, self.moe_pad_expert_input_to_capacity
+        if factor is not None and not 0 < factor < float("inf"):
+            raise UsageError(f"--moe_expert_capacity_factor {factor}: must be above 0; leave it out to drop nothing")
+        if pad and factor is None:
+            raise UsageError("--moe_pad_expert_input_to_capacity true: needs --moe_expert_capacity_factor")
+        if pad and factor and self.num_experts and factor * (self.moe_router_topk or 0) > self.num_experts:
+            raise UsageError(
+                f"--moe_expert_capacity_factor {factor}: with --moe_pad_expert_input_to_capacity true at most "
+                f"{self.num_experts / (self.moe_router_topk or 1):g} (experts / experts of a token): an expert has no more "
+                "tokens than there are"
+            )
 
     def apply_model_config(self, config: Mapping[str, Any]) -> None:
         """Set the model's fields from the converted config (Megatron names, as `convert_hf_config` returns them).

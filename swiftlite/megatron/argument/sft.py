@@ -52,6 +52,19 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
         elif self.adapters or self.mcore_adapter or self.merge_lora:
             raise UsageError("--adapters, --mcore_adapter and --merge_lora: need --train_type lora")
 
+    def _complete_model(self) -> None:
+        super()._complete_model()
+        unused, rate = None, self.moe_router_bias_update_rate
+        if not self.moe_router_enable_expert_bias:
+            unused = "the model's routers have none"
+        elif self.moe_router_score_function != "sigmoid":
+            unused = "this model's routers keep the bias that they were trained with"
+        elif self.train_type == "lora":
+            unused = "adapters cannot hold it, so it stays as the model has it"
+        if unused and rate:
+            get_logger().warning("--moe_router_bias_update_rate %s: no effect on experts' bias, %s", rate, unused)
+            self.moe_router_bias_update_rate = 0.0
+
 
 @arguments
 class MegatronPtArguments(MegatronSftArguments, PtArguments):

@@ -18,12 +18,14 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from swiftlite.families import family_of
 from swiftlite.megatron import backend
 from swiftlite.megatron.model import rope
 from swiftlite.megatron.model.blocks import load_block
+from swiftlite.megatron.model.blocks.router import Router
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
 
 # Hugging Face builds MLA's latent norms with this epsilon, whatever rms_norm_eps says.
@@ -53,7 +55,7 @@ def model_provider(
         frequencies.set_attention_factor(config)
     block = load_block(family_of(args.architectures).mcore.block if args.architectures else None)
     replacements = getattr(block, "replacements", None)
-    spec = backend.block_spec(config, vp_stage, replacements(args) if replacements else None)
+    spec = backend.block_spec(config, vp_stage, {TopKRouter: Router, **(replacements(args) if replacements else {})})
     vocab_size = int(args.padded_vocab_size)
     live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)
     with backend.choosing_attention():

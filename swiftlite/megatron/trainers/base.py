@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -34,6 +35,7 @@ from swiftlite.megatron.background import BackgroundWriter
 from swiftlite.megatron.checkpoint import Position
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import load_weights, prepare_hf_weights
+from swiftlite.megatron.model.blocks.router import set_router_losses
 from swiftlite.megatron.model.config import torch_dtype, virtual_stages
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin, origin_root
@@ -114,7 +116,10 @@ class Trainer:
         # Stages tell each other the shapes of what they send, but not in an interleaved pipeline: one length there.
         self.variable_lengths = parallel.pp_size > 1 and stages is None
         self.joins = bool(args.packing or args.padding_free)
-        options = (pad_token_id, multiple, self.device, stages is not None, self.joins)
+        # All but the all-to-all of chosen tokens exchange as many tokens as one rank has, taking others to have the same.
+        even = args.moe_token_dispatcher_type != "alltoall" or args.moe_pad_expert_input_to_capacity
+        group = mpu.get_data_parallel_group() if even and parallel.ep_size > 1 else None
+        options = (pad_token_id, multiple, self.device, stages is not None, self.joins, group)
         self.train_loader = self.loader(train_set, *options)
         self.val_size = len(val_set) if val_set is not None else 0
         self.val_loader = self.loader(val_set, *options)
@@ -134,6 +139,10 @@ class Trainer:
     sums: tuple[str, ...]  # what the loss function reports of a micro batch: scalars, to add up over batches and ranks
     references = 0  # other models that answer the same batches, for the meters
 
+    def divisor(self, batches: list[MicroBatch]) -> Tensor:
+        """What the schedule divides a step's gradients by (with per-token loss): a sum over all ranks. Collective."""
+        raise NotImplementedError
+
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """A log line's values from sums over any number of batches; `loss` is one of them."""
         raise NotImplementedError
@@ -152,6 +161,7 @@ class Trainer:
             self.lora = prepare_lora(models, self.origin.bound, self.args)
         else:
             self.trained = freeze_parameters(models, self.origin.bound, self.args)
+        self.router_losses = set_router_losses(models, self.args)
         self.models = wrap_models(models, self.args)
         self.config: Any = get_model_config(self.models[0])
         if not resume or self.lora:
@@ -216,10 +226,22 @@ class Trainer:
 
     def run_batches(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
         """Forward (and backward) passes over this rank's micro batches. Returns: `sums` [n], 0 before the last stage."""
+        if self.router_losses and not forward_only:
+            self._weigh_router_losses(batches)
         total = torch.zeros(len(self.sums), device=self.device)
         for result in self.passes(self.models, batches, self.forward_step, forward_only):
             total += torch.stack([result[name].float() for name in self.sums])
         return total
+
+    def _weigh_router_losses(self, batches: list[MicroBatch]) -> None:
+        """Have each micro batch of the step count the same, whatever its tokens. Collective.
+
+        Without per-token loss gradients are means over the micro batches of all ranks anyway.
+        """
+        if self.config.calculate_per_token_loss:
+            weight = self.divisor(batches).clamp(min=1) / (len(batches) * self.parallel.dp_size)
+            for batch in batches:
+                batch.router_weight = weight
 
     def passes(
         self, models: list[Any], batches: list[MicroBatch], forward_step: Any, forward_only: bool

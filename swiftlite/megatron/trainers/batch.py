@@ -14,6 +14,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from swiftlite.llm.template.base import join_rows
+from swiftlite.llm.train.router_loss import PADDING
+from swiftlite.megatron.model.blocks.router import BatchTokens
 
 IGNORE_INDEX = -100
 _DUMMY = -1  # stands for a sample that is not there: it fills up the last batch of an evaluation
@@ -60,6 +62,7 @@ class MicroBatch:
     tokens, labels, position_ids: int64 [B, S]. loss_mask: fp32 [B, S], the weight of each label; 0 in prompt and
     padding. num_tokens: tokens that are no padding. sample_lengths: tokens of each sample. cu_seqlens: int32, where
     each sample of a joined sequence begins and the last one ends (B is 1 then); None where each row is one sample.
+    router_weight: see BatchTokens.
     """
 
     tokens: Tensor
@@ -69,6 +72,18 @@ class MicroBatch:
     num_tokens: int
     cu_seqlens: Tensor | None = None
     sample_lengths: tuple[int, ...] = ()
+    router_weight: Tensor | float = 1.0
+
+    def router_tokens(self) -> BatchTokens:
+        """Which tokens are real, and of which sample."""
+        lengths = torch.tensor(self.sample_lengths, device=self.tokens.device)
+        rows = torch.arange(len(lengths), device=self.tokens.device)
+        if self.cu_seqlens is None:
+            sequences = torch.where(self.position_ids < lengths[:, None], rows[:, None], PADDING)
+        else:
+            sequences = torch.full_like(self.tokens, PADDING)
+            sequences[0, : sum(self.sample_lengths)] = torch.repeat_interleave(rows, lengths)
+        return BatchTokens(sequences, lengths, self.router_weight)
 
     @property
     def packed_seq_params(self) -> PackedSeqParams | None:
@@ -138,6 +153,7 @@ class BatchLoader:
     """Makes the micro batches of a step from an EncodedDataset.
 
     one_length: all of a step have the longest one's length. join: a micro batch is one sequence without padding.
+    group: ranks whose micro batches of one pass have one length; loading is collective then.
     """
 
     def __init__(
@@ -148,20 +164,30 @@ class BatchLoader:
         device: torch.device,
         one_length: bool = False,
         join: bool = False,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         self.dataset, self.pad_token_id, self.multiple_of, self.device = dataset, pad_token_id, multiple_of, device
-        self.one_length, self.join = one_length, join
+        self.one_length, self.join, self.group = one_length, join, group
 
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         passes = [self.rows(samples) for samples in micro_batches]
-        longest = 0
+        join = collate_joined if self.join else collate
+        return [
+            join(rows, self.pad_token_id, self.multiple_of, length).to(self.device)
+            for rows, length in zip(passes, self._lengths(passes), strict=True)
+        ]
+
+    def _lengths(self, passes: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
+        """The length that each pass has at least."""
+        measure = sum if self.join else max
+        lengths = [measure(len(row["input_ids"]) for row in rows) for rows in passes]
         if self.one_length:
-            measure = sum if self.join else max
-            longest = max(measure(len(row["input_ids"]) for row in rows) for rows in passes)
-        if self.join:
-            joined = [collate_joined(rows, self.pad_token_id, self.multiple_of, longest) for rows in passes]
-            return [batch.to(self.device) for batch in joined]
-        return [collate(rows, self.pad_token_id, self.multiple_of, longest).to(self.device) for rows in passes]
+            lengths = [max(lengths)] * len(lengths)
+        if self.group is not None:
+            agreed = torch.tensor(lengths, device=self.device)
+            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self.group)
+            lengths = agreed.tolist()
+        return lengths
 
     def rows(self, samples: Sequence[int]) -> list[dict[str, Any]]:
         """What one pass runs through the model."""

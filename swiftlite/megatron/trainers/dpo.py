@@ -184,6 +184,9 @@ class DpoTrainer(Trainer):
         self.global_counts = self.count(batches)
         return super().run_batches(batches, forward_only)
 
+    def divisor(self, batches: list[MicroBatch]) -> Tensor:
+        return self.global_counts[0]
+
     def count(self, batches: list[Any]) -> Tensor:
         """[pairs, tokens of the chosen answers] of the global batch. Collective."""
         counts = torch.stack([batch.counts() for batch in batches]).sum(0)

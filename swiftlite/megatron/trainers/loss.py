@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from swiftlite.megatron.model.blocks.router import routing_of
 from swiftlite.megatron.trainers.batch import MicroBatch
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -16,28 +17,33 @@ def token_losses(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
 
     Other stages give the hidden states that the next one takes. Rows that pad the vocabulary count for nothing.
     """
-    output: Tensor = model(
-        input_ids=batch.tokens,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        labels=batch.labels,
-        loss_mask=batch.loss_mask,
-        packed_seq_params=batch.packed_seq_params,
-    )
+    with routing_of(batch.router_tokens()):
+        output: Tensor = model(
+            input_ids=batch.tokens,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            labels=batch.labels,
+            loss_mask=batch.loss_mask,
+            packed_seq_params=batch.packed_seq_params,
+        )
     return output
 
 
-def language_model_loss(loss_mask: Tensor, losses: Tensor) -> LossResult:
+def language_model_loss(loss_mask: Tensor, losses: Tensor, per_token: bool = True) -> LossResult:
     """Cross entropy summed over the weighted tokens of one micro batch.
 
-    Args: loss_mask, losses: [B, S].
-    Returns: (sum of weighted losses, number of tokens with a weight, both by name). The schedule divides the gradients
-        by the number of tokens of the whole global batch (or of the micro batch, without per-token loss).
+    Args: loss_mask, losses: [B, S]. per_token: what is logged is a mean over all tokens; if not, over micro batches.
+    Returns: (sum of weighted losses, number of tokens with a weight, both by name as they add up to what is logged). The
+        schedule divides the gradients by the number of tokens of the whole global batch (or of the micro batch, without
+        per-token loss), and without it divides the sum in place.
     """
     mask = loss_mask.float()
     total = (losses.float() * mask).sum()
     count = (mask != 0).sum().int()
-    return total, count, {"loss": total.detach(), "trained_tokens": count}
+    if per_token:
+        return total, count, {"loss": total.detach().clone(), "trained_tokens": count}
+    mean = total.detach() / count.clamp(min=1)
+    return total, count, {"loss": mean, "trained_tokens": torch.ones_like(count)}
 
 
 def reduce_over_ranks(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from swiftlite.llm.model.hub import check_hub_id, push
@@ -38,7 +39,13 @@ class SftTrainer(Trainer):
 
     def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches)
-        return token_losses(model, batch), partial(language_model_loss, batch.loss_mask)
+        per_token = self.args.calculate_per_token_loss or not model.training
+        return token_losses(model, batch), partial(language_model_loss, batch.loss_mask, per_token=per_token)
+
+    def divisor(self, batches: list[MicroBatch]) -> Tensor:
+        trained = torch.stack([(batch.loss_mask != 0).sum() for batch in batches]).sum()
+        torch.distributed.all_reduce(trained, group=mpu.get_data_parallel_group())
+        return trained
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / max(sums["trained_tokens"], 1.0)}
