@@ -73,12 +73,12 @@ def read_run(path: str | Path) -> list[dict[str, Any]]:
     file = Path(path) / JSONL if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise CheckpointError(f"{path}: holds no {JSONL}; name the --output_dir of a training run")
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     history = []
     for number, line in enumerate(lines, 1):
         try:
-            history.append(json.loads(line))
-        except ValueError:
+            history.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             if number < len(lines):
                 raise CheckpointError(f"{file}: line {number} is no JSON; mend or remove it") from None
     return history

@@ -20,8 +20,8 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import FileSystemReader
 
-from swiftlite.llm.train.rhythm import rotate as rotate_checkpoints
 from swiftlite.megatron import backend
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
@@ -32,7 +32,7 @@ from swiftlite.utils.io import replace_directory, write_text_atomic
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.shard import read_shard
 from swiftlite.weights.storage import Files
-from swiftlite.weights.torch_dist import TRACKER, common_state, find_iteration, slot_of
+from swiftlite.weights.torch_dist import TRACKER, common_state, slot_of
 
 logger = get_logger()
 
@@ -312,31 +312,34 @@ def _write_common(path: Path, common: Mapping[str, Any]) -> None:
     torch.save({**written, **common}, path)
 
 
-def rotate(root: Path, limit: int | None, suffix: str = "", best: str | None = None) -> list[Path]:
-    """Delete the oldest finished checkpoints above `limit`, neither the newest one nor `best`. Returns: deleted."""
-    finished = [p for p in root.glob(f"iter_*{suffix}") if p.is_dir() and p.name[5:].removesuffix(suffix).isdigit()]
-    return rotate_checkpoints(finished, limit, best, lambda path: int(path.name[5:].removesuffix(suffix)))
-
-
-def newest_iteration(root: Path) -> int | None:
-    """Iteration of the newest finished checkpoint, None if there is none."""
-    if not (root / TRACKER).is_file():
-        return None
-    return int(find_iteration(root).name.removeprefix("iter_"))
-
-
 # ---- loading ----
 
 
+def check_file(path: Path) -> None:
+    """One file of a checkpoint, before any is loaded. Raises: CheckpointError for what is cut off or missing."""
+    if path.name != ".metadata":
+        return
+    if not (path.parent / "common.pt").is_file():
+        raise CheckpointError(f"{path.parent / 'common.pt'} is missing")
+    ends: dict[str, int] = {}
+    for info in FileSystemReader(path.parent).read_metadata().storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        part = path.parent / name
+        if not part.is_file():
+            raise CheckpointError(f"{part} is missing")
+        if part.stat().st_size < end:
+            raise CheckpointError(f"{part} has {part.stat().st_size} of at least {end} bytes")
+
+
 def load_checkpoint(
-    root: Path, models: Sequence[torch.nn.Module], args: Any, optimizer: Any = None, scheduler: Any = None
+    directory: Path, models: Sequence[torch.nn.Module], args: Any, optimizer: Any = None, scheduler: Any = None
 ) -> Position:
-    """Load the newest checkpoint of a run into live models, optimizer and scheduler, under any parallel layout.
+    """Load an `iter_*` directory of a run into live models, optimizer and scheduler, under any parallel layout.
 
     The random generators go on where they were if the layout is the one that was saved. Collective.
     Raises: CheckpointError if the checkpoint is incomplete or belongs to another model.
     """
-    directory = find_iteration(root)
     metadata = {**checkpoint_metadata(), **(dist_checkpointing.load_content_metadata(str(directory)) or {})}
     common = dist_checkpointing.load_common_state_dict(str(directory))
     mine = common.get(_STATE) or {}

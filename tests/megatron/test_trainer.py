@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -99,20 +100,45 @@ def directory_args(tmp_path: Path, **changes: Any) -> Any:
 
 
 def test_output_directory_rules(tmp_path: Path) -> None:
-    assert run_directory.prepare(directory_args(tmp_path / "new")) is False
+    assert run_directory.prepare(directory_args(tmp_path / "new")) is None
     (tmp_path / "file.txt").write_text("")
     with pytest.raises(UsageError, match="holds no run"):
         run_directory.prepare(directory_args(tmp_path))
     (tmp_path / "args.json").write_text(json.dumps({"lr": 1e-4, "save_steps": 5}))
-    assert run_directory.prepare(directory_args(tmp_path)) is False, "nothing was saved yet"
+    assert run_directory.prepare(directory_args(tmp_path)) is None, "nothing was saved yet"
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
-    assert run_directory.prepare(directory_args(tmp_path)) is True, "save settings may change"
+    (tmp_path / "iter_0000010").mkdir()
+    start = run_directory.prepare(directory_args(tmp_path))
+    assert start is not None and start.step == 10, "save settings may change"
     with pytest.raises(UsageError, match="other settings .lr 0.0001 -> 0.001"):
         run_directory.prepare(directory_args(tmp_path, lr=1e-3))
     with pytest.raises(UsageError, match="--resume is false"):
         run_directory.prepare(directory_args(tmp_path, resume=False))
     with pytest.raises(UsageError, match="is a file"):
         run_directory.prepare(directory_args(tmp_path, output_dir=str(tmp_path / "file.txt")))
+
+
+@pytest.mark.parametrize(
+    ("tracker", "step", "before", "said"),
+    [
+        (None, 20, 10, "is missing: going on from the newest checkpoint, iter_0000020"),
+        ("30", 20, 10, "says '30', which is not there: going on from the newest checkpoint, iter_0000020"),
+        ("\0\0", 20, 10, "which is not there"),
+        ("10", 10, None, "says 10: going on from there, although iter_0000020 is there, too"),
+        ("20", 20, 10, ""),
+    ],
+)
+def test_tracker_that_is_lost_or_set_back(
+    tracker: str | None, step: int, before: int | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("iter_0000010", "iter_0000020", "iter_0000020-hf", "iter_good", "iter_30-mine"):
+        (tmp_path / name).mkdir()
+    if tracker is not None:
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+    start = run_directory.newest(tmp_path)
+    assert start is not None and start.step == step
+    assert start.before == (tmp_path / f"iter_{before:07d}" if before else None)
+    assert said in capsys.readouterr().err if said else capsys.readouterr().err == ""
 
 
 def test_settings_that_may_change_exist() -> None:
@@ -228,6 +254,28 @@ def test_the_same_command_goes_on_and_a_finished_run_has_nothing_to_do(sft: Call
     assert sft("stopped", train_iters=4)["iteration"] == 4
     with pytest.raises(UsageError, match="other settings"):
         sft("stopped", train_iters=4, lr=2e-3)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(sft: Callable[..., Any], tmp_path: Path) -> None:
+    sft()
+    last = tmp_path / "run/iter_0000004"
+    whole = {path.name: path.read_bytes() for path in last.iterdir()}
+    tensors = next(name for name in whole if name.endswith(".distcp"))
+    for name, left in ((tensors, 2), (tensors, None), ("common.pt", 2), ("common.pt", None), (".metadata", 2)):
+        (last / name).write_bytes(whole[name][: len(whole[name]) // left]) if left else (last / name).unlink()
+        with pytest.raises(CheckpointError) as error:
+            sft()
+        assert str(last) in str(error.value) and name in str(error.value)
+        assert f"remove {last} and give the same command again to go on from iter_0000002" in str(error.value)
+        (last / name).write_bytes(whole[name])
+    data = tmp_path / "data.jsonl"
+    rows = data.read_text()
+    data.write_text(rows.replace("Paris is nice", "Milan is nice", 1))
+    with pytest.raises(UsageError, match="training data has changed since .*iter_0000004 was saved"):
+        sft()
+    data.write_text(rows)
+    shutil.rmtree(last)
+    assert sft()["iteration"] == 4 and last.is_dir(), "what was advised works"
 
 
 def test_sigterm_saves_and_ends(sft: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from swiftlite import __version__
 from swiftlite.llm.argument.flags import BASIC, COMMON_NOTES
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.io import write_json
 from swiftlite.utils.parser import Arguments, Note, arguments, field
 
 if TYPE_CHECKING:
@@ -321,5 +322,5 @@ class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArgumen
         values["swiftlite_version"] = __version__
         path = Path(directory) / "args.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        write_json(path, values, default=str)
         return path

@@ -74,6 +74,9 @@ class EncodedDataset:
         directory.mkdir(parents=True, exist_ok=True)
         self.store.save(directory)
 
+    def content_hash(self) -> str:
+        return self.store.content_hash()
+
     def __len__(self) -> int:
         return len(self.store)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from functools import lru_cache
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.io import write_json
+from swiftlite.utils.io import read_json, write_json
 from swiftlite.utils.logger import get_logger
 
 DATA_STATE_FILE = "data_state.json"
@@ -92,20 +91,38 @@ def order_of(dataset: Any, args: Any, global_batch_size: int) -> SampleOrder | S
 def write_data_state(dataset: Any, directory: Path, position: int) -> None:
     """Beside a checkpoint: how to find sample `position` of a stream again without reading what is before it.
 
-    Map-style data needs nothing: its order is a function of the position.
+    The order of map-style data is a function of the position; of that, its content is noted.
     """
-    if getattr(dataset, "is_streaming", False):
-        write_json(directory / DATA_STATE_FILE, dataset.state(position))
+    streaming = getattr(dataset, "is_streaming", False)
+    write_json(directory / DATA_STATE_FILE, dataset.state(position) if streaming else _facts(dataset))
+
+
+def _facts(dataset: Any) -> dict[str, Any]:
+    return {"samples": len(dataset), "content": dataset.content_hash()}
 
 
 def read_data_state(dataset: Any, directory: Path) -> None:
-    """Go to where a checkpoint's data stands. A checkpoint without the file costs time only: the stream is read again."""
+    """Go to where a checkpoint's data stands. A checkpoint without the file costs time only: the stream is read again.
+
+    Raises: UsageError if map-style data is not what the checkpoint was trained on; CheckpointError for a damaged file.
+    """
     path = directory / DATA_STATE_FILE
+    stored = read_json(path) if path.is_file() else None
     if getattr(dataset, "is_streaming", False):
-        if path.is_file():
-            dataset.load_state(json.loads(path.read_text(encoding="utf-8")))
+        if stored is not None:
+            dataset.load_state(stored)
         else:
             get_logger().warning("%s is missing: the data is read again up to where the run stopped", path)
+        return
+    if stored is None or "content" not in stored:
+        return
+    now = _facts(dataset)
+    if stored != now:
+        raise UsageError(
+            f"the training data has changed since {directory} was saved ({stored.get('samples')} samples then, "
+            f"{now['samples']} now, content {str(stored['content'])[:8]} then, {now['content'][:8]} now): give the data of "
+            f"then, or begin another run from that checkpoint; to go on with the new data all the same, remove {path}"
+        )
 
 
 def steps_of(dataset: Any, args: Any, global_batch_size: int) -> int:

@@ -88,6 +88,10 @@ class PackedDataset:
     def fill_rate(self) -> float:
         return sum(self.lengths) / max(1, len(self.lengths) * self.capacity)
 
+    def content_hash(self) -> str:
+        found: str = self.dataset.store.content_hash(self.sequences)
+        return found
+
     def __len__(self) -> int:
         return len(self.sequences)
 

@@ -103,6 +103,9 @@ class PairDataset:
     def lengths(self) -> list[int]:
         return [sum(self.sizes[i] for i in item) for item in self.items]
 
+    def content_hash(self) -> str:
+        return self.store.content_hash(self.items)
+
     def __len__(self) -> int:
         return len(self.items)
 

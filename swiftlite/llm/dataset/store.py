@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import mmap
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.errors import DatasetError
 
 STORE_FILE = "store.json"
+_HASHED_BYTES, _BLOCK_BYTES = 256 << 20, 1 << 20
 # Columns that are as long as the tokens, by the end of their name: array type code.
 _TYPES = {"input_ids": "i", "labels": "i", "loss_scale": "f"}
 
@@ -71,6 +72,21 @@ class TokenStore:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(self._count))
+
+    def content_hash(self, order: Sequence[Sequence[int]] = ()) -> str:
+        """xxh3_128 of the samples, and of the `order` that they are packed in. Of a column above 256 MB, of parts of it."""
+        import xxhash
+
+        digest = xxhash.xxh3_128(json.dumps([self._count, list(order)]).encode())
+        digest.update(json.dumps(list(self._extras.items()), default=str).encode())
+        for name in sorted(self._values):
+            digest.update(name.encode())
+            for numbers in (self._offsets[name], self._values[name]):
+                data = memoryview(numbers).cast("B") if len(numbers) else memoryview(b"")
+                step = max(1, -(-len(data) // _HASHED_BYTES)) * _BLOCK_BYTES
+                for start in range(0, len(data), step):
+                    digest.update(data[start : start + _BLOCK_BYTES])
+        return digest.hexdigest()
 
     def lengths(self, name: str = "input_ids") -> list[int]:
         offsets = self._offsets.get(name)

@@ -189,7 +189,7 @@ def dpo_main(args: DpoArguments | Sequence[str]) -> dict[str, Any]:
     Raises: SwiftliteError for everything a user can mend.
     """
     args = as_arguments(DpoArguments, args)
-    with started(args, load_pairs) as (model, template, data, checkpoint):
+    with started(args, load_pairs) as (model, template, data, start):
         reference = reference_model(args, model)
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)
@@ -203,6 +203,6 @@ def dpo_main(args: DpoArguments | Sequence[str]) -> dict[str, Any]:
                 precompute(objective, trainer, collate, data)
 
         return run(
-            args, model, template, data, objective, collate, pair_lengths, checkpoint,
+            args, model, template, data, objective, collate, pair_lengths, start,
             references=0 if args.precompute_ref_log_probs else 1, before=before,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 
 from swiftlite.llm.plot import JSONL, plot_runs, read_run
 from swiftlite.utils.errors import SwiftliteError, UsageError
+from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar
 
@@ -58,11 +59,18 @@ class Metrics:
         self._bar = progress_bar(total=last_step, initial=first_step, desc="train", unit="step")
 
     def _keep_history(self, first_step: int) -> None:
-        """Lines of steps that a resumed run does again are taken out, so that the curve has each step once."""
+        """Lines of steps that a resumed run does again are taken out, so that the curve has each step once.
+
+        So are damaged lines: a kill or a disk cut them off.
+        """
         path = self.directory / JSONL
         if path.is_file():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            steps = [_step_of(line) for line in lines]
+            if None in steps:
+                logger.warning("%s: dropping %d damaged lines", path, steps.count(None))
+            kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= first_step]
+            write_text_atomic(path, "".join(f"{line}\n" for line in kept))
 
     def advance(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
         """One step is done: move the bar."""
@@ -157,11 +165,12 @@ def _swanlab(directory: Path, target: str | None, first_step: int, settings: Map
 _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab}
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: str) -> int | None:
+    """None for a damaged line."""
     try:
-        return int(json.loads(line).get("step", 0))
-    except ValueError:  # a line that a kill cut off
-        return 1 << 60
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def check_finite(step: int, values: Mapping[str, float]) -> None:

@@ -1,15 +1,14 @@
-"""When a run logs, evaluates and saves; which checkpoints are kept, and which is the best. Shared by both sides."""
+"""When a run logs, evaluates and saves; which checkpoint is the best. Shared by both sides."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.io import write_json
+from swiftlite.utils.io import read_json, write_json
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
@@ -48,19 +47,32 @@ class Rhythm:
         return int(step / self.steps_per_epoch + 1e-9) > int((step - 1) / self.steps_per_epoch + 1e-9)
 
 
+def names_of(metrics: Callable[[dict[str, float]], Mapping[str, float]]) -> list[str]:
+    """What a trainer's `metrics` makes of any sums."""
+    return list(metrics(defaultdict(lambda: 1.0)))
+
+
 class Best:
     """Remembers the checkpoint with the best evaluation in OUTPUT_DIR/best.json: {"step", "checkpoint", metric: value}.
 
-    metric: name in the evaluation's values, with or without `eval_`. greater: whether more is better; None: unless it is
-    a loss.
+    Args:
+        metric: name in the evaluation's values, with or without `eval_`. greater: whether more is better; None: unless
+            it is a loss.
+        measured: names without `eval_` that an evaluation has; None: nothing is evaluated.
+    Raises: UsageError if the metric is not among them; CheckpointError if best.json is damaged.
     """
 
-    def __init__(self, root: Path, metric: str, greater: bool | None = None) -> None:
+    def __init__(
+        self, root: Path, metric: str, greater: bool | None = None, measured: Collection[str] | None = None
+    ) -> None:
         self.root = root
         self.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        names = [f"eval_{name}" for name in measured or ()]
+        if names and self.metric not in names:
+            raise UsageError(f"--metric_for_best_model {metric}: is not measured; there are {', '.join(names)}")
         self.greater = "loss" not in metric if greater is None else greater
         path = root / BEST_FILE
-        self.record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.record: dict[str, Any] = read_json(path) if path.is_file() else {}
         if not (root / str(self.record.get("checkpoint"))).is_dir():
             self.record = {}
 
@@ -72,35 +84,13 @@ class Best:
     def saved(self, step: int, checkpoint: str, evaluation: Mapping[str, float]) -> bool:
         """A checkpoint stands; `evaluation` holds the values of this very step, {} if there was none. Rank 0 only.
 
-        Returns: whether it is the best so far. Raises: UsageError if the metric is not among the values.
+        Returns: whether it is the best so far.
         """
         if not evaluation:
             return False
-        if self.metric not in evaluation:
-            raise UsageError(f"--metric_for_best_model {self.metric}: not measured; there are {', '.join(evaluation)}")
         value, best = evaluation[self.metric], self.record.get(self.metric)
         if best is not None and (value <= best if self.greater else value >= best):
             return False
         self.record = {"step": step, "checkpoint": checkpoint, self.metric: value}
         write_json(self.root / BEST_FILE, self.record)
         return True
-
-
-def rotate(
-    checkpoints: Iterable[Path], limit: int | None, keep: str | None = None, number: Callable[[Path], int] | None = None
-) -> list[Path]:
-    """Delete the oldest finished checkpoints above `limit`; `keep`, the best one's name, stays and counts.
-
-    number: step of a checkpoint, by default the digits that its name ends in. Returns: what was deleted.
-    """
-    if limit is None:
-        return []
-    order = sorted(checkpoints, key=number or (lambda path: int(path.name.rpartition("-")[2])))
-    kept = {path.name for path in order if path.name == keep}
-    for path in reversed(order):  # the newest one is never deleted: it is what a run goes on from
-        if len(kept) < limit or path is order[-1]:
-            kept.add(path.name)
-    deleted = [path for path in order if path.name not in kept]
-    for path in deleted:
-        shutil.rmtree(path, ignore_errors=True)
-    return deleted

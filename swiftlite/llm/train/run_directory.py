@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from swiftlite.llm.dataset.report import REJECTS_FILE
 from swiftlite.llm.pipeline import ARGS_FILE, load_args
+from swiftlite.llm.train.checkpoints import Start, clear_unfinished
+from swiftlite.utils.dist import barrier, is_main_process
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.lock import output_lock
 
 # Settings that may change when a run goes on, on either side: where and how it runs, what it logs and saves; not what
 # it computes.
@@ -37,18 +41,37 @@ def _as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(values), default=str))  # type: ignore[no-any-return]
 
 
-def prepare(args: Any, changeable: Collection[str], has_checkpoint: Callable[[Path], bool]) -> bool:
+@contextmanager
+def held(args: Any, settle: Callable[[Any], Start | None]) -> Iterator[Start | None]:
+    """`args.output_dir` for this run alone, until the block ends: the checkpoint that it goes on from, or None. Collective.
+
+    Args: settle: decides that, as `prepare` does. Raises: UsageError if another process is at work there.
+    """
+    root = Path(args.output_dir).expanduser()
+    with ExitStack() as stack:
+        if is_main_process() and not root.is_file():
+            root.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(output_lock(root))
+            if (root / ARGS_FILE).is_file():
+                clear_unfinished(root)
+        barrier()  # the others look when that is done, and all have looked before rank 0 writes
+        start = settle(args)
+        barrier()
+        yield start
+
+
+def prepare(args: Any, changeable: Collection[str], newest: Callable[[Path], Start | None]) -> Start | None:
     """Decide what happens with `args.output_dir`; nothing is written.
 
-    Args: changeable: settings that may differ from those of the run that is there.
-    Returns: True if the run goes on from a checkpoint that is there.
+    Args: changeable: settings that may differ from those of the run that is there. newest: finds its checkpoints.
+    Returns: the checkpoint that the run goes on from, if there is one.
     Raises: UsageError if the directory belongs to another run, or holds something while --resume is false.
     """
     root = Path(args.output_dir)
     if root.is_file():
         raise UsageError(f"--output_dir {root}: is a file; name a directory")
     if not root.is_dir() or all(path.name == REJECTS_FILE for path in root.iterdir()):
-        return False
+        return None
     if not args.resume:
         raise UsageError(
             f"--output_dir {root}: is not empty and --resume is false; name another directory, or --add_version true"
@@ -67,4 +90,4 @@ def prepare(args: Any, changeable: Collection[str], has_checkpoint: Callable[[Pa
             f"--output_dir {root}: holds a run with other settings ({shown}); name another directory, or "
             "--add_version true"
         )
-    return has_checkpoint(root)
+    return newest(root)

@@ -26,10 +26,10 @@ def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
     Raises: SwiftliteError for everything a user can mend.
     """
     args = as_arguments(SftArguments, args)
-    with started(args, load_data) as (model, template, data, checkpoint):
+    with started(args, load_data) as (model, template, data, start):
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)
-        return run(args, model, template, data, LanguageModeling(), template.data_collator, sample_lengths, checkpoint)
+        return run(args, model, template, data, LanguageModeling(), template.data_collator, sample_lengths, start)
 
 
 def pt_main(args: PtArguments | Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 
 from swiftlite.llm.dataset.order import (
     SampleOrder,
@@ -33,26 +32,29 @@ from swiftlite.llm.dataset.order import (
 from swiftlite.llm.model.names import Others, check_names, load_tensors
 from swiftlite.llm.pipeline import load_model, prepare_template, resolve
 from swiftlite.llm.train import run_directory, tuner
+from swiftlite.llm.train.checkpoints import Record, Start, finished
 from swiftlite.llm.train.flops import attention_pairs, flops_of
 from swiftlite.llm.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, say_skipped
 from swiftlite.llm.train.meters import StepMeter, device_peak
 from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
 from swiftlite.llm.train.objective import Objective
 from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
-from swiftlite.llm.train.rhythm import Best, Rhythm, rotate
+from swiftlite.llm.train.rhythm import Best, Rhythm, names_of
 from swiftlite.llm.train.router_loss import RouterWatch
 from swiftlite.llm.train.schedule import build_optimizer, lr_schedule
 from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.utils.dist import barrier, get_local_rank, get_rank, get_world_size
-from swiftlite.utils.errors import UsageError
-from swiftlite.utils.io import format_bytes, peak_memory_bytes, replace_directory
+from swiftlite.utils.errors import CheckpointError, UsageError
+from swiftlite.utils.io import format_bytes, peak_memory_bytes, read_json, replace_directory
 from swiftlite.utils.logger import get_logger, log_next
+from swiftlite.weights.safetensors import read_header
 
 logger = get_logger()
 
-CHECKPOINT = "checkpoint-{}"
+PREFIX = "checkpoint-"
 SAVING = ".saving"  # holds a checkpoint that is being written
 FP32_FILE = "fp32_parameters.safetensors"
+OPTIMIZER, STATE = "optimizer.pt", "trainer_state.json"
 # What a collated batch says about itself, in this order, before an objective's own counts.
 COUNTS = ("tokens", "padded_tokens", "samples", "pairs_attended")
 # Files beside the weights that are no weights: they go into every full checkpoint as they are.
@@ -238,7 +240,7 @@ class HfTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Into a directory of another name, renamed when all of it is there: a killed save leaves no checkpoint."""
-        root, name = self.setting.root, CHECKPOINT.format(self.state.global_step)
+        root, name = self.setting.root, f"{PREFIX}{self.state.global_step}"
         main = get_rank() == 0
         if main:
             shutil.rmtree(root / SAVING, ignore_errors=True)
@@ -253,7 +255,8 @@ class HfTrainer(transformers.Trainer):
             shutil.rmtree(root / SAVING)
             if self.setting.best.saved(self.state.global_step, name, self.evaluation):
                 logger.info("best so far: %s", self.setting.best.record)
-            rotate(checkpoints_in(root), self.setting.args.save_total_limit, self.setting.best.checkpoint)
+            limit, best = self.setting.args.save_total_limit, self.setting.best.checkpoint
+            self.setting.record.saved([root / name], limit, best)
             logger.info("saved %s", root / name)
         barrier()
         self.setting.meter.restart_clock()
@@ -297,13 +300,21 @@ class HfTrainer(transformers.Trainer):
                         parameter.copy_(stored[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and not (Path(checkpoint) / "scheduler.pt").is_file():
-            logger.warning("%s holds weights only: the optimizer begins anew, at the step's learning rate", checkpoint)
-            scheduler: Any = self.lr_scheduler
-            scheduler.last_epoch = int(Path(checkpoint).name.rpartition("-")[2]) - 1
-            self.optimizer._opt_called = True  # type: ignore[union-attr]  # silences a warning about the order of calls
-            scheduler.step()
+        """Of a checkpoint that lacks one of them, the other; the learning rate is the step's in any case."""
+        if checkpoint is None or (Path(checkpoint) / "scheduler.pt").is_file() and self._has_optimizer(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        scheduler, optimizer = cast(Any, self.lr_scheduler), cast(Any, self.optimizer)
+        if self._has_optimizer(checkpoint):
+            state = torch.load(Path(checkpoint) / OPTIMIZER, map_location=self.args.device, weights_only=True)
+            optimizer.load_state_dict(state)
+        scheduler.last_epoch = int(checkpoint.rpartition("-")[2]) - 1
+        optimizer._opt_called = True  # silences a warning about the order of calls
+        scheduler.step()
+
+    @staticmethod
+    def _has_optimizer(checkpoint: str) -> bool:
+        return (Path(checkpoint) / OPTIMIZER).is_file()
 
 
 class _Steps(transformers.TrainerCallback):
@@ -344,16 +355,13 @@ class Setting:
         streaming = getattr(train_set, "is_streaming", False)
         per_epoch = None if streaming else len(train_set) / self.global_batch
         self.rhythm = Rhythm(args, self.steps, per_epoch, val_set is not None)
-        self.best = Best(self.root, args.metric_for_best_model, args.greater_is_better)
+        measured = names_of(objective.metrics) if val_set is not None else None
+        self.best = Best(self.root, args.metric_for_best_model, args.greater_is_better, measured)
+        self.record = Record(self.root)
         self.stop, self.stopped = StopSignal(), False
         self.meter: StepMeter
         self.metrics: Metrics
         lr_schedule(args, self.steps)  # tells now what does not fit
-
-
-def checkpoints_in(root: Path) -> list[Path]:
-    """Finished checkpoints of a run."""
-    return [path for path in root.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
 
 
 def copy_model_files(source: Path, target: Path, model: Any, tokenizer: Any) -> None:
@@ -396,7 +404,7 @@ def process_group() -> Iterator[None]:
 @contextmanager
 def started(
     args: Any, load: Callable[[Any, Any], tuple[Any, Any]]
-) -> Iterator[tuple[Any, Any, tuple[Any, Any], str | None]]:
+) -> Iterator[tuple[Any, Any, tuple[Any, Any], Start | None]]:
     """What every command does before it prepares the model: (model, template, data, checkpoint to go on from).
 
     Weights come last: everything else that can be wrong is known by then.
@@ -408,19 +416,17 @@ def started(
     with process_group():
         resolve(args)
         template = prepare_template(args)
-        checkpoint = settle_output(args)
-        data = load(args, template)
-        tuner.check_settings(args)
-        model = load_model(args)
-        model.config.use_cache = False  # of no use in training, and it hides where joined samples begin
-        yield model, template, data, checkpoint
+        name_output(args)
+        with run_directory.held(args, settle_output) as start:
+            data = load(args, template)
+            tuner.check_settings(args)
+            model = load_model(args)
+            model.config.use_cache = False  # of no use in training, and it hides where joined samples begin
+            yield model, template, data, start
 
 
-def settle_output(args: Any) -> str | None:
-    """Decide what happens with the output directory, the same on all ranks. Collective.
-
-    Returns: the checkpoint to go on from, or None. Raises: UsageError, see run_directory.prepare.
-    """
+def name_output(args: Any) -> None:
+    """Fill in --output_dir and --logging_dir, the same on all ranks. Collective."""
     if args.output_dir is None:
         args.output_dir = f"output/{str(args.model).rstrip('/').rsplit('/', 1)[-1]}"
     if args.add_version:
@@ -430,12 +436,62 @@ def settle_output(args: Any) -> str | None:
         args.output_dir = names[0]
     if args.logging_dir is None or args.add_version:
         args.logging_dir = f"{args.output_dir}/runs"
-    resume = run_directory.prepare(args, run_directory.CHANGEABLE, lambda root: bool(checkpoints_in(root)))
-    barrier()  # every rank has looked before rank 0 writes
-    last = get_last_checkpoint(args.output_dir) if resume else None
-    if last:
-        logger.info("going on from %s", last)
-    return last
+
+
+def settle_output(args: Any) -> Start | None:
+    """Decide what happens with the output directory, the same on all ranks.
+
+    Returns: the checkpoint to go on from, or None. Raises: UsageError, see run_directory.prepare; CheckpointError if the
+    checkpoint is damaged.
+    """
+    start = run_directory.prepare(args, run_directory.CHANGEABLE, newest)
+    if start is None:
+        return None
+    check_start(start, args.save_weights_only)
+    logger.info("going on from %s", start.directory)
+    return start
+
+
+def newest(root: Path) -> Start | None:
+    """The newest checkpoint of a run."""
+    found = finished(root, PREFIX)
+    return Start.of(found, max(found)) if found else None
+
+
+def check_start(start: Start, weights_only: bool) -> None:
+    """Raises: CheckpointError for a checkpoint that nothing can go on from. What is missing otherwise is said.
+
+    weights_only: the run saves no optimizer, so that none is missed.
+    """
+    directory = start.directory
+
+    def check_file(path: Path) -> None:
+        if path.suffix == ".safetensors":
+            read_header(path)
+
+    start.check(check_file)
+    with start.reading():
+        step = read_json(directory / STATE).get("global_step")
+        if step != start.step:
+            raise CheckpointError(f"{directory / STATE} is of step {step}: a copy of another checkpoint")
+    names = {path.name for path in directory.iterdir()}
+    if not any(
+        name.endswith((".safetensors", ".bin")) and name not in (FP32_FILE, "training_args.bin") for name in names
+    ):
+        raise CheckpointError(
+            f"{directory}: its weights (model or adapter_model .safetensors) are missing; {start.way_on}"
+        )
+    if weights_only and OPTIMIZER not in names:
+        logger.warning("%s holds weights only: the optimizer begins anew, at the step's learning rate", directory)
+        return
+    effects = {
+        OPTIMIZER: "the optimizer begins anew, at the step's learning rate",
+        "scheduler.pt": "the learning rate is computed for the step",
+        f"rng_state{f'_{get_rank()}' if get_world_size() > 1 else ''}.pth": "random generators (dropout) start anew",
+    }
+    for name, effect in effects.items():
+        if name not in names:
+            logger.warning("%s is missing: %s; or %s", directory / name, effect, start.way_on)
 
 
 def set_recompute(args: Any, model: Any) -> None:
@@ -503,7 +559,7 @@ def run(
     objective: Objective,
     collate: Collate,
     lengths: Callable[[Any], Sequence[int]],
-    checkpoint: str | None,
+    start: Start | None,
     *,
     references: int = 0,
     before: Callable[[HfTrainer], None] | None = None,
@@ -517,8 +573,8 @@ def run(
     train_set, val_set = data
     setting = Setting(args, template, train_set, val_set, objective)
     root, main = setting.root, get_rank() == 0
-    if checkpoint:
-        read_data_state(train_set, Path(checkpoint))
+    if start:
+        read_data_state(train_set, start.directory)
     if main:
         root.mkdir(parents=True, exist_ok=True)
         args.save(root)
@@ -552,7 +608,10 @@ def run(
     steps.trainer = trainer
     if before is not None:
         before(trainer)
-    trainer.shown = done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    if start:
+        for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state"):
+            setattr(trainer, name, start.reading()(getattr(trainer, name)))
+    trainer.shown = done = start.step if start else 0
     setting.metrics = Metrics(root, args.logging_dir, args.report_to, done, setting.steps, main, args.to_dict())
     trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     logger.info(
@@ -567,7 +626,7 @@ def run(
     try:
         with setting.stop:
             setting.meter.restart_clock()
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=str(start.directory) if start else None)
     finally:
         setting.metrics.close()
     return _finish(trainer, done, time.time() - began)
@@ -578,7 +637,7 @@ def _finish(trainer: HfTrainer, done: int, seconds: float) -> dict[str, Any]:
     setting, step = trainer.setting, trainer.state.global_step
     args, root = setting.args, setting.root
     plot = setting.metrics.plot()
-    last = root / CHECKPOINT.format(step)
+    last = root / f"{PREFIX}{step}"
     if step == done:
         logger.info("all %d steps were done before; nothing is left to do", done)
     else:

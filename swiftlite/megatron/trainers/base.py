@@ -22,11 +22,12 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
+from swiftlite.llm.train.checkpoints import Record, Start
 from swiftlite.llm.train.flops import ModelFlops, attention_pairs, flops_of
 from swiftlite.llm.train.fp16 import LOWEST_SCALE, say_skipped
 from swiftlite.llm.train.meters import StepMeter, device_peak
 from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
-from swiftlite.llm.train.rhythm import Best, Rhythm
+from swiftlite.llm.train.rhythm import Best, Rhythm, names_of
 from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.megatron import backend, checkpoint
 from swiftlite.megatron.adapters import CONFIG as ADAPTER_CONFIG
@@ -39,14 +40,14 @@ from swiftlite.megatron.model.blocks.router import set_router_losses
 from swiftlite.megatron.model.config import torch_dtype, virtual_stages
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin, origin_root
-from swiftlite.megatron.side_files import MANIFEST, copy_side_files, read_manifest, write_manifest
+from swiftlite.megatron.side_files import MANIFEST, MEGATRON_LM_ARGS, copy_side_files, read_manifest, write_manifest
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
 from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_optimizer, build_scheduler
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
 from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.io import format_bytes, write_json
+from swiftlite.utils.io import format_bytes, write_json, write_text_atomic
 from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.weights.safetensors import SafetensorsSource
 
@@ -109,7 +110,9 @@ class Trainer:
         self.train_set, self.order = train_set, order_of(train_set, args, self.global_batch_size)
         per_epoch = None if self.order.num_samples is None else self.order.num_samples / self.global_batch_size
         self.rhythm = Rhythm(args, self.train_iters, per_epoch, val_set is not None)
-        self.best = Best(self.root, args.metric_for_best_model, args.greater_is_better)
+        measured = names_of(self.metrics) if val_set is not None else None
+        self.best = Best(self.root, args.metric_for_best_model, args.greater_is_better, measured)
+        self.record = Record(self.root)
         self.evaluation: dict[str, float] = {}
         multiple = parallel.tp_size if args.sequence_parallel else 1
         self.device = backend.setup().device
@@ -153,8 +156,8 @@ class Trainer:
 
     # ---- setting up ----
 
-    def setup(self, resume: bool) -> None:
-        """Build model, optimizer and schedule, load the weights or the newest checkpoint. Collective."""
+    def setup(self, start: Start | None) -> None:
+        """Build model, optimizer and schedule, load the weights or the checkpoint to go on from. Collective."""
         self.origin = Origin(self.origin_dir)
         models = build_models(self.args, variable_seq_lengths=self.variable_lengths)
         if self.args.train_type == "lora":
@@ -164,19 +167,19 @@ class Trainer:
         self.router_losses = set_router_losses(models, self.args)
         self.models = wrap_models(models, self.args)
         self.config: Any = get_model_config(self.models[0])
-        if not resume or self.lora:
+        if start is None or self.lora:
             read = load_weights(self.models, self.origin_dir)
             logger.info("loaded %s from %s on this rank", format_bytes(read), self.origin_dir)
         self.optimizer = build_optimizer(self.models, self.args)
         self.optimizer.reload_model_params()
         self.scheduler = build_scheduler(self.optimizer, self.args, self.train_iters, self.global_batch_size)
-        if resume:
-            self.position = checkpoint.load_checkpoint(
-                self.root, self.models, self.args, self.optimizer, self.scheduler
-            )
+        if start is not None:
+            with start.reading():
+                self.position = checkpoint.load_checkpoint(
+                    start.directory, self.models, self.args, self.optimizer, self.scheduler
+                )
             self.scale_is_found |= not self.args.no_save_optim
             logger.info("going on from step %d in %s", self.position.iteration, self.root)
-            read_data_state(self.train_set, self.root / checkpoint.iteration_name(self.position.iteration))
         self.carried = {} if self.lora else checkpoint.carried_tensors(self.models, self.origin)
         if self.carried:
             logger.info("%d tensors that training does not hold go unchanged into every checkpoint", len(self.carried))
@@ -190,6 +193,7 @@ class Trainer:
     def write_run_files(self) -> None:
         """Config, tokenizer, manifest and arguments beside the checkpoints, before the first one. Rank 0 only."""
         self.root.mkdir(parents=True, exist_ok=True)
+        self.args.save(self.root)  # first: it says whose directory this is, to the same command after a failed start
         copy_side_files(origin_root(self.origin_dir), self.root, {})
         manifest = read_manifest(origin_root(self.origin_dir))
         if manifest is not None:
@@ -199,12 +203,10 @@ class Trainer:
             coverage = self.origin.bound.check(shapes, str(self.origin_dir))
             write_manifest(self.root, self.origin.source, coverage)
         lm_args = self.args.megatron_lm_args()
-        (self.root / "megatron_lm_args.txt").write_text(
-            lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n", encoding="utf-8"
-        )
+        text = lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n"
+        write_text_atomic(self.root / MEGATRON_LM_ARGS, text)
         if self.lora:
             write_json(self.root / ADAPTER_CONFIG, self.lora.peft_config)
-        self.args.save(self.root)
 
     def banner(self) -> None:
         """Say what runs, before it runs."""
@@ -324,9 +326,15 @@ class Trainer:
         sums = dict(zip(self.sums, reduce_over_ranks(total).tolist(), strict=True))
         return {f"eval_{name}": value for name, value in self.metrics(sums).items()}
 
-    def train(self, resume: bool = False) -> dict[str, Any]:
-        """The whole run. Returns: what it ended with (loss, steps, seconds, files). Collective."""
-        self.setup(resume)
+    def train(self, start: Start | None = None) -> dict[str, Any]:
+        """The whole run, from a checkpoint on or from its beginning.
+
+        Returns: what it ended with (loss, steps, seconds, files). Collective.
+        """
+        if start is not None:
+            start.check(checkpoint.check_file)
+            read_data_state(self.train_set, start.directory)
+        self.setup(start)
         self.banner()
         main = self.parallel.rank == 0
         if main:
@@ -450,9 +458,7 @@ class Trainer:
         if self.parallel.rank == 0:
             if self.best.saved(iteration, written[0].name, evaluation):
                 logger.info("best so far: %s", self.best.record)
-            for suffix in ("", HF_SUFFIX):
-                best = f"{self.best.checkpoint}{suffix}" if self.best.checkpoint else None
-                deleted += checkpoint.rotate(self.root, self.args.save_total_limit, suffix, best)
+            deleted = self.record.saved(written, self.args.save_total_limit, self.best.checkpoint)
             logger.info("saved %s", " and ".join(str(p) for p in written))
         self.written = [p for p in self.written + written if p not in deleted]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from swiftlite.llm.dataset.pairs import load_pairs, sequences_of
 from swiftlite.llm.model.register import get_model_info_meta
 from swiftlite.llm.pipeline import as_arguments
+from swiftlite.llm.train.checkpoints import Start
 from swiftlite.llm.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
 from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE
 from swiftlite.megatron.argument.rlhf import MegatronDpoArguments
@@ -111,8 +112,8 @@ class DpoTrainer(Trainer):
 
     # ---- the reference ----
 
-    def setup(self, resume: bool) -> None:
-        super().setup(resume)
+    def setup(self, start: Start | None) -> None:
+        super().setup(start)
         if self.reference_args is not None:
             models = build_models(self.reference_args, variable_seq_lengths=self.variable_lengths)
             self.reference = [in_precision(model).requires_grad_(False).eval() for model in models]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from swiftlite.llm.argument.export import PlanArguments, PushArguments
 from swiftlite.llm.pipeline import TRACKER
 from swiftlite.llm.train import run_directory
+from swiftlite.llm.train.checkpoints import Start, finished
 from swiftlite.llm.train.run_directory import versioned
 from swiftlite.megatron.argument.megatron import ParallelArguments
+from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import specs
 
 __all__ = ["CHANGEABLE", "default_output_dir", "prepare", "versioned"]
+
+PREFIX = "iter_"
 
 # Settings that may change when a run goes on: where and how it runs, what it logs and saves; not what it computes.
 CHANGEABLE = run_directory.CHANGEABLE | frozenset(
@@ -34,6 +39,26 @@ def default_output_dir(args: Any) -> str:
     return f"megatron_output/{source.rsplit('/', 1)[-1]}"
 
 
-def prepare(args: Any) -> bool:
+def prepare(args: Any) -> Start | None:
     """Decide what happens with `args.output_dir`, see swiftlite.llm.train.run_directory.prepare."""
-    return run_directory.prepare(args, CHANGEABLE, lambda root: (root / TRACKER).is_file())
+    return run_directory.prepare(args, CHANGEABLE, newest)
+
+
+def newest(root: Path) -> Start | None:
+    """The checkpoint that the tracker file names; where that was lost, the newest one that is there."""
+    found, tracker = finished(root, PREFIX), root / TRACKER
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
+    named = int(text) if text is not None and text.isdecimal() else None
+    if named in found:
+        assert named is not None
+        if named < max(found):
+            get_logger().warning(
+                "%s says %d: going on from there, although %s is there, too", tracker, named, found[max(found)].name
+            )
+        return Start.of(found, named)
+    if not found:
+        return None
+    start = Start.of(found, max(found))
+    what = "is missing" if text is None else f"says {text[:40]!r}, which is not there"
+    get_logger().warning("%s %s: going on from the newest checkpoint, %s", tracker, what, start.directory.name)
+    return start

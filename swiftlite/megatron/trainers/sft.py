@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from swiftlite.llm.model.hub import check_hub_id, push
 from swiftlite.llm.pipeline import as_arguments, prepare_template, resolve
 from swiftlite.llm.train.data import load_data
+from swiftlite.llm.train.run_directory import held as hold_directory
 from swiftlite.megatron.argument.sft import MegatronPtArguments, MegatronSftArguments
 from swiftlite.megatron.distributed import ParallelState, parallel_groups
 from swiftlite.megatron.dry_run import print_training
@@ -110,18 +112,18 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
         )  # fmt: skip
         return {"output_dir": args.output_dir}
     template = prepare_template(args)
-    train_set, val_set = load(args, template)
-    with parallel_groups(args) as parallel:
+    with ExitStack() as held:
+        parallel = held.enter_context(parallel_groups(args))
         _version_directory(args, parallel)
         if args.logging_dir is None or args.add_version:
             args.logging_dir = f"{args.output_dir}/runs"
-        resume = run_directory.prepare(args)
-        torch.distributed.barrier()  # every rank has looked before rank 0 writes
+        start = held.enter_context(hold_directory(args, run_directory.prepare))
+        train_set, val_set = load(args, template)
         tokenizer = template.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         trainer = trainer_class(args, parallel, train_set, val_set, pad, origin)
         try:
-            result = trainer.train(resume)
+            result = trainer.train(start)
         finally:
             trainer.release()
     if (

@@ -15,9 +15,10 @@ import pytest
 from swiftlite.cli.main import main
 from swiftlite.llm.argument.sft import SftArguments
 from swiftlite.llm.plot import plot_main, read_run, short_names
+from swiftlite.llm.train.checkpoints import Record, finished
 from swiftlite.llm.train.meters import METERS, StepMeter
 from swiftlite.llm.train.metrics import Metrics
-from swiftlite.llm.train.rhythm import Best, Rhythm, rotate
+from swiftlite.llm.train.rhythm import Best, Rhythm, names_of
 from swiftlite.llm.train.stop import StopSignal
 from swiftlite.utils.errors import CheckpointError, UsageError
 
@@ -55,21 +56,52 @@ def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
         "eval_loss": 1.0,
     }
     assert Best(tmp_path, "eval_loss").checkpoint == "checkpoint-2", "a resumed run remembers"
-    deleted = rotate(tmp_path.glob("checkpoint-*"), 2, best.checkpoint)
+    record = Record(tmp_path)
+    for step in (1, 2, 3):
+        record.saved([tmp_path / f"checkpoint-{step}"], None, None)
+    deleted = record.saved([tmp_path / "checkpoint-4"], 2, best.checkpoint)
     assert sorted(path.name for path in deleted) == ["checkpoint-1", "checkpoint-3"]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    assert rotate(tmp_path.glob("checkpoint-*"), 1, best.checkpoint) == [], "neither the best nor the newest goes"
-    with pytest.raises(UsageError, match="--metric_for_best_model eval_bleu: not measured; there are eval_loss"):
-        Best(tmp_path, "bleu").saved(6, "checkpoint-6", {"eval_loss": 1.0})
+    kept = Record(tmp_path).saved([tmp_path / "checkpoint-4"], 1, best.checkpoint)
+    assert kept == [], "neither the best nor the newest goes"
+    with pytest.raises(UsageError, match="--metric_for_best_model bleu: is not measured; there are eval_loss"):
+        Best(tmp_path, "bleu", measured=names_of(lambda sums: {"loss": sums["loss"]}))
+    assert Best(tmp_path, "bleu").checkpoint == "checkpoint-2", "nothing is evaluated"
     up = Best(tmp_path / "new", "rewards/accuracies")
     assert up.greater and not Best(tmp_path, "nll_loss").greater and Best(tmp_path, "loss", True).greater
 
 
-def test_numbers_go_down_by_digits(tmp_path: Path) -> None:
-    for step in (9, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    rotate(tmp_path.glob("checkpoint-*"), 2)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-100"}
+def test_only_what_a_run_recorded_is_deleted(tmp_path: Path) -> None:
+    """Not the user's copies, whatever their numbers; in the order of saving, and never the highest step."""
+    mine = [tmp_path / f"checkpoint-{step}" for step in (9, 10, 100)]
+    for path in (*mine, *(tmp_path / f"checkpoint-{name}" for name in ("good-2", "2-2024", "3", "best"))):
+        path.mkdir()
+    for path in mine:
+        Record(tmp_path).saved([path], 2, None)
+    left = {
+        "checkpoint-10",
+        "checkpoint-100",
+        "checkpoint-good-2",
+        "checkpoint-2-2024",
+        "checkpoint-3",
+        "checkpoint-best",
+    }
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == left
+    assert list(finished(tmp_path, "checkpoint-")) == [3, 10, 100]
+    # The run was set back, and saves an earlier step.
+    (tmp_path / "checkpoint-20").mkdir()
+    Record(tmp_path).saved([tmp_path / "checkpoint-20"], 1, None)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == left - {"checkpoint-10"} | {"checkpoint-20"}
+    (tmp_path / "checkpoints.json").write_text("{")
+    assert Record(tmp_path).saved([tmp_path / "checkpoint-20"], 1, None) == [], "nothing is known"
+
+
+def test_damaged_log_lines_are_dropped(tmp_path: Path) -> None:
+    good = b'{"step": 1, "loss": 2.0}\n'
+    for bad in (b"\xff\xfe\xff\n", b"null\n", b"[1]\n", b'{"step": 2, "lo', b'{"step": "x"}\n'):
+        (tmp_path / "logging.jsonl").write_bytes(bad.rstrip() + b"\n" + good + bad)
+        Metrics(tmp_path, None, [], 1, 2).close()
+        assert (tmp_path / "logging.jsonl").read_bytes() == good
 
 
 def test_meter(monkeypatch: pytest.MonkeyPatch) -> None:
