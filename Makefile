@@ -2,7 +2,8 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
 JOBS ?= 2
 COMPAT_VENV ?= .venv-compat
-COMPAT_PYTHON ?= python3.12
+# pyenv's python3.12 stands behind a shim that runs only where a version is chosen.
+COMPAT_PYTHON ?= $(shell prefix=$$(pyenv prefix 3.12 2>/dev/null) && echo $$prefix/bin/python3.12 || echo python3.12)
 COMPAT_PINS ?= "megatron-core>=0.19,<0.20" "transformers>=4.57,<4.58"
 COMPAT_TESTS ?= tests/families tests/weights tests/llm tests/megatron
 

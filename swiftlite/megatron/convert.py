@@ -127,7 +127,12 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
             written = HfNames(McoreView.open(TorchDistSource(iteration), plan.bound))
             verify_bitwise(written, hashes, args.max_memory_bytes)
         _check_precision(args, model_dir, space.directory, plan.source, config["vocab_size"], dtype)
-    _summary(output_dir, total, started, ["megatron", "sft", "--mcore_model", output_dir, "--dataset", "FILE"])
+    _summary(
+        output_dir,
+        total,
+        started,
+        ["megatron", "sft", "--mcore_model", output_dir, "--dataset", "FILE", *args.loading_words(hub=False)],
+    )
     return output_dir
 
 

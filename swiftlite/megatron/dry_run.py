@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -24,7 +23,7 @@ from swiftlite.megatron.side_files import read_config
 from swiftlite.utils.dist import get_world_size
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import existing_parent, format_bytes, peak_memory_bytes, probe_disk
-from swiftlite.utils.parser import specs
+from swiftlite.utils.parser import as_words
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.storage import TensorSource
 from swiftlite.weights.stream import planned_bytes
@@ -48,15 +47,7 @@ def num_processes() -> int:
 
 def command(words: Sequence[str], args: Any, without: Collection[str] = ()) -> list[str]:
     """What was typed, as words, without the flags of the plan."""
-    typed = list(words)
-    for name in specs(type(args)):
-        if name in args.given and name not in _OWN and name not in without:
-            value = getattr(args, name)
-            values = value if isinstance(value, list) else [value]
-            texts = [str(v).lower() if isinstance(v, bool) else json.dumps(v) if isinstance(v, dict) else str(v)
-                     for v in values]  # fmt: skip
-            typed += [f"--{name}", *texts]
-    return typed
+    return [*words, *as_words(args, _OWN.union(without))]
 
 
 def _rows(rows: Iterable[tuple[str, str]]) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, TypeVar
 
@@ -371,6 +371,19 @@ def parse(cls: type[A], argv: Sequence[str]) -> A:
         values.update(_accept(cls, read_config_file(positional[0]), where=f"{positional[0]}: "))
     values.update(_accept(cls, {name: _flag_value(cls, name, times) for name, times in flags.items()}))
     return from_dict(cls, values)
+
+
+def as_words(args: Arguments, without: Collection[str] = ()) -> list[str]:
+    """What was given to a command, as words to be typed again."""
+    words = []
+    for name in specs(type(args)):
+        if name in args.given and name not in without:
+            value = getattr(args, name)
+            values = value if isinstance(value, list) else [value]
+            texts = [str(v).lower() if isinstance(v, bool) else json.dumps(v) if isinstance(v, dict) else str(v)
+                     for v in values]  # fmt: skip
+            words += [f"--{name}", *texts]
+    return words
 
 
 def from_dict(cls: type[A], values: Mapping[str, Any]) -> A:

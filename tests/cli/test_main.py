@@ -248,3 +248,51 @@ def test_a_run_that_a_signal_ended_says_so(monkeypatch):
 
 def stopped(args):
     return {"signal": signal.SIGINT}
+
+
+# ---- what is known before torch is imported ----
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["sft", "--dataset", "d.jsonl"], "give the model with --model"),
+        (["infer"], "give the model with --model"),
+        (["sft", "--model", "A/B"], "give the training data with --dataset"),
+        (["sft", "--model", "A/B", "--dataset", "none.jsonl"], "--dataset none.jsonl: no such file"),
+        (["dpo", "--model", "A/B", "--dataset", "d.jsonl", "--template", "qwen33"], "did you mean qwen3"),
+        (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--model_type", "qwen33"], "did you mean qwen3"),
+        (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--output_dir", "d.jsonl"], "is a file; name a directory"),
+        (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--output_dir", "d.jsonl/out"], "is no directory"),
+        (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--report_to", "swanlab"], "pip install swanlab"),
+        (["infer", "--model", "A/B", "--val_dataset", "d.jsonl", "--result_path", "."], "is a directory; name a file"),
+        (["megatron", "sft", "--model", "A/B", "--dataset", "d.jsonl"], "pip install 'swiftlite[megatron]'"),
+        (["export", "--model", "A/B", "--custom_register_path", "no.py", "--to_mcore", "true"], "existing .py file"),
+    ],
+)
+def test_cheap_mistakes_are_told_first(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").touch()
+    monkeypatch.setattr("swiftlite.llm.preflight._installed", lambda module: False)
+    monkeypatch.setattr("swiftlite.cli.main._handle", lambda *_: pytest.fail("the command was started"))
+    assert main(words) in (1, 2)
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_these_mistakes_import_nothing_heavy():
+    code = (
+        "import sys\nfrom swiftlite.cli.main import main\n"
+        "for words in (['sft', '--dataset', 'x'], ['megatron', 'sft', '--model', 'nowhere', '--dataset', 'A/B'],\n"
+        "              ['infer', '--model', 'tests'], ['verify', 'tests', 'docs'], ['export', '--to_hf', 'true']):\n"
+        "    assert main(words) in (1, 2)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_did_you_mean_names_no_flag_that_is_refused(capsys):
+    assert main(["sft", "--model", "A/B", "--mcore_ref_mode", "x"]) == 2
+    assert "mcore_ref_model" not in capsys.readouterr().err

@@ -186,3 +186,12 @@ def test_the_home_directory_in_paths(tmp_path, monkeypatch):
         assert (found.save, found.text) == (f"{tmp_path}/out", "~/x")
         assert found.files == [f"{tmp_path}/a.jsonl", "b~.jsonl"]
     assert Paths(save="~").save == str(tmp_path)
+
+
+def test_help_begins_with_what_is_needed_first():
+    class Short(Demo):
+        BASIC = ("lr", "count")
+
+    text, whole = format_help(Short, "x", everything=False), format_help(Short, "x")
+    assert "--lr" in text and "--files" not in text and "--files" in whole
+    assert "more flags: x --help_all" in text and "--help_all" not in whole

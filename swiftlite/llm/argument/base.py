@@ -126,7 +126,9 @@ class ModelArguments(Arguments):
         """What a later command needs to load this model as well. hub: it is named as it was here, perhaps on a hub."""
         names = (*(("use_hf", "model_revision") if hub else ()), "trust_remote_code", "ignore_requirements")
         given = {name: getattr(self, name) for name in names if getattr(self, name)}
-        return [word for n, v in given.items() for word in (f"--{n}", "true" if v is True else str(v))]
+        plugins = getattr(self, "custom_register_path", [])
+        words = [word for n, v in given.items() for word in (f"--{n}", "true" if v is True else str(v))]
+        return [*words, *(["--custom_register_path", *plugins] if plugins else [])]
 
 
 @arguments

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from swiftlite.llm.argument.base import ModelArguments, TemplateArguments
 from swiftlite.llm.dataset.cache import write_cached_dataset
 from swiftlite.llm.dataset.prepare import encode_and_pack, read_rows
 from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
@@ -14,7 +15,8 @@ from swiftlite.llm.pipeline import prepare_template, resolve
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import check_new, replace_directory
-from swiftlite.utils.logger import get_logger
+from swiftlite.utils.logger import get_logger, log_next
+from swiftlite.utils.parser import as_words, specs
 
 
 def export_cached_dataset(args: Any) -> Path:
@@ -52,5 +54,12 @@ def export_cached_dataset(args: Any) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
     tokens = sum(parts["train"].lengths)
     get_logger().info("wrote %s: %d training samples, %d tokens", output, len(parts["train"]), tokens)
-    get_logger().info("next: swiftlite megatron sft --cached_dataset %s ..., with the same template settings", output)
+    log_next("swiftlite", "sft", "--cached_dataset", output, *_training_words(args))
     return output
+
+
+def _training_words(args: Any) -> list[str]:
+    """Model and template as they were given here; tokens fit no other. The longest sample has another default there."""
+    same = {*specs(ModelArguments), *specs(TemplateArguments), "packing", "packing_length", "custom_register_path"}
+    words = as_words(args, without=(set(specs(type(args))) - same) | {"hub_token"})
+    return words if "max_length" in args.given else [*words, "--max_length", str(args.max_length)]

@@ -649,7 +649,8 @@ def _finish(trainer: HfTrainer, done: int, seconds: float) -> dict[str, Any]:
     if setting.best.checkpoint:
         logger.info("best checkpoint by %s: %s", setting.best.metric, root / setting.best.checkpoint)
     if args.train_type == "lora":
-        log_next("swiftlite", "infer", "--model", args.model, "--adapters", last, *args.loading_words())
+        base = ["--model", args.model] if args.model else []  # an adapter knows its base
+        log_next("swiftlite", "infer", *base, "--adapters", last, *args.loading_words())
     else:
         log_next("swiftlite", "infer", "--model", last, *args.loading_words(hub=False))
     if setting.stopped:

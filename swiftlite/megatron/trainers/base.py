@@ -483,7 +483,7 @@ class Trainer:
                 base = ("--mcore_model", self.args.mcore_model)
                 log_next("swiftlite", "export", *base, "--adapters", adapters, "--merge_lora", "true")
             else:
-                words = self.args.loading_words()
-                log_next("swiftlite", "infer", "--model", self.args.model, "--adapters", adapters, *words)
+                known = ["--model", self.args.model] if self.args.model else []  # an adapter knows its base
+                log_next("swiftlite", "infer", *known, "--adapters", adapters, *self.args.loading_words())
         else:
             log_next("swiftlite", "export", "--mcore_model", self.root, "--to_hf", "true")
