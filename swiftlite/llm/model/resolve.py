@@ -22,6 +22,8 @@ from swiftlite.llm.model.hub import model_name
 from swiftlite.llm.model.info import first_of, read_json, rope_scaling
 from swiftlite.meta.model import ModelMeta
 from swiftlite.meta.template import TemplateMeta
+from swiftlite.utils.bounded import LimitError, run_bounded
+from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import some
 
 _QUERY, _SYSTEM = "What is in the box?", "You answer in verse."
@@ -64,6 +66,7 @@ class Facts:
     model_dir: str
     config: Mapping[str, Any]
     given_name: str = ""  # the id or path as the user wrote it
+    is_usable: bool = True  # the chat template has not failed so far
 
     @property
     def names(self) -> list[str]:
@@ -80,7 +83,7 @@ class Facts:
         """The checkpoint's chat template: chat_template.jinja, or the one in tokenizer_config.json."""
         path = Path(self.model_dir) / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8", errors="replace")
         template = self.tokenizer_config.get("chat_template")
         if isinstance(template, list):  # several named ones
             template = next((t.get("template") for t in template if t.get("name") == "default"), None)
@@ -105,7 +108,7 @@ class Facts:
 
     def render(self, messages: list[dict[str, str]]) -> str | None:
         """The chat template's text for `messages` with the generation prompt; None where it refuses them."""
-        if not self.jinja:
+        if not self.jinja or not self.is_usable:
             return None
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -117,9 +120,16 @@ class Facts:
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda _format: "01 Jan 2000"
         names = {name: self.token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        text = self.jinja
+
+        def written() -> str:
+            return environment.from_string(text).render(messages=messages, add_generation_prompt=True, **names)
+
         try:
-            return environment.from_string(self.jinja).render(messages=messages, add_generation_prompt=True, **names)
-        except (TemplateError, TypeError, KeyError):
+            return run_bounded(written)
+        except LimitError as error:  # whatever is wrong with it: it is a clue, no more
+            get_logger().info("%s: its chat template cannot be tried: %s", self.model_dir, error)
+            self.is_usable = False
             return None
 
 

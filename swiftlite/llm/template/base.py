@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.llm.template.agent import AGENT_FORMATS, as_plain
-from swiftlite.llm.template.jinja import jinja_spans, write_jinja
+from swiftlite.llm.template.jinja import bounded_prompt, bounded_rows, jinja_spans, write_jinja
 from swiftlite.llm.template.layouts import LAYOUTS, PRINTS_CALLS, PRINTS_TOOLS, Conversation
 from swiftlite.llm.template.layouts.conversation import Message, role_of
 from swiftlite.llm.template.layouts.rounds import join_parts
@@ -111,11 +111,14 @@ class Template:
         self.template_backend = template_backend
         self.enable_thinking = enable_thinking
         self.add_non_thinking_prefix = add_non_thinking_prefix
-        self._jinja_stops: tuple[str, ...] | None = None
-        self._tokens = _special_tokens(tokenizer)
+        self.special_tokens = _special_tokens(tokenizer)
         # Plain text ends as the tokenizer's texts do, whatever ends an answer in the model's chats.
-        self.suffix = join_parts(meta.suffix, self._tokens) if use_chat_template else self._tokens.get("eos_token", "")
-        stops = [*meta.stop_words, self.suffix.strip(), self._tokens.get("eos_token", "")]
+        self.suffix = (
+            join_parts(meta.suffix, self.special_tokens)
+            if use_chat_template
+            else self.special_tokens.get("eos_token", "")
+        )
+        stops = [*meta.stop_words, self.suffix.strip(), self.special_tokens.get("eos_token", "")]
         stops += _LAYOUT_STOPS.get(meta.layout, ())
         # Longest first, so that a stop that begins with another one is found whole.
         self.stop_words: tuple[str, ...] = tuple(sorted({s for s in stops if s}, key=lambda s: (-len(s), s)))
@@ -153,7 +156,7 @@ class Template:
         options = self._options(kwargs)
         if self.template_backend == "jinja":
             whole = self._with_system(messages)
-            return write_jinja(self.tokenizer, whole, tools, add_generation_prompt, options)
+            return bounded_prompt(lambda: write_jinja(self.tokenizer, whole, tools, add_generation_prompt, options))
         return "".join(text for text, _ in self._pieces(messages, tools, add_generation_prompt, options))
 
     def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None, **kwargs: Any) -> list[int]:
@@ -206,16 +209,7 @@ class Template:
 
         With truncation_strategy 'split', a row that is too long becomes a list of samples.
         """
-        scripts: list[tuple[str, list[Span]] | TemplateError] = []
-        for row in rows:
-            try:
-                with told_as_template_error():
-                    text, spans = self.training_text(row)
-                check_characters(text)
-                limit = (self.max_length, self._max_token_chars, self.truncation_strategy)
-                scripts.append(bounded_text(text, spans, *limit))
-            except TemplateError as error:
-                scripts.append(error)
+        scripts = self._scripts(rows)
         tokenized = iter(self._tokenize_batch([s for s in scripts if not isinstance(s, TemplateError)]))
         encoded: list[Encoded | list[Encoded] | TemplateError] = []
         for row, script in zip(rows, scripts, strict=True):
@@ -228,6 +222,24 @@ class Template:
             except TemplateError as error:
                 encoded.append(error)
         return encoded
+
+    def _scripts(self, rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[Span]] | TemplateError]:
+        """`training_text` of rows, as far as it can be needed; errors take a row's place."""
+        limits = (self.max_length, self._max_token_chars, self.truncation_strategy)
+
+        def script(row: dict[str, Any]) -> tuple[str, list[Span]] | TemplateError:
+            try:
+                with told_as_template_error():
+                    text, spans = self.training_text(row)
+                check_characters(text)
+                return bounded_text(text, spans, *limits)
+            except TemplateError as error:
+                return error
+
+        if self.template_backend == "jinja" and self.use_chat_template:
+            _ = self._jinja_stops
+            return bounded_rows(self.tokenizer, script, rows)
+        return [script(row) for row in rows]
 
     def training_text(self, row: dict[str, Any]) -> tuple[str, list[Span]]:
         """The text of a training row and its spans with loss: (start, end, weight), ascending, in characters."""
@@ -255,6 +267,14 @@ class Template:
             return text, list(weigh(text, 0, len(text), 1.0, self.weights))
         return text, list(self._weighted(text, spans, messages))
 
+    @cached_property
+    def _jinja_stops(self) -> tuple[str, ...]:
+        """What may end an answer in the tokenizer's own chat template, the longest first."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        special = {str(token) for token in added if token.special}
+        stops = {*self.stop_words, *(special - _TAGS)}
+        return tuple(sorted(stops, key=lambda s: (-len(s), s)))
+
     def _own_spans(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[list[int]]]:
         """Text by the layout, and [start, end, index of the message] of what assistants wrote."""
         self._warn_of_lost_tools(messages, tools)
@@ -276,11 +296,6 @@ class Template:
         self, messages: Sequence[Message], tools: list[Any] | None
     ) -> tuple[str, list[list[int]], tuple[str, ...]]:
         """As _own_spans, by the tokenizer's own chat template; and what ends an answer in it."""
-        if self._jinja_stops is None:
-            added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-            special = {str(token) for token in added if token.special}
-            stops = {*self.stop_words, *(special - _TAGS)}
-            self._jinja_stops = tuple(sorted(stops, key=lambda s: (-len(s), s)))
         whole = self._with_system(messages)
         added_system = len(whole) - len(messages)
         text, spans = jinja_spans(self.tokenizer, whole, tools, self._options({}), self._jinja_stops)
@@ -313,7 +328,7 @@ class Template:
             whole, sources = as_plain(whole, tools)
             tools, origin = None, [origin[i] if i >= 0 else -1 for i in sources]
         default = self.meta.default_system if self.default_system is None else None
-        c = Conversation(self.meta, whole, tools, add_generation_prompt, default, self._tokens, options)
+        c = Conversation(self.meta, whole, tools, add_generation_prompt, default, self.special_tokens, options)
         if self.meta.layout == "rounds" and self.meta.auto_add_bos:
             yield self._own_bos(), None
         for text, index in LAYOUTS[self.meta.layout](c):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from swiftlite.llm.template.layouts.conversation import Message, function_of, role_of
+from swiftlite.utils.bounded import SECONDS, LimitError, run_bounded
 from swiftlite.utils.errors import TemplateError, UsageError
 
 Found = list[list[int]]  # start, end, index of the message; characters of the text
@@ -75,6 +76,72 @@ def write_jinja(
     except Exception as error:  # whatever a template raises or trips over
         line = " ".join(str(error).split())[:200]
         raise TemplateError(f"the tokenizer's chat template cannot write the conversation ({line})") from None
+
+
+_QUESTION: list[Message] = [{"role": "user", "content": "Q"}]
+# Rows whose text is out of bounds before the template itself is to blame.
+_MAX_UNBOUNDED = 3
+_tried: set[str] = set()  # chat templates that have written a question within bounds
+
+
+def bounded_prompt(write: Callable[[], str]) -> str:
+    """A text that the tokenizer's chat template writes, within bounds. Raises: TemplateError, also beyond them."""
+    try:
+        return run_bounded(write)
+    except LimitError as error:
+        raise TemplateError(f"the tokenizer's chat template cannot write the conversation: {error}") from None
+
+
+def bounded_rows(tokenizer: Any, write: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
+    """`[write(row) for row in rows]` for a write that uses the tokenizer's chat template.
+
+    Many rows are written in a child, where one that is beyond bounds gets a TemplateError in its place. A fork costs more
+    than a row, so a single one is written here, once the template has shown that it ends.
+    Raises: UsageError where the template itself is: with a short question, or with row after row.
+    """
+    source = str(getattr(tokenizer, "chat_template", None))
+    if source not in _tried and _ends_well(tokenizer):
+        _tried.add(source)
+    if len(rows) == 1 and source in _tried:
+        return [write(rows[0])]
+    try:
+        return run_bounded(lambda: [write(row) for row in rows], SECONDS + 0.1 * len(rows))
+    except LimitError:
+        pass  # one of them, which is found below
+    found: list[Any] = []
+    failed = 0
+    for row in rows:
+        try:
+            found.append(run_bounded(lambda row=row: write(row)))  # type: ignore[misc]
+        except LimitError as error:
+            failed += 1
+            if failed > _MAX_UNBOUNDED:
+                raise _unbounded(error) from None
+            found.append(TemplateError(f"the chat template cannot write it: {error}"))
+    return found
+
+
+def _ends_well(tokenizer: Any) -> bool:
+    """Write a question in a child; where that ends well here too, so that the compiled template is in the cache."""
+
+    def write() -> str:
+        return write_jinja(tokenizer, _QUESTION, None, True, {})
+
+    try:
+        run_bounded(write)
+    except LimitError as error:
+        raise _unbounded(error) from None
+    except TemplateError:  # it may want more than a question, or have asked for too much memory
+        return False
+    write()
+    return True
+
+
+def _unbounded(error: LimitError) -> UsageError:
+    return UsageError(
+        f"--template_backend jinja: the checkpoint's chat template cannot be used: {error}; use --template_backend swift "
+        "with --template NAME"
+    )
 
 
 def _tagged(

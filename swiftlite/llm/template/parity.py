@@ -10,6 +10,7 @@ from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.jinja import write_jinja
 from swiftlite.llm.template.layouts import PRINTS_TOOLS
 from swiftlite.llm.template.layouts.llama import DEFAULT_DATE
+from swiftlite.utils.bounded import LimitError, run_bounded
 from swiftlite.utils.errors import TemplateError
 from swiftlite.utils.logger import get_logger
 
@@ -55,13 +56,16 @@ def differences(template: Template) -> Iterator[str]:
     if not getattr(tokenizer, "chat_template", None):
         return
     plain = type(template)(template.meta, tokenizer)
-    for name, messages, tools, generation, options in PROBES:
+    try:
+        texts = run_bounded(lambda: [_written(tokenizer, *probe[1:]) for probe in PROBES])
+    except LimitError as error:
+        yield f"it cannot be tried: {error}"
+        return
+    for (name, messages, tools, generation, options), wanted in zip(PROBES, texts, strict=True):
         if tools and template.meta.layout not in PRINTS_TOOLS and not _prints_tools(tokenizer):
             continue
         options = {"date_string": DEFAULT_DATE, **options}
-        try:
-            wanted = write_jinja(tokenizer, messages, tools, generation, options)
-        except TemplateError:
+        if wanted is None:
             continue  # a conversation that the model's own template refuses has no right text
         try:
             written = plain.render(messages, tools, generation, **options)
@@ -75,6 +79,13 @@ def differences(template: Template) -> Iterator[str]:
                 f"{name}: from character {at} on, template {template.template_type!r} writes {ours!r}, the checkpoint's "
                 f"own chat template {theirs!r}"
             )
+
+
+def _written(tokenizer: Any, messages: Any, tools: Any, generation: bool, options: dict[str, Any]) -> str | None:
+    try:
+        return write_jinja(tokenizer, messages, tools, generation, {"date_string": DEFAULT_DATE, **options})
+    except TemplateError:
+        return None
 
 
 def _prints_tools(tokenizer: Any) -> bool:

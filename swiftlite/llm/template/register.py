@@ -8,8 +8,10 @@ from typing import Any
 from swiftlite.families import families
 from swiftlite.families.templates import TEMPLATES
 from swiftlite.llm.template.base import Template
+from swiftlite.llm.template.jinja import write_jinja
 from swiftlite.llm.template.thinking import ThinkingTemplate
 from swiftlite.meta.template import TemplateMeta
+from swiftlite.utils.bounded import LimitError, run_bounded
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import some
@@ -148,11 +150,10 @@ def _matching_variant(meta: TemplateMeta, tokenizer: Any) -> TemplateMeta:
     if not meta.variants or not getattr(tokenizer, "chat_template", None):
         return meta
     try:
-        wanted = [
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-            for messages, generation in _PROBES
-        ]
-    except Exception as error:  # a checkpoint's own Jinja may fail in any way; the type's template stands
+        wanted = run_bounded(
+            lambda: [write_jinja(tokenizer, messages, None, generation, {}) for messages, generation in _PROBES]
+        )
+    except (SwiftliteError, LimitError) as error:  # the type's template stands
         get_logger().info(
             "the checkpoint's chat template could not be tried (%s); template %s", error, meta.template_type
         )

@@ -1,0 +1,83 @@
+"""A checkpoint's chat template that loops, allocates or fails ends within bounds, wherever it is written."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from swiftlite.llm.model.resolve import Facts
+from swiftlite.llm.template import get_template
+from swiftlite.llm.template.parity import differences
+from swiftlite.utils import bounded
+from swiftlite.utils.bounded import LimitError, run_bounded
+from swiftlite.utils.errors import TemplateError, UsageError
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLE = "{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+HOSTILE = {
+    "loop": LOOP,
+    "memory": "{{ 'a' * 20000000000 }}",
+    "doubling": DOUBLE,
+    "power": "{{ 10 ** (10 ** 9) }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "division": "{{ 1 // 0 }}",
+    "syntax": "{% for",
+}
+QA = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for module in ("swiftlite.utils.bounded", "swiftlite.llm.template.jinja"):
+        monkeypatch.setattr(f"{module}.SECONDS", 0.3)
+    monkeypatch.setattr(bounded.run_bounded, "__defaults__", (0.3,))
+    monkeypatch.setattr(bounded, "_MEMORY_BYTES", 2**28)
+
+
+def test_results_and_errors_come_back():
+    assert run_bounded(lambda: {"a": [1, "x" * 300_000]}) == {"a": [1, "x" * 300_000]}
+
+    def refuse():
+        raise TemplateError("no")
+
+    with pytest.raises(TemplateError, match="no"):
+        run_bounded(refuse)
+    with pytest.raises(LimitError, match="ZeroDivisionError"):
+        run_bounded(lambda: 1 // 0)
+    started = time.process_time()
+    with pytest.raises(LimitError, match="more than 0.3 s"):
+        run_bounded(lambda: [None for _ in iter(int, 1)])
+    assert time.process_time() - started < 0.2
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_bounded(name, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer(eos_token="<|im_end|>")
+    tokenizer.chat_template = HOSTILE[name]
+    (tmp_path / "chat_template.jinja").write_text(HOSTILE[name])
+    assert Facts(str(tmp_path), {}).render(QA[:1]) is None  # a clue which model it is, no more
+    template = get_template("qwen3", tokenizer)  # has variants, which are tried
+    list(differences(template))
+    assert template.encode({"messages": QA})["length"] > 0
+    jinja = get_template("jinja", tokenizer)
+    with pytest.raises(TemplateError, match="cannot write the conversation"):
+        jinja.render(QA)
+    with pytest.raises((TemplateError, UsageError), match="cannot write|cannot be used"):
+        jinja.encode({"messages": QA})
+
+
+def test_a_row_that_makes_the_template_loop_costs_itself(make_tokenizer):
+    tokenizer = make_tokenizer(eos_token="<|im_end|>")
+    plain = "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}"
+    plain = plain.replace("{% generation %}", "{% if m.role == 'assistant' %}{% generation %}").replace(
+        "{% endgeneration %}", "{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    )
+    tokenizer.chat_template = "{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}" + plain
+    template = get_template("jinja", tokenizer)
+    rows = [{"messages": QA}, {"messages": [{"role": "user", "content": "loop"}, QA[1]]}, {"messages": QA}]
+    first, second, third = template.encode_batch(rows)
+    assert first == third and first["length"] > 0
+    assert isinstance(second, TemplateError) and "0.3 s" in str(second)
+    with pytest.raises(UsageError, match="chat template cannot be used"):
+        template.encode_batch([rows[1]] * 5)
