@@ -21,6 +21,7 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import format_help, nearest, parse
 from swiftlite.utils.processes import end_with_parent
 from swiftlite.utils.quiet import quiet
+from swiftlite.utils.secrets import redact, remember_words
 
 _TRUE = ("true", "1", "yes", "on")
 
@@ -137,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    remember_words(argv)
     try:
         return run(argv)
     except KeyboardInterrupt:
@@ -146,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except BaseException as error:  # some libraries' failures are no Exception (torch's CheckpointException)
         if wants_debug(argv):
-            traceback.print_exc()
+            sys.stderr.write(redact(traceback.format_exc()))
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        sys.stderr.write(f"swiftlite: error:{rank} {_message(error)}\n")
+        sys.stderr.write(f"swiftlite: error:{rank} {redact(_message(error))}\n")
         return error.exit_code if isinstance(error, SwiftliteError) else 1
 
 

@@ -24,6 +24,7 @@ from swiftlite.utils.dist import get_world_size
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import existing_parent, format_bytes, peak_memory_bytes, probe_disk
 from swiftlite.utils.parser import as_words
+from swiftlite.utils.secrets import SETTINGS
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.storage import TensorSource
 from swiftlite.weights.stream import planned_bytes
@@ -46,8 +47,8 @@ def num_processes() -> int:
 
 
 def command(words: Sequence[str], args: Any, without: Collection[str] = ()) -> list[str]:
-    """What was typed, as words, without the flags of the plan."""
-    return [*words, *as_words(args, _OWN.union(without))]
+    """What was typed, as words, without the flags of the plan and without access tokens."""
+    return [*words, *as_words(args, _OWN.union(without, SETTINGS))]
 
 
 def _rows(rows: Iterable[tuple[str, str]]) -> None:

@@ -8,12 +8,21 @@ import shlex
 import sys
 from typing import TextIO
 
+from swiftlite.utils.secrets import redact
+
 
 class _RankZeroFilter(logging.Filter):
     """Let warnings of every rank through, the rest only from rank 0."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or os.environ.get("RANK", "0") == "0"
+
+
+class _Formatter(logging.Formatter):
+    """Without access tokens, whoever put them into a message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
@@ -29,7 +38,7 @@ def get_logger() -> logging.Logger:
     logger = logging.getLogger("swiftlite")
     if not logger.handlers:
         handler = _StderrHandler()
-        handler.setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
+        handler.setFormatter(_Formatter("[%(levelname)s] %(message)s"))
         handler.addFilter(_RankZeroFilter())
         logger.addHandler(handler)
         logger.setLevel(os.environ.get("SWIFTLITE_LOG_LEVEL", "INFO").upper())

@@ -17,6 +17,7 @@ from swiftlite.llm.argument.flags import BASIC, COMMON_NOTES
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import write_json
 from swiftlite.utils.parser import Arguments, Note, arguments, field
+from swiftlite.utils.secrets import SETTINGS, remember
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +114,7 @@ class ModelArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        remember(self.hub_token)
         if self.num_labels is not None and self.num_labels < 1:
             raise UsageError(f"--num_labels {self.num_labels}: must be at least 1")
         if isinstance(self.device_map, str) and self.device_map.startswith("{"):
@@ -315,8 +317,7 @@ class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArgumen
 
         Access tokens are written as null, values that JSON does not know as their text. Returns: the file.
         """
-        values = {name: None if "_token" in name and name != "new_special_tokens" else value
-                  for name, value in self.to_dict().items()}  # fmt: skip
+        values = {**self.to_dict(), **dict.fromkeys(SETTINGS, None)}
         info = getattr(self, "model_info", None)
         if info is not None:
             values.update(model_dir=info.model_dir, max_model_len=info.max_model_len, is_moe_model=info.is_moe_model)

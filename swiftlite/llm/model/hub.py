@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -155,9 +156,11 @@ def push(
                             commit_message=f"Upload {file.name}")  # fmt: skip
     except Exception as error:  # the clients raise anything from OSError to their own types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        flags = f"{' --use_hf true' if use_hf else ''}{' --hub_private_repo true' if private else ''}"
         raise CheckpointError(
             f"could not {step} in {model_id} on {hub}: {reason}; {directory} is complete, push it again with `swiftlite "
-            f"export --model {directory} --push_to_hub true --hub_model_id {model_id}`"
+            f"export --model {shlex.quote(str(directory))} --push_to_hub true --hub_model_id {model_id}{flags}`"
+            f"{' and the same --hub_token' if token else ''}"
         ) from error
     logger.info("pushed %d files to %s on %s", total, model_id, hub)
 

@@ -19,6 +19,7 @@ from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar
+from swiftlite.utils.secrets import without_secrets
 
 logger = get_logger()
 
@@ -144,8 +145,8 @@ def _import_tracker(name: str) -> Any:
 
 def _named(directory: Path, settings: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """(project, run, configuration) without access tokens."""
-    config = {key: value for key, value in settings.items() if "_token" not in key or key == "new_special_tokens"}
-    return settings.get("wandb_project") or "swiftlite", settings.get("wandb_exp_name") or directory.name, config
+    project, name = settings.get("wandb_project") or "swiftlite", settings.get("wandb_exp_name") or directory.name
+    return project, name, without_secrets(settings)
 
 
 def _wandb(directory: Path, target: str | None, first_step: int, settings: Mapping[str, Any]) -> _Tracker:

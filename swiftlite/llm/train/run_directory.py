@@ -81,7 +81,7 @@ def prepare(args: Any, changeable: Collection[str], newest: Callable[[Path], Sta
         raise UsageError(f"--output_dir {root}: is not empty and holds no run ({ARGS_FILE}); name another directory")
     now = _as_stored(args.to_dict())
     changed = [
-        name for name in sorted(now) if name not in changeable and "_token" not in name and name in before
+        name for name in sorted(now) if name not in changeable and name in before
         and before[name] != now[name]
     ]  # fmt: skip
     if changed:
