@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 
@@ -20,9 +21,31 @@ def _yarn_softmax_scale(model: Any) -> None:
             module.scaling = module.qk_head_dim**-0.5 * factor**2
 
 
+def _experts_of_the_best_groups(model: Any) -> None:
+    """No expert outside of the chosen groups is chosen: at first transformers gave those the score 0, which beats the sum
+    of a score and a clearly negative bias.
+    """
+    for module in model.modules():
+        if hasattr(module, "get_topk_indices") and hasattr(module, "e_score_correction_bias"):
+            module.get_topk_indices = partial(_indices_of_the_best_groups, module)
+
+
+def _indices_of_the_best_groups(router: Any, scores: Any) -> Any:
+    """Scores [T, E] -> [T, K]. Source: DeepSeek-V3's inference/model.py, Gate.forward."""
+    choice = scores.detach().view(-1, router.n_routed_experts) + router.e_score_correction_bias
+    groups = choice.unflatten(-1, (router.n_group, -1))
+    best = groups.topk(2, dim=-1)[0].sum(-1).topk(router.topk_group, dim=-1)[1]
+    others = best.new_ones(groups.shape[:2]).scatter(1, best, 0).bool().unsqueeze(-1)
+    return groups.masked_fill(others, float("-inf")).flatten(1).topk(router.top_k, dim=-1, sorted=False)[1]
+
+
 # Class of transformers -> correction. Each sets values rather than scaling them, so that releases which are right stay so.
 CORRECTIONS: Mapping[str, Callable[[Any], None]] = {
     "DeepseekV2ForCausalLM": _yarn_softmax_scale,  # 4.57 to 5.0; goes when the oldest supported release has mscale
+    # 4.57; their routers have no get_topk_indices since
+    "DeepseekV3ForCausalLM": _experts_of_the_best_groups,
+    "Dots1ForCausalLM": _experts_of_the_best_groups,
+    "Glm4MoeForCausalLM": _experts_of_the_best_groups,
 }
 
 

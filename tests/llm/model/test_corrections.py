@@ -24,6 +24,19 @@ def test_softmax_scale_of_deepseek_v2(scaling: dict[str, float] | None, factor: 
     assert scales == [pytest.approx(width**-0.5 * factor, rel=1e-12)] * config["num_hidden_layers"]
 
 
+def test_a_negative_bias_keeps_the_choice_within_the_best_groups(tmp_path: Path) -> None:
+    """Adding one number to every expert's bias changes no choice."""
+    model = correct(build_hf(config_of("deepseek_r1:default"), tmp_path))
+    tokens, logits = torch.arange(24)[None], []
+    for shift in (0.0, -3.0):
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += shift
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    torch.testing.assert_close(logits[0], logits[1])
+
+
 def test_other_models_are_left_alone() -> None:
     model = torch.nn.Linear(2, 2)
     before = dict(vars(model))
