@@ -109,6 +109,8 @@ def test_a_bias_rate_that_cannot_act_is_said(
         ({"moe_expert_capacity_factor": 0.0}, "must be above 0"),
         ({"moe_pad_expert_input_to_capacity": True}, "needs --moe_expert_capacity_factor"),
         ({"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 4.5}, "at most 4 "),
+        ({"moe_token_dispatcher_type": "flex"}, "needs --expert_model_parallel_size"),
+        ({"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2}, "needs the package deep_ep"),
         ({"recompute_modules": ["moe_acts"]}, "must be one of"),
         ({"recompute_modules": ["mla_up_proj"]}, "the model has none"),
         ({"recompute_modules": ["mlp"], "moe_layer_freq": "[1]*2"}, "the model has none"),

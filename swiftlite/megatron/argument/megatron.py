@@ -6,6 +6,7 @@ Fields of the model are None until `apply_model_config` (or the constructor) set
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -290,8 +291,19 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             raise UsageError(f"--expert_model_parallel_size {ep}: the model has no experts")
         if self.num_experts and self.num_experts % ep:
             raise UsageError(f"--expert_model_parallel_size {ep}: must divide {self.num_experts} experts")
+        if self.num_experts and self.moe_token_dispatcher_type == "flex":
+            self._check_flex()
         self._check_capacity()
         self._check_recompute()
+
+    def _check_flex(self) -> None:
+        parts = self.expert_model_parallel_size * (self.expert_tensor_parallel_size or self.tensor_model_parallel_size)
+        if parts == 1:
+            raise UsageError(
+                "--moe_token_dispatcher_type flex: needs --expert_model_parallel_size of at least 2; leave it out"
+            )
+        if importlib.util.find_spec("deep_ep") is None:
+            raise UsageError("--moe_token_dispatcher_type flex: needs the package deep_ep and CUDA; use alltoall")
 
     def _check_recompute(self) -> None:
         """What was asked for by name is there to be recomputed."""

@@ -84,7 +84,7 @@ def steps(command: str, model: Path, data: Path, output: Path, **flags: Any) -> 
     settings = {
         "model": model, "dataset": data, "output_dir": output / command.replace(" ", "-"), "torch_dtype": "float32",
         "micro_batch_size": 4, "global_batch_size": 8, "train_iters": 2, "lr": 1e-3, "lr_decay_style": "constant",
-        "clip_grad": 0, "adam_eps": 1e-5, "logging_steps": 1, "save_weights_only": "true", "report_to": "none",
+        "clip_grad": 1e9, "adam_eps": 1e-5, "logging_steps": 1, "save_weights_only": "true", "report_to": "none",
         "dataset_shuffle": "false", **flags,
     }  # fmt: skip
     words = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
