@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
+import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
@@ -117,65 +120,98 @@ class RowEncoder:
 
     def __init__(self, template: Template, num_proc: int = 1) -> None:
         self.template, self.num_proc = template, num_proc
-        self._pool: ProcessPoolExecutor | None = None
-        if num_proc > 1:
-            # Children of a fork have the template already: nothing but rows and numbers travels.
-            context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(num_proc, context, _start_child, (template, os.getpid()))
-            self._pool.submit(os.getpid)  # the first job makes them all
+        self._numbers = itertools.count()
+        self._children = [_Child(template) for _ in range(num_proc)] if num_proc > 1 else []
 
     def __enter__(self) -> RowEncoder:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.process.kill()
+            child.process.join()
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> Iterator[Any]:
         """`template.encode_batch` of all rows, in order. Raises: DatasetError if a process that encodes is killed."""
-        batches = _batches(rows)
-        if self._pool is None:
-            for batch in batches:
+        if not self._children:
+            for batch in _batches(rows):
                 yield from self.template.encode_batch(batch)
             return
-        waiting: deque[Future[list[Any]]] = deque()
+        waiting: deque[tuple[_Child, int]] = deque()
         try:
-            for batch in batches:
-                waiting.append(self._pool.submit(_encode_batch, batch))
+            for batch, child in zip(_batches(rows), itertools.cycle(self._children), strict=False):
+                number = next(self._numbers)
+                child.connection.send((number, batch))
+                waiting.append((child, number))
                 if len(waiting) > 4 * self.num_proc:  # enough that none is idle, and few rows are held twice
-                    yield from waiting.popleft().result()
+                    first, number = waiting.popleft()
+                    yield from first.result(number)
             while waiting:
-                yield from waiting.popleft().result()
-        except BrokenProcessPool:
+                first, number = waiting.popleft()
+                yield from first.result(number)
+        except (EOFError, OSError):
             raise DatasetError(
                 f"--dataset_num_proc {self.num_proc}: a process that tokenises was killed, often for want of memory; "
                 "use fewer processes"
             ) from None
 
 
-_template: Template | None = None
+class _Child:
+    """A process that encodes batches, and the pipe to it.
+
+    Each has a pipe of its own: where several share one (as in multiprocessing's pools), a process that is killed while
+    it writes leaves the others, and the reader, waiting for ever.
+    """
+
+    def __init__(self, template: Template) -> None:
+        # A child of a fork has the template already: nothing but rows and numbers travels.
+        context = multiprocessing.get_context("fork")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_encode_batches, args=(template, theirs, os.getpid()), daemon=True)
+        self.process.start()
+        theirs.close()  # then the pipe ends when the child does
+        self._results: dict[int, Any] = {}  # of other callers, who may take turns
+
+    def result(self, number: int) -> list[Any]:
+        """What the child made of batch `number`. Raises: EOFError or OSError if it is gone, what encoding raised."""
+        while number not in self._results:
+            made, value = self.connection.recv()
+            self._results[made] = value
+        value = self._results.pop(number)
+        if isinstance(value, BaseException):
+            raise value
+        return value
 
 
-def _start_child(template: Template, parent: int) -> None:
-    global _template
-    _template = template
+def _encode_batches(template: Template, connection: Connection, parent: int) -> None:
+    """In a child: answer (number, rows) with (number, encoded); numbers of tokens travel as arrays, not as objects."""
     end_with_parent(parent)
     for number in (
         signal.SIGINT,
         signal.SIGHUP,
     ):  # the terminal sends them to all: the run saves, and needs data for it
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(sent, signal.SIG_IGN)
     # The processes are the threads: a tokenizer that makes its own ones besides would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    batches: SimpleQueue[tuple[int, list[dict[str, Any]]]] = SimpleQueue()
 
+    def receive() -> None:  # always, so that the parent never waits to send while this process waits to send
+        with suppress(EOFError):
+            while True:
+                batches.put(connection.recv())
+        os._exit(0)
 
-def _encode_batch(rows: list[dict[str, Any]]) -> list[Any]:
-    """In a child: numbers travel back as arrays, not as objects."""
-    assert _template is not None
-    return [
-        [_flat(part) for part in encoded] if isinstance(encoded, list) else _flat(encoded)
-        for encoded in _template.encode_batch(rows)
-    ]
+    threading.Thread(target=receive, daemon=True).start()
+    while True:
+        number, rows = batches.get()
+        try:
+            value: Any = [
+                [_flat(part) for part in encoded] if isinstance(encoded, list) else _flat(encoded)
+                for encoded in template.encode_batch(rows)
+            ]
+        except Exception as error:
+            value = error
+        connection.send((number, value))
 
 
 def _flat(encoded: Any) -> Any:

@@ -68,9 +68,19 @@ def test_several_processes_give_the_same_and_a_killed_one_is_told(make_template)
         assert found == [{"labels": item["labels"]} for item in RowEncoder(template)(rows)]
         again = encode(rows)
         next(again)
-        os.kill(next(iter(encode._pool._processes)), signal.SIGKILL)
+        os.kill(encode._children[0].process.pid, signal.SIGKILL)
         with pytest.raises(DatasetError, match="--dataset_num_proc 2: a process that tokenises was killed"):
             list(again)
+
+
+def test_callers_may_take_turns_and_leave_early(make_template):
+    template = make_template()
+    rows = [row(i) for i in range(600)]
+    wanted = [item["labels"] for item in RowEncoder(template)(rows)]
+    with RowEncoder(template, 2) as encode:
+        next(encode(rows))  # what is left of it is nobody's
+        pairs = zip(encode(rows), encode(rows), strict=True)
+        assert [(list(a["labels"]), list(b["labels"])) for a, b in pairs] == [(labels, labels) for labels in wanted]
 
 
 def test_nothing_left(make_template):
