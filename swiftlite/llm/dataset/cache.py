@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import json
 import os
 import shutil
 from array import array
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from swiftlite import __version__
-from swiftlite.llm.dataset.encoded import EncodedDataset
+from swiftlite.llm.dataset.encoded import EncodedDataset, place_of
 from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
+from swiftlite.llm.dataset.store import hash_of_file
 from swiftlite.llm.template.base import Template
+from swiftlite.llm.template.layouts import LAYOUTS
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.io import write_json
 from swiftlite.utils.logger import get_logger
@@ -26,8 +32,12 @@ _SEQUENCES = "sequences"
 # Settings of a template that change what a row is encoded as.
 _SETTINGS = (
     "default_system", "max_length", "truncation_strategy", "use_chat_template", "loss_scale", "template_backend",
-    "enable_thinking", "add_non_thinking_prefix", "agent_template",
+    "enable_thinking", "add_non_thinking_prefix", "agent_template", "suffix", "stop_words", "remove_unused_columns",
 )  # fmt: skip
+# Grows when rows are read, written or stored differently.
+_FORMAT = 2
+# What a cached data set of another release may differ in: it was written on purpose.
+_OF_RELEASE = ("version", "code")
 
 
 def fingerprint(template: Template) -> dict[str, Any]:
@@ -36,19 +46,39 @@ def fingerprint(template: Template) -> dict[str, Any]:
     facts.update({name: getattr(template, name, None) for name in _SETTINGS})
     facts["weights"] = [dict(scale) for scale in template.weights]
     facts["text"] = {**template.meta.describe(), "layout": template.meta.layout}
-    if template.template_backend == "jinja":
-        facts["chat_template"] = _hash([json.dumps(template.tokenizer.chat_template)])
-    facts["version"] = __version__
+    facts["special_tokens"] = dict(template.special_tokens)
+    if template.template_backend == "jinja" and template.use_chat_template:
+        source = json.dumps(template.tokenizer.chat_template)
+        facts["chat_template"] = _hash([source])
+        if "strftime_now" in source:
+            facts["date"] = str(date.today())
+    facts["format"] = _FORMAT
+    facts["version"] = f"{__version__}, tokenizers {version('tokenizers')}"
+    facts["code"] = _hash(map(_source, (*type(template).__mro__[:-1], LAYOUTS[template.meta.layout])))
     return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
 
 
+def _source(thing: Any) -> str:
+    """Python text of a class or function, which plug-ins may bring; its name where there is none."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', thing)}"
+
+
 def _tokenizer_hash(tokenizer: Any) -> str:
+    added = {str(i): repr(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    parts = [type(tokenizer).__name__, json.dumps(added, sort_keys=True)]
     if getattr(tokenizer, "is_fast", False):
         # Padding and truncation are settings of the last call.
         value = json.loads(tokenizer.backend_tokenizer.to_str())
         value.pop("padding", None), value.pop("truncation", None)
-        return _hash([json.dumps(value, sort_keys=True)])
-    return _hash([type(tokenizer).__name__, json.dumps(tokenizer.get_vocab(), sort_keys=True)])
+        return _hash([*parts, json.dumps(value, sort_keys=True)])
+    # Scores and merges are in its files only, and it may bring code.
+    files = [getattr(tokenizer, f"{name}_file", None) for name in ("vocab", "merges")]
+    contents = [hash_of_file(Path(file)) for file in files if file and Path(file).is_file()]
+    vocab = json.dumps({str(token): i for token, i in tokenizer.get_vocab().items()}, sort_keys=True)
+    return _hash([*parts, *contents, vocab, _source(type(tokenizer))])
 
 
 def _hash(texts: Iterable[str]) -> str:
@@ -82,41 +112,73 @@ def encode_cached(
 
     Of several processes that want the same, one encodes and the others wait for it.
     """
-    key = _hash([json.dumps(fingerprint(template)), *(json.dumps(row, default=str) for row in rows)])
-    directory = cache_root() / "datasets" / key
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with directory.with_name(f".{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system gives it back when the process ends, however that happens
-        if (directory / _DROPPED_FILE).is_file():
-            dataset = EncodedDataset.load(directory)
-            dropped = json.loads((directory / _DROPPED_FILE).read_text(encoding="utf-8"))
-            report = DropReport(total=dropped["total"], rejects=rejects)
-            for reason, place, detail, index in dropped["rows"]:
-                report.drop(reason, place, detail, rows[index])
-            dataset.report, dataset.row_indices = report, dropped["row_indices"]
-            get_logger().info("%s: %d samples from the cache %s", name, len(dataset), directory)
-            report.check(max_drop_ratio, name)
-            return dataset
-        dataset = EncodedDataset(
+
+    def encode() -> EncodedDataset:
+        return EncodedDataset(
             rows, template, max_drop_ratio=max_drop_ratio, name=name, num_proc=num_proc, rejects=rejects
         )
-        scratch = directory.with_name(f".{key}.{os.getpid()}")
-        dataset.save(scratch)
-        kept = set(dataset.row_indices)
-        gone = [i for i in range(len(rows)) if i not in kept]
-        write_json(
-            scratch / _DROPPED_FILE,
-            {
-                "total": dataset.report.total,
-                "row_indices": dataset.row_indices,
-                "rows": [[*entry, index] for entry, index in zip(dataset.report.log or [], gone, strict=True)],
-            },
-        )
+
+    key = _hash([json.dumps(fingerprint(template)), *(json.dumps(row, default=str) for row in rows)])
+    directory = cache_root() / "datasets" / key
+    with ExitStack() as stack:
         try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(directory.with_name(f".{key}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system gives it back when the process ends, however that happens
+        except OSError as error:
+            get_logger().warning(
+                "%s: cannot be used as a cache (%s); the data is tokenised anew", directory.parent, error
+            )
+            return encode()
+        if directory.exists():
+            try:
+                dataset = _from_cache(directory, rows, rejects)
+            except DatasetError as error:
+                get_logger().warning("%s; the cache is damaged, so the data is tokenised anew", error)
+                shutil.rmtree(directory, ignore_errors=True)
+            else:
+                get_logger().info("%s: %d samples from the cache %s", name, len(dataset), directory)
+                dataset.report.check(max_drop_ratio, name)
+                return dataset
+        dataset = encode()
+        scratch = directory.with_name(f".{key}.{os.getpid()}")
+        try:
+            _write_cache(dataset, len(rows), scratch)
             scratch.rename(directory)
-        except OSError:  # another process was first, with the same content
+        except OSError as error:  # a full disk; or another process was first, where locks do not work
+            get_logger().warning("%s: the cache cannot be written (%s)", directory, error)
             shutil.rmtree(scratch, ignore_errors=True)
         return dataset
+
+
+def _write_cache(dataset: EncodedDataset, num_rows: int, directory: Path) -> None:
+    dataset.save(directory)
+    kept = set(dataset.row_indices)
+    gone = [i for i in range(num_rows) if i not in kept]
+    log = [(reason, detail) for reason, _, detail in dataset.report.log or []]
+    facts = {
+        "total": dataset.report.total,
+        "row_indices": dataset.row_indices,
+        "rows": [[*entry, index] for entry, index in zip(log, gone, strict=True)],
+    }
+    write_json(directory / _DROPPED_FILE, {**facts, "hash": _hash([json.dumps(facts)])})
+
+
+def _from_cache(directory: Path, rows: list[dict[str, Any]], rejects: RejectsFile | None) -> EncodedDataset:
+    """Raises: DatasetError for one that is not as it was written."""
+    dataset = EncodedDataset.load(directory)
+    path = directory / _DROPPED_FILE
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.pop("hash") != _hash([json.dumps(facts)]):
+            raise ValueError("its content has changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{path}: cannot be read ({error})") from None
+    dataset.report = DropReport(total=facts["total"], rejects=rejects)
+    for reason, detail, index in facts["rows"]:
+        dataset.report.drop(reason, place_of(rows[index], index), detail, rows[index])
+    dataset.row_indices = facts["row_indices"]
+    return dataset
 
 
 # ---- tokenised data sets ----
@@ -153,15 +215,18 @@ def load_cached_dataset(
     directory = Path(path).expanduser()
     try:
         facts = json.loads((directory / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not isinstance(facts.get("encoding"), dict) or not isinstance(facts["packing_length"], int | None):
+            raise ValueError
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
         raise DatasetError(
             f"--cached_dataset {path}: has no {FACTS_FILE}; write it with `swiftlite export --to_cached_dataset true`"
         ) from None
     wanted = fingerprint(template)
-    for name, value in facts["encoding"].items():
-        if name != "version" and wanted.get(name) != value:
+    encoding = facts["encoding"]
+    for name in (*wanted, *(name for name in encoding if name not in wanted)):
+        if name not in _OF_RELEASE and wanted.get(name) != encoding.get(name):
             raise DatasetError(
-                f"--cached_dataset {path}: was written with {name} {_short(value)}, this run has "
+                f"--cached_dataset {path}: was written with {name} {_short(encoding.get(name))}, this run has "
                 f"{_short(wanted.get(name))}; use the same setting or write it again"
             )
     if facts["packing_length"] not in (None, packing_length):
@@ -177,24 +242,30 @@ def load_cached_dataset(
         dataset = EncodedDataset.load(directory / name)
         parts[name] = dataset
         if facts["packing_length"] is not None:
-            sequences = _read_sequences(directory / name / f"{_SEQUENCES}.bin", facts[name]["sequences"])
+            try:
+                count = int(facts[name]["sequences"])
+            except (KeyError, TypeError, ValueError):
+                raise DatasetError(f"{directory / FACTS_FILE}: says no number of sequences; write it again") from None
+            sequences = _read_sequences(directory / name / f"{_SEQUENCES}.bin", count, len(dataset))
             parts[name] = PackedDataset(dataset, facts["packing_length"], sequences=sequences, name=f"{path}/{name}")
         elif packing_length is not None:
             parts[name] = PackedDataset(dataset, packing_length, name=f"{path}/{name}")
     return parts
 
 
-def _read_sequences(path: Path, count: int) -> list[list[int]]:
+def _read_sequences(path: Path, count: int, num_samples: int) -> list[list[int]]:
     numbers = array("q")
     try:
         numbers.frombytes(path.read_bytes())
         if len(numbers) != count + (numbers[count - 1] if count else 0):
             raise ValueError("wrong size")
+        ends, flat = numbers[:count], numbers[count:]
+        if sorted(ends) != list(ends) or (flat and not 0 <= min(flat) <= max(flat) < num_samples):
+            raise ValueError("wrong numbers")
     except (OSError, ValueError, IndexError) as error:
         raise DatasetError(f"{path}: is no whole list of packed sequences ({error}); write it again") from None
-    flat = numbers[count:]
     starts = [0, *numbers[: count - 1]] if count else []
-    return [flat[start:end].tolist() for start, end in zip(starts, numbers[:count], strict=True)]
+    return [flat[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
 
 
 def _short(value: Any) -> str:

@@ -130,6 +130,11 @@ def steps_of(dataset: Any, args: Any, global_batch_size: int) -> int:
 
     Raises: UsageError for a stream without --train_iters: nobody knows how long it is.
     """
+    if not getattr(dataset, "is_streaming", False) and len(dataset) < global_batch_size:
+        get_logger().warning(
+            "the training data has %d samples, fewer than the global batch of %d: each step repeats samples; lower "
+            "--global_batch_size", len(dataset), global_batch_size,
+        )  # fmt: skip
     if args.train_iters:
         return int(args.train_iters)
     if getattr(dataset, "is_streaming", False):

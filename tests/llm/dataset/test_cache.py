@@ -12,6 +12,8 @@ from swiftlite.llm.dataset import EncodedDataset, PackedDataset, load_dataset
 from swiftlite.llm.dataset.cache import encode_cached, fingerprint, load_cached_dataset
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.template import get_template
+from swiftlite.llm.template.base import Template
+from swiftlite.llm.template.register import get_template_meta
 from swiftlite.utils.errors import DatasetError
 
 ROWS = [
@@ -163,3 +165,63 @@ def test_both_trainers_read_it(cached, tiny_model, tmp_path):
     assert losses("megatron", "sft", "cache") == megatron and len(megatron) == 3
     hugging_face = losses("sft", "cache")
     assert hugging_face == losses("sft", "rows") == pytest.approx(megatron, rel=1e-5)
+
+
+def test_fingerprint_holds_everything_that_decides_ids_and_labels(tiny_tokenizer_dir):
+    def facts(template_type="chatml", chat_template=None, eos="<|im_end|>", tokens=(), **settings):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer_dir)
+        tokenizer.eos_token = eos
+        tokenizer.chat_template = chat_template
+        tokenizer.add_tokens(list(tokens))
+        return fingerprint(get_template(template_type, tokenizer, **settings))
+
+    base, jinja = facts(), facts("jinja", "{{ messages }}")
+    for changed in ({"eos": "<|endoftext|>"}, {"tokens": ["<new>"]}, {"enable_thinking": False},
+                    {"use_chat_template": False}, {"max_length": 7}, {"remove_unused_columns": False}):  # fmt: skip
+        assert facts(**changed) != base, changed
+    assert facts("jinja", "{{ messages[0] }}") != jinja
+    assert "date" in facts("jinja", "{{ strftime_now('%d') }}") and "date" not in jinja
+
+    class Own(Template):
+        """A class of a plug-in, which may encode as it likes."""
+
+    assert fingerprint(Own(get_template_meta("chatml"), make(tiny_tokenizer_dir)))["code"] != base["code"]
+
+
+def make(directory):
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "json", "null", "facts"])
+def test_a_damaged_cache_is_made_anew_and_said(make_template, tmp_path, monkeypatch, caplog, damage):
+    monkeypatch.setenv("SWIFTLITE_CACHE", str(tmp_path / "cache"))
+    rows = [*ROWS[:40], {"messages": [{"role": "user", "content": "no answer"}]}]
+
+    def get():
+        return encode_cached(rows, make_template(), max_drop_ratio=0.05, name="d", num_proc=1, rejects=None)
+
+    first = get()
+    (directory,) = [path for path in (tmp_path / "cache" / "datasets").iterdir() if path.is_dir()]
+    ids = directory / "input_ids.bin"
+    content = ids.read_bytes()
+    if damage == "flip":
+        ids.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    elif damage == "cut":
+        ids.write_bytes(content[:-4])
+    elif damage == "gone":
+        ids.unlink()
+    else:
+        name, text = {"json": ("dropped.json", "{"), "null": ("store.json", "null"), "facts": ("dropped.json", "{}")}[damage]
+        (directory / name).write_text(text)
+    assert list(get()) == list(first)
+    assert "the cache is damaged, so the data is tokenised anew" in caplog.text
+    caplog.clear()
+    assert list(get()) == list(first) and "tokenised anew" not in caplog.text
+    assert get().report.summary() == first.report.summary()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(make_template, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SWIFTLITE_CACHE", str(tmp_path / "file"))
+    assert len(encode_cached(ROWS[:5], make_template(), max_drop_ratio=0, name="d", num_proc=1, rejects=None)) == 5
+    assert "cannot be used as a cache" in caplog.text
