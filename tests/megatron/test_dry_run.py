@@ -133,6 +133,20 @@ def test_training_plan(air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_finds_the_data(air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["megatron", "sft", "--model", str(air), "--output_dir", str(tmp_path / "run"), "--dry_run", "true"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "info.json").write_text('{"mine": {"path": "none.jsonl"}}')
+    for data, reason in (
+        (["--dataset", str(tmp_path / "none.jsonl")], "no such file"),
+        (["--dataset", str(tmp_path / "empty")], "holds no data files"),
+        (["--dataset", "mine", "--dataset_info", str(tmp_path / "info.json")], "none.jsonl, which does not exist"),
+        (["--cached_dataset", str(tmp_path / "empty")], "cached_dataset"),
+    ):
+        assert main([*words, *data]) != 0
+        assert reason in capsys.readouterr().err, data
+
+
 def test_preference_plan(air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A pair is two sequences, and the reference stays beside the model unless it has answered before."""
     words = ["--model", str(air), "--output_dir", str(tmp_path / "run"), "--max_length", "4096", "--recompute", "full"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from swiftlite.llm.dataset.cache import encode_cached, load_cached_dataset
+from swiftlite.llm.dataset.cache import FACTS_FILE, encode_cached, load_cached_dataset
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
 from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
+from swiftlite.llm.dataset.sources import open_spec, parse_spec
 from swiftlite.llm.dataset.streaming import StreamedDataset
-from swiftlite.utils.errors import UsageError
+from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
 
 Dataset = EncodedDataset | PackedDataset | StreamedDataset
@@ -42,6 +43,19 @@ def load_data(args: Any, template: Any) -> tuple[Any, Any]:
         encode_and_pack(train_rows, args, template, rejects, "training data"),
         encode_and_pack(val_rows, args, template, rejects, "validation data") if val_rows else None,
     )
+
+
+def check_sources(args: Any) -> None:
+    """Find the data without reading rows or asking a hub. Raises: UsageError, DatasetError for what is not there."""
+    for file in args.dataset_info:
+        register_dataset_info(file)
+    for text in (*args.dataset, *args.val_dataset):
+        open_spec(parse_spec(text), use_hf=args.use_hf, hub_token=args.hub_token)
+    if args.cached_dataset and not (Path(args.cached_dataset) / FACTS_FILE).is_file():
+        raise DatasetError(
+            f"--cached_dataset {args.cached_dataset}: has no {FACTS_FILE}; write it with `swiftlite export "
+            "--to_cached_dataset true`"
+        )
 
 
 def packing_capacity(args: Any) -> int | None:

@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from swiftlite.llm.dataset.prepare import check_sources
 from swiftlite.llm.model.hub import check_hub_id, push
 from swiftlite.llm.pipeline import as_arguments, prepare_template, resolve
 from swiftlite.llm.train.data import load_data
@@ -104,6 +105,7 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
         check_hub_id(args.hub_model_id)
     origin = settle(args)
     if args.dry_run:
+        check_sources(args)
         lora = args.train_type == "lora"
         print_training(
             args, origin,

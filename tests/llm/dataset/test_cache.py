@@ -211,7 +211,9 @@ def test_a_damaged_cache_is_made_anew_and_said(make_template, tmp_path, monkeypa
     elif damage == "gone":
         ids.unlink()
     else:
-        name, text = {"json": ("dropped.json", "{"), "null": ("store.json", "null"), "facts": ("dropped.json", "{}")}[damage]
+        name, text = {"json": ("dropped.json", "{"), "null": ("store.json", "null"), "facts": ("dropped.json", "{}")}[
+            damage
+        ]
         (directory / name).write_text(text)
     assert list(get()) == list(first)
     assert "the cache is damaged, so the data is tokenised anew" in caplog.text

@@ -152,3 +152,14 @@ def test_jsonl_needs_no_data_packages(ten):
         "print([m for m in ('datasets', 'pyarrow', 'pandas', 'torch') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_batch_larger_than_the_data_is_told(caplog):
+    from types import SimpleNamespace
+
+    from swiftlite.llm.dataset.order import steps_of
+
+    args = SimpleNamespace(train_iters=3, num_train_epochs=None)
+    assert steps_of([0] * 4, args, 4) == 3 and not caplog.text
+    assert steps_of([0] * 3, args, 4) == 3
+    assert "3 samples, fewer than the global batch of 4: each step repeats samples" in caplog.text
