@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from swiftlite.llm.model.files import copy_side_files, main_dtype
 from swiftlite.megatron.execute import run_jobs, verify_bitwise
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.plan import copy_job
-from swiftlite.megatron.side_files import copy_side_files, read_config
+from swiftlite.megatron.side_files import read_config
 from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, write_json
@@ -272,7 +273,7 @@ def merge_to_hf(
         jobs = [copy_job(merged, origin.copies.get(n, n), *places[n], specs[n].dtype) for n in specs]
         hashes = run_jobs("merge", jobs, max_memory, space)
         if get_rank() == 0:
-            copy_side_files(root, space.directory, {"torch_dtype": dtype} if dtype else {})
+            copy_side_files(root, space.directory, {}, main_dtype((s.dtype, s.numel) for s in specs.values()))
             record(space.directory)
             write_index(space.directory, shards, total)
         barrier()

@@ -21,10 +21,11 @@ import torch
 from swiftlite.families import family_of, tiny_configs
 from swiftlite.llm.argument.export import CheckArguments
 from swiftlite.llm.model.corrections import correct
+from swiftlite.llm.model.files import copy_side_files
 from swiftlite.llm.pipeline import as_arguments
 from swiftlite.megatron.model.hf_config import architecture_of, bind_map, convert_hf_config
 from swiftlite.megatron.plan import plan_to_hf, plan_to_mcore
-from swiftlite.megatron.side_files import copy_side_files, read_config, read_manifest, write_manifest
+from swiftlite.megatron.side_files import read_config, read_manifest, write_manifest
 from swiftlite.utils.errors import UsageError, VerifyError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import nearest, some

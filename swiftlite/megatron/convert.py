@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from swiftlite.llm.argument.export import ExportArguments
+from swiftlite.llm.model.files import copy_side_files, main_dtype
 from swiftlite.llm.model.hub import check_hub_id, push
 from swiftlite.llm.pipeline import as_arguments, resolve
 from swiftlite.megatron.adapters import base_map, export_adapter, open_adapter, the_adapter
@@ -34,7 +35,6 @@ from swiftlite.megatron.plan import (
 )
 from swiftlite.megatron.side_files import (
     MEGATRON_LM_ARGS,
-    copy_side_files,
     read_config,
     read_manifest,
     write_hashes,
@@ -71,9 +71,9 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
     config = read_config(model_dir)
     dtype = args.dtype if "torch_dtype" in args.given else None
     new = add_tokens(args, model_dir, config, scratch)
-    changes: dict[str, Any] = {"torch_dtype": dtype} if dtype else {}
+    changes: dict[str, Any] = {}
     if new is not None and new.config["vocab_size"] != config["vocab_size"]:
-        config, changes = new.config, {**changes, "vocab_size": new.config["vocab_size"]}
+        config, changes = new.config, {"vocab_size": new.config["vocab_size"]}
     source = new.source if new is not None else None
     adapter = None
     if args.merge_lora and (args.adapters or args.mcore_adapter):
@@ -111,7 +111,7 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
         iteration = space.directory / "iter_0000001"
         hashes = run_jobs("to_mcore", plan.jobs(iteration), args.max_memory_bytes, space)
         if get_rank() == 0:
-            copy_side_files(model_dir, space.directory, changes)
+            copy_side_files(model_dir, space.directory, changes, plan.main_dtype)
             if new is not None:
                 new.tokenizer.save_pretrained(space.directory)
             write_manifest(space.directory, plan.source, plan.coverage)
@@ -172,7 +172,7 @@ def convert_mcore2hf(args: Any) -> Path:
         places = {n: (space.directory / s.file, offset) for s in shards for n, offset in s.offsets.items()}
         hashes = run_jobs("to_hf", plan.jobs(places), args.max_memory_bytes, space)
         if get_rank() == 0:
-            copy_side_files(model_dir, space.directory, {"torch_dtype": dtype} if dtype else {})
+            copy_side_files(model_dir, space.directory, {}, main_dtype((s.dtype, s.numel) for s in plan.specs.values()))
             args.save(space.directory)
             write_index(space.directory, shards, plan.total_bytes)
         barrier()

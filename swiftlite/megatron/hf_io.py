@@ -15,10 +15,10 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from swiftlite.llm.model.files import copy_side_files, main_dtype
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.plan import copy_job
-from swiftlite.megatron.side_files import copy_side_files, read_config, update_config
 from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
 from swiftlite.utils.errors import MapError
 from swiftlite.utils.io import replace_directory
@@ -140,7 +140,7 @@ def prepare_hf_weights(
     if main:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        copy_side_files(side_files, directory, {})
+        copy_side_files(side_files, directory, {}, main_dtype((s.dtype, s.numel) for s in specs.values()))
         if record is not None:
             record(directory)
         create_shards(directory, plan)
@@ -171,9 +171,6 @@ def prepare_hf_weights(
         if carried:
             get_logger().info("%d tensors that training does not hold are carried over unchanged", len(carried))
         if main:
-            dtype = max(specs.values(), key=lambda s: s.numel).dtype
-            if str(dtype).removeprefix("torch.") != stored_dtype(directory):
-                update_config(directory / "config.json", {"torch_dtype": dtype})
             write_index(directory, plan, sum(s.nbytes for s in specs.values()))
             replace_directory(directory, output_dir)
         barrier()
@@ -204,9 +201,3 @@ def divide(shards: Sequence[ShardedTensor], jobs: Sequence[stream.Job]) -> tuple
         loads[owner[key]] += nbytes[key]
     rank = get_rank()
     return [owner[key] == rank for key in keys], [job for i, job in enumerate(jobs) if owner[i] == rank]
-
-
-def stored_dtype(directory: Path) -> str | None:
-    config = read_config(directory)
-    value = config.get("torch_dtype") or config.get("dtype")
-    return None if value is None else str(value)

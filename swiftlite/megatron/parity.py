@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swiftlite.llm.argument.export import CheckArguments
+from swiftlite.llm.model.files import copy_side_files
 from swiftlite.megatron.check import model_directory, shrink_config, write_random_model
-from swiftlite.megatron.side_files import copy_side_files, read_config
+from swiftlite.megatron.side_files import read_config
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.logger import get_logger
 

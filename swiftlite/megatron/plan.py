@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from swiftlite.llm.model.files import main_dtype
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import format_bytes
@@ -33,6 +35,11 @@ class ToMcorePlan:
     coverage: Coverage
     dist: DistPlan
     dtypes: Mapping[tuple[str, int | None], torch.dtype]
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """dtype of most of the weights, which config.json is to name."""
+        return main_dtype((self.dtypes[e.mcore, e.expert], math.prod(e.shape)) for e in self.bound.entries)
 
     def jobs(self, directory: Path) -> list[stream.Job]:
         """In the order of the source files, so that reading is sequential."""

@@ -1,26 +1,20 @@
-"""Files around the weights: config.json, tokenizer, manifest. Nothing here is executed."""
+"""Files beside a converted checkpoint: config.json, manifest, hashes. What is copied: see llm/model/files."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.io import write_json
 from swiftlite.weights.rule import Coverage
-from swiftlite.weights.safetensors import INDEX, SafetensorsSource
-from swiftlite.weights.torch_dist import TRACKER
+from swiftlite.weights.safetensors import SafetensorsSource
 
 MANIFEST = "manifest.json"
 HASHES = "hashes.json"
 MEGATRON_LM_ARGS = "megatron_lm_args.txt"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
-NOT_COPIED = {"args.json", MANIFEST, HASHES, INDEX, MEGATRON_LM_ARGS, TRACKER}
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -62,32 +56,3 @@ def read_hashes(directory: Path) -> dict[str, str]:
     """The recorded hashes of a converted checkpoint, {} where there are none."""
     path = directory / HASHES
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def copy_side_files(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
-    """Copy config, tokenizer and code files, never executing any; change only the named keys of config.json.
-
-    quantization_config goes: weights are written dequantised.
-    """
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in NOT_COPIED:
-            if not path.name.startswith("."):
-                shutil.copyfile(path, target / path.name)
-    if "quantization_config" in read_config(target):
-        changes = {**changes, "quantization_config": None}
-    if changes:
-        update_config(target / "config.json", changes)
-
-
-def update_config(path: Path, changes: Mapping[str, Any]) -> None:
-    """Change keys of a config.json, None removes one; everything else keeps its text order."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in changes.items():
-        if isinstance(value, torch.dtype):
-            value = str(value).removeprefix("torch.")
-            key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-        if value is None:
-            config.pop(key, None)
-        else:
-            config[key] = value
-    write_json(path, config)

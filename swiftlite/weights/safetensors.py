@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from swiftlite.utils.errors import CheckpointError
+from swiftlite.utils.logger import warn_once
 from swiftlite.weights.storage import Extent, TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -105,8 +106,11 @@ class SafetensorsSource:
 
     @cached_property
     def _index(self) -> Mapping[str, str]:
-        path = self.directory / INDEX
+        path, single = self.directory / INDEX, self.directory / SINGLE
         if not path.is_file():
+            return {}
+        if single.is_file():  # which is what transformers reads
+            warn_once(f"{single} is read, as transformers does; {path.name} beside it is not")
             return {}
         try:
             weight_map = json.loads(path.read_text())["weight_map"]
@@ -127,6 +131,14 @@ class SafetensorsSource:
         if single.is_file():
             return [single]
         found = sorted(self.directory.glob("*.safetensors"))
+        other = [
+            name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (self.directory / name).is_file()
+        ]
+        if found and other:
+            raise CheckpointError(
+                f"{self.directory} holds {other[0]}, which transformers reads, and {found[0].name}, which it does not: "
+                f"delete one of them, or name the weights {SINGLE}"
+            )
         if not found:
             if (self.directory / "latest_checkpointed_iteration.txt").is_file():
                 raise CheckpointError(f"{self.directory} is a Megatron checkpoint; give it with --mcore_model")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from swiftlite.llm.model import reference
+from swiftlite.llm.model.files import copy_side_files
 from swiftlite.megatron import plan as planning
 from swiftlite.megatron import side_files
 from swiftlite.weights import stream, torch_dist
@@ -30,7 +31,7 @@ def to_mcore(source: Path, target: Path, **options: Any) -> planning.ToMcorePlan
     stream.run(plan.jobs(iteration))
     side_files.write_manifest(target, plan.source, plan.coverage)
     torch_dist.write_metadata(iteration, plan.dist, {}, 1)
-    side_files.copy_side_files(source, target, {})
+    copy_side_files(source, target, {})
     (target / torch_dist.TRACKER).write_text("1")
     return plan
 

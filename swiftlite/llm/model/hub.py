@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from swiftlite.llm.model.files import published_files
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.logger import get_logger
 
@@ -140,9 +141,7 @@ def push(
     hub = "Hugging Face" if use_hf else "ModelScope"
     client: Any = import_module("huggingface_hub" if use_hf else "modelscope.hub.api")
     api = (client.HfApi if use_hf else client.HubApi)(token=token)
-    files = sorted(
-        (p for p in Path(directory).iterdir() if p.is_file() and not p.name.startswith(".")), key=_push_order
-    )
+    files = sorted(published_files(Path(directory)), key=_push_order)
     total, step = len(files), "create the repository"
     try:
         if use_hf:

@@ -7,7 +7,6 @@ absent, log lines.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -29,6 +28,7 @@ from swiftlite.llm.dataset.order import (
     steps_of,
     write_data_state,
 )
+from swiftlite.llm.model.files import CONFIG, copy_side_files
 from swiftlite.llm.model.names import Others, check_names, load_tensors
 from swiftlite.llm.pipeline import load_model, prepare_template, resolve
 from swiftlite.llm.train import run_directory, tuner
@@ -57,8 +57,6 @@ FP32_FILE = "fp32_parameters.safetensors"
 OPTIMIZER, STATE = "optimizer.pt", "trainer_state.json"
 # What a collated batch says about itself, in this order, before an objective's own counts.
 COUNTS = ("tokens", "padded_tokens", "samples", "pairs_attended")
-# Files beside the weights that are no weights: they go into every full checkpoint as they are.
-_SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
@@ -277,7 +275,12 @@ class HfTrainer(transformers.Trainer):
         if carried:
             logger.info("%d tensors of MTP blocks, which transformers does not train, are carried over", len(carried))
         model.save_pretrained(directory, state_dict={**state, **carried})  # type: ignore[operator]
-        copy_model_files(Path(info.model_dir), directory, model, self.setting.tokenizer)
+        # transformers would write them anew in its own release's form, which other releases and tools may not read.
+        source, rows = Path(info.model_dir), model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        grown = read_json(source / CONFIG).get("vocab_size") not in (None, rows)
+        copy_side_files(source, directory, {"vocab_size": rows} if grown else {}, self.setting.dtype)
+        if grown:
+            self.setting.tokenizer.save_pretrained(directory)
         if held and not self.args.save_only_model:
             from safetensors.torch import save_file
 
@@ -362,23 +365,6 @@ class Setting:
         self.meter: StepMeter
         self.metrics: Metrics
         lr_schedule(args, self.steps)  # tells now what does not fit
-
-
-def copy_model_files(source: Path, target: Path, model: Any, tokenizer: Any) -> None:
-    """config.json and tokenizer files as the source has them, only the vocabulary's size follows the model.
-
-    transformers would write them anew in its own release's form, which other releases and tools may not read.
-    """
-    stored = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    for path in source.iterdir():
-        if path.suffix in _SIDE_FILES and path.is_file() and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
-    (target / "args.json").unlink(missing_ok=True)  # another command's
-    rows = model.get_input_embeddings().weight.shape[0]
-    if stored.get("vocab_size") not in (None, rows):
-        stored["vocab_size"] = rows
-        (target / "config.json").write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(target)
 
 
 def peak_memory() -> int:

@@ -22,6 +22,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
+from swiftlite.llm.model.files import copy_side_files
 from swiftlite.llm.train.checkpoints import Record, Start
 from swiftlite.llm.train.flops import ModelFlops, attention_pairs, flops_of
 from swiftlite.llm.train.fp16 import LOWEST_SCALE, say_skipped
@@ -40,7 +41,7 @@ from swiftlite.megatron.model.blocks.router import set_router_losses
 from swiftlite.megatron.model.config import torch_dtype, virtual_stages
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin, origin_root
-from swiftlite.megatron.side_files import MANIFEST, MEGATRON_LM_ARGS, copy_side_files, read_manifest, write_manifest
+from swiftlite.megatron.side_files import MANIFEST, MEGATRON_LM_ARGS, read_manifest, write_manifest
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
 from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_optimizer, build_scheduler
@@ -194,7 +195,7 @@ class Trainer:
         """Config, tokenizer, manifest and arguments beside the checkpoints, before the first one. Rank 0 only."""
         self.root.mkdir(parents=True, exist_ok=True)
         self.args.save(self.root)  # first: it says whose directory this is, to the same command after a failed start
-        copy_side_files(origin_root(self.origin_dir), self.root, {})
+        copy_side_files(origin_root(self.origin_dir), self.root, {}, None if self.lora else torch_dtype(self.args))
         manifest = read_manifest(origin_root(self.origin_dir))
         if manifest is not None:
             write_json(self.root / MANIFEST, manifest)

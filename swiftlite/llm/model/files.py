@@ -1,0 +1,117 @@
+"""Which files of a directory are a model's, and how they are copied: config, tokenizer, code; none of it is executed.
+
+Everything else stays where it is: a run's directory also holds logs, plots, arguments and rows of training data.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swiftlite.utils.io import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "config.json"
+SIDE_FILES = (
+    CONFIG, "generation_config.json", "configuration.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json", "README.md",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+BIN_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def side_files(directory: Path) -> list[Path]:
+    """Config, tokenizer, licence and, where config or tokenizer name some (`auto_map`), code files; by name."""
+    code = ("*.py",) if any(_names_code(directory / name) for name in (CONFIG, "tokenizer_config.json")) else ()
+    return _matching(directory, (*SIDE_FILES, *code))
+
+
+def published_files(directory: Path) -> list[Path]:
+    """What of a model's or an adapter's directory belongs on a hub: side files and weights, no state of a training."""
+    weights = _weights(directory, WEIGHTS) or _weights(directory, BIN_WEIGHTS)
+    return sorted({*side_files(directory), *weights, *_matching(directory, ADAPTER)})
+
+
+def _weights(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    """The single file, as transformers prefers it, else shards by pattern or by index. patterns: single, shards, index."""
+    single, _, index = (directory / pattern for pattern in patterns)
+    if single.is_file():
+        return [single]
+    named: Any = _json(index).get("weight_map")
+    names = {Path(str(name)).name for name in named.values()} if isinstance(named, dict) else set()
+    return _matching(directory, (*patterns, *names))
+
+
+def _matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    patterns = tuple(patterns)
+    found = (p for p in directory.iterdir() if any(fnmatchcase(p.name, pattern) for pattern in patterns))
+    return sorted(path for path in found if path.is_file())
+
+
+def _names_code(path: Path) -> bool:
+    return "auto_map" in _json(path)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; {} where there is none, as whoever needs it will say."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def copy_side_files(source: Path, target: Path, changes: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Copy `side_files`; change only the named keys of config.json, and its dtype to that of the weights.
+
+    quantization_config goes: weights are written dequantised.
+    """
+    for path in side_files(source):
+        shutil.copyfile(path, target / path.name)
+    update_config(target / CONFIG, {**changes, "quantization_config": None}, dtype)
+
+
+def update_config(path: Path, changes: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Change keys of a config.json, None removes one; everything else keeps its text order.
+
+    Args: dtype: of the weights, named under whichever of `dtype` and `torch_dtype` there is, in nested configs too.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    before = json.dumps(config)
+    for key, value in changes.items():
+        if value is None:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        if not {"dtype", "torch_dtype"} & config.keys():
+            config["torch_dtype"] = name
+        _name_dtype(config, name)
+    if json.dumps(config) != before:
+        write_json(path, config)
+
+
+def _name_dtype(config: dict[str, Any], name: str) -> None:
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            config[key] = name
+        elif isinstance(value, dict):
+            _name_dtype(value, name)
+
+
+def main_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """dtype of most numbers; tensors: (dtype, numel) of each. Some, such as router biases, may have another."""
+    totals: dict[torch.dtype, int] = {}
+    for dtype, numel in tensors:
+        totals[dtype] = totals.get(dtype, 0) + numel
+    return max(totals, key=lambda dtype: totals[dtype])
