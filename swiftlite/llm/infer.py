@@ -17,6 +17,7 @@ from swiftlite.llm.dataset.loader import ReadOptions, read_questions
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import printable
+from swiftlite.llm.model.files import end_tokens
 from swiftlite.llm.pipeline import as_arguments, prepare_model_template
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
@@ -83,7 +84,7 @@ class Generator:
         config.num_beams = self.num_beams
         config.max_length = None
         config.max_new_tokens = self.max_new_tokens or self._room(prompt_length)
-        config.eos_token_id = self.template.stop_token_ids
+        config.eos_token_id = sorted({*self.template.stop_token_ids, *end_tokens(config.eos_token_id)})
         config.pad_token_id = self.template.tokenizer.pad_token_id
         config.stop_strings = list(self.stop_words) or None
         return config

@@ -281,4 +281,5 @@ def _load(args: Any, load_model: bool) -> tuple[Any | None, Any]:
         trust_remote_code=args.trust_remote_code,
         need_template=False,
         ignore_requirements=args.ignore_requirements,
+        allow_overflow=args.allow_overflow,
     )

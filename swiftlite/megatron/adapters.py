@@ -146,6 +146,7 @@ def export_adapter(args: Any, to_mcore_merged: Callable[[Any], Path], default_di
                 base, adapter, output_dir, dtype, record=args.save, next_words=args.loading_words(hub=False),
                 max_shard_bytes=args.max_shard_bytes, exist_ok=args.exist_ok,
                 max_memory=args.max_memory_bytes, verify=args.verify == "bitwise", dry_run=args.dry_run,
+                allow_overflow=args.allow_overflow,
             )  # fmt: skip
         return convert_adapter(args, open_adapter(path, base_map(args), Path(scratch)), output_dir)
 
@@ -238,6 +239,7 @@ def merge_to_hf(
     verify: bool = False,
     exist_ok: bool = False,
     dry_run: bool = False,
+    allow_overflow: bool = False,
 ) -> Path:
     """Write a base model of either format with the adapter added, as a Hugging Face directory. Collective.
 
@@ -271,7 +273,7 @@ def merge_to_hf(
     with host_group(), workspace(output_dir, exist_ok, identity, prepare) as space:
         places = {n: (space.directory / s.file, offset) for s in shards for n, offset in s.offsets.items()}
         jobs = [copy_job(merged, origin.copies.get(n, n), *places[n], specs[n].dtype) for n in specs]
-        hashes = run_jobs("merge", jobs, max_memory, space)
+        hashes = run_jobs("merge", jobs, max_memory, space, allow_overflow)
         if get_rank() == 0:
             copy_side_files(root, space.directory, {}, main_dtype((s.dtype, s.numel) for s in specs.values()))
             record(space.directory)

@@ -109,7 +109,7 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
 
     with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
         iteration = space.directory / "iter_0000001"
-        hashes = run_jobs("to_mcore", plan.jobs(iteration), args.max_memory_bytes, space)
+        hashes = run_jobs("to_mcore", plan.jobs(iteration), args.max_memory_bytes, space, args.allow_overflow)
         if get_rank() == 0:
             copy_side_files(model_dir, space.directory, changes, plan.main_dtype)
             if new is not None:
@@ -170,7 +170,7 @@ def convert_mcore2hf(args: Any) -> Path:
 
     with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
         places = {n: (space.directory / s.file, offset) for s in shards for n, offset in s.offsets.items()}
-        hashes = run_jobs("to_hf", plan.jobs(places), args.max_memory_bytes, space)
+        hashes = run_jobs("to_hf", plan.jobs(places), args.max_memory_bytes, space, args.allow_overflow)
         if get_rank() == 0:
             copy_side_files(model_dir, space.directory, {}, main_dtype((s.dtype, s.numel) for s in plan.specs.values()))
             args.save(space.directory)

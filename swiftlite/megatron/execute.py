@@ -22,11 +22,14 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
         yield bar.update
 
 
-def run_jobs(what: str, jobs: list[stream.Job], max_memory: int | None, space: Workspace) -> dict[str, str]:
+def run_jobs(
+    what: str, jobs: list[stream.Job], max_memory: int | None, space: Workspace, allow_overflow: bool = False
+) -> dict[str, str]:
     """This process' share of the jobs. Returns: the hashes of all processes."""
     jobs = share(jobs, get_rank(), get_world_size())
     with progress(what, sum(job.nbytes for job in jobs)) as update:
-        mine = stream.run(jobs, max_memory=_per_process(max_memory), on_bytes=update, journal=space.journal)
+        mine = stream.run(jobs, max_memory=_per_process(max_memory), on_bytes=update, journal=space.journal,
+                          allow_overflow=allow_overflow)  # fmt: skip
     return {name: digest for part in all_gather(mine) for name, digest in part.items()}
 
 

@@ -28,7 +28,7 @@ from swiftlite.weights.fp8 import FP8
 from swiftlite.weights.rule import BoundMap, Entry
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shard import read_shard, write_shard
-from swiftlite.weights.storage import Files, TensorSpec
+from swiftlite.weights.storage import Files, TensorSpec, check_overflow, overflows
 from swiftlite.weights.torch_dist import is_state, slot_of
 
 
@@ -78,8 +78,10 @@ class LiveMap:
         return entry, tuple(shard.global_offset[lead:])
 
 
-def load_weights(models: Sequence[torch.nn.Module], directory: str | Path) -> int:
+def load_weights(models: Sequence[torch.nn.Module], directory: str | Path, allow_overflow: bool = False) -> int:
     """Fill live models from a Hugging Face directory or a torch_dist checkpoint. Returns: bytes read by this rank.
+
+    Collective. allow_overflow: only warn of finite values that the model's dtype makes infinite.
 
     Writes with `copy_` into the live tensors: call it after Float16Module and DDP wrapping, so that fp32 buffers stay
     fp32, and let the optimizer reload its main parameters afterwards.
@@ -87,14 +89,20 @@ def load_weights(models: Sequence[torch.nn.Module], directory: str | Path) -> in
     """
     origin = Origin(directory)
     live, read = LiveMap(origin.bound), 0
+    overflowed: dict[str, torch.dtype] = {}
     with Files() as files, torch.no_grad():
         for shard in iter_shards(models):
             entry, offset = live.entry(shard)
             stored = origin.source.spec(entry.hf[0]).dtype
-            dtype = shard.data.dtype if stored in FP8 else stored
+            dtype = torch.float32 if stored in FP8 else stored
             data = read_shard(origin.source, entry, offset, shard.local_shape, files, dtype)
-            shard.data.view(shard.local_shape).copy_(data)
+            target = shard.data.view(shard.local_shape)
+            target.copy_(data)
+            if overflows(data, target.cpu() if torch.finfo(target.dtype).max < torch.finfo(dtype).max else target):
+                overflowed.update(dict.fromkeys(entry.hf, target.dtype))
             read += data.nbytes
+    found = {name: dtype for part in all_gather(overflowed) for name, dtype in part.items()}
+    check_overflow(found, next(iter(found.values()), torch.float32), allow_overflow)
     return read
 
 

@@ -1,8 +1,8 @@
 """FP8 checkpoints: weights with scales beside them, dequantised while they are read.
 
 A scale, `weight_scale_inv` (DeepSeek-V3, Qwen3-FP8) or `weight_scale` (compressed-tensors, GLM-4.5-FP8), stands for a
-block of rows and columns, for a row or for the whole tensor; its shape says which. The value of a weight is its FP8
-number times its scale, in fp32.
+block of rows and columns, for a row or for the whole tensor; its shape says which. It is a float or, as E8M0, a power of
+two. The value of a weight is its FP8 number times its scale, in fp32.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Fp8Source(SafetensorsSource):
 
     def _read_scale(self, scale: str) -> Tensor:
         with Files() as files:
-            return read_tensor(_Plain(self._all), scale, files).float()
+            stored = read_tensor(_Plain(self._all), scale, files)
+        # Powers of two are stored as their exponents, by some tools as plain bytes.
+        return (stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored).float()
 
     def decode(self, name: str, row: int, column: int, raw: Tensor) -> Tensor:
         """fp32 values of raw [R, C], which are the stored rows from `row` and columns from `column` of a weight."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from swiftlite.utils.errors import CheckpointError
+from swiftlite.utils.logger import get_logger
 from swiftlite.weights.ops import Shape
 
 
@@ -79,6 +80,26 @@ def decoder(source: Any) -> Decode | None:
         return decode(name, row, column, raw).reshape(-1)  # type: ignore[no-any-return]
 
     return values
+
+
+def overflows(values: torch.Tensor, cast: torch.Tensor) -> bool:
+    """Whether finite `values` have become infinite in `cast`, which is them in another dtype."""
+    if not cast.is_floating_point() or torch.finfo(cast.dtype).max >= torch.finfo(values.dtype).max:
+        return False
+    return bool(cast.isinf().any()) and bool((cast.isinf() & values.isfinite()).any())
+
+
+def check_overflow(names: Iterable[str], dtype: torch.dtype, allow: bool) -> None:
+    """Raises: CheckpointError naming the tensors of which finite values became infinite; a warning where `allow`."""
+    found = sorted(set(names))
+    if not found:
+        return
+    shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    name = str(dtype).removeprefix("torch.")
+    message = f"{shown}: finite values are infinite in {name}, which ends at {torch.finfo(dtype).max:.5g}"
+    if not allow:
+        raise CheckpointError(f"{message}; use --torch_dtype bfloat16 or float32, or --allow_overflow true")
+    get_logger().warning("%s", message)
 
 
 @contextmanager

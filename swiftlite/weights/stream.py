@@ -23,7 +23,17 @@ from swiftlite.utils.io import format_bytes
 from swiftlite.weights.journal import Journal
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import clip
-from swiftlite.weights.storage import Decode, Extent, Files, TensorSource, byte_view, decoder, place_of
+from swiftlite.weights.storage import (
+    Decode,
+    Extent,
+    Files,
+    TensorSource,
+    byte_view,
+    check_overflow,
+    decoder,
+    overflows,
+    place_of,
+)
 
 BLOCK_BYTES = 1 << 20  # read, hashed and written while it is in the processor's cache
 MIN_WORKERS, MAX_WORKERS = 4, 16
@@ -98,7 +108,7 @@ def _hash_input(job: Job, source: int, files: Files) -> str:
     whole = replace(job, segments=(Segment(source, 0, rows),))
     hasher = Hasher(whole)
     for block in blocks(whole, BLOCK_BYTES):
-        copy_block(block, files, torch.empty(block.nbytes, dtype=torch.uint8), hasher)
+        copy_block(block, files, torch.empty(block.nbytes, dtype=torch.uint8), hasher, set())
     return hasher.digests(whole, files)[job.inputs[source]]
 
 
@@ -171,8 +181,11 @@ def blocks(job: Job, block_bytes: int) -> Iterator[Block]:
         yield Block(job, start, min(start + step, job.rows))
 
 
-def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher) -> torch.Tensor:
-    """Read a block's rows into `buffer` (uint8, large enough) and return them in the output dtype, flat."""
+def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher, overflowed: set[str]) -> torch.Tensor:
+    """Read a block's rows into `buffer` (uint8, large enough) and return them in the output dtype, flat.
+
+    Inputs whose values that dtype cannot hold are added to `overflowed`.
+    """
     job = block.job
     numel = (block.stop - block.start) * job.row_size
     out = buffer[: numel * job.dtype.itemsize].view(job.dtype)
@@ -193,6 +206,8 @@ def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher)
             if job.decode is not None:
                 raw = job.decode(job.inputs[segment.source], segment.start * job.row_size, raw)
             out[done : done + count].copy_(raw)
+            if overflows(raw, out[done : done + count]):
+                overflowed.add(job.inputs[segment.source])
         hasher.update(job.inputs[segment.source], target)
         done += count
     return out
@@ -204,14 +219,16 @@ def run(
     max_memory: int | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
     journal: Journal | None = None,
+    allow_overflow: bool = False,
 ) -> dict[str, str]:
     """Carry out all jobs. Output files must exist at their final size; they are on the disk when this returns.
 
     Args: max_memory: bytes that blocks in flight may take. on_bytes: told the output bytes of each finished block, by
         one thread at a time. journal: jobs that it lists are skipped, finished ones are added once they are on the disk.
+        allow_overflow: only warn of finite values that the output's dtype makes infinite.
     Returns: input name -> hash of its values as written.
-    Raises: BudgetError before anything is written if one block cannot fit; whatever reading or writing raises, after
-        all threads have stopped.
+    Raises: BudgetError before anything is written if one block cannot fit; after all threads have stopped, whatever
+        reading or writing raises, or what check_overflow does.
     """
     block_bytes, workers = fit_budget(jobs, max_memory)
     digests: dict[str, str] = {}
@@ -222,6 +239,7 @@ def run(
                 on_bytes(job.nbytes)
         jobs = [job for job in jobs if job.name not in journal.done]
     lock, stop = threading.Lock(), threading.Event()
+    overflowed: dict[torch.dtype, set[str]] = {}
     with Files() as files:
 
         def work(pending: Iterator[Job]) -> None:
@@ -231,13 +249,13 @@ def run(
                     job = next(pending, None)
                 if job is None:
                     return
-                hasher = Hasher(job)
+                hasher, lost = Hasher(job), set[str]()
                 for block in blocks(job, block_bytes):
                     if stop.is_set():
                         return
                     if buffer.numel() < block.nbytes:
                         buffer = torch.empty(max(block_bytes, block.nbytes), dtype=torch.uint8)
-                    out = copy_block(block, files, buffer, hasher)
+                    out = copy_block(block, files, buffer, hasher, lost)
                     place = job.offset + block.start * job.row_size * job.dtype.itemsize
                     files.write(job.file, place, byte_view(out))
                     with lock:
@@ -245,6 +263,9 @@ def run(
                 found = hasher.digests(job, files)
                 with lock:
                     digests.update(found)
+                    if lost:  # not noted as done: whoever goes on is to be told, too
+                        overflowed.setdefault(job.dtype, set()).update(lost)
+                        continue
                     batch = journal.add(job.name, job.nbytes, found) if journal else []
                 if journal and batch:
                     files.sync()
@@ -263,6 +284,8 @@ def run(
         files.sync()
     if journal is not None:
         journal.write(journal.take())
+    for dtype, names in overflowed.items():
+        check_overflow(names, dtype, allow_overflow)
     return digests
 
 

@@ -57,6 +57,15 @@ def greedy(generator: infer.Generator, messages: list[dict[str, Any]], count: in
     return answer
 
 
+def test_end_tokens_of_the_template_and_of_the_generation_config(generator: infer.Generator) -> None:
+    before = generator.model.generation_config.eos_token_id
+    own: Any
+    for own, ids in ((None, []), (7, [7]), ([7, 9], [7, 9])):
+        generator.model.generation_config.eos_token_id = own
+        assert generator._config(5).eos_token_id == sorted({*generator.template.stop_token_ids, *ids})
+    generator.model.generation_config.eos_token_id = before
+
+
 def test_answers_are_the_most_likely_tokens(generator: infer.Generator) -> None:
     with torch.no_grad():
         tokens = greedy(generator, QUESTION)

@@ -59,6 +59,20 @@ def reference(weight: torch.Tensor, scale: torch.Tensor, form: str) -> torch.Ten
     return weight.float() * scale
 
 
+@pytest.mark.parametrize("kind", ["E8M0", "bytes", "bf16"])
+def test_scales_of_other_dtypes(kind: str, tmp_path: Path) -> None:
+    """Powers of two as E8M0, by its name or as plain bytes, are the numbers that they stand for."""
+    exponents = torch.randint(-9, 3, (3, 2))
+    scale = 2.0**exponents
+    stored = {"E8M0": scale.to(torch.float8_e8m0fnu), "bytes": (exponents + 127).byte(), "bf16": scale.bfloat16()}[kind]
+    weight = torch.randn(3 * BLOCK[0] - 5, 2 * BLOCK[1]).to(torch.float8_e4m3fn)
+    save_file({"a.weight": weight, "a.weight_scale_inv": stored}, tmp_path / "model.safetensors")
+    source = open_source(tmp_path, {"quantization_config": FORMS["block"]})
+    decode = decoder(source)
+    assert decode is not None
+    assert torch.equal(decode("a.weight", 0, weight.view(-1)).view(weight.shape), reference(weight, scale, "block"))
+
+
 PLAIN = ("embed_tokens", "head", "mlp.gate.", "eh_proj")
 
 

@@ -57,6 +57,7 @@ class RunArguments(Arguments):
     torch_dtype: Any = field(
         None, "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)", aliases=["dtype"]
     )
+    allow_overflow: bool = field(False, "go on where finite values become infinite in --torch_dtype")
     attention_backend: str | None = field(
         None,
         "attention kernels: auto, flash, fused, unfused, local, or Hugging Face's flash_attention_2, sdpa, eager "

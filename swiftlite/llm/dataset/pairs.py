@@ -73,6 +73,10 @@ class PairDataset:
                 return self.report.drop("cannot be encoded", place, str(side), row)
             if all(label == IGNORE_INDEX for label in side["labels"][1:]):
                 return self.report.drop("no assistant text with a loss", place, "", row)
+            if "loss_scale" in side:
+                return self.report.drop(
+                    "a loss weight other than 0 and 1", place, "preference losses compare whole answers", row
+                )
         chosen, rejected = pair
         if list(chosen["input_ids"]) == list(rejected["input_ids"]):
             return self.report.drop("both answers are the same", place, "", row)

@@ -109,6 +109,11 @@ def _name_dtype(config: dict[str, Any], name: str) -> None:
             _name_dtype(value, name)
 
 
+def end_tokens(value: Any) -> list[int]:
+    """Ids under `eos_token_id`, which is absent, one id or a list of them."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
 def main_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
     """dtype of most numbers; tensors: (dtype, numel) of each. Some, such as router biases, may have another."""
     totals: dict[torch.dtype, int] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.llm.model.corrections import correct
+from swiftlite.llm.model.info import config_dtype
 from swiftlite.llm.model.register import get_model_info_meta
 from swiftlite.meta.model import ModelInfo, ModelMeta
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError
@@ -194,6 +195,18 @@ def get_model_tokenizer_with_flash_attn(
     return get_model_tokenizer_from_local(model_dir, model_info, model_kwargs, load_model, **kwargs)
 
 
+def _check_cast(model: Any, model_info: ModelInfo, allow_overflow: bool) -> None:
+    """Raises: CheckpointError naming weights that are infinite since they were cast to another dtype."""
+    import torch
+
+    from swiftlite.weights.storage import check_overflow
+
+    config, dtype = model_info.config or {}, model_info.torch_dtype
+    if dtype in (torch.float16, torch.bfloat16) and config_dtype(config) != dtype:
+        found = (n for n, p in model.named_parameters() if p.dtype == dtype and not p.is_meta and bool(p.isinf().any()))
+        check_overflow(found, dtype, allow_overflow)
+
+
 def get_model_tokenizer(
     model_id_or_path: str,
     torch_dtype: Any = None,
@@ -211,6 +224,7 @@ def get_model_tokenizer(
     download_model: bool | None = None,
     hub_token: str | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    allow_overflow: bool = False,
     **kwargs: Any,
 ) -> tuple[Any | None, Any]:
     """Load a model and its tokenizer from a local directory, ModelScope (default hub) or Hugging Face (`use_hf`).
@@ -224,6 +238,7 @@ def get_model_tokenizer(
         attn_impl: eager, sdpa, flash_attn, ...
         trust_remote_code: run Python files that the checkpoint brings along.
         model_kwargs: further keywords of `from_pretrained`.
+        allow_overflow: only warn of weights that torch_dtype cannot hold.
         kwargs: further keywords of the type's own loader.
     Returns: `(model or None, tokenizer)`; both carry `model_info` and `model_meta`.
     Raises: SwiftliteError subclasses, one line each.
@@ -253,6 +268,8 @@ def get_model_tokenizer(
     if trust_remote_code or "trust_remote_code" in inspect.signature(get_function).parameters:
         kwargs["trust_remote_code"] = trust_remote_code
     model, tokenizer = get_function(model_info.model_dir, model_info, model_kwargs, load_model, **kwargs)
+    if model is not None:
+        _check_cast(model, model_info, allow_overflow)
     tokens = read_special_tokens(new_special_tokens)
     if tokens:
         add_special_tokens(tokenizer, model, tokens)

@@ -24,7 +24,8 @@ CHANGEABLE = frozenset(
         "load_from_cache_file", "strict_template", "logging_steps", "logging_dir", "report_to", "wandb_project",
         "wandb_exp_name", "save_strategy", "save_steps", "save_total_limit", "save_weights_only", "save_safetensors",
         "eval_steps", "eval_iters", "metric_for_best_model", "greater_is_better", "resume", "add_version", "exist_ok",
-        "output_dir", "ignore_requirements", "use_hf", "device_map", "debug", "hub_token", "precompute_ref_log_probs",
+        "output_dir", "allow_overflow", "ignore_requirements", "use_hf", "device_map", "debug", "hub_token",
+        "precompute_ref_log_probs",
     }
 )  # fmt: skip
 

@@ -48,6 +48,7 @@ from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import format_bytes, peak_memory_bytes, read_json, replace_directory
 from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.weights.safetensors import read_header
+from swiftlite.weights.storage import check_overflow, overflows
 
 logger = get_logger()
 
@@ -269,6 +270,8 @@ class HfTrainer(transformers.Trainer):
             return
         held = {n: p.detach() for n, p in model.named_parameters() if n in tuner.held_in_fp32(model)}
         cast = {value.data_ptr(): value.to(self.setting.dtype) for value in held.values()}
+        lost = (name for name, value in held.items() if overflows(value, cast[value.data_ptr()]))
+        check_overflow(lost, self.setting.dtype, self.setting.args.allow_overflow)
         state = {name: cast.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
         info = self.setting.args.model_info
         carried = Others.of(info.config).carried(Path(info.model_dir), state)

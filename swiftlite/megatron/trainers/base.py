@@ -169,7 +169,7 @@ class Trainer:
         self.models = wrap_models(models, self.args)
         self.config: Any = get_model_config(self.models[0])
         if start is None or self.lora:
-            read = load_weights(self.models, self.origin_dir)
+            read = load_weights(self.models, self.origin_dir, self.args.allow_overflow)
             logger.info("loaded %s from %s on this rank", format_bytes(read), self.origin_dir)
         self.optimizer = build_optimizer(self.models, self.args)
         self.optimizer.reload_model_params()
@@ -452,7 +452,13 @@ class Trainer:
             with tempfile.TemporaryDirectory() as scratch:
                 adapter = open_adapter(written[0], self.origin.bound, Path(scratch))
                 merge_to_hf(
-                    self.origin_dir, adapter, hf_dir, torch_dtype(self.args), record=self.args.save, exist_ok=True
+                    self.origin_dir,
+                    adapter,
+                    hf_dir,
+                    torch_dtype(self.args),
+                    record=self.args.save,
+                    exist_ok=True,
+                    allow_overflow=self.args.allow_overflow,
                 )
             written = [*written, hf_dir]
         deleted: list[Path] = []

@@ -117,7 +117,7 @@ class DpoTrainer(Trainer):
         if self.reference_args is not None:
             models = build_models(self.reference_args, variable_seq_lengths=self.variable_lengths)
             self.reference = [in_precision(model).requires_grad_(False).eval() for model in models]
-            load_weights(self.reference, self.reference_dir)
+            load_weights(self.reference, self.reference_dir, self.args.allow_overflow)
         logger.info("the reference is %s", self.reference_dir)
         if self.args.precompute_ref_log_probs:
             self.precompute(self.train_loader)

@@ -378,3 +378,8 @@ def test_pairs(tiny_tokenizer_dir: Path) -> None:
     assert [len(rows) for rows in packed.items] != [1] * len(packed)
     with pytest.raises(DatasetError, match="no rejected answer"):
         PairDataset(useless[:1], template)
+    half = {"role": "assistant", "content": "Half of it.", "loss_scale": 0.5}
+    for key in ("messages", "rejected_messages"):  # a weight that preference losses cannot give is not ignored
+        weighed = {**rows[0], key: [*rows[0][key][:-1], half]}
+        with pytest.raises(DatasetError, match="a loss weight other than 0 and 1"):
+            PairDataset([weighed], template)
