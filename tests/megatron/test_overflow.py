@@ -1,4 +1,4 @@
-"""Finite values that become infinite in the dtype asked for: an error that names the tensors, on every way through a cast."""
+"""Finite values that become infinite in the dtype asked for: an error naming the tensors, on every way through a cast."""
 
 from __future__ import annotations
 
