@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from swiftlite.llm.model.files import copy_side_files, main_dtype
+from swiftlite.llm.template.trained import copy_chat
 from swiftlite.megatron.execute import run_jobs, verify_bitwise
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.megatron.origin import Origin, origin_root
@@ -276,6 +277,7 @@ def merge_to_hf(
         hashes = run_jobs("merge", jobs, max_memory, space, allow_overflow)
         if get_rank() == 0:
             copy_side_files(root, space.directory, {}, main_dtype((s.dtype, s.numel) for s in specs.values()))
+            copy_chat(adapter.config_file.parent, space.directory)
             record(space.directory)
             write_index(space.directory, shards, total)
         barrier()

@@ -351,7 +351,9 @@ def load_checkpoint(
         optimizer_state = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
         # Only the tensors are asked for. Parameter groups differ by layout (experts have their own only with EP) and
         # hold nothing but the step that arguments and schedule do not give.
-        state["optimizer_tensors"] = [part["param_state"] for part in _optimizer_parts(optimizer_state)]
+        # A pipeline stage, or the experts, may train nothing: then there are none.
+        parts = _optimizer_parts(optimizer_state)
+        state["optimizer_tensors"] = {i: part["param_state"] for i, part in enumerate(parts) if part["param_state"]}
     has_rng = mine.get("layout") == _layout() and bool(mine.get("has_rng")) and not args.no_load_rng
     if has_rng:
         state["rng_state"] = _rng_object()
@@ -361,8 +363,8 @@ def load_checkpoint(
         raise CheckpointError(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from error
     _load_models(models, loaded)
     if has_optimizer:
-        for part, tensors in zip(_optimizer_parts(optimizer_state), loaded["optimizer_tensors"], strict=True):
-            part["param_state"] = tensors
+        for i, part in enumerate(parts):
+            part["param_state"] = loaded.get("optimizer_tensors", {}).get(i, {})
             for group in part["optimizer"]["param_groups"]:
                 group["step"] = mine["step"]
             if mine.get("grad_scaler") is not None:

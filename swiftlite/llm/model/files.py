@@ -94,7 +94,7 @@ def update_config(path: Path, changes: Mapping[str, Any], dtype: torch.dtype | N
             config[key] = value
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
-        if not {"dtype", "torch_dtype"} & config.keys():
+        if not {"dtype", "torch_dtype"} & config.keys() and name != "float32":  # which is what none means
             config["torch_dtype"] = name
         _name_dtype(config, name)
     if json.dumps(config) != before:

@@ -31,6 +31,7 @@ from swiftlite.llm.dataset.order import (
 from swiftlite.llm.model.files import CONFIG, copy_side_files
 from swiftlite.llm.model.names import Others, check_names, load_tensors
 from swiftlite.llm.pipeline import load_model, prepare_template, resolve
+from swiftlite.llm.template.trained import trained_chat
 from swiftlite.llm.train import run_directory, tuner
 from swiftlite.llm.train.checkpoints import Record, Start, finished
 from swiftlite.llm.train.flops import attention_pairs, flops_of
@@ -265,8 +266,11 @@ class HfTrainer(transformers.Trainer):
         assert output_dir is not None and self.model is not None
         directory, model = Path(output_dir), self.model
         directory.mkdir(parents=True, exist_ok=True)
+        chat, base = self.setting.chat, Path(self.setting.args.model_info.model_dir)
         if self.setting.args.train_type == "lora":
             model.save_pretrained(directory)  # type: ignore[operator]
+            if chat is not None:
+                chat.write(directory, base)
             return
         held = {n: p.detach() for n, p in model.named_parameters() if n in tuner.held_in_fp32(model)}
         cast = {value.data_ptr(): value.to(self.setting.dtype) for value in held.values()}
@@ -284,6 +288,8 @@ class HfTrainer(transformers.Trainer):
         copy_side_files(source, directory, {"vocab_size": rows} if grown else {}, self.setting.dtype)
         if grown:
             self.setting.tokenizer.save_pretrained(directory)
+        if chat is not None:
+            chat.write(directory, base)
         if held and not self.args.save_only_model:
             from safetensors.torch import save_file
 
@@ -355,6 +361,7 @@ class Setting:
         self.args, self.tokenizer = args, template.tokenizer
         self.root = Path(args.output_dir)
         self.dtype = args.model_info.torch_dtype
+        self.chat = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
         self.micro_batch, self.accumulation, self.global_batch = args.batch_sizes(get_world_size())
         self.steps = steps_of(train_set, args, self.global_batch)
         self.order = order_of(train_set, args, self.global_batch)

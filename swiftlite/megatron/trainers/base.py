@@ -23,6 +23,7 @@ from torch import Tensor
 
 from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
 from swiftlite.llm.model.files import copy_side_files
+from swiftlite.llm.template.trained import Chat
 from swiftlite.llm.train.checkpoints import Record, Start
 from swiftlite.llm.train.flops import ModelFlops, attention_pairs, flops_of
 from swiftlite.llm.train.fp16 import LOWEST_SCALE, say_skipped
@@ -133,6 +134,7 @@ class Trainer:
         self.models: list[Any] = []
         # Losses are sums over tokens, so a first scale that fits depends on the batch: its first step is tried again.
         self.scale_is_found = torch_dtype(args) != torch.float16
+        self.chat: Chat | None = None  # what directories that are written tell of it, on rank 0
         self.lora: LoraPlan | None = None  # of a run that trains adapters
         self.trained: set[str] | None = None  # Hugging Face names, of a run that leaves some as they are
         self.writer = BackgroundWriter(self.device)
@@ -208,6 +210,13 @@ class Trainer:
         write_text_atomic(self.root / MEGATRON_LM_ARGS, text)
         if self.lora:
             write_json(self.root / ADAPTER_CONFIG, self.lora.peft_config)
+        self._record(self.root)
+
+    def _record(self, directory: Path) -> None:
+        """Beside copied files of the model: arguments, and the chat that was trained. Rank 0 only."""
+        self.args.save(directory)
+        if self.chat is not None:
+            self.chat.write(directory)
 
     def banner(self) -> None:
         """Say what runs, before it runs."""
@@ -429,7 +438,7 @@ class Trainer:
         written, writes = [path], [write]
         if self.args.save_safetensors and not lora:
             hf_dir = self.root / f"{path.name}{HF_SUFFIX}"
-            writes.append(prepare_hf_weights(self.models, hf_dir, self.origin_dir, record=self.args.save)[1])
+            writes.append(prepare_hf_weights(self.models, hf_dir, self.origin_dir, record=self._record)[1])
             written.append(hf_dir)
         saved = partial(self._saved, written, self.position.iteration, self.evaluation)
         if self.args.async_save:
@@ -456,7 +465,7 @@ class Trainer:
                     adapter,
                     hf_dir,
                     torch_dtype(self.args),
-                    record=self.args.save,
+                    record=self._record,
                     exist_ok=True,
                     allow_overflow=self.args.allow_overflow,
                 )

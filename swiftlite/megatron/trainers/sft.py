@@ -15,6 +15,7 @@ from torch import Tensor
 from swiftlite.llm.dataset.prepare import check_sources
 from swiftlite.llm.model.hub import check_hub_id, push
 from swiftlite.llm.pipeline import as_arguments, prepare_template, resolve
+from swiftlite.llm.template.trained import trained_chat
 from swiftlite.llm.train.data import load_data
 from swiftlite.llm.train.run_directory import held as hold_directory
 from swiftlite.megatron.argument.sft import MegatronPtArguments, MegatronSftArguments
@@ -124,6 +125,7 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
         tokenizer = template.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         trainer = trainer_class(args, parallel, train_set, val_set, pad, origin)
+        trainer.chat = trained_chat(template) if parallel.rank == 0 else None  # rank 0 writes it
         try:
             result = trainer.train(start)
         finally:

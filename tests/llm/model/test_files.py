@@ -73,4 +73,7 @@ def test_the_dtype_of_the_weights_stands_under_whichever_key_there_is(tmp_path: 
         assert written == expected and list(written) == list(expected)
         copy_side_files(target, source, {}, torch.float16)
         assert (source / "config.json").read_text() == (target / "config.json").read_text()
+    (source / "config.json").write_text("{}")
+    copy_side_files(source, target, {}, torch.float32)
+    assert (target / "config.json").read_text() == "{}", "without a key it is fp32"
     assert main_dtype([(torch.float32, 2), (torch.bfloat16, 3), (torch.float32, 2)]) == torch.float32
