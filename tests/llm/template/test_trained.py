@@ -1,4 +1,4 @@
-"""The checkpoint of a base model that was taught to chat: its chat template writes what was trained, its answers end there."""
+"""The checkpoint of a base model that was taught to chat: its template writes what was trained, its answers end there."""
 
 from __future__ import annotations
 
