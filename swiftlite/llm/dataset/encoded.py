@@ -186,10 +186,8 @@ class _Child:
 def _encode_batches(template: Template, connection: Connection, parent: int) -> None:
     """In a child: answer (number, rows) with (number, encoded); numbers of tokens travel as arrays, not as objects."""
     end_with_parent(parent)
-    for number in (
-        signal.SIGINT,
-        signal.SIGHUP,
-    ):  # the terminal sends them to all: the run saves, and needs data for it
+    # The terminal sends them to all processes: the run saves, and needs data for it.
+    for sent in (signal.SIGINT, signal.SIGHUP):
         signal.signal(sent, signal.SIG_IGN)
     # The processes are the threads: a tokenizer that makes its own ones besides would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
