@@ -45,6 +45,11 @@ def preflight(args: Any) -> None:
     for name in getattr(args, "report_to", None) or ():
         if name in ("wandb", "swanlab") and not _installed(name):
             raise UsageError(f"--report_to {name}: is not installed; pip install {name}, or leave it out")
+    flash = getattr(args, "attention_backend", None) == "flash" and (args.trains or hasattr(args, "prompt"))
+    if flash and not args.needs_megatron and not _installed("flash_attn") and not _installed("kernels"):
+        raise UsageError(
+            "--attention_backend flash: flash-attn is not installed; pip install flash-attn, or leave it out"
+        )
     if args.needs_megatron and not _installed("megatron.core"):
         raise SwiftliteError("megatron-core is not installed; run: pip install 'swiftlite[megatron]'")
 
@@ -108,7 +113,7 @@ def _check_directories(args: Any) -> None:
         value = getattr(args, flag)
         for given in value if isinstance(value, list) else [value] if value else []:
             if flag not in ("model", "ref_model") or local_directory(given, flag) is not None:
-                expect(flag, given, *kinds)
+                expect("" if flag == args.POSITIONAL else flag, given, *kinds)
 
 
 def _check_data(flag: str, text: str) -> None:

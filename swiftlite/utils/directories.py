@@ -128,15 +128,14 @@ def what_it_is(directory: Path) -> tuple[str, str]:
 def expect(flag: str, given: str | Path, *kinds: str) -> Path:
     """The directory as a path, if it is of one of the kinds: attributes of Directory, or "config" for a config.json.
 
+    Args: flag: that named it; "" for a plain word.
     Raises: UsageError if it is absent; CheckpointError saying what it is instead, and how that is used.
     """
-    path = Path(given).expanduser()
+    path, where = Path(given).expanduser(), f"--{flag} {given}" if flag else str(given)
     if not path.is_dir():
-        raise UsageError(
-            f"--{flag} {given}: {'is a file; give its directory' if path.exists() else 'no such directory'}"
-        )
+        raise UsageError(f"{where}: {'is a file; give its directory' if path.exists() else 'no such directory'}")
     found = Directory(path)
     if any(found.has("config.json") if kind == "config" else getattr(found, kind) for kind in kinds):
         return path
     text, advice = what_it_is(path)
-    raise CheckpointError(f"--{flag} {given}: this {text}; {advice}")
+    raise CheckpointError(f"{where}: this {text}; {advice if flag else 'name a whole model, Hugging Face or Megatron'}")

@@ -40,6 +40,7 @@ REMARKS = (
     Remark(r"No device id is provided via", "each process sets its device first"),
     Remark(r"Could not find a config file in .* - will assume that the vocabulary", "peft looks for a base's copy on a hub"),
     Remark(r"Unable to fetch remote file due to", "peft looks for a base's copy on a hub"),
+    Remark(r"The PEFT config's `base_model_name_or_path` was renamed", "a base may be given by another path or id"),
     Remark(r"GPTModel IS DEPRECATED", "the model class that is used here on purpose", "megatron.core.models.gpt.gpt_model"),
 )  # fmt: skip
 

@@ -6,8 +6,8 @@ has no side effects; what needs files or the hub is added later by `swiftlite.ll
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +16,7 @@ from swiftlite import __version__
 from swiftlite.llm.argument.flags import BASIC, COMMON_NOTES
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import write_json
-from swiftlite.utils.parser import Arguments, Note, arguments, field
+from swiftlite.utils.parser import Arguments, Note, arguments, convert, field
 from swiftlite.utils.secrets import SETTINGS, remember
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class ModelArguments(Arguments):
         if self.num_labels is not None and self.num_labels < 1:
             raise UsageError(f"--num_labels {self.num_labels}: must be at least 1")
         if isinstance(self.device_map, str) and self.device_map.startswith("{"):
-            self.device_map = json.loads(self.device_map)
+            self.device_map = convert(self.device_map, dict, "device_map")
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:
@@ -272,6 +272,12 @@ class TunerArguments(Arguments):
         super().__post_init__()
         if not 0 <= self.freeze_parameters_ratio <= 1:
             raise UsageError(f"--freeze_parameters_ratio {self.freeze_parameters_ratio}: must be between 0 and 1")
+        for name in ("target_regex", "freeze_parameters_regex", "trainable_parameters_regex"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                text = getattr(self, name)
+                raise UsageError(f"--{name} {text}: is no regular expression ({error})") from None
         if self.lora_rank < 1:
             raise UsageError(f"--lora_rank {self.lora_rank}: must be at least 1")
 
