@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -145,6 +146,36 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object; {advice}")
     return value
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What safetensors (Rust), torch.save (C++) and megatron-core make of it: text.
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "file write failed")
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Is a full disk, a quota or a limit on file sizes behind an error?"""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or any(text in str(error) for text in _FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def writing(directory: Path, way_on: str) -> Iterator[None]:
+    """Around everything that writes below `directory`. Raises: CheckpointError, one line, where the disk is full."""
+    try:
+        yield
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not _is_full(error):
+            raise
+        free = format_bytes(shutil.disk_usage(existing_parent(directory)).free)
+        file = getattr(error, "filename", None) or directory
+        raise CheckpointError(
+            f"{file} cannot be written: the disk is full, or a quota or limit is reached ({free} free in {directory}); "
+            f"{way_on}"
+        ) from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from swiftlite.llm.pipeline import ARGS_FILE, load_args
 from swiftlite.llm.train.checkpoints import Start, clear_unfinished
 from swiftlite.utils.dist import barrier, is_main_process
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.io import writing
 from swiftlite.utils.lock import output_lock
 
 # Settings that may change when a run goes on, on either side: where and how it runs, what it logs and saves; not what
@@ -58,6 +59,7 @@ def held(args: Any, settle: Callable[[Any], Start | None]) -> Iterator[Start | N
         barrier()  # the others look when that is done, and all have looked before rank 0 writes
         start = settle(args)
         barrier()
+        stack.enter_context(writing(root, "make room, and the same command goes on from the last checkpoint"))
         yield start
 
 

@@ -136,3 +136,26 @@ def test_an_unknown_metric_is_told_before_training(run: Callable[..., Any], root
     with pytest.raises(UsageError, match="--metric_for_best_model bleu: is not measured; there are eval_loss"):
         run("metric", metric_for_best_model="bleu", split_dataset_ratio=0.25)
     assert not (root / "metric/checkpoint-2").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:664] file write failed"),
+     ValueError("Error while serializing: I/O error: No space left on device (os error 28)")],
+)  # fmt: skip
+def test_a_full_disk_is_one_line(
+    error: Exception, run: Callable[..., Any], parts: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever tells it; the checkpoint before is whole, and with room the run goes on from it."""
+
+    def full(*_: Any) -> None:
+        raise error
+
+    shutil.rmtree(parts / "checkpoint-4")
+    monkeypatch.setattr("swiftlite.llm.train.trainer.write_data_state", full)
+    message = rf"{parts} cannot be written: the disk is full.* free in .*; make room, and the same command goes on"
+    with pytest.raises(CheckpointError, match=message):
+        run("parts")
+    monkeypatch.undo()
+    assert [line["loss"] for line in run("parts")] == [line["loss"] for line in whole]
+    assert not (parts / ".saving").exists()
