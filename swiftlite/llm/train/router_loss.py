@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.families.hf_config import convert_hf_config
+from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
 PADDING = -1  # the sequence that padding belongs to
@@ -108,9 +109,14 @@ class RouterWatch:
         self.loss = loss
         self.sequences, self.lengths = torch.empty(0), torch.empty(0)
         self.found: dict[str, Tensor] = {}
-        for name, module in model.named_modules():
-            if name.endswith(".mlp.gate"):
-                module.register_forward_pre_hook(self._hook(name))
+        routers = {name: module for name, module in model.named_modules() if name.endswith(".mlp.gate")}
+        if not routers:
+            raise UsageError(
+                f"--moe_aux_loss_coeff, --moe_z_loss_coeff: {type(model).__name__} has no router named mlp.gate; leave them "
+                "out, or train with `swiftlite megatron`"
+            )
+        for name, module in routers.items():
+            module.register_forward_pre_hook(self._hook(name))
 
     @classmethod
     def of(cls, model: torch.nn.Module, args: Any) -> RouterWatch | None:

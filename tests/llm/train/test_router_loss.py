@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from swiftlite.llm.train.router_loss import PADDING, RouterLoss, sequences_of
+from swiftlite.llm.train.router_loss import PADDING, RouterLoss, RouterWatch, sequences_of
 from swiftlite.utils.errors import UsageError
 
 COEFF = 2.0  # large, so that the gradient's norm shows its weight
@@ -171,5 +171,7 @@ def test_what_cannot_act_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert ["no experts" in caplog.messages[0], "is none" in caplog.messages[1]] == [True, True]
     with pytest.raises(UsageError, match="sinkhorn: sends tokens to other experts"):
         SftArguments(model="M", dataset=["D"], moe_router_load_balancing_type="sinkhorn")
+    with pytest.raises(UsageError, match="Linear has no router named mlp.gate"):
+        RouterWatch(torch.nn.Linear(2, 2), RouterLoss(2, "softmax", 0.1))
     with pytest.raises(UsageError, match="--moe_aux_loss_coeff -1"):
         SftArguments(model="M", dataset=["D"], moe_aux_loss_coeff=-1.0)
