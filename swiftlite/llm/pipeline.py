@@ -177,6 +177,7 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
         need_template: False where no conversation is encoded; then types that differ only in it need not be told apart.
     Raises: UsageError, CheckpointError, ConfigError: one line each.
     """
+    from swiftlite.llm.model.new_tokens import read_special_tokens
     from swiftlite.llm.model.register import get_model_info_meta
 
     preflight(args)
@@ -186,7 +187,10 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
     adapters = [*args.adapters, *filter(None, [getattr(args, "mcore_adapter", None)])]
     read_system(args)
     for adapter in adapters:
-        take_recorded(args, adapter)
+        recorded = take_recorded(args, adapter)
+        # Its rows of a vocabulary that has grown need the same rows under it.
+        args.new_special_tokens = args.new_special_tokens or recorded.get("new_special_tokens") or []
+    args.new_special_tokens = read_special_tokens(args.new_special_tokens)
     if mcore_model:
         root = mcore_root(mcore_model)
         recorded = take_recorded(args, root)

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from swiftlite.llm.model.files import copy_side_files, main_dtype
+from swiftlite.llm.model.files import main_dtype
+from swiftlite.llm.model.new_tokens import copy_tokenizer
 from swiftlite.llm.template.trained import copy_chat
 from swiftlite.megatron.execute import run_jobs, verify_bitwise
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.plan import copy_job
 from swiftlite.megatron.side_files import read_config
+from swiftlite.megatron.vocabulary import NewTokens, plan_tokens
 from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, write_json
@@ -32,14 +34,14 @@ from swiftlite.weights.lora import (
     B,
     ForeignAdapter,
     LoraConfig,
-    Merged,
     check_adapter,
     describe,
     unpack_experts,
 )
+from swiftlite.weights.merged import EMBEDDING, HEAD, TOKENS, Extras, Merged, read_extras
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
-from swiftlite.weights.storage import TensorSource, TensorSpec
+from swiftlite.weights.storage import Files, TensorSource, TensorSpec, byte_view, read_tensor
 from swiftlite.weights.torch_dist import TorchDistSource, find_iteration
 
 CONFIG = "adapter_config.json"
@@ -53,6 +55,7 @@ class Adapter:
 
     names: adapter name (Hugging Face, no prefix) -> its name in `source`, in order. peft_config: what adapter_config.json
     should say of it, None where the file beside it, `config_file`, says so already. files: what it was read from.
+    extras: what it holds besides.
     """
 
     source: TensorSource
@@ -61,6 +64,7 @@ class Adapter:
     config_file: Path
     peft_config: Mapping[str, Any] | None
     files: tuple[Path, ...]
+    extras: Extras
 
     def write_config(self, directory: Path) -> None:
         if self.peft_config is None:
@@ -73,10 +77,11 @@ class Adapter:
         return self.peft_config or json.loads(self.config_file.read_text(encoding="utf-8"))
 
 
-def open_adapter(directory: Path, bound: BoundMap, scratch: Path) -> Adapter:
+def open_adapter(directory: Path, bound: BoundMap, scratch: Path, plain: bool = True) -> Adapter:
     """Read a PEFT directory or a Megatron adapter checkpoint and hold it against the base model.
 
-    Args: scratch: folder for unpacking experts; must live as long as the adapter is read.
+    Args: scratch: folder for unpacking experts; must live as long as the adapter is read. plain: refuse one that holds
+        more than pairs of matrices.
     Raises: CheckpointError, ConfigError, MapError or ShapeError naming what does not fit.
     """
     is_peft = (directory / WEIGHTS).is_file()
@@ -102,10 +107,17 @@ def open_adapter(directory: Path, bound: BoundMap, scratch: Path) -> Adapter:
             source = ForeignAdapter(source, bound)
             names = source.names
             described = {**config, "target_modules": sorted({_module(n).rpartition(".")[2] for n in names})}
+    extras = read_extras(names, source, config, bound)
+    if extras and plain:
+        raise ConfigError(
+            f"{directory}: holds more than LoRA matrices ({next(n for n in names if not n.endswith((A, B)))}); merge it "
+            "into its base model with `swiftlite export --merge_lora true`"
+        )
+    names = {name: stored for name, stored in names.items() if name.endswith((A, B))}
     if not names:
         raise CheckpointError(f"{directory} holds no LoRA matrices")
     check_adapter(bound, {name: source.spec(stored).shape for name, stored in names.items()}, str(directory))
-    return Adapter(source, names, lora, config_file, described, (*files, config_file))
+    return Adapter(source, names, lora, config_file, described, (*files, config_file), extras)
 
 
 def _module(name: str) -> str:
@@ -142,9 +154,10 @@ def export_adapter(args: Any, to_mcore_merged: Callable[[Any], Path], default_di
         if args.merge_lora:
             base = Path(args.mcore_model) if args.mcore_model else Path(args.model_info.model_dir)
             dtype = args.dtype if "torch_dtype" in args.given else None
-            adapter = open_adapter(path, Origin(base).bound, Path(scratch))
+            new_tokens = plan_tokens(args, read_config(origin_root(base)))
+            adapter = open_adapter(path, Origin(base, new_tokens).bound, Path(scratch), plain=False)
             return merge_to_hf(
-                base, adapter, output_dir, dtype, record=args.save, next_words=args.loading_words(hub=False),
+                base, adapter, output_dir, dtype, new_tokens, record=args.save, next_words=args.loading_words(hub=False),
                 max_shard_bytes=args.max_shard_bytes, exist_ok=args.exist_ok,
                 max_memory=args.max_memory_bytes, verify=args.verify == "bitwise", dry_run=args.dry_run,
                 allow_overflow=args.allow_overflow,
@@ -213,18 +226,37 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
     return output_dir
 
 
-def write_peft(iteration: Path, config: Mapping[str, Any], directory: Path) -> None:
-    """Write the adapter in a Megatron checkpoint as PEFT has it. Nothing else may be writing there."""
+def write_peft(iteration: Path, config: Mapping[str, Any], directory: Path, origin: Origin) -> None:
+    """Write the adapter in a Megatron checkpoint as PEFT has it. Nothing else may be writing there.
+
+    Rows that the origin's vocabulary has grown by come along, as they are: the base model itself does not have them.
+    """
     source = TorchDistSource(iteration)
     specs = {PEFT_PREFIX + name: source.spec(name) for name in sorted(source.tensors)}
+    own, rows = list(specs), {}
+    if origin.changes and origin.new_tokens is not None:
+        ids = list(origin.new_tokens.ids.values())
+        weights = [name for name in (EMBEDDING, HEAD) if name in origin.bound.by_hf]
+        with Files() as files:
+            for weight in weights:
+                found = [read_tensor(origin.source, weight, files, rows=(number, number + 1)) for number in ids]
+                rows[PEFT_PREFIX + weight.removesuffix(".weight") + TOKENS] = torch.cat(found)
+        specs |= {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in rows.items()}
+        config = {**config, "trainable_token_indices": {weight.split(".")[-2]: ids for weight in weights}}
     shards = plan_shards(specs, 1 << 62)
     create_shards(directory, shards)
     (directory / shards[0].file).rename(directory / WEIGHTS)
     places = shards[0].offsets
     stream.run(
-        [copy_job(source, n.removeprefix(PEFT_PREFIX), directory / WEIGHTS, places[n], specs[n].dtype) for n in specs]
+        [copy_job(source, n.removeprefix(PEFT_PREFIX), directory / WEIGHTS, places[n], specs[n].dtype) for n in own]
     )
+    with (directory / WEIGHTS).open("r+b") as file:
+        for name, tensor in rows.items():
+            file.seek(places[name])
+            file.write(byte_view(tensor))
     write_json(directory / CONFIG, config)
+    if origin.new_tokens is not None:
+        copy_tokenizer(origin.root, directory, origin.new_tokens.ids)
 
 
 def merge_to_hf(
@@ -232,6 +264,7 @@ def merge_to_hf(
     adapter: Adapter,
     output_dir: Path,
     dtype: torch.dtype | None,
+    new_tokens: NewTokens | None = None,
     *,
     record: Callable[[Path], Any],
     next_words: Sequence[str] | None = None,
@@ -247,8 +280,8 @@ def merge_to_hf(
     Args: dtype: of the result; None: that of each weight of the base. record: writes args.json into a directory.
         next_words: further flags of the command to suggest. verify: read everything back.
     """
-    origin = Origin(base_dir)
-    merged = Merged(origin.source, adapter.source, adapter.names, adapter.config)
+    origin = Origin(base_dir, new_tokens)
+    merged = Merged(origin.source, adapter.source, adapter.names, adapter.config, adapter.extras)
     specs = {}
     for name in origin.names:
         entry, position = origin.bound.by_hf[origin.copies.get(name, name)]
@@ -266,7 +299,7 @@ def merge_to_hf(
 
     def identity() -> str:
         files = [*sources, root / "config.json", *adapter.files]
-        return fingerprint(files, ["merge", str(dtype), [[s.file, s.size] for s in shards]])
+        return fingerprint(files, ["merge", str(dtype), origin.changes, [[s.file, s.size] for s in shards]])
 
     def prepare(directory: Path) -> None:
         create_shards(directory, shards)
@@ -276,7 +309,7 @@ def merge_to_hf(
         jobs = [copy_job(merged, origin.copies.get(n, n), *places[n], specs[n].dtype) for n in specs]
         hashes = run_jobs("merge", jobs, max_memory, space, allow_overflow)
         if get_rank() == 0:
-            copy_side_files(root, space.directory, {}, main_dtype((s.dtype, s.numel) for s in specs.values()))
+            origin.write_side_files(space.directory, main_dtype((s.dtype, s.numel) for s in specs.values()))
             copy_chat(adapter.config_file.parent, space.directory)
             record(space.directory)
             write_index(space.directory, shards, total)

@@ -11,20 +11,21 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from swiftlite.llm.argument.export import ExportArguments
 from swiftlite.llm.model.files import copy_side_files, main_dtype
 from swiftlite.llm.model.hub import check_hub_id, push
+from swiftlite.llm.model.new_tokens import enter_tokens
 from swiftlite.llm.pipeline import as_arguments, resolve
-from swiftlite.megatron.adapters import base_map, export_adapter, open_adapter, the_adapter
+from swiftlite.megatron.adapters import export_adapter, open_adapter, the_adapter
 from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.dry_run import num_processes, print_conversion, print_layouts
 from swiftlite.megatron.execute import run_jobs, verify_bitwise
 from swiftlite.megatron.memory import TrainingModel
-from swiftlite.megatron.model.hf_config import convert_hf_config
+from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.megatron.plan import (
     ConfigSource,
     check_duplicates,
@@ -40,7 +41,7 @@ from swiftlite.megatron.side_files import (
     write_hashes,
     write_manifest,
 )
-from swiftlite.megatron.vocabulary import add_tokens
+from swiftlite.megatron.vocabulary import GrownSource, plan_tokens
 from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import check_disk, check_new, format_bytes, peak_memory_bytes
@@ -48,7 +49,7 @@ from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.journal import fingerprint, workspace
-from swiftlite.weights.lora import Merged
+from swiftlite.weights.merged import Merged
 from swiftlite.weights.rule import BoundMap, Coverage
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
 from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource, find_iteration
@@ -70,16 +71,19 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
     model_dir = Path(args.model_info.model_dir)
     config = read_config(model_dir)
     dtype = args.dtype if "torch_dtype" in args.given else None
-    new = add_tokens(args, model_dir, config, scratch)
+    new = plan_tokens(args, config)
     changes: dict[str, Any] = {}
-    if new is not None and new.config["vocab_size"] != config["vocab_size"]:
-        config, changes = new.config, {"vocab_size": new.config["vocab_size"]}
-    source = new.source if new is not None else None
+    source: Any = None
+    if new is not None and new.rows != config["vocab_size"]:
+        source = open_source(model_dir, config)
+        source = GrownSource(source, source.tensors, new.rows, scratch)
+        changes = {"vocab_size": new.rows}
+        config = {**config, **changes}
     adapter = None
     if args.merge_lora and (args.adapters or args.mcore_adapter):
         source = source or open_source(model_dir, config)
-        adapter = open_adapter(the_adapter(args), base_map(args), scratch)
-        source = cast(SafetensorsSource, Merged(source, adapter.source, adapter.names, adapter.config))
+        adapter = open_adapter(the_adapter(args), bind_map(config, ["mtp."]), scratch, plain=False)
+        source = Merged(source, adapter.source, adapter.names, adapter.config, adapter.extras)
     if args.dry_run and source is None and not has_weights(model_dir):
         source = ConfigSource(model_dir, config)
     plan = plan_to_mcore(model_dir, config, dtype, args.thread_count, num_processes(), source)
@@ -97,7 +101,7 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
     check_disk(output_dir, total)
 
     def prepare(directory: Path) -> None:
-        check_duplicates(plan.source, plan.coverage.duplicates)
+        check_duplicates(getattr(plan.source, "base", plan.source), plan.coverage.duplicates)
         (directory / "iter_0000001").mkdir()
         torch_dist.create_files(directory / "iter_0000001", plan.dist)
 
@@ -113,7 +117,7 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
         if get_rank() == 0:
             copy_side_files(model_dir, space.directory, changes, plan.main_dtype)
             if new is not None:
-                new.tokenizer.save_pretrained(space.directory)
+                enter_tokens(space.directory, new.ids)
             write_manifest(space.directory, plan.source, plan.coverage)
             write_hashes(space.directory, hashes)
             lm_args = megatron.megatron_lm_args()

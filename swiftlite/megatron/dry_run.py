@@ -20,6 +20,7 @@ from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.megatron.origin import origin_root
 from swiftlite.megatron.plan import ConfigSource
 from swiftlite.megatron.side_files import read_config
+from swiftlite.megatron.vocabulary import grown
 from swiftlite.utils.dist import get_world_size
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import existing_parent, format_bytes, peak_memory_bytes, probe_disk
@@ -105,7 +106,7 @@ def print_training(
     freezes the others.
     """
     root = origin_root(origin)
-    config = read_config(root)
+    config = grown(read_config(root), args.new_tokens)
     shards = (
         list(find_iteration(Path(origin)).glob("*.distcp")) if args.mcore_model else list(root.glob("*.safetensors"))
     )

@@ -15,9 +15,9 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from swiftlite.llm.model.files import copy_side_files, main_dtype
+from swiftlite.llm.model.files import main_dtype
 from swiftlite.megatron.background import Write
-from swiftlite.megatron.origin import Origin, origin_root
+from swiftlite.megatron.origin import Origin, as_origin
 from swiftlite.megatron.plan import copy_job
 from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
 from swiftlite.utils.errors import MapError
@@ -78,7 +78,7 @@ class LiveMap:
         return entry, tuple(shard.global_offset[lead:])
 
 
-def load_weights(models: Sequence[torch.nn.Module], directory: str | Path, allow_overflow: bool = False) -> int:
+def load_weights(models: Sequence[torch.nn.Module], origin: str | Path | Origin, allow_overflow: bool = False) -> int:
     """Fill live models from a Hugging Face directory or a torch_dist checkpoint. Returns: bytes read by this rank.
 
     Collective. allow_overflow: only warn of finite values that the model's dtype makes infinite.
@@ -87,7 +87,7 @@ def load_weights(models: Sequence[torch.nn.Module], directory: str | Path, allow
     fp32, and let the optimizer reload its main parameters afterwards.
     Raises: CheckpointError, MapError, ShapeError before anything is changed if files and config do not match.
     """
-    origin = Origin(directory)
+    origin = as_origin(origin)
     live, read = LiveMap(origin.bound), 0
     overflowed: dict[str, torch.dtype] = {}
     with Files() as files, torch.no_grad():
@@ -123,13 +123,12 @@ def save_hf_weights(
 def prepare_hf_weights(
     models: Sequence[torch.nn.Module],
     output_dir: str | Path,
-    origin_dir: str | Path,
+    origin: str | Path | Origin,
     max_shard_bytes: int = 5 * 10**9,
     record: Callable[[Path], Any] | None = None,
 ) -> tuple[list[str], Write]:
     """Decide what goes where and which rank writes it; see save_hf_weights. record: writes args.json. Collective."""
-    output_dir, origin = Path(output_dir), Origin(origin_dir)
-    side_files = origin_root(origin_dir)
+    output_dir, origin = Path(output_dir), as_origin(origin)
     live = LiveMap(origin.bound)
     shards = [(shard, *live.entry(shard)) for shard in iter_shards(models)]
     held: dict[str, torch.dtype] = {}
@@ -148,7 +147,7 @@ def prepare_hf_weights(
     if main:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        copy_side_files(side_files, directory, {}, main_dtype((s.dtype, s.numel) for s in specs.values()))
+        origin.write_side_files(directory, main_dtype((s.dtype, s.numel) for s in specs.values()))
         if record is not None:
             record(directory)
         create_shards(directory, plan)

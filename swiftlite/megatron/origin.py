@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from swiftlite.llm.model.files import copy_side_files
+from swiftlite.llm.model.new_tokens import enter_tokens
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.megatron.plan import resolve_copy
 from swiftlite.megatron.side_files import read_config, read_manifest
+from swiftlite.megatron.vocabulary import GrownSource, NewTokens
 from swiftlite.weights.fp8 import open_source
-from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import TensorSource
 from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource, find_iteration
 
@@ -23,13 +27,14 @@ class Origin:
     another name -> the tensor they repeat. dtypes: as stored there.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        """Raises: CheckpointError, MapError, ShapeError if files and config.json do not match."""
+    def __init__(self, directory: str | Path, new_tokens: NewTokens | None = None) -> None:
+        """new_tokens: with the vocabulary rows that they need. Raises: CheckpointError, MapError, ShapeError if files and
+        config.json do not match."""
         directory = Path(directory)
+        self.root, self.new_tokens, config = origin_root(directory), new_tokens, read_config(origin_root(directory))
         self.source: TensorSource
         self.names: Sequence[str]
         if any(directory.glob("*.safetensors")):
-            config = read_config(directory)
             files = open_source(directory, config)
             self.bound = bind_map(config, files.tensors)
             self.bound.check({name: t.spec.shape for name, t in files.tensors.items()}, str(directory))
@@ -37,10 +42,17 @@ class Origin:
         else:
             iteration = find_iteration(directory)
             dist = TorchDistSource(iteration)
-            self.bound = bind_map(read_config(iteration.parent), dist.tensors)
+            self.bound = bind_map(config, dist.tensors)
             self.source = HfNames(McoreView.open(dist, self.bound))
             manifest = (read_manifest(iteration.parent) or {}).get("tensors", {})
             stored = {name: getattr(torch, tensor["dtype"]) for name, tensor in manifest.items()}
+        self.changes: dict[str, Any] = {}
+        if new_tokens is not None and new_tokens.rows > config["vocab_size"]:
+            self._scratch = tempfile.TemporaryDirectory()
+            names = [*self.bound.by_hf, *(d.name for d in self.bound.duplicates if d.name in stored)]
+            self.source = GrownSource(self.source, names, new_tokens.rows, Path(self._scratch.name))
+            self.changes = {"vocab_size": new_tokens.rows}
+            self.bound = bind_map({**config, **self.changes}, names)
         self.copies = {d.name: resolve_copy(d, self.bound) for d in self.bound.duplicates if d.name in stored}
         self.names = [n for n in stored if n in self.bound.by_hf or n in self.copies]
         if not set(self.names) >= set(self.bound.by_hf):
@@ -49,9 +61,19 @@ class Origin:
 
     def value_dtype(self, name: str) -> torch.dtype:
         """dtype in which a tensor is read from this checkpoint."""
-        if isinstance(self.source, SafetensorsSource):
-            return self.source.value_dtype(name)
+        if hasattr(self.source, "value_dtype"):
+            return self.source.value_dtype(name)  # type: ignore[no-any-return]
         return self.source.spec(name).dtype
+
+    def write_side_files(self, target: Path, dtype: torch.dtype | None = None) -> None:
+        """config.json, tokenizer and what else lies beside the weights, with the new tokens. dtype: of the weights."""
+        copy_side_files(self.root, target, self.changes, dtype)
+        if self.new_tokens is not None:
+            enter_tokens(target, self.new_tokens.ids)
+
+
+def as_origin(origin: str | Path | Origin) -> Origin:
+    return origin if isinstance(origin, Origin) else Origin(origin)
 
 
 def origin_root(directory: str | Path) -> Path:

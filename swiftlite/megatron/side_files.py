@@ -10,7 +10,6 @@ from typing import Any
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.io import write_json
 from swiftlite.weights.rule import Coverage
-from swiftlite.weights.safetensors import SafetensorsSource
 
 MANIFEST = "manifest.json"
 HASHES = "hashes.json"
@@ -37,7 +36,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def write_manifest(directory: Path, source: SafetensorsSource, coverage: Coverage) -> None:
+def write_manifest(directory: Path, source: Any, coverage: Coverage) -> None:
     """Record names, order, dtypes, shapes and files of the source, so that the way back restores them."""
     tensors = {}
     for name, located in source.tensors.items():

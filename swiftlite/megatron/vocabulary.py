@@ -1,58 +1,64 @@
-"""`export --new_special_tokens`: a checkpoint seen with more vocabulary rows, the new ones being the mean of the old."""
+"""`--new_special_tokens`: a checkpoint seen with more vocabulary rows, the new ones being the mean of the old."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from swiftlite.llm.model.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.weights.fp8 import open_source
-from swiftlite.weights.safetensors import Located, SafetensorsSource
+from swiftlite.weights.safetensors import Located
 from swiftlite.weights.storage import Extent, Files, TensorSpec, byte_view, read_tensor
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS = 4096  # read at once while the mean is taken
 
 
-class GrownSource(SafetensorsSource):
-    """A model directory whose embedding and head have `rows` rows; MTP copies of them grow alike."""
+class GrownSource:
+    """A checkpoint under Hugging Face names whose embedding and head have `rows` rows; MTP copies of them grow alike."""
 
-    def __init__(self, directory: Path, rows: int, scratch: Path) -> None:
-        """scratch: folder for the mean rows, a few kB a tensor; must live as long as this object is read."""
-        super().__init__(directory)
+    def __init__(self, base: Any, names: Iterable[str], rows: int, scratch: Path) -> None:
+        """base: TensorSource. names: its tensors. scratch: folder for the mean rows, a few kB a tensor; must live as long
+        as this object is read."""
+        self.base, self.rows = base, rows
         self._means: dict[str, tuple[int, Extent]] = {}
-        old = self.tensors[VOCABULARY[0]].spec.shape[0]
-        grown = [n for n in self.tensors if n in VOCABULARY or n.endswith((".embed_tokens.weight", ".head.weight"))]
+        grown = [n for n in names if n in VOCABULARY or n.endswith((".embed_tokens.weight", ".head.weight"))]
         with Files() as files:
             for name in grown:
-                located = self.tensors[name]
                 path = scratch / f"{len(self._means)}.row"
                 path.write_bytes(byte_view(self._mean(name, files)))
-                self._means[name] = (located.spec.nbytes, Extent(path, 0, path.stat().st_size))
-                spec = TensorSpec(located.spec.dtype, (rows, *located.spec.shape[1:]))
-                self.tensors[name] = Located(spec, located.file, located.offset)
-        assert rows > old
+                self._means[name] = (base.spec(name).nbytes, Extent(path, 0, path.stat().st_size))
+        if hasattr(base, "tensors"):  # of a model directory
+            located = {name: base.tensors[name] for name in self._means}
+            self.tensors = {**base.tensors, **{n: Located(self.spec(n), t.file, t.offset) for n, t in located.items()}}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def spec(self, name: str) -> TensorSpec:
+        spec: TensorSpec = self.base.spec(name)
+        return TensorSpec(spec.dtype, (self.rows, *spec.shape[1:])) if name in self._means else spec
 
     def _mean(self, name: str, files: Files) -> torch.Tensor:
-        spec = self.tensors[name].spec
+        spec = self.base.spec(name)
         total = torch.zeros(spec.shape[1], dtype=torch.float64)
         for start in range(0, spec.shape[0], ROWS):
-            block = read_tensor(self, name, files, rows=(start, min(start + ROWS, spec.shape[0])))
+            block = read_tensor(self.base, name, files, rows=(start, min(start + ROWS, spec.shape[0])))
             total += block.double().sum(0)
         return (total / spec.shape[0]).to(spec.dtype)
 
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         if name not in self._means:
-            yield from super().extents(name, start, stop)
+            yield from self.base.extents(name, start, stop)
             return
         stored, row = self._means[name]
         if start < stored:
-            yield from super().extents(name, start, min(stop, stored))
+            yield from self.base.extents(name, start, min(stop, stored))
         position = max(start, stored)
         while position < stop:
             inside = (position - stored) % row.size
@@ -63,21 +69,28 @@ class GrownSource(SafetensorsSource):
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The tokenizer with the new tokens, and the source and config that have room for them."""
+    """What --new_special_tokens come to: the id of each token, and the rows that the vocabulary has with them."""
 
-    tokenizer: Any
-    source: SafetensorsSource
-    config: dict[str, Any]
+    ids: Mapping[str, int]
+    rows: int
 
 
-def add_tokens(args: Any, model_dir: Path, config: Mapping[str, Any], scratch: Path) -> NewTokens | None:
-    """Carry out --new_special_tokens; None if there are none. Rows are added only where the vocabulary has no room."""
-    from swiftlite.llm.model.loader import load_tokenizer, read_special_tokens, resized_vocab_size
+def grown(config: Mapping[str, Any], new_tokens: NewTokens | None) -> dict[str, Any]:
+    """config.json of the model with the rows that new tokens need."""
+    return {**config, "vocab_size": new_tokens.rows} if new_tokens is not None else dict(config)
+
+
+def plan_tokens(args: Any, config: Mapping[str, Any]) -> NewTokens | None:
+    """Hold --new_special_tokens against the model's tokenizer; None if there are none.
+
+    Rows are added only where the vocabulary has no room. Raises: UsageError for FP8 weights that would have to grow.
+    """
+    from swiftlite.llm.model.loader import load_tokenizer
 
     tokens = read_special_tokens(args.new_special_tokens)
     if not tokens:
         return None
-    tokenizer = load_tokenizer(str(model_dir), trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(str(args.model_info.model_dir), trust_remote_code=args.trust_remote_code)
     added = tokenizer.add_tokens(tokens, special_tokens=True)
     old, new = config["vocab_size"], resized_vocab_size(config["vocab_size"], len(tokenizer))
     get_logger().info(
@@ -87,5 +100,4 @@ def add_tokens(args: Any, model_dir: Path, config: Mapping[str, Any], scratch: P
         raise UsageError(
             "--new_special_tokens: not with FP8 weights; convert without it, then add tokens to the result"
         )
-    source = GrownSource(model_dir, new, scratch) if new > old else open_source(model_dir, config)
-    return NewTokens(tokenizer, source, {**config, "vocab_size": new})
+    return NewTokens({token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}, new)

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from swiftlite.utils.errors import ConfigError, MapError, ShapeError
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
 from swiftlite.weights.shape import ModelShape
-from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, read_tensor
+from swiftlite.weights.storage import Extent, TensorSpec
 from swiftlite.weights.torch_dist import TorchDistSource, candidates
 
 PEFT_PREFIX = "base_model.model."
@@ -35,12 +34,24 @@ ALL_LINEAR = (
 )  # fmt: skip
 # Keys of adapter_config.json that make it something else.
 NOT_PLAIN = (
-    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "bias", "lora_bias", "modules_to_save", "layer_replication",
-    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
-    "monteclora_config",
+    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
+# init_lora_weights that leave the base weights as they are.
+PLAIN_BEGINNINGS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal")
 EXPERT = re.compile(r"\.experts\.\d+\.(\w+)$")
 FOREIGN = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+
+
+def check_beginning(config: Mapping[str, Any], where: object) -> None:
+    """Raises: ConfigError for an adapter whose training began by changing the base weights: PiSSA, OLoRA and their like."""
+    kind = config.get("init_lora_weights")
+    if (kind.lower() if isinstance(kind, str) else kind) not in PLAIN_BEGINNINGS:
+        raise ConfigError(
+            f"{where}: init_lora_weights {kind!r} changed the base weights as training began, so the adapter does not fit "
+            "the base model; save it with peft's save_pretrained(path_initial_model_for_weight_conversion=...), which "
+            "makes it plain LoRA"
+        )
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LoraConfig:
         """Raises: ConfigError for kinds of adapters that are not plain LoRA."""
+        check_beginning(config, "adapter_config.json")
         for key in NOT_PLAIN:
             if config.get(key) not in (None, False, "none", [], {}):
                 raise ConfigError(f"adapter_config.json: {key} {config[key]!r} is not supported, only plain LoRA is")
@@ -188,42 +200,6 @@ def _pattern(module: str, exact: bool) -> str:
         return re.escape(module) if exact else module.rpartition(".")[2]
     before = re.escape(module[: expert.start() + 1]) if exact else ""
     return rf"{before}experts\.(\d+\.)?{expert[1]}"
-
-
-class Merged:
-    """A base checkpoint with an adapter added: W + scale B A, in fp32, row block by row block; a TensorSource.
-
-    Wraps any source of base weights under Hugging Face names; `decode` does the work while weights are read.
-    """
-
-    def __init__(self, base: Any, adapter: TensorSource, names: Mapping[str, str], config: LoraConfig) -> None:
-        """names: adapter name -> name in `adapter`."""
-        self.base, self.adapter, self.names, self.config = base, adapter, names, config
-        self._pair = lru_cache(maxsize=8)(self._read_pair)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.base, name)
-
-    def spec(self, name: str) -> TensorSpec:
-        return self.base.spec(name)  # type: ignore[no-any-return]
-
-    def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
-        return self.base.extents(name, start, stop)  # type: ignore[no-any-return]
-
-    def _read_pair(self, module: str) -> tuple[Tensor, Tensor]:
-        with Files() as files:
-            a, b = (read_tensor(self.adapter, self.names[module + suffix], files).float() for suffix in (A, B))
-        return a, b * self.config.scale(module, a.shape[0])
-
-    def decode(self, name: str, row: int, column: int, raw: Tensor) -> Tensor:
-        decode = getattr(self.base, "decode", None)
-        values: Tensor = raw if decode is None else decode(name, row, column, raw)
-        module = name.removesuffix(".weight")
-        if module + A not in self.names:
-            return values
-        a, b = self._pair(module)
-        rows, columns = slice(row, row + raw.shape[0]), slice(column, column + raw.shape[1])
-        return torch.addmm(values.float(), b[rows], a[:, columns])
 
 
 class ForeignAdapter:

@@ -71,6 +71,8 @@ def decoder(source: Any) -> Decode | None:
 
     def values(name: str, first: int, raw: torch.Tensor) -> torch.Tensor:
         shape = source.spec(name).shape
+        if len(shape) == 1:
+            return decode(name, 0, first, raw.reshape(1, -1)).reshape(-1)  # type: ignore[no-any-return]
         if len(shape) != 2:
             return raw
         row, column = divmod(first, shape[1])

@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from swiftlite.llm.model.corrections import correct
 from swiftlite.llm.model.info import config_dtype
+from swiftlite.llm.model.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.llm.model.register import get_model_info_meta
 from swiftlite.meta.model import ModelInfo, ModelMeta
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError
@@ -20,8 +20,6 @@ from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
 
-# Embedding rows after a resize are a multiple of this, so that tensor parallelism can divide them.
-VOCAB_MULTIPLE = 128
 ATTENTION = {
     "eager": "eager",
     "sdpa": "sdpa",
@@ -41,48 +39,36 @@ def resolve_function(path: str) -> Any:
         raise ConfigError(f"{path} cannot be imported ({error}); write it as package.module:function") from error
 
 
-def read_special_tokens(items: Sequence[str] | None) -> list[str]:
-    """The tokens that `--new_special_tokens` names; an item ending in `.txt` is a file of them, split at whitespace."""
-    tokens: list[str] = []
-    for item in items or ():
-        path = Path(item).expanduser()
-        if not item.endswith(".txt"):
-            tokens.append(item)
-        elif path.is_file():
-            tokens += path.read_text(encoding="utf-8").split()
-        else:
-            raise UsageError(f"--new_special_tokens {item}: no such file; give a file of tokens, or tokens")
-    return list(dict.fromkeys(tokens))
-
-
-def resized_vocab_size(vocab_size: int, num_tokens: int) -> int:
-    """Embedding rows needed for `num_tokens`: unchanged where they fit, else the next multiple of VOCAB_MULTIPLE."""
-    return vocab_size if num_tokens <= vocab_size else -(-num_tokens // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def add_special_tokens(tokenizer: Any, model: Any | None, tokens: Sequence[str]) -> int:
+def add_special_tokens(tokenizer: Any, model: Any | None, tokens: Sequence[str]) -> list[int]:
     """Add `tokens` to the tokenizer and, where the model has no room for them, rows to its embedding and output.
 
-    New rows are the mean of the old ones, so that an untrained token is neither favoured nor impossible.
-    Returns: how many tokens were new.
+    Returns: the ids of those that were new.
     """
-    added = int(tokenizer.add_tokens(list(tokens), special_tokens=True))
-    if not added or model is None:
-        return added
+    known = set(tokenizer.get_vocab())
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    added = [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens if token not in known]
+    if added and model is not None:
+        grow_vocabulary(model, resized_vocab_size(int(model.config.vocab_size), len(tokenizer)))
+    return added
+
+
+def grow_vocabulary(model: Any, rows: int) -> None:
+    """Give embedding and output layer `rows` rows, if they have fewer.
+
+    New rows are the mean of the old ones, so that an untrained token is neither favoured nor impossible.
+    """
     old = int(model.config.vocab_size)
-    new = resized_vocab_size(old, len(tokenizer))
-    if new == old:
-        return added
+    if rows <= old:
+        return
     import torch
 
-    logger.info("vocabulary grows from %d to %d rows for %d new tokens", old, new, added)
-    model.resize_token_embeddings(new, mean_resizing=False)
+    logger.info("vocabulary grows from %d to %d rows", old, rows)
+    model.resize_token_embeddings(rows, mean_resizing=False)
     matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
     with torch.no_grad():
         for weight in matrices.values():
             weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
-    model.config.vocab_size = new
-    return added
+    model.config.vocab_size = rows
 
 
 def repair_pad_eos(tokenizer: Any, model: Any | None = None) -> None:
@@ -145,10 +131,11 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | No
         raise CheckpointError(f"the model in {model_dir} could not be loaded: {_one_line(error)}") from error
     others = Others.of(model_info.config or {})
     unexpected = [name for name in loading["unexpected_keys"] if not others.has(name)]
-    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+    for found in sorted(loading["mismatched_keys"]):  # transformers 4 tells names only
+        name, *shapes = [found] if isinstance(found, str) else found
+        seen = ": {} and {}".format(*map(list, shapes)) if shapes else ""
         raise CheckpointError(
-            f"{model_dir}: {name} has shape {list(stored)}, config.json makes it {list(wanted)}; the two files do not "
-            "belong together"
+            f"{model_dir}: file and config.json give {name} different shapes{seen}; the two do not belong together"
         )
     check_names(loading["missing_keys"], unexpected, model_dir)
     keep_declared_frozen(model)
@@ -271,10 +258,10 @@ def get_model_tokenizer(
     if model is not None:
         _check_cast(model, model_info, allow_overflow)
     tokens = read_special_tokens(new_special_tokens)
-    if tokens:
-        add_special_tokens(tokenizer, model, tokens)
+    added = add_special_tokens(tokenizer, model, tokens) if tokens else []
     for loaded in (model, tokenizer):
         if loaded is not None:
+            loaded.new_token_ids = added
             loaded.model_info, loaded.model_meta = model_info, model_meta
     if model is not None:
         model.model_dir = model_info.model_dir
@@ -291,6 +278,7 @@ def get_model_processor(model_id_or_path: str, *args: Any, **kwargs: Any) -> tup
 __all__ = [
     "ModelMeta",
     "add_special_tokens",
+    "grow_vocabulary",
     "get_model_processor",
     "get_model_tokenizer",
     "get_model_tokenizer_from_local",

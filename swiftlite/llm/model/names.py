@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import fnmatch
+import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +37,15 @@ def checkpoint_tensors(model: Any) -> dict[str, Stored]:
     Raises: ConfigError for a model whose parameters are no rows of the checkpoint's tensors.
     """
     live: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4: the names are the checkpoint's
+    if not _joins():
         return {name: Stored(tensor, tensor.data) for name, tensor in live.items()}
+    from transformers.core_model_loading import revert_weight_conversion
+
     # The library's own way back, done with row numbers in place of rows, says where each tensor comes from.
     starts, owners, numbers, total = [], [], {}, 0
     for name, tensor in live.items():
         lead = tensor.shape[:-1]
-        rows = torch.arange(total, total + lead.numel())
+        rows = torch.arange(total, total + lead.numel(), device="cpu")  # also where a model is built on meta
         numbers[name] = rows.view(*lead, 1) if tensor.dim() else rows.view(())
         starts.append(total)
         owners.append(tensor)
@@ -55,7 +56,7 @@ def checkpoint_tensors(model: Any) -> dict[str, Stored]:
         index = bisect.bisect_right(starts, first) - 1
         owner = owners[index]
         first -= starts[index]
-        ordered = torch.equal(rows.flatten(), torch.arange(count) + first + starts[index])
+        ordered = torch.equal(rows.flatten(), torch.arange(count, device="cpu") + first + starts[index])
         if not ordered or rows.shape[-1:] not in ((1,), ()) or first + count > owner.shape[:-1].numel():
             raise ConfigError(f"{type(model).__name__}: how {name} lies in the loaded model is not known")
         whole = owner.data.reshape(-1, owner.shape[-1]) if owner.dim() else owner.data.view(1, 1)
@@ -158,10 +159,20 @@ def _is_alias(stored: Stored, held: set[int]) -> bool:
 
 
 def keep_declared_frozen(model: Any) -> None:
-    """Let parameters that the model's class declares without gradient have none: transformers 5 forgets it on loading."""
+    """Let parameters that the model's class declares without gradient have none: transformers 5 forgets it on loading.
+
+    That release has built the class on the meta device before, as is done here.
+    """
+    if not _joins():
+        return
     with torch.device("meta"):
         declared = type(model)(model.config)
     frozen = {name for name, parameter in declared.named_parameters() if not parameter.requires_grad}
     for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
+
+
+def _joins() -> bool:
+    """Does this release of transformers join and rename a checkpoint's tensors?"""
+    return importlib.util.find_spec("transformers.core_model_loading") is not None

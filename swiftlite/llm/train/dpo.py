@@ -122,7 +122,7 @@ def reference_model(args: Any, model: Any) -> Any | None:
         reference, _ = get_model_tokenizer(
             args.ref_model, args.model_info.torch_dtype, args.device_map, use_hf=args.use_hf, need_template=False,
             attn_impl=args.hf_attn_implementation, trust_remote_code=args.trust_remote_code, hub_token=args.hub_token,
-            ignore_requirements=args.ignore_requirements,
+            ignore_requirements=args.ignore_requirements, new_special_tokens=args.new_special_tokens,
         )  # fmt: skip
         assert reference is not None
         sizes = [m.get_input_embeddings().weight.shape[0] for m in (reference, model)]

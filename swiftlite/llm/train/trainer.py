@@ -30,6 +30,7 @@ from swiftlite.llm.dataset.order import (
 )
 from swiftlite.llm.model.files import CONFIG, copy_side_files
 from swiftlite.llm.model.names import Others, check_names, load_tensors
+from swiftlite.llm.model.new_tokens import copy_tokenizer, enter_tokens
 from swiftlite.llm.pipeline import load_model, prepare_template, resolve
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.llm.train import run_directory, tuner
@@ -267,8 +268,13 @@ class HfTrainer(transformers.Trainer):
         directory, model = Path(output_dir), self.model
         directory.mkdir(parents=True, exist_ok=True)
         chat, base = self.setting.chat, Path(self.setting.args.model_info.model_dir)
+        tokens = self.setting.args.new_special_tokens
+        new_tokens = {token: int(self.setting.tokenizer.convert_tokens_to_ids(token)) for token in tokens}
         if self.setting.args.train_type == "lora":
-            model.save_pretrained(directory)  # type: ignore[operator]
+            # peft would write the whole embedding of a vocabulary that has grown.
+            model.save_pretrained(directory, save_embedding_layers=False)  # type: ignore[operator]
+            if new_tokens:
+                copy_tokenizer(base, directory, new_tokens)
             if chat is not None:
                 chat.write(directory, base)
             return
@@ -286,10 +292,10 @@ class HfTrainer(transformers.Trainer):
         source, rows = Path(info.model_dir), model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         grown = read_json(source / CONFIG).get("vocab_size") not in (None, rows)
         copy_side_files(source, directory, {"vocab_size": rows} if grown else {}, self.setting.dtype)
-        if grown:
-            self.setting.tokenizer.save_pretrained(directory)
         if chat is not None:
             chat.write(directory, base)
+        if new_tokens:
+            enter_tokens(directory, new_tokens)
         if held and not self.args.save_only_model:
             from safetensors.torch import save_file
 

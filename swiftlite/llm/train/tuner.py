@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from swiftlite.llm.model.names import Stored, checkpoint_tensors
 from swiftlite.llm.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, UsageError
+from swiftlite.utils.io import read_json
 from swiftlite.utils.logger import get_logger
-from swiftlite.weights.lora import ALL_LINEAR, PEFT_PREFIX, initial_a
+from swiftlite.weights.lora import ALL_LINEAR, PEFT_PREFIX, check_beginning, initial_a
 
 logger = get_logger()
 
@@ -210,6 +211,12 @@ def lora_model(model: Any, args: Any) -> Any:
     split_experts(model)
     linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     targets = lora_targets(linear, args)
+    tied = model.get_output_embeddings() is not None and (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )
+    new_rows = getattr(model, "new_token_ids", None)
+    kept = [name for name in ("embed_tokens", *(() if tied else ("lm_head",))) if name not in args.modules_to_save]
+    together = tied and {"embed_tokens", "lm_head"} & set(args.modules_to_save)
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
@@ -218,6 +225,8 @@ def lora_model(model: Any, args: Any) -> Any:
         use_rslora=args.use_rslora,
         target_modules=sorted(targets) if isinstance(targets, set) else targets,
         modules_to_save=args.modules_to_save or None,
+        trainable_token_indices={name: new_rows for name in kept} if new_rows and kept and not together else None,
+        ensure_weight_tying=bool(together),
         task_type="CAUSAL_LM",
     )
     adapted = _with_lora(model, config)
@@ -235,14 +244,15 @@ def attach_adapter(model: Any, directory: Path, trainable: bool = False) -> Any:
     peft itself loses the shared experts' adapters of such models under transformers 5.
     Raises: CheckpointError naming what is amiss.
     """
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
     if not (directory / "adapter_config.json").is_file():
         raise CheckpointError(f"{directory}: holds no adapter_config.json; name the directory of a LoRA adapter")
+    stated = read_json(directory / "adapter_config.json")
+    check_beginning(stated, directory / "adapter_config.json")
     config = LoraConfig.from_pretrained(str(directory))
-    if getattr(config, "target_parameters", None):
-        return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
-    split_experts(model)
+    if not config.target_parameters:
+        split_experts(model)
     config.inference_mode = not trainable
     adapted = _with_lora(model, config)
     load_adapter(adapted, directory)
@@ -253,7 +263,7 @@ def _with_lora(model: Any, config: Any) -> Any:
     from peft import get_peft_model
 
     try:
-        with _no_conversion(model):
+        with nullcontext() if config.target_parameters else _no_conversion(model):
             return get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"LoRA cannot be added: {' '.join(str(error).split())[:200]}") from None
@@ -278,12 +288,12 @@ def load_adapter(model: Any, directory: Path) -> None:
     path = directory / "adapter_model.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{directory}: holds no adapter_model.safetensors")
-    with _no_conversion(model):
+    with nullcontext() if model.peft_config["default"].target_parameters else _no_conversion(model):
         try:
             result: Any = set_peft_model_state_dict(model, load_file(path))
         except RuntimeError as error:  # shapes
             raise CheckpointError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
-    missing = [name for name in result.missing_keys if ".lora_" in name]
+    missing = [n for n in result.missing_keys if re.search(r"\.(lora_|modules_to_save\.|token_adapter\.trainable_)", n)]
     if missing or result.unexpected_keys:
         raise CheckpointError(f"{path}: {(missing or result.unexpected_keys)[0]} is missing in the one or the other")
 

@@ -22,7 +22,6 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
-from swiftlite.llm.model.files import copy_side_files
 from swiftlite.llm.template.trained import Chat
 from swiftlite.llm.train.checkpoints import Record, Start
 from swiftlite.llm.train.flops import ModelFlops, attention_pairs, flops_of
@@ -41,7 +40,7 @@ from swiftlite.megatron.hf_io import load_weights, prepare_hf_weights
 from swiftlite.megatron.model.blocks.router import set_router_losses
 from swiftlite.megatron.model.config import torch_dtype, virtual_stages
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.megatron.origin import Origin, origin_root
+from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.side_files import MANIFEST, MEGATRON_LM_ARGS, read_manifest, write_manifest
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
@@ -51,7 +50,6 @@ from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes, write_json, write_text_atomic
 from swiftlite.utils.logger import get_logger, log_next
-from swiftlite.weights.safetensors import SafetensorsSource
 
 logger = get_logger()
 
@@ -161,17 +159,22 @@ class Trainer:
 
     def setup(self, start: Start | None) -> None:
         """Build model, optimizer and schedule, load the weights or the checkpoint to go on from. Collective."""
-        self.origin = Origin(self.origin_dir)
+        self.origin = Origin(self.origin_dir, self.args.new_tokens)
         models = build_models(self.args, variable_seq_lengths=self.variable_lengths)
         if self.args.train_type == "lora":
             self.lora = prepare_lora(models, self.origin.bound, self.args)
+            if self.origin.changes:
+                logger.warning(
+                    "LoRA on Megatron does not train the rows of new tokens: they stay the mean of the others. Train with "
+                    "--train_type full, or adapters with `swiftlite sft`"
+                )
         else:
             self.trained = freeze_parameters(models, self.origin.bound, self.args)
         self.router_losses = set_router_losses(models, self.args)
         self.models = wrap_models(models, self.args)
         self.config: Any = get_model_config(self.models[0])
         if start is None or self.lora:
-            read = load_weights(self.models, self.origin_dir, self.args.allow_overflow)
+            read = load_weights(self.models, self.origin, self.args.allow_overflow)
             logger.info("loaded %s from %s on this rank", format_bytes(read), self.origin_dir)
         self.optimizer = build_optimizer(self.models, self.args)
         self.optimizer.reload_model_params()
@@ -197,11 +200,11 @@ class Trainer:
         """Config, tokenizer, manifest and arguments beside the checkpoints, before the first one. Rank 0 only."""
         self.root.mkdir(parents=True, exist_ok=True)
         self.args.save(self.root)  # first: it says whose directory this is, to the same command after a failed start
-        copy_side_files(origin_root(self.origin_dir), self.root, {}, None if self.lora else torch_dtype(self.args))
-        manifest = read_manifest(origin_root(self.origin_dir))
+        self.origin.write_side_files(self.root, None if self.lora else torch_dtype(self.args))
+        manifest = read_manifest(self.origin.root)
         if manifest is not None:
             write_json(self.root / MANIFEST, manifest)
-        elif isinstance(self.origin.source, SafetensorsSource):
+        elif hasattr(self.origin.source, "tensors"):  # of a model directory
             shapes = {name: tensor.spec.shape for name, tensor in self.origin.source.tensors.items()}
             coverage = self.origin.bound.check(shapes, str(self.origin_dir))
             write_manifest(self.root, self.origin.source, coverage)
@@ -438,7 +441,7 @@ class Trainer:
         written, writes = [path], [write]
         if self.args.save_safetensors and not lora:
             hf_dir = self.root / f"{path.name}{HF_SUFFIX}"
-            writes.append(prepare_hf_weights(self.models, hf_dir, self.origin_dir, record=self._record)[1])
+            writes.append(prepare_hf_weights(self.models, hf_dir, self.origin, record=self._record)[1])
             written.append(hf_dir)
         saved = partial(self._saved, written, self.position.iteration, self.evaluation)
         if self.args.async_save:
@@ -451,7 +454,7 @@ class Trainer:
     def _write_adapter(self, directory: Path) -> None:
         """The adapter in PEFT's format beside a checkpoint that is being written, and what it was trained with."""
         assert self.lora is not None
-        write_peft(directory, self.lora.peft_config, directory)
+        write_peft(directory, self.lora.peft_config, directory, self.origin)
         self.args.save(directory)
 
     def _saved(self, written: list[Path], iteration: int, evaluation: dict[str, float]) -> None:
@@ -459,12 +462,13 @@ class Trainer:
         if self.lora and self.args.merge_lora:
             hf_dir = self.root / f"{written[0].name}{HF_SUFFIX}"
             with tempfile.TemporaryDirectory() as scratch:
-                adapter = open_adapter(written[0], self.origin.bound, Path(scratch))
+                adapter = open_adapter(written[0], self.origin.bound, Path(scratch), plain=False)
                 merge_to_hf(
                     self.origin_dir,
                     adapter,
                     hf_dir,
                     torch_dtype(self.args),
+                    self.args.new_tokens,
                     record=self._record,
                     exist_ok=True,
                     allow_overflow=self.args.allow_overflow,

@@ -28,13 +28,14 @@ from swiftlite.megatron.argument.rlhf import MegatronDpoArguments
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.megatron.origin import origin_root
+from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.side_files import read_config
 from swiftlite.megatron.trainers.base import Trainer, in_precision
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import LossResult, reduce_over_ranks, token_losses
 from swiftlite.megatron.trainers.sft import run
 from swiftlite.megatron.tuners.lora import adapters_disabled
+from swiftlite.megatron.vocabulary import grown
 from swiftlite.utils.directories import Directory
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
@@ -117,7 +118,8 @@ class DpoTrainer(Trainer):
         if self.reference_args is not None:
             models = build_models(self.reference_args, variable_seq_lengths=self.variable_lengths)
             self.reference = [in_precision(model).requires_grad_(False).eval() for model in models]
-            load_weights(self.reference, self.reference_dir, self.args.allow_overflow)
+            reference = Origin(self.reference_dir, self.args.new_tokens)
+            load_weights(self.reference, reference, self.args.allow_overflow)
         logger.info("the reference is %s", self.reference_dir)
         if self.args.precompute_ref_log_probs:
             self.precompute(self.train_loader)
@@ -226,7 +228,9 @@ def reference_of(args: Any, origin: Path) -> tuple[Path, Any]:
             ignore_requirements=args.ignore_requirements,
         )  # fmt: skip
         directory = Path(info.model_dir)
-    config = convert_hf_config(read_config(origin_root(directory)))
+    stated, model = read_config(origin_root(directory)), read_config(origin_root(origin))
+    same = stated["vocab_size"] == model["vocab_size"]
+    config = convert_hf_config(grown(stated, args.new_tokens if same else None))
     if config["padded_vocab_size"] != args.padded_vocab_size:
         raise UsageError(
             f"--ref_model {args.ref_model}: has {config['padded_vocab_size']} rows in its vocabulary, the model has "

@@ -30,6 +30,7 @@ from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import language_model_loss, token_losses
 from swiftlite.megatron.tuners.freeze import plan_freeze
 from swiftlite.megatron.tuners.lora import plan_lora
+from swiftlite.megatron.vocabulary import grown, plan_tokens
 from swiftlite.utils.dist import get_rank
 from swiftlite.utils.logger import get_logger
 
@@ -63,7 +64,9 @@ def settle(args: Any) -> str:
     if not hasattr(args, "model_info"):
         resolve(args)
     origin = os.path.expanduser(args.mcore_model) if args.mcore_model else args.model_info.model_dir
-    args.apply_model_config(convert_hf_config(read_config(origin_root(origin))))
+    config = read_config(origin_root(origin))
+    args.new_tokens = plan_tokens(args, config)
+    args.apply_model_config(convert_hf_config(grown(config, args.new_tokens)))
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         if args.num_experts or args.multi_latent_attention:
             logger.info("--sequence_parallel true: tensor-parallel training of this model needs it")
