@@ -87,7 +87,7 @@ def _create_exclusively(path: Path, output: Path) -> None:
         except FileExistsError:
             stale = _holder(path)
             if not _is_stale(stale):
-                raise _refusal(path, output, " (or remove that file if no such process is at work)") from None
+                raise _refusal(path, output, f" (or remove {path} if no such process is at work)") from None
             get_logger().warning("%s: the process that made it is gone; taking over", path)
             aside = path.with_name(f"{path.name}.{os.getpid()}")
             try:
@@ -109,7 +109,7 @@ def _create_exclusively(path: Path, output: Path) -> None:
 def _refusal(path: Path, output: Path, more: str = "") -> UsageError:
     holder = _holder(path)
     who = (
-        f" (process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}; lock file {path})"
+        f" (process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')})"
         if holder
         else f" (lock file {path})"
     )
