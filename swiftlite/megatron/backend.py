@@ -456,7 +456,31 @@ def _plain_q_projection() -> None:
     resolver._mla_fused_linear_or_default = linear
 
 
+def _cross_entropy_in_place() -> None:
+    kernels = importlib.import_module("transformer_engine.pytorch.cross_entropy")
+    language: Any = importlib.import_module("megatron.core.models.common.language_module.language_module")
+    if "overwrite_input" not in inspect.signature(kernels.parallel_cross_entropy).parameters:
+        return
+    original = language.te_parallel_cross_entropy
+
+    def cross_entropy(logits: Tensor, labels: Tensor, group: Any, *args: Any) -> Any:
+        if not (logits.requires_grad and logits.is_contiguous()):
+            return original(logits, labels, group, *args)
+        return kernels.parallel_cross_entropy(logits, labels, dist_process_group=group, overwrite_input=True)
+
+    language.te_parallel_cross_entropy = cross_entropy
+
+
 SHIMS = (
+    Shim(
+        "cross_entropy_in_place",
+        "0.16-0.19",
+        "te",
+        "Transformer Engine's cross entropy keeps a copy of the logits, the largest tensor of a step, unless it is told "
+        "that it may write their gradient over them; nobody reads them afterwards",
+        "megatron-core passes overwrite_input",
+        _cross_entropy_in_place,
+    ),
     Shim(
         "plain_q_projection",
         "0.19",
@@ -648,6 +672,12 @@ ADJUSTMENTS = (
     Adjustment("gradient_accumulation_fusion", False, "no_wgrad_kernel", "needs Apex's weight gradient kernel"),
 )
 
+# What a config holds with Transformer Engine where the arguments leave it open: the same numbers, sooner.
+TE_DEFAULTS = {
+    "moe_permute_fusion": True,
+    "batch_p2p_sync": False,  # a way around a fault of old releases of torch
+}
+
 
 def adjust_config(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Adjustment]]:
     """Return `fields` as this machine can run them, and the adjustments that changed something."""
@@ -664,6 +694,11 @@ def adjust_config(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Adjus
             changes.append(adjustment)
         if situation[adjustment.when]:
             adjusted[adjustment.field] = adjustment.value
+    if not situation["local"]:
+        if "cross_entropy_loss_fusion" not in adjusted:
+            adjusted |= {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
+        for name, value in TE_DEFAULTS.items():
+            adjusted.setdefault(name, value)
     keeps_scores = not situation["local"] and getattr(adjusted.get("attention_backend"), "name", "") == "unfused"
     if "core_attn" in (adjusted.get("recompute_modules") or ()) and not keeps_scores:
         # Recomputing SDPA or Transformer Engine's fused attention costs time and saves nothing.
@@ -688,6 +723,25 @@ class RMSNorm(torch.nn.RMSNorm):
             )
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+class CompiledRMSNorm(RMSNorm):
+    """RMSNorm as one kernel forward and two backward, for narrow rows such as heads, of which there are many."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return _compiled(_rms_norm)(x, self.weight, self.eps)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled; torch's compiler takes a second to import."""
+    return torch.compile(function)
 
 
 class SdpaAttention(torch.nn.Module):
@@ -835,7 +889,7 @@ def block_spec(config: Any, vp_stage: int | None = None, replace: Mapping[Any, A
             for layer in spec.layer_specs:
                 # Transformer Engine's norm takes longer to start, twice a layer, than to compute on such narrow heads.
                 attention = layer.submodules.self_attention.submodules
-                attention.q_layernorm = attention.k_layernorm = RMSNorm
+                attention.q_layernorm = attention.k_layernorm = CompiledRMSNorm
         return substitute(spec, replace) if replace else spec
     spec = substitute(spec, {DotProductAttention: SdpaAttention, WrappedTorchNorm: RMSNorm, **(replace or {})})
     # With Apex installed the local functions pick its norm for the block; every norm here is RMSNorm.
@@ -860,6 +914,71 @@ def mtp_spec(config: Any, spec: Any, vp_stage: int | None = None) -> Any:
         return None
     mtp = get_gpt_mtp_block_spec(config, spec, use_te, vp_stage=vp_stage)
     return mtp if use_te or mtp is None else substitute(mtp, {WrappedTorchNorm: RMSNorm})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def accumulate_in_place(model: torch.nn.Module) -> None:
+    """Have linear layers add weight gradients to the fp32 buffers of DDP within their products. With Transformer Engine.
+
+    megatron-core does the same if the model is built so, but asks for Apex then, and a model without DDP cannot run.
+    """
+    if setup().spec != "te":
+        return
+    from megatron.core.tensor_parallel import layers
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=_add_product)
+    module: Any
+    for module in model.modules():
+        weights = [p for n, p in module.named_parameters(recurse=False) if n.startswith("weight")]
+        if not weights or not all(hasattr(p, "main_grad") and p.main_grad.dtype == torch.float32 for p in weights):
+            continue
+        if isinstance(module, TransformerEngineBaseModule) and hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+        elif hasattr(module, "accumulates"):  # GroupedLinear, whose kernel would round fp32
+            module.accumulates = weights[0].dtype != torch.float32
+        elif isinstance(module, layers.VocabParallelEmbedding) and not module.deterministic_mode:
+            layers.F = types.SimpleNamespace(embedding=_embedding)
+        elif isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
+            module.gradient_accumulation_fusion = True
+
+
+class _Embedding(torch.autograd.Function):
+    """A lookup whose gradient goes to the few rows that were read, in the weight's `main_grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        return torch.nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        from transformer_engine.pytorch.module.base import get_dummy_wgrad
+
+        ids, weight = ctx.saved_tensors
+        weight.main_grad.index_add_(0, ids.flatten(), gradient.flatten(0, -2).float())
+        weight.grad_added_to_main_grad = True
+        return None, get_dummy_wgrad(list(weight.shape), weight.dtype)
+
+
+def _embedding(ids: Tensor, weight: Any) -> Tensor:
+    """A tied weight gets a gradient from the output layer too, which is added as a whole."""
+    apart = hasattr(weight, "main_grad") and not getattr(weight, "zero_out_wgrad", False)
+    if apart and weight.requires_grad and torch.is_grad_enabled():
+        return _Embedding.apply(ids, weight)  # type: ignore[no-any-return]
+    return torch.nn.functional.embedding(ids, weight)
+
+
+def _add_product(inputs: Tensor, gradients: Tensor, total: Tensor) -> None:
+    """total [out, in] fp32 += gradients [T, out] transposed times inputs [T, in]."""
+    if inputs.dtype == torch.float32:
+        total.addmm_(gradients.t(), inputs)
+        return
+    torch.addmm(total, gradients.t(), inputs, out_dtype=torch.float32, out=total)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
         "qwen3", 2, ["--pipeline_model_parallel_size", "2", "--num_virtual_stages_per_pipeline_rank", "2"], None,
     ),
     "moe-ep2": ("glm4_moe", 2, ["--expert_model_parallel_size", "2"], None),
+    "moe-ep2-grouped": (
+        "glm4_moe", 2, ["--expert_model_parallel_size", "2", "--moe_grouped_impl", "torch"], None,
+    ),
     "moe-tp2": ("glm4_moe", 2, ["--tensor_model_parallel_size", "2"], None),
     "moe-pp2": (
         "glm4_moe", 2, ["--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "1"], None,

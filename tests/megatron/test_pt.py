@@ -71,3 +71,19 @@ def test_texts_end_with_the_end_token(
         trained[ends] = 0  # nothing follows the end of a text
         assert torch.equal(batch.loss_mask[0], trained), "every other token predicts the next, the last one the end"
         assert torch.equal(labels[:-1][trained[:-1] > 0], tokens[1:][trained[:-1] > 0])
+
+
+def test_joined_sequences_filled_up_to_one_shape() -> None:
+    """As on GPUs, so that all steps can be one graph: the same tokens, then padding, and samples without tokens."""
+    rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (7, 3, 9, 12)]
+    plain, filled = (
+        BatchLoader(rows, 0, 1, torch.device("cpu"), join=True, room=room).load([[0, 1], [2, 3]]) for room in (0, 32)
+    )
+    assert {batch.tokens.shape for batch in filled} == {(1, 32)} and len({b.cu_seqlens.shape for b in filled}) == 1
+    for short, long in zip(plain, filled, strict=True):
+        size = short.tokens.shape[1]
+        assert short.longest == max(short.sample_lengths) and long.longest == 32
+        assert torch.equal(long.tokens[:, :size], short.tokens) and not long.loss_mask[:, size:].any()
+        bounds = long.cu_seqlens.tolist()
+        assert bounds[: len(short.cu_seqlens)] == short.cu_seqlens.tolist()
+        assert set(bounds[len(short.cu_seqlens) :]) == {32}

@@ -62,7 +62,7 @@ class PairLoss:
         policy_chosen, policy_rejected = policy.sums.chunk(2)
         return {
             "loss": losses.sum(),
-            "pairs": losses.new_tensor(float(len(losses))),
+            "pairs": losses.new_full((), float(len(losses))),
             "nll": -policy_chosen.sum(),
             "chosen_tokens": policy.tokens.chunk(2)[0].sum(),
             "rewards/chosen": chosen.sum(),

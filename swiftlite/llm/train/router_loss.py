@@ -57,7 +57,8 @@ class RouterLoss:
     ) -> Tensor:
         """Logits [T, E] -> scalar.
 
-        Args: sequences: int64 [T], the sequence of each token, PADDING for none. lengths: [G], tokens of each sequence.
+        Args: sequences: int64 [T], the sequence of each token, PADDING for none. lengths: [G], tokens of each sequence,
+            0 for one that is not there.
             add_up: where ranks hold parts of the same sequences, the sum of a tensor over them; the result is this
             rank's part then, and `lengths` are those of whole sequences.
         """
@@ -74,8 +75,8 @@ class RouterLoss:
             sums = empty.index_add(0, rows, scores)[:-1]
             if add_up is not None:
                 counts = add_up(counts)
-            shares = (counts * sums).sum(-1) / sizes.square()
-            loss = loss + self.balance * logits.shape[1] / self.topk * shares.mean()
+            shares = (counts * sums).sum(-1) / sizes.square().clamp(min=1)
+            loss = loss + self.balance * logits.shape[1] / self.topk * shares.sum() / (sizes > 0).sum()
         if self.z:
             squares = logits.logsumexp(-1).square() * (sequences != PADDING)
             loss = loss + self.z * squares.sum() / lengths.sum()

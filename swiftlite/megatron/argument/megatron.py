@@ -32,8 +32,12 @@ class ParallelArguments(Arguments):
     sequence_parallel: bool = field(False, "also divide norms and dropout over the TP ranks")
     expert_model_parallel_size: int = field(1, "ranks that hold different experts (EP)")
     expert_tensor_parallel_size: int | None = field(None, "ranks that share each expert (default: TP)")
-    overlap_grad_reduce: bool = field(False, "reduce gradients while the backward pass runs")
-    overlap_param_gather: bool = field(False, "gather parameters while the forward pass runs")
+    overlap_grad_reduce: bool | None = field(
+        None, "reduce gradients while the backward pass runs (default: with data parallelism on GPUs)"
+    )
+    overlap_param_gather: bool | None = field(
+        None, "gather parameters while the forward pass runs (default: with data parallelism on GPUs)"
+    )
     tp_comm_overlap: bool = field(False, "overlap TP communication with compute (Transformer Engine)")
     distributed_timeout_minutes: int = field(300000, "time after which a collective gives up")
 
@@ -175,7 +179,13 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         "alltoall", "how tokens travel to experts", choices=["alltoall", "allgather", "flex"]
     )
     moe_grouped_gemm: bool | None = field(None, "one grouped product for all experts (default: where it is there)")
-    moe_permute_fusion: bool = field(False, "fused permutation of tokens (Transformer Engine)")
+    moe_grouped_impl: str | None = field(
+        None,
+        "whose grouped products: torch's with one weight for all experts, or Transformer Engine's (default: torch's in "
+        "bf16 on GPUs that have the kernel)",
+        choices=["torch", "te"],
+    )
+    moe_permute_fusion: bool | None = field(None, "fused permutation of tokens (default: with Transformer Engine)")
     moe_shared_expert_overlap: bool = field(False, "shared experts run while tokens travel")
     moe_expert_capacity_factor: float | None = field(None, "drop tokens above this multiple of an even share")
     moe_pad_expert_input_to_capacity: bool = field(False, "pad experts' inputs to their capacity")
@@ -192,8 +202,15 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     )  # fmt: skip
     use_cpu_initialization: bool = field(False, "make weights on the CPU")
     calculate_per_token_loss: bool = field(True, "average the loss over all tokens of the global batch")
-    cross_entropy_loss_fusion: bool = field(False, "fused cross entropy")
+    cross_entropy_loss_fusion: bool | None = field(
+        None, "fused cross entropy (default: with Transformer Engine, and then te)"
+    )
     cross_entropy_fusion_impl: str = field("native", "which one", choices=["native", "te"])
+    cuda_graph: bool | None = field(
+        None,
+        "replay the passes of a step as one CUDA graph once their shapes came up twice (default: where nothing in them "
+        "waits for the host)",
+    )
     gradient_accumulation_fusion: bool = field(True, "add weight gradients in place (needs a CUDA extension)")
     masked_softmax_fusion: bool = field(True, "fused softmax (needs a CUDA extension)")
     bias_swiglu_fusion: bool = field(True, "fused SwiGLU")

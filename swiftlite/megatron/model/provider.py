@@ -23,7 +23,7 @@ from torch import Tensor
 
 from swiftlite.families import family_of
 from swiftlite.megatron import backend
-from swiftlite.megatron.model import rope
+from swiftlite.megatron.model import experts, rope
 from swiftlite.megatron.model.blocks import load_block
 from swiftlite.megatron.model.blocks.router import Router
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
@@ -55,7 +55,12 @@ def model_provider(
         frequencies.set_attention_factor(config)
     block = load_block(family_of(args.architectures).mcore.block if args.architectures else None)
     replacements = getattr(block, "replacements", None)
-    spec = backend.block_spec(config, vp_stage, {TopKRouter: Router, **(replacements(args) if replacements else {})})
+    replaced = {
+        TopKRouter: Router,
+        **experts.replacements(args, config),
+        **(replacements(args) if replacements else {}),
+    }
+    spec = backend.block_spec(config, vp_stage, replaced)
     vocab_size = int(args.padded_vocab_size)
     live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)
     with backend.choosing_attention():
@@ -76,6 +81,7 @@ def model_provider(
     rope.install(model, frequencies)
     _mark_divided_weights(model)
     _mark_expert_weights(model)
+    experts.keep_counts_on_device(model)
     if args.multi_latent_attention:
         _set_latent_norm_eps(model)
         _join_latents(model)

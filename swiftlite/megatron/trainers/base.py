@@ -38,11 +38,14 @@ from swiftlite.megatron.checkpoint import Position
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import load_weights, prepare_hf_weights
 from swiftlite.megatron.model.blocks.router import set_router_losses
-from swiftlite.megatron.model.config import torch_dtype, virtual_stages
+from swiftlite.megatron.model.config import to_transformer_config, torch_dtype, virtual_stages
+from swiftlite.megatron.model.experts import gathers, implementation
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.side_files import MANIFEST, MEGATRON_LM_ARGS, read_manifest, write_manifest
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, evaluation_samples
+from swiftlite.megatron.trainers.graphs import StepGraphs, own_stream
+from swiftlite.megatron.trainers.graphs import obstacle as graph_obstacle
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
 from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_optimizer, build_scheduler
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
@@ -74,13 +77,14 @@ def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
     for index, model in enumerate(models):
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=args.overlap_grad_reduce,
-            overlap_param_gather=args.overlap_param_gather,
+            overlap_grad_reduce=bool(args.overlap_grad_reduce),
+            overlap_param_gather=bool(args.overlap_param_gather),
             use_distributed_optimizer=True,
         )
-        wrapped.append(
-            DistributedDataParallel(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
-        )
+        ddp = DistributedDataParallel(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
+        if args.gradient_accumulation_fusion:
+            backend.accumulate_in_place(ddp)
+        wrapped.append(ddp)
     return wrapped
 
 
@@ -121,9 +125,15 @@ class Trainer:
         self.joins = bool(args.packing or args.padding_free)
         # All but the all-to-all of chosen tokens exchange as many tokens as one rank has, taking others to have the same.
         even = args.moe_token_dispatcher_type != "alltoall" or args.moe_pad_expert_input_to_capacity
+        even = even or (parallel.ep_size > 1 and gathers(args, to_transformer_config(args)))
         group = mpu.get_data_parallel_group() if even and parallel.ep_size > 1 else None
-        options = (pad_token_id, multiple, self.device, stages is not None, self.joins, group)
+        # Packed sequences are nearly full; filled up they have one shape, which can be captured.
+        fills = args.packing and self.device.type == "cuda" and args.cuda_graph is not False
+        room = args.max_length * micro if fills else 0
+        options = (pad_token_id, multiple, self.device, stages is not None, self.joins, group, room)
+        self._settle_overlap()
         self.train_loader = self.loader(train_set, *options)
+        self.ahead: tuple[int, list[MicroBatch]] | None = None  # batches made early: the first sample, they
         self.val_size = len(val_set) if val_set is not None else 0
         self.val_loader = self.loader(val_set, *options)
         self.position = Position()
@@ -136,6 +146,20 @@ class Trainer:
         self.lora: LoraPlan | None = None  # of a run that trains adapters
         self.trained: set[str] | None = None  # Hugging Face names, of a run that leaves some as they are
         self.writer = BackgroundWriter(self.device)
+        self.graphs: StepGraphs | None = None
+
+    def _settle_overlap(self) -> None:
+        """Collectives of data parallelism run beside the passes by default where they have streams of their own.
+
+        Adapters are gathered at once: they are small, and those of grouped experts are read outside their own modules,
+        whose calls would wait for them.
+        """
+        args = self.args
+        beside = self.device.type == "cuda" and self.parallel.dp_size > 1 and self.parallel.pp_size == 1
+        if args.overlap_grad_reduce is None:
+            args.overlap_grad_reduce = beside
+        if args.overlap_param_gather is None:
+            args.overlap_param_gather = beside and args.overlap_grad_reduce and args.train_type != "lora"
 
     # ---- what a subclass says ----
 
@@ -195,6 +219,7 @@ class Trainer:
             no_sync: list[Any] = [model.no_sync for model in self.models]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.forward_backward = get_forward_backward_func()
+        self.graphs = StepGraphs(graph_obstacle(self.args, self.models, self.device))
 
     def write_run_files(self) -> None:
         """Config, tokenizer, manifest and arguments beside the checkpoints, before the first one. Rank 0 only."""
@@ -231,11 +256,21 @@ class Trainer:
             self.parallel.describe(), str(torch_dtype(self.args)).removeprefix("torch."), f"{trained:,}", f"{total:,}",
             self.config.moe_token_dispatcher_type if self.config.num_moe_experts else "none",
         )  # fmt: skip
+        self._say_kernels()
         logger.info(
             "%d steps of %d samples (micro batch %d x %d accumulated x %d data-parallel ranks), %s training and %d "
             "validation samples", self.train_iters, self.global_batch_size, self.plan.micro_batch_size,
             self.plan.num_microbatches, self.parallel.dp_size, self.order.num_samples or "streamed", self.val_size,
         )  # fmt: skip
+
+    def _say_kernels(self) -> None:
+        """The choices that only cost or save time."""
+        config, graphs = self.config, self.graphs
+        loss = f"fused ({config.cross_entropy_fusion_impl})" if config.cross_entropy_loss_fusion else "plain"
+        experts = f"; experts {implementation(self.args, config)}" if config.num_moe_experts else ""
+        passes = "eager" if graphs is None or graphs.obstacle else "a CUDA graph from the third step of one shape on"
+        why = f" ({graphs.obstacle})" if graphs is not None and graphs.obstacle else ""
+        logger.info("cross entropy %s%s; passes %s%s", loss, experts, passes, why)
 
     # ---- running ----
 
@@ -263,6 +298,9 @@ class Trainer:
     ) -> list[dict[str, Tensor]]:
         """What the loss function reports of each micro batch; nothing on all but the last pipeline stage."""
         iterators: Any = [iter(batches) for _ in models]
+        # All stages see the same samples, so they know whether they have to tell each other the shapes.
+        several = len({batch.tokens.shape for batch in batches}) > 1
+        get_model_config(models[0]).variable_seq_lengths = self.variable_lengths and several
         results: list[dict[str, Tensor]] = self.forward_backward(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -277,9 +315,9 @@ class Trainer:
     def train_step(self) -> tuple[dict[str, float], dict[str, float]]:
         """One optimizer step. Returns: loss, lr and grad_norm; what StepMeter adds up, `sums` among it."""
         start = self.position.consumed_samples
-        samples = self.order.slice(start, start + self.global_batch_size)
         began = time.perf_counter()
-        batches = self.train_loader.load(self.plan.micro_batches(samples))
+        early, self.ahead = self.ahead, None
+        batches = early[1] if early and early[0] == start else self._load(start)
         data_seconds = time.perf_counter() - began
         lr = next(group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None)
         total, updated, grad_norm, scale = self._update(batches)
@@ -316,10 +354,32 @@ class Trainer:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         scale = float(self.optimizer.get_loss_scale())
-        total = self.run_batches(batches, forward_only=False)
+        assert self.graphs is not None
+        total = self.graphs.run(batches, partial(self.run_batches, forward_only=False))
+        self._make_ahead()
         updated, grad_norm, _ = self.optimizer.step()
+        if self.args.overlap_param_gather:
+            self._gather_anew()
         agree_on_loss_scale(self.optimizer)
         return total, updated, grad_norm, scale
+
+    def _load(self, start: int) -> list[MicroBatch]:
+        """This rank's batches of the step that begins with sample `start`."""
+        samples = self.order.slice(start, start + self.global_batch_size)
+        return self.train_loader.load(self.plan.micro_batches(samples))
+
+    def _make_ahead(self) -> None:
+        """Make the next step's batches while the device computes this one's. A stream's place stays with the step."""
+        stop = self.position.consumed_samples + self.global_batch_size
+        wanted = self.device.type == "cuda" and not getattr(self.train_set, "is_streaming", False)
+        if wanted and self.ahead is None and self.position.iteration + 1 < self.train_iters:
+            self.ahead = stop, self._load(stop)
+
+    def _gather_anew(self) -> None:
+        """A replayed step leaves the marks of DDP as they were, so they say that the new parameters were gathered."""
+        for model in self.models:
+            for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+                group.param_gather_dispatched = False
 
     def _once(self, counts: Tensor) -> Tensor:
         """Counts of the last stage only: every stage sees the same samples."""
@@ -344,6 +404,10 @@ class Trainer:
 
         Returns: what it ended with (loss, steps, seconds, files). Collective.
         """
+        with own_stream(self.device):
+            return self._train(start)
+
+    def _train(self, start: Start | None) -> dict[str, Any]:
         if start is not None:
             start.check(checkpoint.check_file)
             read_data_state(self.train_set, start.directory)
@@ -376,6 +440,8 @@ class Trainer:
 
     def release(self) -> None:
         """Let weights, gradients and process groups go. Hooks on gradients keep DDP in a cycle that Python cannot see."""
+        if self.graphs is not None:
+            self.graphs.release()
         for model in self.models:
             for parameter in model.parameters():
                 parameter.data, parameter.main_grad = parameter.data.new_empty(0), None

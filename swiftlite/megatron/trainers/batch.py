@@ -18,6 +18,7 @@ from swiftlite.llm.train.router_loss import PADDING
 from swiftlite.megatron.model.blocks.router import BatchTokens
 
 IGNORE_INDEX = -100
+_SAMPLES = 64  # a joined sequence has so many samples or a multiple of it, where shapes are to stay the same
 _DUMMY = -1  # stands for a sample that is not there: it fills up the last batch of an evaluation
 
 
@@ -62,7 +63,8 @@ class MicroBatch:
     tokens, labels, position_ids: int64 [B, S]. loss_mask: fp32 [B, S], the weight of each label; 0 in prompt and
     padding. num_tokens: tokens that are no padding. sample_lengths: tokens of each sample. cu_seqlens: int32, where
     each sample of a joined sequence begins and the last one ends (B is 1 then); None where each row is one sample.
-    router_weight: see BatchTokens.
+    longest: no sample of a joined sequence is longer; known on the host, so that nobody waits for the device to say so.
+    sequences, lengths, router_weight: see BatchTokens.
     """
 
     tokens: Tensor
@@ -72,37 +74,36 @@ class MicroBatch:
     num_tokens: int
     cu_seqlens: Tensor | None = None
     sample_lengths: tuple[int, ...] = ()
+    longest: int = 0
+    sequences: Tensor | None = None
+    lengths: Tensor | None = None
     router_weight: Tensor | float = 1.0
 
     def router_tokens(self) -> BatchTokens:
         """Which tokens are real, and of which sample."""
-        lengths = torch.tensor(self.sample_lengths, device=self.tokens.device)
-        rows = torch.arange(len(lengths), device=self.tokens.device)
-        if self.cu_seqlens is None:
-            sequences = torch.where(self.position_ids < lengths[:, None], rows[:, None], PADDING)
-        else:
-            sequences = torch.full_like(self.tokens, PADDING)
-            sequences[0, : sum(self.sample_lengths)] = torch.repeat_interleave(rows, lengths)
-        return BatchTokens(sequences, lengths, self.router_weight)
+        assert self.sequences is not None and self.lengths is not None
+        return BatchTokens(self.sequences, self.lengths, self.router_weight)
 
     @property
     def packed_seq_params(self) -> PackedSeqParams | None:
         """What tells attention and rotary embedding where the samples of a joined sequence begin."""
         if self.cu_seqlens is None:
             return None
-        longest = int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_kv=self.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=self.longest,
+            max_seqlen_kv=self.longest,
         )
 
     def to(self, device: torch.device) -> Self:
-        moved: dict[str, Any] = {
-            n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)
-        }
+        def move(tensor: Tensor) -> Tensor:
+            # From pageable memory, a copy waits until the device has come to it.
+            there = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+            return there.to(device, non_blocking=True)
+
+        moved: dict[str, Any] = {n: move(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
@@ -130,7 +131,11 @@ def collate(
     labels = labels.masked_fill(labels == IGNORE_INDEX, 0)
     positions = torch.arange(length).expand(len(rows), length).contiguous()
     sizes = tuple(len(row["input_ids"]) for row in rows)
-    return MicroBatch(tokens, labels, positions, mask, sum(sizes), sample_lengths=sizes)
+    lengths = torch.tensor(sizes)
+    sequences = torch.where(positions < lengths[:, None], torch.arange(len(rows))[:, None], PADDING)
+    return MicroBatch(
+        tokens, labels, positions, mask, sum(sizes), sample_lengths=sizes, sequences=sequences, lengths=lengths
+    )
 
 
 def collate_joined(
@@ -142,11 +147,26 @@ def collate_joined(
     size = batch.tokens.shape[1]
     used = sum(lengths)
     batch.sample_lengths = tuple(lengths)
+    batch.lengths = torch.tensor(lengths)
+    batch.sequences = torch.full_like(batch.tokens, PADDING)
+    batch.sequences[0, :used] = torch.repeat_interleave(torch.arange(len(lengths)), batch.lengths)
     if size > used:
         lengths.append(size - used)
     batch.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    batch.longest = max(lengths)
     batch.position_ids = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
     return batch
+
+
+def _same_shapes(batches: Sequence[MicroBatch]) -> None:
+    """Let joined sequences have equally many samples, of which the last ones are empty, and one bound of their length."""
+    bounds = [batch.cu_seqlens for batch in batches if batch.cu_seqlens is not None]
+    count = -(-max(len(found) for found in bounds) // _SAMPLES) * _SAMPLES
+    for batch, found in zip(batches, bounds, strict=True):
+        batch.cu_seqlens = torch.cat([found, found[-1:].expand(count - len(found))])
+        assert batch.lengths is not None
+        batch.lengths = torch.nn.functional.pad(batch.lengths, (0, count - len(batch.lengths)))
+        batch.longest = batch.tokens.shape[1]
 
 
 class BatchLoader:
@@ -154,6 +174,7 @@ class BatchLoader:
 
     one_length: all of a step have the longest one's length. join: a micro batch is one sequence without padding.
     group: ranks whose micro batches of one pass have one length; loading is collective then.
+    room: tokens that every joined sequence is filled up to, so that all steps have the same shapes; 0: none.
     """
 
     def __init__(
@@ -165,22 +186,26 @@ class BatchLoader:
         one_length: bool = False,
         join: bool = False,
         group: torch.distributed.ProcessGroup | None = None,
+        room: int = 0,
     ) -> None:
         self.dataset, self.pad_token_id, self.multiple_of, self.device = dataset, pad_token_id, multiple_of, device
-        self.one_length, self.join, self.group = one_length, join, group
+        self.one_length, self.join, self.group, self.room = one_length, join, group, room
 
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         passes = [self.rows(samples) for samples in micro_batches]
         join = collate_joined if self.join else collate
-        return [
-            join(rows, self.pad_token_id, self.multiple_of, length).to(self.device)
+        batches = [
+            join(rows, self.pad_token_id, self.multiple_of, length)
             for rows, length in zip(passes, self._lengths(passes), strict=True)
         ]
+        if self.room:
+            _same_shapes(batches)
+        return [batch.to(self.device) for batch in batches]
 
     def _lengths(self, passes: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
         """The length that each pass has at least."""
         measure = sum if self.join else max
-        lengths = [measure(len(row["input_ids"]) for row in rows) for rows in passes]
+        lengths = [max(measure(len(row["input_ids"]) for row in rows), self.room) for rows in passes]
         if self.one_length:
             lengths = [max(lengths)] * len(lengths)
         if self.group is not None:

@@ -64,8 +64,8 @@ class PairBatch(MicroBatch):
     def counts(self) -> Tensor:
         """[pairs, tokens of the chosen answers]."""
         pairs = self.num_answers // 2
-        chosen = self.loss_mask[self.sequence_ids < pairs].sum()
-        return torch.stack([chosen.new_tensor(float(pairs)), chosen])
+        chosen = (self.loss_mask * (self.sequence_ids < pairs)).sum()
+        return torch.stack([chosen.new_full((), float(pairs)), chosen])
 
 
 class PairLoader(BatchLoader):

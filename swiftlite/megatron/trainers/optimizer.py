@@ -34,7 +34,7 @@ def build_optimizer(models: Sequence[torch.nn.Module], args: Any) -> Any:
         loss_scale_window=GROWTH_INTERVAL,
         hysteresis=1,
         use_distributed_optimizer=True,
-        overlap_param_gather=args.overlap_param_gather,
+        overlap_param_gather=bool(args.overlap_param_gather),
     )
     return get_megatron_optimizer(config, list(models))
 

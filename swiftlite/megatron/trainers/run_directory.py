@@ -24,6 +24,7 @@ CHANGEABLE = run_directory.CHANGEABLE | frozenset(
         *specs(ParallelArguments),
         "use_cpu_initialization", "recompute_granularity", "recompute_method", "recompute_num_layers",
         "recompute_modules", "moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion",
+        "moe_grouped_impl", "cuda_graph",
         "moe_shared_expert_overlap", "cross_entropy_loss_fusion", "cross_entropy_fusion_impl",
         "gradient_accumulation_fusion", "masked_softmax_fusion", "bias_swiglu_fusion", "bias_dropout_fusion",
         "apply_rope_fusion", "deterministic_mode", "no_save_optim", "no_save_rng", "no_load_optim", "no_load_rng",

@@ -158,7 +158,10 @@ def live_linears(model: Any, bound: BoundMap) -> list[LiveLinear]:
     for shard in iter_shards([model]):
         entry, offset = live.entry(shard)
         if entry.stack == "decoder.layers" and _LINEAR.search(f".{entry.name}"):
-            linear = found.setdefault(entry.label, LiveLinear(*owners[shard.data.untyped_storage().data_ptr()], entry))
+            path, module, weight, group = owners[shard.data.untyped_storage().data_ptr()]
+            if weight.dim() == 3:  # one weight for all experts
+                group = shard.data.storage_offset() // weight[0].numel()
+            linear = found.setdefault(entry.label, LiveLinear(path, module, weight, group, entry))
             linear.shards.append((offset, tuple(shard.local_shape[-2:])))
     return list(found.values())
 
@@ -400,7 +403,7 @@ class Adapters(torch.nn.Module):
         if not self.enabled:
             return output
         x, counts = inputs
-        ends = torch.tensor([int(count) for count in counts], device=x.device).cumsum(0, dtype=torch.int32)
+        ends = torch.as_tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
         return output[0] + grouped_lora([loras.get(i) for i in range(len(counts))], x, ends), output[1]
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
