@@ -101,8 +101,8 @@ class DpoTrainer(Trainer):
     sums = SUMS
 
     def __init__(self, args: Any, *rest: Any) -> None:
+        self.pair_loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)  # names the metrics
         super().__init__(args, *rest)
-        self.pair_loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
         self.references = 0 if args.precompute_ref_log_probs else 1
         self.reference_dir, self.reference_args = reference_of(args, self.origin_dir)
         self.reference: list[Any] = []  # its model chunks; none where adapters are switched off, or all is known
