@@ -242,6 +242,8 @@ class TrainingModel:
         if not m.moe_layers[layer]:
             return (values + 3 * tokens * m.ffn // tp) * width
         routed = tokens * int(args.moe_router_topk) * layout.etp // tp
+        if layout.ep == 2:  # on GPUs each of two ranks has room for all tokens of both (model/experts.py)
+            routed *= 2
         values += routed * m.hidden + 3 * routed * m.moe_ffn // layout.etp + 3 * tokens * m.shared_ffn // tp
         return values * width + 4 * 2 * whole * m.experts  # router: logits and probabilities in fp32
 
