@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -168,3 +169,37 @@ def tiny_mla(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path)
         return made[seed]
 
     return make
+
+
+class Syncs:
+    """What had not been forced to the disk when a file or directory took the name by which readers find it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        synced: dict[int, float] = {}  # inode -> when
+        self._renamed: dict[str, list[str]] = {}
+        fsync = os.fsync
+
+        def record_sync(fd: int) -> None:
+            fsync(fd)
+            synced[os.fstat(fd).st_ino] = os.fstat(fd).st_mtime
+
+        def recording(rename: Callable[..., None]) -> Callable[..., None]:
+            def record_rename(source: Any, target: Any, **options: Any) -> None:
+                paths = [Path(source), *Path(source).rglob("*")]
+                self._renamed[str(target)] = [str(p) for p in paths if synced.get(p.stat().st_ino) != p.stat().st_mtime]
+                rename(source, target, **options)
+
+            return record_rename
+
+        monkeypatch.setattr(os, "fsync", record_sync)
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, recording(getattr(os, name)))
+
+    def unsynced(self, target: Path) -> list[str]:
+        """Raises: KeyError if nothing was renamed to `target`."""
+        return self._renamed[str(target)]
+
+
+@pytest.fixture
+def syncs(monkeypatch: pytest.MonkeyPatch) -> Syncs:
+    return Syncs(monkeypatch)

@@ -55,6 +55,16 @@ def _put_back(old: Path, target: Path) -> None:
         get_logger().error("%s could not be put back; what it held is in %s", target, old)
 
 
+def move_files(source: Path, target: Path) -> None:
+    """Put the files of directory `source` into `target`, each one whole or not at all, and remove `source`."""
+    give_usual_modes(source)
+    sync_tree(source)
+    for path in sorted(source.iterdir()):
+        path.replace(target / path.name)
+    sync_directory(target)
+    source.rmdir()
+
+
 def restore_directory(target: Path) -> None:
     """Finish what a `replace_directory(..., target)` that was killed left: put the old one back, or delete it.
 

@@ -19,8 +19,17 @@ _told: set[str] = set()
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name, without those that hold secrets."""
-    return {name: value for name, value in settings.items() if name not in SETTINGS}
+    """Settings by name, without those that hold secrets; others may have one in an address."""
+    return {name: redacted(value) for name, value in settings.items() if name not in SETTINGS}
+
+
+def redacted(value: Any) -> Any:
+    """A value as it may be written: see redact, for the texts in it."""
+    if isinstance(value, Mapping):
+        return {key: redacted(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(entry) for entry in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def remember(value: str | None) -> None:

@@ -34,11 +34,14 @@ def converted(model: Path, tmp_path: Path) -> Path:
     return tmp_path / "mcore"
 
 
-def test_there_and_back_with_the_precision_check(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_there_and_back_with_the_precision_check(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, syncs: Any
+) -> None:
     mcore, back = tmp_path / "mcore", tmp_path / "back"
     flags = ("--test_convert_precision", "true")
     assert export("--model", model, "--to_mcore", "true", "--output_dir", mcore, *flags) == 0
     assert export("--mcore_model", mcore, "--to_hf", "true", "--output_dir", back, *flags) == 0
+    assert syncs.unsynced(mcore) == syncs.unsynced(back) == []
     assert (back / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert (back / "config.json").read_bytes() == (model / "config.json").read_bytes()
     for file in model.iterdir():

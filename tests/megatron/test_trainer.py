@@ -197,7 +197,9 @@ def hf_loss(directory: Path, rows: list[dict[str, Any]]) -> float:
     return total / count
 
 
-def test_a_run_writes_what_it_says(sft: Callable[..., Any], tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+def test_a_run_writes_what_it_says(
+    sft: Callable[..., Any], tmp_path: Path, tiny_model: Callable[..., Path], syncs: Any
+) -> None:
     result = sft(split_dataset_ratio=0.3, eval_steps=2, save_safetensors="true", save_total_limit=1)
     root = tmp_path / "run"
     assert result["iteration"] == 4
@@ -206,6 +208,8 @@ def test_a_run_writes_what_it_says(sft: Callable[..., Any], tmp_path: Path, tiny
     assert any((root / "runs").glob("events.out.tfevents*"))
     assert (root / "latest_checkpointed_iteration.txt").read_text() == "4"
     assert [p.name for p in sorted(root.glob("iter_*"))] == ["iter_0000004", "iter_0000004-hf"]
+    for name in ("iter_0000004", "iter_0000004-hf", "config.json", "tokenizer.json"):
+        assert syncs.unsynced(root / name) == [], name
     history = read_run(root / "logging.jsonl")
     assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
     losses = [line["loss"] for line in history if "loss" in line]

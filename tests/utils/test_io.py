@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from swiftlite.utils.io import peak_memory_bytes, replace_directory
+from swiftlite.utils.io import move_files, peak_memory_bytes, replace_directory
 
 CHILD = "from swiftlite.utils.io import peak_memory_bytes; x = bytearray(50 << 20); print(peak_memory_bytes())"
 
@@ -36,3 +37,19 @@ def test_finished_directories_have_the_usual_modes(tmp_path: Path) -> None:
         os.umask(before)
     modes = {name: (tmp_path / "there" / name).stat().st_mode & 0o777 for name in ("a", "inner/b", "inner", "c")}
     assert modes == {"a": 0o640, "inner/b": 0o640, "inner": 0o750, "c": 0o755}
+
+
+def test_files_are_moved_whole_and_others_stay(tmp_path: Path, syncs: Any) -> None:
+    made, there = tmp_path / ".made", tmp_path / "there"
+    made.mkdir()
+    there.mkdir()
+    for name in ("a", "b"):
+        (made / name).write_text("new")
+    (there / "a").write_text("old")
+    (there / "mine").write_text("mine")
+    seen = os.open(there / "a", os.O_RDONLY)
+    move_files(made, there)
+    assert {p.name: p.read_text() for p in there.iterdir()} == {"a": "new", "b": "new", "mine": "mine"}
+    assert os.read(seen, 9) == b"old" and not made.exists()  # who had opened the old file reads all of it
+    os.close(seen)
+    assert syncs.unsynced(there / "a") == []

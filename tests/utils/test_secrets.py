@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from swiftlite.cli.main import main
 from swiftlite.llm.argument.sft import SftArguments
 from swiftlite.llm.model import hub
+from swiftlite.llm.train.run_directory import prepare
 from swiftlite.megatron.dry_run import command
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.logger import get_logger
@@ -31,6 +35,16 @@ def test_logs_hide_the_environments_and_what_looks_like_one(
     get_logger().warning("https://me:word@host/x")
     assert capsys.readouterr().err == "[WARNING] key ***, ***, ***\n[WARNING] https://***@host/x\n"
     assert redact("hf_transfer, --max_new_tokens 8") == "hf_transfer, --max_new_tokens 8"
+
+
+def test_no_password_of_an_address_in_args_json(tmp_path: Path) -> None:
+    """And the same command is known as the same run."""
+    args = SftArguments(model="https://me:word@host/x", dataset=["a", "https://me:word@host/y"], hub_token=TOKEN)
+    stored = json.loads(args.save(tmp_path).read_text())
+    assert stored["model"] == "https://***@host/x" and stored["dataset"] == ["a", "https://***@host/y"]
+    assert stored["hub_token"] is None and args.model == "https://me:word@host/x"
+    args.output_dir, args.resume = str(tmp_path), True
+    assert prepare(args, {"hub_token", "output_dir"}, lambda root: None) is None
 
 
 def test_a_printed_command_is_whole_but_for_the_token() -> None:

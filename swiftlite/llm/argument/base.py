@@ -17,7 +17,7 @@ from swiftlite.llm.argument.flags import BASIC, COMMON_NOTES
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import write_json
 from swiftlite.utils.parser import Arguments, Note, arguments, convert, field
-from swiftlite.utils.secrets import SETTINGS, remember
+from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
 
 if TYPE_CHECKING:
     import torch
@@ -322,9 +322,10 @@ class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArgumen
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write `directory`/args.json: every setting as it stands, and the model's facts once they are resolved.
 
-        Access tokens are written as null, values that JSON does not know as their text. Returns: the file.
+        Access tokens are written as null, those in addresses as ***, values that JSON does not know as their text.
+        Returns: the file.
         """
-        values = {**self.to_dict(), **dict.fromkeys(SETTINGS, None)}
+        values = {**without_secrets(self.to_dict()), **dict.fromkeys(SETTINGS, None)}
         info = getattr(self, "model_info", None)
         if info is not None:
             values.update(model_dir=info.model_dir, max_model_len=info.max_model_len, is_moe_model=info.is_moe_model)

@@ -16,6 +16,7 @@ from swiftlite.utils.dist import barrier, is_main_process
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import writing
 from swiftlite.utils.lock import output_lock
+from swiftlite.utils.secrets import redacted
 
 # Settings that may change when a run goes on, on either side: where and how it runs, what it logs and saves; not what
 # it computes.
@@ -40,7 +41,7 @@ def versioned(output_dir: str) -> str:
 
 def _as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as args.json gives them back."""
-    return json.loads(json.dumps(dict(values), default=str))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(redacted(values), default=str))  # type: ignore[no-any-return]
 
 
 @contextmanager

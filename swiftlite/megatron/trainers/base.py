@@ -6,6 +6,7 @@ A subclass says what a forward pass computes (`forward_step`); everything else i
 from __future__ import annotations
 
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -51,12 +52,13 @@ from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_opt
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
 from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.io import format_bytes, write_json, write_text_atomic
+from swiftlite.utils.io import format_bytes, move_files, write_json, write_text_atomic
 from swiftlite.utils.logger import get_logger, log_next
 
 logger = get_logger()
 
 HF_SUFFIX = "-hf"
+_RUN_FILES = ".run-files.saving"  # of a run's own directory, while they are made
 
 
 def in_precision(model: Any) -> Any:
@@ -225,20 +227,24 @@ class Trainer:
         """Config, tokenizer, manifest and arguments beside the checkpoints, before the first one. Rank 0 only."""
         self.root.mkdir(parents=True, exist_ok=True)
         self.args.save(self.root)  # first: it says whose directory this is, to the same command after a failed start
-        self.origin.write_side_files(self.root, None if self.lora else torch_dtype(self.args))
+        beside = self.root / _RUN_FILES
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        self.origin.write_side_files(beside, None if self.lora else torch_dtype(self.args))
         manifest = read_manifest(self.origin.root)
         if manifest is not None:
-            write_json(self.root / MANIFEST, manifest)
+            write_json(beside / MANIFEST, manifest)
         elif hasattr(self.origin.source, "tensors"):  # of a model directory
             shapes = {name: tensor.spec.shape for name, tensor in self.origin.source.tensors.items()}
             coverage = self.origin.bound.check(shapes, str(self.origin_dir))
-            write_manifest(self.root, self.origin.source, coverage)
+            write_manifest(beside, self.origin.source, coverage)
         lm_args = self.args.megatron_lm_args()
         text = lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n"
-        write_text_atomic(self.root / MEGATRON_LM_ARGS, text)
+        write_text_atomic(beside / MEGATRON_LM_ARGS, text)
         if self.lora:
-            write_json(self.root / ADAPTER_CONFIG, self.lora.peft_config)
-        self._record(self.root)
+            write_json(beside / ADAPTER_CONFIG, self.lora.peft_config)
+        self._record(beside)
+        move_files(beside, self.root)
 
     def _record(self, directory: Path) -> None:
         """Beside copied files of the model: arguments, and the chat that was trained. Rank 0 only."""

@@ -77,12 +77,13 @@ def test_a_file_that_is_cut_off_is_named_and_the_checkpoint_before_offered(
     )
 
 
-def test_what_is_advised_works(run: Callable[..., Any], parts: Path, whole: list[dict[str, Any]]) -> None:
+def test_what_is_advised_works(run: Callable[..., Any], parts: Path, whole: list[dict[str, Any]], syncs: Any) -> None:
     (parts / "checkpoint-4/model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="weights .* are missing; copy it back, or remove"):
         run("parts")
     shutil.rmtree(parts / "checkpoint-4")
     assert [line["loss"] for line in run("parts")] == [line["loss"] for line in whole]
+    assert syncs.unsynced(parts / "checkpoint-4") == []
 
 
 @pytest.mark.parametrize("missing", [["optimizer.pt"], ["scheduler.pt"], ["optimizer.pt", "scheduler.pt"]])
