@@ -46,21 +46,23 @@ def checkpoint_tensors(model: Any) -> dict[str, Stored]:
     for name, tensor in live.items():
         lead = tensor.shape[:-1]
         rows = torch.arange(total, total + lead.numel(), device="cpu")  # also where a model is built on meta
-        numbers[name] = rows.view(*lead, 1) if tensor.dim() else rows.view(())
+        # Two columns: some releases drop every dimension of size 1 on the way.
+        numbers[name] = rows.view(*lead, 1).expand(*lead, 2) if tensor.dim() else rows.view(())
         starts.append(total)
         owners.append(tensor)
         total += lead.numel()
     found = {}
-    for name, rows in revert_weight_conversion(model, numbers).items():
+    for name, numbered in revert_weight_conversion(model, numbers).items():
+        rows = numbered[..., 0] if numbered.dim() else numbered
         first, count = int(rows.flatten()[0]), rows.numel()
         index = bisect.bisect_right(starts, first) - 1
         owner = owners[index]
         first -= starts[index]
         ordered = torch.equal(rows.flatten(), torch.arange(count, device="cpu") + first + starts[index])
-        if not ordered or rows.shape[-1:] not in ((1,), ()) or first + count > owner.shape[:-1].numel():
+        if not ordered or numbered.shape[-1:] not in ((2,), ()) or first + count > owner.shape[:-1].numel():
             raise ConfigError(f"{type(model).__name__}: how {name} lies in the loaded model is not known")
         whole = owner.data.reshape(-1, owner.shape[-1]) if owner.dim() else owner.data.view(1, 1)
-        found[name] = Stored(owner, whole[first : first + count].view(*rows.shape[:-1], *owner.shape[-1:]))
+        found[name] = Stored(owner, whole[first : first + count].view(*rows.shape, *owner.shape[-1:]))
     return found
 
 

@@ -39,6 +39,20 @@ def test_names_are_the_checkpoints(case: str, tmp_path: Path) -> None:
         split_experts(model)
 
 
+def test_releases_that_drop_dimensions_of_size_one(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 squeezes each expert's part of a fused weight."""
+    library = pytest.importorskip("transformers.core_model_loading", reason="transformers 4 joins no experts")
+    plain = library.SplitModulelist.convert
+
+    def squeezed(*args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        return {name: tensor.squeeze() for name, tensor in plain(*args, **options).items()}
+
+    monkeypatch.setattr(library.SplitModulelist, "convert", squeezed)
+    stored = load_file(tiny_model("glm4_moe") / "model.safetensors")
+    found = checkpoint_tensors(AutoModelForCausalLM.from_pretrained(tiny_model("glm4_moe")))
+    assert all(torch.equal(found[name].view, stored[name]) for name in found)
+
+
 def damaged(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
     target.mkdir()
     for file in source.iterdir():
