@@ -225,6 +225,9 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Item]:
                 if not is_text:
                     raise DatasetError(f"{path}: is not UTF-8; convert the file")
                 header = cells
+                twice = next((name for name in cells if name and cells.count(name) > 1), None)
+                if twice is not None:
+                    raise DatasetError(f"{path}: two columns are named {ascii(twice)[:80]}; rename or delete one")
             elif not is_text:
                 yield place, RowError("not UTF-8")
             elif len(cells) > len(header):

@@ -56,6 +56,9 @@ def test_rows_of_a_table_that_cannot_be_used(tmp_path):
     path.write_text('query,response\nq,a\nq,"open\nq,b\n')
     with pytest.raises(DatasetError, match=r"a.csv:3: cannot be read as CSV .* not closed"):
         list(file_reader(path)(0))
+    path.write_text("query,query,response\nfirst,second,a\n")
+    with pytest.raises(DatasetError, match="a.csv: two columns are named 'query'"):
+        list(file_reader(path)(0))
 
 
 def test_text_is_one_row_a_line(tmp_path):
