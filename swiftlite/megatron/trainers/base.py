@@ -451,7 +451,8 @@ class Trainer:
         for model in self.models:
             for parameter in model.parameters():
                 parameter.data, parameter.main_grad = parameter.data.new_empty(0), None
-            vars(model).clear()
+            for module in list(model.modules()):  # a cache of megatron-core keeps rotary embeddings, and their group
+                vars(module).clear()
         self.models = []
 
     def _steps(self, metrics: Metrics, stop: StopSignal) -> dict[str, float]:
