@@ -181,9 +181,9 @@ def test_megatron_samples_do_not_see_each_other(first_step, monkeypatch):
     seen, load = [], BatchLoader.load
     original = sft.language_model_loss
 
-    def loss(mask, token_losses):
+    def loss(mask, token_losses, **kwargs):
         seen.append(token_losses.detach().clone())
-        return original(mask, token_losses)
+        return original(mask, token_losses, **kwargs)
 
     def changed(self, micro_batches):
         batches = load(self, micro_batches)
