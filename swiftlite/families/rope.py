@@ -32,14 +32,8 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
         a rope type, or settings of one, that transformers cannot compute either.
     """
     flat = dict(config)
-    parameters, scaling = flat.pop("rope_parameters", None), flat.get("rope_scaling")
-    if isinstance(scaling, int | float):
-        scaling = {"type": "linear", "factor": float(scaling)}
-    places = {"rope_parameters": _rope_settings(parameters), "rope_scaling": _rope_settings(scaling)}
-    settings = {
-        key: _one_value(key, {name: place.get(key) for name, place in places.items()})
-        for key in dict.fromkeys(key for place in places.values() for key in place)
-    }
+    settings = _agreed_settings(config)
+    flat.pop("rope_parameters", None)
     for key in _ROPE_KEYS:
         value = _one_value(key, {"at the top": flat.get(key), "among the rope settings": settings.get(key)})
         if key != "original_max_position_embeddings" and settings.pop(key, None) is not None:
@@ -47,6 +41,29 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     _check_rope(settings, flat)
     flat["rope_scaling"] = None if settings.get("rope_type") in (None, "default") else settings
     return flat
+
+
+def check_agreement(config: Mapping[str, Any]) -> None:
+    """Raises: ConfigError where config.json has two values of a rope setting. Those by kind of layer are not compared."""
+    places = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
+    inner = [value for place in places if isinstance(place, Mapping) for value in place.values()]
+    if any(isinstance(value, Mapping) for value in inner):
+        return
+    settings = _agreed_settings(config)
+    for key in _ROPE_KEYS:
+        _one_value(key, {"at the top": config.get(key), "among the rope settings": settings.get(key)})
+
+
+def _agreed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` and `rope_scaling` of a config.json as one. Raises: ConfigError where they contradict."""
+    parameters, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+    if isinstance(scaling, int | float):
+        scaling = {"type": "linear", "factor": float(scaling)}
+    places = {"rope_parameters": _rope_settings(parameters), "rope_scaling": _rope_settings(scaling)}
+    return {
+        key: _one_value(key, {name: place.get(key) for name, place in places.items()})
+        for key in dict.fromkeys(key for place in places.values() for key in place)
+    }
 
 
 def _rope_settings(value: Any) -> dict[str, Any]:

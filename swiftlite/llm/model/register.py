@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from swiftlite.families import MODEL_MAPPING, families
+from swiftlite.families.rope import check_agreement
 from swiftlite.llm.model import hub, info
 from swiftlite.llm.model.resolve import Facts, choose
 from swiftlite.meta.model import Model, ModelGroup, ModelInfo, ModelMeta
@@ -223,7 +224,8 @@ def get_model_info_meta(
         registry, templates: other tables than the global ones, for tests.
     Returns: ModelInfo (its `explanation` says how the type was found; `config` is config.json) and ModelMeta.
     Raises: UsageError for a missing directory, an unknown or undecidable type; CheckpointError for broken files or an
-        unreachable hub; ConfigError for an unsupported architecture; SwiftliteError for an unmet requirement.
+        unreachable hub; ConfigError for an unsupported architecture, or two values of one rope setting;
+        SwiftliteError for an unmet requirement.
     """
     registry = MODEL_MAPPING if registry is None else registry
     templates = _templates() if templates is None else templates
@@ -242,6 +244,7 @@ def get_model_info_meta(
         ignore_patterns=(*((meta and meta.ignore_patterns) or ()), *((group and group.ignore_patterns) or ())),
     )
     config = info.read_config(model_dir)
+    check_agreement(config)
     if model_type is not None:
         meta, explanation = registry[model_type], "--model_type says so"
         resolved: str | None = model_type

@@ -257,6 +257,18 @@ def test_rope_scaling_in_both_spellings(config: dict[str, Any], scaling: dict[st
     assert info.rope_scaling(config) == scaling
 
 
+def test_two_values_of_a_rope_setting_are_refused_by_every_command(tmp_path: Path) -> None:
+    """Releases of transformers read different ones. Settings by kind of layer are the model's own matter."""
+    layers = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    config = config_of("Qwen2ForCausalLM") | {"rope_theta": 1e4}
+    find = {"model_type": "qwen2_5"}
+    get_model_info_meta(make_dir(tmp_path / "layers", config | {"rope_parameters": layers}), **find)
+    get_model_info_meta(make_dir(tmp_path / "same", config | {"rope_parameters": {"rope_theta": 10000}}), **find)
+    directory = make_dir(tmp_path / "two", config | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+    with pytest.raises(ConfigError, match=r"two values of rope_theta: 10000.0 .* and 1000000.0"):
+        get_model_info_meta(directory, **find)
+
+
 def test_max_length_is_the_smallest_stated() -> None:
     assert info.max_model_len({"max_position_embeddings": 4096, "seq_length": 2048}) == 2048
     assert info.max_model_len({"text_config": {"max_position_embeddings": 64}}) == 64
