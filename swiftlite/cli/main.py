@@ -22,6 +22,7 @@ from swiftlite.utils.parser import format_help, nearest, parse
 from swiftlite.utils.processes import end_with_parent
 from swiftlite.utils.quiet import quiet
 from swiftlite.utils.secrets import redact, remember_words
+from swiftlite.utils.text import printable
 
 _TRUE = ("true", "1", "yes", "on")
 
@@ -123,7 +124,7 @@ def _handle(route: Route, args: Any) -> int:
 
 def _message(error: BaseException) -> str:
     """One line: errors of swiftlite speak for themselves, others are named by type."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     if isinstance(error, SwiftliteError):
         return text
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -149,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:  # some libraries' failures are no Exception (torch's CheckpointException)
         if wants_debug(argv):
             sys.stderr.write(redact(traceback.format_exc()))
-        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+        rank = f" [rank {os.environ['RANK']}]" if several else ""
         sys.stderr.write(f"swiftlite: error:{rank} {redact(_message(error))}\n")
         return error.exit_code if isinstance(error, SwiftliteError) else 1
 

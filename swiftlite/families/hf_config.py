@@ -10,6 +10,7 @@ from swiftlite.families.rope import flatten_config
 from swiftlite.meta.family import Family
 from swiftlite.meta.mcore import ConfigRule, Derived, Refuse
 from swiftlite.utils.errors import ConfigError
+from swiftlite.utils.io import blame
 
 Rules = tuple[ConfigRule | Derived | Refuse, ...]
 
@@ -32,11 +33,12 @@ def convert_hf_config(
     """
     architecture = architecture_of(config)
     family = family or family_of(architecture)
-    flat = flatten_config(config)
-    result = _apply(family.mcore.config, flat, {})
-    if patched:
-        result = _apply(family.mcore.patches, flat, result)
-        result["architectures"] = architecture
+    with blame("config.json"):
+        flat = flatten_config(config)
+        result = _apply(family.mcore.config, flat, {})
+        if patched:
+            result = _apply(family.mcore.patches, flat, result)
+            result["architectures"] = architecture
     return result
 
 

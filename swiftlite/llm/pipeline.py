@@ -6,7 +6,6 @@ Everything that reads files or asks a hub for the arguments' sake is here, not i
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from swiftlite.llm.preflight import custom_files, preflight
 from swiftlite.utils.directories import TRACKER as TRACKER
 from swiftlite.utils.directories import Directory, expect
 from swiftlite.utils.errors import CheckpointError, UsageError
+from swiftlite.utils.io import only_data, read_json
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import Arguments, parse, specs
 
@@ -37,6 +37,7 @@ RECORDED_TO_ASK = ("use_chat_template",)
 
 def as_arguments(cls: type[A], args: A | Sequence[str]) -> A:
     """Commands may be called with an arguments object or with words as typed (`["--model", "DIR"]`)."""
+    only_data()
     return args if isinstance(args, Arguments) else parse(cls, args)
 
 
@@ -48,13 +49,7 @@ def load_args(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory) / ARGS_FILE
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy it again or remove it") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object; copy it again or remove it")
-    return values
+    return read_json(path)
 
 
 def save_args(args: BaseArguments, directory: str | os.PathLike[str]) -> Path:
@@ -85,7 +80,12 @@ def take_recorded(args: Any, directory: str | os.PathLike[str]) -> dict[str, Any
     taken = []
     for name in (*RECORDED, *(() if args.trains else RECORDED_TO_ASK)):
         value = recorded.get(name)
-        if value is None or name in given or name not in known or (name == "model_type" and value not in MODEL_MAPPING):
+        if (
+            value is None
+            or name in given
+            or name not in known
+            or (name == "model_type" and isinstance(value, str) and value not in MODEL_MAPPING)
+        ):
             continue
         try:
             setattr(args, name, known[name].convert(value))
@@ -131,11 +131,7 @@ def base_of_adapter(directory: Path) -> str:
     for folder in (directory, directory.parent):
         path = folder / "adapter_config.json"
         if path.is_file():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-                named.append(config.get("base_model_name_or_path"))
-            except (ValueError, AttributeError, RecursionError) as error:
-                raise CheckpointError(f"{path}: not a JSON object ({error}); copy it again") from None
+            named.append(read_json(path).get("base_model_name_or_path"))
     bases = [os.path.expanduser(name) for name in named if isinstance(name, str) and name]
     found = next((base for base in bases if os.path.isfile(os.path.join(base, "config.json"))), None)
     if found is None:
@@ -196,13 +192,17 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
         recorded = take_recorded(args, root)
         if source is None:
             source = str(root)
-            if not (root / "config.json").is_file():
-                source = recorded.get("model_dir") or recorded.get("model")
-                if not source:
+            if not (root / "config.json").is_file():  # what args.json names is another's word: a hub, any directory
+                named = recorded.get("model_dir") or recorded.get("model")
+                if named:
                     raise UsageError(
-                        f"--mcore_model {mcore_model}: it holds neither {ARGS_FILE} nor config.json; give the Hugging "
-                        "Face model that it comes from with --model"
+                        f"--mcore_model {mcore_model}: it holds no config.json; {ARGS_FILE} in it says that it comes from "
+                        f"{named}: give that with --model if you trust it"
                     )
+                raise UsageError(
+                    f"--mcore_model {mcore_model}: it holds neither {ARGS_FILE} nor config.json; give the Hugging "
+                    "Face model that it comes from with --model"
+                )
     elif source is None and adapters:
         source = base_of_adapter(Path(adapters[0]).expanduser())
     if source is None:

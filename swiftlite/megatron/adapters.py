@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from swiftlite.megatron.side_files import read_config
 from swiftlite.megatron.vocabulary import NewTokens, plan_tokens
 from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
-from swiftlite.utils.io import check_disk, check_new, format_bytes, write_json
+from swiftlite.utils.io import blame, format_bytes, read_json, write_bytes_atomic, write_json, write_text_atomic
 from swiftlite.utils.logger import get_logger, log_next
+from swiftlite.utils.output import check_output
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.journal import fingerprint, workspace
 from swiftlite.weights.lora import (
@@ -35,6 +35,7 @@ from swiftlite.weights.lora import (
     ForeignAdapter,
     LoraConfig,
     check_adapter,
+    check_values,
     describe,
     unpack_experts,
 )
@@ -68,13 +69,13 @@ class Adapter:
 
     def write_config(self, directory: Path) -> None:
         if self.peft_config is None:
-            shutil.copyfile(self.config_file, directory / CONFIG)
+            write_bytes_atomic(directory / CONFIG, self.config_file.read_bytes())
         else:
             write_json(directory / CONFIG, self.peft_config)
 
     def described(self) -> Mapping[str, Any]:
         """adapter_config.json as `write_config` writes it."""
-        return self.peft_config or json.loads(self.config_file.read_text(encoding="utf-8"))
+        return self.peft_config or read_json(self.config_file)
 
 
 def open_adapter(directory: Path, bound: BoundMap, scratch: Path, plain: bool = True) -> Adapter:
@@ -88,8 +89,9 @@ def open_adapter(directory: Path, bound: BoundMap, scratch: Path, plain: bool = 
     config_file = (directory if is_peft else _root(directory)) / CONFIG
     if not config_file.is_file():
         raise ConfigError(f"{config_file} is missing; it says rank and alpha of the adapter")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    lora, described = LoraConfig.from_dict(config), None
+    config = read_json(config_file)
+    with blame(config_file):
+        lora, described = LoraConfig.from_dict(config), None
     source: Any
     files: tuple[Path, ...]
     if is_peft:
@@ -117,6 +119,7 @@ def open_adapter(directory: Path, bound: BoundMap, scratch: Path, plain: bool = 
     if not names:
         raise CheckpointError(f"{directory} holds no LoRA matrices")
     check_adapter(bound, {name: source.spec(stored).shape for name, stored in names.items()}, str(directory))
+    check_values(source, names, lora, str(directory))
     return Adapter(source, names, lora, config_file, described, (*files, config_file), extras)
 
 
@@ -173,8 +176,10 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
     _report("to_mcore" if args.to_mcore else "to_hf", adapter, output_dir, plan.total_bytes)
     if args.dry_run:
         return output_dir
-    check_new(output_dir, args.exist_ok)
-    check_disk(output_dir, plan.total_bytes)
+    kind = "Megatron adapter" if args.to_mcore else "PEFT adapter"
+    inputs = [adapter.config_file.parent, *adapter.files]
+    check = partial(check_output, output_dir, kind, args.exist_ok, inputs, needed=plan.total_bytes)
+    check()
 
     def prepare(directory: Path) -> None:
         if args.to_mcore:
@@ -193,7 +198,7 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
             return directory / "iter_0000001" / file, offset
         return directory / WEIGHTS, shards[0].offsets[PEFT_PREFIX + name]
 
-    with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
+    with host_group(), workspace(output_dir, check, kind, identity, prepare) as space:
         jobs = [
             copy_job(adapter.source, stored, *place(space.directory, name), specs[name].dtype)
             for name, stored in adapter.names.items()
@@ -204,17 +209,17 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
             args.save(space.directory)
             if args.to_mcore:
                 torch_dist.write_metadata(space.directory / "iter_0000001", plan, {}, iteration=1)
-                (space.directory / torch_dist.TRACKER).write_text("1")
+                write_text_atomic(space.directory / torch_dist.TRACKER, "1")
         barrier()
         if args.verify == "bitwise":
             prefix = "" if args.to_mcore else PEFT_PREFIX
-            expected = {prefix + name: hashes[stored] for name, stored in adapter.names.items()}
+            stored = {prefix + name: stored for name, stored in adapter.names.items()}
             written = (
                 TorchDistSource(space.directory / "iter_0000001")
                 if args.to_mcore
                 else SafetensorsSource(space.directory)
             )
-            verify_bitwise(written, expected, args.max_memory_bytes)
+            verify_bitwise(written, hashes, jobs, args.max_memory_bytes, stored)
     modules = {_module(name) for name in adapter.names}
     experts = {module for module in modules if EXPERT.search(module)}
     if not args.to_mcore and experts and any(m.endswith(MLP) for m in modules - experts):
@@ -292,8 +297,9 @@ def merge_to_hf(
     _report(f"merge into {base_dir}", adapter, output_dir, total)
     if dry_run:
         return output_dir
-    check_new(output_dir, exist_ok)
-    check_disk(output_dir, total)
+    kind, inputs = "Hugging Face model", [base_dir, adapter.config_file.parent, *adapter.files]
+    check = partial(check_output, output_dir, kind, exist_ok, inputs, needed=total)
+    check()
     root = origin_root(base_dir)
     sources = sorted(base_dir.glob("*.safetensors")) or sorted(find_iteration(base_dir).glob("*.distcp"))
 
@@ -304,7 +310,7 @@ def merge_to_hf(
     def prepare(directory: Path) -> None:
         create_shards(directory, shards)
 
-    with host_group(), workspace(output_dir, exist_ok, identity, prepare) as space:
+    with host_group(), workspace(output_dir, check, kind, identity, prepare) as space:
         places = {n: (space.directory / s.file, offset) for s in shards for n, offset in s.offsets.items()}
         jobs = [copy_job(merged, origin.copies.get(n, n), *places[n], specs[n].dtype) for n in specs]
         hashes = run_jobs("merge", jobs, max_memory, space, allow_overflow)
@@ -315,7 +321,7 @@ def merge_to_hf(
             write_index(space.directory, shards, total)
         barrier()
         if verify:
-            verify_bitwise(SafetensorsSource(space.directory), hashes, max_memory)
+            verify_bitwise(SafetensorsSource(space.directory), hashes, jobs, max_memory)
     get_logger().info("wrote %s (%s)", output_dir, format_bytes(total))
     if next_words is not None:
         log_next("swiftlite", "infer", "--model", output_dir, *next_words)

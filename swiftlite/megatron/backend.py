@@ -34,6 +34,7 @@ from swiftlite.utils import io
 from swiftlite.utils.dist import get_local_rank
 from swiftlite.utils.errors import ConfigError, SwiftliteError
 from swiftlite.utils.logger import get_logger
+from swiftlite.weights.unpickle import guard_checkpoint_reader
 
 logger = get_logger()
 
@@ -480,6 +481,15 @@ SHIMS = (
         "that it may write their gradient over them; nobody reads them afterwards",
         "megatron-core passes overwrite_input",
         _cross_entropy_in_place,
+    ),
+    Shim(
+        "guarded_pickles",
+        "0.16-0.19",
+        "always",
+        "torch.distributed.checkpoint unpickles .metadata and the objects in .distcp files (RNG states) as they come, "
+        "so that a checkpoint of somebody else could run code",
+        "FileSystemReader.read_metadata refuses a pickle that names os.system",
+        guard_checkpoint_reader,
     ),
     Shim(
         "plain_q_projection",

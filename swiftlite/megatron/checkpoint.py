@@ -21,6 +21,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from swiftlite.megatron import backend
 from swiftlite.megatron.background import Write
@@ -32,7 +33,7 @@ from swiftlite.utils.io import replace_directory, write_text_atomic
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.shard import read_shard
 from swiftlite.weights.storage import Files
-from swiftlite.weights.torch_dist import TRACKER, common_state, slot_of
+from swiftlite.weights.torch_dist import TRACKER, common_state, load_common, slot_of
 
 logger = get_logger()
 
@@ -340,8 +341,8 @@ def load_checkpoint(
     The random generators go on where they were if the layout is the one that was saved. Collective.
     Raises: CheckpointError if the checkpoint is incomplete or belongs to another model.
     """
-    metadata = {**checkpoint_metadata(), **(dist_checkpointing.load_content_metadata(str(directory)) or {})}
-    common = dist_checkpointing.load_common_state_dict(str(directory))
+    common = load_common(directory)
+    metadata = {**checkpoint_metadata(), **(common.get("content_metadata") or {})}
     mine = common.get(_STATE) or {}
     state: dict[str, Any] = _model_states(models, metadata)
     has_optimizer = optimizer is not None and bool(mine.get("has_optimizer")) and not args.no_load_optim
@@ -359,7 +360,7 @@ def load_checkpoint(
         state["rng_state"] = _rng_object()
     try:
         loaded = dist_checkpointing.load(state, str(directory))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         raise CheckpointError(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from error
     _load_models(models, loaded)
     if has_optimizer:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import shlex
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ from swiftlite.megatron.side_files import (
 )
 from swiftlite.megatron.vocabulary import GrownSource, plan_tokens
 from swiftlite.utils.dist import barrier, get_rank, host_group
-from swiftlite.utils.errors import UsageError
-from swiftlite.utils.io import check_disk, check_new, format_bytes, peak_memory_bytes
+from swiftlite.utils.errors import UncheckedError, UsageError, VerifyError
+from swiftlite.utils.io import format_bytes, peak_memory_bytes, write_text_atomic
 from swiftlite.utils.logger import get_logger, log_next
+from swiftlite.utils.output import check_output
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.journal import fingerprint, workspace
@@ -97,8 +99,8 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
         print_conversion(args, output_dir, plan.source, total, list(plan.dist.sizes.values()))
         print_layouts(args, TrainingModel(plan.bound, megatron, main_dtype), ["--mcore_model", str(output_dir)])
         return output_dir
-    check_new(output_dir, args.exist_ok)
-    check_disk(output_dir, total)
+    check = _output_check(args, output_dir, "Megatron checkpoint", total)
+    check()
 
     def prepare(directory: Path) -> None:
         check_duplicates(getattr(plan.source, "base", plan.source), plan.coverage.duplicates)
@@ -111,9 +113,10 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
             ["to_mcore", str(dtype), num_files, changes, adapter is not None],
         )
 
-    with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
+    with host_group(), workspace(output_dir, check, "Megatron checkpoint", identity, prepare) as space:
         iteration = space.directory / "iter_0000001"
-        hashes = run_jobs("to_mcore", plan.jobs(iteration), args.max_memory_bytes, space, args.allow_overflow)
+        jobs = plan.jobs(iteration)
+        hashes = run_jobs("to_mcore", jobs, args.max_memory_bytes, space, args.allow_overflow)
         if get_rank() == 0:
             copy_side_files(model_dir, space.directory, changes, plan.main_dtype)
             if new is not None:
@@ -122,15 +125,15 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
             write_hashes(space.directory, hashes)
             lm_args = megatron.megatron_lm_args()
             text = lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n"
-            (space.directory / MEGATRON_LM_ARGS).write_text(text)
+            write_text_atomic(space.directory / MEGATRON_LM_ARGS, text)
             torch_dist.write_metadata(iteration, plan.dist, megatron.checkpoint_args(), iteration=1)
             args.save(space.directory)
-            (space.directory / torch_dist.TRACKER).write_text("1")
+            write_text_atomic(space.directory / torch_dist.TRACKER, "1")
         barrier()
         if args.verify == "bitwise":
             written = HfNames(McoreView.open(TorchDistSource(iteration), plan.bound))
-            verify_bitwise(written, hashes, args.max_memory_bytes)
-        _check_precision(args, model_dir, space.directory, plan.source, config["vocab_size"], dtype)
+            verify_bitwise(written, hashes, jobs, args.max_memory_bytes)
+        _check_precision(args, space.directory, model_dir, space.directory, plan.source, config["vocab_size"], dtype)
     _summary(
         output_dir,
         total,
@@ -162,8 +165,8 @@ def convert_mcore2hf(args: Any) -> Path:
     if args.dry_run:
         print_conversion(args, output_dir, plan.view.source, plan.total_bytes, [shard.size for shard in shards])
         return output_dir
-    check_new(output_dir, args.exist_ok)
-    check_disk(output_dir, plan.total_bytes)
+    check = _output_check(args, output_dir, "Hugging Face model", plan.total_bytes)
+    check()
 
     def identity() -> str:
         files = [iteration / ".metadata", *iteration.glob("*.distcp"), model_dir / "config.json"]
@@ -172,19 +175,25 @@ def convert_mcore2hf(args: Any) -> Path:
     def prepare(directory: Path) -> None:
         create_shards(directory, shards)
 
-    with host_group(), workspace(output_dir, args.exist_ok, identity, prepare) as space:
+    with host_group(), workspace(output_dir, check, "Hugging Face model", identity, prepare) as space:
         places = {n: (space.directory / s.file, offset) for s in shards for n, offset in s.offsets.items()}
-        hashes = run_jobs("to_hf", plan.jobs(places), args.max_memory_bytes, space, args.allow_overflow)
+        jobs = plan.jobs(places)
+        hashes = run_jobs("to_hf", jobs, args.max_memory_bytes, space, args.allow_overflow)
         if get_rank() == 0:
             copy_side_files(model_dir, space.directory, {}, main_dtype((s.dtype, s.numel) for s in plan.specs.values()))
             args.save(space.directory)
             write_index(space.directory, shards, plan.total_bytes)
         barrier()
         if args.verify == "bitwise":
-            verify_bitwise(SafetensorsSource(space.directory), hashes, args.max_memory_bytes)
-        _check_precision(args, space.directory, iteration, cast=dtype)
+            verify_bitwise(SafetensorsSource(space.directory), hashes, jobs, args.max_memory_bytes)
+        _check_precision(args, space.directory, space.directory, iteration, cast=dtype)
     _summary(output_dir, plan.total_bytes, started, ["infer", "--model", output_dir, *args.loading_words(hub=False)])
     return output_dir
+
+
+def _output_check(args: Any, output_dir: Path, kind: str, needed: int) -> Callable[..., None]:
+    inputs = [args.model_info.model_dir, args.mcore_model, args.mcore_adapter, *args.adapters]
+    return partial(check_output, output_dir, kind, args.exist_ok, [i for i in inputs if i], needed=needed)
 
 
 def default_output_dir(model: str | Path, suffix: str) -> str:
@@ -210,19 +219,29 @@ def _report_plan(
 
 def _check_precision(
     args: Any,
+    written: Path,
     hf_dir: Path,
     mcore_dir: Path,
     source: SafetensorsSource | None = None,
     vocab_size: int | None = None,
     cast: torch.dtype | None = None,
 ) -> None:
-    if args.test_convert_precision:
+    if not args.test_convert_precision:
+        return
+    try:
         from swiftlite.megatron.verify import check_precision, groups_of_check
 
         with groups_of_check(hf_dir):
             if get_rank() == 0:
                 check_precision(hf_dir, mcore_dir, args, source, vocab_size, cast)
             barrier()
+    except VerifyError:
+        raise
+    except Exception as error:  # transformers and remote code fail in any way there is
+        raise UncheckedError(
+            f"converted, but the precision check could not run: {' '.join(str(error).split())}. The result is kept in "
+            f"{written}: the same command checks it again, without --test_convert_precision it becomes the output"
+        ) from error
 
 
 def _summary(output_dir: Path, total: int, started: float, next_words: Sequence[Any]) -> None:

@@ -49,11 +49,22 @@ def _per_process(max_memory: int | None) -> int | None:
     return None if max_memory is None else max_memory // get_local_world_size()
 
 
-def verify_bitwise(written: TensorSource, hashes: Mapping[str, str], max_memory: int | None) -> None:
-    """Read the output back from the disk, tensor by tensor under its Hugging Face name, and compare hashes.
+def verify_bitwise(
+    written: TensorSource,
+    hashes: Mapping[str, str],
+    jobs: list[stream.Job],
+    max_memory: int | None,
+    stored: Mapping[str, str] | None = None,
+) -> None:
+    """Read source and output again from the disk and compare with the hashes that the conversion took. Collective.
 
+    Args: hashes: what `run_jobs` gave for `jobs`. stored: tensor of `written` -> its name there; default: the same.
     Raises: VerifyError naming the first tensor that differs.
     """
+    jobs = share(jobs, get_rank(), get_world_size())
+    with progress("verify source", sum(job.nbytes for job in jobs)) as update:
+        stream.check_sources(jobs, hashes, _per_process(max_memory), update)
+    hashes = hashes if stored is None else {name: hashes[source] for name, source in stored.items()}
     names = sorted(hashes)[get_rank() :: get_world_size()]
     total = sum(written.spec(name).nbytes for name in names)
     with progress("verify", total) as update, Files() as files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,8 @@ import torch
 from swiftlite.llm.model.files import main_dtype
 from swiftlite.megatron.model.hf_config import bind_map
 from swiftlite.utils.errors import CheckpointError
-from swiftlite.utils.io import format_bytes
+from swiftlite.utils.io import blame, format_bytes, read_json
+from swiftlite.utils.text import printable
 from swiftlite.weights import stream
 from swiftlite.weights.fp8 import ACTIVATION_SCALES, SCALES, open_source
 from swiftlite.weights.ops import Segment
@@ -86,8 +86,9 @@ class ConfigSource(SafetensorsSource):
     def stored_bytes(self) -> int:
         """What the index says, or the sum of the tensors."""
         path = self.directory / INDEX
-        stated = json.loads(path.read_text()).get("metadata", {}).get("total_size") if path.is_file() else None
-        return int(stated or sum(located.spec.nbytes for located in self.tensors.values()))
+        with blame(path):
+            stated = (read_json(path).get("metadata") or {}).get("total_size") if path.is_file() else None
+            return int(stated or sum(located.spec.nbytes for located in self.tensors.values()))
 
 
 def has_weights(directory: Path) -> bool:
@@ -261,6 +262,6 @@ def print_coverage(bound: BoundMap, coverage: Coverage, dtypes: Mapping[tuple[st
             f"{f', and so {experts - 1} more experts' if experts > 1 else ''}"
         )
     for name in coverage.ignored:
-        print(f"ignored: {name} (not a weight)")
+        print(printable(f"ignored: {name} (not a weight)"))
     for duplicate in coverage.duplicates:
-        print(f"left out: {duplicate.name} (copy of {duplicate.of})")
+        print(printable(f"left out: {duplicate.name} (copy of {duplicate.of})"))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from swiftlite.llm.model.info import check_config
 from swiftlite.utils.errors import ConfigError
-from swiftlite.utils.io import write_json
+from swiftlite.utils.io import blame, is_inside, plain_name, read_json, write_json
 from swiftlite.weights.rule import Coverage
+from swiftlite.weights.safetensors import DTYPES as SAFETENSORS_DTYPES
 
 MANIFEST = "manifest.json"
+DTYPES = {str(dtype).removeprefix("torch.") for dtype in SAFETENSORS_DTYPES.values()}
 HASHES = "hashes.json"
 MEGATRON_LM_ARGS = "megatron_lm_args.txt"
 
@@ -19,20 +21,26 @@ MEGATRON_LM_ARGS = "megatron_lm_args.txt"
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """manifest.json of a checkpoint that swiftlite converted, None for others."""
     path = directory / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    with blame(path):
+        for name, tensor in manifest.get("tensors", {}).items():
+            plain_name(tensor["file"], path)
+            if tensor["dtype"] not in DTYPES:
+                raise ValueError(f"dtype {tensor['dtype']!r} of {name}")
+    return manifest
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises: ConfigError if it is absent or no JSON object."""
+    """config.json of a model directory. Raises: ConfigError if it is absent, CheckpointError if it is damaged."""
     path = directory / "config.json"
     if not path.is_file():
         raise ConfigError(f"{path} is missing; give the model's own directory or id with --model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no JSON object")
+    if not is_inside(path, directory):
+        raise ConfigError(f"{path} is a link out of its directory; put the file itself there")
+    config = read_json(path)
+    check_config(config, path)
     return config
 
 
@@ -54,4 +62,4 @@ def write_hashes(directory: Path, hashes: Mapping[str, str]) -> None:
 def read_hashes(directory: Path) -> dict[str, str]:
     """The recorded hashes of a converted checkpoint, {} where there are none."""
     path = directory / HASHES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

@@ -8,23 +8,40 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
+from swiftlite.utils.errors import UsageError
+
 T = TypeVar("T")
 
 
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{name} is {text!r} in the environment; it must be a number, or be unset") from None
+
+
 def get_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def get_world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Raises: UsageError for WORLD_SIZE without RANK, which launchers set together: a leftover of a cluster's job."""
+    size = _number("WORLD_SIZE", 1)
+    if size > 1 and "RANK" not in os.environ:
+        raise UsageError(f"WORLD_SIZE is {size} in the environment, but RANK is not set; unset WORLD_SIZE, or start the "
+                         "processes with NPROC_PER_NODE (or torchrun), which sets both")  # fmt: skip
+    if size > 1:
+        get_rank()  # a number, too
+    return size
 
 
 def get_local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
 
 
 def get_local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def is_main_process() -> bool:

@@ -38,6 +38,10 @@ class BudgetError(SwiftliteError):
     """A memory or disk budget that the plan cannot meet."""
 
 
+class UncheckedError(SwiftliteError):
+    """The work is done, a check of it could not run. What was written is kept under its temporary name."""
+
+
 class TemplateError(SwiftliteError):
     """A conversation that the chat template cannot express."""
 

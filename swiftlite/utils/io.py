@@ -16,14 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swiftlite.utils.errors import BudgetError, CheckpointError, SwiftliteError, UsageError
+from swiftlite.utils.errors import CheckpointError, SwiftliteError
 from swiftlite.utils.logger import get_logger
-
-
-def check_new(path: Path, exist_ok: bool = False) -> None:
-    """Raises: UsageError if `path` exists and is not an empty directory, unless exist_ok."""
-    if path.exists() and not exist_ok and not (path.is_dir() and not any(path.iterdir())):
-        raise UsageError(f"{path} exists already; choose another --output_dir, or replace it with --exist_ok true")
 
 
 def replace_directory(source: Path, target: Path) -> None:
@@ -188,6 +182,27 @@ def writing(directory: Path, way_on: str) -> Iterator[None]:
         ) from error
 
 
+def only_data() -> None:
+    """From now on `torch.load` builds data only, whichever library calls it and however: checkpoints run no code."""
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+
+def plain_name(name: object, where: object) -> str:
+    """`name` as a file says it, held to be that of a file beside it. Raises: CheckpointError naming `where`."""
+    if not isinstance(name, str) or not name or "\0" in name or name in (".", "..") or Path(name).name != name:
+        raise CheckpointError(f"{where} points to {name!r}, outside the model directory; refusing to follow it")
+    return name
+
+
+def is_inside(path: Path, directory: Path) -> bool:
+    """Is `path` a regular file of `directory`, links followed? The blobs of a hub's cache belong to its snapshots."""
+    root = Path(os.path.realpath(directory))
+    real = Path(os.path.realpath(path))
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return real.is_file() and any(real.is_relative_to(r) for r in roots)
+
+
 @contextmanager
 def blame(what: object) -> Iterator[None]:
     """Around code that takes values out of a file: where they are of another kind than expected, the error names it."""
@@ -198,7 +213,7 @@ def blame(what: object) -> Iterator[None]:
     except KeyError as error:
         raise CheckpointError(f"{what} does not say {error}; download or copy it again") from error
     except (
-        TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError, MemoryError
+        TypeError, ValueError, AttributeError, IndexError, ArithmeticError, AssertionError, RecursionError, MemoryError
     ) as error:  # fmt: skip
         text = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{what} holds something unexpected ({text}); download or copy it again") from error
@@ -241,16 +256,6 @@ def probe_disk(directory: Path, seconds: float = 2.0) -> DiskSpeed | None:
             return DiskSpeed(max(read, count) / (time.perf_counter() - started), write_rate)
     except OSError:
         return None
-
-
-def check_disk(directory: Path, needed: int) -> None:
-    """Raises: BudgetError if the file system that will hold `directory` has less than `needed` bytes free."""
-    free = shutil.disk_usage(existing_parent(directory)).free
-    if needed > free:
-        raise BudgetError(
-            f"{directory} needs {format_bytes(needed)}, its disk has {format_bytes(free)} free; make room or "
-            "choose another --output_dir"
-        )
 
 
 def format_bytes(count: float) -> str:

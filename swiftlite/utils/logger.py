@@ -9,6 +9,7 @@ import sys
 from typing import TextIO
 
 from swiftlite.utils.secrets import redact
+from swiftlite.utils.text import printable
 
 
 class _RankZeroFilter(logging.Filter):
@@ -19,10 +20,10 @@ class _RankZeroFilter(logging.Filter):
 
 
 class _Formatter(logging.Formatter):
-    """Without access tokens, whoever put them into a message."""
+    """Without access tokens, whoever put them into a message; names from files do nothing to the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return printable(redact(super().format(record)))
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

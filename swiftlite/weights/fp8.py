@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
+from swiftlite.utils.io import blame
 from swiftlite.weights.safetensors import Located, SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor
 
@@ -38,8 +39,12 @@ def open_source(directory: Path, config: Mapping[str, Any]) -> SafetensorsSource
     method = str(quantisation.get("quant_method"))
     form = str(quantisation.get("format", "float-quantized"))
     if method in ("fp8", "fbgemm_fp8") or (method == "compressed-tensors" and form == "float-quantized"):
-        dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
-        return Fp8Source(directory, _block(quantisation), getattr(torch, dtype))
+        with blame(directory / "config.json"):
+            dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
+            block, dequantised = _block(quantisation), getattr(torch, dtype)
+            if min(block) < 1 or not isinstance(dequantised, torch.dtype):
+                raise ValueError(f"blocks of {block}, dtype {dtype}")
+        return Fp8Source(directory, block, dequantised)
     raise ConfigError(
         f"the weights are quantised with {method}{f' ({form})' if method == 'compressed-tensors' else ''}; of quantised "
         "weights only FP8 can be read (not AWQ, GPTQ, AQLM, bitsandbytes, MXFP4): use the unquantised model"

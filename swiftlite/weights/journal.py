@@ -1,7 +1,8 @@
 """Where a conversion works until it is whole: a hidden sibling of the output, with a journal so that a killed one goes on.
 
-A journal line is written only after the data it speaks of is on the disk. The fingerprint of source and options stands
-beside the journals; another one makes them void.
+A journal line is written only after the data it speaks of is on the disk. It holds the hashes of what was read, and counts
+only where reading the source again gives the same. The fingerprint of source and options stands beside the journals;
+another one makes them void.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.dist import barrier, get_rank
-from swiftlite.utils.errors import CheckpointError, SwiftliteError
-from swiftlite.utils.io import check_new, replace_directory, restore_directory, write_text_atomic
+from swiftlite.utils.errors import CheckpointError, SwiftliteError, UncheckedError, UsageError
+from swiftlite.utils.io import replace_directory, restore_directory, write_text_atomic
 from swiftlite.utils.lock import output_lock
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.output import mark_output, partial_of
 
 FLUSH_BYTES = 512 << 20
 FLUSH_SECONDS = 5.0
+HEAD_BYTES, MAX_HEADER_BYTES = 1 << 20, 100 << 20
 STATE = "conversion-state"  # folder inside the hidden sibling; gone before the rename
 
 Batch = list[tuple[str, dict[str, str]]]
@@ -74,12 +77,28 @@ class Journal:
 
 
 def fingerprint(files: Iterable[Path], options: Any) -> str:
-    """Identity of a conversion: source files by name, size and time of change, and what was asked for."""
-    facts = []
+    """Identity of a conversion in two lines: what its journal is bound to, and what changes if the source is touched.
+
+    The first line is of names, sizes, the heads of the files (all that describes tensors) and what was asked for; that
+    the tensors' values are those of the journal is seen by reading them again. The second has the times of change.
+    """
+    facts, times = [], []
     for path in sorted(files):
         stat = path.stat()
-        facts.append([path.name, stat.st_size, stat.st_mtime_ns])
-    return hashlib.sha256(json.dumps([facts, options], sort_keys=True, default=str).encode()).hexdigest()
+        facts.append([path.name, stat.st_size, hashlib.sha256(_head(path)).hexdigest()])
+        times.append(stat.st_mtime_ns)
+    bound = hashlib.sha256(json.dumps([facts, options], sort_keys=True, default=str).encode()).hexdigest()
+    return f"{bound}\n{times}"
+
+
+def _head(path: Path) -> bytes:
+    """The header of a safetensors file, the whole of a small file."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        if path.suffix == ".safetensors":
+            length = 8 + int.from_bytes(head[:8], "little")
+            return head[:length] + file.read(max(min(length, MAX_HEADER_BYTES) - len(head), 0))
+        return head
 
 
 @dataclass(frozen=True)
@@ -93,18 +112,20 @@ class Workspace:
 
 @contextmanager
 def workspace(
-    output: Path, exist_ok: bool, identity: Callable[[], str], prepare: Callable[[Path], None]
+    output: Path, check: Callable[..., None], kind: str, identity: Callable[[], str], prepare: Callable[[Path], None]
 ) -> Iterator[Workspace]:
     """Work in a hidden sibling of `output`, which takes its name when the block ends without an error. Collective.
 
-    A kill or an I/O error leaves the sibling, and the next run with the same identity goes on from it; an error in the
-    input removes it. `identity` is asked again at the end: a source that changed meanwhile is an error. `prepare` fills
-    a fresh directory with the files at their final size, on rank 0.
-    Raises: UsageError if `output` exists (exist_ok replaces it at the very end), or another process is at work on it.
+    A kill, an I/O error or a check that cannot run leaves the sibling, and the next run with the same identity goes on
+    from it; an error in the input removes it. `prepare` fills a fresh directory with the files at their final size, on
+    rank 0.
+    Args: check: check_output for this output, asked now and before it is replaced. kind: see mark_output.
+        identity: see fingerprint; asked again at the end: a source that changed meanwhile is an error.
+    Raises: UsageError if `output` may not be written, or another process is at work on it.
     """
-    check_new(output, exist_ok)
+    check()
     output = Path(os.path.realpath(output))  # a link to a large disk: the work is there, too
-    directory = output.with_name(f".{output.name}.partial")
+    directory = partial_of(output)
     state, main = directory / STATE, get_rank() == 0
     output.parent.mkdir(parents=True, exist_ok=True)
     mine = identity()
@@ -113,6 +134,7 @@ def workspace(
         resumed = False
         if main:
             restore_directory(output)
+            check(needed=0)  # it may have put an output back
             resumed = _claim(directory, output, mine, prepare)
         barrier()
         journal = Journal(state, get_rank())
@@ -126,7 +148,9 @@ def workspace(
             finally:
                 journal.close()
             if main:
-                _publish(directory, output)
+                _publish(directory, output, check, kind)
+        except UncheckedError:
+            raise
         except SwiftliteError:
             if main:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -137,11 +161,16 @@ def workspace(
         barrier()
 
 
-def _publish(directory: Path, output: Path) -> None:
+def _publish(directory: Path, output: Path, check: Callable[..., None], kind: str) -> None:
     """Give the finished directory its name; if that fails, it stays as it was, journal and all."""
+    try:
+        check(needed=0)  # hours may have passed
+    except UsageError as error:
+        raise UncheckedError(f"{error}. What was made is kept in {directory}") from None
     state, aside = directory / STATE, output.with_name(f".{output.name}.{STATE}")
     state.rename(aside)
     try:
+        mark_output(directory, kind)
         replace_directory(directory, output)
     except OSError:
         aside.rename(state)
@@ -157,7 +186,7 @@ def _claim(directory: Path, output: Path, identity: str, prepare: Callable[[Path
             aside.rename(directory / STATE)
         else:
             shutil.rmtree(aside)
-    if mark.is_file() and mark.read_text() == identity:
+    if mark.is_file() and mark.read_text() == identity.partition("\n")[0]:
         get_logger().info("going on with the unfinished conversion in %s", directory)
         return True
     if directory.exists():
@@ -167,5 +196,5 @@ def _claim(directory: Path, output: Path, identity: str, prepare: Callable[[Path
         shutil.rmtree(directory)
     (directory / STATE).mkdir(parents=True)
     prepare(directory)
-    write_text_atomic(mark, identity)
+    write_text_atomic(mark, identity.partition("\n")[0])
     return False

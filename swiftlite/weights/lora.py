@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftlite.utils.errors import ConfigError, MapError, ShapeError
+from swiftlite.utils.errors import CheckpointError, ConfigError, MapError, ShapeError
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
 from swiftlite.weights.shape import ModelShape
@@ -39,6 +39,7 @@ NOT_PLAIN = (
 )  # fmt: skip
 # init_lora_weights that leave the base weights as they are.
 PLAIN_BEGINNINGS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal")
+MAX_RANK, MAX_ALPHA = 1 << 20, 1e6
 EXPERT = re.compile(r"\.experts\.\d+\.(\w+)$")
 FOREIGN = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
@@ -72,11 +73,22 @@ class LoraConfig:
                 raise ConfigError(f"adapter_config.json: {key} {config[key]!r} is not supported, only plain LoRA is")
         if config.get("peft_type", "LORA") != "LORA":
             raise ConfigError(f"adapter_config.json: peft_type {config['peft_type']!r} is not supported, only LORA is")
-        for key in ("r", "lora_alpha"):
-            if not isinstance(config.get(key), int | float):
-                raise ConfigError(f"adapter_config.json: {key} is {config.get(key)!r}; it must be a number")
-        patterns = config.get("alpha_pattern") or None
-        return cls(config["r"], config["lora_alpha"], bool(config.get("use_rslora")), patterns)
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, Mapping):
+            raise ConfigError(f"adapter_config.json: alpha_pattern is {patterns!r}; it must be an object")
+        rank = config.get("r")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+            raise ConfigError(f"adapter_config.json: r is {rank!r}; it must be a whole number from 1 to {MAX_RANK}")
+        for key, alpha in (("lora_alpha", config.get("lora_alpha")), *patterns.items()):
+            # beyond fp32's 1e38 the product overflows; no adapter is anywhere near this
+            if not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
+                raise ConfigError(f"adapter_config.json: {key} is {alpha!r}; it must be a number up to {MAX_ALPHA:g}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"adapter_config.json: alpha_pattern {pattern!r} is no pattern ({error})") from None
+        return cls(config["r"], config["lora_alpha"], bool(config.get("use_rslora")), patterns or None)
 
     def scale(self, module: str, rank: int) -> float:
         """Factor on B A for one module; its rank is A's, whatever rank_pattern says. The first alpha_pattern counts."""
@@ -115,6 +127,17 @@ def check_adapter(bound: BoundMap, shapes: Mapping[str, Shape], where: str) -> N
         wanted = (rank, into) if name.endswith(A) else (out, rank)
         if tuple(shape) != wanted:
             raise ShapeError(f"{name} in {where} has shape {list(shape)}, the base model needs {list(wanted)}")
+
+
+def check_values(source: TensorSource, names: Mapping[str, str], lora: LoraConfig, where: str) -> None:
+    """Raises: CheckpointError naming the first matrix with NaN or infinite values, or of a scale that makes some."""
+    with Files() as files:
+        for name, stored in names.items():
+            tensor = read_tensor(source, stored, files).float()
+            if name.endswith(B):
+                tensor *= lora.scale(name.removesuffix(B), max(tensor.shape[1], 1))
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{name} in {where} has values that are NaN or infinite; train or copy it again")
 
 
 def unpack_experts(path: Path, model: ModelShape, lora: LoraConfig, target: Path) -> dict[str, tuple[int, float]]:

@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from swiftlite.utils.errors import CheckpointError
+from swiftlite.utils.io import blame, is_inside, plain_name, read_json, write_text_atomic
 from swiftlite.utils.logger import warn_once
+from swiftlite.weights.ops import Shape
 from swiftlite.weights.storage import Extent, TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -54,15 +57,10 @@ def read_header(path: Path) -> dict[str, Located]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
-        items = [
-            (name, DTYPES[item["dtype"]], tuple(int(d) for d in item["shape"]), *map(int, item["data_offsets"]))
-            for name, item in header.items()
-            if name != "__metadata__"
-        ]
+        items = [_parse(name, item) for name, item in json.loads(text).items() if name != "__metadata__"]
     except KeyError as error:
         raise CheckpointError(f"{path}: dtype or field {error} in the header is not supported") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: the header is not valid ({error}); download or copy the file again") from None
     found, position = {}, 0
     for name, dtype, shape, start, stop in sorted(items, key=lambda item: (item[3], item[4])):
@@ -81,6 +79,15 @@ def read_header(path: Path) -> dict[str, Located]:
     return found
 
 
+def _parse(name: str, item: Mapping[str, Any]) -> tuple[str, torch.dtype, Shape, int, int]:
+    """(name, dtype, shape, start, stop) of a header's entry."""
+    start, stop = item["data_offsets"]
+    numbers = (*item["shape"], start, stop)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in numbers):
+        raise ValueError(f"shape {item['shape']}, offsets {item['data_offsets']} of {name}")
+    return name, DTYPES[item["dtype"]], tuple(item["shape"]), start, stop
+
+
 class SafetensorsSource:
     """All tensors of a Hugging Face model directory. Opening it reads the index and the headers, no weights."""
 
@@ -92,6 +99,11 @@ class SafetensorsSource:
             if not file.is_file():
                 raise CheckpointError(
                     f"{directory / INDEX} lists {file.name}, which is not there; download the missing file"
+                )
+            if not is_inside(file, directory):
+                raise CheckpointError(
+                    f"{file} is a link out of its directory, to {os.path.realpath(file)}; give the directory that "
+                    "holds the weights, or put the file itself there"
                 )
             for name, located in read_header(file).items():
                 if name in self.tensors:
@@ -112,15 +124,11 @@ class SafetensorsSource:
         if single.is_file():  # which is what transformers reads
             warn_once(f"{single} is read, as transformers does; {path.name} beside it is not")
             return {}
-        try:
-            weight_map = json.loads(path.read_text())["weight_map"]
-            names = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a safetensors index ({error})") from None
-        for file in names.values():
-            if Path(file).name != file:
-                raise CheckpointError(f"{path} points to {file!r}, outside the model directory; refusing to follow it")
-        return names
+        with blame(path):
+            weight_map: dict[str, str] = read_json(path)["weight_map"]
+            for file in set(weight_map.values()):
+                plain_name(file, path)
+        return weight_map
 
     @cached_property
     def files(self) -> Sequence[Path]:
@@ -236,4 +244,4 @@ def write_index(directory: Path, shards: Sequence[ShardPlan], total_bytes: int) 
     text = json.dumps(
         {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
     )
-    (directory / INDEX).write_text(text + "\n")
+    write_text_atomic(directory / INDEX, text + "\n")

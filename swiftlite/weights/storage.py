@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,12 +116,19 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 class Files:
-    """Open file descriptors by path, read and written by position from any thread. A context manager."""
+    """Files by path, read and written by position from any thread. A context manager.
+
+    At most MAX_OPEN are open at a time (a quarter of what the process may open): the one unused for longest goes first.
+    """
+
+    MAX_OPEN = 256
 
     def __init__(self) -> None:
-        self._fds: dict[Path, int] = {}
+        self._open: OrderedDict[Path, _Open] = OrderedDict()
         self._written: set[Path] = set()
         self._lock = threading.Lock()
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._limit = self.MAX_OPEN if soft == resource.RLIM_INFINITY else max(min(self.MAX_OPEN, soft // 4), 8)
 
     def __enter__(self) -> Files:
         return self
@@ -128,52 +137,85 @@ class Files:
         self.close()
 
     def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for entry in self._open.values():
+            os.close(entry.fd)
+        self._open.clear()
         self._written.clear()
 
-    def fd(self, path: Path, writable: bool = False) -> int:
-        with self._lock:
-            if writable and path not in self._written:
-                if path in self._fds:
-                    os.close(self._fds.pop(path))
-                self._written.add(path)
-            if path not in self._fds:
-                self._fds[path] = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
-            return self._fds[path]
+    @contextmanager
+    def _using(self, path: Path, writable: bool = False) -> Iterator[int]:
+        """A descriptor of `path` that stays open inside. System errors name the path."""
+        with _naming(path):
+            with self._lock:
+                entry = self._entry(path, writable)
+                entry.users += 1
+            try:
+                yield entry.fd
+            finally:
+                with self._lock:
+                    entry.users -= 1
+                    if entry.users == 0 and self._open.get(path) is not entry:  # replaced by a writable one meanwhile
+                        os.close(entry.fd)
+
+    def _entry(self, path: Path, writable: bool) -> _Open:
+        entry = self._open.get(path)
+        if entry is not None and (entry.writable or not writable):
+            self._open.move_to_end(path)
+            return entry
+        if entry is not None:
+            del self._open[path]
+            if entry.users == 0:
+                os.close(entry.fd)
+        if len(self._open) >= self._limit:
+            oldest = next((p for p, e in self._open.items() if e.users == 0), None)
+            if oldest is not None:
+                os.close(self._open.pop(oldest).fd)
+        entry = self._open[path] = _Open(os.open(path, os.O_RDWR if writable else os.O_RDONLY), writable)
+        if writable:
+            self._written.add(path)
+        return entry
 
     def read_into(self, extent: Extent, buffer: memoryview) -> None:
         """Fill `buffer` (of extent.size bytes). Raises: CheckpointError if the file ends too early."""
-        fd, done = self.fd(extent.file), 0
-        while done < extent.size:
-            with _naming(extent.file):
+        done = 0
+        with self._using(extent.file) as fd:
+            while done < extent.size:
                 count = os.preadv(fd, [buffer[done:]], extent.offset + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{extent.file} ends at byte {extent.offset + done}, {extent.size - done} bytes too early; "
-                    "the file is truncated, download or copy it again"
-                )
-            done += count
+                if count == 0:
+                    raise CheckpointError(
+                        f"{extent.file} ends at byte {extent.offset + done}, {extent.size - done} bytes too early; "
+                        "the file is truncated, download or copy it again"
+                    )
+                done += count
 
     def write(self, path: Path, offset: int, buffer: memoryview) -> None:
-        fd, done = self.fd(path, writable=True), 0
-        while done < len(buffer):
-            with _naming(path):
+        done = 0
+        with self._using(path, writable=True) as fd:
+            while done < len(buffer):
                 done += os.pwrite(fd, buffer[done:], offset + done)
 
     def sync(self) -> None:
         """Force everything written to the disk."""
         with self._lock:
-            written = {path: self._fds[path] for path in self._written}
-        for path, fd in written.items():
-            with _naming(path):
+            written = sorted(self._written)
+        for path in written:
+            with self._using(path) as fd:
                 os.fsync(fd)
 
     def forget(self, path: Path) -> None:
         """Drop a file's clean pages from the cache, so that reading it again reads the disk."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd(path), 0, 0, os.POSIX_FADV_DONTNEED)
+            with self._using(path) as fd:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@dataclass
+class _Open:
+    """A descriptor and how many threads are using it now."""
+
+    fd: int
+    writable: bool
+    users: int = 0
 
 
 def place_of(source: TensorSource, name: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from swiftlite.utils.dist import get_local_world_size
-from swiftlite.utils.errors import BudgetError
+from swiftlite.utils.errors import BudgetError, VerifyError
 from swiftlite.utils.io import format_bytes
 from swiftlite.weights.journal import Journal
 from swiftlite.weights.ops import Segment
@@ -101,6 +101,40 @@ class Hasher:
         if self._hashes:
             return {name: h.hexdigest() for name, h in self._hashes.items()}
         return {name: _hash_input(job, source, files) for source, name in enumerate(job.inputs)}
+
+
+def read_again(job: Job, block_bytes: int, files: Files) -> dict[str, str]:
+    """Hash of each input of a job, read and cast as `run` does it."""
+    hasher = Hasher(job)
+    if job.in_order:
+        buffer = torch.empty(0, dtype=torch.uint8)
+        for block in blocks(job, block_bytes):
+            if buffer.numel() < block.nbytes:
+                buffer = torch.empty(max(block_bytes, block.nbytes), dtype=torch.uint8)
+            copy_block(block, files, buffer, hasher, set())
+    return hasher.digests(job, files)
+
+
+def check_sources(
+    jobs: Sequence[Job], hashes: Mapping[str, str], max_memory: int | None, on_bytes: Callable[[int], None]
+) -> None:
+    """Read the inputs of all jobs again. Raises: VerifyError naming the first whose hash is not the one in `hashes`."""
+    block_bytes, workers = fit_budget(jobs, max_memory)
+    with Files() as files, ThreadPoolExecutor(workers) as pool:
+        for file in {extent.file for job in jobs for i in range(len(job.inputs)) for extent in job.locate(i, 0, 1)}:
+            files.forget(file)
+        try:
+            for job, found in zip(jobs, pool.map(lambda job: read_again(job, block_bytes, files), jobs), strict=True):
+                for name, digest in found.items():
+                    if digest != hashes[name]:
+                        raise VerifyError(
+                            f"{name}: the source holds other bytes than those that were converted; it changed meanwhile "
+                            "or its disk is failing, run the command again"
+                        )
+                on_bytes(job.nbytes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _hash_input(job: Job, source: int, files: Files) -> str:
@@ -224,20 +258,16 @@ def run(
     """Carry out all jobs. Output files must exist at their final size; they are on the disk when this returns.
 
     Args: max_memory: bytes that blocks in flight may take. on_bytes: told the output bytes of each finished block, by
-        one thread at a time. journal: jobs that it lists are skipped, finished ones are added once they are on the disk.
-        allow_overflow: only warn of finite values that the output's dtype makes infinite.
+        one thread at a time. journal: jobs that it lists are skipped if their inputs still have the hashes that it gives;
+        finished ones are added once they are on the disk. allow_overflow: only warn of finite values that the output's
+        dtype makes infinite.
     Returns: input name -> hash of its values as written.
     Raises: BudgetError before anything is written if one block cannot fit; after all threads have stopped, whatever
         reading or writing raises, or what check_overflow does.
     """
     block_bytes, workers = fit_budget(jobs, max_memory)
     digests: dict[str, str] = {}
-    if journal is not None:
-        for job in jobs:
-            if job.name in journal.done:
-                digests.update(journal.done[job.name])
-                on_bytes(job.nbytes)
-        jobs = [job for job in jobs if job.name not in journal.done]
+    done = journal.done if journal is not None else {}
     lock, stop = threading.Lock(), threading.Event()
     overflowed: dict[torch.dtype, set[str]] = {}
     with Files() as files:
@@ -249,6 +279,11 @@ def run(
                     job = next(pending, None)
                 if job is None:
                     return
+                if job.name in done and read_again(job, block_bytes, files) == done[job.name]:
+                    with lock:
+                        digests.update(done[job.name])
+                        on_bytes(job.nbytes)
+                    continue
                 hasher, lost = Hasher(job), set[str]()
                 for block in blocks(job, block_bytes):
                     if stop.is_set():

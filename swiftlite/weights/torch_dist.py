@@ -36,9 +36,11 @@ from torch.distributed.checkpoint.metadata import (
 from swiftlite.utils.directories import TRACKER as TRACKER
 from swiftlite.utils.directories import Directory, what_it_is
 from swiftlite.utils.errors import CheckpointError, MapError, ShapeError
+from swiftlite.utils.io import blame, is_inside, plain_name, write_bytes_atomic, write_text_atomic
 from swiftlite.weights.ops import Segment, Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
 from swiftlite.weights.storage import Extent, TensorSpec
+from swiftlite.weights.unpickle import read_metadata
 
 SHARDED_BACKEND = {
     "sharded_backend": "torch_dist",
@@ -97,24 +99,6 @@ def candidates(entry: Entry) -> Iterator[Slot]:
 
 
 # ---- reading ----
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Checkpoint metadata holds only torch's own records; anything else is refused, since a pickle can run code."""
-
-    _MODULES = ("torch.distributed.checkpoint.", "torch.serialization")
-    _NAMES = {
-        ("torch", "Size"), ("torch", "device"), ("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict"),
-        ("builtins", "set"), ("pathlib", "PosixPath"), ("pathlib", "Path"),
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-        if module.startswith(self._MODULES) or is_dtype or (module, name) in self._NAMES:
-            return super().find_class(module, name)
-        raise CheckpointError(
-            f".metadata refers to {module}.{name}, which no Megatron checkpoint does; refusing to load it"
-        )
 
 
 @dataclass(frozen=True)
@@ -184,37 +168,45 @@ class TorchDistSource:
 
     def __init__(self, directory: Path, data: bool = True) -> None:
         self.directory = directory
+        self._starts: dict[tuple[Path, int], int] = {}
         path = directory / ".metadata"
         try:
             with path.open("rb") as raw:
-                metadata = _SafeUnpickler(raw).load()
-            entries, storage = metadata.state_dict_metadata, metadata.storage_data
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+                metadata = read_metadata(raw, path)
+        except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}); is {directory} a complete torch_dist checkpoint?"
             ) from None
-        self.tensors: dict[str, _Chunks] = {}
+        with blame(path):
+            self.tensors = self._parse(metadata, path)
+        for part in sorted({c.file for t in self.tensors.values() for c in t.chunks}):
+            if data and not is_inside(part, directory):
+                raise CheckpointError(f"{part} is missing, or a link out of the checkpoint; copy the checkpoint again")
+
+    def _parse(self, metadata: Any, path: Path) -> dict[str, _Chunks]:
+        tensors: dict[str, _Chunks] = {}
         places: dict[tuple[str, tuple[int, ...]], _StorageInfo] = {
-            (index.fqn, tuple(index.offset or ())): info for index, info in storage.items()
+            (index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()
         }
-        for name, item in entries.items():
+        for name, item in metadata.state_dict_metadata.items():
             if not isinstance(item, TensorStorageMetadata) or is_state(name):
                 continue
+            spec = TensorSpec(item.properties.dtype, tuple(item.size))
+            if not isinstance(spec.dtype, torch.dtype) or any(n < 0 for n in spec.shape):
+                raise CheckpointError(f"{path} gives {name} dtype {spec.dtype} and shape {list(spec.shape)}")
             chunks = []
             for chunk in item.chunks:
                 info = places.get((name, tuple(chunk.offsets)))
-                if info is None or Path(info.relative_path).name != info.relative_path:
+                if info is None:
                     raise CheckpointError(f"{path} does not say where {name} at {list(chunk.offsets)} is stored")
                 if info.transform_descriptors:
                     raise CheckpointError(
                         f"{name} is stored with {info.transform_descriptors[0]}, which is not supported"
                     )
-                file = directory / info.relative_path
+                file = self.directory / plain_name(info.relative_path, path)
                 chunks.append(_Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
-            self.tensors[name] = _Chunks(name, TensorSpec(item.properties.dtype, tuple(item.size)), chunks)
-        for part in sorted({c.file for t in self.tensors.values() for c in t.chunks}):
-            if data and not part.is_file():
-                raise CheckpointError(f"{part} is missing; copy the checkpoint again")
+            tensors[name] = _Chunks(name, spec, chunks)
+        return tensors
 
     def spec(self, name: str) -> TensorSpec:
         return self.tensors[name].spec
@@ -224,11 +216,14 @@ class TorchDistSource:
         tensor = self.tensors[name]
         width = tensor.spec.dtype.itemsize
         for chunk, inside, count in tensor.runs(start // width, stop // width):
-            data = _data_offset(chunk.file, chunk.offset, chunk.length, math.prod(chunk.sizes) * width)
+            record = chunk.file, chunk.offset
+            if record not in self._starts:
+                nbytes = math.prod(chunk.sizes) * width
+                self._starts[record] = _data_offset(chunk.file, chunk.offset, chunk.length, nbytes)
+            data = self._starts[record]
             yield Extent(chunk.file, data + inside * width, count * width)
 
 
-@lru_cache(maxsize=65536)
 def _data_offset(file: Path, offset: int, length: int, nbytes: int) -> int:
     """Absolute position of a record's tensor data. Raises: CheckpointError if the record is not one plain tensor."""
     try:
@@ -237,7 +232,8 @@ def _data_offset(file: Path, offset: int, length: int, nbytes: int) -> int:
             if nbytes == 0:
                 return offset
             (info,) = (archive.getinfo(name) for part, name in names.items() if re.fullmatch(r"data/\d+", part))
-            start = _TensorPickle(io.BytesIO(archive.read(names["data.pkl"]))).start_bytes(nbytes)
+            with archive.open(names["data.pkl"]) as described:
+                start = _TensorPickle(io.BytesIO(described.read(_MAX_DESCRIPTION))).start_bytes(nbytes)
             if start + nbytes > info.file_size or info.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
                     f"{file}: record at {offset} holds {info.file_size} bytes where the metadata says {start + nbytes}"
@@ -248,11 +244,16 @@ def _data_offset(file: Path, offset: int, length: int, nbytes: int) -> int:
                 offset + info.header_offset + 30 + start
                 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             )  # fmt: skip
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive or pickle fails in any way there is
         raise CheckpointError(f"{file}: the record at byte {offset} is damaged or truncated ({error})") from None
 
 
-class _TensorPickle(pickle.Unpickler):
+_MAX_DESCRIPTION = 1 << 16  # of one plain tensor; torch.save writes some hundred bytes
+
+
+class _TensorPickle(pickle._Unpickler):  # type: ignore[name-defined,misc]
     """Reads where in its storage a saved tensor starts, from the pickle of a `torch.save` record; runs none of it."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -403,7 +404,8 @@ def find_iteration(directory: Path) -> Path:
         return directory
     tracker = directory / TRACKER
     if tracker.is_file():
-        text = tracker.read_text().strip()
+        with tracker.open("rb") as file:
+            text = file.read(100).decode("ascii", "replace").strip()
         name = text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else None
         if name is None:
             raise CheckpointError(f"{tracker} holds {text!r}, which is no iteration number")
@@ -557,10 +559,11 @@ def write_metadata(directory: Path, plan: DistPlan, args: Mapping[str, Any], ite
         storage_data=plan.storage,
         version="1.0.0",
     )
-    with (directory / ".metadata").open("wb") as file:
-        pickle.dump(metadata, file)
-    torch.save(common_state(args, iteration), directory / "common.pt")
-    (directory / "metadata.json").write_text(json.dumps(SHARDED_BACKEND))
+    common = io.BytesIO()
+    torch.save(common_state(args, iteration), common)
+    write_bytes_atomic(directory / "common.pt", common.getvalue())
+    write_text_atomic(directory / "metadata.json", json.dumps(SHARDED_BACKEND))
+    write_bytes_atomic(directory / ".metadata", pickle.dumps(metadata))
 
 
 def common_state(args: Mapping[str, Any], iteration: int) -> dict[str, Any]:
@@ -575,7 +578,13 @@ def common_state(args: Mapping[str, Any], iteration: int) -> dict[str, Any]:
 
 
 def load_common(directory: Path) -> dict[str, Any]:
-    """Read common.pt without running code from it."""
-    with torch.serialization.safe_globals([Namespace]):  # Megatron-LM's own checkpoints
-        state: dict[str, Any] = torch.load(directory / "common.pt", weights_only=True)
+    """Read common.pt without running code from it. Raises: CheckpointError naming it."""
+    path = directory / "common.pt"
+    try:
+        with torch.serialization.safe_globals([Namespace]):  # Megatron-LM's own checkpoints
+            state = torch.load(path, weights_only=True)
+    except Exception as error:  # a damaged archive or pickle fails in any way there is
+        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, no checkpoint's state; copy it again")
     return state

@@ -64,8 +64,12 @@ def test_converted_checkpoint_keeps_a_template_that_was_chosen(mcore_dir):
 
 
 def test_foreign_checkpoint_needs_its_model(mcore_dir, tiny_model):
-    (mcore_dir / "args.json").unlink()
     (mcore_dir / "config.json").unlink()
+    for named in ("Organisation/Name", "/home/somebody/model"):  # not followed: neither to a hub nor over the disk
+        (mcore_dir / "args.json").write_text(json.dumps({"model": "x", "model_dir": named}))
+        with pytest.raises(UsageError, match=f"no config.json.*{named}: give that with --model if you trust it"):
+            pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
+    (mcore_dir / "args.json").unlink()
     with pytest.raises(UsageError, match="neither args.json nor config.json; give .* with --model"):
         pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
     args = MegatronSftArguments(mcore_model=str(mcore_dir), model=str(tiny_model("glm4_moe")))

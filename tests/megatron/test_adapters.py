@@ -355,7 +355,7 @@ SPOILERS: dict[str, tuple[Any, str]] = {
     "wrong shape": (lambda t, c: t.update({n: torch.ones(4, 3) for n in [next(n for n in t if "lora_A" in n)]}),
                     "the base model needs"),
     "dora": (lambda t, c: c.update(use_dora=True), "use_dora True is not supported"),
-    "no rank": (lambda t, c: c.pop("r"), "r is None; it must be a number"),
+    "no rank": (lambda t, c: c.pop("r"), "r is None; it must be a whole number from 1 to"),
     "embeddings too": (lambda t, c: c.update(modules_to_save=["lm_head"]), "modules_to_save names lm_head, but"),
     "transposed": (lambda t, c: c.update(fan_in_fan_out=True), "fan_in_fan_out True is not supported"),
     "other kind": (lambda t, c: c.update(peft_type="IA3"), "peft_type 'IA3'"),

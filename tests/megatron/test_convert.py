@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -164,8 +165,24 @@ def test_existing_output_directory_is_kept(model: Path, tmp_path: Path, capsys: 
     (out / "mine.txt").write_text("precious")
     assert export("--model", model, "--to_mcore", "true", "--output_dir", out) == 2
     assert "exists already" in _last_error(capsys) and (out / "mine.txt").read_text() == "precious"
-    assert export("--model", model, "--to_mcore", "true", "--output_dir", out, "--exist_ok", "true") == 0
-    assert not (out / "mine.txt").exists() and (out / "args.json").is_file()
+    assert export("--model", model, "--to_mcore", "true", "--output_dir", out, "--exist_ok", "true") == 2
+    assert "no output of `swiftlite export`" in _last_error(capsys) and (out / "mine.txt").read_text() == "precious"
+    (out / "mine.txt").unlink()
+    for _ in range(2):  # a conversion's own output is replaced
+        assert export("--model", model, "--to_mcore", "true", "--output_dir", out, "--exist_ok", "true") == 0
+    assert (out / "args.json").is_file() and not list(tmp_path.glob(".out*"))
+
+
+def test_what_is_read_is_not_replaced(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is such an output itself."""
+    words = ("--mcore_model", converted, "--to_hf", "true", "--exist_ok", "true", "--output_dir")
+    monkeypatch.chdir(converted)
+    for path in (converted, converted.parent, ".", "..", converted / "iter_0000001"):
+        assert export(*words, path) == 2
+        assert re.search("is read; name another|is the working directory or holds", _last_error(capsys))
+    assert (converted / "config.json").is_file() and (converted / "iter_0000001/.metadata").is_file()
 
 
 def test_formats_given_the_wrong_way_round(

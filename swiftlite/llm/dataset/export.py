@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
 from swiftlite.llm.pipeline import prepare_template, resolve
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.io import check_new, replace_directory
+from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger, log_next
+from swiftlite.utils.output import check_output, mark_output
 from swiftlite.utils.parser import as_words, specs
 
 
@@ -36,10 +38,13 @@ def export_cached_dataset(args: Any) -> Path:
     output = Path(args.output_dir or f"{name}-cached")
     if not is_main_process():
         return output
-    check_new(output, args.exist_ok)
+    inputs = [args.model, *(path.split("#")[0] for path in (*args.dataset, *args.val_dataset))]
+    check = partial(check_output, output, "cached dataset", args.exist_ok, inputs)
+    check()
     resolve(args, download_model=False)
     template = prepare_template(args)
-    scratch = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    real = Path(os.path.realpath(output))
+    scratch = real.with_name(f".{real.name}.tmp-{os.getpid()}")
     scratch.mkdir(parents=True)
     try:
         rejects = RejectsFile(scratch / REJECTS_FILE)
@@ -49,7 +54,9 @@ def export_cached_dataset(args: Any) -> Path:
             parts["val"] = encode_and_pack(val_rows, args, template, rejects, "validation data")
         write_cached_dataset(scratch, template, parts)
         args.save(scratch)
-        replace_directory(scratch, output)
+        check()
+        mark_output(scratch, "cached dataset")
+        replace_directory(scratch, real)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     tokens = sum(parts["train"].lengths)

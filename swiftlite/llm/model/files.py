@@ -12,7 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swiftlite.utils.io import write_json
+from swiftlite.utils.errors import CheckpointError, ConfigError
+from swiftlite.utils.io import is_inside, read_json, write_json
+from swiftlite.utils.logger import warn_once
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +56,13 @@ def _weights(directory: Path, patterns: Sequence[str]) -> list[Path]:
 def _matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
     patterns = tuple(patterns)
     found = (p for p in directory.iterdir() if any(fnmatchcase(p.name, pattern) for pattern in patterns))
-    return sorted(path for path in found if path.is_file())
+    files = sorted(path for path in found if path.is_file())
+    for path in files:
+        if not is_inside(path, directory):
+            warn_once(
+                f"{path} is left out: a link out of the model's directory; put the file itself there if it is meant"
+            )
+    return [path for path in files if is_inside(path, directory)]
 
 
 def _names_code(path: Path) -> bool:
@@ -64,10 +72,9 @@ def _names_code(path: Path) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     """The object in a file; {} where there is none, as whoever needs it will say."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except (OSError, CheckpointError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def copy_side_files(source: Path, target: Path, changes: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
@@ -75,7 +82,10 @@ def copy_side_files(source: Path, target: Path, changes: Mapping[str, Any], dtyp
 
     quantization_config goes: weights are written dequantised.
     """
-    for path in side_files(source):
+    files = side_files(source)
+    if source / CONFIG not in files:
+        raise ConfigError(f"{source / CONFIG} is missing, or a link out of its directory; put the file itself there")
+    for path in files:
         shutil.copyfile(path, target / path.name)
     update_config(target / CONFIG, {**changes, "quantization_config": None}, dtype)
 
@@ -85,7 +95,7 @@ def update_config(path: Path, changes: Mapping[str, Any], dtype: torch.dtype | N
 
     Args: dtype: of the weights, named under whichever of `dtype` and `torch_dtype` there is, in nested configs too.
     """
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     before = json.dumps(config)
     for key, value in changes.items():
         if value is None:

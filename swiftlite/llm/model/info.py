@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.errors import CheckpointError, UsageError
+from swiftlite.utils.io import blame, read_json
 
 # Names under which configs state the longest sequence; the smallest one present holds.
 MAX_LENGTH_KEYS = (
@@ -26,22 +26,90 @@ _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp3
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError naming the file and the place of the fault."""
+# What a config may say, at most; sizes far beyond any model, but no number that a loop over it would never end.
+_COUNTS = ("num_hidden_layers", "n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts",
+           "num_nextn_predict_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok",
+           "n_shared_experts", "first_k_dense_replace", "n_group", "topk_group")  # fmt: skip
+_SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size", "head_dim", "q_lora_rank",
+          "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # fmt: skip
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TABLES = ("quantization_config", "text_config", "rope_parameters")
+MAX_COUNT, MAX_SIZE, MAX_EXPERTS = 10_000, 1 << 31, 1 << 18  # the last one: of all layers together
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raises: CheckpointError naming a value of config.json that is of a wrong kind or beyond any model."""
+    architectures = config.get("architectures")
+    if architectures is not None and not _all(architectures, str):
+        raise CheckpointError(f"{path}: architectures is {architectures!r}; it must be a list of class names")
+    for key, limit in (
+        *((k, MAX_COUNT) for k in _COUNTS),
+        *((k, MAX_SIZE) for k in _SIZES),
+        *((k, None) for k in _IDS),
+    ):
+        value = config.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not _all(values, int):
+            raise CheckpointError(f"{path}: {key} is {value!r}; it must be a whole number")
+        if limit is not None and not all(0 <= v <= limit for v in values):
+            raise CheckpointError(f"{path}: {key} is {value!r}; allowed: 0 to {limit}")
+    for key in _TABLES:
+        if config.get(key) is not None and not isinstance(config[key], Mapping):
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}; it must be an object")
+    if isinstance(config.get("text_config"), Mapping):
+        check_config(config["text_config"], path)
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+
+def check_counts(config: Mapping[str, Any], num_tensors: int | None, where: object) -> None:
+    """Raises: CheckpointError where config.json has more layers or experts than the checkpoint can have tensors for.
+
+    Args: num_tensors: of the checkpoint, or the layers and experts that its tensors hold; None if that is unknown.
+    """
+    most, together = (
+        (MAX_COUNT, MAX_EXPERTS) if num_tensors is None else (max(num_tensors, 256), max(num_tensors, 65536))
+    )
+    counts = {key: first_of(config, key) for key in _COUNTS[:6]}
+    layers = counts["num_hidden_layers"]
+    for key, value in counts.items():
+        if not isinstance(value, int):
+            continue
+        if value > most or (isinstance(layers, int) and key != "num_hidden_layers" and value * layers > together):
+            raise CheckpointError(
+                f"{where}: config.json says {key} {value}, the weights are "
+                f"{num_tensors if num_tensors is not None else 'of unknown'} tensors; they do not belong together"
+            )
+
+
+def num_tensors(model_dir: str) -> int | None:
+    """How many tensors the weight files have; None where that cannot be told without reading them."""
+    directory = Path(model_dir)
+    single = directory / "model.safetensors"
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (directory / index).is_file() and not single.is_file():
+            with blame(directory / index):
+                return len(read_json(directory / index)["weight_map"])
+    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    if not files:
+        return None
+    from swiftlite.weights.safetensors import read_header
+
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download or copy the file again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, not a JSON object; download or copy it again")
-    return data
+        return sum(len(read_header(file)) for file in files)
+    except CheckpointError:
+        return None  # whoever reads the weights says what is wrong with them
 
 
 def read_config(model_dir: str) -> dict[str, Any]:
     """Read config.json of a model directory. Raises CheckpointError where there is none, saying what the folder is."""
     path = Path(model_dir) / "config.json"
     if path.is_file():
-        return read_json(path)
+        config = read_json(path)
+        check_config(config, path)
+        return config
     if (Path(model_dir) / "latest_checkpointed_iteration.txt").is_file():
         raise CheckpointError(f"{model_dir} is a Megatron checkpoint without config.json; use --mcore_model for it")
     if (Path(model_dir) / "adapter_config.json").is_file():

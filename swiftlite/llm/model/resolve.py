@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.llm.model.hub import model_name
-from swiftlite.llm.model.info import first_of, read_json, rope_scaling
+from swiftlite.llm.model.info import first_of, rope_scaling
 from swiftlite.meta.model import ModelMeta
 from swiftlite.meta.template import TemplateMeta
 from swiftlite.utils.bounded import LimitError, run_bounded
+from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.parser import some
 
@@ -85,20 +86,25 @@ class Facts:
         if path.is_file():
             return path.read_text(encoding="utf-8", errors="replace")
         template = self.tokenizer_config.get("chat_template")
-        if isinstance(template, list):  # several named ones
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        with blame(Path(self.model_dir) / "tokenizer_config.json"):
+            if isinstance(template, list):  # several named ones
+                template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+            if template is not None and not isinstance(template, str):
+                raise TypeError(f"chat_template is a {type(template).__name__}")
         return template
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
         """Added tokens and their ids."""
-        found = {
-            str(entry.get("content")): int(token_id)
-            for token_id, entry in (self.tokenizer_config.get("added_tokens_decoder") or {}).items()
-        }
+        with blame(Path(self.model_dir) / "tokenizer_config.json"):
+            found = {
+                str(entry.get("content")): int(token_id)
+                for token_id, entry in (self.tokenizer_config.get("added_tokens_decoder") or {}).items()
+            }
         path = Path(self.model_dir) / "tokenizer.json"
         if not found and path.is_file():
-            found = {t["content"]: t["id"] for t in read_json(path).get("added_tokens") or ()}
+            with blame(path):
+                found = {str(t["content"]): int(t["id"]) for t in read_json(path).get("added_tokens") or ()}
         return found
 
     def token(self, attribute: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of, convert_hf_config
 from swiftlite.families.rope import flatten_config
+from swiftlite.llm.model.info import check_counts
+from swiftlite.meta.family import Family
+from swiftlite.utils.io import blame
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.shape import ModelShape
 
@@ -22,7 +26,23 @@ def bind_map(config: Mapping[str, Any], names: Iterable[str] = ()) -> BoundMap:
         that the files do not have (transformers drops them when it saves); such a model is bound without them.
     """
     family = family_of(architecture_of(config))
-    shape = ModelShape.from_config(convert_hf_config(config, family))
+    check_counts(config, _held(names), "the checkpoint")
+    converted = convert_hf_config(config, family)
+    with blame("config.json"):
+        return _bind(family, ModelShape.from_config(converted), config, names)
+
+
+def _held(names: Iterable[str]) -> int | None:
+    """How many tensors of one layer and expert the checkpoint holds, at most; None where only names are known."""
+    count = 0
+    for name, tensor in names.items() if isinstance(names, Mapping) else ():
+        shape = getattr(getattr(tensor, "spec", None), "shape", ())
+        stacked = 2 if len(shape) > 2 and "experts" in name else 1 if name.startswith("decoder.layers.") else 0
+        count += math.prod(shape[:stacked])
+    return count or None
+
+
+def _bind(family: Family, shape: ModelShape, config: Mapping[str, Any], names: Iterable[str]) -> BoundMap:
     num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.mcore.weights.mtp_layer else 0
     if num_mtp:
         with_mtp = family.mcore.weights.bind(replace(shape, num_mtp=num_mtp))

@@ -1,0 +1,21 @@
+"""Text from files on its way to a terminal: nothing in it acts there, and no name fills the screen."""
+
+from __future__ import annotations
+
+import re
+
+MAX_WORD, MAX_TEXT = 400, 4000
+_WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped (line ends and tabs stay), very long words and texts cut in the middle."""
+    if len(text) > MAX_WORD:
+        text = _WORD.sub(lambda match: _cut(match[0], MAX_WORD), text[: 1 << 20])
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in _cut(text, MAX_TEXT)
+    )
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

@@ -1,0 +1,80 @@
+"""The one door for pickles that come with a checkpoint: data comes in, code does not.
+
+`.metadata` of torch_dist checkpoints is read here, against a list of (module, name) pairs. Everything else (common.pt, RNG
+states inside .distcp files, optimizer, scheduler, training_args.bin, adapters and models as .bin) is a `torch.save` file,
+which torch's own `weights_only` reader guards in the same way; `utils.io.only_data` turns it on for every library.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem
+
+from swiftlite.utils.errors import CheckpointError
+from swiftlite.utils.io import only_data
+
+_CHECKPOINT = "torch.distributed.checkpoint."
+_STRATEGY = "megatron.core.dist_checkpointing.strategies.torch"
+MAX_METADATA_BYTES = 4 << 30  # 130 bytes per chunk and about as much again per writer
+
+ALLOWED = frozenset(
+    {
+        *((f"{_CHECKPOINT}metadata", name) for name in (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+        *((f"{_CHECKPOINT}planner", name) for name in (
+            "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")),
+        (f"{_CHECKPOINT}filesystem", "_StorageInfo"), (f"{_CHECKPOINT}filesystem", "_StoragePrefix"),
+        ("torch.serialization", "_get_layout"), ("torch", "Size"), ("torch", "device"),
+        *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype | torch.layout)),
+        ("collections", "OrderedDict"), ("builtins", "set"), ("pathlib", "PosixPath"), ("pathlib", "Path"),
+    }
+)  # fmt: skip
+STAND_INS = {(_STRATEGY, "MCoreMetadata"), (_STRATEGY, "MCoreSavePlan")}  # of megatron-core 0.15, never looked into
+
+
+class _StandIn:
+    """For records whose class is nothing to us."""
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+    """In Python, not in C: there a few bytes of a damaged file can ask for any amount of memory."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in STAND_INS:
+            return _StandIn
+        if (module, name) not in ALLOWED:
+            raise CheckpointError(f"refers to {module}.{name}, which no Megatron checkpoint does; refusing to load it")
+        return super().find_class(module, name)
+
+
+def read_metadata(file: Any, path: str | os.PathLike[str]) -> Any:
+    """The object in an open `.metadata` file. Raises: CheckpointError naming `path` for whatever is wrong with it."""
+    directory = Path(path).parent
+    data = file.read(MAX_METADATA_BYTES + 1)
+    if len(data) > MAX_METADATA_BYTES:
+        raise CheckpointError(f"{path} is too large for what it should hold; copy the checkpoint again")
+    try:
+        return _Unpickler(io.BytesIO(data)).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except Exception as error:  # a damaged pickle fails in any way there is
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}); is {directory} a complete torch_dist checkpoint?"
+        ) from None
+
+
+def guard_checkpoint_reader() -> None:
+    """Let torch.distributed.checkpoint, and megatron-core through it, read `.metadata` and objects by this door."""
+    door = types.SimpleNamespace(**vars(pickle))
+    door.load = lambda file: read_metadata(file, getattr(file, "name", ".metadata"))
+    filesystem.pickle = door  # type: ignore[assignment,attr-defined]
+    only_data()
