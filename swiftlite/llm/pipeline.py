@@ -80,12 +80,11 @@ def take_recorded(args: Any, directory: str | os.PathLike[str]) -> dict[str, Any
     taken = []
     for name in (*RECORDED, *(() if args.trains else RECORDED_TO_ASK)):
         value = recorded.get(name)
-        if (
-            value is None
-            or name in given
-            or name not in known
-            or (name == "model_type" and isinstance(value, str) and value not in MODEL_MAPPING)
-        ):
+        if value is None or name in given or name not in known:
+            continue
+        if isinstance(value, list | dict):
+            raise CheckpointError(f"{root / ARGS_FILE}: {name} is {value!r}; mend or remove the file")
+        if name == "model_type" and value not in MODEL_MAPPING:
             continue
         try:
             setattr(args, name, known[name].convert(value))

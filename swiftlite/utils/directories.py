@@ -48,7 +48,9 @@ class Directory:
             name = (self.path / TRACKER).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             name = ""
-        named = self.path / (f"iter_{int(name):07d}" if name.isdecimal() else name or "none")
+        number = name.isascii() and name.isdecimal() and len(name) < 20
+        name = f"iter_{int(name):07d}" if number else name if name == "release" else ""
+        named = self.path / (name or "none")
         whole = [p for p in _numbered(self.path, "iter_") if (p / ".metadata").is_file()]
         return named if name and (named / ".metadata").is_file() else whole[-1] if whole else None
 
@@ -116,6 +118,8 @@ def what_it_is(directory: Path) -> tuple[str, str]:
     if found.newest is not None:
         newest = found.newest
         return f"is a training run, its newest checkpoint is {newest.path.name}", what_it_is(newest.path)[1]
+    if found.has_weights and not found.has("config.json"):
+        return "has weights but no config.json", "copy that of the model to it"
     if found.has("cached_dataset.json"):
         return "is tokenised data", f"give it with --cached_dataset {directory}"
     if found.has("mp_rank_*", "iter_*/mp_rank_*"):
