@@ -156,11 +156,11 @@ def test_links_out_of_the_directory(made: Path, tmp_path: Path, capsys: pytest.C
     """A private file is neither copied nor read as weights or config; the hub's cache is made of links and works."""
     shutil.copytree(made / "hf", tmp_path / "hf")
     (tmp_path / "private").write_text("PRIVATE")
-    (tmp_path / "hf/notes.json").symlink_to(tmp_path / "private")
-    (tmp_path / "hf/own.txt").symlink_to("config.json")
+    (tmp_path / "hf/LICENSE").symlink_to(tmp_path / "private")
+    (tmp_path / "hf/vocab.txt").symlink_to("config.json")
     assert export(tmp_path / "hf", tmp_path / "first") == 0
-    assert not (tmp_path / "first/notes.json").exists() and (tmp_path / "first/own.txt").is_file()
-    assert "notes.json is left out: a link out of the model's directory" in capsys.readouterr().err
+    assert not (tmp_path / "first/LICENSE").exists() and (tmp_path / "first/vocab.txt").is_file()
+    assert "LICENSE is left out: a link out of the model's directory" in capsys.readouterr().err
     for name in ("config.json", "model-00001-of-00001.safetensors"):
         real = (tmp_path / "hf" / name).rename(tmp_path / f"moved-{name}")
         (tmp_path / "hf" / name).symlink_to(real)
