@@ -22,7 +22,7 @@ from swiftlite.utils.errors import CheckpointError, ConfigError, MapError, Shape
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
 from swiftlite.weights.shape import ModelShape
-from swiftlite.weights.storage import Extent, TensorSpec
+from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, read_tensor
 from swiftlite.weights.torch_dist import TorchDistSource, candidates
 
 PEFT_PREFIX = "base_model.model."
