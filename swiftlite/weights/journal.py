@@ -69,8 +69,11 @@ class Journal:
         """Record jobs whose data is on the disk."""
         for job, hashes in batch:
             self._file.write(json.dumps({"job": job, "hashes": hashes}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def close(self) -> None:
         self._file.close()

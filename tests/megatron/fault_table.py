@@ -256,7 +256,7 @@ CASES = (
     Case("disk full while writing (ENOSPC)", failing("pwrite", errno.ENOSPC, 20)),
     Case("limit on file sizes (RLIMIT_FSIZE)", prelude=FILE_LIMIT),
     Case("disk error while reading (EIO)", failing("preadv", errno.EIO, 20)),
-    Case("disk error while syncing", failing("fsync", errno.EIO, 4), to_hf=True),
+    Case("disk error while syncing", failing("fsync", errno.EIO, 3), to_hf=True),
     Case("reads that return less than asked for", short_reads),
     Case("output on a read-only file system", read_only),
     Case("another run writes the same output", locked),
