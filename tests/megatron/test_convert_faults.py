@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from swiftlite.cli.main import main
 from swiftlite.megatron import convert, execute
 from swiftlite.megatron.model.hf_config import bind_map
-from swiftlite.weights import stream
+from swiftlite.weights import journal, stream
 from tests.families.cases import config_of
 
 CONFIG = {
@@ -150,19 +151,63 @@ def test_bitwise_check_sees_a_byte_that_the_disk_changed(
 ) -> None:
     original = convert.verify_bitwise
 
-    def after_damage(written: object, hashes: dict[str, str], max_memory: int | None) -> None:
+    def after_damage(written: object, *args: object) -> None:
         (extent, *_) = written.extents("model.layers.3.mlp.experts.7.up_proj.weight", 400, 404)  # type: ignore[attr-defined]
         with extent.file.open("r+b") as file:
             file.seek(extent.offset)
             byte = file.read(1)[0]
             file.seek(extent.offset)
             file.write(bytes([byte ^ 1]))
-        original(written, hashes, max_memory)
+        original(written, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(convert, "verify_bitwise", after_damage)
     assert to_mcore(model, tmp_path / "mcore", "--verify", "bitwise") == 1
     assert "model.layers.3.mlp.experts.7.up_proj.weight reads back with other bytes" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def _change_one_byte(model: Path) -> None:
+    """Other weights; sizes and times stay."""
+    path = model / "model.safetensors"
+    times, data = path.stat(), bytearray(path.read_bytes())
+    for place in range(len(data) - 600_000, len(data), 64):  # some in every tensor
+        data[place] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_journal_of_other_weights_is_not_gone_on_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = stream.Files.write, [40]
+
+    def write(self: object, path: Path, offset: int, buffer: memoryview) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(28, "No space left on device")
+        original(self, path, offset, buffer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream.Files, "write", write)
+    monkeypatch.setattr(journal, "FLUSH_BYTES", 1)
+    assert to_mcore(model, tmp_path / "mcore") == 1
+    assert len((tmp_path / ".mcore.partial/conversion-state/journal-0.jsonl").read_text().splitlines()) > 20
+    _change_one_byte(model)
+    assert to_mcore(model, tmp_path / "mcore") == 0
+    assert main(["verify", str(model), str(tmp_path / "mcore")]) == 0
+
+
+def test_bitwise_check_reads_the_source_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = convert.verify_bitwise
+
+    def after_change(*args: Any) -> None:
+        _change_one_byte(model)
+        original(*args)
+
+    monkeypatch.setattr(convert, "verify_bitwise", after_change)
+    assert to_mcore(model, tmp_path / "mcore", "--verify", "bitwise") == 1
+    assert "the source holds other bytes than those that were converted" in capsys.readouterr().err
 
 
 def test_disk_full_keeps_the_work(
