@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from swiftlite.llm.template.base import join_rows
+from swiftlite.llm.template.collate import join_rows
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 

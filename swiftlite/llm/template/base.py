@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.llm.template.agent import AGENT_FORMATS, as_plain
+from swiftlite.llm.template.collate import IGNORE_INDEX, join_rows, pad_rows
 from swiftlite.llm.template.jinja import bounded_prompt, bounded_rows, jinja_spans, write_jinja
 from swiftlite.llm.template.layouts import LAYOUTS, PRINTS_CALLS, PRINTS_TOOLS, Conversation
 from swiftlite.llm.template.layouts.conversation import Message, role_of
@@ -36,7 +37,6 @@ from swiftlite.utils.logger import warn_once
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORE_INDEX = -100
 TRUNCATION_STRATEGIES = ("raise", "delete", "left", "right", "split")
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -429,38 +429,15 @@ class Template:
             position_ids (0.. per row, 0 in the padding); loss_scale float32 [B, S] where a row has one. With
             padding_free the rows are joined to [1, S], position_ids start anew in each and there is no mask.
         """
-        import torch
-
         if self.padding_free:
             batch = [join_rows(batch)]
         multiple = (pad_to_multiple_of or 1) * max(1, self.sequence_parallel_size)
-        length = max(max(len(row["input_ids"]) for row in batch), pad_to or 0)
-        length = -(-length // multiple) * multiple
         pad_token = self.tokenizer.pad_token_id
         if pad_token is None:
             pad_token = self.tokenizer.eos_token_id or 0
-
-        batch = [{**row, "labels": [IGNORE_INDEX, *row["labels"][1:]]} for row in batch]
-
-        def padded(name: str, values: Iterable[list[Any]], fill: Any) -> Tensor:
-            dtype = torch.float32 if name == "loss_scale" else torch.int64
-            out = torch.full((len(batch), length), fill, dtype=dtype)
-            for i, row in enumerate(values):
-                at = slice(len(row)) if self.padding_side == "right" else slice(length - len(row), length)
-                out[i, at] = torch.tensor(row, dtype=dtype)
-            return out
-
-        tensors = {
-            "input_ids": padded("input_ids", (row["input_ids"] for row in batch), pad_token),
-            "labels": padded("labels", (row["labels"] for row in batch), IGNORE_INDEX),
-            "position_ids": padded(
-                "position_ids", (row.get("position_ids") or list(range(len(row["input_ids"]))) for row in batch), 0
-            ),
-        }
-        if not self.padding_free:
-            tensors["attention_mask"] = padded("mask", ([1] * len(row["input_ids"]) for row in batch), 0)
-        if any("loss_scale" in row for row in batch):
-            tensors["loss_scale"] = padded("loss_scale", map(_weights_of, batch), 0.0)
+        tensors = pad_rows(batch, pad_token, multiple, pad_to or 0, self.padding_side)
+        if self.padding_free:
+            del tensors["attention_mask"]
         return tensors
 
 
@@ -507,19 +484,3 @@ _end_of = itemgetter(1)
 def _common_prefix(left: list[int], right: list[int]) -> int:
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
-
-
-def _weights_of(row: dict[str, Any]) -> list[float]:
-    return row.get("loss_scale") or [float(label != IGNORE_INDEX) for label in row["labels"]]
-
-
-def join_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows end to end. The first token of each has no label: what precedes it is another row."""
-    out: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": []}
-    for row in rows:
-        out["input_ids"] += row["input_ids"]
-        out["labels"] += [IGNORE_INDEX, *row["labels"][1:]]
-        out["position_ids"] += row.get("position_ids") or range(len(row["input_ids"]))
-    if any("loss_scale" in row for row in rows):
-        out["loss_scale"] = [weight for row in rows for weight in [0.0, *_weights_of(row)[1:]]]
-    return out

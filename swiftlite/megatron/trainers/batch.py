@@ -13,7 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from swiftlite.llm.template.base import join_rows
+from swiftlite.llm.template.collate import join_rows
 from swiftlite.llm.train.router_loss import PADDING
 from swiftlite.megatron.model.blocks.router import BatchTokens
 
