@@ -13,8 +13,10 @@ import transformers
 from swiftlite.llm.argument.sft import PtArguments, SftArguments
 from swiftlite.llm.dataset.prepare import load_data
 from swiftlite.llm.pipeline import as_arguments
+from swiftlite.llm.train.begin import started
 from swiftlite.llm.train.objective import LanguageModeling
-from swiftlite.llm.train.trainer import run, sample_lengths, started
+from swiftlite.llm.train.setting import sample_lengths
+from swiftlite.llm.train.trainer import run
 from swiftlite.llm.train.tuner import prepare_model
 
 

@@ -8,11 +8,9 @@ absent, log lines.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,48 +18,40 @@ import torch
 import transformers
 from torch import Tensor
 
-from swiftlite.llm.dataset.order import (
-    SampleOrder,
-    StreamOrder,
-    order_of,
-    read_data_state,
-    steps_of,
-    write_data_state,
-)
+from swiftlite.llm.dataset.order import SampleOrder, StreamOrder, read_data_state, write_data_state
 from swiftlite.llm.model.files import CONFIG, copy_side_files
 from swiftlite.llm.model.names import Others, check_names, load_tensors
 from swiftlite.llm.model.new_tokens import copy_tokenizer, enter_tokens
-from swiftlite.llm.pipeline import load_model, prepare_template, resolve
-from swiftlite.llm.template.trained import trained_chat
-from swiftlite.llm.train import run_directory, tuner
-from swiftlite.llm.train.checkpoints import Record, Start, finished
-from swiftlite.llm.train.flops import attention_pairs, flops_of
+from swiftlite.llm.train import tuner
+from swiftlite.llm.train.begin import FP32_FILE, OPTIMIZER, PREFIX
+from swiftlite.llm.train.checkpoints import Start
+from swiftlite.llm.train.ending import say_ended
+from swiftlite.llm.train.flops import flops_of
 from swiftlite.llm.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, say_skipped
 from swiftlite.llm.train.meters import StepMeter, device_peak
-from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
+from swiftlite.llm.train.metrics import Metrics, check_finite
 from swiftlite.llm.train.objective import Objective
 from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
-from swiftlite.llm.train.rhythm import Best, Rhythm, names_of
 from swiftlite.llm.train.router_loss import RouterWatch
 from swiftlite.llm.train.schedule import build_optimizer, lr_schedule
-from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
-from swiftlite.utils.dist import barrier, get_local_rank, get_rank, get_world_size
-from swiftlite.utils.errors import CheckpointError, UsageError
-from swiftlite.utils.io import format_bytes, peak_memory_bytes, read_json, replace_directory
+from swiftlite.llm.train.setting import (
+    COUNTS,
+    Collate,
+    Setting,
+    counting,
+    peak_memory,
+    set_recompute,
+    training_arguments,
+)
+from swiftlite.llm.train.stop import say_how_to_go_on
+from swiftlite.utils.dist import barrier, get_rank, get_world_size
+from swiftlite.utils.io import read_json, replace_directory
 from swiftlite.utils.logger import get_logger, log_next
-from swiftlite.weights.safetensors import read_header
 from swiftlite.weights.storage import check_overflow, overflows
 
 logger = get_logger()
 
-PREFIX = "checkpoint-"
 SAVING = ".saving"  # holds a checkpoint that is being written
-FP32_FILE = "fp32_parameters.safetensors"
-OPTIMIZER, STATE = "optimizer.pt", "trainer_state.json"
-# What a collated batch says about itself, in this order, before an objective's own counts.
-COUNTS = ("tokens", "padded_tokens", "samples", "pairs_attended")
-
-Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 class _Stream(torch.utils.data.Sampler[int]):
@@ -360,199 +350,6 @@ class _Steps(transformers.TrainerCallback):
             logger.warning("%s: saving step %d of %d, then ending", setting.stop.sent.name, step, setting.steps)
 
 
-class Setting:
-    """What a run consists of besides model and data."""
-
-    def __init__(self, args: Any, template: Any, train_set: Any, val_set: Any, objective: Objective) -> None:
-        self.args, self.tokenizer = args, template.tokenizer
-        self.root = Path(args.output_dir)
-        self.dtype = args.model_info.torch_dtype
-        self.chat = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
-        self.micro_batch, self.accumulation, self.global_batch = args.batch_sizes(get_world_size())
-        self.steps = steps_of(train_set, args, self.global_batch)
-        self.order = order_of(train_set, args, self.global_batch)
-        streaming = getattr(train_set, "is_streaming", False)
-        per_epoch = None if streaming else len(train_set) / self.global_batch
-        self.rhythm = Rhythm(args, self.steps, per_epoch, val_set is not None)
-        measured = names_of(objective.metrics) if val_set is not None else None
-        self.best = Best(self.root, args.metric_for_best_model, args.greater_is_better, measured)
-        self.record = Record(self.root)
-        self.stop, self.stopped = StopSignal(), False
-        self.meter: StepMeter
-        self.metrics: Metrics
-        lr_schedule(args, self.steps)  # tells now what does not fit
-
-
-def peak_memory() -> int:
-    """Bytes: allocated on the GPU, or resident on a CPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory_bytes()
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """The group of all ranks, where there are several; ended also after an error."""
-    started = get_world_size() > 1 and not torch.distributed.is_initialized()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(get_local_rank())
-    if started:
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        if started:
-            torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def started(
-    args: Any, load: Callable[[Any, Any], tuple[Any, Any]]
-) -> Iterator[tuple[Any, Any, tuple[Any, Any], Start | None]]:
-    """What every command does before it prepares the model: (model, template, data, checkpoint to go on from).
-
-    Weights come last: everything else that can be wrong is known by then.
-
-    Args: load: (args, template) -> training set, validation set. Raises: UsageError without --model.
-    """
-    if args.model is None:
-        raise UsageError("give the model with --model DIR_OR_ID")
-    with process_group():
-        resolve(args)
-        template = prepare_template(args)
-        name_output(args)
-        with run_directory.held(args, settle_output) as start:
-            data = load(args, template)
-            tuner.check_settings(args)
-            model = load_model(args)
-            model.config.use_cache = False  # of no use in training, and it hides where joined samples begin
-            yield model, template, data, start
-
-
-def name_output(args: Any) -> None:
-    """Fill in --output_dir and --logging_dir, the same on all ranks. Collective."""
-    if args.output_dir is None:
-        args.output_dir = f"output/{str(args.model).rstrip('/').rsplit('/', 1)[-1]}"
-    if args.add_version:
-        names = [run_directory.versioned(args.output_dir)]
-        if get_world_size() > 1:
-            torch.distributed.broadcast_object_list(names, src=0)
-        args.output_dir = names[0]
-    if args.logging_dir is None or args.add_version:
-        args.logging_dir = f"{args.output_dir}/runs"
-
-
-def settle_output(args: Any) -> Start | None:
-    """Decide what happens with the output directory, the same on all ranks.
-
-    Returns: the checkpoint to go on from, or None. Raises: UsageError, see run_directory.prepare; CheckpointError if the
-    checkpoint is damaged.
-    """
-    start = run_directory.prepare(args, run_directory.CHANGEABLE, newest)
-    if start is None:
-        return None
-    check_start(start, args.save_weights_only)
-    logger.info("going on from %s", start.directory)
-    return start
-
-
-def newest(root: Path) -> Start | None:
-    """The newest checkpoint of a run."""
-    found = finished(root, PREFIX)
-    return Start.of(found, max(found)) if found else None
-
-
-def check_start(start: Start, weights_only: bool) -> None:
-    """Raises: CheckpointError for a checkpoint that nothing can go on from. What is missing otherwise is said.
-
-    weights_only: the run saves no optimizer, so that none is missed.
-    """
-    directory = start.directory
-
-    def check_file(path: Path) -> None:
-        if path.suffix == ".safetensors":
-            read_header(path)
-
-    start.check(check_file)
-    with start.reading():
-        step = read_json(directory / STATE).get("global_step")
-        if step != start.step:
-            raise CheckpointError(f"{directory / STATE} is of step {step}: a copy of another checkpoint")
-    names = {path.name for path in directory.iterdir()}
-    if not any(
-        name.endswith((".safetensors", ".bin")) and name not in (FP32_FILE, "training_args.bin") for name in names
-    ):
-        raise CheckpointError(
-            f"{directory}: its weights (model or adapter_model .safetensors) are missing; {start.way_on}"
-        )
-    if weights_only and OPTIMIZER not in names:
-        logger.warning("%s holds weights only: the optimizer begins anew, at the step's learning rate", directory)
-        return
-    effects = {
-        OPTIMIZER: "the optimizer begins anew, at the step's learning rate",
-        "scheduler.pt": "the learning rate is computed for the step",
-        f"rng_state{f'_{get_rank()}' if get_world_size() > 1 else ''}.pth": "random generators (dropout) start anew",
-    }
-    for name, effect in effects.items():
-        if name not in names:
-            logger.warning("%s is missing: %s; or %s", directory / name, effect, start.way_on)
-
-
-def set_recompute(args: Any, model: Any) -> None:
-    """`full` recomputes whole layers; `selective` attention alone, which all kernels but the plain one do anyway."""
-    if args.recompute == "selective" and model.config._attn_implementation == "eager":
-        logger.warning("--recompute selective: plain attention (eager) keeps its scores; use --attn_impl sdpa, or full")
-    if args.recompute == "full":
-        # transformers 5 has another name for it.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-
-
-def training_arguments(setting: Setting) -> transformers.TrainingArguments:
-    """transformers' arguments for a run; every name has one meaning on both sides."""
-    args, cpu = setting.args, not torch.cuda.is_available()
-    several = get_world_size() > 1
-    # transformers 4 leaves what a run before this one in the process asked for, and would compute in it.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    return transformers.TrainingArguments(
-        output_dir=args.output_dir,
-        per_device_train_batch_size=setting.micro_batch,
-        per_device_eval_batch_size=setting.micro_batch,
-        gradient_accumulation_steps=setting.accumulation,
-        max_steps=setting.steps,
-        learning_rate=args.lr,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.clip_grad,
-        save_strategy="no",  # _Steps says when
-        save_only_model=args.save_weights_only,
-        eval_strategy="no",
-        logging_strategy="no",
-        seed=args.seed,
-        bf16=setting.dtype == torch.bfloat16,
-        fp16=setting.dtype == torch.float16,
-        # Experts that no token visits: their modules (transformers 4) have no gradients.
-        ddp_find_unused_parameters=several and args.model_info.is_moe_model and transformers.__version__[0] == "4",
-        ddp_backend="gloo" if cpu and several else None,
-        use_cpu=cpu,
-        dataloader_num_workers=0,
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-        report_to=[],
-        disable_tqdm=True,
-    )
-
-
-def counting(collate: Collate, objective: Objective, lengths: Callable[[Any], Sequence[int]]) -> Collate:
-    """`collate` with a tensor `counts` beside the batch: COUNTS and the objective's. lengths: tokens of a row's samples."""
-
-    def counted(rows: Sequence[Any]) -> dict[str, Tensor]:
-        batch = collate(rows)
-        sizes = [n for row in rows for n in lengths(row)]
-        counts = [sum(sizes), batch["input_ids"].numel(), len(rows), attention_pairs(sizes), *objective.count(batch)]
-        batch["counts"] = torch.tensor(counts, dtype=torch.float64)
-        return batch
-
-    return counted
-
-
 def run(
     args: Any,
     model: Any,
@@ -638,18 +435,12 @@ def _finish(trainer: HfTrainer, done: int, seconds: float) -> dict[str, Any]:
     """Plot and last words."""
     setting, step = trainer.setting, trainer.state.global_step
     args, root = setting.args, setting.root
-    plot = setting.metrics.plot()
-    last = root / f"{PREFIX}{step}"
-    if step == done:
-        logger.info("all %d steps were done before; nothing is left to do", done)
-    else:
-        logger.info(
-            "%s step %d in %s; loss %.6g; peak memory %s; wrote %s%s", "stopped at" if setting.stopped else "finished",
-            step, format_seconds(seconds), trainer.last["loss"], format_bytes(peak_memory()), last,
-            f" and {plot}" if plot else "",
-        )  # fmt: skip
-    if setting.best.checkpoint:
-        logger.info("best checkpoint by %s: %s", setting.best.metric, root / setting.best.checkpoint)
+    plot, last = setting.metrics.plot(), root / f"{PREFIX}{step}"
+    moved = step != done
+    say_ended(
+        step, trainer.last["loss"] if moved else None, seconds, peak_memory(),
+        [path for path in (last, plot) if moved and path is not None], setting.best, setting.stopped,
+    )  # fmt: skip
     if args.train_type == "lora":
         base = ["--model", args.model] if args.model else []  # an adapter knows its base
         log_next("swiftlite", "infer", *base, "--adapters", last, *args.loading_words())
@@ -659,8 +450,3 @@ def _finish(trainer: HfTrainer, done: int, seconds: float) -> dict[str, Any]:
         say_how_to_go_on(args, setting.stop)
     ended = {"iteration": step, "seconds": seconds, "output_dir": args.output_dir}
     return {**trainer.last, **ended, "signal": setting.stop.sent if setting.stopped else None}
-
-
-def sample_lengths(row: Mapping[str, Any]) -> Sequence[int]:
-    """Tokens of the samples in a row: one, or those of a packed sequence."""
-    return row.get("sample_lengths") or [len(row["input_ids"])]

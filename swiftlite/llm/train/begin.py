@@ -1,0 +1,134 @@
+"""How a run on the Hugging Face side begins: process group, output directory, the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swiftlite.llm.pipeline import load_model, prepare_template, resolve
+from swiftlite.llm.train import run_directory, tuner
+from swiftlite.llm.train.checkpoints import Start, finished
+from swiftlite.utils.dist import get_local_rank, get_rank, get_world_size
+from swiftlite.utils.errors import CheckpointError, UsageError
+from swiftlite.utils.io import read_json
+from swiftlite.utils.logger import get_logger
+from swiftlite.weights.safetensors import read_header
+
+logger = get_logger()
+
+# What a checkpoint is called, and its files besides the model's.
+PREFIX = "checkpoint-"
+FP32_FILE = "fp32_parameters.safetensors"
+OPTIMIZER, STATE = "optimizer.pt", "trainer_state.json"
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The group of all ranks, where there are several; ended also after an error."""
+    started = get_world_size() > 1 and not torch.distributed.is_initialized()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(get_local_rank())
+    if started:
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        if started:
+            torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def started(
+    args: Any, load: Callable[[Any, Any], tuple[Any, Any]]
+) -> Iterator[tuple[Any, Any, tuple[Any, Any], Start | None]]:
+    """What every command does before it prepares the model: (model, template, data, checkpoint to go on from).
+
+    Weights come last: everything else that can be wrong is known by then.
+
+    Args: load: (args, template) -> training set, validation set. Raises: UsageError without --model.
+    """
+    if args.model is None:
+        raise UsageError("give the model with --model DIR_OR_ID")
+    with process_group():
+        resolve(args)
+        template = prepare_template(args)
+        name_output(args)
+        with run_directory.held(args, settle_output) as start:
+            data = load(args, template)
+            tuner.check_settings(args)
+            model = load_model(args)
+            model.config.use_cache = False  # of no use in training, and it hides where joined samples begin
+            yield model, template, data, start
+
+
+def name_output(args: Any) -> None:
+    """Fill in --output_dir and --logging_dir, the same on all ranks. Collective."""
+    if args.output_dir is None:
+        args.output_dir = f"output/{str(args.model).rstrip('/').rsplit('/', 1)[-1]}"
+    if args.add_version:
+        names = [run_directory.versioned(args.output_dir)]
+        if get_world_size() > 1:
+            torch.distributed.broadcast_object_list(names, src=0)
+        args.output_dir = names[0]
+    if args.logging_dir is None or args.add_version:
+        args.logging_dir = f"{args.output_dir}/runs"
+
+
+def settle_output(args: Any) -> Start | None:
+    """Decide what happens with the output directory, the same on all ranks.
+
+    Returns: the checkpoint to go on from, or None. Raises: UsageError, see run_directory.prepare; CheckpointError if the
+    checkpoint is damaged.
+    """
+    start = run_directory.prepare(args, run_directory.CHANGEABLE, newest)
+    if start is None:
+        return None
+    check_start(start, args.save_weights_only)
+    logger.info("going on from %s", start.directory)
+    return start
+
+
+def newest(root: Path) -> Start | None:
+    """The newest checkpoint of a run."""
+    found = finished(root, PREFIX)
+    return Start.of(found, max(found)) if found else None
+
+
+def check_start(start: Start, weights_only: bool) -> None:
+    """Raises: CheckpointError for a checkpoint that nothing can go on from. What is missing otherwise is said.
+
+    weights_only: the run saves no optimizer, so that none is missed.
+    """
+    directory = start.directory
+
+    def check_file(path: Path) -> None:
+        if path.suffix == ".safetensors":
+            read_header(path)
+
+    start.check(check_file)
+    with start.reading():
+        step = read_json(directory / STATE).get("global_step")
+        if step != start.step:
+            raise CheckpointError(f"{directory / STATE} is of step {step}: a copy of another checkpoint")
+    names = {path.name for path in directory.iterdir()}
+    if not any(
+        name.endswith((".safetensors", ".bin")) and name not in (FP32_FILE, "training_args.bin") for name in names
+    ):
+        raise CheckpointError(
+            f"{directory}: its weights (model or adapter_model .safetensors) are missing; {start.way_on}"
+        )
+    if weights_only and OPTIMIZER not in names:
+        logger.warning("%s holds weights only: the optimizer begins anew, at the step's learning rate", directory)
+        return
+    effects = {
+        OPTIMIZER: "the optimizer begins anew, at the step's learning rate",
+        "scheduler.pt": "the learning rate is computed for the step",
+        f"rng_state{f'_{get_rank()}' if get_world_size() > 1 else ''}.pth": "random generators (dropout) start anew",
+    }
+    for name, effect in effects.items():
+        if name not in names:
+            logger.warning("%s is missing: %s; or %s", directory / name, effect, start.way_on)
