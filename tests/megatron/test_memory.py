@@ -21,8 +21,8 @@ from swiftlite.megatron.dry_run import checkpoint_bytes
 from swiftlite.megatron.memory import Layout, TrainingModel, even_stages
 from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.megatron.trainers.base import wrap_models
 from swiftlite.megatron.trainers.optimizer import build_optimizer, build_scheduler
+from swiftlite.megatron.trainers.wrapping import wrap_models
 from swiftlite.megatron.tuners.freeze import freeze_parameters, plan_freeze
 from tests.conftest import GOLDEN, TINY_CONFIGS
 from tests.families.cases import config_of

@@ -9,16 +9,15 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from swiftlite.llm.train.checkpoints import Record, Start
 from swiftlite.llm.train.flops import ModelFlops, attention_pairs, flops_of
 from swiftlite.llm.train.fp16 import LOWEST_SCALE, say_skipped
 from swiftlite.llm.train.meters import StepMeter, device_peak
-from swiftlite.llm.train.metrics import Metrics, check_finite, format_seconds
+from swiftlite.llm.train.metrics import Metrics, check_finite
 from swiftlite.llm.train.rhythm import Best, Rhythm, names_of
 from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.megatron import backend, checkpoint
@@ -40,7 +39,7 @@ from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import load_weights, prepare_hf_weights
 from swiftlite.megatron.model.blocks.router import set_router_losses
 from swiftlite.megatron.model.config import to_transformer_config, torch_dtype, virtual_stages
-from swiftlite.megatron.model.experts import gathers, implementation
+from swiftlite.megatron.model.experts import gathers
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.side_files import MANIFEST, MEGATRON_LM_ARGS, read_manifest, write_manifest
@@ -48,46 +47,18 @@ from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch
 from swiftlite.megatron.trainers.graphs import StepGraphs, own_stream
 from swiftlite.megatron.trainers.graphs import obstacle as graph_obstacle
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
+from swiftlite.megatron.trainers.narration import HF_SUFFIX, say_end, say_start
 from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_optimizer, build_scheduler
+from swiftlite.megatron.trainers.wrapping import wrap_models
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
 from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes, move_files, write_json, write_text_atomic
-from swiftlite.utils.logger import get_logger, log_next
+from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
 
-HF_SUFFIX = "-hf"
 _RUN_FILES = ".run-files.saving"  # of a run's own directory, while they are made
-
-
-def in_precision(model: Any) -> Any:
-    """Move to the device, wrap in Float16Module for half precision. Router biases stay fp32: it would round them."""
-    config = model.config
-    model.to(backend.setup().device)
-    if config.bf16 or config.fp16:
-        kept = {m: m.expert_bias.float() for m in model.modules() if getattr(m, "expert_bias", None) is not None}
-        model = Float16Module(config, model)
-        for module, bias in kept.items():
-            module.expert_bias = bias
-    return model
-
-
-def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
-    """Models in their precision, in DDP with one buffer layout for every DP size."""
-    wrapped = []
-    for index, model in enumerate(models):
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=bool(args.overlap_grad_reduce),
-            overlap_param_gather=bool(args.overlap_param_gather),
-            use_distributed_optimizer=True,
-        )
-        ddp = DistributedDataParallel(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
-        if args.gradient_accumulation_fusion:
-            backend.accumulate_in_place(ddp)
-        wrapped.append(ddp)
-    return wrapped
 
 
 class Trainer:
@@ -252,32 +223,6 @@ class Trainer:
         if self.chat is not None:
             self.chat.write(directory)
 
-    def banner(self) -> None:
-        """Say what runs, before it runs."""
-        parameters = [p for model in self.models for p in model.parameters()]
-        trained, total = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (False, True))
-        logger.info("%s", backend.setup().describe())
-        logger.info(
-            "%s; dtype %s; %s of %s parameters on this rank are trained; MoE dispatcher %s",
-            self.parallel.describe(), str(torch_dtype(self.args)).removeprefix("torch."), f"{trained:,}", f"{total:,}",
-            self.config.moe_token_dispatcher_type if self.config.num_moe_experts else "none",
-        )  # fmt: skip
-        self._say_kernels()
-        logger.info(
-            "%d steps of %d samples (micro batch %d x %d accumulated x %d data-parallel ranks), %s training and %d "
-            "validation samples", self.train_iters, self.global_batch_size, self.plan.micro_batch_size,
-            self.plan.num_microbatches, self.parallel.dp_size, self.order.num_samples or "streamed", self.val_size,
-        )  # fmt: skip
-
-    def _say_kernels(self) -> None:
-        """The choices that only cost or save time."""
-        config, graphs = self.config, self.graphs
-        loss = f"fused ({config.cross_entropy_fusion_impl})" if config.cross_entropy_loss_fusion else "plain"
-        experts = f"; experts {implementation(self.args, config)}" if config.num_moe_experts else ""
-        passes = "eager" if graphs is None or graphs.obstacle else "a CUDA graph from the third step of one shape on"
-        why = f" ({graphs.obstacle})" if graphs is not None and graphs.obstacle else ""
-        logger.info("cross entropy %s%s; passes %s%s", loss, experts, passes, why)
-
     # ---- running ----
 
     def run_batches(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
@@ -418,7 +363,7 @@ class Trainer:
             start.check(checkpoint.check_file)
             read_data_state(self.train_set, start.directory)
         self.setup(start)
-        self.banner()
+        say_start(self)
         main = self.parallel.rank == 0
         if main:
             self.write_run_files()
@@ -438,7 +383,7 @@ class Trainer:
         plot = metrics.plot()
         if plot is not None:
             self.written.append(plot)
-        self._summary(seconds, last)
+        say_end(self, seconds, last)
         if self.stopped:
             say_how_to_go_on(self.args, stop)
         return {**last, "iteration": self.position.iteration, "seconds": seconds, "output_dir": str(self.root),
@@ -537,15 +482,9 @@ class Trainer:
             with tempfile.TemporaryDirectory() as scratch:
                 adapter = open_adapter(written[0], self.origin.bound, Path(scratch), plain=False)
                 merge_to_hf(
-                    self.origin_dir,
-                    adapter,
-                    hf_dir,
-                    torch_dtype(self.args),
-                    self.args.new_tokens,
-                    record=self._record,
-                    exist_ok=True,
-                    allow_overflow=self.args.allow_overflow,
-                )
+                    self.origin_dir, adapter, hf_dir, torch_dtype(self.args), self.args.new_tokens,
+                    record=self._record, exist_ok=True, allow_overflow=self.args.allow_overflow,
+                )  # fmt: skip
             written = [*written, hf_dir]
         deleted: list[Path] = []
         if self.parallel.rank == 0:
@@ -554,29 +493,3 @@ class Trainer:
             deleted = self.record.saved(written, self.args.save_total_limit, self.best.checkpoint)
             logger.info("saved %s", " and ".join(str(p) for p in written))
         self.written = [p for p in self.written + written if p not in deleted]
-
-    def _summary(self, seconds: float, last: dict[str, float]) -> None:
-        if not last:
-            logger.info("all %d steps were done before; nothing is left to do", self.position.iteration)
-            return
-        logger.info(
-            "%s step %d in %s; loss %.6g; peak memory %s", "stopped at" if self.stopped else "finished",
-            self.position.iteration, format_seconds(seconds), last["loss"], format_bytes(backend.peak_memory_bytes()),
-        )  # fmt: skip
-        for path in self.written:
-            logger.info("wrote %s", path)
-        if self.best.checkpoint:
-            logger.info("best checkpoint by %s: %s", self.best.metric, self.root / self.best.checkpoint)
-        hf_dirs = [p for p in self.written if p.name.endswith(HF_SUFFIX)]
-        if hf_dirs:
-            log_next("swiftlite", "infer", "--model", hf_dirs[-1], *self.args.loading_words(hub=False))
-        elif self.lora:
-            adapters = self.root / checkpoint.iteration_name(self.position.iteration)
-            if self.args.mcore_model:
-                base = ("--mcore_model", self.args.mcore_model)
-                log_next("swiftlite", "export", *base, "--adapters", adapters, "--merge_lora", "true")
-            else:
-                known = ["--model", self.args.model] if self.args.model else []  # an adapter knows its base
-                log_next("swiftlite", "infer", *known, "--adapters", adapters, *self.args.loading_words())
-        else:
-            log_next("swiftlite", "export", "--mcore_model", self.root, "--to_hf", "true")

@@ -30,10 +30,11 @@ from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.origin import Origin, origin_root
 from swiftlite.megatron.side_files import read_config
-from swiftlite.megatron.trainers.base import Trainer, in_precision
+from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import LossResult, reduce_over_ranks, token_losses
 from swiftlite.megatron.trainers.sft import run
+from swiftlite.megatron.trainers.wrapping import in_precision
 from swiftlite.megatron.tuners.lora import adapters_disabled
 from swiftlite.megatron.vocabulary import grown
 from swiftlite.utils.directories import Directory

@@ -25,9 +25,10 @@ from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.origin import origin_root
 from swiftlite.megatron.side_files import read_config
 from swiftlite.megatron.trainers import run_directory
-from swiftlite.megatron.trainers.base import HF_SUFFIX, Trainer
+from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import language_model_loss, token_losses
+from swiftlite.megatron.trainers.narration import HF_SUFFIX
 from swiftlite.megatron.tuners.freeze import plan_freeze
 from swiftlite.megatron.tuners.lora import plan_lora
 from swiftlite.megatron.vocabulary import grown, plan_tokens

@@ -1,0 +1,40 @@
+"""Models made ready for training: on their device, in their precision, in DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+
+from swiftlite.megatron import backend
+
+
+def in_precision(model: Any) -> Any:
+    """Move to the device, wrap in Float16Module for half precision. Router biases stay fp32: it would round them."""
+    config = model.config
+    model.to(backend.setup().device)
+    if config.bf16 or config.fp16:
+        kept = {m: m.expert_bias.float() for m in model.modules() if getattr(m, "expert_bias", None) is not None}
+        model = Float16Module(config, model)
+        for module, bias in kept.items():
+            module.expert_bias = bias
+    return model
+
+
+def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
+    """Models in their precision, in DDP with one buffer layout for every DP size."""
+    wrapped = []
+    for index, model in enumerate(models):
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=bool(args.overlap_grad_reduce),
+            overlap_param_gather=bool(args.overlap_param_gather),
+            use_distributed_optimizer=True,
+        )
+        ddp = DistributedDataParallel(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
+        if args.gradient_accumulation_fusion:
+            backend.accumulate_in_place(ddp)
+        wrapped.append(ddp)
+    return wrapped
