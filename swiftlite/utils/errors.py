@@ -5,6 +5,8 @@ Commands print them without a traceback (unless `--debug true`); `UsageError` en
 
 from __future__ import annotations
 
+import re
+
 
 class SwiftliteError(ValueError):
     """A mistake in the input that the user can mend. `exit_code` is what the command ends with."""
@@ -52,3 +54,18 @@ class DatasetError(SwiftliteError):
 
 class VerifyError(SwiftliteError):
     """Two models that should agree do not."""
+
+
+_CODE = re.compile(r"unsupported global:?(?: GLOBAL)? ([\w.]+)", re.IGNORECASE)
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, on one line; of a pickle that was refused, what it asked for.
+
+    torch would advise to read such a file with its guard off.
+    """
+    text = " ".join(str(error).split())
+    code = _CODE.search(text)
+    if code:
+        return f"refers to {code[1]}, which is code, not data; refusing to load it"
+    return text[:300] or type(error).__name__

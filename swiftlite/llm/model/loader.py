@@ -97,10 +97,6 @@ def repair_pad_eos(tokenizer: Any, model: Any | None = None) -> None:
             config.pad_token_id = pad_id
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
     """AutoTokenizer of a local directory. Raises CheckpointError where there is none that loads."""
     from transformers import AutoTokenizer
@@ -109,14 +105,13 @@ def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers releases differ in how missing files fail, down to AttributeError
         raise CheckpointError(
-            f"no tokenizer could be loaded from {model_dir}: {_one_line(error)}; "
+            f"no tokenizer could be loaded from {model_dir}: {reason(error)}; "
             "it needs tokenizer.json (or the vocabulary files) and tokenizer_config.json"
         ) from error
 
 
 def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | None, **kwargs: Any) -> Any:
     """`from_pretrained`, for files that hold exactly this model. Raises: CheckpointError naming what is amiss."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from swiftlite.llm.model.names import Others, check_names, keep_declared_frozen
@@ -127,8 +122,8 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | No
         model, loading = model_class.from_pretrained(
             model_dir, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"the model in {model_dir} could not be loaded: {_one_line(error)}") from error
+    except Exception as error:  # damaged and hostile files fail in any way there is
+        raise CheckpointError(f"the model in {model_dir} could not be loaded: {reason(error)}") from error
     others = Others.of(model_info.config or {})
     unexpected = [name for name in loading["unexpected_keys"] if not others.has(name)]
     for found in sorted(loading["mismatched_keys"]):  # transformers 4 tells names only

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from swiftlite.utils.errors import CheckpointError
+from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import read_json, restore_directory, write_json
 from swiftlite.utils.logger import get_logger
 
@@ -60,7 +60,7 @@ class Start:
         try:
             yield
         except Exception as error:  # libraries raise anything from OSError to their own types
-            text = " ".join(str(error).split())[:300] or type(error).__name__
+            text = reason(error)
             where = "" if str(self.directory) in text else f"{file or self.directory}: "
             raise CheckpointError(f"{where}{text}; {self.way_on}") from error
 
