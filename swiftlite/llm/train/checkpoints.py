@@ -19,6 +19,7 @@ from swiftlite.utils.io import read_json, restore_directory, write_json
 from swiftlite.utils.logger import get_logger
 
 RECORD = "checkpoints.json"
+_NAME = re.compile(r"(checkpoint-|iter_)[0-9]+(-hf)?")  # of what a run saves
 
 
 def finished(root: Path, prefix: str) -> dict[int, Path]:
@@ -106,8 +107,11 @@ class Record:
         path = root / RECORD
         try:
             if path.is_file():
-                self.saves = [[str(name) for name in entry] for entry in read_json(path)["saved"]]
-        except (CheckpointError, KeyError, TypeError):
+                saves = [list(entry) for entry in read_json(path)["saved"]]
+                if not all(saves) or not all(_NAME.fullmatch(name) for entry in saves for name in entry):
+                    raise ValueError
+                self.saves = saves
+        except (KeyError, TypeError, ValueError):  # CheckpointError is one
             get_logger().warning("%s is damaged: checkpoints that it named will not be deleted", path)
 
     def saved(self, paths: Sequence[Path], limit: int | None, best: str | None) -> list[Path]:

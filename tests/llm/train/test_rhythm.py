@@ -96,6 +96,18 @@ def test_only_what_a_run_recorded_is_deleted(tmp_path: Path) -> None:
     assert Record(tmp_path).saved([tmp_path / "checkpoint-20"], 1, None) == [], "nothing is known"
 
 
+@pytest.mark.parametrize("name", ["../mine", "ABSOLUTE", "mine", ".", "", "checkpoint-1/../mine", 3, None, []])
+def test_a_record_that_names_other_folders_deletes_nothing(name: Any, tmp_path: Path) -> None:
+    """The file may have come with a run directory of somebody else."""
+    run = tmp_path / "run"
+    for path in (tmp_path / "mine", run / "mine", run / "checkpoint-1", run / "checkpoint-2"):
+        path.mkdir(parents=True)
+    entry = [str(tmp_path / "mine") if name == "ABSOLUTE" else name] if name != [] else []
+    (run / "checkpoints.json").write_text(json.dumps({"saved": [["checkpoint-1"], entry]}))
+    assert Record(run).saved([run / "checkpoint-2"], 1, None) == []
+    assert (tmp_path / "mine").is_dir() and (run / "mine").is_dir()
+
+
 def test_damaged_log_lines_are_dropped(tmp_path: Path) -> None:
     good = b'{"step": 1, "loss": 2.0}\n'
     for bad in (b"\xff\xfe\xff\n", b"null\n", b"[1]\n", b'{"step": 2, "lo', b'{"step": "x"}\n'):
