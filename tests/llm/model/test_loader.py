@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,29 @@ def test_errors_are_one_line(tiny_model: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tokenizer could be loaded from") as caught:
         get_model_tokenizer(str(directory))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_side_file_is_named(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("qwen3"), tmp_path / "model")
+    for text in ("{", "[" * 100_000, "[1]"):
+        (tmp_path / "model" / name).write_text(text)
+        with pytest.raises(CheckpointError, match=f"{name} (is not valid JSON|holds a list)"):
+            load_tokenizer(str(tmp_path / "model"))
+
+
+def test_a_model_that_runs_code_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model("qwen3"), directory)
+    (directory / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Payload()}, directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="could not be loaded: refers to posix.mkdir, which is code") as caught:
+        get_model_tokenizer(str(directory), model_type="qwen3")
+    assert "weights_only" not in str(caught.value) and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
