@@ -14,6 +14,7 @@ from swiftlite.llm.model.files import end_tokens, update_config
 from swiftlite.llm.template.base import IGNORE_INDEX, Template
 from swiftlite.llm.template.jinja import write_jinja
 from swiftlite.llm.template.parity import PROBES
+from swiftlite.utils.bounded import LimitError, run_bounded
 from swiftlite.utils.errors import TemplateError
 from swiftlite.utils.io import read_json, write_json
 from swiftlite.utils.logger import get_logger
@@ -88,7 +89,17 @@ def _end_token(template: Template) -> int | None:
 
 
 def _writes(template: Template, jinja: str | None) -> bool:
-    """Whether a chat template (None: the tokenizer's own) writes basic conversations as this template does."""
+    """Whether a chat template (None: the tokenizer's own) writes basic conversations as this template does.
+
+    One that takes more time or memory than such conversations need does not.
+    """
+    try:
+        return run_bounded(lambda: _writes_all(template, jinja))
+    except LimitError:
+        return False
+
+
+def _writes_all(template: Template, jinja: str | None) -> bool:
     if jinja is None and not getattr(template.tokenizer, "chat_template", None):
         return False
     plain = Template(template.meta, template.tokenizer, agent_template=None)

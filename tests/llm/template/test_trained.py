@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,12 @@ def test_a_model_that_chats_already_keeps_its_template(base: Any, tmp_path: Path
     again.write(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["generation_config.json"]
     assert trained_chat(get_template("qwen2_5", base, use_chat_template=False)) is None
+
+
+@pytest.mark.parametrize("jinja", ["{{ 'a' * 10**10 }}", "{% set x = 10**10**8 %}"])
+def test_a_template_beyond_bounds_is_replaced(jinja: str, base: Any) -> None:
+    """Jinja computes such expressions as it compiles the template, which is done within bounds, too."""
+    tokenizer = copy.deepcopy(base)
+    tokenizer.chat_template = jinja
+    chat = trained_chat(get_template("qwen2_5", tokenizer))
+    assert chat is not None and chat.jinja is not None and "<|im_start|>" in chat.jinja
