@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.llm.model.corrections import correct
-from swiftlite.llm.model.files import side_files
+from swiftlite.llm.model.files import SIDE_FILES
 from swiftlite.llm.model.info import config_dtype
 from swiftlite.llm.model.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.llm.model.register import get_model_info_meta
@@ -102,8 +102,9 @@ def repair_pad_eos(tokenizer: Any, model: Any | None = None) -> None:
 
 def _check_json(model_dir: str) -> None:
     """Raises: CheckpointError naming the first side file that is damaged; transformers does not say which one."""
-    for path in side_files(Path(model_dir)):
-        if path.suffix == ".json":
+    for name in SIDE_FILES:
+        path = Path(model_dir) / name
+        if path.suffix == ".json" and path.is_file():
             read_json(path)
 
 
