@@ -206,6 +206,7 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
         hashes = run_jobs("adapter", jobs, args.max_memory_bytes, space)
         if get_rank() == 0:
             adapter.write_config(space.directory)
+            copy_chat(adapter.config_file.parent, space.directory)
             args.save(space.directory)
             if args.to_mcore:
                 torch_dist.write_metadata(space.directory / "iter_0000001", plan, {}, iteration=1)

@@ -97,6 +97,8 @@ def test_adapters_carry_their_rows(train: Any, tmp_path: Path, tiny_tokenizer_di
         export_main([*words, "--merge_lora", "true", "--output_dir", str(merged)])
         check_tokenizer(merged, taken)
         check_tokenizer(adapter, taken)
+        for directory in (adapter, merged):
+            assert "im_start" in (directory / "chat_template.jinja").read_text(), "the chat that was trained"
         assert rows(merged) == 384
         weights = load_file(adapter / "adapter_model.safetensors")
         carried = weights["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]

@@ -51,7 +51,7 @@ class Chat:
 
 
 def copy_chat(source: Path, target: Path) -> None:
-    """Let the merged model in `target` have the chat of the adapter's directory `source`, where it has one."""
+    """Let what an adapter became in `target`, merged or in another format, have the chat of its directory `source`."""
     jinja = (source / JINJA).read_text(encoding="utf-8") if (source / JINJA).is_file() else None
     ids = end_tokens(read_json(source / GENERATION).get("eos_token_id")) if (source / GENERATION).is_file() else []
     Chat(jinja, ids[0] if ids else None).write(target)

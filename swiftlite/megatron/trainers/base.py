@@ -217,11 +217,11 @@ class Trainer:
         self._record(beside)
         move_files(beside, self.root)
 
-    def _record(self, directory: Path) -> None:
-        """Beside copied files of the model: arguments, and the chat that was trained. Rank 0 only."""
+    def _record(self, directory: Path, base: Path | None = None) -> None:
+        """Beside copied files of the model (or of those in `base`): arguments, the chat that was trained. Rank 0 only."""
         self.args.save(directory)
         if self.chat is not None:
-            self.chat.write(directory)
+            self.chat.write(directory, base)
 
     # ---- running ----
 
@@ -473,7 +473,7 @@ class Trainer:
         """The adapter in PEFT's format beside a checkpoint that is being written, and what it was trained with."""
         assert self.lora is not None
         write_peft(directory, self.lora.peft_config, directory, self.origin)
-        self.args.save(directory)
+        self._record(directory, self.origin.root)
 
     def _saved(self, written: list[Path], iteration: int, evaluation: dict[str, float]) -> None:
         """A checkpoint has become valid: only now it counts for the best one and for the limit. Collective."""
