@@ -26,7 +26,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     manifest = read_json(path)
     with blame(path):
         for name, tensor in manifest.get("tensors", {}).items():
-            plain_name(tensor["file"], path)
+            plain_name(tensor["file"], path, ".safetensors")
             if tensor["dtype"] not in DTYPES:
                 raise ValueError(f"dtype {tensor['dtype']!r} of {name}")
     return manifest

@@ -188,10 +188,22 @@ def only_data() -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
-def plain_name(name: object, where: object) -> str:
-    """`name` as a file says it, held to be that of a file beside it. Raises: CheckpointError naming `where`."""
+_MAX_NAME = 255  # bytes, of every usual file system
+
+
+def plain_name(name: object, where: object, suffix: str = "") -> str:
+    """`name` as a file says it, held to be that of a file beside it.
+
+    Args: suffix: what it must end in, so that no other kind of file is read or written in its place.
+    Raises: CheckpointError naming `where`.
+    """
     if not isinstance(name, str) or not name or "\0" in name or name in (".", "..") or Path(name).name != name:
         raise CheckpointError(f"{where} points to {name!r}, outside the model directory; refusing to follow it")
+    if not name.endswith(suffix) or len(name.encode("utf-8", "replace")) > _MAX_NAME:
+        raise CheckpointError(
+            f"{where} points to {name!r}; it must be a name{f' that ends in {suffix}' if suffix else ''} of at most "
+            f"{_MAX_NAME} bytes; download or copy it again"
+        )
     return name
 
 

@@ -55,6 +55,27 @@ def check_beginning(config: Mapping[str, Any], where: object) -> None:
         )
 
 
+def check_stated(config: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for a kind, rank or alpha in adapter_config.json that no LoRA adapter has."""
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ConfigError(f"adapter_config.json: peft_type {config['peft_type']!r} is not supported, only LORA is")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise ConfigError(f"adapter_config.json: alpha_pattern is {patterns!r}; it must be an object")
+    rank = config.get("r")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+        raise ConfigError(f"adapter_config.json: r is {rank!r}; it must be a whole number from 1 to {MAX_RANK}")
+    for key, alpha in (("lora_alpha", config.get("lora_alpha")), *patterns.items()):
+        # beyond fp32's 1e38 the product overflows; no adapter is anywhere near this
+        if not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
+            raise ConfigError(f"adapter_config.json: {key} is {alpha!r}; it must be a number up to {MAX_ALPHA:g}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"adapter_config.json: alpha_pattern {pattern!r} is no pattern ({error})") from None
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """The part of adapter_config.json that decides what an adapter adds."""
@@ -71,24 +92,10 @@ class LoraConfig:
         for key in NOT_PLAIN:
             if config.get(key) not in (None, False, "none", [], {}):
                 raise ConfigError(f"adapter_config.json: {key} {config[key]!r} is not supported, only plain LoRA is")
-        if config.get("peft_type", "LORA") != "LORA":
-            raise ConfigError(f"adapter_config.json: peft_type {config['peft_type']!r} is not supported, only LORA is")
-        patterns = config.get("alpha_pattern") or {}
-        if not isinstance(patterns, Mapping):
-            raise ConfigError(f"adapter_config.json: alpha_pattern is {patterns!r}; it must be an object")
-        rank = config.get("r")
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-            raise ConfigError(f"adapter_config.json: r is {rank!r}; it must be a whole number from 1 to {MAX_RANK}")
-        for key, alpha in (("lora_alpha", config.get("lora_alpha")), *patterns.items()):
-            # beyond fp32's 1e38 the product overflows; no adapter is anywhere near this
-            if not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
-                raise ConfigError(f"adapter_config.json: {key} is {alpha!r}; it must be a number up to {MAX_ALPHA:g}")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"adapter_config.json: alpha_pattern {pattern!r} is no pattern ({error})") from None
-        return cls(config["r"], config["lora_alpha"], bool(config.get("use_rslora")), patterns or None)
+        check_stated(config)
+        return cls(
+            config["r"], config["lora_alpha"], bool(config.get("use_rslora")), config.get("alpha_pattern") or None
+        )
 
     def scale(self, module: str, rank: int) -> float:
         """Factor on B A for one module; its rank is A's, whatever rank_pattern says. The first alpha_pattern counts."""

@@ -127,7 +127,7 @@ class SafetensorsSource:
         with blame(path):
             weight_map: dict[str, str] = read_json(path)["weight_map"]
             for file in set(weight_map.values()):
-                plain_name(file, path)
+                plain_name(file, path, ".safetensors")
         return weight_map
 
     @cached_property

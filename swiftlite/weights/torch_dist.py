@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from swiftlite.utils.directories import TRACKER as TRACKER
 from swiftlite.utils.directories import Directory, what_it_is
-from swiftlite.utils.errors import CheckpointError, MapError, ShapeError
+from swiftlite.utils.errors import CheckpointError, MapError, ShapeError, reason
 from swiftlite.utils.io import blame, is_inside, plain_name, write_bytes_atomic, write_text_atomic
 from swiftlite.weights.ops import Segment, Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
@@ -584,7 +584,7 @@ def load_common(directory: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([Namespace]):  # Megatron-LM's own checkpoints
             state = torch.load(path, weights_only=True)
     except Exception as error:  # a damaged archive or pickle fails in any way there is
-        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); copy it again") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, no checkpoint's state; copy it again")
     return state

@@ -93,7 +93,8 @@ WRONG: dict[str, tuple[str, str, Callable[[dict[str, Any]], Any]]] = {
     "index names nothing": ("hf", INDEX, lambda c: c["weight_map"].update(x="")),
     **{f"manifest writes {name!r}": ("mcore", "manifest.json",
                                      lambda c, name=name: [t.update(file=name) for t in c["tensors"].values()])
-       for name in ("../x", "/tmp/x", "a/b", "", ".", "..", 3, None, "x\0y", ["x"])},
+       for name in ("../x", "/tmp/x", "a/b", "", ".", "..", 3, None, "x\0y", ["x"], "config.json", ".safetensors\ud800",
+                    "x" * 300 + ".safetensors")},
     "manifest dtype": ("mcore", "manifest.json", lambda c: [t.update(dtype="load") for t in c["tensors"].values()]),
     "manifest list": ("mcore", "manifest.json", changed(tensors=[1])),
     "manifest without files": ("mcore", "manifest.json", lambda c: [t.pop("file") for t in c["tensors"].values()]),

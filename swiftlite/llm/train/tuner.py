@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from swiftlite.llm.model.names import Stored, checkpoint_tensors
 from swiftlite.llm.train.flops import ModelFlops
-from swiftlite.utils.errors import CheckpointError, UsageError
-from swiftlite.utils.io import read_json
+from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
+from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.logger import get_logger
-from swiftlite.weights.lora import ALL_LINEAR, PEFT_PREFIX, check_beginning, initial_a
+from swiftlite.weights.lora import ALL_LINEAR, PEFT_PREFIX, check_beginning, check_stated, initial_a
+from swiftlite.weights.safetensors import read_header
 
 logger = get_logger()
 
@@ -25,6 +26,7 @@ FREEZE_FLAGS = ("freeze_parameters", "freeze_parameters_regex", "freeze_paramete
 
 
 _HELD = "_swiftlite_held_in_fp32"
+ADAPTER = "adapter_model.safetensors"
 
 
 def trainable_names(sizes: Mapping[str, int], args: Any) -> set[str]:
@@ -248,15 +250,31 @@ def attach_adapter(model: Any, directory: Path, trainable: bool = False) -> Any:
 
     if not (directory / "adapter_config.json").is_file():
         raise CheckpointError(f"{directory}: holds no adapter_config.json; name the directory of a LoRA adapter")
-    stated = read_json(directory / "adapter_config.json")
-    check_beginning(stated, directory / "adapter_config.json")
-    config = LoraConfig.from_pretrained(str(directory))
-    if not config.target_parameters:
-        split_experts(model)
-    config.inference_mode = not trainable
-    adapted = _with_lora(model, config)
+    path = directory / "adapter_config.json"
+    stated = read_json(path)
+    check_beginning(stated, path)
+    with blame(path):
+        check_stated(stated)
+        _check_rank(stated, directory / ADAPTER)
+        config = LoraConfig.from_pretrained(str(directory))
+        if not config.target_parameters:
+            split_experts(model)
+        config.inference_mode = not trainable
+        adapted = _with_lora(model, config)
     load_adapter(adapted, directory)
     return adapted
+
+
+def _check_rank(stated: Mapping[str, Any], weights: Path) -> None:
+    """Before matrices of the stated ranks are made. Raises: ConfigError for one that no matrix of the file has."""
+    if not weights.is_file():
+        return  # which is told where they are read
+    most = max((t.spec.shape[0] for n, t in read_header(weights).items() if re.search(r"\.lora_\w*A\b", n)), default=0)
+    for key, rank in (("r", stated["r"]), *(stated.get("rank_pattern") or {}).items()):
+        if not isinstance(rank, int) or rank > most:
+            raise ConfigError(
+                f"adapter_config.json: {key} is {rank!r}; no matrix in {weights} has more than {most} rows"
+            )
 
 
 def _with_lora(model: Any, config: Any) -> Any:
@@ -285,12 +303,16 @@ def load_adapter(model: Any, directory: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    path = directory / "adapter_model.safetensors"
+    path = directory / ADAPTER
     if not path.is_file():
         raise CheckpointError(f"{directory}: holds no adapter_model.safetensors")
     with nullcontext() if model.peft_config["default"].target_parameters else _no_conversion(model):
         try:
-            result: Any = set_peft_model_state_dict(model, load_file(path))
+            tensors = load_file(path)
+            damaged = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+            if damaged:
+                raise CheckpointError(f"{path}: {damaged} has values that are NaN or infinite; train or copy it again")
+            result: Any = set_peft_model_state_dict(model, tensors)
         except RuntimeError as error:  # shapes
             raise CheckpointError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
     missing = [n for n in result.missing_keys if re.search(r"\.(lora_|modules_to_save\.|token_adapter\.trainable_)", n)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from swiftlite.llm.argument.sft import SftArguments
 from swiftlite.llm.model.names import checkpoint_tensors
 from swiftlite.llm.train import tuner
 from swiftlite.llm.train.tuner import trainable_names
-from swiftlite.utils.errors import CheckpointError, UsageError
+from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from tests.families.cases import build_hf, config_of
 
 SIZES = {"model.embed_tokens.weight": 40, "model.layers.0.w": 10, "model.layers.1.w": 10, "lm_head.weight": 40}
@@ -140,6 +143,34 @@ def test_an_adapter_of_another_model(tmp_path: Path) -> None:
     deeper = {**config_of("qwen3:default"), "num_hidden_layers": 4, "max_window_layers": 4}
     with pytest.raises(CheckpointError, match="layers.3.*is missing in the one or the other"):
         tuner.attach_adapter(build_hf(deeper, tmp_path / "c"), tmp_path / "adapter")
+
+
+STATED = {
+    "rank beyond the file": ({"r": 10**6}, "r is 1000000; no matrix in .* has more than 8 rows"),
+    "rank": ({"r": "8"}, "r is '8'"), "alpha": ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    "alpha of one": ({"alpha_pattern": {"q_proj": 1e308}}, "q_proj is 1e[+]308"),
+    "rank of one": ({"rank_pattern": {"q_proj": 10**9}}, "q_proj is 1000000000; no matrix"),
+    "patterns": ({"rank_pattern": [1]}, "adapter_config.json holds something unexpected"),
+    "kind": ({"peft_type": "XX"}, "peft_type 'XX'"), "targets": ({"target_modules": 3}, "holds something unexpected"),
+}  # fmt: skip
+
+
+def test_a_hostile_adapter(tmp_path: Path) -> None:
+    """As for merging: one line, before memory is asked for, and no model of NaN."""
+    model = build_hf(config_of("qwen3:default"), tmp_path / "hf")
+    tuner.lora_model(copy.deepcopy(model), args(train_type="lora")).save_pretrained(tmp_path / "adapter")
+    file, weights = tmp_path / "adapter/adapter_config.json", tmp_path / "adapter/adapter_model.safetensors"
+    stated = file.read_text()
+    for changes, message in STATED.values():
+        file.write_text(json.dumps({**json.loads(stated), **changes}))
+        with pytest.raises((ConfigError, CheckpointError), match=message):
+            tuner.attach_adapter(copy.deepcopy(model), tmp_path / "adapter")
+    file.write_text(stated)
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0] = float("inf")
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match="has values that are NaN or infinite"):
+        tuner.attach_adapter(model, tmp_path / "adapter")
 
 
 def test_trained_weights_are_held_in_fp32(tmp_path: Path) -> None:
