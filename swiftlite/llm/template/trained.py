@@ -35,9 +35,13 @@ class Chat:
     def write(self, directory: Path, base: Path | None = None) -> None:
         """Put both into a directory. base: where the generation config of the model lies, if not there."""
         if self.jinja is not None:
-            (directory / JINJA).write_text(self.jinja, encoding="utf-8")
-            if (directory / "tokenizer_config.json").is_file():  # or readers would find the other one there
-                update_config(directory / "tokenizer_config.json", {"chat_template": None})
+            config = directory / "tokenizer_config.json"
+            if _template_in(config) is not None and not (directory / JINJA).is_file():
+                update_config(config, {"chat_template": self.jinja})  # where this model has it
+            else:
+                (directory / JINJA).write_text(self.jinja, encoding="utf-8")
+                if config.is_file():  # or readers would find the other one there
+                    update_config(config, {"chat_template": None})
         if self.end is None:
             return
         places = [folder / name for name in (GENERATION, "config.json") for folder in (directory, base or directory)]
@@ -52,9 +56,16 @@ class Chat:
 
 def copy_chat(source: Path, target: Path) -> None:
     """Let what an adapter became in `target`, merged or in another format, have the chat of its directory `source`."""
-    jinja = (source / JINJA).read_text(encoding="utf-8") if (source / JINJA).is_file() else None
+    file, config = source / JINJA, source / "tokenizer_config.json"
+    jinja = file.read_text(encoding="utf-8") if file.is_file() else _template_in(config)
     ids = end_tokens(read_json(source / GENERATION).get("eos_token_id")) if (source / GENERATION).is_file() else []
     Chat(jinja, ids[0] if ids else None).write(target)
+
+
+def _template_in(config: Path) -> str | None:
+    """The one chat template in a tokenizer_config.json, if there is one."""
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def trained_chat(template: Template) -> Chat | None:

@@ -54,13 +54,14 @@ def test_files_of_the_checkpoint_and_of_what_is_merged(base: Any, tmp_path: Path
     chat.write(adapter, model)
     chat.write(model)
     assert json.loads((model / "generation_config.json").read_text()) == {"eos_token_id": [end, 5], "bos_token_id": 1}
-    assert json.loads((model / "tokenizer_config.json").read_text()) == {"eos_token": "x"}
-    assert (model / "chat_template.jinja").read_text() == chat.jinja
+    stated = {"chat_template": chat.jinja, "eos_token": "x"}  # where the model had the old one: no file is added
+    assert json.loads((model / "tokenizer_config.json").read_text()) == stated
+    assert not (model / "chat_template.jinja").exists() and (adapter / "chat_template.jinja").read_text() == chat.jinja
     before = (model / "generation_config.json").read_text()
     chat.write(model)
     assert (model / "generation_config.json").read_text() == before, "nothing is added twice"
     copy_chat(adapter, merged)
-    for name in ("generation_config.json", "chat_template.jinja"):
+    for name in ("generation_config.json", "tokenizer_config.json"):
         assert (merged / name).read_text() == (model / name).read_text()
 
 
