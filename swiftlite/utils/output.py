@@ -1,6 +1,6 @@
 """Output directories of conversions: where one may be written, and which one may be replaced.
 
-A finished output holds a marker that says what it is and which files belong to it; `--exist_ok true` replaces nothing else.
+args.json of a finished output says what it is and which files belong to it; `--exist_ok true` replaces nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from swiftlite.utils.errors import BudgetError, CheckpointError, UsageError
 from swiftlite.utils.io import existing_parent, format_bytes, read_json, write_json
 
-MARK = ".swiftlite.json"
+MARKED, MARK = "args.json", "output"  # the file, and its key
 
 
 def check_output(
@@ -51,12 +51,12 @@ def check_output(
 
 def _check_replaceable(output: Path, real: Path, kind: str) -> None:
     way_on = "--exist_ok true replaces only what such a command wrote; move it away, or choose another --output_dir"
-    if not (real / MARK).is_file():
-        raise UsageError(f"{output} holds something that is no output of `swiftlite export`; {way_on}")
     try:
-        mark = read_json(real / MARK)
+        mark = read_json(real / MARKED).get(MARK) if (real / MARKED).is_file() else None
     except CheckpointError as error:
         raise UsageError(f"{error}; {way_on}") from None
+    if not isinstance(mark, dict):
+        raise UsageError(f"{output} holds something that is no output of `swiftlite export`; {way_on}")
     if mark.get("kind") != kind:
         raise UsageError(f"{output} holds {mark.get('kind')!r}, not {kind!r}; {way_on}")
     written = mark.get("files")
@@ -67,7 +67,9 @@ def _check_replaceable(output: Path, real: Path, kind: str) -> None:
 
 def mark_output(directory: Path, kind: str) -> None:
     """Record what a finished directory is and which files belong to it."""
-    write_json(directory / MARK, {"kind": kind, "files": [*files_of(directory), MARK]})
+    path = directory / MARKED
+    values = read_json(path) if path.is_file() else {}
+    write_json(path, {**values, MARK: {"kind": kind, "files": sorted({*files_of(directory), MARKED})}})
 
 
 def files_of(directory: Path) -> list[str]:

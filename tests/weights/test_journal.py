@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from swiftlite.utils.errors import BudgetError, CheckpointError, MapError, UncheckedError, UsageError
-from swiftlite.utils.output import MARK, check_output
+from swiftlite.utils.output import MARKED, check_output
 from swiftlite.weights.journal import Journal, fingerprint, workspace
 
 
@@ -33,7 +33,7 @@ def test_output_appears_only_at_the_end(tmp_path: Path) -> None:
     with work(out, False, lambda: "a", prepare) as space:
         assert not space.resumed and not out.exists()
         (space.directory / "data").write_bytes(b"done")
-    assert {p.name for p in out.iterdir()} == {"data", MARK} and (out / "data").read_bytes() == b"done"
+    assert {p.name for p in out.iterdir()} == {"data", MARKED} and (out / "data").read_bytes() == b"done"
     assert hidden(tmp_path) == []
 
 
@@ -114,9 +114,9 @@ def test_what_stands_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (foreign / "mine").touch()
     model.mkdir(parents=True)
     (tmp_path / "link").symlink_to("all")
-    for mark in (None, "{", "[1]", '{"kind": "model", "files": 3}'):
+    for mark in (None, "{", "[1]", "{}", '{"output": 3}', '{"output": {"kind": "model", "files": 3}}'):
         if mark is not None:
-            (foreign / MARK).write_text(mark)
+            (foreign / MARKED).write_text(mark)
         with pytest.raises(UsageError, match="replaces only what such a command wrote"):
             check_output(foreign, "model", True)
     for path in (model, tmp_path / "all", tmp_path / "link", tmp_path):
