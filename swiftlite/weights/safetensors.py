@@ -121,11 +121,11 @@ class SafetensorsSource:
         path, single = self.directory / INDEX, self.directory / SINGLE
         if not path.is_file():
             return {}
-        if single.is_file():  # which is what transformers reads
-            warn_once(f"{single} is read, as transformers does; {path.name} beside it is not")
-            return {}
-        with blame(path):
+        with blame(path):  # damaged is damaged, also where it is not followed
             weight_map: dict[str, str] = read_json(path)["weight_map"]
+            if single.is_file():  # which is what transformers reads
+                warn_once(f"{single} is read, as transformers does; {path.name} beside it is not")
+                return {}
             for file in set(weight_map.values()):
                 plain_name(file, path, ".safetensors")
         return weight_map

@@ -71,6 +71,14 @@ def test_damaged_json(damage: str, made: Path, tmp_path: Path, capsys: pytest.Ca
             (tmp_path / side / file).write_bytes(before)
 
 
+def test_a_damaged_index_beside_a_single_file(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not followed, but a directory that was damaged is told."""
+    shutil.copytree(made / "hf", tmp_path / "hf")
+    (tmp_path / "hf/model-00001-of-00001.safetensors").rename(tmp_path / "hf/model.safetensors")
+    (tmp_path / "hf" / INDEX).write_text('{"weight_map": ' + DEEP)
+    refused(tmp_path / "hf", INDEX, capsys)
+
+
 def changed(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda content: content.update(values)
 
