@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bound = bind_map(CONFIG, ["mtp."])
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(8)]
     for i, (name, (entry, position)) in enumerate(bound.by_hf.items()):
-        shards[i * 8 // len(bound.by_hf)][name] = torch.randn(entry.hf_shapes[position])
+        shards[i * 8 // len(bound.by_hf)][name] = torch.randn(entry.hf_shapes[position]) * 0.05
     weights = {k: v for shard in shards for k, v in shard.items()}
     for duplicate in bound.duplicates:
         if duplicate.name != "lm_head.weight":

@@ -254,6 +254,8 @@ class HfTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights in the model's dtype, beside the files of the model that they come from. Rank 0 only."""
+        if get_rank() != 0:
+            return
         assert output_dir is not None and self.model is not None
         directory, model = Path(output_dir), self.model
         directory.mkdir(parents=True, exist_ok=True)
