@@ -233,8 +233,8 @@ def _data_offset(file: Path, offset: int, length: int, nbytes: int) -> int:
                 return offset
             (info,) = (archive.getinfo(name) for part, name in names.items() if re.fullmatch(r"data/\d+", part))
             with archive.open(names["data.pkl"]) as described:
-                start = _TensorPickle(io.BytesIO(described.read(_MAX_DESCRIPTION))).start_bytes(nbytes)
-            if start + nbytes > info.file_size or info.compress_type != zipfile.ZIP_STORED:
+                start = _start_bytes(described.read(_MAX_DESCRIPTION), nbytes)
+            if not 0 <= start <= info.file_size - nbytes or info.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
                     f"{file}: record at {offset} holds {info.file_size} bytes where the metadata says {start + nbytes}"
                 )
@@ -262,14 +262,16 @@ class _TensorPickle(pickle._Unpickler):  # type: ignore[name-defined,misc]
     def persistent_load(self, pid: Any) -> Any:
         return pid
 
-    def start_bytes(self, nbytes: int) -> int:
-        """Raises: ValueError if the record is no contiguous tensor of `nbytes` bytes."""
-        _, first, size, stride, *_ = self.load()
-        numel = math.prod(size)
-        expected = [math.prod(size[d + 1 :]) for d in range(len(size))]
-        if any(s != e and n > 1 for s, e, n in zip(stride, expected, size, strict=True)) or nbytes % max(numel, 1):
-            raise ValueError("not a contiguous tensor of the expected size")
-        return int(first) * (nbytes // max(int(numel), 1))
+
+@lru_cache(maxsize=1024)  # by content: the experts of a model all have the same
+def _start_bytes(description: bytes, nbytes: int) -> int:
+    """Raises: ValueError if `description` is not that of a contiguous tensor of `nbytes` bytes."""
+    _, first, size, stride, *_ = _TensorPickle(io.BytesIO(description)).load()
+    numel = math.prod(size)
+    expected = [math.prod(size[d + 1 :]) for d in range(len(size))]
+    if any(s != e and n > 1 for s, e, n in zip(stride, expected, size, strict=True)) or nbytes % max(numel, 1):
+        raise ValueError("not a contiguous tensor of the expected size")
+    return int(first) * (nbytes // max(int(numel), 1))
 
 
 class _Window(io.RawIOBase):
