@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from swiftlite.weights.torch_dist import (
     HfNames,
     McoreView,
     TorchDistSource,
+    _data_offset,
     create_files,
     find_iteration,
     load_common,
@@ -198,3 +201,25 @@ def test_find_iteration_says_what_a_directory_is(tmp_path: Path) -> None:
         find_iteration(hf)
     with pytest.raises(CheckpointError, match="does not exist"):
         find_iteration(tmp_path / "none")
+
+
+@pytest.mark.parametrize("start", [0, -1, -3, 4, 2**31 - 1])
+def test_a_record_is_read_within_its_own_bytes(start: int, tmp_path: Path) -> None:
+    """A description that begins elsewhere would give bytes of a neighbour, or of the file's own headers."""
+    buffer = io.BytesIO()
+    torch.save(torch.arange(8, dtype=torch.float32), buffer)
+    file = tmp_path / "__0_0.distcp"
+    with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as changed:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if name.endswith("data.pkl"):
+                assert content.count(b"QK\0") == 1  # the storage, then where the tensor begins in it
+                content = content.replace(b"QK\0", b"QJ" + start.to_bytes(4, "little", signed=True))
+            changed.writestr(name, content)
+    size = file.stat().st_size
+    if start:
+        with pytest.raises(CheckpointError, match="record at 0 holds 32 bytes"):
+            _data_offset(file, 0, size, 32)
+    else:
+        found = _data_offset(file, 0, size, 32)
+        assert file.read_bytes()[found : found + 32] == torch.arange(8, dtype=torch.float32).numpy().tobytes()
