@@ -40,10 +40,10 @@ def worker(directory: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from benchmarks.convert import drop_cache
-    from swiftlite.megatron.argument.export import conversion_arguments
+    from swiftlite.arguments.megatron_export import conversion_arguments
+    from swiftlite.checkpoint.bind import convert_hf_config
     from swiftlite.megatron.distributed import parallel_groups
     from swiftlite.megatron.hf_io import load_weights
-    from swiftlite.megatron.model.hf_config import convert_hf_config
     from swiftlite.megatron.model.provider import build_models
 
     args = conversion_arguments(

@@ -18,8 +18,8 @@ from unittest import mock
 
 import torch
 
-from swiftlite.megatron.model.hf_config import bind_map
-from swiftlite.megatron.plan import plan_to_mcore
+from swiftlite.checkpoint.bind import bind_map
+from swiftlite.convert.plan import plan_to_mcore
 from swiftlite.utils.io import format_bytes, peak_memory_bytes
 from swiftlite.weights import stream
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index

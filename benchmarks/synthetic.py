@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from swiftlite.megatron.model.hf_config import bind_map
+from swiftlite.checkpoint.bind import bind_map
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.storage import TensorSpec
 

@@ -83,7 +83,7 @@ def make_rows(file: Path, count: int, length: int) -> None:
 def train(side: str, words: list[str], output: Path) -> list[dict[str, float]]:
     """One run. Returns: its log lines, one a step."""
     from swiftlite import megatron_sft_main, sft_main
-    from swiftlite.llm.plot import read_run
+    from swiftlite.train.plot import read_run
 
     shutil.rmtree(output, ignore_errors=True)
     {"megatron": megatron_sft_main, "transformers": sft_main}[side]([*words, "--output_dir", str(output)])

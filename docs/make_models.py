@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from swiftlite.families import MODEL_MAPPING, family_of, tiny_configs
-from swiftlite.megatron.check import check_config
-from swiftlite.megatron.model.register import MODEL_META_MAPPING
+from swiftlite.families.megatron import MODEL_META_MAPPING
+from swiftlite.selftest.check import check_config
 
 HEAD = """# Model types
 

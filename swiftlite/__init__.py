@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from swiftlite.checkpoint.registry import get_model_info_meta
+    from swiftlite.convert.export import convert_hf2mcore, convert_mcore2hf, export_main
     from swiftlite.families import register_family, register_model
     from swiftlite.llm.dataset.register import register_dataset
     from swiftlite.llm.infer import infer_main
     from swiftlite.llm.model.loader import get_model_processor, get_model_tokenizer
-    from swiftlite.llm.model.register import get_model_info_meta
     from swiftlite.llm.template.register import get_template, register_template
     from swiftlite.llm.train.dpo import dpo_main
     from swiftlite.llm.train.sft import pt_main, sft_main
-    from swiftlite.megatron.convert import convert_hf2mcore, convert_mcore2hf, export_main
     from swiftlite.megatron.trainers.dpo import megatron_dpo_main
     from swiftlite.megatron.trainers.sft import megatron_pt_main, megatron_sft_main
 
 _WHERE = {
-    "convert_hf2mcore": "swiftlite.megatron.convert",
-    "convert_mcore2hf": "swiftlite.megatron.convert",
+    "convert_hf2mcore": "swiftlite.convert.export",
+    "convert_mcore2hf": "swiftlite.convert.export",
     "dpo_main": "swiftlite.llm.train.dpo",
-    "export_main": "swiftlite.megatron.convert",
-    "get_model_info_meta": "swiftlite.llm.model.register",
+    "export_main": "swiftlite.convert.export",
+    "get_model_info_meta": "swiftlite.checkpoint.registry",
     "get_model_processor": "swiftlite.llm.model.loader",
     "get_model_tokenizer": "swiftlite.llm.model.loader",
     "get_template": "swiftlite.llm.template.register",

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from swiftlite.arguments.parser import parse, split_argv
 from swiftlite.cli.launcher import _free_port
 from swiftlite.cli.main import find_route, main
-from swiftlite.utils.parser import parse, split_argv
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from swiftlite.arguments.parser import parse
 from swiftlite.cli.main import find_route
-from swiftlite.utils.parser import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def test_the_python_example_runs(tmp_path: Path, tiny_model: Callable[..., Path]
 
 def test_registering_a_model_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     from swiftlite import families
-    from swiftlite.llm.model.register import get_matched_model_meta
+    from swiftlite.checkpoint.registry import get_matched_model_meta
 
     assert get_matched_model_meta("x/my-model-7b") is None
     families.families()

@@ -23,7 +23,7 @@ def losses(config: dict[str, Any], micro: int, length: int, batch: int, steps: i
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
-    from swiftlite.llm.train.flops import attention_pairs, flops_of, peak_flops
+    from swiftlite.train.flops import attention_pairs, flops_of, peak_flops
 
     torch.cuda.set_device(0)
     store = torch.distributed.HashStore()
@@ -92,7 +92,7 @@ def transformers_losses(directory: str, micro: int, length: int, batch: int, ste
     import torch
     from transformers import AutoModelForCausalLM
 
-    from swiftlite.llm.train.flops import attention_pairs, flops_of, peak_flops
+    from swiftlite.train.flops import attention_pairs, flops_of, peak_flops
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -60,8 +60,8 @@ def run(row: Row, args: argparse.Namespace) -> list[dict[str, float]]:
 
         return transformers_losses(str(args.directory / row.model), int(row.flags[1]), LENGTH, BATCH, steps)
     from swiftlite import dpo_main, megatron_dpo_main, megatron_sft_main, sft_main
-    from swiftlite.llm.plot import read_run
-    from swiftlite.llm.train.rhythm import Rhythm
+    from swiftlite.train.intervals import Rhythm
+    from swiftlite.train.plot import read_run
 
     Rhythm.saves = lambda *_: False  # type: ignore[method-assign]
     mains = {("megatron", "sft"): megatron_sft_main, ("transformers", "sft"): sft_main,

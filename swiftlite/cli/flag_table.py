@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 
-from swiftlite.llm.argument.export import ExportArguments
-from swiftlite.megatron.argument.rlhf import MegatronDpoArguments
-from swiftlite.megatron.argument.sft import MegatronSftArguments
-from swiftlite.utils.parser import Arguments, alias_table, specs
+from swiftlite.arguments.export import ExportArguments
+from swiftlite.arguments.megatron_preference import MegatronDpoArguments
+from swiftlite.arguments.megatron_train import MegatronSftArguments
+from swiftlite.arguments.parser import Arguments, alias_table, specs
 
 # Flag -> a value as it is usually typed.
 EXPORT: dict[str, str] = {

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from swiftlite import __version__
+from swiftlite.arguments.parser import format_help, nearest, parse
 from swiftlite.cli.routes import ROUTES, Route
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.parser import format_help, nearest, parse
 from swiftlite.utils.processes import end_with_parent
 from swiftlite.utils.quiet import quiet
 from swiftlite.utils.secrets import redact, remember_words
@@ -108,7 +108,7 @@ def run(argv: Sequence[str]) -> int:
 def _parse(arguments: Any, words: Sequence[str]) -> Any:
     """The arguments, as far as they can be checked without torch."""
     args = parse(arguments, words)
-    _load("swiftlite.llm.preflight:check_command")(args)
+    _load("swiftlite.checkpoint.preflight:check_command")(args)
     return args
 
 

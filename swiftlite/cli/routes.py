@@ -16,21 +16,21 @@ class Route:
 
 
 _EXPORT = Route(
-    "swiftlite.llm.argument.export:ExportArguments",
-    "swiftlite.megatron.convert:export_main",
+    "swiftlite.arguments.export:ExportArguments",
+    "swiftlite.convert.export:export_main",
     True,
     "convert Hugging Face <-> Megatron-core checkpoints",
 )
 
 _DPO = Route(
-    "swiftlite.llm.argument.rlhf:DpoArguments",
+    "swiftlite.arguments.preference:DpoArguments",
     "swiftlite.llm.train.dpo:dpo_main",
     True,
     "training on preference pairs with transformers, full or LoRA",
 )
 
 _MEGATRON_DPO = Route(
-    "swiftlite.megatron.argument.rlhf:MegatronDpoArguments",
+    "swiftlite.arguments.megatron_preference:MegatronDpoArguments",
     "swiftlite.megatron.trainers.dpo:megatron_dpo_main",
     True,
     "training on preference pairs on megatron-core",
@@ -39,37 +39,37 @@ _MEGATRON_DPO = Route(
 ROUTES: dict[tuple[str, ...], Route] = {
     ("export",): _EXPORT,
     ("check",): Route(
-        "swiftlite.llm.argument.export:CheckArguments",
-        "swiftlite.megatron.check:check_main",
+        "swiftlite.arguments.export:CheckArguments",
+        "swiftlite.selftest.check:check_main",
         False,
         "self-test a model type: shrink it, convert it both ways, compare logits",
     ),
     ("verify",): Route(
-        "swiftlite.llm.argument.export:VerifyArguments",
-        "swiftlite.megatron.compare:verify_main",
+        "swiftlite.arguments.export:VerifyArguments",
+        "swiftlite.convert.compare:verify_main",
         False,
         "compare two checkpoints of either format, tensor by tensor",
     ),
     ("preview",): Route(
-        "swiftlite.llm.argument.preview:PreviewArguments",
+        "swiftlite.arguments.preview:PreviewArguments",
         "swiftlite.llm.preview:preview_main",
         False,
         "show rows as the model will see them: tokens, loss, dropped rows, lengths, packing",
     ),
     ("infer",): Route(
-        "swiftlite.llm.argument.infer:InferArguments",
+        "swiftlite.arguments.infer:InferArguments",
         "swiftlite.llm.infer:infer_main",
         False,
         "chat with a model, or answer a data set",
     ),
     ("sft",): Route(
-        "swiftlite.llm.argument.sft:SftArguments",
+        "swiftlite.arguments.train:SftArguments",
         "swiftlite.llm.train.sft:sft_main",
         True,
         "supervised fine-tuning with transformers, full or LoRA",
     ),
     ("pt",): Route(
-        "swiftlite.llm.argument.sft:PtArguments",
+        "swiftlite.arguments.train:PtArguments",
         "swiftlite.llm.train.sft:pt_main",
         True,
         "continued pre-training on plain text with transformers",
@@ -77,19 +77,19 @@ ROUTES: dict[tuple[str, ...], Route] = {
     ("dpo",): _DPO,
     ("rlhf",): _DPO,
     ("plot",): Route(
-        "swiftlite.llm.argument.plot:PlotArguments",
-        "swiftlite.llm.plot:plot_main",
+        "swiftlite.arguments.plot:PlotArguments",
+        "swiftlite.train.plot:plot_main",
         False,
         "curves of training runs in one picture",
     ),
     ("megatron", "sft"): Route(
-        "swiftlite.megatron.argument.sft:MegatronSftArguments",
+        "swiftlite.arguments.megatron_train:MegatronSftArguments",
         "swiftlite.megatron.trainers.sft:megatron_sft_main",
         True,
         "supervised fine-tuning on megatron-core",
     ),
     ("megatron", "pt"): Route(
-        "swiftlite.megatron.argument.sft:MegatronPtArguments",
+        "swiftlite.arguments.megatron_train:MegatronPtArguments",
         "swiftlite.megatron.trainers.sft:megatron_pt_main",
         True,
         "continued pre-training on plain text on megatron-core",

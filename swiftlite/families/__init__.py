@@ -11,8 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from swiftlite.meta.family import Family
-from swiftlite.meta.model import ModelMeta
+from swiftlite.families.meta.family import Family
+from swiftlite.families.meta.model import ModelMeta
 from swiftlite.utils.errors import ConfigError, UsageError
 
 BUILT_IN = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from swiftlite.meta.mcore import ConfigRule, Derived, Refuse
+from swiftlite.families.meta.mcore import ConfigRule, Derived, Refuse
 from swiftlite.weights.ops import CONCAT, QKV
 from swiftlite.weights.rule import ALWAYS, Condition, Duplicate, Source, WeightRule
 

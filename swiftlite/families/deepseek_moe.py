@@ -18,9 +18,9 @@ from swiftlite.families.blocks import (
     SHARED_WIDTH,
     STORED_TIED_HEAD,
 )
-from swiftlite.meta.family import Family
-from swiftlite.meta.mcore import McoreMeta
-from swiftlite.meta.model import ModelGroup, ModelMeta, ids
+from swiftlite.families.meta.family import Family
+from swiftlite.families.meta.mcore import McoreMeta
+from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
 from swiftlite.weights.rule import WeightMap
 
 register_family(

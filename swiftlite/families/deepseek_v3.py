@@ -23,9 +23,9 @@ from swiftlite.families.blocks import (
     SIGMOID_ROUTER,
     STORED_TIED_HEAD,
 )
-from swiftlite.meta.family import Family
-from swiftlite.meta.mcore import McoreMeta, Refuse
-from swiftlite.meta.model import ModelGroup, ModelMeta, ids
+from swiftlite.families.meta.family import Family
+from swiftlite.families.meta.mcore import McoreMeta, Refuse
+from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
 from swiftlite.weights.rule import WeightMap
 
 # Hugging Face ranks a group by the sum of its two best scores, Megatron by that of its best topk // topk_group.

@@ -21,9 +21,9 @@ from swiftlite.families.blocks import (
     copy,
     rotary_base,
 )
-from swiftlite.meta.family import Family
-from swiftlite.meta.mcore import Derived, McoreMeta, Refuse
-from swiftlite.meta.model import ModelGroup, ModelMeta, ids
+from swiftlite.families.meta.family import Family
+from swiftlite.families.meta.mcore import Derived, McoreMeta, Refuse
+from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
 from swiftlite.weights.ops import FLATTEN
 from swiftlite.weights.rule import Source, WeightMap, WeightRule
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from swiftlite.families import family_of
+from swiftlite.families.meta.family import Family
+from swiftlite.families.meta.mcore import ConfigRule, Derived, Refuse
 from swiftlite.families.rope import flatten_config
-from swiftlite.meta.family import Family
-from swiftlite.meta.mcore import ConfigRule, Derived, Refuse
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.io import blame
 

@@ -12,9 +12,9 @@ from swiftlite.families.blocks import (
     constant,
     copy,
 )
-from swiftlite.meta.family import Family
-from swiftlite.meta.mcore import McoreMeta
-from swiftlite.meta.model import ModelGroup, ModelMeta, ids
+from swiftlite.families.meta.family import Family
+from swiftlite.families.meta.mcore import McoreMeta
+from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
 from swiftlite.weights.ops import SWAP_HALVES
 from swiftlite.weights.rule import Source, WeightMap, WeightRule
 

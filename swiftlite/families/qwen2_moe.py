@@ -19,9 +19,9 @@ from swiftlite.families.blocks import (
     copy,
     gated_mlp,
 )
-from swiftlite.meta.family import Family
-from swiftlite.meta.mcore import Derived, McoreMeta
-from swiftlite.meta.model import ModelGroup, ModelMeta, ids
+from swiftlite.families.meta.family import Family
+from swiftlite.families.meta.mcore import Derived, McoreMeta
+from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
 from swiftlite.weights.rule import WeightMap
 
 SHARED_EXPERT = (

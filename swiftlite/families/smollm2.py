@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from swiftlite.families import register_model
-from swiftlite.meta.model import ModelGroup, ModelMeta, ids
+from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
 
 SIZES = ("135M", "360M", "1.7B")
 

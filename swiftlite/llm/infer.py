@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swiftlite.llm.argument.infer import InferArguments
+from swiftlite.arguments.infer import InferArguments
+from swiftlite.checkpoint.files import end_tokens
 from swiftlite.llm.dataset.loader import ReadOptions, read_questions
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import printable
-from swiftlite.llm.model.files import end_tokens
 from swiftlite.llm.pipeline import as_arguments, prepare_model_template
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
@@ -54,7 +54,7 @@ class Generator:
         if len(args.adapters) > 1:
             raise UsageError("--adapters: one at a time; merge the others with `swiftlite export --merge_lora true`")
         for adapter in args.adapters:
-            from swiftlite.llm.train.tuner import attach_adapter
+            from swiftlite.llm.model.tuner import attach_adapter
 
             model = attach_adapter(model, Path(adapter))
         if args.device_map is None and torch.cuda.is_available():

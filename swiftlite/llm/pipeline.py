@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from swiftlite.arguments.parser import Arguments, parse, specs
+from swiftlite.checkpoint.preflight import custom_files, preflight
 from swiftlite.families import MODEL_MAPPING
-from swiftlite.llm.preflight import custom_files, preflight
 from swiftlite.utils.directories import TRACKER as TRACKER
 from swiftlite.utils.directories import Directory, expect
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import only_data, read_json
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.parser import Arguments, parse, specs
 
 if TYPE_CHECKING:
-    from swiftlite.llm.argument.base import BaseArguments
+    from swiftlite.arguments.base import BaseArguments
 
 A = TypeVar("A", bound=Arguments)
 
@@ -172,8 +172,8 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
         need_template: False where no conversation is encoded; then types that differ only in it need not be told apart.
     Raises: UsageError, CheckpointError, ConfigError: one line each.
     """
-    from swiftlite.llm.model.new_tokens import read_special_tokens
-    from swiftlite.llm.model.register import get_model_info_meta
+    from swiftlite.checkpoint.new_tokens import read_special_tokens
+    from swiftlite.checkpoint.registry import get_model_info_meta
 
     preflight(args)
     register_custom(args.custom_register_path)

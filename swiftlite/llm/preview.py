@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from swiftlite.llm.argument.preview import PreviewArguments
+from swiftlite.arguments.preview import PreviewArguments
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import PlacedRow, ReadOptions, RowStream
 from swiftlite.llm.dataset.packing import pack_windows

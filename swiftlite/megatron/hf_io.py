@@ -15,10 +15,10 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from swiftlite.llm.model.files import main_dtype
+from swiftlite.checkpoint.files import main_dtype
+from swiftlite.convert.origin import Origin, as_origin
+from swiftlite.convert.plan import copy_job
 from swiftlite.megatron.background import Write
-from swiftlite.megatron.origin import Origin, as_origin
-from swiftlite.megatron.plan import copy_job
 from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
 from swiftlite.utils.errors import MapError
 from swiftlite.utils.io import replace_directory

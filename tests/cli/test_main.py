@@ -241,7 +241,7 @@ def test_workers_end_with_the_launcher(tmp_path, number):
 
 
 def test_a_run_that_a_signal_ended_says_so(monkeypatch):
-    route = Route("swiftlite.llm.argument.plot:PlotArguments", "tests.cli.test_main:stopped", False, "")
+    route = Route("swiftlite.arguments.plot:PlotArguments", "tests.cli.test_main:stopped", False, "")
     monkeypatch.setitem(ROUTES, ("plot",), route)
     assert main(["plot", "x"]) == 130
 
@@ -276,7 +276,7 @@ def stopped(args):
 def test_cheap_mistakes_are_told_first(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.jsonl").touch()
-    monkeypatch.setattr("swiftlite.llm.preflight._installed", lambda module: False)
+    monkeypatch.setattr("swiftlite.checkpoint.preflight._installed", lambda module: False)
     monkeypatch.setattr("swiftlite.cli.main._handle", lambda *_: pytest.fail("the command was started"))
     assert main(words) in (1, 2)
     said = capsys.readouterr().err

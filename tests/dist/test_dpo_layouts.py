@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from swiftlite.llm.plot import read_run
+from swiftlite.train.plot import read_run
 from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_cases, run_layouts
 
 pytestmark = pytest.mark.dist

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from swiftlite.llm.plot import read_run
 from swiftlite.llm.train.dpo import dpo_main
 from swiftlite.llm.train.sft import sft_main
+from swiftlite.train.plot import read_run
 from tests.dist.launch import run_cases
 from tests.rows import preference_rows
 

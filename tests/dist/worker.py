@@ -44,7 +44,8 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
 def fault(name: str | None) -> Iterator[None]:
     from megatron.core.distributed import finalize_model_grads as finalize
 
-    from swiftlite.megatron import background, checkpoint
+    from swiftlite.megatron import background
+    from swiftlite.megatron import state as checkpoint
     from swiftlite.megatron.trainers import base
     from swiftlite.megatron.trainers.dpo import DpoTrainer
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 
+from swiftlite.arguments.megatron_export import conversion_arguments
+from swiftlite.checkpoint.bind import bind_map, convert_hf_config
+from swiftlite.checkpoint.side_files import read_config
+from swiftlite.convert.origin import Origin
 from swiftlite.megatron import backend, hf_io
-from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.distributed import destroy, initialize
-from swiftlite.megatron.dry_run import own_layout
-from swiftlite.megatron.memory import TrainingModel
-from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.megatron.origin import Origin
-from swiftlite.megatron.side_files import read_config
+from swiftlite.plan.memory import TrainingModel
+from swiftlite.plan.report import own_layout
 from swiftlite.utils.dist import all_gather, get_rank, get_world_size
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor

@@ -37,7 +37,7 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from swiftlite.megatron.model.hf_config import bind_map
+    from swiftlite.checkpoint.bind import bind_map
 
     directory.mkdir(parents=True, exist_ok=True)
     known = {**config, "model_type": "deepseek_v3"} if config["model_type"] == "kimi_k2" else config
@@ -66,8 +66,8 @@ def mtp_tensors(
     config: dict[str, Any], tensors: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Random MTP blocks as official checkpoints store them, with their copies of embedding and head."""
+    from swiftlite.checkpoint.bind import convert_hf_config
     from swiftlite.families import family_of
-    from swiftlite.megatron.model.hf_config import convert_hf_config
     from swiftlite.weights.shape import ModelShape
 
     weights = family_of(config["architectures"][0]).mcore.weights

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.checkpoint import side_files
+from swiftlite.checkpoint.files import copy_side_files
+from swiftlite.convert import plan as planning
 from swiftlite.llm.model import reference
-from swiftlite.llm.model.files import copy_side_files
-from swiftlite.megatron import plan as planning
-from swiftlite.megatron import side_files
 from swiftlite.weights import stream, torch_dist
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 

@@ -33,8 +33,8 @@ def test_losses_of_replays_are_those_of_eager_passes(
     name: str, tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from swiftlite import megatron_dpo_main, megatron_sft_main
-    from swiftlite.llm.plot import read_run
     from swiftlite.megatron.trainers.graphs import StepGraphs
+    from swiftlite.train.plot import read_run
 
     case, kind, flags = CASES[name]
     build_hf(config(case), tmp_path / "hf", dtype=torch.bfloat16)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from swiftlite.llm.train import tuner
+from swiftlite.convert.origin import Origin
+from swiftlite.llm.model import tuner
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.tuners.lora import adapters_disabled, prepare_lora
 from tests.families.cases import build_hf
 from tests.gpu.test_te import IDS, arguments, config

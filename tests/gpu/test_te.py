@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.arguments.megatron_export import conversion_arguments
+from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.side_files import read_config
+from swiftlite.convert import plan as planning
 from swiftlite.llm.model import reference
 from swiftlite.megatron import backend, hf_io
-from swiftlite.megatron import plan as planning
-from swiftlite.megatron.argument.export import conversion_arguments
 from swiftlite.megatron.distributed import parallel_groups
-from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.megatron.side_files import read_config
 from tests.families.cases import build_hf, config_of
 from tests.families.test_round_trip import to_hf, to_mcore
 from tests.megatron.test_golden import AIR, CONFIG, parse_tree

@@ -48,7 +48,7 @@ def run(tiny_model, tmp_path, monkeypatch):
 
 
 def _stop_at(step, patch):
-    from swiftlite.llm.train.metrics import Metrics
+    from swiftlite.train.metrics import Metrics
 
     original = Metrics.advance
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.arguments.infer import InferArguments
+from swiftlite.arguments.parser import parse
 from swiftlite.llm import infer
-from swiftlite.llm.argument.infer import InferArguments
 from swiftlite.utils.errors import DatasetError
-from swiftlite.utils.parser import parse
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from swiftlite.checkpoint.new_tokens import enter_tokens
+from swiftlite.convert.export import export_main
 from swiftlite.llm.infer import infer_main
-from swiftlite.llm.model.new_tokens import enter_tokens
 from swiftlite.llm.train.sft import sft_main
-from swiftlite.megatron.convert import export_main
 from swiftlite.megatron.trainers.sft import megatron_sft_main
 
 TinyModel = Callable[..., Path]

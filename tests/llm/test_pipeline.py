@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
+from swiftlite.arguments.export import ExportArguments
+from swiftlite.arguments.infer import InferArguments
+from swiftlite.arguments.megatron_train import MegatronSftArguments
+from swiftlite.arguments.preview import PreviewArguments
+from swiftlite.arguments.train import SftArguments
+from swiftlite.checkpoint.resolve_megatron import resolve_megatron
 from swiftlite.llm import pipeline
-from swiftlite.llm.argument.export import ExportArguments
-from swiftlite.llm.argument.infer import InferArguments
-from swiftlite.llm.argument.preview import PreviewArguments
-from swiftlite.llm.argument.sft import SftArguments
-from swiftlite.megatron.argument.resolve import resolve_megatron
-from swiftlite.megatron.argument.sft import MegatronSftArguments
 from swiftlite.utils.errors import CheckpointError, UsageError
 
 

@@ -39,8 +39,8 @@ def test_learning_rates_are_megatron_cores(style: str, warmup: dict[str, float])
 
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    from swiftlite.llm.argument.sft import SftArguments
-    from swiftlite.llm.train.schedule import lr_schedule
+    from swiftlite.arguments.train import SftArguments
+    from swiftlite.train.schedule import lr_schedule
 
     args = SftArguments(lr=2e-3, min_lr=1e-4, lr_decay_style=style, **warmup)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0, "max_lr": 2e-3, "min_lr": 1e-4}])
@@ -62,8 +62,8 @@ def test_a_warmup_ratio_rounds_up_as_in_transformers(share: float, steps: int, w
     import torch
     from transformers import get_scheduler
 
-    from swiftlite.llm.argument.sft import SftArguments
-    from swiftlite.llm.train.schedule import lr_schedule, warmup_and_decay
+    from swiftlite.arguments.train import SftArguments
+    from swiftlite.train.schedule import lr_schedule, warmup_and_decay
 
     args = SftArguments(lr=1e-3, lr_decay_style="linear", warmup_ratio=share)
     assert warmup_and_decay(args, steps)[0] == warmup

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from swiftlite.cli.main import find_route
-from swiftlite.llm.plot import read_run
+from swiftlite.convert.export import export_main
 from swiftlite.llm.train.dpo import dpo_main
-from swiftlite.llm.train.dpo_loss import LogProbs, PairLoss
-from swiftlite.llm.train.meters import METERS
-from swiftlite.megatron.convert import export_main
 from swiftlite.megatron.trainers.dpo import DpoTrainer, PairBatch, megatron_dpo_main
+from swiftlite.train.dpo_loss import LogProbs, PairLoss
+from swiftlite.train.meters import METERS
+from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import UsageError
 from tests.rows import preference_rows
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.convert.origin import Origin
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.experts import GroupedExperts, LocalDispatcher, counts_stay_on_device
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.tuners.lora import prepare_lora
 from tests.families.cases import build_hf, config_of
 from tests.megatron.test_hf_io import IDS, assert_close, live, logits

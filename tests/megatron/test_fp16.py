@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from swiftlite.llm.plot import read_run
 from swiftlite.llm.train import trainer
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.trainers import optimizer
 from swiftlite.megatron.trainers.sft import megatron_sft_main
+from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import SwiftliteError
 from tests.rows import preference_rows
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from swiftlite.megatron.model.hf_config import bind_map, convert_hf_config, flatten_config
-from swiftlite.megatron.model.register import MEGATRON_MODEL_MAPPING, MODEL_META_MAPPING, get_megatron_model_meta
+from swiftlite.checkpoint.bind import bind_map, convert_hf_config, flatten_config
+from swiftlite.families.megatron import MEGATRON_MODEL_MAPPING, MODEL_META_MAPPING, get_megatron_model_meta
 from swiftlite.utils.errors import UsageError
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from swiftlite.arguments.megatron_export import conversion_arguments
+from swiftlite.checkpoint import side_files
+from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.llm.model import reference
-from swiftlite.megatron import hf_io, side_files
-from swiftlite.megatron.argument.export import conversion_arguments
-from swiftlite.megatron.check import GRADIENT_TOLERANCE, gradient_error
+from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
-from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.model.provider import build_models
+from swiftlite.selftest.check import GRADIENT_TOLERANCE, gradient_error
 from swiftlite.utils.errors import MapError
 from tests.families.cases import build_hf, config_of, distinct_cases
 from tests.families.test_round_trip import to_mcore

@@ -13,13 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from swiftlite.llm.argument.sft import SftArguments
-from swiftlite.llm.model import reference
-from swiftlite.llm.plot import read_run
-from swiftlite.llm.train import tuner
+from swiftlite.arguments.train import SftArguments
+from swiftlite.convert.origin import Origin
+from swiftlite.llm.model import reference, tuner
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.hf_io import load_weights
-from swiftlite.megatron.origin import Origin
 from swiftlite.megatron.trainers.sft import megatron_sft_main
 from swiftlite.megatron.tuners.lora import (
     Adapters,
@@ -31,6 +29,7 @@ from swiftlite.megatron.tuners.lora import (
     plan_lora,
     prepare_lora,
 )
+from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import MapError, UsageError
 from swiftlite.weights.lora import PEFT_PREFIX, A, B, initial_a
 from tests.families.cases import build_hf, config_of

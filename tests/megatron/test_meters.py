@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from swiftlite.llm.plot import read_run
 from swiftlite.llm.train.dpo import dpo_main
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.trainers.dpo import megatron_dpo_main
 from swiftlite.megatron.trainers.sft import megatron_sft_main
+from swiftlite.train.plot import read_run
 from tests.rows import preference_rows
 
 SIDES: dict[str, tuple[Any, Any]] = {"sft": (sft_main, megatron_sft_main), "dpo": (dpo_main, megatron_dpo_main)}

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from swiftlite.megatron.argument.export import conversion_arguments
-from swiftlite.megatron.argument.megatron import MegatronArguments
+from swiftlite.arguments.megatron_export import conversion_arguments
+from swiftlite.arguments.parallel import MegatronArguments
+from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.megatron.distributed import get_parallel_state, parallel_groups
 from swiftlite.megatron.model import provider
 from swiftlite.megatron.model.blocks import load_block
-from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.model.provider import build_models, padded_vocab_size
 from swiftlite.megatron.model.rope import Rope
 from swiftlite.utils.errors import ConfigError, UsageError

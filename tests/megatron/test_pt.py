@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from swiftlite.llm.plot import read_run
 from swiftlite.llm.train.sft import pt_main
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch
 from swiftlite.megatron.trainers.sft import megatron_pt_main
+from swiftlite.train.plot import read_run
 
 TEXTS = [f"{i} brown foxes jump over the lazy dog. " * (i % 4 + 1) for i in range(24)]
 STEPS = 20

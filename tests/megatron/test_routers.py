@@ -10,9 +10,9 @@ import pytest
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from safetensors.torch import load_file
 
-from swiftlite.megatron.argument.sft import MegatronSftArguments
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.utils.errors import UsageError
-from tests.llm.train.test_router_loss import curve, data, steps
+from tests.train.test_router_loss import curve, data, steps
 
 __all__ = ["data"]  # a fixture
 

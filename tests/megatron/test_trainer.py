@@ -17,13 +17,13 @@ import torch
 from megatron.core.transformer.mlp import MLP
 
 from swiftlite.llm.dataset.order import SampleOrder
-from swiftlite.llm.plot import read_run
-from swiftlite.llm.train.metrics import format_seconds
 from swiftlite.megatron.backend import SdpaAttention
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.batch import BatchPlan, collate, evaluation_samples
 from swiftlite.megatron.trainers.loss import language_model_loss
 from swiftlite.megatron.trainers.sft import SftTrainer, megatron_sft_main
+from swiftlite.train.metrics import format_seconds
+from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import CheckpointError, DatasetError, SwiftliteError, UsageError
 
 ROWS = [
@@ -142,8 +142,8 @@ def test_tracker_that_is_lost_or_set_back(
 
 
 def test_settings_that_may_change_exist() -> None:
-    from swiftlite.megatron.argument.sft import MegatronSftArguments
-    from swiftlite.utils.parser import specs
+    from swiftlite.arguments.megatron_train import MegatronSftArguments
+    from swiftlite.arguments.parser import specs
 
     later = {
         "finetune", "max_memory", "thread_count", "max_shard_size", "swiftlite_version", "precompute_ref_log_probs",
@@ -380,8 +380,8 @@ def test_bf16_start_is_exact(sft: Callable[..., Any], tmp_path: Path, tiny_model
 def test_training_from_a_converted_checkpoint_equals_training_from_hugging_face(
     sft: Callable[..., Any], tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    from swiftlite.llm.argument.export import ExportArguments
-    from swiftlite.megatron.convert import convert_hf2mcore
+    from swiftlite.arguments.export import ExportArguments
+    from swiftlite.convert.export import convert_hf2mcore
 
     source = tiny_model("qwen3", vocab_size=333)
     convert_hf2mcore(

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.arguments.megatron_export import conversion_arguments
+from swiftlite.arguments.parallel import MegatronArguments
+from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.megatron import backend
-from swiftlite.megatron.argument.export import conversion_arguments
-from swiftlite.megatron.argument.megatron import MegatronArguments
 from swiftlite.megatron.model.config import config_class, config_fields, to_transformer_config
-from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.utils.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "glm4_5_air"

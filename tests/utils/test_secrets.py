@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from swiftlite.arguments.train import SftArguments
+from swiftlite.checkpoint import hub
 from swiftlite.cli.main import main
-from swiftlite.llm.argument.sft import SftArguments
-from swiftlite.llm.model import hub
-from swiftlite.llm.train.run_directory import prepare
-from swiftlite.megatron.dry_run import command
+from swiftlite.plan.report import command
+from swiftlite.train.run_directory import prepare
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.secrets import redact

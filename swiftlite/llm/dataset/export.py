@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swiftlite.llm.argument.base import ModelArguments, TemplateArguments
+from swiftlite.arguments.base import ModelArguments, TemplateArguments
+from swiftlite.arguments.parser import as_words, specs
 from swiftlite.llm.dataset.cache import write_cached_dataset
 from swiftlite.llm.dataset.prepare import encode_and_pack, read_rows
 from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
@@ -18,7 +19,6 @@ from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.utils.output import check_output, mark_output
-from swiftlite.utils.parser import as_words, specs
 
 
 def export_cached_dataset(args: Any) -> Path:

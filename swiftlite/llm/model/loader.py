@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from swiftlite.checkpoint.files import SIDE_FILES
+from swiftlite.checkpoint.info import config_dtype
+from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
+from swiftlite.checkpoint.registry import get_model_info_meta
+from swiftlite.families.meta.model import ModelInfo, ModelMeta
 from swiftlite.llm.model.corrections import correct
-from swiftlite.llm.model.files import SIDE_FILES
-from swiftlite.llm.model.info import config_dtype
-from swiftlite.llm.model.new_tokens import read_special_tokens, resized_vocab_size
-from swiftlite.llm.model.register import get_model_info_meta
-from swiftlite.meta.model import ModelInfo, ModelMeta
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError, reason
 from swiftlite.utils.io import read_json
 from swiftlite.utils.logger import get_logger

@@ -13,6 +13,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from swiftlite.families.meta.template import TemplateMeta
 from swiftlite.llm.template.agent import AGENT_FORMATS, as_plain
 from swiftlite.llm.template.collate import IGNORE_INDEX, join_rows, pad_rows
 from swiftlite.llm.template.jinja import bounded_prompt, bounded_rows, jinja_spans, write_jinja
@@ -30,7 +31,6 @@ from swiftlite.llm.template.limits import (
     told_as_template_error,
 )
 from swiftlite.llm.template.loss_scale import parse_loss_scale, weigh
-from swiftlite.meta.template import TemplateMeta
 from swiftlite.utils.errors import TemplateError, UsageError
 from swiftlite.utils.logger import warn_once
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from swiftlite.arguments.parser import some
 from swiftlite.families import families
+from swiftlite.families.meta.template import TemplateMeta
 from swiftlite.families.templates import TEMPLATES
 from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.jinja import write_jinja
 from swiftlite.llm.template.thinking import ThinkingTemplate
-from swiftlite.meta.template import TemplateMeta
 from swiftlite.utils.bounded import LimitError, run_bounded
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.parser import some
 
 TEMPLATE_MAPPING: dict[str, TemplateMeta] = {meta.template_type: meta for meta in TEMPLATES}
 TEMPLATE_CLASSES: dict[str, type[Template]] = {"Template": Template, "ThinkingTemplate": ThinkingTemplate}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swiftlite.llm.model.files import end_tokens, update_config
+from swiftlite.checkpoint.files import end_tokens, update_config
 from swiftlite.llm.template.base import IGNORE_INDEX, Template
 from swiftlite.llm.template.jinja import write_jinja
 from swiftlite.llm.template.parity import PROBES

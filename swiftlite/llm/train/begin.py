@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from swiftlite.llm.model import tuner
 from swiftlite.llm.pipeline import load_model, prepare_template, resolve
-from swiftlite.llm.train import run_directory, tuner
-from swiftlite.llm.train.checkpoints import Start, finished
+from swiftlite.train import run_directory
+from swiftlite.train.checkpoints import Start, finished
 from swiftlite.utils.dist import get_local_rank, get_rank, get_world_size
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import read_json

@@ -14,14 +14,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from swiftlite.llm.argument.rlhf import DpoArguments
+from swiftlite.arguments.preference import DpoArguments
 from swiftlite.llm.dataset.pairs import SIDES, PairDataset, load_pairs, sequences_of
+from swiftlite.llm.model.tuner import prepare_model
 from swiftlite.llm.pipeline import as_arguments
 from swiftlite.llm.train.begin import started
-from swiftlite.llm.train.dpo_loss import LogProbs, PairLoss, answer_log_probs
-from swiftlite.llm.train.objective import Batch
 from swiftlite.llm.train.trainer import HfTrainer, run
-from swiftlite.llm.train.tuner import prepare_model
+from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs
+from swiftlite.train.objective import Batch
 from swiftlite.utils.dist import all_gather, get_rank, get_world_size
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from swiftlite.llm.dataset.order import order_of, steps_of
 from swiftlite.llm.template.trained import trained_chat
-from swiftlite.llm.train.checkpoints import Record
-from swiftlite.llm.train.flops import attention_pairs
-from swiftlite.llm.train.meters import StepMeter
-from swiftlite.llm.train.metrics import Metrics
-from swiftlite.llm.train.objective import Objective
-from swiftlite.llm.train.rhythm import Best, Rhythm, names_of
-from swiftlite.llm.train.schedule import lr_schedule
-from swiftlite.llm.train.stop import StopSignal
+from swiftlite.train.checkpoints import Record
+from swiftlite.train.flops import attention_pairs
+from swiftlite.train.intervals import Best, Rhythm, names_of
+from swiftlite.train.meters import StepMeter
+from swiftlite.train.metrics import Metrics
+from swiftlite.train.objective import Objective
+from swiftlite.train.schedule import lr_schedule
+from swiftlite.train.stop import StopSignal
 from swiftlite.utils.dist import get_rank, get_world_size
 from swiftlite.utils.io import peak_memory_bytes
 from swiftlite.utils.logger import get_logger

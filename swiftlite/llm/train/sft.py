@@ -10,14 +10,14 @@ from typing import Any
 
 import transformers
 
-from swiftlite.llm.argument.sft import PtArguments, SftArguments
+from swiftlite.arguments.train import PtArguments, SftArguments
 from swiftlite.llm.dataset.prepare import load_data
+from swiftlite.llm.model.tuner import prepare_model
 from swiftlite.llm.pipeline import as_arguments
 from swiftlite.llm.train.begin import started
-from swiftlite.llm.train.objective import LanguageModeling
 from swiftlite.llm.train.setting import sample_lengths
 from swiftlite.llm.train.trainer import run
-from swiftlite.llm.train.tuner import prepare_model
+from swiftlite.train.objective import LanguageModeling
 
 
 def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:

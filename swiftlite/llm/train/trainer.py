@@ -18,22 +18,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from swiftlite.checkpoint.files import CONFIG, copy_side_files
+from swiftlite.checkpoint.new_tokens import copy_tokenizer, enter_tokens
 from swiftlite.llm.dataset.order import SampleOrder, StreamOrder, read_data_state, write_data_state
-from swiftlite.llm.model.files import CONFIG, copy_side_files
+from swiftlite.llm.model import tuner
 from swiftlite.llm.model.names import Others, check_names, load_tensors
-from swiftlite.llm.model.new_tokens import copy_tokenizer, enter_tokens
-from swiftlite.llm.train import tuner
 from swiftlite.llm.train.begin import FP32_FILE, OPTIMIZER, PREFIX
-from swiftlite.llm.train.checkpoints import Start
-from swiftlite.llm.train.ending import say_ended
-from swiftlite.llm.train.flops import flops_of
-from swiftlite.llm.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, say_skipped
-from swiftlite.llm.train.meters import StepMeter, device_peak
-from swiftlite.llm.train.metrics import Metrics, check_finite
-from swiftlite.llm.train.objective import Objective
 from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
-from swiftlite.llm.train.router_loss import RouterWatch
-from swiftlite.llm.train.schedule import build_optimizer, lr_schedule
 from swiftlite.llm.train.setting import (
     COUNTS,
     Collate,
@@ -43,7 +34,16 @@ from swiftlite.llm.train.setting import (
     set_recompute,
     training_arguments,
 )
-from swiftlite.llm.train.stop import say_how_to_go_on
+from swiftlite.train.checkpoints import Start
+from swiftlite.train.ending import say_ended
+from swiftlite.train.flops import flops_of
+from swiftlite.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, say_skipped
+from swiftlite.train.meters import StepMeter, device_peak
+from swiftlite.train.metrics import Metrics, check_finite
+from swiftlite.train.objective import Objective
+from swiftlite.train.router_loss import RouterWatch
+from swiftlite.train.schedule import build_optimizer, lr_schedule
+from swiftlite.train.stop import say_how_to_go_on
 from swiftlite.utils.dist import barrier, get_rank, get_world_size
 from swiftlite.utils.io import read_json, replace_directory
 from swiftlite.utils.logger import get_logger, log_next

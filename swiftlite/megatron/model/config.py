@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from swiftlite.arguments.parallel import expand_pattern
 from swiftlite.megatron import backend
-from swiftlite.megatron.argument.megatron import expand_pattern
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.logger import get_logger
 

@@ -21,28 +21,22 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from swiftlite.checkpoint.side_files import MANIFEST, MEGATRON_LM_ARGS, read_manifest, write_manifest
+from swiftlite.convert.adapters import CONFIG as ADAPTER_CONFIG
+from swiftlite.convert.adapters import merge_to_hf, open_adapter, write_peft
+from swiftlite.convert.origin import Origin
 from swiftlite.llm.dataset.order import order_of, read_data_state, steps_of, write_data_state
 from swiftlite.llm.template.trained import Chat
-from swiftlite.llm.train.checkpoints import Record, Start
-from swiftlite.llm.train.flops import ModelFlops, attention_pairs, flops_of
-from swiftlite.llm.train.fp16 import LOWEST_SCALE, say_skipped
-from swiftlite.llm.train.meters import StepMeter, device_peak
-from swiftlite.llm.train.metrics import Metrics, check_finite
-from swiftlite.llm.train.rhythm import Best, Rhythm, names_of
-from swiftlite.llm.train.stop import StopSignal, say_how_to_go_on
-from swiftlite.megatron import backend, checkpoint
-from swiftlite.megatron.adapters import CONFIG as ADAPTER_CONFIG
-from swiftlite.megatron.adapters import merge_to_hf, open_adapter, write_peft
+from swiftlite.megatron import backend
+from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import BackgroundWriter
-from swiftlite.megatron.checkpoint import Position
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import load_weights, prepare_hf_weights
 from swiftlite.megatron.model.blocks.router import set_router_losses
 from swiftlite.megatron.model.config import to_transformer_config, torch_dtype, virtual_stages
 from swiftlite.megatron.model.experts import gathers
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.megatron.origin import Origin
-from swiftlite.megatron.side_files import MANIFEST, MEGATRON_LM_ARGS, read_manifest, write_manifest
+from swiftlite.megatron.state import Position
 from swiftlite.megatron.trainers.batch import BatchLoader, BatchPlan, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.graphs import StepGraphs, own_stream
 from swiftlite.megatron.trainers.graphs import obstacle as graph_obstacle
@@ -52,6 +46,13 @@ from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_opt
 from swiftlite.megatron.trainers.wrapping import wrap_models
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
 from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
+from swiftlite.train.checkpoints import Record, Start
+from swiftlite.train.flops import ModelFlops, attention_pairs, flops_of
+from swiftlite.train.fp16 import LOWEST_SCALE, say_skipped
+from swiftlite.train.intervals import Best, Rhythm, names_of
+from swiftlite.train.meters import StepMeter, device_peak
+from swiftlite.train.metrics import Metrics, check_finite
+from swiftlite.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes, move_files, write_json, write_text_atomic
 from swiftlite.utils.logger import get_logger

@@ -14,8 +14,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from swiftlite.llm.template.collate import join_rows
-from swiftlite.llm.train.router_loss import PADDING
 from swiftlite.megatron.model.blocks.router import BatchTokens
+from swiftlite.train.router_loss import PADDING
 
 IGNORE_INDEX = -100
 _SAMPLES = 64  # a joined sequence has so many samples or a multiple of it, where shapes are to stay the same

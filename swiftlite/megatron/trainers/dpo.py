@@ -18,29 +18,29 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from swiftlite.arguments.megatron_preference import MegatronDpoArguments
+from swiftlite.arguments.parallel import COMPUTATION, STRUCTURE
+from swiftlite.arguments.parser import specs
+from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.registry import get_model_info_meta
+from swiftlite.checkpoint.side_files import read_config
+from swiftlite.convert.origin import Origin, origin_root
+from swiftlite.convert.vocabulary import grown
 from swiftlite.llm.dataset.pairs import load_pairs, sequences_of
-from swiftlite.llm.model.register import get_model_info_meta
 from swiftlite.llm.pipeline import as_arguments
-from swiftlite.llm.train.checkpoints import Start
-from swiftlite.llm.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
-from swiftlite.megatron.argument.megatron import COMPUTATION, STRUCTURE
-from swiftlite.megatron.argument.rlhf import MegatronDpoArguments
 from swiftlite.megatron.hf_io import load_weights
-from swiftlite.megatron.model.hf_config import convert_hf_config
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.megatron.origin import Origin, origin_root
-from swiftlite.megatron.side_files import read_config
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch, evaluation_samples
 from swiftlite.megatron.trainers.loss import LossResult, reduce_over_ranks, token_losses
 from swiftlite.megatron.trainers.sft import run
 from swiftlite.megatron.trainers.wrapping import in_precision
 from swiftlite.megatron.tuners.lora import adapters_disabled
-from swiftlite.megatron.vocabulary import grown
+from swiftlite.train.checkpoints import Start
+from swiftlite.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
 from swiftlite.utils.directories import Directory
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.parser import specs
 
 logger = get_logger()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from swiftlite.llm.train.ending import say_ended
-from swiftlite.megatron import backend, checkpoint
+from swiftlite.megatron import backend
+from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.megatron.model.experts import implementation
+from swiftlite.train.ending import say_ended
 from swiftlite.utils.logger import get_logger, log_next
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from swiftlite.llm.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, LOWEST_SCALE
-from swiftlite.llm.train.schedule import warmup_and_decay
 from swiftlite.megatron.model.config import torch_dtype
+from swiftlite.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, LOWEST_SCALE
+from swiftlite.train.schedule import warmup_and_decay
 
 
 def build_optimizer(models: Sequence[torch.nn.Module], args: Any) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from swiftlite.llm.argument.export import PlanArguments, PushArguments
+from swiftlite.arguments.export import PlanArguments, PushArguments
+from swiftlite.arguments.parallel import ParallelArguments
+from swiftlite.arguments.parser import specs
 from swiftlite.llm.pipeline import TRACKER
-from swiftlite.llm.train import run_directory
-from swiftlite.llm.train.checkpoints import Start, finished
-from swiftlite.llm.train.run_directory import versioned
-from swiftlite.megatron.argument.megatron import ParallelArguments
+from swiftlite.train import run_directory
+from swiftlite.train.checkpoints import Start, finished
+from swiftlite.train.run_directory import versioned
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.parser import specs
 
 __all__ = ["CHANGEABLE", "default_output_dir", "prepare", "versioned"]
 
@@ -41,7 +41,7 @@ def default_output_dir(args: Any) -> str:
 
 
 def prepare(args: Any) -> Start | None:
-    """Decide what happens with `args.output_dir`, see swiftlite.llm.train.run_directory.prepare."""
+    """Decide what happens with `args.output_dir`, see swiftlite.train.run_directory.prepare."""
     return run_directory.prepare(args, CHANGEABLE, newest)
 
 

@@ -12,18 +12,17 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from swiftlite.arguments.megatron_train import MegatronPtArguments, MegatronSftArguments
+from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.hub import check_hub_id, push
+from swiftlite.checkpoint.side_files import read_config
+from swiftlite.convert.origin import origin_root
+from swiftlite.convert.vocabulary import grown, plan_tokens
 from swiftlite.llm.dataset.prepare import check_sources
-from swiftlite.llm.model.hub import check_hub_id, push
 from swiftlite.llm.pipeline import as_arguments, prepare_template, resolve
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.llm.train.data import load_data
-from swiftlite.llm.train.run_directory import held as hold_directory
-from swiftlite.megatron.argument.sft import MegatronPtArguments, MegatronSftArguments
 from swiftlite.megatron.distributed import ParallelState, parallel_groups
-from swiftlite.megatron.dry_run import print_training
-from swiftlite.megatron.model.hf_config import convert_hf_config
-from swiftlite.megatron.origin import origin_root
-from swiftlite.megatron.side_files import read_config
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
@@ -31,7 +30,8 @@ from swiftlite.megatron.trainers.loss import language_model_loss, token_losses
 from swiftlite.megatron.trainers.narration import HF_SUFFIX
 from swiftlite.megatron.tuners.freeze import plan_freeze
 from swiftlite.megatron.tuners.lora import plan_lora
-from swiftlite.megatron.vocabulary import grown, plan_tokens
+from swiftlite.plan.report import print_training
+from swiftlite.train.run_directory import held as hold_directory
 from swiftlite.utils.dist import get_rank
 from swiftlite.utils.logger import get_logger
 

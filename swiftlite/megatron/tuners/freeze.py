@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from swiftlite.llm.train.tuner import trainable_names
+from swiftlite.llm.model.tuner import trainable_names
 from swiftlite.megatron.hf_io import LiveMap, iter_shards
 from swiftlite.utils.errors import UsageError
 from swiftlite.weights.rule import BoundMap, Entry

@@ -31,8 +31,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from swiftlite.llm.train.tuner import lora_targets
-from swiftlite.megatron.adapters import open_adapter, the_adapter
+from swiftlite.convert.adapters import open_adapter, the_adapter
+from swiftlite.llm.model.tuner import lora_targets
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.tuners.freeze import let_gradients_through
 from swiftlite.utils.errors import MapError, UsageError

@@ -6,10 +6,10 @@ import json
 import re
 from pathlib import Path
 
-from swiftlite.llm.argument.sft import SftArguments
+from swiftlite.arguments.parser import alias_table
+from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.dataset import DATASET_MAPPING, preprocess, register_dataset_info
 from swiftlite.llm.template.loss_scale import PATTERNS, STRATEGIES
-from swiftlite.utils.parser import alias_table
 
 TEXT = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from swiftlite.llm.model.loader import get_model_tokenizer
 from swiftlite.llm.model.names import Others, checkpoint_tensors, load_tensors
-from swiftlite.llm.train.tuner import split_experts
+from swiftlite.llm.model.tuner import split_experts
 from swiftlite.utils.errors import CheckpointError
 from tests.families.cases import build_hf, config_of
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from swiftlite.llm.model.resolve import Facts
+from swiftlite.checkpoint.model_type import Facts
 from swiftlite.llm.template import get_template
 from swiftlite.llm.template.parity import differences
 from swiftlite.utils import bounded

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from swiftlite.families.meta.template import TemplateMeta
 from swiftlite.llm.template import (
     TEMPLATE_CLASSES,
     TEMPLATE_MAPPING,
@@ -21,7 +22,6 @@ from swiftlite.llm.template import (
     register_template_class,
 )
 from swiftlite.llm.template.layouts import LAYOUTS
-from swiftlite.meta.template import TemplateMeta
 from swiftlite.utils.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,10 +14,10 @@ import transformers
 
 from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.preprocess import preprocess
-from swiftlite.llm.plot import read_run
 from swiftlite.llm.template import get_template
 from swiftlite.llm.train.dpo import dpo_main
-from swiftlite.llm.train.schedule import build_optimizer
+from swiftlite.train.plot import read_run
+from swiftlite.train.schedule import build_optimizer
 from tests.rows import preference_rows
 
 ROWS = preference_rows(12)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from swiftlite.llm.plot import read_run
 from swiftlite.llm.train.begin import newest
 from swiftlite.llm.train.sft import sft_main
+from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.lock import output_lock
 from tests.rows import preference_rows

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from swiftlite.llm.dataset.pairs import PairDataset, sequences_of
-from swiftlite.llm.plot import read_run
 from swiftlite.llm.train import trainer as trainer_module
 from swiftlite.llm.train.dpo import dpo_main
-from swiftlite.llm.train.meters import METERS
 from swiftlite.llm.train.sft import pt_main, sft_main
 from swiftlite.llm.train.trainer import HfTrainer
+from swiftlite.train.meters import METERS
+from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import DatasetError, SwiftliteError, UsageError
 from tests.rows import preference_rows
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
+from swiftlite.families.meta.template import Part
 from swiftlite.llm.template.layouts.conversation import Conversation, Piece, role_of
-from swiftlite.meta.template import Part
 from swiftlite.utils.errors import TemplateError
 
 _HOLE = re.compile(r"\{\{([A-Z]+)\}\}")

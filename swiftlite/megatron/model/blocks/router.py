@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_r
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from swiftlite.llm.train.router_loss import PADDING, RouterLoss
+from swiftlite.train.router_loss import PADDING, RouterLoss
 
 
 @dataclass(frozen=True)

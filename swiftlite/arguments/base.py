@@ -1,0 +1,337 @@
+"""The parts that commands are made of: model, template, data, tuner, generation, run; and BaseArguments.
+
+Values are plain (text, numbers, lists, dicts): torch is not imported here. `__post_init__` checks and normalises and
+has no side effects; what needs files or the hub is added later by `swiftlite.llm.pipeline.resolve(args)`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from swiftlite import __version__
+from swiftlite.arguments.flags import BASIC, COMMON_NOTES
+from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.io import write_json
+from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {
+    "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16", "half": "float16",
+    "float32": "float32", "fp32": "float32", "float": "float32",
+}  # fmt: skip
+
+# The two libraries' names of one choice: Hugging Face's `attn_implementation` -> Megatron's `attention_backend`.
+ATTENTION_BACKENDS = {
+    "auto": "auto", "flash": "flash", "fused": "fused", "unfused": "unfused", "local": "local",
+    "flash_attn": "flash", "flash_attention_2": "flash", "flash_attention_3": "flash", "sdpa": "fused",
+    "eager": "unfused",
+}  # fmt: skip
+
+
+def normalize_dtype(value: Any, flag: str = "torch_dtype") -> str | None:
+    """`bf16`, `torch.bfloat16`, `torch.bfloat16` the object -> "bfloat16"; None and "auto" -> None.
+
+    Raises: UsageError for a dtype that weights cannot be trained or converted in.
+    """
+    if value is None or value == "auto":
+        return None
+    name = DTYPES.get(str(value).removeprefix("torch."))
+    if name is None:
+        raise UsageError(f"--{flag} {value}: must be bfloat16, float16 or float32")
+    return name
+
+
+@arguments
+class RunArguments(Arguments):
+    """Run: where results go, seed, precision, kernels"""
+
+    output_dir: str | None = field(None, "directory that is written", aliases=["save"], path=True)
+    seed: int = field(42, "seed of weights' initialisation, data order and dropout")
+    torch_dtype: Any = field(
+        None, "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)", aliases=["dtype"]
+    )
+    allow_overflow: bool = field(False, "go on where finite values become infinite in --torch_dtype")
+    attention_backend: str | None = field(
+        None,
+        "attention kernels: auto, flash, fused, unfused, local, or Hugging Face's flash_attention_2, sdpa, eager "
+        "(default: the fastest that is there)",
+        aliases=["attn_impl"],
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.torch_dtype = normalize_dtype(self.torch_dtype)
+        if self.attention_backend is not None:
+            if self.attention_backend not in ATTENTION_BACKENDS:
+                raise UsageError(
+                    f"--attention_backend {self.attention_backend}: must be one of {', '.join(ATTENTION_BACKENDS)}"
+                )
+            self.attention_backend = ATTENTION_BACKENDS[self.attention_backend]
+
+    def set_dtype(self, dtype: str | None) -> None:
+        """Settle the dtype after the arguments were read, by what the checkpoint says."""
+        self.torch_dtype = dtype
+
+    @property
+    def hf_attn_implementation(self) -> str | None:
+        """`attn_implementation` for transformers, None for its own choice."""
+        names = {"flash": "flash_attention_2", "fused": "sdpa", "unfused": "eager", "local": "eager"}
+        return names.get(self.attention_backend or "")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """`torch_dtype` as an object, None while it is not known."""
+        if self.torch_dtype is None:
+            return None
+        import torch
+
+        return getattr(torch, self.torch_dtype)  # type: ignore[no-any-return]
+
+
+@arguments
+class ModelArguments(Arguments):
+    """Model: which checkpoint, and how it is read"""
+
+    model: str | None = field(None, "directory, ModelScope id, or Hugging Face id with --use_hf true", path=True)
+    model_type: str | None = field(None, "registered type; needed only where the directory does not settle it")
+    model_revision: str | None = field(None, "branch, tag or commit on the hub", aliases=["revision"])
+    use_hf: bool = field(False, "download from Hugging Face instead of ModelScope")
+    hub_token: str | None = field(None, "access token of the hub")
+    new_special_tokens: list[str] = field([], "tokens to add; an item that ends in .txt is a file of tokens")
+    task_type: str | None = field(None, "what the model is for", choices=["causal_lm", "seq_cls"])
+    num_labels: int | None = field(None, "number of classes of a seq_cls model")
+    device_map: Any = field(None, "where transformers puts the layers: auto, cpu, cuda:0 or a JSON map")
+    trust_remote_code: bool = field(False, "allow Python code that a checkpoint brings to run")
+    ignore_requirements: bool = field(False, "go on although a package version that the model asks for is missing")
+    adapters: list[str] = field([], "directories of LoRA adapters in PEFT's format", path=True)
+    merge_lora: bool | None = field(None, "add LoRA weights into the model that is written")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        remember(self.hub_token)
+        if self.num_labels is not None and self.num_labels < 1:
+            raise UsageError(f"--num_labels {self.num_labels}: must be at least 1")
+        if isinstance(self.device_map, str) and self.device_map.startswith("{"):
+            self.device_map = convert(self.device_map, dict, "device_map")
+
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return {"model": ("is_hf",), "adapters": ("is_peft",)}
+
+    def loading_words(self, hub: bool = True) -> list[str]:
+        """What a later command needs to load this model as well. hub: it is named as it was here, perhaps on a hub."""
+        names = (*(("use_hf", "model_revision") if hub else ()), "trust_remote_code", "ignore_requirements")
+        given = {name: getattr(self, name) for name in names if getattr(self, name)}
+        plugins = getattr(self, "custom_register_path", [])
+        words = [word for n, v in given.items() for word in (f"--{n}", "true" if v is True else str(v))]
+        return [*words, *(["--custom_register_path", *plugins] if plugins else [])]
+
+
+@arguments
+class TemplateArguments(Arguments):
+    """Template: how a conversation becomes tokens"""
+
+    template: str | None = field(None, "chat template (default: the model's own)", aliases=["template_type"])
+    system: str | None = field(None, "system message where a conversation has none")
+    max_length: int | None = field(None, "longest sample in tokens (default: what the model allows; export 2048)")
+    truncation_strategy: str = field(
+        "delete", "what happens to longer samples", choices=["delete", "left", "right", "split", "raise"]
+    )
+    max_pixels: int | None = field(None, "largest image; without effect for text models")
+    agent_template: str | None = field(None, "format of tool calls (default: the template's own)")
+    norm_bbox: str | None = field(None, "how boxes are normalised; without effect for text models")
+    use_chat_template: bool = field(True, "false: plain text, as base models read it")
+    padding_free: bool | None = field(None, "join the samples of a batch into one sequence without padding")
+    padding_side: str = field("right", "side that shorter samples are padded on", choices=["left", "right"])
+    loss_scale: str = field("default", "which tokens are trained on, and how much")
+    response_prefix: str | None = field(None, "text that each answer starts with (default: the template's own)")
+    template_backend: str = field(
+        "swift", "registered template, or the tokenizer's own Jinja", choices=["swift", "jinja"]
+    )
+    enable_thinking: bool | None = field(None, "ask a thinking model to think or not to think")
+    add_non_thinking_prefix: bool = field(
+        True, "train answers without thoughts with the empty thought block that the template writes before them"
+    )
+    strict_template: bool = field(False, "fail where the template differs from the checkpoint's own chat template")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 1:
+            raise UsageError(f"--max_length {self.max_length}: must be at least 1")
+
+    def get_template_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of `get_template`, 14 entries.
+
+        `delete` becomes `raise`: the template reports a sample that is too long and the data set drops it.
+        """
+        return {
+            "default_system": self.system,
+            "max_length": self.max_length,
+            "truncation_strategy": "raise" if self.truncation_strategy == "delete" else self.truncation_strategy,
+            "max_pixels": self.max_pixels,
+            "agent_template": self.agent_template,
+            "norm_bbox": self.norm_bbox,
+            "use_chat_template": self.use_chat_template,
+            "remove_unused_columns": True,
+            "padding_free": bool(self.padding_free),
+            "padding_side": self.padding_side,
+            "loss_scale": self.loss_scale,
+            "sequence_parallel_size": getattr(self, "context_parallel_size", 1),
+            "response_prefix": self.response_prefix,
+            "template_backend": self.template_backend,
+        }
+
+
+@arguments
+class DataArguments(Arguments):
+    """Data: what is trained or run on"""
+
+    dataset: list[str] = field(
+        [],
+        "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it",
+        path=True,
+    )
+    val_dataset: list[str] = field([], "the same, for evaluation", path=True)
+    split_dataset_ratio: float = field(0.0, "share of the data set kept for evaluation where --val_dataset is absent")
+    columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
+    dataset_info: list[str] = field([], "JSON files that name data sets", aliases=["custom_dataset_info"], path=True)
+    interleave_prob: list[float] = field([], "draw from the data sets with these probabilities, one for each")
+    stopping_strategy: str = field(
+        "first_exhausted", "end of such a mixture", choices=["first_exhausted", "all_exhausted"]
+    )
+    streaming: bool = field(False, "read and tokenise while training runs; needs --train_iters")
+    shuffle_buffer_size: int = field(1000, "rows that are shuffled and packed together when streaming")
+    load_from_cache_file: bool = field(False, "keep tokenised data between runs, by content")
+    cached_dataset: str | None = field(None, "directory that `export --to_cached_dataset true` wrote", path=True)
+    dataset_num_proc: int = field(1, "processes that read and tokenise")
+    max_drop_ratio: float = field(0.05, "stop when a larger share of the rows cannot be used")
+    data_seed: int | None = field(None, "seed of the data order (default: --seed)")
+    dataset_shuffle: bool = field(True, "shuffle the training rows")
+    model_name: list[str] = field([], "name that self-cognition rows teach the model")
+    model_author: list[str] = field([], "author that self-cognition rows teach the model")
+    packing: bool = field(False, "fill each training sequence with several samples")
+    packing_length: int | None = field(None, "tokens of a packed sequence (default: --max_length)")
+    group_by_length: bool = field(False, "make batches of samples of similar length")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("split_dataset_ratio", "max_drop_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
+        for name in ("dataset_num_proc", "shuffle_buffer_size", "packing_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value}: must be at least 1")
+        if self.cached_dataset and (self.dataset or self.val_dataset):
+            raise UsageError("--cached_dataset: holds the data already; leave out --dataset and --val_dataset")
+        if self.streaming and self.split_dataset_ratio:
+            raise UsageError("--streaming true: a stream cannot be split; name the validation data with --val_dataset")
+        if self.streaming and (self.group_by_length or self.load_from_cache_file or self.cached_dataset):
+            raise UsageError(
+                "--streaming true: goes with neither --group_by_length, --load_from_cache_file nor --cached_dataset"
+            )
+        if self.packing and self.group_by_length:
+            raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")
+        if self.data_seed is None:
+            self.data_seed = self.seed if hasattr(self, "seed") else 42
+
+
+@arguments
+class TunerArguments(Arguments):
+    """Tuner: which parameters are trained"""
+
+    train_type: str = field(
+        "full",
+        "all parameters, adapters beside them, or some of them",
+        aliases=["tuner_type"],
+        choices=["full", "lora", "freeze"],
+    )
+    freeze_parameters: list[str] = field([], "prefixes of parameters that stay as they are")
+    freeze_parameters_regex: str | None = field(None, "regular expression of parameters that stay as they are")
+    freeze_parameters_ratio: float = field(0.0, "share of the parameters, from the bottom, that stay as they are")
+    trainable_parameters: list[str] = field([], "prefixes of parameters that are trained although frozen otherwise")
+    trainable_parameters_regex: str | None = field(None, "regular expression of parameters that are trained anyway")
+    target_modules: list[str] = field(["all-linear"], "layers that get LoRA, by Hugging Face name")
+    target_regex: str | None = field(None, "regular expression of layers that get LoRA")
+    modules_to_save: list[str] = field([], "layers that are trained fully beside LoRA")
+    lora_rank: int = field(8, "LoRA rank")
+    lora_alpha: int = field(32, "LoRA scale times rank")
+    lora_dropout: float = field(0.05, "dropout before LoRA")
+    lora_bias: str = field("none", "which biases are trained with LoRA", choices=["none", "all", "lora_only"])
+    lora_dtype: str | None = field(None, "dtype of LoRA weights", choices=["float16", "bfloat16", "float32"])
+    use_rslora: bool = field(False, "scale by alpha / sqrt(rank)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.freeze_parameters_ratio <= 1:
+            raise UsageError(f"--freeze_parameters_ratio {self.freeze_parameters_ratio}: must be between 0 and 1")
+        for name in ("target_regex", "freeze_parameters_regex", "trainable_parameters_regex"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                text = getattr(self, name)
+                raise UsageError(f"--{name} {text}: is no regular expression ({error})") from None
+        if self.lora_rank < 1:
+            raise UsageError(f"--lora_rank {self.lora_rank}: must be at least 1")
+
+
+@arguments
+class GenerationArguments(Arguments):
+    """Generation: how answers are made"""
+
+    max_new_tokens: int | None = field(None, "longest answer in tokens (default: what the model's length leaves)")
+    temperature: float | None = field(None, "0 takes the most likely token (default: the model's own)")
+    top_p: float | None = field(None, "nucleus sampling")
+    top_k: int | None = field(None, "sample among the k most likely tokens")
+    repetition_penalty: float | None = field(None, "above 1: repeats become less likely")
+    num_beams: int = field(1, "beams of beam search")
+    stop_words: list[str] = field([], "text that ends an answer")
+    stream: bool | None = field(None, "show the answer while it is made (default: in the chat, not for a data set)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature is not None and self.temperature < 0:
+            raise UsageError(f"--temperature {self.temperature}: must be 0 or more")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
+
+
+@arguments
+class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArguments):
+    """General"""
+
+    NOTES: ClassVar[Mapping[str, Note]] = COMMON_NOTES
+    BASIC: ClassVar[tuple[str, ...]] = BASIC
+
+    custom_register_path: list[str] = field(
+        [],
+        "Python files that register models, templates or data sets",
+        aliases=["external_plugins"],
+        path=True,
+    )
+    exist_ok: bool = field(False, "write although the output directory exists")
+    debug: bool = field(False, "show the traceback of an error")
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `directory`/args.json: every setting as it stands, and the model's facts once they are resolved.
+
+        Access tokens are written as null, those in addresses as ***, values that JSON does not know as their text.
+        Returns: the file.
+        """
+        values = {**without_secrets(self.to_dict()), **dict.fromkeys(SETTINGS, None)}
+        info = getattr(self, "model_info", None)
+        if info is not None:
+            values.update(model_dir=info.model_dir, max_model_len=info.max_model_len, is_moe_model=info.is_moe_model)
+            values["vocab_size"] = (info.config or {}).get("vocab_size")
+        values["swiftlite_version"] = __version__
+        path = Path(directory) / "args.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, values, default=str)
+        return path

@@ -1,0 +1,370 @@
+"""MegatronArguments written as Megatron-LM's command line: two explicit, ordered tables of (flag, attribute, rule).
+
+`parse_to_megatron` is the full list that a Megatron-LM process of the ms-swift kind is started with, `megatron_lm_args`
+the model's part alone, true to the numbers for stock Megatron-LM. Nothing in swiftlite reads either back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from swiftlite.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from swiftlite.arguments.parallel import MegatronArguments
+
+
+@dataclass(frozen=True)
+class Row:
+    """One flag. Its value: `rule(args)` if there is one, else the attribute, else `fallback` where that is None.
+
+    None and False leave the flag out, True writes it bare, a list writes each item, all else is `str(value)`.
+    """
+
+    flag: str
+    attribute: str | None = None
+    rule: Callable[[MegatronArguments], Any] | None = None
+    fallback: Any = None
+
+    def value(self, args: MegatronArguments) -> Any:
+        if self.rule is not None:
+            return self.rule(args)
+        value = None if self.attribute is None else getattr(args, self.attribute, None)
+        return self.fallback if value is None else value
+
+    def words(self, args: MegatronArguments) -> list[str]:
+        value = self.value(args)
+        if value is None or value is False:
+            return []
+        if value is True:
+            return [self.flag]
+        return [self.flag, *map(str, value if isinstance(value, list) else [value])]
+
+
+def _same(*flags: str) -> tuple[Row, ...]:
+    """Flags whose attribute has the same name."""
+    return tuple(Row(flag, flag[2:].replace("-", "_")) for flag in flags)
+
+
+def _fixed(flag: str, value: Any) -> Row:
+    return Row(flag, fallback=value)
+
+
+def _off(flag: str, attribute: str) -> Row:
+    """A flag that switches off what `attribute` says is on."""
+    return Row(flag, rule=lambda args: not getattr(args, attribute))
+
+
+ARGV: tuple[Row, ...] = (
+    # batch, recomputation, fusions
+    *_same("--micro-batch-size"),
+    Row("--global-batch-size", "global_batch_size", fallback=16),
+    *_same("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules"),
+    *_same("--use-cpu-initialization", "--deterministic-mode", "--train-iters"),
+    Row("--log-interval", "logging_steps"),
+    Row("--tensorboard-dir", "logging_dir"),
+    _off("--no-masked-softmax-fusion", "masked_softmax_fusion"),
+    _off("--no-bias-dropout-fusion", "bias_dropout_fusion"),
+    _off("--no-bias-swiglu-fusion", "bias_swiglu_fusion"),
+    _off("--no-rope-fusion", "apply_rope_fusion"),
+    _off("--no-gradient-accumulation-fusion", "gradient_accumulation_fusion"),
+    *_same("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "--calculate-per-token-loss"),
+    Row("--attention-backend", "attention_backend", fallback="flash"),
+    # optimizer and schedule
+    _fixed("--optimizer", "adam"),
+    *_same("--optimizer-cpu-offload", "--optimizer-offload-fraction", "--use-precision-aware-optimizer"),
+    _fixed("--main-grads-dtype", "fp32"),
+    _fixed("--main-params-dtype", "fp32"),
+    _fixed("--exp-avg-dtype", "fp32"),
+    _fixed("--exp-avg-sq-dtype", "fp32"),
+    _fixed("--dataloader-type", "cyclic"),
+    _fixed("--manual-gc-interval", 0),
+    *_same("--lr", "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction", "--min-lr"),
+    *_same("--weight-decay", "--clip-grad", "--adam-beta1", "--adam-beta2", "--adam-eps"),
+    _fixed("--sgd-momentum", 0.9),
+    # checkpoints
+    Row("--save", "output_dir"),
+    Row("--save-interval", "save_steps"),
+    *_same("--no-save-optim", "--no-save-rng"),
+    Row("--load", "mcore_model"),
+    *_same("--no-load-optim", "--no-load-rng"),
+    _fixed("--ckpt-format", "torch_dist"),
+    _fixed("--no-initialization", True),
+    _fixed("--auto-detect-ckpt-format", True),
+    _fixed("--exit-on-missing-checkpoint", True),
+    # parallelism
+    _fixed("--distributed-backend", "nccl"),
+    _fixed("--local-rank", 0),
+    _fixed("--use-distributed-optimizer", True),
+    *_same("--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
+    *_same("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
+    *_same("--sequence-parallel", "--context-parallel-size", "--tp-comm-overlap"),
+    *_same("--overlap-grad-reduce", "--overlap-param-gather", "--distributed-timeout-minutes"),
+    *_same("--num-virtual-stages-per-pipeline-rank"),
+    # model
+    *_same("--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads"),
+    Row("--group-query-attention", rule=lambda args: (args.num_query_groups or 1) > 1),
+    *_same("--num-query-groups", "--max-position-embeddings"),
+    _fixed("--position-embedding-type", "rope"),
+    *_same("--rotary-base"),
+    _fixed("--rotary-percent", 1.0),
+    *_same("--rotary-interleaved"),
+    _fixed("--normalization", "RMSNorm"),
+    *_same("--norm-epsilon", "--swiglu", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
+    *_same("--add-qkv-bias", "--attention-dropout", "--hidden-dropout", "--kv-channels", "--qk-layernorm"),
+    _fixed("--transformer-impl", "transformer_engine"),
+    *_same("--mtp-num-layers"),
+    # experts
+    *_same("--num-experts", "--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"),
+    *_same("--moe-router-topk", "--moe-router-pre-softmax", "--moe-router-dtype", "--moe-router-score-function"),
+    *_same("--moe-router-num-groups", "--moe-router-group-topk"),
+    *_same("--moe-router-bias-update-rate", "--moe-router-enable-expert-bias", "--moe-router-topk-scaling-factor"),
+    *_same("--moe-router-load-balancing-type", "--expert-model-parallel-size", "--expert-tensor-parallel-size"),
+    *_same("--moe-token-dispatcher-type", "--moe-grouped-gemm", "--moe-permute-fusion"),
+    *_same("--moe-aux-loss-coeff", "--moe-z-loss-coeff", "--moe-shared-expert-overlap"),
+    *_same("--moe-expert-capacity-factor", "--moe-pad-expert-input-to-capacity", "--moe-token-drop-policy"),
+    # latent attention
+    *_same("--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim", "--qk-pos-emb-head-dim"),
+    *_same("--v-head-dim"),
+    # precision
+    *_same("--fp8-format", "--fp8-recipe"),
+    _fixed("--fp8-amax-history-len", 1024),
+    _fixed("--fp8-amax-compute-algo", "max"),
+    *_same("--fp8-param-gather", "--fp16", "--bf16", "--apply-query-key-layer-scaling", "--attention-softmax-in-fp32"),
+    # logging, evaluation, the rest
+    _fixed("--tensorboard-log-interval", 1),
+    _fixed("--tensorboard-queue-size", 50),
+    _fixed("--log-timers-to-tensorboard", True),
+    _fixed("--log-validation-ppl-to-tensorboard", True),
+    _fixed("--log-memory-to-tensorboard", True),
+    *_same("--wandb-project", "--wandb-exp-name", "--eval-iters"),
+    Row("--eval-interval", "eval_steps"),
+    *_same("--seed", "--seq-length"),
+    Row("--num-workers", "dataloader_num_workers"),
+)
+
+# What Megatron-LM has no flag for. Values are kept as they are: None, False and the dtype object included.
+EXTRA: tuple[Row, ...] = (
+    Row("train_type", "train_type"),
+    Row("freeze_parameters", "freeze_parameters"),
+    Row("freeze_parameters_regex", "freeze_parameters_regex"),
+    Row("freeze_parameters_ratio", "freeze_parameters_ratio"),
+    Row("trainable_parameters", "trainable_parameters"),
+    Row("trainable_parameters_regex", "trainable_parameters_regex"),
+    Row("adapter_load", "mcore_adapter"),
+    Row("target_modules", "target_modules"),
+    Row("target_regex", "target_regex"),
+    Row("modules_to_save", "modules_to_save"),
+    Row("lora_rank", "lora_rank"),
+    Row("lora_alpha", "lora_alpha"),
+    Row("lora_dropout", "lora_dropout"),
+    Row("lora_bias", "lora_bias"),
+    Row("lora_dtype", "lora_dtype"),
+    Row("use_rslora", "use_rslora"),
+    Row("ref_load", "mcore_ref_model"),
+    Row("beta", "beta", fallback=0.1),
+    Row("rpo_alpha", "rpo_alpha"),
+    Row("reference_free", "reference_free", fallback=False),
+    Row("label_smoothing", "label_smoothing", fallback=0.0),
+    Row("f_divergence_type", "f_divergence_type", fallback="reverse_kl"),
+    Row("loss_type", "loss_type", fallback="sigmoid"),
+    Row("padded_vocab_size", "padded_vocab_size"),
+    _fixed("initialize_embedding", False),
+    Row("rope_scaling", "rope_scaling"),
+    Row("torch_dtype", "dtype"),
+    Row("padding_free", "padding_free", fallback=True),
+    _fixed("mlp_padding_free", False),
+    Row("dataloader_persistent_workers", "dataloader_persistent_workers"),
+    Row("dataloader_prefetch_factor", "dataloader_prefetch_factor"),
+    Row("architectures", "architectures"),
+    Row("max_epochs", "num_train_epochs"),
+    _fixed("enable_dft_loss", False),
+    Row("original_max_position_embeddings", "original_max_position_embeddings"),
+    Row("partial_rotary_factor", "partial_rotary_factor"),
+    Row("use_shared_expert_gate", "use_shared_expert_gate"),
+)
+
+
+def parse_to_megatron(args: MegatronArguments) -> tuple[list[str], dict[str, Any]]:
+    """(argv, extra_args): Megatron-LM's arguments as strings, and the settings it has no flag for.
+
+    Like ms-swift's, `--rotary-percent` is 1.0 for every model: partial rotation is `partial_rotary_factor` in the
+    extra arguments, applied by replacing the rotary frequencies. For stock Megatron-LM use `megatron_lm_args`.
+    Raises: ConfigError before the model's config is applied.
+    """
+    if args.num_layers is None:
+        raise ConfigError("parse_to_megatron: the model's config is not applied yet (apply_model_config)")
+    argv = [word for row in ARGV for word in row.words(args)]
+    return argv, {row.flag: row.value(args) for row in EXTRA}
+
+
+def _when(condition: Callable[[MegatronArguments], Any], *rows: Row) -> tuple[Row, ...]:
+    """Rows that count only under a condition."""
+
+    def guarded(row: Row) -> Row:
+        return Row(row.flag, rule=lambda args: row.value(args) if condition(args) else None)
+
+    return tuple(guarded(row) for row in rows)
+
+
+def _is_moe(args: MegatronArguments) -> bool:
+    return bool(args.num_experts)
+
+
+def _is_mla(args: MegatronArguments) -> bool:
+    return bool(args.multi_latent_attention)
+
+
+def _rope(kind: str) -> Callable[[MegatronArguments], bool]:
+    return lambda args: _rope_type(args) == kind
+
+
+def _rope_value(key: str) -> Callable[[MegatronArguments], Any]:
+    return lambda args: (args.rope_scaling or {}).get(key)
+
+
+STOCK: tuple[Row, ...] = (
+    *_same("--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads"),
+    Row("--group-query-attention", rule=lambda args: (args.num_query_groups or 1) > 1 and not _is_mla(args)),
+    *_when(lambda args: not _is_mla(args), *_same("--num-query-groups", "--kv-channels")),
+    *_same("--max-position-embeddings", "--seq-length"),
+    _fixed("--position-embedding-type", "rope"),
+    Row("--rotary-base", rule=lambda args: _whole(args.rotary_base or 10000)),
+    *_when(lambda args: not _is_mla(args), Row("--rotary-percent", "partial_rotary_factor", fallback=1.0)),
+    *_same("--rotary-interleaved"),
+    *_when(
+        _rope("llama3"), _fixed("--use-rope-scaling", True), Row("--rope-scaling-factor", rule=_rope_value("factor"))
+    ),
+    *_when(
+        _rope("linear"),
+        Row("--rotary-seq-len-interpolation-factor", rule=lambda args: int(_rope_value("factor")(args))),
+    ),
+    _off("--no-rope-fusion", "apply_rope_fusion"),
+    _fixed("--normalization", "RMSNorm"),
+    *_same("--norm-epsilon", "--swiglu", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
+    *_same("--add-qkv-bias", "--attention-dropout", "--hidden-dropout", "--init-method-std", "--qk-layernorm"),
+    Row("--make-vocab-size-divisible-by", "padded_vocab_size"),
+    _fixed("--transformer-impl", "transformer_engine"),
+    *_same("--attention-softmax-in-fp32", "--mtp-num-layers", "--bf16", "--fp16"),
+    *_when(
+        _is_moe,
+        *_same("--num-experts", "--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"),
+        Row("--moe-shared-expert-gate", "use_shared_expert_gate"),
+        *_same("--moe-router-topk", "--moe-router-pre-softmax", "--moe-router-dtype", "--moe-router-score-function"),
+        *_same("--moe-router-enable-expert-bias"),
+        Row("--moe-router-bias-update-rate", rule=lambda args: 0.0 if args.moe_router_enable_expert_bias else None),
+        *_same("--moe-router-num-groups", "--moe-router-group-topk", "--moe-router-topk-scaling-factor"),
+        *_same("--moe-router-load-balancing-type", "--moe-aux-loss-coeff", "--moe-token-dispatcher-type"),
+        _fixed("--moe-grouped-gemm", True),
+    ),
+    *_when(
+        _is_mla,
+        *_same("--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim"),
+        *_same("--qk-pos-emb-head-dim", "--v-head-dim"),
+        Row("--rope-type", rule=lambda args: "yarn" if _rope_type(args) == "yarn" else "rope"),
+        *_when(
+            _rope("yarn"),
+            Row("--rotary-scaling-factor", rule=_rope_value("factor")),
+            Row("--mscale", rule=_rope_value("mscale")),
+            Row("--mscale-all-dim", rule=_rope_value("mscale_all_dim")),
+        ),
+    ),
+)
+
+
+def _rope_type(args: MegatronArguments) -> str:
+    scaling = args.rope_scaling or {}
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _stock_limit(args: MegatronArguments) -> str | None:
+    """Why stock Megatron-LM cannot compute this model, or None. Judged by settings, not by model type."""
+    scaling, rope = args.rope_scaling or {}, _rope_type(args)
+    if args.rotary_base and args.rotary_base != int(args.rotary_base):
+        return f"its --rotary-base takes whole numbers; this model has rope_theta {args.rotary_base}"
+    if rope in ("llama3", "linear") and _is_mla(args):
+        return f"it has no arguments for {rope} rotary scaling with latent attention"
+    if rope == "llama3":
+        wanted = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+        for key, value in wanted.items():
+            if scaling.get(key, value) != value:
+                return f"its llama3 rotary scaling fixes {key} at {value}; this model has {scaling[key]}"
+    elif rope == "linear":
+        if float(scaling["factor"]) != int(scaling["factor"]):
+            return f"its linear rotary scaling takes whole factors; this model has {scaling['factor']}"
+    elif rope == "yarn" and _is_mla(args):
+        wanted = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
+        for key, value in wanted.items():
+            if scaling.get(key, value) != value:
+                return f"it has no argument for yarn's {key} (fixed at {value}); this model has {scaling[key]}"
+    elif rope != "default":
+        return f"it has no arguments for {rope} rotary scaling with this attention"
+    if args.moe_router_enable_expert_bias and args.moe_router_score_function == "softmax":
+        return "its router refuses an expert bias with softmax scores"
+    if args.moe_router_group_topk:
+        if args.moe_router_score_function == "softmax":
+            return "its router ranks expert groups by a sum of scores; this model ranks them by the largest score"
+        if (args.moe_router_topk or 0) // args.moe_router_group_topk != 2:
+            return "its router ranks expert groups by the sum of topk // group_topk scores; this model sums 2"
+    if _is_mla(args) and args.norm_epsilon != 1e-6:
+        return f"it has one norm epsilon ({args.norm_epsilon}); the norms of this model's latents use 1e-6"
+    return None
+
+
+def megatron_lm_args(args: MegatronArguments) -> list[str] | str:
+    """The model's arguments for stock Megatron-LM (core 0.16 and later), or one line that says why there are none.
+
+    Numerically true: partial rotation, rotary scaling and an expert bias that stays fixed are in them. Used with
+    `--load DIR --finetune --no-load-optim --no-load-rng --dist-ckpt-strictness log_unexpected` and a tokenizer.
+    `--make-vocab-size-divisible-by` gives the checkpoint's rows at TP 1; at TP N divide it by N.
+    """
+    if args.num_layers is None:
+        raise ConfigError("megatron_lm_args: the model's config is not applied yet (apply_model_config)")
+    limit = _stock_limit(args)
+    if limit is not None:
+        return f"Stock Megatron-LM cannot compute this model: {limit}. Train it with `swiftlite megatron sft`."
+    return [word for row in STOCK for word in row.words(args)]
+
+
+# Where Megatron-LM keeps a flag's value under another name, and what the flag means there.
+_STORED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "--disable-bias-linear": ("add_bias_linear", lambda value: not value),
+    "--no-rope-fusion": ("apply_rope_fusion", lambda value: not value),
+}
+
+
+def checkpoint_args(args: MegatronArguments) -> dict[str, Any]:
+    """Megatron-LM's argument namespace for this model as plain values, as a checkpoint carries it.
+
+    What stock Megatron-LM compares or takes over with `--use-checkpoint-args`; parallel sizes are 1, as torch_dist
+    checkpoints are independent of them. What does not apply to the model is absent.
+    """
+    stored: dict[str, Any] = {}
+    for row in STOCK:
+        name, change = _STORED.get(row.flag, (row.flag[2:].replace("-", "_"), lambda value: value))
+        value = row.value(args)
+        if value is not None:
+            stored[name] = change(value)
+    stored["moe_layer_freq"] = args.moe_layer_pattern if _is_moe(args) else 1
+    stored.update(
+        padded_vocab_size=args.padded_vocab_size,
+        add_position_embedding=True,
+        use_rotary_position_embeddings=False,
+        apply_query_key_layer_scaling=False,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        expert_model_parallel_size=1,
+        context_parallel_size=1,
+        data_parallel_random_init=False,
+        ckpt_format="torch_dist",
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )
+    return stored

@@ -1,0 +1,36 @@
+"""Arguments of `swiftlite infer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from swiftlite.arguments.base import BaseArguments, DataArguments, GenerationArguments
+from swiftlite.arguments.parser import arguments, field, hide
+from swiftlite.utils.errors import UsageError
+
+
+@arguments
+class InferArguments(GenerationArguments, BaseArguments):
+    """Inference: chat, one prompt, or a data set"""
+
+    HIDDEN: ClassVar[Mapping[str, str]] = {
+        **hide(DataArguments, "has no effect on inference", keep=["val_dataset", "columns", "dataset_info"]),
+        "merge_lora": "has no effect on inference",
+        "output_dir": "inference writes only --result_path",
+        "padding_free": "has no effect on inference",
+        "loss_scale": "has no effect on inference",
+    }
+
+    prompt: str | None = field(None, "answer this and end", aliases=["query"])
+    result_path: str | None = field(None, "JSONL file for the answers to --val_dataset", path=True)
+    max_batch_size: int = field(1, "rows of --val_dataset answered at once")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.val_dataset:
+            raise UsageError("--prompt and --val_dataset: give one of them")
+        if self.result_path is not None and not self.val_dataset:
+            raise UsageError(f"--result_path {self.result_path}: needs --val_dataset FILE")
+        if self.max_batch_size < 1:
+            raise UsageError(f"--max_batch_size {self.max_batch_size}: must be at least 1")

@@ -1,0 +1,73 @@
+"""Arguments of `swiftlite megatron sft` and `swiftlite megatron pt`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from swiftlite.arguments.export import PlanArguments, PushArguments, megatron_kinds
+from swiftlite.arguments.flags import BATCH_NOTES, TRAIN_UNAVAILABLE
+from swiftlite.arguments.parallel import COMPUTATION, STRUCTURE, MegatronArguments
+from swiftlite.arguments.parser import arguments
+from swiftlite.arguments.train import PtArguments, SftArguments
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
+
+
+@arguments
+class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftArguments):
+    """Supervised fine-tuning on megatron-core"""
+
+    COMMAND: ClassVar[str] = "megatron sft"
+    UNAVAILABLE: ClassVar[Mapping[str, str]] = TRAIN_UNAVAILABLE
+
+    HIDDEN: ClassVar[Mapping[str, str]] = {
+        **{name: "is read from the checkpoint's config.json; leave it out" for name in STRUCTURE + COMPUTATION},
+        **{name: note.reason for name, note in BATCH_NOTES.items()},
+        "device_map": "megatron-core places the model: one process per device (NPROC_PER_NODE)",
+    }
+
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return megatron_kinds(self, self.mcore_model is None and not self.dry_run)
+
+    @property
+    def needs_megatron(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "moe_router_bias_update_rate" not in self.given:
+            self.moe_router_bias_update_rate = 0.0
+        if self.push_to_hub and self.train_type == "lora" and not self.merge_lora:
+            raise UsageError("--push_to_hub true: pushes whole models; add --merge_lora true")
+        if self.push_to_hub:
+            self.save_safetensors = True
+        if self.model is None and self.mcore_model is None:
+            raise UsageError("give the weights with --model HF_DIR_OR_ID or --mcore_model DIR (a converted checkpoint)")
+        if self.train_type == "lora":
+            if self.moe_shared_expert_overlap:
+                get_logger().info("--moe_shared_expert_overlap: off, adapters exchange activations by themselves")
+            self.moe_shared_expert_overlap = False
+        elif self.adapters or self.mcore_adapter or self.merge_lora:
+            raise UsageError("--adapters, --mcore_adapter and --merge_lora: need --train_type lora")
+
+    def _complete_model(self) -> None:
+        super()._complete_model()
+        unused, rate = None, self.moe_router_bias_update_rate
+        if not self.moe_router_enable_expert_bias:
+            unused = "the model's routers have none"
+        elif self.moe_router_score_function != "sigmoid":
+            unused = "this model's routers keep the bias that they were trained with"
+        elif self.train_type == "lora":
+            unused = "adapters cannot hold it, so it stays as the model has it"
+        if unused and rate:
+            get_logger().warning("--moe_router_bias_update_rate %s: no effect on experts' bias, %s", rate, unused)
+            self.moe_router_bias_update_rate = 0.0
+
+
+@arguments
+class MegatronPtArguments(MegatronSftArguments, PtArguments):
+    """Continued pre-training on megatron-core: rows with `text`, ended by the end token, packed, trained on as a whole"""
+
+    COMMAND: ClassVar[str] = "megatron pt"

@@ -1,0 +1,426 @@
+"""MegatronArguments: settings under Megatron-LM's own names. Imports neither torch nor megatron-core.
+
+A bare MegatronArguments describes a model and how it is run; with SftArguments it makes a training command.
+Fields of the model are None until `apply_model_config` (or the constructor) sets them from the Hugging Face config.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from swiftlite.arguments.base import RunArguments, TunerArguments
+from swiftlite.arguments.export import McoreArguments
+from swiftlite.arguments.parser import Arguments, arguments, field, specs
+from swiftlite.arguments.train import TrainArguments
+from swiftlite.utils.errors import ConfigError, UsageError
+from swiftlite.utils.logger import get_logger
+
+
+@arguments
+class ParallelArguments(Arguments):
+    """Parallelism: how the model and the batch are divided"""
+
+    tensor_model_parallel_size: int = field(1, "ranks that share each layer (TP)")
+    pipeline_model_parallel_size: int = field(1, "ranks that hold successive layers (PP)")
+    decoder_first_pipeline_num_layers: int | None = field(None, "layers of the first pipeline stage")
+    decoder_last_pipeline_num_layers: int | None = field(None, "layers of the last pipeline stage")
+    num_virtual_stages_per_pipeline_rank: int | None = field(None, "interleaved model chunks per pipeline rank (VPP)")
+    context_parallel_size: int = field(1, "ranks that share each sequence (CP)", aliases=["sequence_parallel_size"])
+    sequence_parallel: bool = field(False, "also divide norms and dropout over the TP ranks")
+    expert_model_parallel_size: int = field(1, "ranks that hold different experts (EP)")
+    expert_tensor_parallel_size: int | None = field(None, "ranks that share each expert (default: TP)")
+    overlap_grad_reduce: bool | None = field(
+        None, "reduce gradients while the backward pass runs (default: with data parallelism on GPUs)"
+    )
+    overlap_param_gather: bool | None = field(
+        None, "gather parameters while the forward pass runs (default: with data parallelism on GPUs)"
+    )
+    tp_comm_overlap: bool = field(False, "overlap TP communication with compute (Transformer Engine)")
+    distributed_timeout_minutes: int = field(300000, "time after which a collective gives up")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, spec in specs(ParallelArguments).items():
+            value = getattr(self, name)
+            if name.endswith("_size") and value is not None and value < 1:
+                raise UsageError(f"--{spec.name} {value}: must be at least 1")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            get_logger().info("--sequence_parallel true: no effect with --tensor_model_parallel_size 1")
+            self.sequence_parallel = False
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that hold different samples.
+
+        Raises: UsageError if the sizes do not divide the number of processes.
+        """
+        tp, pp, cp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size
+        if world_size % (tp * pp * cp):
+            raise UsageError(
+                f"{world_size} processes cannot be divided into tensor x pipeline x context parallel = {tp} x {pp} x "
+                f"{cp}: start a multiple of {tp * pp * cp} processes (NPROC_PER_NODE) or change the sizes"
+            )
+        expert = self.expert_model_parallel_size * (self.expert_tensor_parallel_size or tp) * pp
+        if world_size % expert:
+            raise UsageError(
+                f"{world_size} processes cannot be divided into expert x expert-tensor x pipeline parallel = "
+                f"{self.expert_model_parallel_size} x {self.expert_tensor_parallel_size or tp} x {pp}: start a "
+                f"multiple of {expert} processes (NPROC_PER_NODE) or change the sizes"
+            )
+        return world_size // (tp * pp * cp)
+
+
+# What a field of the model holds when neither the config nor the user says anything.
+MODEL_DEFAULTS: dict[str, Any] = {
+    "num_query_groups": 1,
+    "norm_epsilon": 1e-5,
+    "rotary_base": 10000,
+    "rotary_interleaved": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "init_method_std": 0.02,
+    "untie_embeddings_and_output_weights": True,
+    "swiglu": True,
+    "add_qkv_bias": True,
+    "disable_bias_linear": True,
+    "qk_layernorm": False,
+    "multi_latent_attention": False,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "use_shared_expert_gate": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": False,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_layer_freq": "1",
+}
+
+# Fields that say which weights there are: a user cannot set them to anything but what the checkpoint says.
+STRUCTURE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "padded_vocab_size", "untie_embeddings_and_output_weights", "swiglu", "add_qkv_bias", "disable_bias_linear",
+    "qk_layernorm", "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
+    "v_head_dim", "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "use_shared_expert_gate", "moe_router_enable_expert_bias",
+)  # fmt: skip
+
+# Fields that say how these weights compute. They too come from config.json, so that what is saved agrees with it.
+COMPUTATION = (
+    "max_position_embeddings", "norm_epsilon", "rotary_base", "rotary_interleaved", "partial_rotary_factor",
+    "rope_scaling", "original_max_position_embeddings", "architectures", "init_method_std", "moe_router_topk",
+    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups",
+    "moe_router_group_topk", "apply_query_key_layer_scaling",
+)  # fmt: skip
+
+
+@arguments
+class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, McoreArguments, RunArguments):
+    """Megatron: the model as megatron-core builds it, kernels, router"""
+
+    ADVANCED: ClassVar[bool] = True
+
+    # The model. Set from the Hugging Face config; names are Megatron-LM's.
+    num_layers: int | None = field(None, "transformer layers")
+    hidden_size: int | None = field(None, "width of the model")
+    ffn_hidden_size: int | None = field(None, "width of a dense feed-forward layer")
+    num_attention_heads: int | None = field(None, "query heads")
+    num_query_groups: int | None = field(None, "key/value heads")
+    kv_channels: int | None = field(None, "width of a head")
+    max_position_embeddings: int | None = field(None, "longest sequence of the model")
+    padded_vocab_size: int | None = field(None, "rows of the embedding in the checkpoint")
+    norm_epsilon: float | None = field(None, "epsilon of RMSNorm")
+    qk_layernorm: bool | None = field(None, "norms on queries and keys")
+    swiglu: bool | None = field(None, "gated SiLU feed-forward layers")
+    untie_embeddings_and_output_weights: bool | None = field(None, "separate output layer")
+    disable_bias_linear: bool | None = field(None, "no bias in linear layers")
+    add_qkv_bias: bool | None = field(None, "bias on queries, keys and values")
+    attention_dropout: float | None = field(None, "dropout of attention weights")
+    hidden_dropout: float | None = field(None, "dropout of layer outputs")
+    init_method_std: float | None = field(None, "standard deviation of new weights")
+    rotary_base: float | None = field(None, "base of the rotary frequencies")
+    rotary_interleaved: bool | None = field(None, "rotary pairs are neighbours instead of halves")
+    partial_rotary_factor: float | None = field(None, "share of a head that rotates")
+    rope_scaling: dict[str, Any] | None = field(None, "rotary scaling as config.json spells it")
+    original_max_position_embeddings: int | None = field(None, "length before rotary scaling")
+    architectures: str | None = field(None, "class name in config.json")
+
+    num_experts: int | None = field(None, "experts of a mixture-of-experts layer")
+    moe_layer_freq: str | None = field(None, "which layers have experts: every N-th, or like [0]*1+[1]*45")
+    moe_ffn_hidden_size: int | None = field(None, "width of an expert")
+    moe_shared_expert_intermediate_size: int | None = field(None, "width of the shared experts together")
+    use_shared_expert_gate: bool | None = field(None, "shared experts have a gate")
+    moe_router_topk: int | None = field(None, "experts of one token")
+    moe_router_score_function: str | None = field(None, "router scores", choices=["softmax", "sigmoid"])
+    moe_router_pre_softmax: bool | None = field(None, "softmax before the choice of experts")
+    moe_router_topk_scaling_factor: float | None = field(None, "factor on the routed experts' sum")
+    moe_router_enable_expert_bias: bool | None = field(None, "per-expert bias in the choice of experts")
+    moe_router_num_groups: int | None = field(None, "expert groups of group-limited routing")
+    moe_router_group_topk: int | None = field(None, "groups of one token")
+
+    multi_latent_attention: bool | None = field(None, "DeepSeek's latent attention (MLA)")
+    q_lora_rank: int | None = field(None, "MLA: rank of the query projection")
+    kv_lora_rank: int | None = field(None, "MLA: rank of the key/value projection")
+    qk_head_dim: int | None = field(None, "MLA: width of a head without rotation")
+    qk_pos_emb_head_dim: int | None = field(None, "MLA: width of the rotated part")
+    v_head_dim: int | None = field(None, "MLA: width of a value head")
+    mtp_num_layers: int | None = field(None, "train this many multi-token-prediction layers (default: none)")
+    mtp_loss_scaling_factor: float = field(0.1, "weight of the multi-token-prediction loss")
+
+    # How it is trained.
+    moe_router_dtype: str | None = field("fp32", "dtype of the router", choices=["fp32", "fp64"])
+    moe_router_bias_update_rate: float = field(
+        1e-3, "step by which training moves the expert bias (default of trainers: 0, as Hugging Face leaves it)"
+    )
+    moe_token_dispatcher_type: str = field(
+        "alltoall", "how tokens travel to experts", choices=["alltoall", "allgather", "flex"]
+    )
+    moe_grouped_gemm: bool | None = field(None, "one grouped product for all experts (default: where it is there)")
+    moe_grouped_impl: str | None = field(
+        None,
+        "whose grouped products: torch's with one weight for all experts, or Transformer Engine's (default: torch's in "
+        "bf16 on GPUs that have the kernel)",
+        choices=["torch", "te"],
+    )
+    moe_permute_fusion: bool | None = field(None, "fused permutation of tokens (default: with Transformer Engine)")
+    moe_shared_expert_overlap: bool = field(False, "shared experts run while tokens travel")
+    moe_expert_capacity_factor: float | None = field(None, "drop tokens above this multiple of an even share")
+    moe_pad_expert_input_to_capacity: bool = field(False, "pad experts' inputs to their capacity")
+    moe_token_drop_policy: str = field("probs", "which tokens are dropped", choices=["probs", "position"])
+
+    recompute_granularity: str | None = field(
+        "selective", "what is recomputed in the backward pass", choices=["full", "selective", "none"]
+    )
+    recompute_method: str | None = field(None, "how layers are grouped", choices=["uniform", "block"])
+    recompute_num_layers: int | None = field(None, "layers of a group")
+    recompute_modules: list[str] = field(
+        ["core_attn"], "what selective recomputation covers (core_attn: where its kernel keeps the scores)",
+        choices=["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"],
+    )  # fmt: skip
+    use_cpu_initialization: bool = field(False, "make weights on the CPU")
+    calculate_per_token_loss: bool = field(True, "average the loss over all tokens of the global batch")
+    cross_entropy_loss_fusion: bool | None = field(
+        None, "fused cross entropy (default: with Transformer Engine, and then te)"
+    )
+    cross_entropy_fusion_impl: str = field("native", "which one", choices=["native", "te"])
+    cuda_graph: bool | None = field(
+        None,
+        "replay the passes of a step as one CUDA graph once their shapes came up twice (default: where nothing in them "
+        "waits for the host)",
+    )
+    gradient_accumulation_fusion: bool = field(True, "add weight gradients in place (needs a CUDA extension)")
+    masked_softmax_fusion: bool = field(True, "fused softmax (needs a CUDA extension)")
+    bias_swiglu_fusion: bool = field(True, "fused SwiGLU")
+    bias_dropout_fusion: bool = field(True, "fused bias, dropout and residual")
+    apply_rope_fusion: bool = field(True, "fused rotary embedding where it computes the same")
+    attention_softmax_in_fp32: bool = field(True, "softmax in fp32")
+    apply_query_key_layer_scaling: bool = field(False, "scale scores by the layer number")
+    optimizer_cpu_offload: bool = field(False, "keep optimizer states in host memory")
+    optimizer_offload_fraction: float = field(1.0, "share of the optimizer that is offloaded")
+    use_precision_aware_optimizer: bool = field(False, "optimizer states in lower precision")
+    fp8_format: str | None = field(None, "FP8 training", choices=["e4m3", "hybrid"])
+    fp8_recipe: str = field("delayed", "FP8 scaling", choices=["delayed", "tensorwise", "blockwise", "mxfp8"])
+    fp8_param_gather: bool = field(False, "gather parameters in FP8")
+    fp16: bool = field(False, "same as --torch_dtype float16")
+    bf16: bool = field(False, "same as --torch_dtype bfloat16")
+    deterministic_mode: bool = field(False, "only kernels that give the same bits each time")
+
+    async_save: bool = field(False, "write checkpoints in the background while training goes on")
+    no_save_optim: bool = field(False, "checkpoints without optimizer")
+    no_save_rng: bool = field(False, "checkpoints without RNG state")
+    no_load_optim: bool = field(False, "do not read the optimizer of the checkpoint")
+    no_load_rng: bool = field(False, "do not read the RNG state of the checkpoint")
+    seq_length: int | None = field(None, "length of a training sequence (default: --max_length or the model's)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._settle_precision()
+        if self.recompute is not None:
+            self.recompute_granularity = None if self.recompute == "none" else self.recompute
+        if self.recompute_granularity == "none":
+            self.recompute_granularity = None
+        if self.recompute_granularity == "full":
+            self.recompute_method = self.recompute_method or "uniform"
+            self.recompute_num_layers = self.recompute_num_layers or 1
+        elif self.recompute_method is not None or self.recompute_num_layers is not None:
+            raise UsageError("--recompute_method and --recompute_num_layers: need --recompute_granularity full")
+        if self.save_weights_only:
+            self.no_save_optim = self.no_save_rng = True
+        if self.moe_router_dtype == "none":
+            self.moe_router_dtype = None
+        if self.logging_dir is None and self.output_dir is not None:
+            self.logging_dir = f"{self.output_dir}/runs"
+        if self.num_layers is not None:
+            self._complete_model()
+
+    def _settle_precision(self) -> None:
+        by_flag = {"bfloat16": self.bf16, "float16": self.fp16}
+        asked = [dtype for dtype, flag in by_flag.items() if flag]
+        if len(asked) == 2 or (asked and self.torch_dtype not in (None, asked[0])):
+            raise UsageError(
+                f"--bf16 {self.bf16} --fp16 {self.fp16} --torch_dtype {self.torch_dtype}: contradict each other; "
+                "give --torch_dtype only"
+            )
+        self.set_dtype(asked[0] if asked else self.torch_dtype)
+
+    def set_dtype(self, dtype: str | None) -> None:
+        """Set torch_dtype, bf16 and fp16 together; float32 sets neither flag."""
+        self.torch_dtype = dtype
+        self.bf16, self.fp16 = dtype == "bfloat16", dtype == "float16"
+
+    def _complete_model(self) -> None:
+        """Fill what neither config nor user settled, once the config is known."""
+        for name, default in MODEL_DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        if self.moe_ffn_hidden_size is None and self.num_experts is not None:
+            self.moe_ffn_hidden_size = self.ffn_hidden_size
+        if self.moe_shared_expert_intermediate_size == 0:
+            self.moe_shared_expert_intermediate_size = None
+        if self.rope_scaling and "type" in self.rope_scaling and "rope_type" not in self.rope_scaling:
+            self.rope_scaling = {**self.rope_scaling, "rope_type": self.rope_scaling["type"]}
+        if self.apply_rope_fusion and (self.multi_latent_attention or self.rotary_interleaved):
+            self.apply_rope_fusion = False
+        if self.seq_length is None:
+            self.seq_length = getattr(self, "max_length", None) or self.max_position_embeddings
+        self._check_model()
+
+    def _check_model(self) -> None:
+        pp, heads, groups = self.pipeline_model_parallel_size, self.num_attention_heads, self.num_query_groups
+        tp, ep = self.tensor_model_parallel_size, self.expert_model_parallel_size
+        ends = [n for n in (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers) if n]
+        layers, stages = (self.num_layers or 0) - sum(ends), pp - len(ends)
+        if pp > 1 and (layers < stages or (stages == 0 and layers) or (stages and layers % stages)):
+            raise UsageError(
+                f"--pipeline_model_parallel_size {pp}: {layers} layers cannot be divided over {stages} stages; change "
+                "--decoder_first_pipeline_num_layers or --decoder_last_pipeline_num_layers"
+            )
+        if heads is not None and heads % tp:
+            raise UsageError(f"--tensor_model_parallel_size {tp}: must divide {heads} attention heads")
+        if not self.multi_latent_attention and groups and max(groups, tp) % min(groups, tp):
+            raise UsageError(
+                f"--tensor_model_parallel_size {tp}: must divide {groups} key/value heads or be a multiple of them"
+            )
+        if ep > 1 and not self.num_experts:
+            raise UsageError(f"--expert_model_parallel_size {ep}: the model has no experts")
+        if self.num_experts and self.num_experts % ep:
+            raise UsageError(f"--expert_model_parallel_size {ep}: must divide {self.num_experts} experts")
+        if self.num_experts and self.moe_token_dispatcher_type == "flex":
+            self._check_flex()
+        self._check_capacity()
+        self._check_recompute()
+
+    def _check_flex(self) -> None:
+        parts = self.expert_model_parallel_size * (self.expert_tensor_parallel_size or self.tensor_model_parallel_size)
+        if parts == 1:
+            raise UsageError(
+                "--moe_token_dispatcher_type flex: needs --expert_model_parallel_size of at least 2; leave it out"
+            )
+        if importlib.util.find_spec("deep_ep") is None:
+            raise UsageError("--moe_token_dispatcher_type flex: needs the package deep_ep and CUDA; use alltoall")
+
+    def _check_recompute(self) -> None:
+        """What was asked for by name is there to be recomputed."""
+        if "recompute_modules" not in self.given:
+            return
+        if self.recompute_granularity != "selective":
+            raise UsageError(
+                f"--recompute_modules {' '.join(self.recompute_modules)}: needs --recompute selective, not "
+                f"{self.recompute_granularity or 'none'}"
+            )
+        experts = self.moe_layer_pattern
+        there = {
+            "moe": any(experts), "moe_act": any(experts), "mlp": not all(experts),
+            "shared_experts": bool(self.moe_shared_expert_intermediate_size),
+            "mla_up_proj": bool(self.multi_latent_attention),
+        }  # fmt: skip
+        for module in self.recompute_modules:
+            if not there.get(module, True):
+                raise UsageError(f"--recompute_modules {module}: the model has none; leave it out")
+
+    def _check_capacity(self) -> None:
+        factor, pad = self.moe_expert_capacity_factor, self.moe_pad_expert_input_to_capacity
+        if factor is not None and not 0 < factor < float("inf"):
+            raise UsageError(f"--moe_expert_capacity_factor {factor}: must be above 0; leave it out to drop nothing")
+        if pad and factor is None:
+            raise UsageError("--moe_pad_expert_input_to_capacity true: needs --moe_expert_capacity_factor")
+        if pad and factor and self.num_experts and factor * (self.moe_router_topk or 0) > self.num_experts:
+            raise UsageError(
+                f"--moe_expert_capacity_factor {factor}: with --moe_pad_expert_input_to_capacity true at most "
+                f"{self.num_experts / (self.moe_router_topk or 1):g} (experts / experts of a token): an expert has no more "
+                "tokens than there are"
+            )
+
+    def apply_model_config(self, config: Mapping[str, Any]) -> None:
+        """Set the model's fields from the converted config (Megatron names, as `convert_hf_config` returns them).
+
+        What the user set stays, unless it says which weights there are: then a difference is an error.
+        Raises: ConfigError for a name that is no field; UsageError for a setting that contradicts the checkpoint.
+        """
+        known = specs(type(self))
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            raise ConfigError(f"the model's config sets {', '.join(unknown)}, which MegatronArguments does not have")
+        for name, value in config.items():
+            spec = known[name]
+            value = spec.convert(value)
+            mine = getattr(self, name)
+            if name in self.given and mine is not None and mine != value:
+                if name in STRUCTURE:
+                    raise UsageError(f"--{name} {mine}: the checkpoint has {value}; leave the flag out")
+                get_logger().info(f"--{name} {mine} instead of the model's {value}")
+                continue
+            setattr(self, name, value)
+        self._complete_model()
+
+    def parse_to_megatron(self) -> tuple[list[str], dict[str, Any]]:
+        """(argv, extra_args), see `swiftlite.arguments.bridge.parse_to_megatron`."""
+        from swiftlite.arguments.bridge import parse_to_megatron
+
+        return parse_to_megatron(self)
+
+    def megatron_lm_args(self) -> list[str] | str:
+        """Arguments for stock Megatron-LM, see `swiftlite.arguments.bridge.megatron_lm_args`."""
+        from swiftlite.arguments.bridge import megatron_lm_args
+
+        return megatron_lm_args(self)
+
+    def checkpoint_args(self) -> dict[str, Any]:
+        """Plain values for a checkpoint's `args`, see `swiftlite.arguments.bridge.checkpoint_args`."""
+        from swiftlite.arguments.bridge import checkpoint_args
+
+        return checkpoint_args(self)
+
+    @property
+    def moe_layer_pattern(self) -> list[int]:
+        """1 for each layer with experts, 0 for each dense one; all 0 without experts. Length `num_layers`."""
+        if self.num_layers is None:
+            raise ConfigError("moe_layer_pattern is known only after the model's config was applied")
+        if not self.num_experts:
+            return [0] * self.num_layers
+        pattern = expand_pattern(self.moe_layer_freq or "1", self.num_layers)
+        if len(pattern) != self.num_layers:
+            raise ConfigError(
+                f"moe_layer_freq {self.moe_layer_freq}: describes {len(pattern)} layers, not {self.num_layers}"
+            )
+        return pattern
+
+
+def expand_pattern(text: str, num_layers: int) -> list[int]:
+    """`[0]*1+[1]*45` or `[0,1,1]` -> the list; `N` -> a 1 at every N-th layer, as Megatron-LM reads it.
+
+    Raises: ConfigError for other text (nothing is evaluated as code).
+    """
+    text = text.replace(" ", "")
+    if text.isdigit() and int(text) > 0:
+        return [int(layer % int(text) == 0) for layer in range(num_layers)]
+    result: list[int] = []
+    for part in text.lstrip("(").rstrip(")").split("+"):
+        match = re.fullmatch(r"\(?\[([01](?:,[01])*)\]\)?(?:\*(\d+))?", part)
+        if match is None:
+            raise ConfigError(f"moe_layer_freq {text}: must be a number, a list like [0,1,1], or like [0]*1+[1]*45")
+        result += [int(item) for item in match.group(1).split(",")] * int(match.group(2) or 1)
+    return result

@@ -1,0 +1,71 @@
+"""Arguments of training on preference pairs (`swiftlite dpo`, `swiftlite rlhf --rlhf_type dpo`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from swiftlite.arguments.flags import DPO_NOTES, DPO_UNAVAILABLE
+from swiftlite.arguments.parser import Arguments, Note, arguments, field
+from swiftlite.arguments.train import SftArguments
+from swiftlite.utils.errors import UsageError
+
+LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+
+
+@arguments
+class PreferenceArguments(Arguments):
+    """Preference: the loss on pairs, and the reference that the policy is held to"""
+
+    rlhf_type: str = field("dpo", "kind of preference training", choices=["dpo"])
+    beta: float = field(0.1, "strength of the pull to the reference")
+    loss_type: str = field("sigmoid", "loss of a pair's margin", choices=LOSS_TYPES)
+    label_smoothing: float = field(0.0, "probability that a preference is wrong, 0 to 0.5")
+    rpo_alpha: float | None = field(None, "weight of the chosen answers' cross entropy that is added")
+    ref_model: str | None = field(
+        None,
+        "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",
+        path=True,
+    )
+    precompute_ref_log_probs: bool = field(
+        False, "the reference answers the whole data set once before training, then its memory is free"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta <= 0:
+            raise UsageError(f"--beta {self.beta}: must be above 0")
+        if not 0 <= self.label_smoothing <= 0.5:
+            raise UsageError(f"--label_smoothing {self.label_smoothing}: must be between 0 and 0.5")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise UsageError(f"--label_smoothing {self.label_smoothing}: goes with --loss_type sigmoid only")
+        if self.rpo_alpha is not None and self.rpo_alpha < 0:
+            raise UsageError(f"--rpo_alpha {self.rpo_alpha}: must be 0 or more")
+
+
+@arguments
+class DpoArguments(PreferenceArguments, SftArguments):
+    """Direct preference optimisation
+
+    Rows have `messages` and `rejected_messages` (or `rejected_response`, `chosen` and `rejected`, ...).
+    """
+
+    NOTES: ClassVar[Mapping[str, Note]] = DPO_NOTES
+    UNAVAILABLE: ClassVar[Mapping[str, str]] = DPO_UNAVAILABLE
+
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return {**super().directory_kinds, "ref_model": ("is_hf",)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "loss_scale" not in self.given:
+            self.loss_scale = "last_round"  # the turns before the last answer are the same in both
+        if self.loss_scale not in ("default", "last_round", "all"):
+            raise UsageError(f"--loss_scale {self.loss_scale}: preference training takes default, last_round or all")
+        if self.truncation_strategy == "split":
+            raise UsageError("--truncation_strategy split: a pair cannot be divided; use delete, left or right")
+        if self.streaming or self.cached_dataset:
+            raise UsageError("--streaming and --cached_dataset: not available for preference pairs; leave them out")
+        if self.packing and self.group_by_length:
+            raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")

@@ -1,0 +1,47 @@
+"""Arguments of `swiftlite preview`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from swiftlite.arguments.base import BaseArguments
+from swiftlite.arguments.parser import arguments, field
+from swiftlite.utils.errors import UsageError
+
+_NO_WEIGHTS = "has no effect: preview reads no weights"
+
+
+@arguments
+class PreviewArguments(BaseArguments):
+    """Preview: rows as the model will see them"""
+
+    HIDDEN: ClassVar[Mapping[str, str]] = {
+        **{name: _NO_WEIGHTS for name in ("device_map", "adapters", "merge_lora", "torch_dtype", "attention_backend")},
+        "padding_free": "has no effect: preview shows single rows",
+        "group_by_length": "has no effect: preview makes no batches",
+        "cached_dataset": "preview reads rows, not tokens",
+        "load_from_cache_file": "has no effect: preview reads rows",
+    }
+
+    num_rows: int = field(3, "rows that are shown")
+    show_ids: bool = field(False, "list each token with its id and weight")
+    color: str = field("auto", "colours in the terminal", choices=["auto", "always", "never"])
+    html: str | None = field(None, "also write the report as this HTML file", path=True)
+
+    @property
+    def directory_kinds(self) -> dict[str, tuple[str, ...]]:
+        return {"model": ("config",)}
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_rows < 0:
+            raise UsageError(f"--num_rows {self.num_rows}: must be 0 or more")
+        if not self.dataset:
+            raise UsageError("preview: give the data with --dataset")
+        if self.model is None:
+            raise UsageError("preview: give the model, whose tokenizer and template are used, with --model DIR_OR_ID")

@@ -1,0 +1,198 @@
+"""Arguments of supervised fine-tuning; TrainArguments is what every trainer on either side shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from swiftlite.arguments.base import BaseArguments, TunerArguments
+from swiftlite.arguments.flags import BATCH_NOTES, SFT_UNAVAILABLE, TRAIN_NOTES
+from swiftlite.arguments.parser import Arguments, Note, arguments, field
+from swiftlite.utils.errors import UsageError
+
+
+@arguments
+class TrainArguments(Arguments):
+    """Training: batch, schedule, optimizer, saving, logging
+
+    One name serves both sides; transformers' names for the same things are aliases.
+    Global batch = micro batch x gradient accumulation x data-parallel size, see `batch_sizes`.
+    """
+
+    micro_batch_size: int = field(
+        1,
+        "samples of one forward pass on one rank (default: 1, or what the other two leave)",
+        aliases=["per_device_train_batch_size"],
+    )
+    global_batch_size: int | None = field(None, "samples of one step over all ranks (default 16)")
+    gradient_accumulation_steps: int | None = field(None, "forward passes of one step, instead of a global batch")
+    num_train_epochs: float | None = field(None, "passes over the data", aliases=["max_epochs"])
+    train_iters: int | None = field(None, "steps, instead of epochs", aliases=["max_steps"])
+
+    lr: float | None = field(None, "highest learning rate (default 1e-5, with LoRA 1e-4)", aliases=["learning_rate"])
+    min_lr: float = field(0, "learning rate at the end")
+    lr_decay_style: str = field(
+        "cosine", "shape of the schedule", aliases=["lr_scheduler_type"], choices=["constant", "linear", "cosine"]
+    )
+    lr_decay_iters: int | None = field(None, "steps until --min_lr (default: all)")
+    lr_warmup_fraction: float | None = field(None, "share of the steps that warm up", aliases=["warmup_ratio"])
+    lr_warmup_iters: int = field(0, "steps that warm up", aliases=["warmup_steps"])
+    weight_decay: float = field(0.1, "decoupled weight decay")
+    clip_grad: float = field(1.0, "largest norm of the gradient", aliases=["max_grad_norm"])
+    adam_beta1: float = field(0.9, "Adam's first decay rate")
+    adam_beta2: float = field(0.95, "Adam's second decay rate")
+    adam_eps: float = field(1e-8, "Adam's epsilon", aliases=["adam_epsilon"])
+
+    moe_aux_loss_coeff: float = field(
+        0.0, "weight of the experts' load-balancing loss, summed over layers", aliases=["router_aux_loss_coef"]
+    )
+    moe_z_loss_coeff: float | None = field(None, "weight of the routers' z-loss, summed over layers")
+    moe_router_load_balancing_type: str | None = field(
+        None,
+        "over which tokens experts are kept busy: of a micro batch, or of each sequence (default: as the model was trained)",
+        choices=["aux_loss", "seq_aux_loss", "sinkhorn", "none"],
+    )
+
+    recompute: str | None = field(
+        None, "recompute activations to save memory: full, selective or none; sets the three --recompute_* flags",
+        aliases=["gradient_checkpointing"],
+    )  # fmt: skip
+    save_strategy: str = field(
+        "steps",
+        "checkpoints every --save_steps, after each epoch, or (no) at the end only",
+        choices=["steps", "epoch", "no"],
+    )
+    save_steps: int = field(500, "steps between checkpoints", aliases=["save_interval"])
+    save_total_limit: int | None = field(None, "newest checkpoints that are kept")
+    save_weights_only: bool = field(False, "checkpoints without optimizer and RNG", aliases=["save_only_model"])
+    save_safetensors: bool = field(False, "also write each checkpoint as a Hugging Face directory")
+    resume: bool = field(True, "go on from the newest finished checkpoint of this run in --output_dir")
+    add_version: bool = field(False, "write into a new directory v0-DATE below --output_dir")
+    eval_steps: int | None = field(None, "steps between evaluations (default: --save_steps)", aliases=["eval_interval"])
+    eval_iters: int = field(-1, "batches of one evaluation, -1: the whole validation set")
+    metric_for_best_model: str = field(
+        "loss", "value of an evaluation by which the best checkpoint is chosen and kept", aliases=["best_metric"]
+    )
+    greater_is_better: bool | None = field(None, "is more of it better? (default: unless it is a loss)")
+    logging_steps: int = field(5, "steps between log lines", aliases=["log_interval"])
+    logging_dir: str | None = field(
+        None, "TensorBoard files (default: OUTPUT_DIR/runs)", aliases=["tensorboard_dir"], path=True
+    )
+    report_to: list[str] = field(
+        ["tensorboard"], "where metrics go besides logging.jsonl", choices=["tensorboard", "wandb", "swanlab", "none"]
+    )
+    wandb_project: str | None = field(None, "project in wandb or swanlab", aliases=["swanlab_project"])
+    wandb_exp_name: str | None = field(
+        None, "name of the run there (default: the output directory's)", aliases=["run_name", "swanlab_exp_name"]
+    )
+    dataloader_num_workers: int = field(4, "processes that prepare batches", aliases=["num_workers"])
+    dataloader_persistent_workers: bool = field(True, "keep these processes between epochs")
+    dataloader_prefetch_factor: int = field(10, "batches that each process prepares ahead")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("micro_batch_size", "global_batch_size", "gradient_accumulation_steps", "train_iters",
+                     "save_steps", "eval_steps", "logging_steps", "save_total_limit"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value}: must be at least 1")
+        for name in ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "dataloader_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"--{name} {value}: must be 0 or more")
+        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"--{name} {value}: must be a number of 0 or more")
+        if self.moe_router_load_balancing_type == "sinkhorn":
+            raise UsageError(
+                "--moe_router_load_balancing_type sinkhorn: sends tokens to other experts than the model's own choice, so "
+                "a trained model computes something else; use aux_loss, seq_aux_loss or none"
+            )
+        if self.num_train_epochs is not None and self.num_train_epochs <= 0:
+            raise UsageError(f"--num_train_epochs {self.num_train_epochs}: must be more than 0")
+        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction <= 1:
+            raise UsageError(f"--lr_warmup_fraction {self.lr_warmup_fraction}: must be between 0 and 1")
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
+            raise UsageError("--lr_warmup_fraction and --lr_warmup_iters: give one of them")
+        if self.lr is None:
+            self.lr = 1e-5 if getattr(self, "train_type", "full") == "full" else 1e-4
+        if self.min_lr > self.lr:
+            raise UsageError(f"--min_lr {self.min_lr}: must not be above --lr {self.lr}")
+        if self.recompute is not None:
+            by_bool = {"true": "full", "false": "none"}
+            self.recompute = by_bool.get(self.recompute.lower(), self.recompute)
+            if self.recompute not in ("full", "selective", "none"):
+                raise UsageError(f"--recompute {self.recompute}: must be full, selective or none")
+        if self.global_batch_size is None and self.gradient_accumulation_steps is None:
+            self.global_batch_size = 16
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    def batch_sizes(self, data_parallel_size: int) -> tuple[int, int, int]:
+        """(micro batch, accumulation steps, global batch) for this many data-parallel ranks; two of them decide.
+
+        Raises: UsageError if the sizes that were given do not fit together.
+        """
+        passes = self.gradient_accumulation_steps
+        if self.global_batch_size and passes and "micro_batch_size" not in self.given:
+            micro, rest = divmod(self.global_batch_size, passes * data_parallel_size)
+            if rest:
+                raise UsageError(
+                    f"--global_batch_size {self.global_batch_size}: must be a multiple of --gradient_accumulation_steps "
+                    f"{passes} x {data_parallel_size} data-parallel ranks"
+                )
+            return micro, passes, self.global_batch_size
+        per_pass = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size is None:
+            steps = self.gradient_accumulation_steps or 1
+            return self.micro_batch_size, steps, per_pass * steps
+        if self.global_batch_size % per_pass:
+            raise UsageError(
+                f"--global_batch_size {self.global_batch_size}: must be a multiple of --micro_batch_size "
+                f"{self.micro_batch_size} x {data_parallel_size} data-parallel ranks"
+            )
+        steps = self.global_batch_size // per_pass
+        if self.gradient_accumulation_steps not in (None, steps):
+            raise UsageError(
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: --global_batch_size "
+                f"{self.global_batch_size} over {per_pass} samples at a time makes {steps}; leave one of them out"
+            )
+        return self.micro_batch_size, steps, self.global_batch_size
+
+
+@arguments
+class SftArguments(TrainArguments, TunerArguments, BaseArguments):
+    """Supervised fine-tuning"""
+
+    NOTES: ClassVar[Mapping[str, Note]] = TRAIN_NOTES
+    UNAVAILABLE: ClassVar[Mapping[str, str]] = SFT_UNAVAILABLE
+    HIDDEN: ClassVar[Mapping[str, str]] = {
+        name: TRAIN_NOTES[name].reason for name in (*BATCH_NOTES, "save_safetensors")
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_train_epochs is None and self.train_iters is None:
+            self.num_train_epochs = 1.0
+
+
+@arguments
+class PtArguments(SftArguments):
+    """Continued pre-training: rows with `text`, ended by the end token, packed, trained on as a whole"""
+
+    def __post_init__(self) -> None:
+        defaults = {
+            "use_chat_template": False, "loss_scale": "all", "packing": True, "truncation_strategy": "split",
+            "max_length": 2048,
+        }  # fmt: skip
+        for name, value in defaults.items():
+            if name not in self.given:
+                setattr(self, name, value)
+        if self.packing and self.group_by_length and "packing" not in self.given:
+            self.packing = False
+        super().__post_init__()

@@ -1,0 +1,1 @@
+"""What a directory or hub id is: its files, config, model type and weight map. Reads no weights."""

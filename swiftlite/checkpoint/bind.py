@@ -1,0 +1,53 @@
+"""The weight map of the model that a config.json describes. Imports no megatron.core."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from swiftlite.checkpoint.info import check_counts
+from swiftlite.families import family_of
+from swiftlite.families.hf_config import architecture_of, convert_hf_config
+from swiftlite.families.meta.family import Family
+from swiftlite.families.rope import flatten_config
+from swiftlite.utils.io import blame
+from swiftlite.weights.rule import BoundMap
+from swiftlite.weights.shape import ModelShape
+
+__all__ = ["architecture_of", "bind_map", "convert_hf_config", "flatten_config"]
+
+
+def bind_map(config: Mapping[str, Any], names: Iterable[str] = ()) -> BoundMap:
+    """The weight map of the model that a config.json describes.
+
+    Args: names: tensors of the checkpoint, under Hugging Face or Megatron names. config.json may announce MTP blocks
+        that the files do not have (transformers drops them when it saves); such a model is bound without them.
+    """
+    family = family_of(architecture_of(config))
+    check_counts(config, _held(names), "the checkpoint")
+    converted = convert_hf_config(config, family)
+    with blame("config.json"):
+        return _bind(family, ModelShape.from_config(converted), config, names)
+
+
+def _held(names: Iterable[str]) -> int | None:
+    """How many tensors of one layer and expert the checkpoint holds, at most; None where only names are known."""
+    count = 0
+    for name, tensor in names.items() if isinstance(names, Mapping) else ():
+        shape = getattr(getattr(tensor, "spec", None), "shape", ())
+        stacked = 2 if len(shape) > 2 and "experts" in name else 1 if name.startswith("decoder.layers.") else 0
+        count += math.prod(shape[:stacked])
+    return count or None
+
+
+def _bind(family: Family, shape: ModelShape, config: Mapping[str, Any], names: Iterable[str]) -> BoundMap:
+    num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.mcore.weights.mtp_layer else 0
+    if num_mtp:
+        with_mtp = family.mcore.weights.bind(replace(shape, num_mtp=num_mtp))
+        plain = set(family.mcore.weights.bind(shape).by_hf)
+        blocks = {name for name in with_mtp.by_hf if name not in plain}
+        if any(name in blocks or name.startswith("mtp.") for name in names):
+            return with_mtp
+    return family.mcore.weights.bind(shape)

@@ -1,0 +1,285 @@
+"""Chooses between the model types that share one architecture, from what a directory holds besides its weights.
+
+The clues, strongest first; each one may only narrow the candidates, and says why:
+  1. the chat template renders two probe conversations as a candidate's template does;
+  2. the special tokens of a candidate's template exist in the checkpoint;
+  3. the directory's name, or the name it was saved under, resembles the candidate's published ids;
+  4. config values that a candidate's released checkpoints have (CONFIG_CLUES);
+  5. the end-of-sequence token of the config ends the candidate's turns.
+No clue knows a model type by name; what is particular to one is data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from swiftlite.arguments.parser import some
+from swiftlite.checkpoint.hub import model_name
+from swiftlite.checkpoint.info import first_of, rope_scaling
+from swiftlite.families.meta.model import ModelMeta
+from swiftlite.families.meta.template import TemplateMeta
+from swiftlite.utils.bounded import LimitError, run_bounded
+from swiftlite.utils.io import blame, read_json
+from swiftlite.utils.logger import get_logger
+
+_QUERY, _SYSTEM = "What is in the box?", "You answer in verse."
+_DATE = re.compile(r"\d{1,2} [A-Z][a-z]{2} \d{4}")
+_SPECIAL = re.compile(r"<[|｜][^<>|｜]*[|｜]>")
+# Parts of names that say nothing about the series: sizes, versions, kinds of tuning, formats.
+_GENERIC = re.compile(
+    r"v?\d+(\.\d+)*|\d+(\.\d+)?[bmk](it)?|[ae]\d+(\.\d+)?b|base|instruct|chat|it|sft|dpo|lora|rl|hf|ms|tiny|mini|small|"
+    r"large|test|model|models|checkpoint|output|final|merged|ft|fp8|int4|int8|awq|gptq|bf16|preview|"
+    r"mcore|megatron|my|new|the|of|finetuned|finetune",
+)
+
+# Values of released checkpoints that tell types of one architecture apart where neither name nor template does.
+# Keys: any config key, and `rope_type` (None where rope is not scaled).
+_LLAMA3_LONG = {"vocab_size": (128256,), "rope_type": ("llama3",)}
+CONFIG_CLUES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llama": {"vocab_size": (32000, 55296), "rope_type": (None, "linear")},
+    "llama3": {"vocab_size": (128256,), "rope_type": (None,)},
+    "llama3_1": _LLAMA3_LONG,
+    "llama3_2": _LLAMA3_LONG,
+    "longwriter_llama3_1": _LLAMA3_LONG,
+    "skywork_o1": _LLAMA3_LONG,
+    "reflection": _LLAMA3_LONG,
+    "yi": {"vocab_size": (64000,)},
+    "yi_coder": {"vocab_size": (64000,)},
+    "sus": {"vocab_size": (64000,)},
+    "deepseek": {"vocab_size": (102400, 32256)},
+    "smollm2": {"vocab_size": (49152,)},
+}
+
+
+Templates = Mapping[str, TemplateMeta]
+Clue = tuple[list[ModelMeta], str]  # the candidates that a clue speaks for (none: it says nothing), and why
+
+
+@dataclass
+class Facts:
+    """What one directory offers as evidence. Files are read only when a clue asks for them."""
+
+    model_dir: str
+    config: Mapping[str, Any]
+    given_name: str = ""  # the id or path as the user wrote it
+    is_usable: bool = True  # the chat template has not failed so far
+
+    @property
+    def names(self) -> list[str]:
+        stated = [self.given_name, self.model_dir, self.config.get("_name_or_path"), self.config.get("name_or_path")]
+        return list(dict.fromkeys(model_name(n) for n in stated if n))
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        path = Path(self.model_dir) / "tokenizer_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def jinja(self) -> str | None:
+        """The checkpoint's chat template: chat_template.jinja, or the one in tokenizer_config.json."""
+        path = Path(self.model_dir) / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8", errors="replace")
+        template = self.tokenizer_config.get("chat_template")
+        with blame(Path(self.model_dir) / "tokenizer_config.json"):
+            if isinstance(template, list):  # several named ones
+                template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+            if template is not None and not isinstance(template, str):
+                raise TypeError(f"chat_template is a {type(template).__name__}")
+        return template
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Added tokens and their ids."""
+        with blame(Path(self.model_dir) / "tokenizer_config.json"):
+            found = {
+                str(entry.get("content")): int(token_id)
+                for token_id, entry in (self.tokenizer_config.get("added_tokens_decoder") or {}).items()
+            }
+        path = Path(self.model_dir) / "tokenizer.json"
+        if not found and path.is_file():
+            with blame(path):
+                found = {str(t["content"]): int(t["id"]) for t in read_json(path).get("added_tokens") or ()}
+        return found
+
+    def token(self, attribute: str) -> str:
+        """Text of `bos_token`, `eos_token`, ... (or their `_id` form) as tokenizer_config.json states it."""
+        value = self.tokenizer_config.get(attribute.removesuffix("_id"))
+        return str(value.get("content", "") if isinstance(value, dict) else value or "")
+
+    def render(self, messages: list[dict[str, str]]) -> str | None:
+        """The chat template's text for `messages` with the generation prompt; None where it refuses them."""
+        if not self.jinja or not self.is_usable:
+            return None
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.do"])
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda _format: "01 Jan 2000"
+        names = {name: self.token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        text = self.jinja
+
+        def written() -> str:
+            return environment.from_string(text).render(messages=messages, add_generation_prompt=True, **names)
+
+        try:
+            return run_bounded(written)
+        except LimitError as error:  # whatever is wrong with it: it is a clue, no more
+            get_logger().info("%s: its chat template cannot be tried: %s", self.model_dir, error)
+            self.is_usable = False
+            return None
+
+
+@dataclass
+class Choice:
+    """What is left of the candidates, and the reasons in order."""
+
+    candidates: list[ModelMeta]
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def templates(self) -> set[str | None]:
+        return {meta.template for meta in self.candidates}
+
+
+def _text(parts: Sequence[Any] | None, facts: Facts) -> str:
+    return "".join(facts.token(p[0]) if isinstance(p, list | tuple) else p for p in parts or ())
+
+
+def _expected(template: TemplateMeta, facts: Facts, system: str | None) -> str:
+    """Text of a first round up to the answer, as the template record puts it together."""
+    head = template.prefix
+    if system and template.system_prefix is not None:
+        head = template.system_prefix
+    text = _text(head, facts) + _text(template.prompt, facts)
+    return text.replace("{{SYSTEM}}", system or "").replace("{{QUERY}}", _QUERY) + template.response_prefix
+
+
+def _normal(text: str, facts: Facts) -> str:
+    text = _DATE.sub("DATE", text.replace("{{DATE}}", "DATE"))
+    return text.removeprefix(facts.token("bos_token")).strip()
+
+
+def _by_chat_template(facts: Facts, candidates: list[ModelMeta], templates: Templates) -> Clue:
+    user = {"role": "user", "content": _QUERY}
+    alone = facts.render([user])
+    with_system = facts.render([{"role": "system", "content": _SYSTEM}, user])
+    if alone is None:
+        return [], ""
+
+    def score(meta: ModelMeta) -> int:
+        template = templates.get(meta.template or "")
+        if template is None:
+            return 0
+        points = 0
+        if with_system is not None and template.system_prefix is not None:
+            points += 2 * (_normal(with_system, facts) == _normal(_expected(template, facts, _SYSTEM), facts))
+        if _normal(alone, facts) == _normal(_expected(template, facts, template.default_system), facts):
+            points += 2
+        elif _normal(alone, facts) == _normal(_expected(template, facts, None), facts):
+            points += 1  # the same text but for the default system message, which users often remove
+        return points
+
+    scores = [score(meta) for meta in candidates]
+    kept = [meta for meta, points in zip(candidates, scores, strict=True) if points and points == max(scores)]
+    return kept, "its chat template renders probe conversations as theirs does"
+
+
+def _by_special_tokens(facts: Facts, candidates: list[ModelMeta], templates: Templates) -> Clue:
+    have = set(facts.special_ids)
+    if facts.jinja:
+        have |= set(_SPECIAL.findall(facts.jinja))
+    if not have:
+        return [], ""
+
+    def marks(meta: ModelMeta) -> set[str]:
+        template = templates.get(meta.template or "")
+        parts = (*template.prefix, *template.prompt, *(template.system_prefix or ())) if template else ()
+        return {mark for part in parts if isinstance(part, str) for mark in _SPECIAL.findall(part)}
+
+    kept = [meta for meta in candidates if marks(meta) <= have]
+    # A checkpoint with turn markers of its own was not made for a template that has none.
+    marked = [meta for meta in kept if marks(meta)]
+    return marked or kept, "the special tokens of the other templates are not in its vocabulary"
+
+
+def _tokens(name: str) -> list[str]:
+    return [t for t in re.split(r"[-_ /:+]+", name.lower()) if t]
+
+
+def _overlap(name: Sequence[str], published: Sequence[str]) -> tuple[int, float]:
+    """Length of the longest common run of words that holds a series name, and its share of the published name."""
+    longest = 0
+    for i in range(len(name)):
+        for j in range(len(published)):
+            n = 0
+            while i + n < len(name) and j + n < len(published) and name[i + n] == published[j + n]:
+                n += 1
+            if n > longest and not all(_GENERIC.fullmatch(word) for word in published[j : j + n]):
+                longest = n
+    return longest, longest / len(published)
+
+
+def _by_name(facts: Facts, candidates: list[ModelMeta], templates: Templates) -> Clue:
+    names = [_tokens(name) for name in facts.names]
+
+    def score(meta: ModelMeta) -> tuple[int, float]:
+        ids = {i for m in meta.models for i in (m.ms_model_id, m.hf_model_id, m.model_path) if i}
+        overlaps = [_overlap(name, _tokens(model_name(i))) for name in names for i in ids]
+        return max(overlaps, default=(0, 0.0))
+
+    top = max(map(score, candidates))
+    kept = [meta for meta in candidates if top[0] and score(meta) == top]
+    return kept, f"its name ({', '.join(facts.names)}) resembles their published names"
+
+
+def _by_config(facts: Facts, candidates: list[ModelMeta], templates: Templates) -> Clue:
+    scaling = rope_scaling(facts.config) or {}
+    values = {"rope_type": scaling.get("rope_type", scaling.get("type"))}
+
+    def fits(meta: ModelMeta) -> bool:
+        clues = CONFIG_CLUES.get(meta.model_type, {})
+        return bool(clues) and all(
+            (values[key] if key in values else first_of(facts.config, key)) in allowed for key, allowed in clues.items()
+        )
+
+    kept = [meta for meta in candidates if fits(meta)]
+    vocab = first_of(facts.config, "vocab_size")
+    return kept, f"config.json (vocabulary {vocab}, rope scaling {values['rope_type']}) is theirs"
+
+
+def _by_end_token(facts: Facts, candidates: list[ModelMeta], templates: Templates) -> Clue:
+    eos = first_of(facts.config, "eos_token_id")
+    ends = set(eos) if isinstance(eos, list) else {eos} - {None}
+
+    def ends_turns(meta: ModelMeta) -> bool:
+        template = templates.get(meta.template or "")
+        parts = template.suffix if template else ()
+        return any(facts.special_ids.get(p.strip(), -1) in ends for p in parts if isinstance(p, str))
+
+    return [meta for meta in candidates if ends_turns(meta)], "its end-of-sequence token ends their turns"
+
+
+_CLUES = (_by_chat_template, _by_special_tokens, _by_name, _by_config, _by_end_token)
+
+
+def choose(facts: Facts, candidates: Sequence[ModelMeta], templates: Mapping[str, TemplateMeta]) -> Choice:
+    """Narrow `candidates` by the clues above until one is left, or no clue says more."""
+    choice = Choice(list(candidates))
+    for clue in _CLUES:
+        if len(choice.candidates) == 1:
+            break
+        kept, reason = clue(facts, choice.candidates, templates)
+        if kept and len(kept) < len(choice.candidates):
+            choice.candidates = kept
+            choice.reasons.append(f"{reason} ({some(meta.model_type for meta in kept)})")
+    return choice

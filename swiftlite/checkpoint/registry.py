@@ -1,0 +1,274 @@
+"""The model registry, and the way from what the user calls a model to its ModelInfo and ModelMeta.
+
+Reads small JSON files only; no weights, no transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from swiftlite.arguments.parser import some
+from swiftlite.checkpoint import hub, info
+from swiftlite.checkpoint.model_type import Facts, choose
+from swiftlite.families import MODEL_MAPPING, families
+from swiftlite.families.meta.model import Model, ModelGroup, ModelInfo, ModelMeta
+from swiftlite.families.meta.template import TemplateMeta
+from swiftlite.families.rope import check_agreement
+from swiftlite.utils.errors import ConfigError, SwiftliteError, UsageError
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+# A requirement that excludes every transformers release swiftlite runs with speaks of code a checkpoint once brought
+# along; today's transformers has the architecture itself.
+OLDEST_TRANSFORMERS = "4.57"
+
+
+def _match(model_id_or_path: str, registry: Mapping[str, ModelMeta]) -> tuple[ModelMeta, ModelGroup, Model] | None:
+    name = hub.model_name(model_id_or_path)
+    for meta in registry.values():
+        for group in meta.model_groups:
+            for model in group.models:
+                ids = (model.ms_model_id, model.hf_model_id, model.model_path)
+                if any(i and i.rstrip("/").rsplit("/", 1)[-1].lower() == name for i in ids):
+                    return meta, group, model
+    return None
+
+
+def get_matched_model_meta(model_id_or_path: str, registry: Mapping[str, ModelMeta] | None = None) -> ModelMeta | None:
+    """The ModelMeta that a hub id or directory name belongs to, with its group's own settings laid over; else None.
+
+    Names are compared by their last component, in lower case; cache paths of both hubs are understood.
+    """
+    found = _match(model_id_or_path, MODEL_MAPPING if registry is None else registry)
+    if found is None:
+        return None
+    meta, group, _ = found
+    overrides: dict[str, Any] = {
+        name: getattr(group, name) for name in ("ignore_patterns", "requires", "tags") if getattr(group, name)
+    }
+    return dataclasses.replace(meta, **overrides)
+
+
+def _hub_id(model_id: str, model: Model | None, use_hf: bool) -> str:
+    """The id on the hub in use, where the user gave the one of the other hub."""
+    if model is None:
+        return model_id
+    here, there = (model.hf_model_id, model.ms_model_id) if use_hf else (model.ms_model_id, model.hf_model_id)
+    if here and there and model_id == there and here != there:
+        logger.info("%s is called %s on %s", model_id, here, "Hugging Face" if use_hf else "ModelScope")
+        return here
+    return model_id
+
+
+def _unknown_type(model_type: str, registry: Mapping[str, ModelMeta]) -> UsageError:
+    near = difflib.get_close_matches(model_type, registry, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"some that are: {some(sorted(registry))} (docs/models.md)"
+    return UsageError(f"--model_type {model_type} is not registered; {hint}")
+
+
+def check_model_type(model_type: str, registry: Mapping[str, ModelMeta] | None = None) -> None:
+    """Raises: UsageError for a type that is not registered, naming the nearest."""
+    registry = MODEL_MAPPING if registry is None else registry
+    if model_type not in registry:
+        raise _unknown_type(model_type, registry)
+
+
+def _architecture(config: Mapping[str, Any], model_dir: str) -> str:
+    architectures = config.get("architectures") or []
+    if architectures:
+        return str(architectures[0])
+    hf_type = str(config.get("model_type"))
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        known = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    except ImportError:
+        known = {}
+    if hf_type in known:
+        return str(known[hf_type])
+    raise ConfigError(
+        f"{model_dir}/config.json names no architecture and its model_type {hf_type!r} is not known to transformers; "
+        "give --model_type"
+    )
+
+
+def _candidates(architecture: str, config: Mapping[str, Any], registry: Mapping[str, ModelMeta]) -> list[ModelMeta]:
+    # transformers may save a model under the class it shares with another one, keeping only `model_type` as its own
+    # (InternLM3 as LlamaForCausalLM). Such a type is recognised by its class being named after it.
+    hf_type = str(config.get("model_type"))
+    own = registry.get(hf_type)
+    named_after = own and own.architectures and own.architectures[0].lower().startswith(hf_type.replace("_", ""))
+    if own and named_after and own.architectures[0] != architecture:
+        return [own]
+    found = [meta for meta in registry.values() if architecture in meta.architectures]
+    if found:
+        return found
+    # Other spellings of a class are known to its family only.
+    same = {name for family in families() if architecture in family.architectures for name in family.architectures}
+    return [meta for meta in registry.values() if same.intersection(meta.architectures)]
+
+
+def _resolve_type(
+    facts: Facts, need_template: bool, registry: Mapping[str, ModelMeta], templates: Mapping[str, TemplateMeta]
+) -> tuple[str | None, ModelMeta, str]:
+    """`(model_type, meta, explanation)` from the recorded arguments, the name, or the architecture with its clues."""
+    architecture = _architecture(facts.config, facts.model_dir)
+    recorded = str(info.recorded_args(facts.model_dir).get("model_type"))
+    if recorded in registry:
+        return recorded, registry[recorded], "args.json beside the weights says so"
+    for name in (facts.given_name, facts.model_dir):
+        found = _match(name, registry) if name else None
+        if found and architecture in found[0].architectures:
+            meta = registry[found[0].model_type]
+            return meta.model_type, meta, f"the name {hub.model_name(name)} is registered"
+        if found:
+            logger.info(
+                "the name %s belongs to %s, but the config says %s; looking at the files instead",
+                hub.model_name(name),
+                found[0].model_type,
+                architecture,
+            )
+    candidates = _candidates(architecture, facts.config, registry)
+    if not candidates:
+        known = sorted({a for meta in registry.values() for a in meta.architectures})
+        raise ConfigError(
+            f"{facts.model_dir}/config.json has architecture {architecture}, which is not supported; "
+            f"supported: {some(known)} (docs/models.md); give --model_type if it is one of these under another name"
+        )
+    if len(candidates) == 1:
+        return candidates[0].model_type, candidates[0], f"it is the only type with architecture {architecture}"
+    choice = choose(facts, candidates, templates)
+    explanation = "; ".join([f"{len(candidates)} types have architecture {architecture}", *choice.reasons])
+    first = choice.candidates[0]
+    if len(choice.candidates) == 1:
+        return first.model_type, first, explanation
+    if len(choice.templates) == 1:
+        others = some((meta.model_type for meta in choice.candidates[1:]), 3)
+        return first.model_type, first, f"{explanation}; {others} would mean the same: template {first.template}"
+    names = some(meta.model_type for meta in choice.candidates)
+    if need_template:
+        raise UsageError(
+            f"{facts.model_dir} ({architecture}) may be any of {names}, which have different chat templates, and "
+            "neither its name, its chat template nor its config tells which; give --model_type or --template"
+        )
+    undecided = dataclasses.replace(first, template=None)
+    return None, undecided, f"{explanation}; undecided between {names}, which does not matter without a chat template"
+
+
+def _check_requirements(model_type: str, requires: tuple[str, ...], ignore: bool) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.requirements import Requirement
+
+    for text in requires:
+        requirement = Requirement(text)
+        if requirement.name == "transformers" and _excludes_supported(requirement):
+            logger.debug("%s: requirement %s is about older code and is not applied", model_type, text)
+            continue
+        try:
+            installed: str | None = version(requirement.name)
+        except PackageNotFoundError:
+            installed = None
+        if installed and requirement.specifier.contains(installed, prereleases=True):
+            continue
+        message = f"model type {model_type} needs {text}, but {installed or 'no such package'} is installed"
+        if not ignore:
+            raise SwiftliteError(f"{message}; run: pip install '{text}' (or go on with --ignore_requirements true)")
+        logger.warning("%s; going on as --ignore_requirements says", message)
+
+
+def _templates() -> dict[str, TemplateMeta]:
+    """Every known template: built in, registered, or part of a family."""
+    from swiftlite.llm.template.register import TEMPLATE_MAPPING
+
+    return {**{t.template_type: t for f in families() for t in f.templates}, **TEMPLATE_MAPPING}
+
+
+def _excludes_supported(requirement: Any) -> bool:
+    from packaging.version import Version
+
+    uppers = [Version(s.version) for s in requirement.specifier if s.operator in ("<", "<=")]
+    return any(upper <= Version(OLDEST_TRANSFORMERS) for upper in uppers)
+
+
+def get_model_info_meta(
+    model_id_or_path: str,
+    *,
+    torch_dtype: Any = None,
+    use_hf: bool = False,
+    model_type: str | None = None,
+    revision: str | None = None,
+    download_model: bool = False,
+    need_template: bool = True,
+    ignore_requirements: bool = False,
+    task_type: str | None = None,
+    num_labels: int | None = None,
+    hub_token: str | None = None,
+    registry: Mapping[str, ModelMeta] | None = None,
+    templates: Mapping[str, TemplateMeta] | None = None,
+) -> tuple[ModelInfo, ModelMeta]:
+    """Find out what a model is, without touching its weights.
+
+    Args:
+        model_id_or_path: local directory, ModelScope id, or Hugging Face id with `use_hf`.
+        torch_dtype: dtype to use; else the type's, else the config's, else bf16/fp16 on a GPU and fp32 on a CPU.
+        model_type: skips recognition. Else: args.json beside the weights, the registered name, the architecture.
+        download_model: whether a hub id's weights are fetched too.
+        need_template: False where no chat template is used (conversion): types that differ only in it need not be told
+            apart; then `ModelInfo.model_type` and `ModelMeta.template` are None.
+        ignore_requirements: log unmet requirements of the type instead of raising.
+        registry, templates: other tables than the global ones, for tests.
+    Returns: ModelInfo (its `explanation` says how the type was found; `config` is config.json) and ModelMeta.
+    Raises: UsageError for a missing directory, an unknown or undecidable type; CheckpointError for broken files or an
+        unreachable hub; ConfigError for an unsupported architecture, or two values of one rope setting;
+        SwiftliteError for an unmet requirement.
+    """
+    registry = MODEL_MAPPING if registry is None else registry
+    templates = _templates() if templates is None else templates
+    if model_type is not None:
+        check_model_type(model_type, registry)
+    found = _match(model_id_or_path, registry)
+    meta, group, model = found or (None, None, None)
+    if revision is None and model is not None:
+        revision = model.hf_revision if use_hf else model.ms_revision
+    model_dir = hub.fetch(
+        _hub_id(model_id_or_path, model, use_hf),
+        use_hf=use_hf,
+        revision=revision,
+        download_model=download_model,
+        token=hub_token,
+        ignore_patterns=(*((meta and meta.ignore_patterns) or ()), *((group and group.ignore_patterns) or ())),
+    )
+    config = info.read_config(model_dir)
+    check_agreement(config)
+    info.check_counts(config, info.num_tensors(model_dir), model_dir)
+    if model_type is not None:
+        meta, explanation = registry[model_type], "--model_type says so"
+        resolved: str | None = model_type
+    else:
+        facts = Facts(model_dir, config, given_name=str(model_id_or_path))
+        resolved, meta, explanation = _resolve_type(facts, need_template, registry, templates)
+    log = logger.debug if model_type else logger.info  # no news where the user, or an earlier look, has said it
+    log("%s is of type %s: %s", model_dir, resolved or "(undecided)", explanation)
+    _check_requirements(meta.model_type, meta.requires, ignore_requirements)
+    method, bits = info.quantization(config)
+    dtype = info.to_torch_dtype(torch_dtype) or info.to_torch_dtype(meta.torch_dtype) or info.config_dtype(config)
+    model_info = ModelInfo(
+        model_type=resolved,
+        model_dir=model_dir,
+        torch_dtype=dtype or info.default_dtype(),
+        max_model_len=info.max_model_len(config),
+        quant_method=method,
+        quant_bits=bits,
+        rope_scaling=info.rope_scaling(config),
+        is_moe_model=info.is_moe(config),
+        config=config,
+        task_type=task_type or meta.task_type or ("seq_cls" if num_labels else "causal_lm"),
+        num_labels=num_labels,
+        explanation=explanation,
+    )
+    return model_info, meta

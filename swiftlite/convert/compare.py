@@ -1,0 +1,61 @@
+"""`swiftlite verify DIR_A DIR_B`: the same tensors with the same bytes? Either directory may have either format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from swiftlite.arguments.export import VerifyArguments
+from swiftlite.checkpoint.side_files import read_hashes
+from swiftlite.convert.origin import Origin, origin_root
+from swiftlite.llm.pipeline import as_arguments
+from swiftlite.utils.errors import VerifyError
+from swiftlite.utils.io import format_bytes
+from swiftlite.utils.logger import get_logger
+from swiftlite.utils.progress import progress_bar
+from swiftlite.weights.fp8 import FP8
+from swiftlite.weights.storage import Files, TensorSpec
+from swiftlite.weights.stream import hash_tensor
+
+
+def verify_main(args: VerifyArguments | Sequence[str]) -> None:
+    """Compare names, dtypes, shapes and bytes; copies that only one side stores are no difference.
+
+    FP8 weights are compared dequantised, in the dtype of the other side.
+
+    Raises: VerifyError naming the first tensor that differs.
+    """
+    args = as_arguments(VerifyArguments, args)
+    paths = [Path(d) for d in args.directories]
+    a, b = (Origin(path) for path in paths)
+    known = [read_hashes(origin_root(path)) if args.quick else {} for path in paths]
+    names = [name for name in a.names if name in a.bound.by_hf]
+    others = {name for name in b.names if name in b.bound.by_hf}
+    for here, there, missing in ((0, 1, others - set(names)), (1, 0, set(names) - others)):
+        if missing:
+            raise VerifyError(
+                f"{sorted(missing)[0]} is in {paths[there]} but not in {paths[here]} ({len(missing)} such tensors)"
+            )
+    total = sum(a.source.spec(name).nbytes for name in names)
+    with Files() as files, progress_bar(total=total, unit="B", unit_scale=True, desc="verify") as bar:
+        for name in names:
+            specs = _comparable(*(origin.source.spec(name) for origin in (a, b)))
+            if specs[0] != specs[1]:
+                raise VerifyError(f"{name} is {specs[0]} in {paths[0]}, {specs[1]} in {paths[1]}")
+            digests = [
+                hashes.get(name) or hash_tensor(origin.source, name, files, specs[0].dtype)
+                for origin, hashes in zip((a, b), known, strict=True)
+            ]
+            if digests[0] != digests[1]:
+                raise VerifyError(f"{name} differs between {paths[0]} and {paths[1]}")
+            bar.update(a.source.spec(name).nbytes)
+    get_logger().info("equal: %d tensors, %s", len(names), format_bytes(total))
+
+
+def _comparable(a: TensorSpec, b: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
+    """The specs of a tensor on both sides, an FP8 one as what it is compared in."""
+    plain = next((spec.dtype for spec in (a, b) if spec.dtype not in FP8), torch.float32)
+    first, second = (TensorSpec(plain if spec.dtype in FP8 else spec.dtype, spec.shape) for spec in (a, b))
+    return first, second

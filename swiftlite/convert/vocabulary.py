@@ -1,0 +1,103 @@
+"""`--new_special_tokens`: a checkpoint seen with more vocabulary rows, the new ones being the mean of the old."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
+from swiftlite.weights.safetensors import Located
+from swiftlite.weights.storage import Extent, Files, TensorSpec, byte_view, read_tensor
+
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+ROWS = 4096  # read at once while the mean is taken
+
+
+class GrownSource:
+    """A checkpoint under Hugging Face names whose embedding and head have `rows` rows; MTP copies of them grow alike."""
+
+    def __init__(self, base: Any, names: Iterable[str], rows: int, scratch: Path) -> None:
+        """base: TensorSource. names: its tensors. scratch: folder for the mean rows, a few kB a tensor; must live as long
+        as this object is read."""
+        self.base, self.rows = base, rows
+        self._means: dict[str, tuple[int, Extent]] = {}
+        grown = [n for n in names if n in VOCABULARY or n.endswith((".embed_tokens.weight", ".head.weight"))]
+        with Files() as files:
+            for name in grown:
+                path = scratch / f"{len(self._means)}.row"
+                path.write_bytes(byte_view(self._mean(name, files)))
+                self._means[name] = (base.spec(name).nbytes, Extent(path, 0, path.stat().st_size))
+        if hasattr(base, "tensors"):  # of a model directory
+            located = {name: base.tensors[name] for name in self._means}
+            self.tensors = {**base.tensors, **{n: Located(self.spec(n), t.file, t.offset) for n, t in located.items()}}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def spec(self, name: str) -> TensorSpec:
+        spec: TensorSpec = self.base.spec(name)
+        return TensorSpec(spec.dtype, (self.rows, *spec.shape[1:])) if name in self._means else spec
+
+    def _mean(self, name: str, files: Files) -> torch.Tensor:
+        spec = self.base.spec(name)
+        total = torch.zeros(spec.shape[1], dtype=torch.float64)
+        for start in range(0, spec.shape[0], ROWS):
+            block = read_tensor(self.base, name, files, rows=(start, min(start + ROWS, spec.shape[0])))
+            total += block.double().sum(0)
+        return (total / spec.shape[0]).to(spec.dtype)
+
+    def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
+        if name not in self._means:
+            yield from self.base.extents(name, start, stop)
+            return
+        stored, row = self._means[name]
+        if start < stored:
+            yield from self.base.extents(name, start, min(stop, stored))
+        position = max(start, stored)
+        while position < stop:
+            inside = (position - stored) % row.size
+            size = min(row.size - inside, stop - position)
+            yield Extent(row.file, inside, size)
+            position += size
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What --new_special_tokens come to: the id of each token, and the rows that the vocabulary has with them."""
+
+    ids: Mapping[str, int]
+    rows: int
+
+
+def grown(config: Mapping[str, Any], new_tokens: NewTokens | None) -> dict[str, Any]:
+    """config.json of the model with the rows that new tokens need."""
+    return {**config, "vocab_size": new_tokens.rows} if new_tokens is not None else dict(config)
+
+
+def plan_tokens(args: Any, config: Mapping[str, Any]) -> NewTokens | None:
+    """Hold --new_special_tokens against the model's tokenizer; None if there are none.
+
+    Rows are added only where the vocabulary has no room. Raises: UsageError for FP8 weights that would have to grow.
+    """
+    from swiftlite.llm.model.loader import load_tokenizer
+
+    tokens = read_special_tokens(args.new_special_tokens)
+    if not tokens:
+        return None
+    tokenizer = load_tokenizer(str(args.model_info.model_dir), trust_remote_code=args.trust_remote_code)
+    added = tokenizer.add_tokens(tokens, special_tokens=True)
+    old, new = config["vocab_size"], resized_vocab_size(config["vocab_size"], len(tokenizer))
+    get_logger().info(
+        "%d new tokens; vocabulary of %d rows%s", added, old, f" grows to {new}" if new > old else " has room"
+    )
+    if new > old and config.get("quantization_config"):
+        raise UsageError(
+            "--new_special_tokens: not with FP8 weights; convert without it, then add tokens to the result"
+        )
+    return NewTokens({token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}, new)

@@ -1,1 +1,0 @@
-"""Arguments of the Megatron side, and their form as Megatron-LM's own command line."""

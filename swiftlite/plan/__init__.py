@@ -1,0 +1,1 @@
+"""What a run or a conversion will need before it starts."""

@@ -1,0 +1,1 @@
+"""Checks of a conversion against the live models of both libraries."""

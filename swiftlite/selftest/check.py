@@ -1,0 +1,282 @@
+"""`swiftlite check`: shrinks a model to one of the same shape class, converts it both ways and compares logits.
+
+For a user who meets a new checkpoint: seconds on a CPU, only config.json is read, every trait of the model is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swiftlite.arguments.export import CheckArguments
+from swiftlite.arguments.parser import nearest, some
+from swiftlite.checkpoint.bind import architecture_of, bind_map, convert_hf_config
+from swiftlite.checkpoint.files import copy_side_files
+from swiftlite.checkpoint.side_files import read_config, read_manifest, write_manifest
+from swiftlite.convert.plan import plan_to_hf, plan_to_mcore
+from swiftlite.families import family_of, tiny_configs
+from swiftlite.llm.model.corrections import correct
+from swiftlite.llm.pipeline import as_arguments
+from swiftlite.utils.errors import UsageError, VerifyError
+from swiftlite.utils.logger import get_logger
+from swiftlite.weights import stream, torch_dist
+from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
+from swiftlite.weights.shape import ModelShape
+
+if TYPE_CHECKING:
+    from swiftlite.selftest.parity import ParityResult
+
+# HF key -> its largest size in the shrunken model. Keys that are absent stay absent.
+LIMITS = {
+    "num_hidden_layers": 4, "vocab_size": 515, "max_position_embeddings": 256, "intermediate_size": 128,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "head_dim": 32, "q_lora_rank": 32,
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_shared_experts": 2,
+    "moe_num_shared_experts": 2, "num_nextn_predict_layers": 1, "first_k_dense_replace": 2, "moe_layer_start_index": 2,
+}  # fmt: skip
+GRADIENT_TOLERANCE = 1e-4
+EXPERTS = ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")
+TOPK = ("num_experts_per_tok", "moe_topk", "moe_k")
+
+
+def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of the same shape class: same keys and traits, small sizes.
+
+    Kept: tied or not, biases, norms, rope type and factor, ratio of query to key/value heads, uneven counts, dense and
+    MoE layers, shared experts, expert groups, MTP. `original_max_position_embeddings` becomes 64, so that rope scaling
+    acts within the test's sequence.
+    """
+    small = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
+    for key, limit in LIMITS.items():
+        value = small.get(key)
+        if isinstance(value, list):
+            small[key] = [min(v, limit) for v in value]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            small[key] = min(value, limit)
+    groups = config.get("num_key_value_heads") or config["num_attention_heads"]
+    ratio = config["num_attention_heads"] // groups
+    kept = 1 if groups == 1 else 3 if groups % 3 == 0 else 2
+    small["num_attention_heads"] = max(2, kept * min(ratio, 3)) if config.get("kv_lora_rank") else kept * min(ratio, 3)
+    if "num_key_value_heads" in config:
+        small["num_key_value_heads"] = small["num_attention_heads"] if config.get("kv_lora_rank") else kept
+    small["hidden_size"] = 32 * small["num_attention_heads"]
+    for key in EXPERTS:
+        if config.get(key):
+            small[key] = min(config[key], 16 if (config.get("n_group") or 1) > 1 else 8)
+    for key in TOPK:
+        if config.get(key):
+            small[key] = min(config[key], 4 if (config.get("n_group") or 1) > 1 else 3)
+    if (config.get("n_group") or 1) > 1:
+        small["n_group"], small["topk_group"] = 4, 2
+    if config.get("layer_types"):
+        small["layer_types"] = config["layer_types"][: small["num_hidden_layers"]]
+    if config.get("mlp_only_layers"):
+        small["mlp_only_layers"] = [i for i in config["mlp_only_layers"] if i < small["num_hidden_layers"]]
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(small.get(key), dict) and "original_max_position_embeddings" in small[key]:
+            small[key] = {**small[key], "original_max_position_embeddings": 64}
+    if isinstance(small.get("moe_layer_end_index"), int) and small["moe_layer_end_index"] >= 0:
+        small["moe_layer_end_index"] = small["num_hidden_layers"] - 1
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        small.pop(key, None)
+    return {**small, "initializer_range": 0.05}
+
+
+def write_random_model(config: Mapping[str, Any], directory: Path, seed: int = 0) -> None:
+    """A checkpoint of this config with random fp32 weights under the names of the weight map, MTP blocks included.
+
+    Norms scatter around 1 and biases around 0, so that a norm or bias in the wrong place shows.
+    """
+    from safetensors.torch import save_file
+
+    family = family_of(architecture_of(config))
+    num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.mcore.weights.mtp_layer else 0
+    bound = family.mcore.weights.bind(ModelShape.from_config(convert_hf_config(config), num_mtp))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (entry, position) in bound.by_hf.items():
+        shape = entry.hf_shapes[position]
+        noise = torch.randn(shape, generator=generator)
+        is_norm = len(shape) == 1 and not name.endswith("bias")
+        tensors[name] = 1 + 0.1 * noise if is_norm else 0.05 * noise
+    for duplicate in bound.duplicates:
+        if "{layer}" not in duplicate.name and duplicate.name != "lm_head.weight":
+            of = duplicate.of if duplicate.of in tensors else "model.embed_tokens.weight"
+            tensors[duplicate.name] = tensors[of].clone()
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(dict(config), indent=2))
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """logits_error: largest difference of logits / max(1, largest logit), fp32. gradient_error: see there."""
+
+    name: str
+    architecture: str
+    tensors: int
+    logits_error: float
+    gradient_error: float
+    own_block: str | None
+    seconds: float
+
+
+def check_config(name: str, config: Mapping[str, Any], code: Path | None = None) -> CheckResult:
+    """Convert a random model of this config there and back and compare logits.
+
+    Args: code: directory whose Python files are the Hugging Face model, trusted; None: transformers or ours.
+    Raises: VerifyError if a byte or a logit is off; ConfigError for what cannot be converted.
+    """
+    from swiftlite.selftest.precision import check_precision
+
+    started = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        hf, mcore, back = (Path(folder) / part for part in ("hf", "mcore", "back"))
+        write_random_model(config, hf)
+        for file in code.glob("*.py") if code else ():
+            shutil.copy(file, hf)
+        plan = plan_to_mcore(hf, read_config(hf))
+        iteration = mcore / "iter_0000001"
+        iteration.mkdir(parents=True)
+        torch_dist.create_files(iteration, plan.dist)
+        stream.run(plan.jobs(iteration))
+        torch_dist.write_metadata(iteration, plan.dist, {}, 1)
+        (mcore / torch_dist.TRACKER).write_text("1")
+        write_manifest(mcore, plan.source, plan.coverage)
+        copy_side_files(hf, mcore, {})
+        back_plan = plan_to_hf(iteration, config, None, read_manifest(mcore))
+        shards = plan_shards(back_plan.specs, 10**9, back_plan.layout)
+        back.mkdir()
+        create_shards(back, shards)
+        stream.run(back_plan.jobs({n: (back / s.file, o) for s in shards for n, o in s.offsets.items()}))
+        write_index(back, shards, back_plan.total_bytes)
+        if (back / "model.safetensors").read_bytes() != (hf / "model.safetensors").read_bytes():
+            raise VerifyError(f"{name}: the way back does not give the same bytes; please report this model type")
+
+        options = SimpleNamespace(test_convert_dtype="float32", trust_remote_code=code is not None)
+        report = check_precision(hf, mcore, options)
+        gradient = gradient_error(hf, code is not None)
+        if gradient > GRADIENT_TOLERANCE:
+            raise VerifyError(f"{name}: gradients are {gradient:.1e} off, allowed {GRADIENT_TOLERANCE:.0e}")
+    architecture = architecture_of(config)
+    return CheckResult(
+        name, architecture, len(bind_map(config, ["mtp."]).by_hf), report.logits_max_diff / report.scale, gradient,
+        family_of(architecture).mcore.block, time.time() - started,
+    )  # fmt: skip
+
+
+def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
+    """Gradients of one masked cross-entropy step, Megatron's under Hugging Face names through the weight map.
+
+    Returns: the largest |g - g'| / max(|g'|, 1e-6 |all g'|) over tensors, in norms, fp32, g' being Hugging Face's.
+    Raises: VerifyError if an expert that no token reached has a gradient on one side only.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from swiftlite.arguments.megatron_export import conversion_arguments
+    from swiftlite.megatron import hf_io
+    from swiftlite.megatron.distributed import parallel_groups
+    from swiftlite.megatron.model.provider import build_models
+    from swiftlite.selftest.precision import hf_config
+
+    config = read_config(hf_dir)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config["vocab_size"], (2, 160), generator=generator)
+    pad = hf_config(hf_dir, trust_remote_code).pad_token_id  # Hugging Face's embedding gives the pad token no gradient
+    ids[ids == (-1 if pad is None else pad)] = 5 if pad != 5 else 6
+    labels = ids.roll(-1, 1).masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
+    labels[:, -1] = -100
+
+    def step(model: torch.nn.Module, logits: torch.Tensor) -> None:
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).backward()
+        for parameter in model.parameters():  # so that saving the model saves its gradients
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, mine = Path(folder) / "hf", Path(folder) / "mcore"
+        loaded = hf_config(hf_dir, trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            hf_dir, config=loaded, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+        model = correct(model).train()
+        step(model, model(input_ids=ids, use_cache=False).logits)
+        model.save_pretrained(theirs)
+        args = conversion_arguments(convert_hf_config(config), str(hf_dir), "float32")
+        with parallel_groups(args):
+            models = build_models(args)
+            hf_io.load_weights(models, hf_dir)
+            step(models[0].train(), models[0](ids, torch.arange(ids.shape[1]).expand_as(ids), None))
+            hf_io.save_hf_weights(models, mine, hf_dir)
+        expected, found = load_file(theirs / "model.safetensors"), load_file(mine / "model.safetensors")
+    everything = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
+    worst = 0.0
+    for name, reference in expected.items():
+        if name.endswith("e_score_correction_bias"):
+            continue  # moved by the router, not by gradients
+        norm = float(reference.norm())
+        if (norm == 0) != (float(found[name].norm()) == 0):
+            raise VerifyError(f"{name} has a gradient on one side only")
+        worst = max(worst, float((found[name] - reference).norm()) / max(norm, 1e-6 * everything))
+    return worst
+
+
+def model_directory(args: CheckArguments) -> Path | None:
+    """Where --model is, fetched without its weights; None without --model."""
+    if args.model is None:
+        return None
+    directory = Path(args.model).expanduser()
+    if not directory.is_dir():
+        from swiftlite.checkpoint.registry import get_model_info_meta
+
+        info, _ = get_model_info_meta(
+            args.model, use_hf=args.use_hf, hub_token=args.hub_token, download_model=False, need_template=False
+        )
+        directory = Path(info.model_dir)
+    return directory
+
+
+def _configs(args: CheckArguments, directory: Path | None) -> dict[str, dict[str, Any]]:
+    if directory is not None:
+        return {str(args.model): shrink_config(read_config(directory))}
+    known = tiny_configs()
+    if args.model_type == "all":
+        return {f"{t}:{v}" if v != "default" else t: c for t, variants in known.items() for v, c in variants.items()}
+    if args.model_type not in known:
+        hint = nearest(str(args.model_type), known) or f"; some that are: {some(sorted(known))}"
+        raise UsageError(f"--model_type {args.model_type}: no such type{hint}")
+    return {f"{args.model_type}:{v}": c for v, c in known[args.model_type].items()}
+
+
+def check_main(args: CheckArguments | Sequence[str]) -> list[CheckResult] | ParityResult:
+    """`swiftlite check`. Raises: VerifyError naming the first model and place, or training step, that is off."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    args = as_arguments(CheckArguments, args)
+    if args.parity:
+        from swiftlite.selftest.parity import parity
+
+        return parity(args)
+    results = []
+    directory = model_directory(args)
+    code = directory if args.trust_remote_code else None
+    for name, config in _configs(args, directory).items():
+        result = check_config(name, config, code)
+        results.append(result)
+        get_logger().info(
+            "%s (%s): %d tensors back bit for bit, logits within %.1e and gradients within %.1e of Hugging Face, %.1f s",
+            result.name, result.architecture, result.tensors, result.logits_error, result.gradient_error,
+            result.seconds,
+        )  # fmt: skip
+    return results

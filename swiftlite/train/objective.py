@@ -1,0 +1,62 @@
+"""What a step minimises on the Hugging Face side: sums over a micro batch that add up over a global batch.
+
+Shapes: B rows of a micro batch, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from swiftlite.train.dpo_loss import IGNORE_INDEX
+
+Batch = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """`counts` are the sums that a loss is divided by; they are known before any model runs.
+
+    sums: scalars of a micro batch, `counts` among them; those in the loss have gradients.
+    loss: of sums whose counts may be the global batch's: the losses of its micro batches then add up.
+    metrics: a log line's values from sums over any number of batches; `loss` is one of them.
+    """
+
+    counts: tuple[str, ...]
+
+    def count(self, batch: Batch) -> list[int]: ...
+
+    def sums(self, model: Any, batch: Batch) -> dict[str, Tensor]: ...
+
+    def loss(self, sums: dict[str, Tensor]) -> Tensor: ...
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]: ...
+
+
+class LanguageModeling:
+    """Cross entropy on the labels, weighted by `loss_scale` where a batch has it; a mean over the tokens with a label."""
+
+    counts: tuple[str, ...] = ("trained_tokens",)
+
+    def count(self, batch: Batch) -> list[int]:
+        return [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())]
+
+    def sums(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "loss_scale")}
+        targets = batch["labels"][:, 1:].flatten()
+        logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
+        weights = batch.get("loss_scale")
+        if weights is None:
+            loss = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        else:
+            losses = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+            loss = (losses * weights[:, 1:].flatten()).sum()
+        return {"loss": loss, "trained_tokens": (targets != IGNORE_INDEX).sum()}
+
+    def loss(self, sums: dict[str, Tensor]) -> Tensor:
+        return sums["loss"] / torch.as_tensor(sums["trained_tokens"]).clamp(min=1)
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / max(sums["trained_tokens"], 1.0)}

@@ -1,0 +1,97 @@
+"""The output directory of a training run: new, to be resumed, or somebody else's. Shared by both sides."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from swiftlite.llm.dataset.report import REJECTS_FILE
+from swiftlite.llm.pipeline import ARGS_FILE, load_args
+from swiftlite.train.checkpoints import Start, clear_unfinished
+from swiftlite.utils.dist import barrier, is_main_process
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.io import writing
+from swiftlite.utils.lock import output_lock
+from swiftlite.utils.secrets import redacted
+
+# Settings that may change when a run goes on, on either side: where and how it runs, what it logs and saves; not what
+# it computes.
+CHANGEABLE = frozenset(
+    {
+        "micro_batch_size", "gradient_accumulation_steps", "attention_backend", "recompute", "dataset_num_proc",
+        "load_from_cache_file", "strict_template", "logging_steps", "logging_dir", "report_to", "wandb_project",
+        "wandb_exp_name", "save_strategy", "save_steps", "save_total_limit", "save_weights_only", "save_safetensors",
+        "eval_steps", "eval_iters", "metric_for_best_model", "greater_is_better", "resume", "add_version", "exist_ok",
+        "output_dir", "allow_overflow", "ignore_requirements", "use_hf", "device_map", "debug", "hub_token",
+        "precompute_ref_log_probs",
+    }
+)  # fmt: skip
+
+
+def versioned(output_dir: str) -> str:
+    """`OUTPUT_DIR/v0-DATE`, counting on from the versions that are there."""
+    root = Path(output_dir)
+    taken = [int(p.name[1:].split("-")[0]) for p in root.glob("v*-*") if p.name[1:].split("-")[0].isdigit()]
+    return str(root / f"v{max(taken, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as args.json gives them back."""
+    return json.loads(json.dumps(redacted(values), default=str))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def held(args: Any, settle: Callable[[Any], Start | None]) -> Iterator[Start | None]:
+    """`args.output_dir` for this run alone, until the block ends: the checkpoint that it goes on from, or None. Collective.
+
+    Args: settle: decides that, as `prepare` does. Raises: UsageError if another process is at work there.
+    """
+    root = Path(args.output_dir).expanduser()
+    with ExitStack() as stack:
+        if is_main_process() and not root.is_file():
+            root.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(output_lock(root))
+            if (root / ARGS_FILE).is_file():
+                clear_unfinished(root)
+        barrier()  # the others look when that is done, and all have looked before rank 0 writes
+        start = settle(args)
+        barrier()
+        stack.enter_context(writing(root, "make room, and the same command goes on from the last checkpoint"))
+        yield start
+
+
+def prepare(args: Any, changeable: Collection[str], newest: Callable[[Path], Start | None]) -> Start | None:
+    """Decide what happens with `args.output_dir`; nothing is written.
+
+    Args: changeable: settings that may differ from those of the run that is there. newest: finds its checkpoints.
+    Returns: the checkpoint that the run goes on from, if there is one.
+    Raises: UsageError if the directory belongs to another run, or holds something while --resume is false.
+    """
+    root = Path(args.output_dir)
+    if root.is_file():
+        raise UsageError(f"--output_dir {root}: is a file; name a directory")
+    if not root.is_dir() or all(path.name == REJECTS_FILE for path in root.iterdir()):
+        return None
+    if not args.resume:
+        raise UsageError(
+            f"--output_dir {root}: is not empty and --resume is false; name another directory, or --add_version true"
+        )
+    before = load_args(root)
+    if not before:
+        raise UsageError(f"--output_dir {root}: is not empty and holds no run ({ARGS_FILE}); name another directory")
+    now = _as_stored(args.to_dict())
+    changed = [
+        name for name in sorted(now) if name not in changeable and name in before
+        and before[name] != now[name]
+    ]  # fmt: skip
+    if changed:
+        shown = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed[:3])
+        raise UsageError(
+            f"--output_dir {root}: holds a run with other settings ({shown}); name another directory, or "
+            "--add_version true"
+        )
+    return newest(root)

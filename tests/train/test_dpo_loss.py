@@ -1,0 +1,171 @@
+"""Pair losses and log-probabilities against trl's DPOTrainer: pairs of different lengths, a reference that differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs, sum_log_probs
+
+LENGTHS = [(9, 4, 7), (12, 6, 2), (5, 3, 9)]  # prompt, chosen answer, rejected answer
+
+
+def pairs() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(3)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(6, 300, (count,), generator=generator).tolist()
+
+    return [{"prompt": ids(p), "chosen": ids(c), "rejected": ids(r)} for p, c, r in LENGTHS]
+
+
+@pytest.fixture
+def models(tiny_model: Callable[..., Path]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    return tuple(load(tiny_model("qwen3", seed=seed), dtype=torch.float32) for seed in (0, 1))  # type: ignore[return-value]
+
+
+def our_batch() -> dict[str, torch.Tensor]:
+    """As PairCollator makes them: chosen ones first."""
+    rows = [(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs()]
+    longest = max(len(p) + len(a) for p, a in rows)
+    ids, labels, mask = (torch.full((len(rows), longest), fill) for fill in (0, -100, 0))
+    for i, (prompt, answer) in enumerate(rows):
+        size = len(prompt) + len(answer)
+        ids[i, :size] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) : size] = torch.tensor(answer)
+        mask[i, :size] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def of_model(model: Any) -> LogProbs:
+    batch = our_batch()
+    return answer_log_probs(
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
+    )
+
+
+class _Collected(dict[str, list[float]]):
+    def __missing__(self, key: str) -> list[float]:
+        self[key] = []
+        return self[key]
+
+
+def trl_loss(
+    models: tuple[Any, Any], tiny_model: Callable[..., Path], tmp_path: Path, **config: Any
+) -> tuple[Any, Any]:
+    """(loss, metrics) of trl's own code on the same pairs."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    args = trl.DPOConfig(output_dir=str(tmp_path), beta=0.3, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True,
+                         gradient_checkpointing=False, disable_dropout=False, **config)  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("qwen3"))
+    trainer = trl.DPOTrainer(
+        model=models[0],
+        ref_model=models[1],
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    batch = our_batch()
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "completion_mask": (batch["labels"] != -100).long(),
+    }
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("rpo_alpha", [None, 0.7])
+def test_equal_to_trl(
+    loss_type: str, rpo_alpha: float | None, models: tuple[Any, Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Loss, gradients, log-probabilities, rewards, margins and accuracy."""
+    kinds = {"loss_type": [loss_type]} if rpo_alpha is None else {
+        "loss_type": [loss_type, "sft"], "loss_weights": [1.0, rpo_alpha]}  # fmt: skip
+    theirs, metrics = trl_loss(models, tiny_model, tmp_path, **kinds)
+    theirs.backward()
+    wanted = {name: p.grad.clone() for name, p in models[0].named_parameters()}
+    models[0].zero_grad()
+
+    ours = PairLoss(loss_type, 0.3, 0.0, rpo_alpha)
+    with torch.no_grad():
+        reference = of_model(models[1])
+    sums = ours.sums(of_model(models[0]), reference)
+    loss = ours.total(sums["loss"], sums["pairs"], sums["nll"], sums["chosen_tokens"])
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    if loss_type == "sigmoid":
+        assert abs(sums["loss"].item() / 3 - math.log(2)) > 1e-2, "the reference differs from the policy"
+    whole = torch.stack([g.norm() for g in wanted.values()]).norm()
+    for name, parameter in models[0].named_parameters():
+        assert (parameter.grad - wanted[name]).norm() <= 1e-4 * max(wanted[name].norm(), 1e-6 * whole), name
+    mine = ours.metrics({name: float(value.detach()) for name, value in sums.items()})
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    ):
+        assert mine[name] == pytest.approx(metrics[name], rel=1e-4), name
+
+
+def log_probs(*values: float) -> LogProbs:
+    return LogProbs(torch.tensor(values), torch.tensor([4.0, 2.0, 8.0, 1.0])[: len(values)])
+
+
+def test_losses_by_hand() -> None:
+    policy, reference = log_probs(-3.0, -5.0, -6.0, -4.0), log_probs(-4.0, -4.0, -5.0, -7.0)
+    margins = torch.tensor([2.0, -4.0])  # (1 - -1), (-1 - 3)
+    sigmoid = -torch.nn.functional.logsigmoid(0.5 * margins)
+    torch.testing.assert_close(PairLoss("sigmoid", 0.5)(policy, reference), sigmoid)
+    flipped = -torch.nn.functional.logsigmoid(-0.5 * margins)
+    torch.testing.assert_close(PairLoss("sigmoid", 0.5, 0.25)(policy, reference), 0.75 * sigmoid + 0.25 * flipped)
+    torch.testing.assert_close(PairLoss("hinge", 0.5)(policy, reference), torch.tensor([0.0, 3.0]))
+    per_token = torch.tensor([1 / 4 - -1 / 8, -1 / 2 - 3 / 1])
+    torch.testing.assert_close(PairLoss("ipo", 0.5)(policy, reference), (per_token - 1.0) ** 2)
+
+
+def test_micro_batches_add_up() -> None:
+    """Losses of micro batches with the global batch's counts sum up to the loss of the whole."""
+    loss = PairLoss("sigmoid", 0.5, rpo_alpha=0.3)
+    policy, reference = log_probs(-3.0, -5.0, -6.0, -4.0), log_probs(-4.0, -4.0, -5.0, -7.0)
+    whole = loss.sums(policy, reference)
+    total = loss.total(whole["loss"], whole["pairs"], whole["nll"], whole["chosen_tokens"])
+    parts = []
+    for i in range(2):
+        one = [LogProbs(x.sums[[i, i + 2]], x.tokens[[i, i + 2]]) for x in (policy, reference)]
+        sums = loss.sums(*one)
+        parts.append(loss.total(sums["loss"], whole["pairs"], sums["nll"], whole["chosen_tokens"]))
+    torch.testing.assert_close(sum(parts), total)
+
+
+def test_joined_answers_have_the_same_sums() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
+    labels[0, :2] = labels[1, :4] = -100
+    apart = answer_log_probs(logits, labels)
+    joined_labels = labels.reshape(1, 12).clone()
+    joined_labels[0, 6] = -100
+    ids = torch.tensor([[0] * 6 + [1] * 6])
+    joined = answer_log_probs(logits.reshape(1, 12, 11), joined_labels, ids, 2)
+    torch.testing.assert_close(joined.sums, apart.sums)
+    assert joined.tokens.tolist() == apart.tokens.tolist() == [4.0, 2.0]
+    losses = torch.tensor([1.0, 2.0, 4.0])
+    summed = sum_log_probs(losses, torch.tensor([1, 0, 1]), torch.tensor([1, 1, 0]), 2)
+    assert summed.sums.tolist() == [-4.0, -1.0]
