@@ -238,7 +238,7 @@ class Template:
 
         if self.template_backend == "jinja" and self.use_chat_template:
             _ = self._jinja_stops
-            return bounded_rows(self.tokenizer, script, rows)
+            return bounded_rows(script, rows)
         return [script(row) for row in rows]
 
     def training_text(self, row: dict[str, Any]) -> tuple[str, list[Span]]:

@@ -78,10 +78,8 @@ def write_jinja(
         raise TemplateError(f"the tokenizer's chat template cannot write the conversation ({line})") from None
 
 
-_QUESTION: list[Message] = [{"role": "user", "content": "Q"}]
 # Rows whose text is out of bounds before the template itself is to blame.
 _MAX_UNBOUNDED = 3
-_tried: set[str] = set()  # chat templates that have written a question within bounds
 
 
 def bounded_prompt(write: Callable[[], str]) -> str:
@@ -92,22 +90,17 @@ def bounded_prompt(write: Callable[[], str]) -> str:
         raise TemplateError(f"the tokenizer's chat template cannot write the conversation: {error}") from None
 
 
-def bounded_rows(tokenizer: Any, write: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
-    """`[write(row) for row in rows]` for a write that uses the tokenizer's chat template.
+def bounded_rows(write: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
+    """`[write(row) for row in rows]` for a write that uses a tokenizer's chat template.
 
-    Many rows are written in a child, where one that is beyond bounds gets a TemplateError in its place. A fork costs more
-    than a row, so a single one is written here, once the template has shown that it ends.
-    Raises: UsageError where the template itself is: with a short question, or with row after row.
+    They are written in a child together; if that is beyond bounds, in one each, where such a row gets a TemplateError.
+    Raises: UsageError where the template itself is to blame, which row after row shows.
     """
-    source = str(getattr(tokenizer, "chat_template", None))
-    if source not in _tried and _ends_well(tokenizer):
-        _tried.add(source)
-    if len(rows) == 1 and source in _tried:
-        return [write(rows[0])]
-    try:
-        return run_bounded(lambda: [write(row) for row in rows], SECONDS + 0.1 * len(rows))
-    except LimitError:
-        pass  # one of them, which is found below
+    if len(rows) > 1:
+        try:
+            return run_bounded(lambda: [write(row) for row in rows], SECONDS + 0.1 * len(rows))
+        except LimitError:
+            pass  # one of them, which is found below
     found: list[Any] = []
     failed = 0
     for row in rows:
@@ -116,32 +109,12 @@ def bounded_rows(tokenizer: Any, write: Callable[[Any], Any], rows: Sequence[Any
         except LimitError as error:
             failed += 1
             if failed > _MAX_UNBOUNDED:
-                raise _unbounded(error) from None
+                raise UsageError(
+                    f"--template_backend jinja: the checkpoint's chat template cannot be used: {error}; use "
+                    "--template_backend swift with --template NAME"
+                ) from None
             found.append(TemplateError(f"the chat template cannot write it: {error}"))
     return found
-
-
-def _ends_well(tokenizer: Any) -> bool:
-    """Write a question in a child; where that ends well here too, so that the compiled template is in the cache."""
-
-    def write() -> str:
-        return write_jinja(tokenizer, _QUESTION, None, True, {})
-
-    try:
-        run_bounded(write)
-    except LimitError as error:
-        raise _unbounded(error) from None
-    except TemplateError:  # it may want more than a question, or have asked for too much memory
-        return False
-    write()
-    return True
-
-
-def _unbounded(error: LimitError) -> UsageError:
-    return UsageError(
-        f"--template_backend jinja: the checkpoint's chat template cannot be used: {error}; use --template_backend swift "
-        "with --template NAME"
-    )
 
 
 def _tagged(

@@ -79,5 +79,9 @@ def test_a_row_that_makes_the_template_loop_costs_itself(make_tokenizer):
     first, second, third = template.encode_batch(rows)
     assert first == third and first["length"] > 0
     assert isinstance(second, TemplateError) and "0.3 s" in str(second)
+    for _ in range(2):  # alone too, whatever the template has written before
+        with pytest.raises(TemplateError, match="cannot write it: .*0.3 s"):
+            template.encode(rows[1])
+        assert template.encode(rows[0]) == first
     with pytest.raises(UsageError, match="chat template cannot be used"):
         template.encode_batch([rows[1]] * 5)

@@ -58,18 +58,16 @@ def _conversations(rng):
 def test_labels_equal_those_of_the_registered_template(pair, official_id, thinking):
     swift, jinja = pair(official_id, enable_thinking=thinking)
     rng = random.Random(official_id)
-    compared = 0
-    for _ in range(60):
-        row = _conversations(rng)
-        options = {} if thinking is None else {"enable_thinking": thinking}
-        if official.render(official_id, row["messages"], row["tools"], False, **options) is None:
-            continue
-        wanted = swift.encode(row)
-        got = jinja.encode(row)
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    rows = [
+        row
+        for row in (_conversations(rng) for _ in range(60))
+        if official.render(official_id, row["messages"], row["tools"], False, **options) is not None
+    ]
+    assert len(rows) >= 15
+    for row, wanted, got in zip(rows, swift.encode_batch(rows), jinja.encode_batch(rows), strict=True):
         assert got["input_ids"] == wanted["input_ids"], row
         assert got["labels"] == wanted["labels"], (row, swift.training_text(row), jinja.training_text(row))
-        compared += 1
-    assert compared >= 15
 
 
 def test_generation_tags_say_what_is_learnt(make_tokenizer):
