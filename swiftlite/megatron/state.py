@@ -7,6 +7,7 @@ run that is killed at any moment leaves the previous checkpoint in use. Offline 
 from __future__ import annotations
 
 import copy
+import io
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +29,13 @@ from swiftlite.megatron import backend
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.utils.dist import all_gather
-from swiftlite.utils.errors import CheckpointError
+from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import replace_directory, write_text_atomic
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.shard import read_shard
 from swiftlite.weights.storage import Files
 from swiftlite.weights.torch_dist import TRACKER, common_state, load_common, slot_of
+from swiftlite.weights.unpickle import check_saved
 
 logger = get_logger()
 
@@ -323,14 +325,21 @@ def check_file(path: Path) -> None:
     if not (path.parent / "common.pt").is_file():
         raise CheckpointError(f"{path.parent / 'common.pt'} is missing")
     ends: dict[str, int] = {}
-    for info in FileSystemReader(path.parent).read_metadata().storage_data.values():
+    objects: dict[str, list[Any]] = {}  # of the random generators, the only ones that are loaded
+    for index, info in FileSystemReader(path.parent).read_metadata().storage_data.items():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        if index.fqn.startswith("rng_state"):
+            objects.setdefault(info.relative_path, []).append(info)
     for name, end in sorted(ends.items()):
         part = path.parent / name
         if not part.is_file():
             raise CheckpointError(f"{part} is missing")
         if part.stat().st_size < end:
             raise CheckpointError(f"{part} has {part.stat().st_size} of at least {end} bytes")
+        with part.open("rb") as file:
+            for info in objects.get(name, ()):
+                file.seek(info.offset)
+                check_saved(io.BytesIO(file.read(info.length)), part)
 
 
 def load_checkpoint(
@@ -361,7 +370,7 @@ def load_checkpoint(
     try:
         loaded = dist_checkpointing.load(state, str(directory))
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        raise CheckpointError(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{directory} cannot be loaded: {reason(error)}") from error
     _load_models(models, loaded)
     if has_optimizer:
         for i, part in enumerate(parts):

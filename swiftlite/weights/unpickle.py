@@ -14,10 +14,11 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from swiftlite.utils.errors import CheckpointError
+from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import only_data
 
 _CHECKPOINT = "torch.distributed.checkpoint."
@@ -70,6 +71,23 @@ def read_metadata(file: Any, path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(
             f"{path} cannot be read ({reason}); is {directory} a complete torch_dist checkpoint?"
         ) from None
+
+
+# Arrays, in which numpy's random generator is saved.
+_NUMPY = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
+
+
+def check_saved(file: Any, path: object) -> None:
+    """Build what a `torch.save` file holds, as data; numbers stay in the file where `file` is a path.
+
+    Raises: CheckpointError naming `path` for one that asks for code, or is damaged.
+    """
+    mapped = isinstance(file, str | os.PathLike)
+    try:
+        with torch.serialization.safe_globals(_NUMPY):
+            torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
+    except Exception as error:  # a damaged file fails in any way there is
+        raise CheckpointError(f"{path} {reason(error)}") from None
 
 
 def guard_checkpoint_reader() -> None:

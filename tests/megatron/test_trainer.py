@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
+import pickle
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -260,7 +263,17 @@ def test_the_same_command_goes_on_and_a_finished_run_has_nothing_to_do(sft: Call
         sft("stopped", train_iters=4, lr=2e-3)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(sft: Callable[..., Any], tmp_path: Path) -> None:
+class Payload:
+    """Makes a directory when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("ran",))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
+    sft: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     sft()
     last = tmp_path / "run/iter_0000004"
     whole = {path.name: path.read_bytes() for path in last.iterdir()}
@@ -272,8 +285,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(sft: Callable[
         assert str(last) in str(error.value) and name in str(error.value)
         assert f"remove {last} and give the same command again to go on from iter_0000002" in str(error.value)
         (last / name).write_bytes(whole[name])
+    # A random generator's state that is code, at the end of a file.
+    with (last / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    index = next(index for index in metadata.storage_data if index.fqn.startswith("rng_state"))
+    payload = io.BytesIO()
+    torch.save(Payload(), payload)
+    info = metadata.storage_data[index]
+    with (last / info.relative_path).open("ab") as file:
+        changed = replace(info, offset=file.tell(), length=file.write(payload.getvalue()))
+    metadata.storage_data[index] = changed
+    (last / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=rf"{last / info.relative_path} refers to .*mkdir, which is code.*copy it"):
+        sft()
+    assert not (tmp_path / "ran").exists()
     data = tmp_path / "data.jsonl"
     rows = data.read_text()
+    (last / ".metadata").write_bytes(whole[".metadata"])
     data.write_text(rows.replace("Paris is nice", "Milan is nice", 1))
     with pytest.raises(UsageError, match="training data has changed since .*iter_0000004 was saved"):
         sft()

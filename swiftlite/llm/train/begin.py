@@ -18,6 +18,7 @@ from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import read_json
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.safetensors import read_header
+from swiftlite.weights.unpickle import check_saved
 
 logger = get_logger()
 
@@ -25,6 +26,7 @@ logger = get_logger()
 PREFIX = "checkpoint-"
 FP32_FILE = "fp32_parameters.safetensors"
 OPTIMIZER, STATE = "optimizer.pt", "trainer_state.json"
+UNREAD = "training_args.bin"  # transformers' own arguments: objects, which nothing here reads
 
 
 @contextmanager
@@ -109,6 +111,8 @@ def check_start(start: Start, weights_only: bool) -> None:
     def check_file(path: Path) -> None:
         if path.suffix == ".safetensors":
             read_header(path)
+        elif path.suffix in (".pt", ".pth", ".bin") and path.name != UNREAD:
+            check_saved(path, path)
 
     start.check(check_file)
     with start.reading():
@@ -117,7 +121,7 @@ def check_start(start: Start, weights_only: bool) -> None:
             raise CheckpointError(f"{directory / STATE} is of step {step}: a copy of another checkpoint")
     names = {path.name for path in directory.iterdir()}
     if not any(
-        name.endswith((".safetensors", ".bin")) and name not in (FP32_FILE, "training_args.bin") for name in names
+        name.endswith((".safetensors", ".bin")) and name not in (FP32_FILE, UNREAD) for name in names
     ):
         raise CheckpointError(
             f"{directory}: its weights (model or adapter_model .safetensors) are missing; {start.way_on}"

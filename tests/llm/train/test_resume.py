@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from swiftlite.llm.train.begin import newest
 from swiftlite.llm.train.sft import sft_main
@@ -75,6 +77,37 @@ def test_a_file_that_is_cut_off_is_named_and_the_checkpoint_before_offered(
     assert f"remove {parts / 'checkpoint-4'} and give the same command again to go on from checkpoint-2" in str(
         error.value
     )
+
+
+class Payload:
+    """Makes the directory `ran` in the working directory when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("ran",))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"])
+def test_a_checkpoint_runs_no_code(
+    name: str, run: Callable[..., Any], parts: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A payload is refused by the file's name; training_args.bin is nothing that a run reads."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # also where the environment asks for it
+    shutil.rmtree(parts / "checkpoint-4")
+    file = parts / "checkpoint-2" / name
+    before = torch.load(file, weights_only=False) if file.is_file() else {}
+    for content in (Payload(), {**before, "more": [Payload()]}):
+        torch.save(content, file)
+        if name == "training_args.bin":
+            assert [line["loss"] for line in run("parts")] == [line["loss"] for line in whole]
+            shutil.rmtree(parts / "checkpoint-4")
+        else:
+            with pytest.raises(CheckpointError) as error:
+                run("parts")
+            assert f"{file} refers to " in str(error.value) and "mkdir, which is code" in str(error.value)
+            assert "begin anew" in str(error.value), "the way on"
+        assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_advised_works(run: Callable[..., Any], parts: Path, whole: list[dict[str, Any]], syncs: Any) -> None:
