@@ -115,11 +115,11 @@ def open_adapter(directory: Path, bound: BoundMap, scratch: Path, plain: bool = 
             f"{directory}: holds more than LoRA matrices ({next(n for n in names if not n.endswith((A, B)))}); merge it "
             "into its base model with `swiftlite export --merge_lora true`"
         )
-    names = {name: stored for name, stored in names.items() if name.endswith((A, B))}
+    held, names = names, {name: stored for name, stored in names.items() if name.endswith((A, B))}
     if not names:
         raise CheckpointError(f"{directory} holds no LoRA matrices")
     check_adapter(bound, {name: source.spec(stored).shape for name, stored in names.items()}, str(directory))
-    check_values(source, names, lora, str(directory))
+    check_values(source, held, lora, str(directory))
     return Adapter(source, names, lora, config_file, described, (*files, config_file), extras)
 
 

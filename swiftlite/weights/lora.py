@@ -40,6 +40,7 @@ NOT_PLAIN = (
 # init_lora_weights that leave the base weights as they are.
 PLAIN_BEGINNINGS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal")
 MAX_RANK, MAX_ALPHA = 1 << 20, 1e6
+_CHECKED_AT_ONCE = 1 << 24  # numbers of a tensor
 EXPERT = re.compile(r"\.experts\.\d+\.(\w+)$")
 FOREIGN = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
@@ -137,14 +138,22 @@ def check_adapter(bound: BoundMap, shapes: Mapping[str, Shape], where: str) -> N
 
 
 def check_values(source: TensorSource, names: Mapping[str, str], lora: LoraConfig, where: str) -> None:
-    """Raises: CheckpointError naming the first matrix with NaN or infinite values, or of a scale that makes some."""
+    """Look at every tensor of an adapter, a block of rows at a time.
+
+    Raises: CheckpointError naming the first one with NaN or infinite values, or of a scale that makes some.
+    """
     with Files() as files:
         for name, stored in names.items():
-            tensor = read_tensor(source, stored, files).float()
-            if name.endswith(B):
-                tensor *= lora.scale(name.removesuffix(B), max(tensor.shape[1], 1))
-            if not tensor.isfinite().all():
-                raise CheckpointError(f"{name} in {where} has values that are NaN or infinite; train or copy it again")
+            spec = source.spec(stored)
+            factor = lora.scale(name.removesuffix(B), max(spec.shape[1], 1)) if name.endswith(B) else 1.0
+            rows = spec.shape[0] if spec.shape else 1
+            step = max(1, _CHECKED_AT_ONCE * rows // max(spec.numel, 1))
+            for start in range(0, rows, step):
+                block = read_tensor(source, stored, files, (start, min(start + step, rows)) if spec.shape else None)
+                if not (block.float() * factor).isfinite().all():
+                    raise CheckpointError(
+                        f"{name} in {where} has values that are NaN or infinite; train or copy it again"
+                    )
 
 
 def unpack_experts(path: Path, model: ModelShape, lora: LoraConfig, target: Path) -> dict[str, tuple[int, float]]:

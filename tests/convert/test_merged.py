@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from swiftlite.convert.export import export_main
 from swiftlite.llm.infer import infer_main
-from swiftlite.utils.errors import ConfigError, SwiftliteError
+from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError
+from swiftlite.weights import lora
 
 TinyModel = Callable[..., Path]
 
@@ -96,6 +98,35 @@ def test_refused_by_name(change: dict[str, Any], message: str, tiny_model: TinyM
     ):
         with pytest.raises(SwiftliteError, match=message):
             main([*common, *words, *(["--output_dir", str(tmp_path / "out")] if main is export_main else [])])
+
+
+@pytest.mark.parametrize(
+    "config, name, value",
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "model.embed_tokens.weight", float("nan")),
+        ({"modules_to_save": ["input_layernorm"]}, "model.layers.1.input_layernorm.weight", float("-inf")),
+        ({"bias": "all"}, "self_attn.k_proj.bias", float("inf")),
+        ({"trainable_token_indices": [5, 9]}, "trainable_tokens_delta", float("nan")),
+        ({}, "lora_A.weight", float("nan")),
+    ],
+)
+def test_values_that_are_no_numbers(
+    config: dict[str, Any], name: str, value: float, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever an adapter holds, also in its last row."""
+    monkeypatch.setattr(lora, "_CHECKED_AT_ONCE", 100)
+    base = tiny_model("qwen2")
+    adapter_of(base, tmp_path / "adapter", **config)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    found = next(key for key in tensors if key.endswith(name))
+    tensors[found].view(-1)[-1] = value
+    save_file(tensors, path)
+    for words in (["--merge_lora", "true"], ["--to_mcore", "true", "--merge_lora", "true"]):
+        with pytest.raises(CheckpointError, match=f"{name.rpartition('.')[2]} in .*adapter has values that are NaN"):
+            export("--model", base, "--model_type", "qwen2_5", "--adapters", tmp_path / "adapter", *words,
+                   "--output_dir", tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tied_model_trained_apart(tiny_model: TinyModel, tmp_path: Path) -> None:
