@@ -31,7 +31,7 @@ def run(tiny_model, tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
-    def train(command, output, extra, stop=None):
+    def train(command, output, extra, stop=None, refused=False):
         words = [*command.split(), "--model", str(tiny_model("qwen3")), "--model_type", "qwen3", "--dataset", str(data),
                  "--train_iters", str(STEPS), "--global_batch_size", "2", "--micro_batch_size", "1", "--max_length",
                  "120", "--torch_dtype", "float32", "--lr", "1e-3", "--logging_steps", "1", "--save_steps", "2",
@@ -40,7 +40,7 @@ def run(tiny_model, tmp_path, monkeypatch):
             if stop:
                 _stop_at(stop, patch)
             code = main(words)
-        assert code == (1 if stop else 0)
+        assert code == (1 if stop else 2 if refused else 0)
         lines = [json.loads(line) for line in (tmp_path / output / "logging.jsonl").read_text().splitlines()]
         return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
@@ -77,12 +77,19 @@ QUICK = {
         for way in WAYS
     ],
 )
-def test_resumed_equals_uninterrupted(run, command, way):
+def test_resumed_equals_uninterrupted(run, command, way, tmp_path, capsys):
     if command.startswith("megatron"):
         pytest.importorskip("megatron.core")
     whole = run(command, "whole", WAYS[way])
     assert [step for step, _ in whole] == list(range(1, STEPS + 1))
     run(command, "cut", WAYS[way], stop=STOP)
+    if "streamed" in way:
+        data = tmp_path / "data.jsonl"
+        before = data.read_text()
+        data.write_text(before.replace("What is 39", "What is 93"))
+        assert run(command, "cut", WAYS[way], refused=True)
+        assert "the training data has changed since" in capsys.readouterr().err
+        data.write_text(before)
     # Another number of encoding processes does not matter.
     assert run(command, "cut", [*WAYS[way], "--dataset_num_proc", "2"]) == whole
     assert len({loss for _, loss in whole}) == STEPS, "different samples in each step"

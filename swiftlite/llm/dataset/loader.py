@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from swiftlite.llm.dataset.preprocess import Row, RowError, preprocess
@@ -282,6 +283,11 @@ class RowStream:
             self.drawn, self.current, self.ended = state["drawn"], state["current"], list(state["ended"])
             for part, where in zip(self.parts, state["parts"], strict=True):
                 part.seek(where)
+
+    @property
+    def files(self) -> list[Path]:
+        """The local files that the rows are in."""
+        return [file for part in self.parts for source in part.sources for file in source.files]
 
     def state(self) -> dict[str, Any]:
         return {

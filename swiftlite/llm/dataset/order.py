@@ -89,40 +89,41 @@ def order_of(dataset: Any, args: Any, global_batch_size: int) -> SampleOrder | S
 
 
 def write_data_state(dataset: Any, directory: Path, position: int) -> None:
-    """Beside a checkpoint: how to find sample `position` of a stream again without reading what is before it.
-
-    The order of map-style data is a function of the position; of that, its content is noted.
+    """Beside a checkpoint: what the data was, and how to find sample `position` of a stream again without reading what is
+    before it. The order of map-style data is a function of the position.
     """
-    streaming = getattr(dataset, "is_streaming", False)
-    write_json(directory / DATA_STATE_FILE, dataset.state(position) if streaming else _facts(dataset))
+    state = dataset.state(position) if getattr(dataset, "is_streaming", False) else {}
+    write_json(directory / DATA_STATE_FILE, {**state, **_facts(dataset)})
 
 
 def _facts(dataset: Any) -> dict[str, Any]:
+    """What tells one content from another; empty for a stream from a hub or a function."""
+    if getattr(dataset, "is_streaming", False):
+        return dict(dataset.facts)
     return {"samples": len(dataset), "content": dataset.content_hash()}
 
 
 def read_data_state(dataset: Any, directory: Path) -> None:
     """Go to where a checkpoint's data stands. A checkpoint without the file costs time only: the stream is read again.
 
-    Raises: UsageError if map-style data is not what the checkpoint was trained on; CheckpointError for a damaged file.
+    Raises: UsageError if the data is not what the checkpoint was trained on; CheckpointError for a damaged file.
     """
     path = directory / DATA_STATE_FILE
-    stored = read_json(path) if path.is_file() else None
+    stored = read_json(path) if path.is_file() else {}
+    now = _facts(dataset)
+    then = {name: stored.pop(name) for name in ("samples", "bytes", "content") if name in stored}
+    if now and "content" in then and then != now:
+        (what, seen), (_, is_now) = next(iter(then.items())), next(iter(now.items()))
+        raise UsageError(
+            f"the training data has changed since {directory} was saved ({seen} {what} then, {is_now} now, content "
+            f"{str(then['content'])[:8]} then, {now['content'][:8]} now): give the data of then, or begin another run from "
+            f"that checkpoint; to go on with the new data all the same, remove {path}"
+        )
     if getattr(dataset, "is_streaming", False):
-        if stored is not None:
+        if stored:
             dataset.load_state(stored)
         else:
             get_logger().warning("%s is missing: the data is read again up to where the run stopped", path)
-        return
-    if stored is None or "content" not in stored:
-        return
-    now = _facts(dataset)
-    if stored != now:
-        raise UsageError(
-            f"the training data has changed since {directory} was saved ({stored.get('samples')} samples then, "
-            f"{now['samples']} now, content {str(stored['content'])[:8]} then, {now['content'][:8]} now): give the data of "
-            f"then, or begin another run from that checkpoint; to go on with the new data all the same, remove {path}"
-        )
 
 
 def steps_of(dataset: Any, args: Any, global_batch_size: int) -> int:

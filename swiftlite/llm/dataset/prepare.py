@@ -12,6 +12,7 @@ from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
 from swiftlite.llm.dataset.sources import open_spec, parse_spec
+from swiftlite.llm.dataset.store import facts_of_files
 from swiftlite.llm.dataset.streaming import StreamedDataset
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
@@ -124,7 +125,7 @@ def _streamed(
             state=state,
         )
 
-    open_rows(None)  # names that are wrong are told before the model is built
+    files = open_rows(None).files  # names that are wrong are told before the model is built
     val_set = None
     if args.val_dataset:
         val_rows, _ = load_dataset(
@@ -143,5 +144,6 @@ def _streamed(
         num_proc=args.dataset_num_proc,
         max_drop_ratio=args.max_drop_ratio,
         rejects=rejects,
+        facts=facts_of_files(files) if files else None,
     )
     return train_set, val_set

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """Rows in a fixed order. `read(start)` yields them from the start-th on, as (place, row)."""
+    """Rows in a fixed order. `read(start)` yields them from the start-th on, as (place, row). files: local ones they are in."""
 
     name: str
     read: Callable[[int], Iterator[Item]]
     columns: Mapping[str, str] = field(default_factory=dict)
     preprocess: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _registered(
         hub_id = str(meta.hf_id if hub == "hf" else meta.ms_id)
         subsets = spec.subsets or meta.subsets or (None,)
         sources = [hub_source(hub, hub_id, subset, meta.split, streaming, num_proc, token) for subset in subsets]
-    return [Source(source.name, source.read, meta.columns, meta.preprocess) for source in sources]
+    return [replace(source, columns=meta.columns, preprocess=meta.preprocess) for source in sources]
 
 
 # ---- local ----
@@ -122,11 +123,12 @@ def file_source(
 ) -> Source:
     """A file, or a split of a directory: files as hubs lay them out, or what `datasets.save_to_disk` wrote."""
     if path.is_file():
-        return Source(str(path), file_reader(path, streaming, num_proc))
+        return Source(str(path), file_reader(path, streaming, num_proc), files=(path,))
     saved = path / subset if subset else path
     if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():
-        return Source(str(saved), saved_reader(saved, split))
-    readers = [file_reader(file, streaming, num_proc) for file in split_files(path, subset, split)]
+        return Source(str(saved), saved_reader(saved, split), files=tuple(sorted(saved.rglob("*.arrow"))))
+    files = tuple(split_files(path, subset, split))
+    readers = [file_reader(file, streaming, num_proc) for file in files]
 
     def read(start: int) -> Iterator[Item]:
         skipped = 0
@@ -137,7 +139,7 @@ def file_source(
                 else:
                     yield item
 
-    return Source(str(path), read if len(readers) > 1 else readers[0])
+    return Source(str(path), read if len(readers) > 1 else readers[0], files=files)
 
 
 # ---- hubs ----

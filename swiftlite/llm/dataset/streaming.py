@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,7 @@ class StreamedDataset:
         open_rows: opens the rows at a state of RowStream (None: the beginning of an epoch).
         window: rows that are shuffled and packed together. capacity: tokens of a packed sequence, None: no packing.
         num_proc: processes that encode. max_drop_ratio: DatasetError if more of the rows seen so far are left out.
+        facts: of the files that the rows are in, see facts_of_files; empty where there are none.
     """
 
     is_streaming = True
@@ -62,8 +63,10 @@ class StreamedDataset:
         max_drop_ratio: float = 0.05,
         rejects: RejectsFile | None = None,
         name: str = "training data",
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.open_rows, self.seed, self.shuffle = open_rows, seed, shuffle
+        self.facts = dict(facts or {})
         self.window, self.capacity = window, capacity
         self._encode = RowEncoder(template, num_proc)
         self.max_drop_ratio, self.name = max_drop_ratio, name

@@ -7,12 +7,12 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from swiftlite.llm.dataset import StreamedDataset
+from swiftlite.llm.dataset import StreamedDataset, store
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream
 from swiftlite.llm.dataset.order import StreamOrder, read_data_state, write_data_state
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.template import get_template
-from swiftlite.utils.errors import DatasetError
+from swiftlite.utils.errors import DatasetError, UsageError
 
 
 def write(path, count, text="a", bad=()):
@@ -86,6 +86,35 @@ def test_a_stream_goes_on_after_a_restart(make, capacity, mix, tmp_path):
     if capacity is None:
         assert resumed._start["first"] > 0, "not from the beginning"
     assert [resumed[i] for i in range(count - 25, count)] == samples[-25:]
+
+
+def test_changed_files_are_told(make, tmp_path, monkeypatch):
+    """Another size, and the same size; above the limit of what is looked at, blocks of each file and its end."""
+    files = [tmp_path / "x.jsonl", tmp_path / "y.jsonl"]
+    for limit in (store._HASHED_BYTES, 16):
+        monkeypatch.setattr(store, "_HASHED_BYTES", limit)
+        monkeypatch.setattr(store, "_BLOCK_BYTES", min(limit, 64))
+        whole = make(facts=store.facts_of_files(files))
+        write_data_state(whole, tmp_path, 20)
+        again = make(facts=store.facts_of_files(files))
+        read_data_state(again, tmp_path)
+        assert again[20] == whole[20] and again.facts["bytes"] == sum(file.stat().st_size for file in files)
+        for file in files:
+            before = file.read_text()
+            for text in (before + before, before[:-3] + 'b"}', before.replace("0", "1", 1), ""):
+                file.write_text(text)
+                with pytest.raises(UsageError, match=r"training data has changed since .* [0-9]+ bytes then"):
+                    read_data_state(make(facts=store.facts_of_files(files)), tmp_path)
+            file.write_text(before)
+    read_data_state(make(), tmp_path)  # a stream that nothing is known of
+
+
+def test_files_of_a_stream(tmp_path):
+    for name in ("data/train-0.jsonl", "data/train-1.jsonl", "data/test-0.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, 3)
+    stream = RowStream([str(tmp_path / "data"), str(tmp_path / "data/test-0.jsonl") + "#2"], ReadOptions(streaming=True))
+    assert [file.name for file in stream.files] == ["train-0.jsonl", "train-1.jsonl", "test-0.jsonl"]
 
 
 def test_packed_stream(make):
