@@ -230,7 +230,7 @@ class Template:
         def script(row: dict[str, Any]) -> tuple[str, list[Span]] | TemplateError:
             try:
                 with told_as_template_error():
-                    text, spans = self.training_text(row)
+                    text, spans = self._training_text(row)
                 check_characters(text)
                 return bounded_text(text, spans, *limits)
             except TemplateError as error:
@@ -242,7 +242,16 @@ class Template:
         return [script(row) for row in rows]
 
     def training_text(self, row: dict[str, Any]) -> tuple[str, list[Span]]:
-        """The text of a training row and its spans with loss: (start, end, weight), ascending, in characters."""
+        """The text of a training row and its spans with loss: (start, end, weight), ascending, in characters.
+
+        Raises: TemplateError where the conversation cannot be written, also within bounds.
+        """
+        if self.template_backend == "jinja" and self.use_chat_template:
+            _ = self._jinja_stops
+            return bounded_prompt(lambda: self._training_text(row))
+        return self._training_text(row)
+
+    def _training_text(self, row: dict[str, Any]) -> tuple[str, list[Span]]:
         messages, tools = row.get("messages"), row.get("tools")
         if not isinstance(messages, (list, tuple)) or not messages:
             raise TemplateError("a row has no messages; give 'messages': [{'role': ..., 'content': ...}, ...]")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from swiftlite.llm.template.layouts.conversation import Message, function_of, role_of
 from swiftlite.utils.bounded import SECONDS, LimitError, run_bounded
@@ -17,6 +17,7 @@ from swiftlite.utils.errors import TemplateError, UsageError
 
 Found = list[list[int]]  # start, end, index of the message; characters of the text
 Write = Callable[[Sequence[Message], bool], str]
+T = TypeVar("T")
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Contents that share no first and no last character with each other.
@@ -82,7 +83,7 @@ def write_jinja(
 _MAX_UNBOUNDED = 3
 
 
-def bounded_prompt(write: Callable[[], str]) -> str:
+def bounded_prompt(write: Callable[[], T]) -> T:
     """A text that the tokenizer's chat template writes, within bounds. Raises: TemplateError, also beyond them."""
     try:
         return run_bounded(write)

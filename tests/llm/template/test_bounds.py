@@ -82,6 +82,8 @@ def test_a_row_that_makes_the_template_loop_costs_itself(make_tokenizer):
     for _ in range(2):  # alone too, whatever the template has written before
         with pytest.raises(TemplateError, match="cannot write it: .*0.3 s"):
             template.encode(rows[1])
+        with pytest.raises(TemplateError, match="cannot write the conversation: .*0.3 s"):
+            template.training_text(rows[1])
         assert template.encode(rows[0]) == first
     with pytest.raises(UsageError, match="chat template cannot be used"):
         template.encode_batch([rows[1]] * 5)
