@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.utils.errors import CheckpointError, ConfigError
-from swiftlite.utils.io import is_inside, read_json, write_json
+from swiftlite.utils.io import blame, is_inside, read_json, write_json
 from swiftlite.utils.logger import warn_once
 
 if TYPE_CHECKING:
@@ -63,6 +63,79 @@ def _matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
                 f"{path} is left out: a link out of the model's directory; put the file itself there if it is meant"
             )
     return [path for path in files if is_inside(path, directory)]
+
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_NUMBERS = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams",
+)  # fmt: skip
+_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TEXTS = ("chat_template.jinja", "vocab.txt", "merges.txt")
+
+
+def check_side_files(directory: Path) -> None:
+    """Read the side files of a model as whoever uses them will, before any work is done.
+
+    Raises: CheckpointError naming the first that is damaged, and what in it is of another kind than it must be.
+    """
+    for path in side_files(directory):
+        if path.name in _TEXTS:
+            try:
+                path.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise CheckpointError(f"{path} is not UTF-8 ({error}); download or copy the file again") from None
+        if path.suffix == ".json":
+            content = read_json(path)
+            with blame(path):
+                _CHECKS.get(path.name, lambda _: None)(content)
+
+
+def _check_generation(content: Mapping[str, Any]) -> None:
+    for key in _IDS:
+        if any(
+            not isinstance(i, int) or isinstance(i, bool) or abs(i) >= 1 << 31 for i in end_tokens(content.get(key))
+        ):
+            raise ValueError(f"{key} is {content[key]!r}; it must be a token's number or a list of them")
+    for key in _NUMBERS:
+        value = content.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{key} is {value!r}; it must be a number")
+
+
+def _check_tokenizer_config(content: Mapping[str, Any]) -> None:
+    _ = {int(number): str(token["content"]) for number, token in (content.get("added_tokens_decoder") or {}).items()}
+    template = content.get("chat_template")
+    named = [entry["template"] for entry in template] if isinstance(template, list) else [template]
+    if not all(text is None or isinstance(text, str) for text in named):
+        raise TypeError(f"chat_template is a {type(template).__name__}")
+    _check_tokens(content)
+
+
+def _check_tokens(content: Mapping[str, Any]) -> None:
+    for key in _TOKENS:
+        value = content.get(key) or ""
+        if not isinstance(value["content"] if isinstance(value, dict) else value, str):
+            raise ValueError(f"{key} is {value!r}; it must be a token's text")
+
+
+def _check_tokenizer(content: Mapping[str, Any]) -> None:
+    _ = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or ()}
+    if not isinstance(content["model"], dict):
+        raise TypeError(f"model is a {type(content['model']).__name__}")
+
+
+def _check_ids(content: Mapping[str, Any]) -> None:
+    wrong = next((token for token, number in content.items() if not isinstance(number, int)), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} has the number {content[wrong]!r}; it must be a whole number")
+
+
+_CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {
+    "generation_config.json": _check_generation, "tokenizer_config.json": _check_tokenizer_config,
+    "special_tokens_map.json": _check_tokens, "tokenizer.json": _check_tokenizer, "vocab.json": _check_ids,
+    "added_tokens.json": _check_ids,
+}  # fmt: skip
 
 
 def _names_code(path: Path) -> bool:

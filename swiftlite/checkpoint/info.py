@@ -34,7 +34,7 @@ _SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_si
           "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # fmt: skip
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TABLES = ("quantization_config", "text_config", "rope_parameters")
-MAX_COUNT, MAX_SIZE, MAX_EXPERTS = 10_000, 1 << 31, 1 << 18  # the last one: of all layers together
+MAX_COUNT, MAX_SIZE, MAX_EXPERTS = 10_000, 1 << 24, 1 << 18  # the last one: of all layers together
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
@@ -84,23 +84,51 @@ def check_counts(config: Mapping[str, Any], num_tensors: int | None, where: obje
             )
 
 
-def num_tensors(model_dir: str) -> int | None:
-    """How many tensors the weight files have; None where that cannot be told without reading them."""
-    directory = Path(model_dir)
+def check_against_weights(config: Mapping[str, Any], model_dir: str) -> None:
+    """Hold the sizes in config.json against the shapes in the weight files, where there are any.
+
+    Raises: CheckpointError for layers, experts or widths beyond what the tensors have, see check_counts.
+    """
+    num_tensors, longest = _held(Path(model_dir))
+    check_counts(config, num_tensors, model_dir)
+    if longest is None:
+        return
+    packed = 32 if first_of(config, "quantization_config") else 1  # several numbers in one
+    for key in _SIZES:
+        value = first_of(config, key)
+        if isinstance(value, int) and value > max(longest * packed, _UNSUSPICIOUS):
+            raise CheckpointError(
+                f"{model_dir}: config.json says {key} {value}, the longest dimension of its tensors is {longest}; they do "
+                "not belong together"
+            )
+
+
+_UNSUSPICIOUS = 1 << 16  # a size that a model may name without having a tensor of it
+
+
+def _held(directory: Path) -> tuple[int | None, int | None]:
+    """How many tensors the weight files have, and their longest dimension; None where only reading them would tell.
+
+    Of files with an index, that of the first and the last one and of the one with the embedding.
+    """
     single = directory / "model.safetensors"
+    count, files = None, [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (directory / index).is_file() and not single.is_file():
             with blame(directory / index):
-                return len(read_json(directory / index)["weight_map"])
-    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+                named = dict(read_json(directory / index)["weight_map"])
+                count = len(named)
+                files = [f for f in files if f.name == named.get("model.embed_tokens.weight")] + files[:1] + files[-1:]
+            break
     if not files:
-        return None
+        return count, None
     from swiftlite.weights.safetensors import read_header
 
     try:
-        return sum(len(read_header(file)) for file in files)
-    except CheckpointError:
-        return None  # whoever reads the weights says what is wrong with them
+        shapes = [tensor.spec.shape for file in set(files) for tensor in read_header(file).values()]
+    except (CheckpointError, OSError):
+        return count, None  # whoever reads the weights says what is wrong with them
+    return count or len(shapes), max((size for shape in shapes for size in shape), default=None)
 
 
 def read_config(model_dir: str) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def get_model_info_meta(
     )
     config = info.read_config(model_dir)
     check_agreement(config)
-    info.check_counts(config, info.num_tensors(model_dir), model_dir)
+    info.check_against_weights(config, model_dir)
     if model_type is not None:
         meta, explanation = registry[model_type], "--model_type says so"
         resolved: str | None = model_type

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from swiftlite.arguments.parser import Arguments, parse, specs
+from swiftlite.checkpoint.files import check_side_files
 from swiftlite.checkpoint.preflight import custom_files, preflight
 from swiftlite.families import MODEL_MAPPING
 from swiftlite.utils.directories import TRACKER as TRACKER
@@ -182,6 +183,7 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
     adapters = [*args.adapters, *filter(None, [getattr(args, "mcore_adapter", None)])]
     read_system(args)
     for adapter in adapters:
+        check_side_files(Path(adapter).expanduser())
         recorded = take_recorded(args, adapter)
         # Its rows of a vocabulary that has grown need the same rows under it.
         args.new_special_tokens = args.new_special_tokens or recorded.get("new_special_tokens") or []
@@ -222,6 +224,7 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
         num_labels=args.num_labels,
         hub_token=args.hub_token,
     )
+    check_side_files(Path(args.model_info.model_dir))
     args.model_type = args.model_info.model_type
     args.task_type = args.model_info.task_type
     args.template = args.template or args.model_meta.template

@@ -17,8 +17,8 @@ from swiftlite.arguments.parser import as_words
 from swiftlite.arguments.preference import PreferenceArguments
 from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.side_files import read_config
-from swiftlite.convert.origin import origin_root
-from swiftlite.convert.plan import ConfigSource
+from swiftlite.convert.origin import Origin, origin_root
+from swiftlite.convert.plan import ConfigSource, has_weights
 from swiftlite.convert.vocabulary import grown
 from swiftlite.plan.memory import GPUS_PER_NODE, Layout, Need, TrainingModel, even_stages
 from swiftlite.train.metrics import format_seconds
@@ -107,6 +107,8 @@ def print_training(
     """
     root = origin_root(origin)
     config = grown(read_config(root), args.new_tokens)
+    if args.mcore_model or has_weights(root):
+        Origin(origin)  # holds config.json against the tensors that are there
     shards = (
         list(find_iteration(Path(origin)).glob("*.distcp")) if args.mcore_model else list(root.glob("*.safetensors"))
     )

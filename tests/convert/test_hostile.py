@@ -121,6 +121,84 @@ def test_values_of_a_wrong_kind(what: str, made: Path, tmp_path: Path, capsys: p
     refused(tmp_path / side, "config.json" if file == "config.json" else file, capsys)
 
 
+SIDE: dict[str, list[str | bytes]] = {
+    "tokenizer.json": ["{", DEEP, "[]", b"\xff", "{}", '{"model": 3}', '{"model": {}, "added_tokens": [{"id": "x"}]}'],
+    "tokenizer_config.json": ["", '{"added_tokens_decoder": [1]}', '{"chat_template": [3]}', '{"eos_token": 5}',
+                              '{"added_tokens_decoder": {"x": {"content": "a"}}}'],
+    "special_tokens_map.json": ["[1]", '{"eos_token": {"id": 3}}'],
+    "generation_config.json": ["{", '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}', '{"pad_token_id": {}}',
+                               '{"temperature": "hot"}', '{"top_k": [1]}', '{"bos_token_id": 99999999999}',
+                               '{"max_length": true}', '{"eos_token_id": 1.5}'],
+    "vocab.json": ['{"a": "b"}', "[" * 9], "added_tokens.json": ['{"a": null}'], "chat_template.jinja": [b"\xff\xfe"],
+    "chat_template.json": ["{"], "preprocessor_config.json": ["{"], "merges.txt": [b"\xff"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["hf", "mcore"])
+def test_damaged_side_files_are_told_before_any_work(
+    side: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that a conversion only copies; the others would fail with them when they are used."""
+    shutil.copytree(made / side, tmp_path / side)
+    for where in ("plan_to_mcore", "plan_to_hf"):
+        monkeypatch.setattr(f"swiftlite.convert.export.{where}", lambda *_, **__: pytest.fail("work was begun"))
+    for file, contents in SIDE.items():
+        path = tmp_path / side / file
+        before = path.read_bytes() if path.is_file() else None
+        for content in contents:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            refused(tmp_path / side, file, capsys)
+        path.unlink() if before is None else path.write_bytes(before)
+
+
+@pytest.mark.parametrize("command", ["infer --prompt hi", "megatron sft --dataset x.jsonl", "sft --dataset x.jsonl"])
+def test_end_tokens_that_are_none(
+    command: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "hf", tmp_path / "hf")
+    (tmp_path / "x.jsonl").write_text('{"query": "a", "response": "b"}\n')
+    (tmp_path / "hf/generation_config.json").write_text('{"eos_token_id": "x"}')
+    assert main([*command.split(), "--model", str(tmp_path / "hf"), "--model_type", "qwen3"]) == 1
+    assert "hf/generation_config.json holds something unexpected (eos_token_id is 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "size", [{"hidden_size": 10**9}, {"hidden_size": 10**6}, {"intermediate_size": 10**7}, {"head_dim": 128},
+             {"hidden_size": 128}, {"vocab_size": 4096}],
+)  # fmt: skip
+@pytest.mark.parametrize("origin", ["hf", "mcore"])
+def test_a_plan_of_sizes_that_the_files_do_not_have(
+    size: dict[str, int], origin: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a training on Megatron would find out when it loads; without files too where no model is of that size."""
+    pytest.importorskip("megatron.core")
+    shutil.copytree(made / origin, tmp_path / origin)
+    config = {**json.loads((made / "hf/config.json").read_text()), **size}
+    (tmp_path / origin / "config.json").write_text(json.dumps(config))
+    flag = ["--mcore_model"] if origin == "mcore" else ["--model_type", "qwen3", "--model"]
+    words = [
+        "megatron",
+        "sft",
+        *flag,
+        str(tmp_path / origin),
+        "--dry_run",
+        "true",
+        "--gpus",
+        "1",
+        "--max_length",
+        "100",
+    ]
+    assert main(words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the traceback: --debug true" not in error and str(tmp_path / origin) in error or "tensor" in error, error
+    if origin == "hf" and size == {"hidden_size": 10**9}:
+        for path in [*(tmp_path / "hf").glob("*.safetensors"), tmp_path / "hf" / INDEX]:
+            path.unlink()
+        assert main(words) == 1
+        assert "hidden_size is 1000000000; allowed: 0 to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "\u00b2", "9" * 5000, "-1", "../..", "\x1b[2J", "iter_1"])
 def test_tracker(text: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(made / "mcore", tmp_path / "mcore")

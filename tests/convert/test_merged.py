@@ -111,7 +111,12 @@ def test_refused_by_name(change: dict[str, Any], message: str, tiny_model: TinyM
     ],
 )
 def test_values_that_are_no_numbers(
-    config: dict[str, Any], name: str, value: float, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any],
+    name: str,
+    value: float,
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In whatever an adapter holds, also in its last row."""
     monkeypatch.setattr(lora, "_CHECKED_AT_ONCE", 100)

@@ -296,7 +296,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
         changed = replace(info, offset=file.tell(), length=file.write(payload.getvalue()))
     metadata.storage_data[index] = changed
     (last / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=rf"{last / info.relative_path} refers to .*mkdir, which is code.*copy it"):
+    with pytest.raises(
+        CheckpointError, match=rf"{last / info.relative_path} refers to .*mkdir, which is code.*copy it"
+    ):
         sft()
     assert not (tmp_path / "ran").exists()
     data = tmp_path / "data.jsonl"

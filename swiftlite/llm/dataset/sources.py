@@ -27,7 +27,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """Rows in a fixed order. `read(start)` yields them from the start-th on, as (place, row). files: local ones they are in."""
+    """Rows in a fixed order. `read(start)` yields them from the start-th on, as (place, row). files: local, of the rows."""
 
     name: str
     read: Callable[[int], Iterator[Item]]

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swiftlite.checkpoint.files import SIDE_FILES
+from swiftlite.checkpoint.files import check_side_files
 from swiftlite.checkpoint.info import config_dtype
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.families.meta.model import ModelInfo, ModelMeta
 from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError, reason
-from swiftlite.utils.io import read_json
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
@@ -100,14 +99,6 @@ def repair_pad_eos(tokenizer: Any, model: Any | None = None) -> None:
             config.pad_token_id = pad_id
 
 
-def _check_json(model_dir: str) -> None:
-    """Raises: CheckpointError naming the first side file that is damaged; transformers does not say which one."""
-    for name in SIDE_FILES:
-        path = Path(model_dir) / name
-        if path.suffix == ".json" and path.is_file():
-            read_json(path)
-
-
 def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
     """AutoTokenizer of a local directory. Raises CheckpointError where there is none that loads."""
     from transformers import AutoTokenizer
@@ -115,7 +106,7 @@ def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers releases differ in how missing files fail, down to AttributeError
-        _check_json(model_dir)
+        check_side_files(Path(model_dir))
         raise CheckpointError(
             f"no tokenizer could be loaded from {model_dir}: {reason(error)}; "
             "it needs tokenizer.json (or the vocabulary files) and tokenizer_config.json"
@@ -135,7 +126,7 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | No
             model_dir, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except Exception as error:  # damaged and hostile files fail in any way there is
-        _check_json(model_dir)
+        check_side_files(Path(model_dir))
         raise CheckpointError(f"the model in {model_dir} could not be loaded: {reason(error)}") from error
     others = Others.of(model_info.config or {})
     unexpected = [name for name in loading["unexpected_keys"] if not others.has(name)]

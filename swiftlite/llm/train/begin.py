@@ -120,9 +120,7 @@ def check_start(start: Start, weights_only: bool) -> None:
         if step != start.step:
             raise CheckpointError(f"{directory / STATE} is of step {step}: a copy of another checkpoint")
     names = {path.name for path in directory.iterdir()}
-    if not any(
-        name.endswith((".safetensors", ".bin")) and name not in (FP32_FILE, UNREAD) for name in names
-    ):
+    if not any(name.endswith((".safetensors", ".bin")) and name not in (FP32_FILE, UNREAD) for name in names):
         raise CheckpointError(
             f"{directory}: its weights (model or adapter_model .safetensors) are missing; {start.way_on}"
         )

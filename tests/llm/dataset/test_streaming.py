@@ -103,7 +103,7 @@ def test_changed_files_are_told(make, tmp_path, monkeypatch):
             before = file.read_text()
             for text in (before + before, before[:-3] + 'b"}', before.replace("0", "1", 1), ""):
                 file.write_text(text)
-                with pytest.raises(UsageError, match=r"training data has changed since .* [0-9]+ bytes then"):
+                with pytest.raises(UsageError, match=r"training data has changed since .* was saved \([0-9]+ bytes"):
                     read_data_state(make(facts=store.facts_of_files(files)), tmp_path)
             file.write_text(before)
     read_data_state(make(), tmp_path)  # a stream that nothing is known of
@@ -113,7 +113,9 @@ def test_files_of_a_stream(tmp_path):
     for name in ("data/train-0.jsonl", "data/train-1.jsonl", "data/test-0.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, 3)
-    stream = RowStream([str(tmp_path / "data"), str(tmp_path / "data/test-0.jsonl") + "#2"], ReadOptions(streaming=True))
+    stream = RowStream(
+        [str(tmp_path / "data"), str(tmp_path / "data/test-0.jsonl") + "#2"], ReadOptions(streaming=True)
+    )
     assert [file.name for file in stream.files] == ["train-0.jsonl", "train-1.jsonl", "test-0.jsonl"]
 
 
