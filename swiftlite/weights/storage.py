@@ -11,7 +11,6 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,13 +105,27 @@ def check_overflow(names: Iterable[str], dtype: torch.dtype, allow: bool) -> Non
     get_logger().warning("%s", message)
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """The system's errors say which file they are about."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+@dataclass(slots=True)
+class _Open:
+    """A descriptor, and how many threads are using it now: `with` it they do. System errors name the path."""
+
+    fd: int
+    path: Path
+    writable: bool
+    lock: threading.Lock
+    users: int = 0
+    replaced: bool = False  # by a writable one
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.replaced and self.users == 0:
+                os.close(self.fd)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 class Files:
@@ -142,35 +155,29 @@ class Files:
         self._open.clear()
         self._written.clear()
 
-    @contextmanager
-    def _using(self, path: Path, writable: bool = False) -> Iterator[int]:
-        """A descriptor of `path` that stays open inside. System errors name the path."""
-        with _naming(path):
-            with self._lock:
-                entry = self._entry(path, writable)
-                entry.users += 1
-            try:
-                yield entry.fd
-            finally:
-                with self._lock:
-                    entry.users -= 1
-                    if entry.users == 0 and self._open.get(path) is not entry:  # replaced by a writable one meanwhile
-                        os.close(entry.fd)
+    def _using(self, path: Path, writable: bool = False) -> _Open:
+        """An open file, for a `with`: the descriptor stays open inside."""
+        with self._lock:
+            entry = self._open.get(path)
+            if entry is not None and (entry.writable or not writable):
+                self._open.move_to_end(path)
+            else:
+                entry = self._open_anew(path, writable, entry)
+            entry.users += 1
+        return entry
 
-    def _entry(self, path: Path, writable: bool) -> _Open:
-        entry = self._open.get(path)
-        if entry is not None and (entry.writable or not writable):
-            self._open.move_to_end(path)
-            return entry
-        if entry is not None:
+    def _open_anew(self, path: Path, writable: bool, old: _Open | None) -> _Open:
+        if old is not None:
             del self._open[path]
-            if entry.users == 0:
-                os.close(entry.fd)
+            old.replaced = True
+            if old.users == 0:
+                os.close(old.fd)
         if len(self._open) >= self._limit:
             oldest = next((p for p, e in self._open.items() if e.users == 0), None)
             if oldest is not None:
                 os.close(self._open.pop(oldest).fd)
-        entry = self._open[path] = _Open(os.open(path, os.O_RDWR if writable else os.O_RDONLY), writable)
+        fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+        entry = self._open[path] = _Open(fd, path, writable, self._lock)
         if writable:
             self._written.add(path)
         return entry
@@ -207,15 +214,6 @@ class Files:
         if hasattr(os, "posix_fadvise"):
             with self._using(path) as fd:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-@dataclass
-class _Open:
-    """A descriptor and how many threads are using it now."""
-
-    fd: int
-    writable: bool
-    users: int = 0
 
 
 def place_of(source: TensorSource, name: str) -> tuple[str, int]:
