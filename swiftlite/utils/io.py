@@ -105,24 +105,46 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
+_hidden: set[Path] = set()
+
+
+@contextmanager
+def hidden(directory: Path) -> Iterator[None]:
+    """Inside, what is written atomically below `directory` is not forced to the disk file by file.
+
+    For a directory that nobody reads yet: `replace_directory` forces all of it to the disk before it gets its name.
+    """
+    _hidden.add(directory)
+    try:
+        yield
+    finally:
+        _hidden.discard(directory)
+
+
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader sees the old text or the new one, also after the power failed."""
+    """Write beside and rename, so that a reader sees the old text or the new one, also after the power failed.
+
+    The latter outside of `hidden` directories only.
+    """
     write_bytes_atomic(path, text.encode())
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """See write_text_atomic."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    durable = _hidden.isdisjoint(path.parents)
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
 def write_json(path: Path, value: Any, **options: Any) -> None:

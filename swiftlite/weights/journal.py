@@ -20,7 +20,7 @@ from typing import Any
 
 from swiftlite.utils.dist import barrier, get_rank
 from swiftlite.utils.errors import CheckpointError, SwiftliteError, UncheckedError, UsageError
-from swiftlite.utils.io import replace_directory, restore_directory, write_text_atomic
+from swiftlite.utils.io import hidden, replace_directory, restore_directory, write_text_atomic
 from swiftlite.utils.lock import output_lock
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.output import mark_output, partial_of
@@ -144,7 +144,8 @@ def workspace(
         barrier()
         try:
             try:
-                yield Workspace(directory, journal, resumed)
+                with hidden(directory):
+                    yield Workspace(directory, journal, resumed)
                 barrier()
                 if identity() != mine:
                     raise CheckpointError("the source changed while it was read; run the command again")
@@ -173,7 +174,8 @@ def _publish(directory: Path, output: Path, check: Callable[..., None], kind: st
     state, aside = directory / STATE, output.with_name(f".{output.name}.{STATE}")
     state.rename(aside)
     try:
-        mark_output(directory, kind)
+        with hidden(directory):
+            mark_output(directory, kind)
         replace_directory(directory, output)
     except OSError:
         aside.rename(state)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from swiftlite.utils.io import move_files, peak_memory_bytes, replace_directory
+from swiftlite.utils.io import hidden, move_files, peak_memory_bytes, replace_directory, write_text_atomic
 
 CHILD = "from swiftlite.utils.io import peak_memory_bytes; x = bytearray(50 << 20); print(peak_memory_bytes())"
 
@@ -53,3 +53,18 @@ def test_files_are_moved_whole_and_others_stay(tmp_path: Path, syncs: Any) -> No
     assert os.read(seen, 9) == b"old" and not made.exists()  # who had opened the old file reads all of it
     os.close(seen)
     assert syncs.unsynced(there / "a") == []
+
+
+def test_small_files_reach_the_disk_before_their_name_or_that_of_their_directory(tmp_path: Path, syncs: Any) -> None:
+    made, beside = tmp_path / ".made", tmp_path / ".made-2"
+    for directory in (made, beside):
+        (directory / "inner").mkdir(parents=True)
+    with hidden(made):
+        write_text_atomic(made / "inner" / "a", "text")
+        write_text_atomic(beside / "inner" / "a", "text")
+    assert len(syncs.unsynced(made / "inner" / "a")) == 1  # left to replace_directory
+    assert syncs.unsynced(beside / "inner" / "a") == []
+    replace_directory(made, tmp_path / "there")
+    assert syncs.unsynced(tmp_path / "there") == []
+    write_text_atomic(made, "text")
+    assert syncs.unsynced(made) == []
