@@ -40,7 +40,7 @@ from swiftlite.utils.io import blame, is_inside, plain_name, write_bytes_atomic,
 from swiftlite.weights.ops import Segment, Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
 from swiftlite.weights.storage import Extent, TensorSpec
-from swiftlite.weights.unpickle import read_metadata
+from swiftlite.weights.unpickle import BoundedUnpickler, read_metadata
 
 SHARDED_BACKEND = {
     "sharded_backend": "torch_dist",
@@ -253,7 +253,7 @@ def _data_offset(file: Path, offset: int, length: int, nbytes: int) -> int:
 _MAX_DESCRIPTION = 1 << 16  # of one plain tensor; torch.save writes some hundred bytes
 
 
-class _TensorPickle(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class _TensorPickle(BoundedUnpickler):
     """Reads where in its storage a saved tensor starts, from the pickle of a `torch.save` record; runs none of it."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,52 @@ class _StandIn:
     """For records whose class is nothing to us."""
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
-    """In Python, not in C: there a few bytes of a damaged file can ask for any amount of memory."""
+class BoundedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+    """In Python, ten times slower than in C: what it takes in memory is bounded by the size of what it reads."""
+
+    def load_bytearray8(self) -> None:
+        raise pickle.UnpicklingError("a bytearray")  # made at the length that the file gives before it is read
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}  # type: ignore[attr-defined,dict-item]
+
+
+class _Listed:
+    """Finds the classes on the list only."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in STAND_INS:
             return _StandIn
         if (module, name) not in ALLOWED:
             raise CheckpointError(f"refers to {module}.{name}, which no Megatron checkpoint does; refusing to load it")
-        return super().find_class(module, name)
+        return super().find_class(module, name)  # type: ignore[misc]
+
+
+class _Fast(_Listed, pickle.Unpickler):
+    """In C. A few bytes that number the memo themselves can make it ask for any amount of memory: see `_is_plain`."""
+
+
+class _Careful(_Listed, BoundedUnpickler):
+    """For all other pickles."""
+
+
+# Opcodes of protocol 4 that read nothing, or a number: none of them numbers the memo, makes room for a length that the
+# file gives, or calls for an object from outside. Those with a length of one byte: short text, short integer.
+_PLAIN = re.compile(
+    rb"(?s:[()0Nabestu}\]R\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x93\x94]|[Kh\x80].|M..|[Jj]....|[G\x95].{8})*+"
+)
+_SHORT = b"\x8c\x8a"
+
+
+def _is_plain(data: bytes) -> bool:
+    """Does a pickle consist of such opcodes only, from the first byte to the last?"""
+    at = 0
+    while True:
+        match = _PLAIN.match(data, at)
+        assert match is not None  # it may be empty
+        at = match.end()
+        if at + 1 >= len(data) or data[at] not in _SHORT:
+            return data[at:] == pickle.STOP
+        at += 2 + data[at + 1]
 
 
 def read_metadata(file: Any, path: str | os.PathLike[str]) -> Any:
@@ -63,7 +101,7 @@ def read_metadata(file: Any, path: str | os.PathLike[str]) -> Any:
     if len(data) > MAX_METADATA_BYTES:
         raise CheckpointError(f"{path} is too large for what it should hold; copy the checkpoint again")
     try:
-        return _Unpickler(io.BytesIO(data)).load()
+        return (_Fast if _is_plain(data) else _Careful)(io.BytesIO(data)).load()
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None
     except Exception as error:  # a damaged pickle fails in any way there is

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint import filesystem as dcp
 
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import only_data
+from swiftlite.weights import unpickle
 from swiftlite.weights.torch_dist import TorchDistSource, load_common
 from swiftlite.weights.unpickle import guard_checkpoint_reader, read_metadata
 
@@ -67,6 +69,7 @@ HOSTILE = {
     "empty": b"", "no pickle": b"{}", "cut short": pickle.dumps({"a": [1] * 99})[:-9], "another object": pickle.dumps(3),
     "memo of 16 GB": b"\x80\x02]r\xff\xff\xff\x7f.", "text of 16 GB": b"\x80\x04\x8d\xff\xff\xff\xff\x03\0\0\0a.",
     "frame of 16 GB": b"\x80\x04\x95\xff\xff\xff\xff\x03\0\0\0a.",
+    "bytes of 16 GB": b"\x80\x05\x96\xff\xff\xff\xff\x03\0\0\0a.",
     "nested": b"\x80\x04" + b"(" * 200000 + b"t" * 200000 + b".",
     "stack empty": b"\x80\x04R.", "persistent": b"\x80\x04K\x01Q.", "number": b"I" + b"9" * 9999 + b"\n.",
     "unhashable": b"\x80\x04}]K\x01s.", "extension": b"\x80\x02\x82\x01.",
@@ -80,10 +83,27 @@ def test_damaged_metadata_is_named(what: str, tmp_path: Path) -> None:
         TorchDistSource(tmp_path)
 
 
-def test_metadata_as_torch_writes_it_is_read(tmp_path: Path) -> None:
+MEMO = b"r\xff\xff\xff\x7f"  # a place in the memo that the file chooses: 16 GB of it, in C
+
+
+@pytest.mark.parametrize("behind", [b"]", b"\x8c\x02ab", b"\x8a\x02ab", b"K\x01", b"Jabcd", b"G12345678", b"\x8c\x01."])
+def test_only_plain_pickles_are_read_in_c(behind: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file reaches the reader in C through no length, number or text before the opcode that is not for it."""
+    read = []
+    for kind in ("_Fast", "_Careful"):
+        monkeypatch.setattr(unpickle, kind, lambda file, kind=kind: read.append(kind))  # read no further
+    for data in (behind + b".", behind + MEMO + b".", behind + MEMO.replace(b"\xff", b"."), behind, behind + b"..",
+                 behind + b"\x96\xff\xff\xff\xff\x03\0\0\0.", behind + b"p9999999999\n."):  # fmt: skip
+        with suppress(CheckpointError):
+            read_metadata(io.BytesIO(b"\x80\x04" + data), ".metadata")
+    assert read == ["_Fast"] + 6 * ["_Careful"]
+
+
+def test_metadata_as_torch_writes_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what a run's own checkpoints hold besides tensors: RNG states as objects."""
     save({"w": torch.ones(3, 2), "rng": {"random": (3, (1, 2), None), "torch": torch.get_rng_state()}},
          checkpoint_id=tmp_path, no_dist=True)  # fmt: skip
+    monkeypatch.delattr(unpickle, "_Careful")  # the slow way is for other files
     with (tmp_path / ".metadata").open("rb") as file:
         assert set(read_metadata(file, tmp_path / ".metadata").state_dict_metadata) >= {"w"}
     guard_checkpoint_reader()
