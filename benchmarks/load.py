@@ -26,8 +26,8 @@ def write_whole(mcore: Path, target: Path) -> None:
     """The checkpoint `mcore` again, each tensor as one chunk."""
     import torch.distributed.checkpoint as dcp
 
+    from swiftlite.weights.dcp_file import TorchDistSource
     from swiftlite.weights.storage import Files, read_tensor
-    from swiftlite.weights.torch_dist import TorchDistSource
 
     source = TorchDistSource(mcore / "iter_0000001")
     with Files() as files:

@@ -25,7 +25,8 @@ from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import blame, format_bytes, read_json, write_bytes_atomic, write_json, write_text_atomic
 from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.utils.output import check_output
-from swiftlite.weights import stream, torch_dist
+from swiftlite.weights import dcp_file, stream, torch_dist
+from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.journal import fingerprint, workspace
 from swiftlite.weights.lora import (
     EXPERT,
@@ -43,7 +44,7 @@ from swiftlite.weights.merged import EMBEDDING, HEAD, TOKENS, Extras, Merged, re
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
 from swiftlite.weights.storage import Files, TensorSource, TensorSpec, byte_view, read_tensor
-from swiftlite.weights.torch_dist import TorchDistSource, find_iteration
+from swiftlite.weights.torch_dist import find_iteration
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -171,7 +172,7 @@ def export_adapter(args: Any, to_mcore_merged: Callable[[Any], Path], default_di
 def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
     """Write an adapter in the other format, bit for bit, with its adapter_config.json."""
     specs = {name: adapter.source.spec(stored) for name, stored in adapter.names.items()}
-    plan = torch_dist.plan_plain(specs)
+    plan = dcp_file.plan_plain(specs)
     shards = plan_shards({PEFT_PREFIX + n: s for n, s in specs.items()}, 1 << 62)
     _report("to_mcore" if args.to_mcore else "to_hf", adapter, output_dir, plan.total_bytes)
     if args.dry_run:
@@ -184,7 +185,7 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
     def prepare(directory: Path) -> None:
         if args.to_mcore:
             (directory / "iter_0000001").mkdir()
-            torch_dist.create_files(directory / "iter_0000001", plan)
+            dcp_file.create_files(directory / "iter_0000001", plan)
         else:
             create_shards(directory, shards)
             (directory / shards[0].file).rename(directory / WEIGHTS)
@@ -209,7 +210,7 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
             copy_chat(adapter.config_file.parent, space.directory)
             args.save(space.directory)
             if args.to_mcore:
-                torch_dist.write_metadata(space.directory / "iter_0000001", plan, {}, iteration=1)
+                dcp_file.write_metadata(space.directory / "iter_0000001", plan, {}, iteration=1)
                 write_text_atomic(space.directory / torch_dist.TRACKER, "1")
         barrier()
         if args.verify == "bitwise":

@@ -48,13 +48,14 @@ from swiftlite.utils.errors import UncheckedError, UsageError, VerifyError
 from swiftlite.utils.io import format_bytes, peak_memory_bytes, write_text_atomic
 from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.utils.output import check_output
-from swiftlite.weights import stream, torch_dist
+from swiftlite.weights import dcp_file, stream, torch_dist
+from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.journal import fingerprint, workspace
 from swiftlite.weights.merged import Merged
 from swiftlite.weights.rule import BoundMap, Coverage
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
-from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource, find_iteration
+from swiftlite.weights.torch_dist import HfNames, McoreView, find_iteration
 
 
 def convert_hf2mcore(args: Any) -> Path:
@@ -105,7 +106,7 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
     def prepare(directory: Path) -> None:
         check_duplicates(getattr(plan.source, "base", plan.source), plan.coverage.duplicates)
         (directory / "iter_0000001").mkdir()
-        torch_dist.create_files(directory / "iter_0000001", plan.dist)
+        dcp_file.create_files(directory / "iter_0000001", plan.dist)
 
     def identity() -> str:
         return fingerprint(
@@ -126,7 +127,7 @@ def _hf2mcore(args: Any, scratch: Path) -> Path:
             lm_args = megatron.megatron_lm_args()
             text = lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n"
             write_text_atomic(space.directory / MEGATRON_LM_ARGS, text)
-            torch_dist.write_metadata(iteration, plan.dist, megatron.checkpoint_args(), iteration=1)
+            dcp_file.write_metadata(iteration, plan.dist, megatron.checkpoint_args(), iteration=1)
             args.save(space.directory)
             write_text_atomic(space.directory / torch_dist.TRACKER, "1")
         barrier()

@@ -15,9 +15,10 @@ from swiftlite.checkpoint.new_tokens import enter_tokens
 from swiftlite.checkpoint.side_files import read_config, read_manifest
 from swiftlite.convert.plan import resolve_copy
 from swiftlite.convert.vocabulary import GrownSource, NewTokens
+from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.storage import TensorSource
-from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource, find_iteration
+from swiftlite.weights.torch_dist import HfNames, McoreView, find_iteration
 
 
 class Origin:

@@ -16,12 +16,13 @@ from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import blame, format_bytes, read_json
 from swiftlite.utils.text import printable
 from swiftlite.weights import stream
+from swiftlite.weights.dcp_file import DistPlan, TorchDistSource
 from swiftlite.weights.fp8 import ACTIVATION_SCALES, SCALES, open_source
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Coverage, Duplicate, Entry
 from swiftlite.weights.safetensors import INDEX, SINGLE, Located, SafetensorsSource
 from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, decoder, place_of
-from swiftlite.weights.torch_dist import DistPlan, HfNames, McoreView, TorchDistSource, plan_torch_dist
+from swiftlite.weights.torch_dist import HfNames, McoreView, plan_torch_dist
 
 # ---- Hugging Face -> Megatron ----
 

@@ -24,12 +24,13 @@ from swiftlite.utils.errors import MapError
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights import stream
+from swiftlite.weights.dcp_file import is_state
 from swiftlite.weights.fp8 import FP8
 from swiftlite.weights.rule import BoundMap, Entry
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shard import read_shard, write_shard
 from swiftlite.weights.storage import Files, TensorSpec, check_overflow, overflows
-from swiftlite.weights.torch_dist import is_state, slot_of
+from swiftlite.weights.torch_dist import slot_of
 
 
 def iter_shards(models: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:

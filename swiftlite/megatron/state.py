@@ -32,9 +32,10 @@ from swiftlite.utils.dist import all_gather
 from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import replace_directory, write_text_atomic
 from swiftlite.utils.logger import get_logger
+from swiftlite.weights.dcp_file import common_state, load_common
 from swiftlite.weights.shard import read_shard
 from swiftlite.weights.storage import Files
-from swiftlite.weights.torch_dist import TRACKER, common_state, load_common, slot_of
+from swiftlite.weights.torch_dist import TRACKER, slot_of
 from swiftlite.weights.unpickle import check_saved
 
 logger = get_logger()

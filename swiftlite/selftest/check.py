@@ -29,7 +29,7 @@ from swiftlite.llm.model.corrections import correct
 from swiftlite.llm.pipeline import as_arguments
 from swiftlite.utils.errors import UsageError, VerifyError
 from swiftlite.utils.logger import get_logger
-from swiftlite.weights import stream, torch_dist
+from swiftlite.weights import dcp_file, stream, torch_dist
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shape import ModelShape
 
@@ -147,9 +147,9 @@ def check_config(name: str, config: Mapping[str, Any], code: Path | None = None)
         plan = plan_to_mcore(hf, read_config(hf))
         iteration = mcore / "iter_0000001"
         iteration.mkdir(parents=True)
-        torch_dist.create_files(iteration, plan.dist)
+        dcp_file.create_files(iteration, plan.dist)
         stream.run(plan.jobs(iteration))
-        torch_dist.write_metadata(iteration, plan.dist, {}, 1)
+        dcp_file.write_metadata(iteration, plan.dist, {}, 1)
         (mcore / torch_dist.TRACKER).write_text("1")
         write_manifest(mcore, plan.source, plan.coverage)
         copy_side_files(hf, mcore, {})

@@ -27,10 +27,11 @@ from swiftlite.checkpoint.side_files import read_config
 from swiftlite.megatron.hf_io import flatten_shards
 from swiftlite.utils.errors import ConfigError, VerifyError
 from swiftlite.utils.logger import get_logger
+from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Files, decoder, read_tensor
-from swiftlite.weights.torch_dist import TorchDistSource, find_iteration, slot_of
+from swiftlite.weights.torch_dist import find_iteration, slot_of
 
 NUM_TOKENS = 512
 MESSAGES = [

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from swiftlite.utils.errors import CheckpointError, ConfigError, MapError, ShapeError
+from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
 from swiftlite.weights.shape import ModelShape
 from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, read_tensor
-from swiftlite.weights.torch_dist import TorchDistSource, candidates
+from swiftlite.weights.torch_dist import candidates
 
 PEFT_PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"

@@ -18,9 +18,10 @@ from swiftlite.megatron.model.provider import build_models
 from swiftlite.plan.memory import TrainingModel
 from swiftlite.plan.report import own_layout
 from swiftlite.utils.dist import all_gather, get_rank, get_world_size
+from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor
-from swiftlite.weights.torch_dist import McoreView, TorchDistSource
+from swiftlite.weights.torch_dist import McoreView
 
 
 def check(root: Path, layout: dict[str, Any], save_to: Path) -> None:

@@ -13,7 +13,7 @@ from swiftlite.checkpoint import side_files
 from swiftlite.checkpoint.files import copy_side_files
 from swiftlite.convert import plan as planning
 from swiftlite.llm.model import reference
-from swiftlite.weights import stream, torch_dist
+from swiftlite.weights import dcp_file, stream, torch_dist
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 
 from .cases import build_hf, config_of, distinct_cases
@@ -26,11 +26,11 @@ def to_mcore(source: Path, target: Path, **options: Any) -> planning.ToMcorePlan
     plan = planning.plan_to_mcore(source, side_files.read_config(source), **options)
     iteration = target / "iter_0000001"
     iteration.mkdir(parents=True)
-    torch_dist.create_files(iteration, plan.dist)
+    dcp_file.create_files(iteration, plan.dist)
     planning.check_duplicates(plan.source, plan.coverage.duplicates)
     stream.run(plan.jobs(iteration))
     side_files.write_manifest(target, plan.source, plan.coverage)
-    torch_dist.write_metadata(iteration, plan.dist, {}, 1)
+    dcp_file.write_metadata(iteration, plan.dist, {}, 1)
     copy_side_files(source, target, {})
     (target / torch_dist.TRACKER).write_text("1")
     return plan

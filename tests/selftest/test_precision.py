@@ -16,8 +16,9 @@ from swiftlite.convert import plan as planning
 from swiftlite.llm.model import reference
 from swiftlite.selftest.precision import TOLERANCES, check_precision
 from swiftlite.utils.errors import VerifyError
+from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.storage import Files, byte_view, read_tensor
-from swiftlite.weights.torch_dist import HfNames, McoreView, TorchDistSource
+from swiftlite.weights.torch_dist import HfNames, McoreView
 from tests.families.cases import build_hf, config_of, distinct_cases
 from tests.families.test_round_trip import to_mcore
 

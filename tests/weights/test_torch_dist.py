@@ -21,21 +21,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from swiftlite.utils.errors import CheckpointError
+from swiftlite.weights.dcp_file import TorchDistSource, create_files, load_common, write_metadata
 from swiftlite.weights.ops import CONCAT, COPY
 from swiftlite.weights.rule import Source, WeightMap, WeightRule
 from swiftlite.weights.shape import ModelShape
 from swiftlite.weights.storage import Files, byte_view, read_tensor
-from swiftlite.weights.torch_dist import (
-    HfNames,
-    McoreView,
-    TorchDistSource,
-    _data_offset,
-    create_files,
-    find_iteration,
-    load_common,
-    plan_torch_dist,
-    write_metadata,
-)
+from swiftlite.weights.torch_dist import HfNames, McoreView, find_iteration, plan_torch_dist
+from swiftlite.weights.torch_record import data_offset
 
 MODEL = ModelShape(
     num_layers=2, hidden=6, vocab=9, heads=2, groups=1, head_dim=3, ffn=8, moe_layers=(True, True), experts=3, moe_ffn=4
@@ -219,7 +211,7 @@ def test_a_record_is_read_within_its_own_bytes(start: int, tmp_path: Path) -> No
     size = file.stat().st_size
     if start:
         with pytest.raises(CheckpointError, match="record at 0 holds 32 bytes"):
-            _data_offset(file, 0, size, 32)
+            data_offset(file, 0, size, 32)
     else:
-        found = _data_offset(file, 0, size, 32)
+        found = data_offset(file, 0, size, 32)
         assert file.read_bytes()[found : found + 32] == torch.arange(8, dtype=torch.float32).numpy().tobytes()

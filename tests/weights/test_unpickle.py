@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import filesystem as dcp
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import only_data
 from swiftlite.weights import unpickle
-from swiftlite.weights.torch_dist import TorchDistSource, load_common
+from swiftlite.weights.dcp_file import TorchDistSource, load_common
 from swiftlite.weights.unpickle import guard_checkpoint_reader, read_metadata
 
 
