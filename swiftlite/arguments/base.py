@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swiftlite import __version__
-from swiftlite.arguments.flags import BASIC, COMMON_NOTES
-from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field
+from swiftlite.arguments.flags import COMMON_NOTES, NO_WEIGHTS, ONLY_ADAPTERS
+from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import write_json
 from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
@@ -52,13 +52,21 @@ def normalize_dtype(value: Any, flag: str = "torch_dtype") -> str | None:
 class RunArguments(Arguments):
     """Run: where results go, seed, precision, kernels"""
 
-    output_dir: str | None = field(None, "directory that is written", aliases=["save"], path=True)
-    seed: int = field(42, "seed of weights' initialisation, data order and dropout")
-    torch_dtype: Any = field(
-        None, "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)", aliases=["dtype"]
+    output_dir: str | None = run_setting(None, "directory that is written", aliases=["save"], path=True, common=True)
+    seed: int = field(
+        42,
+        "seed of weights' initialisation, data order and dropout",
+        common=True,
+        unavailable={"ExportArguments": Note("default", "conversion draws no random numbers")},
     )
-    allow_overflow: bool = field(False, "go on where finite values become infinite in --torch_dtype")
-    attention_backend: str | None = field(
+    torch_dtype: Any = field(
+        None,
+        "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)",
+        aliases=["dtype"],
+        common=True,
+    )
+    allow_overflow: bool = run_setting(False, "go on where finite values become infinite in --torch_dtype")
+    attention_backend: str | None = run_setting(
         None,
         "attention kernels: auto, flash, fused, unfused, local, or Hugging Face's flash_attention_2, sdpa, eager "
         "(default: the fastest that is there)",
@@ -99,19 +107,45 @@ class RunArguments(Arguments):
 class ModelArguments(Arguments):
     """Model: which checkpoint, and how it is read"""
 
-    model: str | None = field(None, "directory, ModelScope id, or Hugging Face id with --use_hf true", path=True)
-    model_type: str | None = field(None, "registered type; needed only where the directory does not settle it")
+    model: str | None = field(
+        None, "directory, ModelScope id, or Hugging Face id with --use_hf true", path=True, common=True
+    )
+    model_type: str | None = field(
+        None, "registered type; needed only where the directory does not settle it", common=True
+    )
     model_revision: str | None = field(None, "branch, tag or commit on the hub", aliases=["revision"])
-    use_hf: bool = field(False, "download from Hugging Face instead of ModelScope")
-    hub_token: str | None = field(None, "access token of the hub")
+    use_hf: bool = run_setting(False, "download from Hugging Face instead of ModelScope", common=True)
+    hub_token: str | None = run_setting(None, "access token of the hub")
     new_special_tokens: list[str] = field([], "tokens to add; an item that ends in .txt is a file of tokens")
     task_type: str | None = field(None, "what the model is for", choices=["causal_lm", "seq_cls"])
     num_labels: int | None = field(None, "number of classes of a seq_cls model")
-    device_map: Any = field(None, "where transformers puts the layers: auto, cpu, cuda:0 or a JSON map")
+    device_map: Any = run_setting(
+        None,
+        "where transformers puts the layers: auto, cpu, cuda:0 or a JSON map",
+        unavailable={
+            "ExportArguments": Note(
+                "default", "conversion streams on the CPU, and the precision check chooses its device"
+            ),
+            "MegatronArguments": Note(
+                "rejected", "megatron-core places the model: one process per device (NPROC_PER_NODE)"
+            ),
+            "PreviewArguments": NO_WEIGHTS,
+        },
+    )
     trust_remote_code: bool = field(False, "allow Python code that a checkpoint brings to run")
-    ignore_requirements: bool = field(False, "go on although a package version that the model asks for is missing")
-    adapters: list[str] = field([], "directories of LoRA adapters in PEFT's format", path=True)
-    merge_lora: bool | None = field(None, "add LoRA weights into the model that is written")
+    ignore_requirements: bool = run_setting(
+        False, "go on although a package version that the model asks for is missing"
+    )
+    adapters: list[str] = field([], "directories of LoRA adapters in PEFT's format", path=True, common=True)
+    merge_lora: bool | None = field(
+        None,
+        "add LoRA weights into the model that is written",
+        common=True,
+        unavailable={
+            "MegatronArguments": None,
+            "SftArguments": "merge afterwards with `swiftlite export --merge_lora true`",
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,9 +172,13 @@ class ModelArguments(Arguments):
 class TemplateArguments(Arguments):
     """Template: how a conversation becomes tokens"""
 
-    template: str | None = field(None, "chat template (default: the model's own)", aliases=["template_type"])
-    system: str | None = field(None, "system message where a conversation has none")
-    max_length: int | None = field(None, "longest sample in tokens (default: what the model allows; export 2048)")
+    template: str | None = field(
+        None, "chat template (default: the model's own)", aliases=["template_type"], common=True
+    )
+    system: str | None = field(None, "system message where a conversation has none", common=True)
+    max_length: int | None = field(
+        None, "longest sample in tokens (default: what the model allows; export 2048)", common=True
+    )
     truncation_strategy: str = field(
         "delete", "what happens to longer samples", choices=["delete", "left", "right", "split", "raise"]
     )
@@ -159,7 +197,9 @@ class TemplateArguments(Arguments):
     add_non_thinking_prefix: bool = field(
         True, "train answers without thoughts with the empty thought block that the template writes before them"
     )
-    strict_template: bool = field(False, "fail where the template differs from the checkpoint's own chat template")
+    strict_template: bool = run_setting(
+        False, "fail where the template differs from the checkpoint's own chat template"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,9 +237,12 @@ class DataArguments(Arguments):
         [],
         "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it",
         path=True,
+        common=True,
     )
-    val_dataset: list[str] = field([], "the same, for evaluation", path=True)
-    split_dataset_ratio: float = field(0.0, "share of the data set kept for evaluation where --val_dataset is absent")
+    val_dataset: list[str] = field([], "the same, for evaluation", path=True, common=True)
+    split_dataset_ratio: float = field(
+        0.0, "share of the data set kept for evaluation where --val_dataset is absent", common=True
+    )
     columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
     dataset_info: list[str] = field([], "JSON files that name data sets", aliases=["custom_dataset_info"], path=True)
     interleave_prob: list[float] = field([], "draw from the data sets with these probabilities, one for each")
@@ -208,15 +251,19 @@ class DataArguments(Arguments):
     )
     streaming: bool = field(False, "read and tokenise while training runs; needs --train_iters")
     shuffle_buffer_size: int = field(1000, "rows that are shuffled and packed together when streaming")
-    load_from_cache_file: bool = field(False, "keep tokenised data between runs, by content")
+    load_from_cache_file: bool = run_setting(
+        False,
+        "keep tokenised data between runs, by content",
+        unavailable={"DpoArguments": "pairs are tokenised for each run"},
+    )
     cached_dataset: str | None = field(None, "directory that `export --to_cached_dataset true` wrote", path=True)
-    dataset_num_proc: int = field(1, "processes that read and tokenise")
+    dataset_num_proc: int = run_setting(1, "processes that read and tokenise")
     max_drop_ratio: float = field(0.05, "stop when a larger share of the rows cannot be used")
     data_seed: int | None = field(None, "seed of the data order (default: --seed)")
     dataset_shuffle: bool = field(True, "shuffle the training rows")
     model_name: list[str] = field([], "name that self-cognition rows teach the model")
     model_author: list[str] = field([], "author that self-cognition rows teach the model")
-    packing: bool = field(False, "fill each training sequence with several samples")
+    packing: bool = field(False, "fill each training sequence with several samples", common=True)
     packing_length: int | None = field(None, "tokens of a packed sequence (default: --max_length)")
     group_by_length: bool = field(False, "make batches of samples of similar length")
 
@@ -252,20 +299,34 @@ class TunerArguments(Arguments):
         "all parameters, adapters beside them, or some of them",
         aliases=["tuner_type"],
         choices=["full", "lora", "freeze"],
+        common=True,
     )
     freeze_parameters: list[str] = field([], "prefixes of parameters that stay as they are")
     freeze_parameters_regex: str | None = field(None, "regular expression of parameters that stay as they are")
     freeze_parameters_ratio: float = field(0.0, "share of the parameters, from the bottom, that stay as they are")
     trainable_parameters: list[str] = field([], "prefixes of parameters that are trained although frozen otherwise")
     trainable_parameters_regex: str | None = field(None, "regular expression of parameters that are trained anyway")
-    target_modules: list[str] = field(["all-linear"], "layers that get LoRA, by Hugging Face name")
+    target_modules: list[str] = field(["all-linear"], "layers that get LoRA, by Hugging Face name", common=True)
     target_regex: str | None = field(None, "regular expression of layers that get LoRA")
-    modules_to_save: list[str] = field([], "layers that are trained fully beside LoRA")
-    lora_rank: int = field(8, "LoRA rank")
-    lora_alpha: int = field(32, "LoRA scale times rank")
+    modules_to_save: list[str] = field([], "layers that are trained fully beside LoRA", unavailable=ONLY_ADAPTERS)
+    lora_rank: int = field(8, "LoRA rank", common=True)
+    lora_alpha: int = field(32, "LoRA scale times rank", common=True)
     lora_dropout: float = field(0.05, "dropout before LoRA")
-    lora_bias: str = field("none", "which biases are trained with LoRA", choices=["none", "all", "lora_only"])
-    lora_dtype: str | None = field(None, "dtype of LoRA weights", choices=["float16", "bfloat16", "float32"])
+    lora_bias: str = field(
+        "none",
+        "which biases are trained with LoRA",
+        choices=["none", "all", "lora_only"],
+        unavailable=ONLY_ADAPTERS,
+    )
+    lora_dtype: str | None = field(
+        None,
+        "dtype of LoRA weights",
+        choices=["float16", "bfloat16", "float32"],
+        unavailable={
+            "MegatronSftArguments": "adapters have the dtype of the model; the optimizer holds them in fp32",
+            "SftArguments": "adapters are trained in fp32 and run in the dtype of the model",
+        },
+    )
     use_rslora: bool = field(False, "scale by alpha / sqrt(rank)")
 
     def __post_init__(self) -> None:
@@ -286,14 +347,18 @@ class TunerArguments(Arguments):
 class GenerationArguments(Arguments):
     """Generation: how answers are made"""
 
-    max_new_tokens: int | None = field(None, "longest answer in tokens (default: what the model's length leaves)")
-    temperature: float | None = field(None, "0 takes the most likely token (default: the model's own)")
+    max_new_tokens: int | None = field(
+        None, "longest answer in tokens (default: what the model's length leaves)", common=True
+    )
+    temperature: float | None = field(None, "0 takes the most likely token (default: the model's own)", common=True)
     top_p: float | None = field(None, "nucleus sampling")
     top_k: int | None = field(None, "sample among the k most likely tokens")
     repetition_penalty: float | None = field(None, "above 1: repeats become less likely")
     num_beams: int = field(1, "beams of beam search")
     stop_words: list[str] = field([], "text that ends an answer")
-    stream: bool | None = field(None, "show the answer while it is made (default: in the chat, not for a data set)")
+    stream: bool | None = field(
+        None, "show the answer while it is made (default: in the chat, not for a data set)", common=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,11 +369,10 @@ class GenerationArguments(Arguments):
 
 
 @arguments
-class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArguments):
+class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArguments):
     """General"""
 
     NOTES: ClassVar[Mapping[str, Note]] = COMMON_NOTES
-    BASIC: ClassVar[tuple[str, ...]] = BASIC
 
     custom_register_path: list[str] = field(
         [],
@@ -316,8 +380,8 @@ class BaseArguments(ModelArguments, TemplateArguments, DataArguments, RunArgumen
         aliases=["external_plugins"],
         path=True,
     )
-    exist_ok: bool = field(False, "write although the output directory exists")
-    debug: bool = field(False, "show the traceback of an error")
+    exist_ok: bool = run_setting(False, "write although the output directory exists")
+    debug: bool = run_setting(False, "show the traceback of an error", common=True)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write `directory`/args.json: every setting as it stands, and the model's facts once they are resolved.

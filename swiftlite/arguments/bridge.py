@@ -142,7 +142,7 @@ ARGV: tuple[Row, ...] = (
     *_same("--wandb-project", "--wandb-exp-name", "--eval-iters"),
     Row("--eval-interval", "eval_steps"),
     *_same("--seed", "--seq-length"),
-    Row("--num-workers", "dataloader_num_workers"),
+    _fixed("--num-workers", 4),
 )
 
 # What Megatron-LM has no flag for. Values are kept as they are: None, False and the dtype object included.
@@ -176,8 +176,8 @@ EXTRA: tuple[Row, ...] = (
     Row("torch_dtype", "dtype"),
     Row("padding_free", "padding_free", fallback=True),
     _fixed("mlp_padding_free", False),
-    Row("dataloader_persistent_workers", "dataloader_persistent_workers"),
-    Row("dataloader_prefetch_factor", "dataloader_prefetch_factor"),
+    _fixed("dataloader_persistent_workers", True),
+    _fixed("dataloader_prefetch_factor", 10),
     Row("architectures", "architectures"),
     Row("max_epochs", "num_train_epochs"),
     _fixed("enable_dft_loss", False),

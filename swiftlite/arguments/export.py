@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.base import BaseArguments, normalize_dtype
-from swiftlite.arguments.flags import EXPORT_NOTES, EXPORT_UNAVAILABLE
+from swiftlite.arguments.flags import EXPORT_NOTES
 from swiftlite.arguments.parser import Arguments, Note, arguments, field
 from swiftlite.utils.errors import UsageError
 
@@ -35,9 +35,11 @@ class McoreArguments(Arguments):
     """Megatron checkpoints: where torch_dist weights come from"""
 
     mcore_model: str | None = field(
-        None, "directory with latest_checkpointed_iteration.txt", aliases=["load"], path=True
+        None, "directory with latest_checkpointed_iteration.txt", aliases=["load"], path=True, common=True
     )
-    mcore_adapter: str | None = field(None, "adapter checkpoint of a Megatron run", aliases=["adapter_load"], path=True)
+    mcore_adapter: str | None = field(
+        None, "adapter checkpoint of a Megatron run", aliases=["adapter_load"], path=True, common=True
+    )
 
 
 def megatron_kinds(args: McoreArguments, reads_model: bool) -> dict[str, tuple[str, ...]]:
@@ -55,8 +57,12 @@ def megatron_kinds(args: McoreArguments, reads_model: bool) -> dict[str, tuple[s
 class PlanArguments(Arguments):
     """Plan: what a command will do and take, without doing it"""
 
+    RESUME: ClassVar[str] = "may change"
+
     dry_run: bool = field(
-        False, "show the plan (bytes, files, memory, time, layouts that fit) and stop; needs config.json, no weights"
+        False,
+        "show the plan (bytes, files, memory, time, layouts that fit) and stop; needs config.json, no weights",
+        common=True,
     )
     gpus: int | None = field(None, "with --dry_run true: GPUs to train on (default: NPROC_PER_NODE x NNODES)")
     gpu_memory: str = field("80GB", "with --dry_run true: memory of each GPU")
@@ -79,10 +85,12 @@ class PlanArguments(Arguments):
 class PushArguments(Arguments):
     """Push: the Hugging Face directory that a command has written goes to a hub"""
 
+    RESUME: ClassVar[str] = "may change"
+
     push_to_hub: bool = field(
-        False, "upload the Hugging Face directory to ModelScope, with --use_hf true to Hugging Face"
+        False, "upload the Hugging Face directory to ModelScope, with --use_hf true to Hugging Face", common=True
     )
-    hub_model_id: str | None = field(None, "ORGANISATION/NAME there")
+    hub_model_id: str | None = field(None, "ORGANISATION/NAME there", common=True)
     hub_private_repo: bool = field(False, "a repository that is made for it is private")
 
     def __post_init__(self) -> None:
@@ -97,29 +105,33 @@ class PushArguments(Arguments):
 class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArguments):
     """Export: what is converted and how it is checked"""
 
-    NOTES: ClassVar[Mapping[str, Note]] = EXPORT_NOTES
-    UNAVAILABLE: ClassVar[Mapping[str, str]] = EXPORT_UNAVAILABLE
-    HIDDEN: ClassVar[Mapping[str, str]] = {
-        "cached_dataset": "export writes one, with --to_cached_dataset true",
-        "streaming": "export reads whole data sets",
-        "shuffle_buffer_size": "export reads whole data sets",
-        "group_by_length": "has no effect on export",
-        "seed": "conversion draws no random numbers",
-        "device_map": "export chooses its devices itself",
+    NOTES: ClassVar[Mapping[str, Note]] = {
+        **EXPORT_NOTES,
+        "cached_dataset": Note("rejected", "export writes one, with --to_cached_dataset true"),
+        "streaming": Note("rejected", "export reads whole data sets"),
+        "shuffle_buffer_size": Note("rejected", "export reads whole data sets"),
+        "group_by_length": Note("rejected", "has no effect on export"),
     }
 
-    to_mcore: bool = field(False, "Hugging Face -> Megatron-core torch_dist")
-    to_hf: bool = field(False, "Megatron-core torch_dist -> Hugging Face")
-    to_cached_dataset: bool = field(False, "write --dataset as token ids, which both trainers read by memory map")
-    test_convert_precision: bool = field(False, "run both models on one conversation and fail where they disagree")
+    to_mcore: bool = field(False, "Hugging Face -> Megatron-core torch_dist", common=True)
+    to_hf: bool = field(False, "Megatron-core torch_dist -> Hugging Face", common=True)
+    to_cached_dataset: bool = field(
+        False, "write --dataset as token ids, which both trainers read by memory map", common=True
+    )
+    test_convert_precision: bool = field(
+        False, "run both models on one conversation and fail where they disagree", common=True
+    )
     test_convert_dtype: str = field("float32", "dtype of that run")
     thread_count: int | None = field(None, "number of torch_dist files (default: about 10 GB each, at least 2)")
-    max_shard_size: str = field("5GB", "largest safetensors file")
+    max_shard_size: str = field("5GB", "largest safetensors file", common=True)
     max_memory: str | None = field(
         None, "memory for blocks in flight, like 4GB (default: 3 MB for each of two threads a core)"
     )
     verify: str = field(
-        "names", "check afterwards: names and shapes, or every byte both ways", choices=["none", "names", "bitwise"]
+        "names",
+        "check afterwards: names and shapes, or every byte both ways",
+        choices=["none", "names", "bitwise"],
+        common=True,
     )
 
     def __post_init__(self) -> None:

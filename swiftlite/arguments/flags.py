@@ -1,30 +1,25 @@
 """Flags that users of other tools type and that are no fields here: accepted with the reason, or refused with it.
 
-Together with the fields they make docs/flags.md. A setting that has a field but no effect yet is in one of the
-*_UNAVAILABLE tables: its default is accepted, another value is an error, so that nothing is silently ignored.
+Together with the fields they make docs/flags.md.
 """
 
 from __future__ import annotations
 
 from swiftlite.arguments.parser import Note
 
-# What `COMMAND --help` shows of the flags that commands have in common, parts in this order; --help_all shows all.
-BASIC = (
-    "to_mcore", "to_hf", "to_cached_dataset", "test_convert_precision", "max_shard_size", "verify",
-    "prompt", "result_path", "max_new_tokens", "temperature", "stream", "num_rows", "show_ids", "html",
-    "model", "model_type", "use_hf", "adapters", "merge_lora", "mcore_model", "mcore_adapter",
-    "dataset", "val_dataset", "split_dataset_ratio", "packing", "template", "system", "max_length",
-    "output_dir", "torch_dtype", "seed",
-    "micro_batch_size", "global_batch_size", "num_train_epochs", "train_iters", "lr", "lr_warmup_fraction", "recompute",
-    "save_steps", "save_total_limit", "save_safetensors", "eval_steps", "logging_steps", "report_to",
-    "train_type", "target_modules", "lora_rank", "lora_alpha", "beta", "loss_type", "ref_model",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "sequence_parallel",
-    "dry_run", "push_to_hub", "hub_model_id", "debug",
-)  # fmt: skip
-
 _TEXT_ONLY = "the models here are text only, there is no vision tower"
 _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is the same for every layout"
 _DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite megatron dpo`"
+
+# Why a field does not act, for the fields' records.
+FP8 = "training in FP8 is not available yet"
+OFFLOAD = "optimizer offload is not available yet"
+ONLY_ADAPTERS = {"MegatronSftArguments": "with LoRA on Megatron nothing but adapters is trained"}
+NO_MTP = {
+    "MegatronDpoArguments": Note("rejected", "preference training has no multi-token-prediction loss; leave it out")
+}
+NO_WEIGHTS = Note("rejected", "has no effect: preview reads no weights")
+AVERAGED_PAIRS = Note("default", "pairs are averaged over the global batch", allowed=("false",))
 
 COMMON_NOTES: dict[str, Note] = {
     "lazy_tokenize": Note("default", "rows are tokenised before training, or while it runs with --streaming true"),
@@ -41,7 +36,6 @@ COMMON_NOTES: dict[str, Note] = {
 }
 
 EXPORT_NOTES: dict[str, Note] = {
-    **COMMON_NOTES,
     "tensor_model_parallel_size": Note("default", _NO_PARALLEL),
     "pipeline_model_parallel_size": Note("default", _NO_PARALLEL),
     "expert_model_parallel_size": Note("default", _NO_PARALLEL),
@@ -50,8 +44,6 @@ EXPORT_NOTES: dict[str, Note] = {
     "sequence_parallel": Note("default", _NO_PARALLEL),
     "decoder_first_pipeline_num_layers": Note("default", _NO_PARALLEL),
     "decoder_last_pipeline_num_layers": Note("default", _NO_PARALLEL),
-    "seed": Note("default", "conversion draws no random numbers"),
-    "device_map": Note("default", "conversion streams on the CPU, and the precision check chooses its device"),
     "mtp_num_layers": Note("default", "MTP layers of the checkpoint are always converted"),
     "save_missing_weights": Note("default", "every tensor of the source is accounted for, or the command fails"),
     "fp8_format": Note("rejected", "writing FP8 weights is not supported; export bf16"),
@@ -60,17 +52,11 @@ EXPORT_NOTES: dict[str, Note] = {
 }
 
 _BATCHES = "samples are token ids before training begins, so a batch takes no time worth dividing (see data_s)"
-BATCH_NOTES: dict[str, Note] = {
+TRAIN_NOTES: dict[str, Note] = {
     "dataloader_num_workers": Note("default", _BATCHES),
     "num_workers": Note("default", _BATCHES),
     "dataloader_persistent_workers": Note("default", _BATCHES),
     "dataloader_prefetch_factor": Note("default", _BATCHES),
-}
-
-TRAIN_NOTES: dict[str, Note] = {
-    **COMMON_NOTES,
-    **BATCH_NOTES,
-    "save_safetensors": Note("default", "checkpoints are Hugging Face directories", allowed=("true",)),
     "finetune": Note("default", "a first start loads weights only, and the same command resumes its own run"),
     "rlhf_type": Note("rejected", _DPO),
     "beta": Note("rejected", _DPO),
@@ -91,40 +77,10 @@ TRAIN_NOTES: dict[str, Note] = {
     "position_embedding_type": Note("default", "all supported models use rotary embeddings", allowed=("rope",)),
 }  # fmt: skip
 
-_ONLY_ADAPTERS = "with LoRA on Megatron nothing but adapters is trained"
-_FP8 = "training in FP8 is not available yet"
-_OFFLOAD = "optimizer offload is not available yet"
-
-SFT_UNAVAILABLE: dict[str, str] = {
-    "lora_dtype": "adapters are trained in fp32 and run in the dtype of the model",
-    "merge_lora": "merge afterwards with `swiftlite export --merge_lora true`",
-}
-
-_PREFERENCE = ("rlhf_type", "beta", "loss_type", "rpo_alpha", "ref_model", "mcore_ref_model", "ref_adapters")
 DPO_NOTES: dict[str, Note] = {
-    **{name: note for name, note in TRAIN_NOTES.items() if name not in _PREFERENCE},
     "mcore_ref_model": Note("rejected", "the reference is a Hugging Face model here: give it with --ref_model"),
     "ref_adapters": Note(
         "rejected", "merge the adapter with `swiftlite export --merge_lora true` and give --ref_model"
     ),
-    "calculate_per_token_loss": Note("default", "pairs are averaged over the global batch", allowed=("false",)),
+    "calculate_per_token_loss": AVERAGED_PAIRS,
 }
-DPO_UNAVAILABLE: dict[str, str] = {
-    **SFT_UNAVAILABLE,
-    "load_from_cache_file": "pairs are tokenised for each run",
-}
-
-TRAIN_UNAVAILABLE: dict[str, str] = {
-    "modules_to_save": _ONLY_ADAPTERS,
-    "lora_bias": _ONLY_ADAPTERS,
-    "lora_dtype": "adapters have the dtype of the model; the optimizer holds them in fp32",
-    "context_parallel_size": "context parallelism is not available yet",
-    "optimizer_cpu_offload": _OFFLOAD,
-    "optimizer_offload_fraction": _OFFLOAD,
-    "use_precision_aware_optimizer": _OFFLOAD,
-    "fp8_format": _FP8,
-    "fp8_recipe": _FP8,
-    "fp8_param_gather": _FP8,
-}
-
-EXPORT_UNAVAILABLE: dict[str, str] = {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.base import BaseArguments, DataArguments, GenerationArguments
-from swiftlite.arguments.parser import arguments, field, hide
+from swiftlite.arguments.parser import Note, arguments, field, specs
 from swiftlite.utils.errors import UsageError
 
 
@@ -14,16 +14,17 @@ from swiftlite.utils.errors import UsageError
 class InferArguments(GenerationArguments, BaseArguments):
     """Inference: chat, one prompt, or a data set"""
 
-    HIDDEN: ClassVar[Mapping[str, str]] = {
-        **hide(DataArguments, "has no effect on inference", keep=["val_dataset", "columns", "dataset_info"]),
-        "merge_lora": "has no effect on inference",
-        "output_dir": "inference writes only --result_path",
-        "padding_free": "has no effect on inference",
-        "loss_scale": "has no effect on inference",
+    NOTES: ClassVar[Mapping[str, Note]] = {
+        **{
+            name: Note("rejected", "has no effect on inference")
+            for name in (*specs(DataArguments), "merge_lora", "padding_free", "loss_scale")
+            if name not in ("val_dataset", "columns", "dataset_info")
+        },
+        "output_dir": Note("rejected", "inference writes only --result_path"),
     }
 
-    prompt: str | None = field(None, "answer this and end", aliases=["query"])
-    result_path: str | None = field(None, "JSONL file for the answers to --val_dataset", path=True)
+    prompt: str | None = field(None, "answer this and end", aliases=["query"], common=True)
+    result_path: str | None = field(None, "JSONL file for the answers to --val_dataset", path=True, common=True)
     max_batch_size: int = field(1, "rows of --val_dataset answered at once")
 
     def __post_init__(self) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.arguments.flags import DPO_NOTES, DPO_UNAVAILABLE, TRAIN_UNAVAILABLE
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.parser import Note, arguments
 from swiftlite.arguments.preference import DpoArguments
-
-_MTP = "preference training has no multi-token-prediction loss; leave it out"
 
 
 @arguments
@@ -27,16 +24,5 @@ class MegatronDpoArguments(MegatronSftArguments, DpoArguments):
         return {**super().directory_kinds, "ref_model": ("is_hf", "is_megatron")}
 
     NOTES: ClassVar[Mapping[str, Note]] = {
-        **DPO_NOTES,
         "mcore_ref_model": Note("rejected", "give it with --ref_model, which takes checkpoints of either format"),
-    }
-    UNAVAILABLE: ClassVar[Mapping[str, str]] = {
-        **TRAIN_UNAVAILABLE,
-        "load_from_cache_file": DPO_UNAVAILABLE["load_from_cache_file"],
-    }
-    HIDDEN: ClassVar[Mapping[str, str]] = {
-        **MegatronSftArguments.HIDDEN,
-        "calculate_per_token_loss": DPO_NOTES["calculate_per_token_loss"].reason,
-        "mtp_num_layers": _MTP,
-        "mtp_loss_scaling_factor": _MTP,
     }

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.export import PlanArguments, PushArguments, megatron_kinds
-from swiftlite.arguments.flags import BATCH_NOTES, TRAIN_UNAVAILABLE
 from swiftlite.arguments.parallel import COMPUTATION, STRUCTURE, MegatronArguments
-from swiftlite.arguments.parser import arguments
+from swiftlite.arguments.parser import Note, arguments
 from swiftlite.arguments.train import PtArguments, SftArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
@@ -19,13 +18,9 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
     """Supervised fine-tuning on megatron-core"""
 
     COMMAND: ClassVar[str] = "megatron sft"
-    UNAVAILABLE: ClassVar[Mapping[str, str]] = TRAIN_UNAVAILABLE
-
-    HIDDEN: ClassVar[Mapping[str, str]] = {
-        **{name: "is read from the checkpoint's config.json; leave it out" for name in STRUCTURE + COMPUTATION},
-        **{name: note.reason for name, note in BATCH_NOTES.items()},
-        "device_map": "megatron-core places the model: one process per device (NPROC_PER_NODE)",
-    }
+    NOTES: ClassVar[Mapping[str, Note]] = dict.fromkeys(
+        STRUCTURE + COMPUTATION, Note("rejected", "is read from the checkpoint's config.json; leave it out")
+    )
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:

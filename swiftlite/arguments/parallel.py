@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from swiftlite.arguments.base import RunArguments, TunerArguments
 from swiftlite.arguments.export import McoreArguments
-from swiftlite.arguments.parser import Arguments, arguments, field, specs
+from swiftlite.arguments.flags import AVERAGED_PAIRS, FP8, NO_MTP, OFFLOAD
+from swiftlite.arguments.parser import Arguments, arguments, field, run_setting, specs
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import ConfigError, UsageError
 from swiftlite.utils.logger import get_logger
@@ -23,14 +24,21 @@ from swiftlite.utils.logger import get_logger
 class ParallelArguments(Arguments):
     """Parallelism: how the model and the batch are divided"""
 
-    tensor_model_parallel_size: int = field(1, "ranks that share each layer (TP)")
-    pipeline_model_parallel_size: int = field(1, "ranks that hold successive layers (PP)")
+    RESUME: ClassVar[str] = "may change"
+
+    tensor_model_parallel_size: int = field(1, "ranks that share each layer (TP)", common=True)
+    pipeline_model_parallel_size: int = field(1, "ranks that hold successive layers (PP)", common=True)
     decoder_first_pipeline_num_layers: int | None = field(None, "layers of the first pipeline stage")
     decoder_last_pipeline_num_layers: int | None = field(None, "layers of the last pipeline stage")
     num_virtual_stages_per_pipeline_rank: int | None = field(None, "interleaved model chunks per pipeline rank (VPP)")
-    context_parallel_size: int = field(1, "ranks that share each sequence (CP)", aliases=["sequence_parallel_size"])
-    sequence_parallel: bool = field(False, "also divide norms and dropout over the TP ranks")
-    expert_model_parallel_size: int = field(1, "ranks that hold different experts (EP)")
+    context_parallel_size: int = field(
+        1,
+        "ranks that share each sequence (CP)",
+        aliases=["sequence_parallel_size"],
+        unavailable="context parallelism is not available yet",
+    )
+    sequence_parallel: bool = field(False, "also divide norms and dropout over the TP ranks", common=True)
+    expert_model_parallel_size: int = field(1, "ranks that hold different experts (EP)", common=True)
     expert_tensor_parallel_size: int | None = field(None, "ranks that share each expert (default: TP)")
     overlap_grad_reduce: bool | None = field(
         None, "reduce gradients while the backward pass runs (default: with data parallelism on GPUs)"
@@ -167,72 +175,86 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     qk_head_dim: int | None = field(None, "MLA: width of a head without rotation")
     qk_pos_emb_head_dim: int | None = field(None, "MLA: width of the rotated part")
     v_head_dim: int | None = field(None, "MLA: width of a value head")
-    mtp_num_layers: int | None = field(None, "train this many multi-token-prediction layers (default: none)")
-    mtp_loss_scaling_factor: float = field(0.1, "weight of the multi-token-prediction loss")
+    mtp_num_layers: int | None = field(
+        None,
+        "train this many multi-token-prediction layers (default: none)",
+        unavailable=NO_MTP,
+    )
+    mtp_loss_scaling_factor: float = field(0.1, "weight of the multi-token-prediction loss", unavailable=NO_MTP)
 
     # How it is trained.
     moe_router_dtype: str | None = field("fp32", "dtype of the router", choices=["fp32", "fp64"])
     moe_router_bias_update_rate: float = field(
         1e-3, "step by which training moves the expert bias (default of trainers: 0, as Hugging Face leaves it)"
     )
-    moe_token_dispatcher_type: str = field(
+    moe_token_dispatcher_type: str = run_setting(
         "alltoall", "how tokens travel to experts", choices=["alltoall", "allgather", "flex"]
     )
-    moe_grouped_gemm: bool | None = field(None, "one grouped product for all experts (default: where it is there)")
-    moe_grouped_impl: str | None = field(
+    moe_grouped_gemm: bool | None = run_setting(
+        None, "one grouped product for all experts (default: where it is there)"
+    )
+    moe_grouped_impl: str | None = run_setting(
         None,
         "whose grouped products: torch's with one weight for all experts, or Transformer Engine's (default: torch's in "
         "bf16 on GPUs that have the kernel)",
         choices=["torch", "te"],
     )
-    moe_permute_fusion: bool | None = field(None, "fused permutation of tokens (default: with Transformer Engine)")
-    moe_shared_expert_overlap: bool = field(False, "shared experts run while tokens travel")
+    moe_permute_fusion: bool | None = run_setting(
+        None, "fused permutation of tokens (default: with Transformer Engine)"
+    )
+    moe_shared_expert_overlap: bool = run_setting(False, "shared experts run while tokens travel")
     moe_expert_capacity_factor: float | None = field(None, "drop tokens above this multiple of an even share")
     moe_pad_expert_input_to_capacity: bool = field(False, "pad experts' inputs to their capacity")
     moe_token_drop_policy: str = field("probs", "which tokens are dropped", choices=["probs", "position"])
 
-    recompute_granularity: str | None = field(
+    recompute_granularity: str | None = run_setting(
         "selective", "what is recomputed in the backward pass", choices=["full", "selective", "none"]
     )
-    recompute_method: str | None = field(None, "how layers are grouped", choices=["uniform", "block"])
-    recompute_num_layers: int | None = field(None, "layers of a group")
-    recompute_modules: list[str] = field(
+    recompute_method: str | None = run_setting(None, "how layers are grouped", choices=["uniform", "block"])
+    recompute_num_layers: int | None = run_setting(None, "layers of a group")
+    recompute_modules: list[str] = run_setting(
         ["core_attn"], "what selective recomputation covers (core_attn: where its kernel keeps the scores)",
         choices=["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"],
     )  # fmt: skip
-    use_cpu_initialization: bool = field(False, "make weights on the CPU")
-    calculate_per_token_loss: bool = field(True, "average the loss over all tokens of the global batch")
-    cross_entropy_loss_fusion: bool | None = field(
+    use_cpu_initialization: bool = run_setting(False, "make weights on the CPU")
+    calculate_per_token_loss: bool = field(
+        True,
+        "average the loss over all tokens of the global batch",
+        unavailable={"MegatronDpoArguments": AVERAGED_PAIRS},
+    )
+    cross_entropy_loss_fusion: bool | None = run_setting(
         None, "fused cross entropy (default: with Transformer Engine, and then te)"
     )
-    cross_entropy_fusion_impl: str = field("native", "which one", choices=["native", "te"])
-    cuda_graph: bool | None = field(
+    cross_entropy_fusion_impl: str = run_setting("native", "which one", choices=["native", "te"])
+    cuda_graph: bool | None = run_setting(
         None,
         "replay the passes of a step as one CUDA graph once their shapes came up twice (default: where nothing in them "
         "waits for the host)",
     )
-    gradient_accumulation_fusion: bool = field(True, "add weight gradients in place (needs a CUDA extension)")
-    masked_softmax_fusion: bool = field(True, "fused softmax (needs a CUDA extension)")
-    bias_swiglu_fusion: bool = field(True, "fused SwiGLU")
-    bias_dropout_fusion: bool = field(True, "fused bias, dropout and residual")
-    apply_rope_fusion: bool = field(True, "fused rotary embedding where it computes the same")
+    gradient_accumulation_fusion: bool = run_setting(True, "add weight gradients in place (needs a CUDA extension)")
+    masked_softmax_fusion: bool = run_setting(True, "fused softmax (needs a CUDA extension)")
+    bias_swiglu_fusion: bool = run_setting(True, "fused SwiGLU")
+    bias_dropout_fusion: bool = run_setting(True, "fused bias, dropout and residual")
+    apply_rope_fusion: bool = run_setting(True, "fused rotary embedding where it computes the same")
     attention_softmax_in_fp32: bool = field(True, "softmax in fp32")
     apply_query_key_layer_scaling: bool = field(False, "scale scores by the layer number")
-    optimizer_cpu_offload: bool = field(False, "keep optimizer states in host memory")
-    optimizer_offload_fraction: float = field(1.0, "share of the optimizer that is offloaded")
-    use_precision_aware_optimizer: bool = field(False, "optimizer states in lower precision")
-    fp8_format: str | None = field(None, "FP8 training", choices=["e4m3", "hybrid"])
-    fp8_recipe: str = field("delayed", "FP8 scaling", choices=["delayed", "tensorwise", "blockwise", "mxfp8"])
-    fp8_param_gather: bool = field(False, "gather parameters in FP8")
+    optimizer_cpu_offload: bool = field(False, "keep optimizer states in host memory", unavailable=OFFLOAD)
+    optimizer_offload_fraction: float = field(1.0, "share of the optimizer that is offloaded", unavailable=OFFLOAD)
+    use_precision_aware_optimizer: bool = field(False, "optimizer states in lower precision", unavailable=OFFLOAD)
+    fp8_format: str | None = field(None, "FP8 training", choices=["e4m3", "hybrid"], unavailable=FP8)
+    fp8_recipe: str = field(
+        "delayed", "FP8 scaling", choices=["delayed", "tensorwise", "blockwise", "mxfp8"], unavailable=FP8
+    )
+    fp8_param_gather: bool = field(False, "gather parameters in FP8", unavailable=FP8)
     fp16: bool = field(False, "same as --torch_dtype float16")
     bf16: bool = field(False, "same as --torch_dtype bfloat16")
-    deterministic_mode: bool = field(False, "only kernels that give the same bits each time")
+    deterministic_mode: bool = run_setting(False, "only kernels that give the same bits each time")
 
-    async_save: bool = field(False, "write checkpoints in the background while training goes on")
-    no_save_optim: bool = field(False, "checkpoints without optimizer")
-    no_save_rng: bool = field(False, "checkpoints without RNG state")
-    no_load_optim: bool = field(False, "do not read the optimizer of the checkpoint")
-    no_load_rng: bool = field(False, "do not read the RNG state of the checkpoint")
+    async_save: bool = run_setting(False, "write checkpoints in the background while training goes on")
+    no_save_optim: bool = run_setting(False, "checkpoints without optimizer")
+    no_save_rng: bool = run_setting(False, "checkpoints without RNG state")
+    no_load_optim: bool = run_setting(False, "do not read the optimizer of the checkpoint")
+    no_load_rng: bool = run_setting(False, "do not read the RNG state of the checkpoint")
     seq_length: int | None = field(None, "length of a training sequence (default: --max_length or the model's)")
 
     def __post_init__(self) -> None:

@@ -21,6 +21,25 @@ from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
 T = TypeVar("T")
+Reader = TypeVar("Reader", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a command says about a flag that does not act there.
+
+    kind: "default" (swiftlite does this anyway: accepted, logged), "rejected", or "default only" (a field of which no
+        other value than the default, or false, is possible so far).
+    allowed: for "default", the values that mean what swiftlite does; another value is an error. None: any value.
+    """
+
+    kind: str
+    reason: str
+    allowed: tuple[str, ...] | None = None
+
+
+# Name of an arguments class -> what it and its subclasses say about a flag; None: the flag acts there.
+Notes = Mapping[str, "Note | str | None"]
 
 
 def field(
@@ -30,36 +49,40 @@ def field(
     aliases: Iterable[str] = (),
     choices: Iterable[str] | None = None,
     path: bool = False,
+    common: bool = False,
+    resume: str = "must match",
+    unavailable: Note | str | Notes | None = None,
 ) -> Any:
-    """A dataclass field with what the command line needs. A list or dict default is copied for each object.
+    """The one record of a setting. A list or dict default is copied for each object.
 
     Args:
         aliases: other names that users type for the same thing; they work as flags, keys, keywords and attributes.
         choices: the allowed strings (None is allowed too where it is the default).
         path: values may be paths; a leading ~ is the home directory, also where no shell has read the value.
+        common: `--help` shows it; the others need `--help_all`.
+        resume: "may change" or "must match" between the runs that write one output directory.
+        unavailable: why only the default is possible (a text), or another note; for some commands by class name.
     """
     metadata = {
-        "help": help, "aliases": tuple(aliases), "choices": tuple(choices) if choices is not None else None, "path": path
+        "help": help, "aliases": tuple(aliases), "choices": tuple(choices) if choices is not None else None, "path": path,
+        "common": common, "resume": resume, "unavailable": unavailable,
     }  # fmt: skip
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=functools.partial(type(default), default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True)
-class Note:
-    """A flag that users type and that is no field here.
-
-    kind: "default" (swiftlite does this anyway: accepted, logged) or "rejected".
-    allowed: for "default", the values that mean what swiftlite does; another value is an error. None: any value.
-    """
-
-    kind: str
-    reason: str
-    allowed: tuple[str, ...] | None = None
+def run_setting(default: Any, help: str, **record: Any) -> Any:
+    """A field that says how a run goes, what it logs and saves, not what it computes: it may change on resumption."""
+    return field(default, help, resume="may change", **record)
 
 
-@typing.dataclass_transform(eq_default=False, field_specifiers=(field,))
+def _once(read: Reader) -> Reader:
+    """Keep what is read from a class."""
+    return functools.cache(read)  # type: ignore[return-value]
+
+
+@typing.dataclass_transform(eq_default=False, field_specifiers=(field, run_setting))
 def arguments(cls: type[T]) -> type[T]:
     """`dataclass`, with aliases accepted by the constructor as well."""
     cls = dataclass(eq=False)(cls)
@@ -80,27 +103,24 @@ class Arguments:
     """Root of all arguments: value checks, alias attributes, plain-data form.
 
     Class attributes that a subclass may set:
-        NOTES: flags that are accepted without a field, or refused, each with the reason.
-        HIDDEN: fields that this command does not offer on its command line, name -> reason.
+        NOTES: flags of other tools that are no field here, and groups of fields that do not act, name -> note.
         ADVANCED: set on a part whose flags --help lists last.
-        BASIC: what --help shows, where that is not everything, in the order of its parts; --help_all shows the rest.
+        RESUME: set on a part all of whose fields have the same `resume`.
         POSITIONAL: list field that leading words fill, in place of a config file.
-        UNAVAILABLE: fields of which only the default (or false) is possible so far, name -> reason.
     """
 
     NOTES: typing.ClassVar[Mapping[str, Note]] = {}
-    HIDDEN: typing.ClassVar[Mapping[str, str]] = {}
-    BASIC: typing.ClassVar[tuple[str, ...]] = ()
     POSITIONAL: typing.ClassVar[str | None] = None
-    UNAVAILABLE: typing.ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         """Convert and check each value by its declared type and choices. Subclasses call super() first."""
+        said = notes(type(self))
         for spec in specs(type(self)).values():
             value = spec.convert(getattr(self, spec.name))
             setattr(self, spec.name, value)
-            if spec.name in self.UNAVAILABLE and value not in (spec.default, False, None):
-                raise UsageError(f"--{spec.name} {_show(value)}: {self.UNAVAILABLE[spec.name]}")
+            note = said.get(spec.name)
+            if note is not None and note.kind == "default only" and value not in (spec.default, False, None):
+                raise UsageError(f"--{spec.name} {_show(value)}: {note.reason}")
 
     def __getattr__(self, name: str) -> Any:
         canonical = None if name.startswith("_") else alias_table(type(self)).get(name)
@@ -138,16 +158,26 @@ A = TypeVar("A", bound=Arguments)
 
 @dataclass(frozen=True)
 class Spec:
-    """One field as the command line sees it."""
+    """One field as the command line sees it: `field`'s record, with name, type and the class that declares it."""
 
     name: str
     type: Any
     default: Any
-    help: str
-    aliases: tuple[str, ...]
-    choices: tuple[str, ...] | None
     owner: type
+    help: str = ""
+    aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] | None = None
     path: bool = False
+    common: bool = False
+    resume: str = "must match"
+    unavailable: Note | str | Notes | None = None
+
+    def note(self, cls: type) -> Note | None:
+        """What the command of these arguments says about the field; None where it acts."""
+        note = self.unavailable
+        if isinstance(note, Mapping):
+            note = next((note[base.__name__] for base in cls.__mro__ if base.__name__ in note), None)
+        return Note("default only", note) if isinstance(note, str) else note
 
     def convert(self, value: Any) -> Any:
         if self.choices is None or value not in self.choices or typing.get_origin(self.type) is list:
@@ -165,39 +195,22 @@ def _home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
+@_once
 def specs(cls: type) -> dict[str, Spec]:
     """Fields of an arguments class by name, in declaration order."""
-    found: dict[str, Spec] | None = cls.__dict__.get("_specs")
-    if found is None:
-        found = _read_specs(cls)
-        cls._specs = found  # type: ignore[attr-defined]
-    return found
-
-
-def _read_specs(cls: type) -> dict[str, Spec]:
     hints = typing.get_type_hints(cls)
     result = {}
     for f in dataclasses.fields(cls):
         owner = next(base for base in reversed(cls.__mro__) if f.name in base.__dict__.get("__annotations__", {}))
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        meta = f.metadata
-        result[f.name] = Spec(
-            f.name, hints[f.name], default, meta.get("help", ""), meta.get("aliases", ()), meta.get("choices"), owner,
-            meta.get("path", False),
-        )  # fmt: skip
+        resume = owner.__dict__.get("RESUME", f.metadata["resume"])
+        result[f.name] = Spec(f.name, hints[f.name], default, owner, **{**f.metadata, "resume": resume})
     return result
 
 
+@_once
 def alias_table(cls: type) -> dict[str, str]:
     """Every name that may be typed -> field name."""
-    found: dict[str, str] | None = cls.__dict__.get("_aliases")
-    if found is None:
-        found = _read_aliases(cls)
-        cls._aliases = found  # type: ignore[attr-defined]
-    return found
-
-
-def _read_aliases(cls: type) -> dict[str, str]:
     table = {name: name for name in specs(cls)}
     for spec in specs(cls).values():
         for alias in spec.aliases:
@@ -206,9 +219,15 @@ def _read_aliases(cls: type) -> dict[str, str]:
     return table
 
 
-def hide(part: type, reason: str, keep: Iterable[str] = ()) -> dict[str, str]:
-    """HIDDEN entries for the fields of a part of the arguments that a command has no use for."""
-    return {name: reason for name in specs(part) if name not in keep}
+@_once
+def notes(cls: type[Arguments]) -> dict[str, Note]:
+    """Fields of a command and flags of other tools that do not simply act -> what it says about them."""
+    found = {spec.name: note for spec in specs(cls).values() if (note := spec.note(cls)) is not None}
+    for base in reversed(cls.__mro__):
+        for name, note in base.__dict__.get("NOTES", {}).items():
+            if name not in alias_table(cls) or name in alias_table(base):  # not where a subclass has made it a field
+                found[name] = note
+    return found
 
 
 def canonical_names(cls: type, values: Mapping[str, Any], spell: Callable[[str], str] = str) -> dict[str, Any]:
@@ -415,19 +434,15 @@ def _is_list(hint: Any) -> bool:
 def _accept(cls: type[Arguments], values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Canonical names of what was given, without the names that are accepted but have no field."""
     spell: Callable[[str], str] = (lambda name: name) if where else (lambda name: f"--{name}")
-    table = alias_table(cls)
-    notes, hidden = cls.NOTES, cls.HIDDEN
+    table, said = alias_table(cls), notes(cls)
     kept = {}
     for name, value in values.items():
-        target = table.get(name)
-        if target is not None and target not in hidden:
+        note = said.get(table.get(name, name))
+        if name in table and (note is None or note.kind == "default only"):
             kept[name] = value
             continue
-        note = notes.get(name)
-        if note is None and target is not None:
-            raise UsageError(f"{where}{spell(name)}: {hidden[target]}")
         if note is None:
-            known = [spell(n) for n in table if table[n] not in hidden and table[n] not in cls.UNAVAILABLE]
+            known = [spell(n) for n in table if table[n] not in said]
             raise UsageError(f"{where}{spell(name)}: unknown {'setting' if where else 'flag'}"
                              f"{nearest(spell(name), known) or '; see --help'}")  # fmt: skip
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -442,31 +457,29 @@ def _accept(cls: type[Arguments], values: Mapping[str, Any], where: str = "") ->
 def format_help(cls: type[Arguments], usage: str, everything: bool = True) -> str:
     """The text of `COMMAND --help`: flags grouped by the part of the arguments that declares them.
 
-    everything: or only BASIC, with a last line that says how to see the others.
+    everything: or only what people need first, with a last line that says how to see the others.
     """
-    offered = [s for s in specs(cls).values() if s.name not in cls.HIDDEN and s.name not in cls.UNAVAILABLE]
-    basic = [] if everything else [spec for name in cls.BASIC for spec in offered if spec.name == name]
-    shown = basic or offered
+    offered = [spec for spec in specs(cls).values() if spec.name not in notes(cls)]
+    common = [spec for spec in offered if spec.common]
+    shown = offered if everything or not common else common
     groups: dict[type, list[Spec]] = {}
     for spec in shown:
         groups.setdefault(spec.owner, []).append(spec)
     # What the command itself adds comes first, parts that few people need last.
-    ordered = list(groups.items()) if basic else sorted(
-        reversed(groups.items()), key=lambda group: "ADVANCED" in group[0].__dict__
-    )  # fmt: skip
+    ordered = sorted(groups.items(), key=lambda group: ("ADVANCED" in group[0].__dict__, group[0] is not cls))
     lines = [f"usage: {usage} [config.yaml|config.json] [--flag value ...]"]
     for owner, members in ordered:
         lines += ["", f"{(owner.__doc__ or owner.__name__).strip().splitlines()[0]}"]
         for spec in members:
-            notes = []
+            facts = []
             if spec.choices is not None:
-                notes.append("one of " + ", ".join(spec.choices))
+                facts.append("one of " + ", ".join(spec.choices))
             if spec.default not in (None, "", MISSING) and spec.default not in ([], {}):
-                notes.append(f"default {_show(spec.default)}")
+                facts.append(f"default {_show(spec.default)}")
             if spec.aliases:
-                notes.append("also " + ", ".join(f"--{alias}" for alias in spec.aliases))
+                facts.append("also " + ", ".join(f"--{alias}" for alias in spec.aliases))
             lines.append(f"  --{spec.name} {_metavar(spec.type)}")
-            lines.append(f"      {'; '.join(part for part in (spec.help, *notes) if part)}")
+            lines.append(f"      {'; '.join(part for part in (spec.help, *facts) if part)}")
     if len(shown) < len(offered):
         lines += ["", f"{len(offered) - len(shown)} more flags: {usage} --help_all"]
     return "\n".join(lines)

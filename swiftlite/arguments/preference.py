@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.arguments.flags import DPO_NOTES, DPO_UNAVAILABLE
-from swiftlite.arguments.parser import Arguments, Note, arguments, field
+from swiftlite.arguments.flags import DPO_NOTES
+from swiftlite.arguments.parser import Arguments, Note, arguments, field, run_setting
 from swiftlite.arguments.train import SftArguments
 from swiftlite.utils.errors import UsageError
 
@@ -18,16 +18,17 @@ class PreferenceArguments(Arguments):
     """Preference: the loss on pairs, and the reference that the policy is held to"""
 
     rlhf_type: str = field("dpo", "kind of preference training", choices=["dpo"])
-    beta: float = field(0.1, "strength of the pull to the reference")
-    loss_type: str = field("sigmoid", "loss of a pair's margin", choices=LOSS_TYPES)
+    beta: float = field(0.1, "strength of the pull to the reference", common=True)
+    loss_type: str = field("sigmoid", "loss of a pair's margin", choices=LOSS_TYPES, common=True)
     label_smoothing: float = field(0.0, "probability that a preference is wrong, 0 to 0.5")
     rpo_alpha: float | None = field(None, "weight of the chosen answers' cross entropy that is added")
     ref_model: str | None = field(
         None,
         "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",
         path=True,
+        common=True,
     )
-    precompute_ref_log_probs: bool = field(
+    precompute_ref_log_probs: bool = run_setting(
         False, "the reference answers the whole data set once before training, then its memory is free"
     )
 
@@ -51,7 +52,6 @@ class DpoArguments(PreferenceArguments, SftArguments):
     """
 
     NOTES: ClassVar[Mapping[str, Note]] = DPO_NOTES
-    UNAVAILABLE: ClassVar[Mapping[str, str]] = DPO_UNAVAILABLE
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:

@@ -6,28 +6,27 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.base import BaseArguments
-from swiftlite.arguments.parser import arguments, field
+from swiftlite.arguments.flags import NO_WEIGHTS
+from swiftlite.arguments.parser import Note, arguments, field
 from swiftlite.utils.errors import UsageError
-
-_NO_WEIGHTS = "has no effect: preview reads no weights"
 
 
 @arguments
 class PreviewArguments(BaseArguments):
     """Preview: rows as the model will see them"""
 
-    HIDDEN: ClassVar[Mapping[str, str]] = {
-        **{name: _NO_WEIGHTS for name in ("device_map", "adapters", "merge_lora", "torch_dtype", "attention_backend")},
-        "padding_free": "has no effect: preview shows single rows",
-        "group_by_length": "has no effect: preview makes no batches",
-        "cached_dataset": "preview reads rows, not tokens",
-        "load_from_cache_file": "has no effect: preview reads rows",
+    NOTES: ClassVar[Mapping[str, Note]] = {
+        **dict.fromkeys(("device_map", "adapters", "merge_lora", "torch_dtype", "attention_backend"), NO_WEIGHTS),
+        "padding_free": Note("rejected", "has no effect: preview shows single rows"),
+        "group_by_length": Note("rejected", "has no effect: preview makes no batches"),
+        "cached_dataset": Note("rejected", "preview reads rows, not tokens"),
+        "load_from_cache_file": Note("rejected", "has no effect: preview reads rows"),
     }
 
-    num_rows: int = field(3, "rows that are shown")
-    show_ids: bool = field(False, "list each token with its id and weight")
+    num_rows: int = field(3, "rows that are shown", common=True)
+    show_ids: bool = field(False, "list each token with its id and weight", common=True)
     color: str = field("auto", "colours in the terminal", choices=["auto", "always", "never"])
-    html: str | None = field(None, "also write the report as this HTML file", path=True)
+    html: str | None = field(None, "also write the report as this HTML file", path=True, common=True)
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.base import BaseArguments, TunerArguments
-from swiftlite.arguments.flags import BATCH_NOTES, SFT_UNAVAILABLE, TRAIN_NOTES
-from swiftlite.arguments.parser import Arguments, Note, arguments, field
+from swiftlite.arguments.flags import TRAIN_NOTES
+from swiftlite.arguments.parser import Arguments, Note, arguments, field, run_setting
 from swiftlite.utils.errors import UsageError
 
 
@@ -19,23 +19,28 @@ class TrainArguments(Arguments):
     Global batch = micro batch x gradient accumulation x data-parallel size, see `batch_sizes`.
     """
 
-    micro_batch_size: int = field(
+    micro_batch_size: int = run_setting(
         1,
         "samples of one forward pass on one rank (default: 1, or what the other two leave)",
         aliases=["per_device_train_batch_size"],
+        common=True,
     )
-    global_batch_size: int | None = field(None, "samples of one step over all ranks (default 16)")
-    gradient_accumulation_steps: int | None = field(None, "forward passes of one step, instead of a global batch")
-    num_train_epochs: float | None = field(None, "passes over the data", aliases=["max_epochs"])
-    train_iters: int | None = field(None, "steps, instead of epochs", aliases=["max_steps"])
+    global_batch_size: int | None = field(None, "samples of one step over all ranks (default 16)", common=True)
+    gradient_accumulation_steps: int | None = run_setting(None, "forward passes of one step, instead of a global batch")
+    num_train_epochs: float | None = field(None, "passes over the data", aliases=["max_epochs"], common=True)
+    train_iters: int | None = field(None, "steps, instead of epochs", aliases=["max_steps"], common=True)
 
-    lr: float | None = field(None, "highest learning rate (default 1e-5, with LoRA 1e-4)", aliases=["learning_rate"])
+    lr: float | None = field(
+        None, "highest learning rate (default 1e-5, with LoRA 1e-4)", aliases=["learning_rate"], common=True
+    )
     min_lr: float = field(0, "learning rate at the end")
     lr_decay_style: str = field(
         "cosine", "shape of the schedule", aliases=["lr_scheduler_type"], choices=["constant", "linear", "cosine"]
     )
     lr_decay_iters: int | None = field(None, "steps until --min_lr (default: all)")
-    lr_warmup_fraction: float | None = field(None, "share of the steps that warm up", aliases=["warmup_ratio"])
+    lr_warmup_fraction: float | None = field(
+        None, "share of the steps that warm up", aliases=["warmup_ratio"], common=True
+    )
     lr_warmup_iters: int = field(0, "steps that warm up", aliases=["warmup_steps"])
     weight_decay: float = field(0.1, "decoupled weight decay")
     clip_grad: float = field(1.0, "largest norm of the gradient", aliases=["max_grad_norm"])
@@ -53,41 +58,50 @@ class TrainArguments(Arguments):
         choices=["aux_loss", "seq_aux_loss", "sinkhorn", "none"],
     )
 
-    recompute: str | None = field(
+    recompute: str | None = run_setting(
         None, "recompute activations to save memory: full, selective or none; sets the three --recompute_* flags",
-        aliases=["gradient_checkpointing"],
-    )  # fmt: skip
-    save_strategy: str = field(
+        aliases=["gradient_checkpointing"], common=True)  # fmt: skip
+    save_strategy: str = run_setting(
         "steps",
         "checkpoints every --save_steps, after each epoch, or (no) at the end only",
         choices=["steps", "epoch", "no"],
     )
-    save_steps: int = field(500, "steps between checkpoints", aliases=["save_interval"])
-    save_total_limit: int | None = field(None, "newest checkpoints that are kept")
-    save_weights_only: bool = field(False, "checkpoints without optimizer and RNG", aliases=["save_only_model"])
-    save_safetensors: bool = field(False, "also write each checkpoint as a Hugging Face directory")
-    resume: bool = field(True, "go on from the newest finished checkpoint of this run in --output_dir")
-    add_version: bool = field(False, "write into a new directory v0-DATE below --output_dir")
-    eval_steps: int | None = field(None, "steps between evaluations (default: --save_steps)", aliases=["eval_interval"])
-    eval_iters: int = field(-1, "batches of one evaluation, -1: the whole validation set")
-    metric_for_best_model: str = field(
+    save_steps: int = run_setting(500, "steps between checkpoints", aliases=["save_interval"], common=True)
+    save_total_limit: int | None = run_setting(None, "newest checkpoints that are kept", common=True)
+    save_weights_only: bool = run_setting(False, "checkpoints without optimizer and RNG", aliases=["save_only_model"])
+    save_safetensors: bool = run_setting(
+        False,
+        "also write each checkpoint as a Hugging Face directory",
+        common=True,
+        unavailable={
+            "MegatronArguments": None,
+            "SftArguments": Note("default", "checkpoints are Hugging Face directories", ("true",)),
+        },
+    )
+    resume: bool = run_setting(True, "go on from the newest finished checkpoint of this run in --output_dir")
+    add_version: bool = run_setting(False, "write into a new directory v0-DATE below --output_dir")
+    eval_steps: int | None = run_setting(
+        None, "steps between evaluations (default: --save_steps)", aliases=["eval_interval"], common=True
+    )
+    eval_iters: int = run_setting(-1, "batches of one evaluation, -1: the whole validation set")
+    metric_for_best_model: str = run_setting(
         "loss", "value of an evaluation by which the best checkpoint is chosen and kept", aliases=["best_metric"]
     )
-    greater_is_better: bool | None = field(None, "is more of it better? (default: unless it is a loss)")
-    logging_steps: int = field(5, "steps between log lines", aliases=["log_interval"])
-    logging_dir: str | None = field(
+    greater_is_better: bool | None = run_setting(None, "is more of it better? (default: unless it is a loss)")
+    logging_steps: int = run_setting(5, "steps between log lines", aliases=["log_interval"], common=True)
+    logging_dir: str | None = run_setting(
         None, "TensorBoard files (default: OUTPUT_DIR/runs)", aliases=["tensorboard_dir"], path=True
     )
-    report_to: list[str] = field(
-        ["tensorboard"], "where metrics go besides logging.jsonl", choices=["tensorboard", "wandb", "swanlab", "none"]
+    report_to: list[str] = run_setting(
+        ["tensorboard"],
+        "where metrics go besides logging.jsonl",
+        choices=["tensorboard", "wandb", "swanlab", "none"],
+        common=True,
     )
-    wandb_project: str | None = field(None, "project in wandb or swanlab", aliases=["swanlab_project"])
-    wandb_exp_name: str | None = field(
+    wandb_project: str | None = run_setting(None, "project in wandb or swanlab", aliases=["swanlab_project"])
+    wandb_exp_name: str | None = run_setting(
         None, "name of the run there (default: the output directory's)", aliases=["run_name", "swanlab_exp_name"]
     )
-    dataloader_num_workers: int = field(4, "processes that prepare batches", aliases=["num_workers"])
-    dataloader_persistent_workers: bool = field(True, "keep these processes between epochs")
-    dataloader_prefetch_factor: int = field(10, "batches that each process prepares ahead")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +110,7 @@ class TrainArguments(Arguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} {value}: must be at least 1")
-        for name in ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "dataloader_num_workers"):
+        for name in ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"--{name} {value}: must be 0 or more")
@@ -170,10 +184,6 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
     """Supervised fine-tuning"""
 
     NOTES: ClassVar[Mapping[str, Note]] = TRAIN_NOTES
-    UNAVAILABLE: ClassVar[Mapping[str, str]] = SFT_UNAVAILABLE
-    HIDDEN: ClassVar[Mapping[str, str]] = {
-        name: TRAIN_NOTES[name].reason for name in (*BATCH_NOTES, "save_safetensors")
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

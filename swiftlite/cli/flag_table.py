@@ -10,7 +10,7 @@ import sys
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.megatron_preference import MegatronDpoArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
-from swiftlite.arguments.parser import Arguments, alias_table, specs
+from swiftlite.arguments.parser import Arguments, alias_table, notes, specs
 
 # Flag -> a value as it is usually typed.
 EXPORT: dict[str, str] = {
@@ -80,18 +80,14 @@ SECTIONS: tuple[tuple[str, str, type[Arguments], dict[str, str]], ...] = (
 
 def status(cls: type[Arguments], flag: str) -> tuple[str, str]:
     """(acts | default only | default here | rejected, explanation) of a flag of a command."""
-    note = cls.NOTES.get(flag)
     name = alias_table(cls).get(flag)
-    if name is not None and name not in cls.HIDDEN:
-        if name in cls.UNAVAILABLE:
-            return "default only", cls.UNAVAILABLE[name]
-        spec = specs(cls)[name]
-        return "acts", spec.help if name == flag else f"as `--{name}`: {spec.help}"
+    note = notes(cls).get(name or flag)
     if note is not None:
-        return ("default here" if note.kind == "default" else "rejected"), note.reason
-    if name is not None:
-        return "rejected", cls.HIDDEN[name]
-    return "rejected", "unknown"
+        return "default here" if note.kind == "default" else note.kind, note.reason
+    if name is None:
+        return "rejected", "unknown"
+    spec = specs(cls)[name]
+    return "acts", spec.help if name == flag else f"as `--{name}`: {spec.help}"
 
 
 def table() -> str:

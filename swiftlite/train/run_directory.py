@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from swiftlite.arguments.parser import specs
+from swiftlite.arguments.train import TrainArguments
 from swiftlite.llm.dataset.report import REJECTS_FILE
 from swiftlite.llm.pipeline import ARGS_FILE, load_args
 from swiftlite.train.checkpoints import Start, clear_unfinished
@@ -17,19 +19,6 @@ from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import writing
 from swiftlite.utils.lock import output_lock
 from swiftlite.utils.secrets import redacted
-
-# Settings that may change when a run goes on, on either side: where and how it runs, what it logs and saves; not what
-# it computes.
-CHANGEABLE = frozenset(
-    {
-        "micro_batch_size", "gradient_accumulation_steps", "attention_backend", "recompute", "dataset_num_proc",
-        "load_from_cache_file", "strict_template", "logging_steps", "logging_dir", "report_to", "wandb_project",
-        "wandb_exp_name", "save_strategy", "save_steps", "save_total_limit", "save_weights_only", "save_safetensors",
-        "eval_steps", "eval_iters", "metric_for_best_model", "greater_is_better", "resume", "add_version", "exist_ok",
-        "output_dir", "allow_overflow", "ignore_requirements", "use_hf", "device_map", "debug", "hub_token",
-        "precompute_ref_log_probs",
-    }
-)  # fmt: skip
 
 
 def versioned(output_dir: str) -> str:
@@ -64,10 +53,10 @@ def held(args: Any, settle: Callable[[Any], Start | None]) -> Iterator[Start | N
         yield start
 
 
-def prepare(args: Any, changeable: Collection[str], newest: Callable[[Path], Start | None]) -> Start | None:
+def prepare(args: TrainArguments, newest: Callable[[Path], Start | None]) -> Start | None:
     """Decide what happens with `args.output_dir`; nothing is written.
 
-    Args: changeable: settings that may differ from those of the run that is there. newest: finds its checkpoints.
+    Args: newest: finds the checkpoints of the run that is there; settings may differ where their field says so.
     Returns: the checkpoint that the run goes on from, if there is one.
     Raises: UsageError if the directory belongs to another run, or holds something while --resume is false.
     """
@@ -84,10 +73,8 @@ def prepare(args: Any, changeable: Collection[str], newest: Callable[[Path], Sta
     if not before:
         raise UsageError(f"--output_dir {root}: is not empty and holds no run ({ARGS_FILE}); name another directory")
     now = _as_stored(args.to_dict())
-    changed = [
-        name for name in sorted(now) if name not in changeable and name in before
-        and before[name] != now[name]
-    ]  # fmt: skip
+    fixed = {spec.name for spec in specs(type(args)).values() if spec.resume == "must match"}
+    changed = [name for name in sorted(fixed & set(before)) if before[name] != now[name]]
     if changed:
         shown = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed[:3])
         raise UsageError(

@@ -24,19 +24,16 @@ class Demo(Part):
         "finetune": Note("default", "always so"),
         "strict": Note("default", "always strict", allowed=("true",)),
         "vllm": Note("rejected", "there is no vLLM here"),
-        "secret": Note("default", "chosen by itself"),
     }
-    HIDDEN = {"hidden": "has no effect", "secret": "has no effect"}
-    UNAVAILABLE = {"packing": "not yet"}
 
     files: list[str] = field([], "files")
     sizes: list[int] = field([1], "sizes")
     count: int | None = field(None, "how many", aliases=["num"])
     mode: str = field("a", "mode", choices=["a", "b"])
     columns: dict[str, str] = field({}, "renames")
-    hidden: int = field(0, "not offered")
-    secret: int = field(0, "not offered, but explained")
-    packing: bool = field(False, "pack")
+    hidden: int = field(0, "not offered", unavailable={"Arguments": Note("rejected", "has no effect")})
+    secret: int = field(0, "not offered, but explained", unavailable=Note("default", "chosen by itself"))
+    packing: bool = field(False, "pack", unavailable={"Other": "not there", "Part": "not yet"})
 
 
 def test_flags_are_converted_by_type():
@@ -189,9 +186,10 @@ def test_the_home_directory_in_paths(tmp_path, monkeypatch):
 
 
 def test_help_begins_with_what_is_needed_first():
+    @arguments
     class Short(Demo):
-        BASIC = ("lr", "count")
+        first: int = field(1, "needed first", common=True)
 
     text, whole = format_help(Short, "x", everything=False), format_help(Short, "x")
-    assert "--lr" in text and "--files" not in text and "--files" in whole
+    assert "--first" in text and "--files" not in text and "--files" in whole
     assert "more flags: x --help_all" in text and "--help_all" not in whole

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swiftlite.arguments.parser import alias_table, parse, specs
+from swiftlite.arguments.parser import alias_table, notes, parse, specs
 from swiftlite.cli.flag_table import SECTIONS, status, table
 from swiftlite.cli.routes import ROUTES
 from swiftlite.utils.errors import UsageError
@@ -112,7 +112,7 @@ def test_every_flag_that_acts_is_read_somewhere(words):
     by_name = _transformer_config_fields() if words[0] == "megatron" else set()
     unread = []
     for field, spec in specs(cls).items():
-        if field in cls.HIDDEN or field in cls.UNAVAILABLE or field in by_name or len(spec.choices or "ab") == 1:
+        if field in notes(cls) or field in by_name or len(spec.choices or "ab") == 1:
             continue
         turned = TURNED_INTO | (MEGATRON_TURNED_INTO if megatron else {})
         targets = (TEMPLATE if field in VIA_TEMPLATE else turned.get(field, field)).split("|")

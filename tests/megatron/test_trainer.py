@@ -12,13 +12,13 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.mlp import MLP
 
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.llm.dataset.order import SampleOrder
 from swiftlite.megatron.backend import SdpaAttention
 from swiftlite.megatron.trainers import run_directory
@@ -98,8 +98,9 @@ def test_format_seconds() -> None:
 
 
 def directory_args(tmp_path: Path, **changes: Any) -> Any:
-    values = {"lr": 1e-4, "save_steps": 10, "output_dir": str(tmp_path), "resume": True, **changes}
-    return SimpleNamespace(**values, to_dict=lambda: values)
+    return MegatronSftArguments(
+        **{"model": "DIR", "lr": 1e-4, "save_steps": 10, "output_dir": str(tmp_path), **changes}
+    )
 
 
 def test_output_directory_rules(tmp_path: Path) -> None:
@@ -142,16 +143,6 @@ def test_tracker_that_is_lost_or_set_back(
     assert start is not None and start.step == step
     assert start.before == (tmp_path / f"iter_{before:07d}" if before else None)
     assert said in capsys.readouterr().err if said else capsys.readouterr().err == ""
-
-
-def test_settings_that_may_change_exist() -> None:
-    from swiftlite.arguments.megatron_train import MegatronSftArguments
-    from swiftlite.arguments.parser import specs
-
-    later = {
-        "finetune", "max_memory", "thread_count", "max_shard_size", "swiftlite_version", "precompute_ref_log_probs",
-    }  # fmt: skip
-    assert run_directory.CHANGEABLE - later <= set(specs(MegatronSftArguments))
 
 
 def test_versions_count_on(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def settle_output(args: Any) -> Start | None:
     Returns: the checkpoint to go on from, or None. Raises: UsageError, see run_directory.prepare; CheckpointError if the
     checkpoint is damaged.
     """
-    start = run_directory.prepare(args, run_directory.CHANGEABLE, newest)
+    start = run_directory.prepare(args, newest)
     if start is None:
         return None
     check_start(start, args.save_weights_only)

@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from swiftlite.arguments.export import PlanArguments, PushArguments
-from swiftlite.arguments.parallel import ParallelArguments
-from swiftlite.arguments.parser import specs
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.llm.pipeline import TRACKER
 from swiftlite.train import run_directory
 from swiftlite.train.checkpoints import Start, finished
 from swiftlite.train.run_directory import versioned
 from swiftlite.utils.logger import get_logger
 
-__all__ = ["CHANGEABLE", "default_output_dir", "prepare", "versioned"]
+__all__ = ["default_output_dir", "prepare", "versioned"]
 
 PREFIX = "iter_"
 
-# Settings that may change when a run goes on: where and how it runs, what it logs and saves; not what it computes.
-CHANGEABLE = run_directory.CHANGEABLE | frozenset(
-    {
-        *specs(ParallelArguments),
-        "use_cpu_initialization", "recompute_granularity", "recompute_method", "recompute_num_layers",
-        "recompute_modules", "moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion",
-        "moe_grouped_impl", "cuda_graph",
-        "moe_shared_expert_overlap", "cross_entropy_loss_fusion", "cross_entropy_fusion_impl",
-        "gradient_accumulation_fusion", "masked_softmax_fusion", "bias_swiglu_fusion", "bias_dropout_fusion",
-        "apply_rope_fusion", "deterministic_mode", "no_save_optim", "no_save_rng", "no_load_optim", "no_load_rng",
-        "swiftlite_version", "finetune", "max_memory", "thread_count", "max_shard_size", "async_save",
-        *specs(PlanArguments), *specs(PushArguments),
-    }
-)  # fmt: skip
 
-
-def default_output_dir(args: Any) -> str:
+def default_output_dir(args: MegatronSftArguments) -> str:
     """`megatron_output/NAME` for the model's name."""
     source = str(args.mcore_model or args.model).rstrip("/")
     return f"megatron_output/{source.rsplit('/', 1)[-1]}"
 
 
-def prepare(args: Any) -> Start | None:
+def prepare(args: MegatronSftArguments) -> Start | None:
     """Decide what happens with `args.output_dir`, see swiftlite.train.run_directory.prepare."""
-    return run_directory.prepare(args, CHANGEABLE, newest)
+    return run_directory.prepare(args, newest)
 
 
 def newest(root: Path) -> Start | None:
