@@ -62,10 +62,12 @@ _CODE = re.compile(r"unsupported global:?(?: GLOBAL)? ([\w.]+)", re.IGNORECASE)
 def reason(error: BaseException) -> str:
     """What a library's error says, on one line; of a pickle that was refused, what it asked for.
 
-    torch would advise to read such a file with its guard off.
+    torch would advise to read such a file with its guard off, and transformers 4 has words of its own for any failure.
     """
-    text = " ".join(str(error).split())
-    code = _CODE.search(text)
-    if code:
-        return f"refers to {code[1]}, which is code, not data; refusing to load it"
-    return text[:300] or type(error).__name__
+    cause: BaseException | None = error
+    while cause is not None:
+        code = _CODE.search(" ".join(str(cause).split()))
+        if code:
+            return f"refers to {code[1]}, which is code, not data; refusing to load it"
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())[:300] or type(error).__name__
