@@ -13,6 +13,8 @@ from swiftlite.utils.logger import get_logger
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
 LOWEST_SCALE = 1.0
+# By how much gradients may grow after the batch that a first scale was found on, without an overflow.
+HEADROOM = 4.0
 
 
 def say_skipped(step: int, scale: float, skipped: int) -> None:

@@ -42,7 +42,7 @@ from swiftlite.megatron.trainers.graphs import StepGraphs, own_stream
 from swiftlite.megatron.trainers.graphs import obstacle as graph_obstacle
 from swiftlite.megatron.trainers.loss import reduce_over_ranks
 from swiftlite.megatron.trainers.narration import HF_SUFFIX, say_end, say_start
-from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_optimizer, build_scheduler
+from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, build_optimizer, build_scheduler, leave_headroom
 from swiftlite.megatron.trainers.wrapping import wrap_models
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
 from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
@@ -273,8 +273,10 @@ class Trainer:
         data_seconds = time.perf_counter() - began
         lr = next(group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None)
         total, updated, grad_norm, scale = self._update(batches)
-        while not updated and not self.scale_is_found and scale > LOWEST_SCALE:
-            total, updated, grad_norm, scale = self._update(batches)
+        if not updated and not self.scale_is_found:
+            while not updated and scale > LOWEST_SCALE:
+                total, updated, grad_norm, scale = self._update(batches)
+            leave_headroom(self.optimizer)
         self.scale_is_found = True
         if updated:
             self.scheduler.step(increment=self.global_batch_size)

@@ -10,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from swiftlite.megatron.model.config import torch_dtype
-from swiftlite.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, LOWEST_SCALE
+from swiftlite.train.fp16 import GROWTH_INTERVAL, HEADROOM, INITIAL_SCALE, LOWEST_SCALE
 from swiftlite.train.schedule import warmup_and_decay
 
 
@@ -70,3 +70,10 @@ def agree_on_loss_scale(optimizer: Any) -> None:
         lowest = min(scalers, key=lambda scaler: float(scaler.scale))
         for scaler in scalers:
             scaler.load_state_dict(lowest.state_dict())
+
+
+def leave_headroom(optimizer: Any) -> None:
+    """Lower a loss scale that the first batch just allows: the gradients of the next ones may be larger."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        scale = (part.grad_scaler.scale / HEADROOM).clamp(min=LOWEST_SCALE)
+        part.grad_scaler.load_state_dict({**part.grad_scaler.state_dict(), "scale": scale})
