@@ -18,7 +18,7 @@ from swiftlite.checkpoint.side_files import read_config
 from swiftlite.convert.execute import run_jobs, verify_bitwise
 from swiftlite.convert.origin import Origin, origin_root
 from swiftlite.convert.plan import copy_job
-from swiftlite.convert.vocabulary import NewTokens, plan_tokens
+from swiftlite.convert.vocabulary import NewTokens, grown, plan_tokens
 from swiftlite.llm.template.trained import copy_chat
 from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
@@ -40,10 +40,10 @@ from swiftlite.weights.lora import (
     describe,
     unpack_experts,
 )
-from swiftlite.weights.merged import EMBEDDING, HEAD, TOKENS, Extras, Merged, read_extras
+from swiftlite.weights.merged import TOKENS, Extras, Merged, read_extras
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards, write_index
-from swiftlite.weights.storage import Files, TensorSource, TensorSpec, byte_view, read_tensor
+from swiftlite.weights.storage import TensorSource, TensorSpec
 from swiftlite.weights.torch_dist import find_iteration
 
 CONFIG = "adapter_config.json"
@@ -74,6 +74,11 @@ class Adapter:
         else:
             write_json(directory / CONFIG, self.peft_config)
 
+    @property
+    def carried(self) -> dict[str, str]:
+        """As `names`, the rows of tokens among them."""
+        return {**self.names, **{w.removesuffix(".weight") + TOKENS: name for w, (name, _) in self.extras.rows.items()}}
+
     def described(self) -> Mapping[str, Any]:
         """adapter_config.json as `write_config` writes it."""
         return self.peft_config or read_json(self.config_file)
@@ -83,7 +88,7 @@ def open_adapter(directory: Path, bound: BoundMap, scratch: Path, plain: bool = 
     """Read a PEFT directory or a Megatron adapter checkpoint and hold it against the base model.
 
     Args: scratch: folder for unpacking experts; must live as long as the adapter is read. plain: refuse one that holds
-        more than pairs of matrices.
+        more than pairs of matrices and rows of tokens.
     Raises: CheckpointError, ConfigError, MapError or ShapeError naming what does not fit.
     """
     is_peft = (directory / WEIGHTS).is_file()
@@ -106,15 +111,16 @@ def open_adapter(directory: Path, bound: BoundMap, scratch: Path, plain: bool = 
         iteration = find_iteration(directory)
         source, files = TorchDistSource(iteration), (iteration / ".metadata", *iteration.glob("*.distcp"))
         names = {name: name for name in source.tensors}
-        if any(_module(name) + ".weight" not in bound.by_hf for name in names):
+        if any(not name.endswith(TOKENS) and _module(name) + ".weight" not in bound.by_hf for name in names):
             source = ForeignAdapter(source, bound)
             names = source.names
             described = {**config, "target_modules": sorted({_module(n).rpartition(".")[2] for n in names})}
     extras = read_extras(names, source, config, bound)
-    if extras and plain:
+    if plain and (extras.whole or extras.biases):
         raise ConfigError(
-            f"{directory}: holds more than LoRA matrices ({next(n for n in names if not n.endswith((A, B)))}); merge it "
-            "into its base model with `swiftlite export --merge_lora true`"
+            f"{directory}: holds more than LoRA matrices and rows of tokens "
+            f"({next(n for n in names if not n.endswith((A, B, TOKENS)))}); merge it into its base model with "
+            "`swiftlite export --merge_lora true`"
         )
     held, names = names, {name: stored for name, stored in names.items() if name.endswith((A, B))}
     if not names:
@@ -171,7 +177,7 @@ def export_adapter(args: Any, to_mcore_merged: Callable[[Any], Path], default_di
 
 def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
     """Write an adapter in the other format, bit for bit, with its adapter_config.json."""
-    specs = {name: adapter.source.spec(stored) for name, stored in adapter.names.items()}
+    specs = {name: adapter.source.spec(stored) for name, stored in adapter.carried.items()}
     plan = dcp_file.plan_plain(specs)
     shards = plan_shards({PEFT_PREFIX + n: s for n, s in specs.items()}, 1 << 62)
     _report("to_mcore" if args.to_mcore else "to_hf", adapter, output_dir, plan.total_bytes)
@@ -202,7 +208,7 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
     with host_group(), workspace(output_dir, check, kind, identity, prepare) as space:
         jobs = [
             copy_job(adapter.source, stored, *place(space.directory, name), specs[name].dtype)
-            for name, stored in adapter.names.items()
+            for name, stored in adapter.carried.items()
         ]
         hashes = run_jobs("adapter", jobs, args.max_memory_bytes, space)
         if get_rank() == 0:
@@ -215,7 +221,7 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
         barrier()
         if args.verify == "bitwise":
             prefix = "" if args.to_mcore else PEFT_PREFIX
-            stored = {prefix + name: stored for name, stored in adapter.names.items()}
+            stored = {prefix + name: stored for name, stored in adapter.carried.items()}
             written = (
                 TorchDistSource(space.directory / "iter_0000001")
                 if args.to_mcore
@@ -236,31 +242,17 @@ def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
 def write_peft(iteration: Path, config: Mapping[str, Any], directory: Path, origin: Origin) -> None:
     """Write the adapter in a Megatron checkpoint as PEFT has it. Nothing else may be writing there.
 
-    Rows that the origin's vocabulary has grown by come along, as they are: the base model itself does not have them.
+    origin: what the adapter was trained on; its new tokens' texts come along.
     """
     source = TorchDistSource(iteration)
     specs = {PEFT_PREFIX + name: source.spec(name) for name in sorted(source.tensors)}
-    own, rows = list(specs), {}
-    if origin.changes and origin.new_tokens is not None:
-        ids = list(origin.new_tokens.ids.values())
-        weights = [name for name in (EMBEDDING, HEAD) if name in origin.bound.by_hf]
-        with Files() as files:
-            for weight in weights:
-                found = [read_tensor(origin.source, weight, files, rows=(number, number + 1)) for number in ids]
-                rows[PEFT_PREFIX + weight.removesuffix(".weight") + TOKENS] = torch.cat(found)
-        specs |= {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in rows.items()}
-        config = {**config, "trainable_token_indices": {weight.split(".")[-2]: ids for weight in weights}}
     shards = plan_shards(specs, 1 << 62)
     create_shards(directory, shards)
     (directory / shards[0].file).rename(directory / WEIGHTS)
     places = shards[0].offsets
     stream.run(
-        [copy_job(source, n.removeprefix(PEFT_PREFIX), directory / WEIGHTS, places[n], specs[n].dtype) for n in own]
+        [copy_job(source, n.removeprefix(PEFT_PREFIX), directory / WEIGHTS, places[n], specs[n].dtype) for n in specs]
     )
-    with (directory / WEIGHTS).open("r+b") as file:
-        for name, tensor in rows.items():
-            file.seek(places[name])
-            file.write(byte_view(tensor))
     write_json(directory / CONFIG, config)
     if origin.new_tokens is not None:
         copy_tokenizer(origin.root, directory, origin.new_tokens.ids)
@@ -339,8 +331,9 @@ def _report(what: str, adapter: Adapter, target: Path, total: int) -> None:
 
 
 def base_map(args: Any) -> BoundMap:
-    """The weight map of the adapter's base model, from --model or --mcore_model; only config.json is read."""
-    return bind_map(read_config(Path(args.model_info.model_dir)), ["mtp."])
+    """The weight map of the adapter's base model, from --model or --mcore_model, with the adapter's new tokens."""
+    config = read_config(Path(args.model_info.model_dir))
+    return bind_map(grown(config, plan_tokens(args, config)), ["mtp."])
 
 
 def the_adapter(args: Any) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,12 @@ class GrownSource:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What --new_special_tokens come to: the id of each token, and the rows that the vocabulary has with them."""
+    """What --new_special_tokens come to: the id of each token, the rows that the vocabulary has with them, and the ids of
+    those that the tokenizer did not know."""
 
     ids: Mapping[str, int]
     rows: int
+    added: Sequence[int]
 
 
 def grown(config: Mapping[str, Any], new_tokens: NewTokens | None) -> dict[str, Any]:
@@ -91,13 +93,16 @@ def plan_tokens(args: Any, config: Mapping[str, Any]) -> NewTokens | None:
     if not tokens:
         return None
     tokenizer = load_tokenizer(str(args.model_info.model_dir), trust_remote_code=args.trust_remote_code)
-    added = tokenizer.add_tokens(tokens, special_tokens=True)
+    known = set(tokenizer.get_vocab())
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+    added = [number for token, number in ids.items() if token not in known]
     old, new = config["vocab_size"], resized_vocab_size(config["vocab_size"], len(tokenizer))
     get_logger().info(
-        "%d new tokens; vocabulary of %d rows%s", added, old, f" grows to {new}" if new > old else " has room"
+        "%d new tokens; vocabulary of %d rows%s", len(added), old, f" grows to {new}" if new > old else " has room"
     )
     if new > old and config.get("quantization_config"):
         raise UsageError(
             "--new_special_tokens: not with FP8 weights; convert without it, then add tokens to the result"
         )
-    return NewTokens({token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}, new)
+    return NewTokens(ids, new, added)

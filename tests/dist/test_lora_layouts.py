@@ -27,6 +27,8 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "dense": ("qwen3", []),
     "some": ("qwen3", ["--target_modules", "q_proj", "v_proj", "up_proj", "--lr", "8e-3"]),
     "moe": ("glm4_moe", ["--lr", "8e-3"]),
+    "rows": ("qwen3", ["--new_special_tokens", "Paris", "What"]),
+    "moe-rows": ("glm4_moe", ["--lr", "8e-3", "--new_special_tokens", "Paris", "What"]),
     "mla": ("moonlight", []),
     "mla-full": ("moonlight", ["--train_type", "full", "--lr", "1e-3"]),
     "freeze": ("qwen3", ["--train_type", "freeze", "--trainable_parameters", "model.layers.2.", "model.layers.3."]),
@@ -46,6 +48,11 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "moe-tp2": ("moe", 2, TP, None),
     "moe-tp2-etp1": ("moe", 2, [*TP, "--expert_tensor_parallel_size", "1"], None),
     "moe-pp2": ("moe", 2, [*PP, *UNEVEN], None),
+    "rows-dp2": ("rows", 2, [], None),
+    "rows-tp2": ("rows", 2, TP_ONLY, None),
+    "rows-tp2-sp": ("rows", 2, TP, None),
+    "moe-rows-tp2-sp": ("moe-rows", 2, TP, None),
+    "moe-rows-pp2": ("moe-rows", 2, [*PP, *UNEVEN], None),
     "mla-tp2": ("mla", 2, TP, None),
     "mla-ep2": ("mla", 2, EP, None),
     "mla-full-tp2": ("mla-full", 2, TP, None),
@@ -131,6 +138,7 @@ RESUMES: dict[str, tuple[str, tuple[int, list[str]], tuple[int, list[str]]]] = {
     "dense-tp2-to-pp2": ("dense", (2, TP), (2, PP)),
     "dense-dp2-to-one": ("dense", (2, []), (1, [])),
     "moe-ep2-to-tp2": ("moe", (2, EP), (2, TP)),
+    "moe-rows-tp2-to-pp2": ("moe-rows", (2, TP), (2, [*PP, *UNEVEN])),
     "freeze-pp2-to-dp2": ("freeze", (2, PP), (2, [])),
 }
 

@@ -49,7 +49,7 @@ def test_logits_and_gradients_are_pefts(case: str, tmp_path: Path) -> None:
     exact = step(peft.float()(input_ids=IDS.cuda(), use_cache=False).logits, theirs)
     with parallel_groups(options := arguments(tmp_path / "hf", "bfloat16")):
         models = build_models(options)
-        prepare_lora(models, Origin(tmp_path / "hf").bound, args)
+        prepare_lora(models, Origin(tmp_path / "hf"), args)
         model = models[0].cuda()
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()

@@ -72,7 +72,7 @@ def test_adapters_on_grouped_experts(tmp_path: Path) -> None:
             model = built if build is grouped else built[0][0]
             args = lora_args()
             args.mcore_adapter = None
-            prepare_lora([model], Origin(tmp_path / "hf").bound, args)
+            prepare_lora([model], Origin(tmp_path / "hf"), args)
             hf_io.load_weights([model], tmp_path / "hf")
             adapters = by_name(model)
             for number, name in enumerate(sorted(adapters)):

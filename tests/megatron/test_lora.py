@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from swiftlite.llm.model import reference, tuner
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.trainers.sft import megatron_sft_main
+from swiftlite.megatron.tuners import rows
 from swiftlite.megatron.tuners.lora import (
     Adapters,
     Lora,
@@ -32,6 +35,7 @@ from swiftlite.megatron.tuners.lora import (
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import MapError, UsageError
 from swiftlite.weights.lora import PEFT_PREFIX, A, B, initial_a
+from swiftlite.weights.merged import EMBEDDING, TOKENS
 from tests.families.cases import build_hf, config_of
 from tests.megatron.test_hf_io import IDS, assert_close, live, logits
 
@@ -51,7 +55,7 @@ def adapted(directory: Path, args: Any) -> Iterator[Any]:
     """The Megatron model of a directory with adapters on it."""
     args.mcore_adapter = None
     with live(directory) as (models, _):
-        prepare_lora(models, Origin(directory).bound, args)
+        prepare_lora(models, Origin(directory), args)
         load_weights(models, directory)
         yield models[0]
 
@@ -332,6 +336,58 @@ def test_initial_values_are_those_of_peft_in_distribution() -> None:
     assert torch.equal(a, initial_a("model.layers.0.self_attn.q_proj", 64, 256, seed=1))
     assert not torch.equal(a, initial_a("model.layers.0.self_attn.q_proj", 64, 256, seed=2))
     assert not torch.equal(a, initial_a("model.layers.1.self_attn.q_proj", 64, 256, seed=1))
+
+
+# ---- rows of new tokens ----
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen3", False), ("glm4_moe", False)])
+def test_rows_of_new_tokens_train_as_with_peft(
+    family: str, tied: bool, train: Any, tiny_model: Any, tmp_path: Path
+) -> None:
+    """With and without room in the vocabulary; the adapter goes on on either side, and a stopped run where it was."""
+    base = tiny_model(family, vocab_size=300 if tied else 333, tie_word_embeddings=tied)
+    flags = {"model": base, "train_iters": 8, "save_steps": 4, "lr": 2e-3}
+    new = {**flags, "new_special_tokens": ["Paris", "nice", "What"]}
+    theirs = train(sft_main, "hf", family, **new)
+    mine = train(megatron_sft_main, "mcore", family, **new)
+    assert off(theirs, mine) <= 1e-5 and off(theirs, mine, "grad_norm") <= 1e-5
+    last = tmp_path / "mcore/iter_0000008"
+    one, two = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "hf/checkpoint-8", last))
+    assert set(one) == set(two)
+    for name, tensor in one.items():
+        assert (two[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+    trained = [tensor for name, tensor in two.items() if name.endswith(TOKENS)]
+    assert len(trained) == (1 if tied else 2) and all(len(tensor) == 3 for tensor in trained)
+    assert all((tensor[0] - tensor[1]).norm() > 1e-3 for tensor in trained), "each has its own values"
+    stated = [json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path / "hf/checkpoint-8", last)]
+    assert stated[0]["trainable_token_indices"] == stated[1]["trainable_token_indices"]
+
+    further = {**flags, "train_iters": 2}
+    theirs = train(sft_main, "hf-further", family, **further, adapters=[last])
+    mine = train(megatron_sft_main, "mcore-further", family, **further, mcore_adapter=tmp_path / "mcore")
+    assert off(theirs, mine) <= 1e-5 and off(theirs, mine, "grad_norm") <= 1e-5
+    if tied:
+        before = read_run(tmp_path / "mcore/logging.jsonl")
+        shutil.rmtree(last)
+        (tmp_path / "mcore/latest_checkpointed_iteration.txt").write_text("4")
+        train(megatron_sft_main, "mcore", family, **new)
+        assert [line["loss"] for line in read_run(tmp_path / "mcore/logging.jsonl")] == pytest.approx(
+            [line["loss"] for line in before], rel=1e-6
+        )
+
+
+@pytest.mark.parametrize(("tied", "mtp", "refused"), [(True, None, True), (False, 1, True), (False, None, False)])
+def test_rows_of_one_matrix_on_two_stages_are_refused(
+    tied: bool, mtp: int | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "mpu", SimpleNamespace(get_pipeline_model_parallel_world_size=lambda: 2))
+    model = SimpleNamespace(
+        config=SimpleNamespace(mtp_num_layers=mtp), share_embeddings_and_output_weights=tied, post_process=False
+    )
+    with pytest.raises(UsageError, match="--pipeline_model_parallel_size 1") if refused else nullcontext():
+        rows.add_rows(model, Adapters(), {EMBEDDING: ([3], torch.zeros(1, 4))})
+    rows.add_rows(model, Adapters(), {})
 
 
 # ---- freeze ----

@@ -315,7 +315,13 @@ def load_adapter(model: Any, directory: Path) -> None:
             result: Any = set_peft_model_state_dict(model, tensors)
         except RuntimeError as error:  # shapes
             raise CheckpointError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
-    missing = [n for n in result.missing_keys if re.search(r"\.(lora_|modules_to_save\.|token_adapter\.trainable_)", n)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # The rows of a tied output layer are those of the embedding, and have its name.
+    found = {id(parameter) for name, parameter in parameters.items() if name not in result.missing_keys}
+    missing = [
+        n for n in result.missing_keys
+        if re.search(r"\.(lora_|modules_to_save\.|token_adapter\.trainable_)", n) and id(parameters.get(n)) not in found
+    ]  # fmt: skip
     if missing or result.unexpected_keys:
         raise CheckpointError(f"{path}: {(missing or result.unexpected_keys)[0]} is missing in the one or the other")
 

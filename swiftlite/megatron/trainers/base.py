@@ -160,12 +160,7 @@ class Trainer:
         self.origin = Origin(self.origin_dir, self.args.new_tokens)
         models = build_models(self.args, variable_seq_lengths=self.variable_lengths)
         if self.args.train_type == "lora":
-            self.lora = prepare_lora(models, self.origin.bound, self.args)
-            if self.origin.changes:
-                logger.warning(
-                    "LoRA on Megatron does not train the rows of new tokens: they stay the mean of the others. Train with "
-                    "--train_type full, or adapters with `swiftlite sft`"
-                )
+            self.lora = prepare_lora(models, self.origin, self.args)
         else:
             self.trained = freeze_parameters(models, self.origin.bound, self.args)
         self.router_losses = set_router_losses(models, self.args)

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,14 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from swiftlite.convert.adapters import open_adapter, the_adapter
+from swiftlite.convert.origin import Origin
 from swiftlite.llm.model.tuner import lora_targets
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.tuners.freeze import let_gradients_through
+from swiftlite.megatron.tuners.rows import Rows, add_rows
 from swiftlite.utils.errors import MapError, UsageError
 from swiftlite.weights.lora import A, B, LoraConfig, initial_a
+from swiftlite.weights.merged import EMBEDDING, HEAD
 from swiftlite.weights.rule import BoundMap, Entry
 from swiftlite.weights.shard import Piece, pieces
 from swiftlite.weights.storage import Files, read_tensor
@@ -52,12 +55,13 @@ class LoraPlan:
     """The adapters of a whole model.
 
     modules: Hugging Face module -> (rank, factor on B A). peft_config: what adapter_config.json says. values(module):
-    A [r, in] and B [out, r] to begin with.
+    A [r, in] and B [out, r] to begin with. rows: of tokens, to begin with.
     """
 
     modules: Mapping[str, tuple[int, float]]
     peft_config: Mapping[str, Any]
     values: Callable[[str], tuple[Tensor, Tensor]]
+    rows: Rows = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -125,7 +129,24 @@ def read_lora(bound: BoundMap, args: Any) -> Iterator[LoraPlan]:
         stray = sorted(set(ranks) - set(_linear_modules(bound)))
         if stray:
             raise MapError(f"{stray[0]}: adapters on such layers are not trained on Megatron")
-        yield LoraPlan({m: (r, adapter.config.scale(m, r)) for m, r in ranks.items()}, adapter.described(), values)
+        rows = {w: (ids, read_tensor(adapter.source, s, files)) for w, (s, ids) in adapter.extras.rows.items()}
+        modules = {m: (r, adapter.config.scale(m, r)) for m, r in ranks.items()}
+        yield LoraPlan(modules, adapter.described(), values, rows)
+
+
+def with_new_rows(plan: LoraPlan, origin: Origin) -> LoraPlan:
+    """The plan, with the rows of the tokens that the run adds to the vocabulary, as peft is told to train them."""
+    ids = origin.new_tokens.added if origin.new_tokens is not None else ()
+    if not ids:
+        return plan
+    weights = [weight for weight in (EMBEDDING, HEAD) if weight in origin.bound.by_hf]
+    with Files() as files:
+        rows = {
+            weight: (ids, torch.cat([read_tensor(origin.source, weight, files, rows=(i, i + 1)) for i in ids]))
+            for weight in weights
+        }
+    stated = {weight.split(".")[-2]: list(ids) for weight in weights}
+    return replace(plan, rows=rows, peft_config={**plan.peft_config, "trainable_token_indices": stated})
 
 
 # ---- live layers ----
@@ -427,17 +448,19 @@ def add_adapters(models: Sequence[Any], bound: BoundMap, plan: LoraPlan, dropout
         for linear in live_linears(model, bound):
             if any(name.removesuffix(".weight") in plan.modules for name in linear.entry.hf):
                 adapters.attach(linear, Lora(linear, plan, dropout, model.config))
+        add_rows(model, adapters, plan.rows)
         model.adapters = adapters
         let_gradients_through(model)
 
 
-def prepare_lora(models: Sequence[Any], bound: BoundMap, args: Any) -> LoraPlan:
+def prepare_lora(models: Sequence[Any], origin: Origin, args: Any) -> LoraPlan:
     """Freeze the model chunks and add the adapters that `args` ask for: new ones, or those of `--adapters`.
 
     Returns: the plan; its `values` are used up.
     """
-    given = args.adapters or args.mcore_adapter
-    with read_lora(bound, args) if given else nullcontext(plan_lora(bound, args)) as plan:
+    given, bound = args.adapters or args.mcore_adapter, origin.bound
+    new = nullcontext(with_new_rows(plan_lora(bound, args), origin))
+    with read_lora(bound, args) if given else new as plan:
         add_adapters(models, bound, plan, args.lora_dropout)
         return plan
 
