@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from swiftlite.families import MODEL_MAPPING, family_of, tiny_configs
-from swiftlite.families.megatron import MODEL_META_MAPPING
 from swiftlite.selftest.check import check_config
 
 HEAD = """# Model types
@@ -31,7 +30,7 @@ Any other checkpoint of these architectures works too: give its directory.
 
 def main() -> None:
     known, lines = tiny_configs(), [HEAD]
-    for model_type in MODEL_META_MAPPING:
+    for model_type in MODEL_MAPPING:
         for variant, config in known.get(model_type, {}).items():
             r = check_config(model_type, config)
             lines.append(
@@ -39,12 +38,10 @@ def main() -> None:
                 f"{r.gradient_error:.1e} | {r.own_block or ''} | {r.seconds:.1f} |\n"
             )
     lines.append(IDS)
-    for model_type in MODEL_META_MAPPING:
+    for model_type in MODEL_MAPPING:
         meta = MODEL_MAPPING[model_type]
         assert all(family_of(a) for a in meta.architectures)
-        for model in meta.models:
-            ids = " | ".join(i or "" for i in (model.ms_model_id, model.hf_model_id))
-            lines.append(f"| {model_type} | {meta.template} | {ids} |\n")
+        lines += [f"| {model_type} | {meta.template} | {' | '.join(release.ids)} |\n" for release in meta.releases]
     Path(__file__).with_name("models.md").write_text("".join(lines), encoding="utf-8")
 
 

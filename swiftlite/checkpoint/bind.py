@@ -10,7 +10,7 @@ from typing import Any
 from swiftlite.checkpoint.info import check_counts
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of, convert_hf_config
-from swiftlite.families.meta.family import Family
+from swiftlite.families.records import Family
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.io import blame
 from swiftlite.weights.rule import BoundMap
@@ -43,11 +43,11 @@ def _held(names: Iterable[str]) -> int | None:
 
 
 def _bind(family: Family, shape: ModelShape, config: Mapping[str, Any], names: Iterable[str]) -> BoundMap:
-    num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.mcore.weights.mtp_layer else 0
+    num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.weights.mtp_layer else 0
     if num_mtp:
-        with_mtp = family.mcore.weights.bind(replace(shape, num_mtp=num_mtp))
-        plain = set(family.mcore.weights.bind(shape).by_hf)
+        with_mtp = family.weights.bind(replace(shape, num_mtp=num_mtp))
+        plain = set(family.weights.bind(shape).by_hf)
         blocks = {name for name in with_mtp.by_hf if name not in plain}
         if any(name in blocks or name.startswith("mtp.") for name in names):
             return with_mtp
-    return family.mcore.weights.bind(shape)
+    return family.weights.bind(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,24 @@ MAX_LENGTH_KEYS = (
 MOE_KEYS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass
+class ModelInfo:
+    """What one checkpoint directory says about itself. `config`: config.json as a dict; `torch_dtype`: a torch.dtype."""
+
+    model_type: str | None
+    model_dir: str
+    torch_dtype: Any = None
+    max_model_len: int | None = None
+    quant_method: str | None = None
+    quant_bits: int | None = None
+    rope_scaling: dict[str, Any] | None = None
+    is_moe_model: bool = False
+    config: dict[str, Any] | None = None
+    task_type: str | None = None
+    num_labels: int | None = None
+    explanation: str = field(default="", repr=False)
 
 
 # What a config may say, at most; sizes far beyond any model, but no number that a loop over it would never end.

@@ -4,7 +4,7 @@ The clues, strongest first; each one may only narrow the candidates, and says wh
   1. the chat template renders two probe conversations as a candidate's template does;
   2. the special tokens of a candidate's template exist in the checkpoint;
   3. the directory's name, or the name it was saved under, resembles the candidate's published ids;
-  4. config values that a candidate's released checkpoints have (CONFIG_CLUES);
+  4. config values that a candidate's released checkpoints have (ModelMeta.clues);
   5. the end-of-sequence token of the config ends the candidate's turns.
 No clue knows a model type by name; what is particular to one is data.
 """
@@ -21,8 +21,7 @@ from typing import Any
 from swiftlite.arguments.parser import some
 from swiftlite.checkpoint.hub import model_name
 from swiftlite.checkpoint.info import first_of, rope_scaling
-from swiftlite.families.meta.model import ModelMeta
-from swiftlite.families.meta.template import TemplateMeta
+from swiftlite.families.records import ModelMeta, TemplateMeta
 from swiftlite.utils.bounded import LimitError, run_bounded
 from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.logger import get_logger
@@ -36,25 +35,6 @@ _GENERIC = re.compile(
     r"large|test|model|models|checkpoint|output|final|merged|ft|fp8|int4|int8|awq|gptq|bf16|preview|"
     r"mcore|megatron|my|new|the|of|finetuned|finetune",
 )
-
-# Values of released checkpoints that tell types of one architecture apart where neither name nor template does.
-# Keys: any config key, and `rope_type` (None where rope is not scaled).
-_LLAMA3_LONG = {"vocab_size": (128256,), "rope_type": ("llama3",)}
-CONFIG_CLUES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "llama": {"vocab_size": (32000, 55296), "rope_type": (None, "linear")},
-    "llama3": {"vocab_size": (128256,), "rope_type": (None,)},
-    "llama3_1": _LLAMA3_LONG,
-    "llama3_2": _LLAMA3_LONG,
-    "longwriter_llama3_1": _LLAMA3_LONG,
-    "skywork_o1": _LLAMA3_LONG,
-    "reflection": _LLAMA3_LONG,
-    "yi": {"vocab_size": (64000,)},
-    "yi_coder": {"vocab_size": (64000,)},
-    "sus": {"vocab_size": (64000,)},
-    "deepseek": {"vocab_size": (102400, 32256)},
-    "smollm2": {"vocab_size": (49152,)},
-}
-
 
 Templates = Mapping[str, TemplateMeta]
 Clue = tuple[list[ModelMeta], str]  # the candidates that a clue speaks for (none: it says nothing), and why
@@ -233,7 +213,7 @@ def _by_name(facts: Facts, candidates: list[ModelMeta], templates: Templates) ->
     names = [_tokens(name) for name in facts.names]
 
     def score(meta: ModelMeta) -> tuple[int, float]:
-        ids = {i for m in meta.models for i in (m.ms_model_id, m.hf_model_id, m.model_path) if i}
+        ids = {i for release in meta.releases for i in release.ids}
         overlaps = [_overlap(name, _tokens(model_name(i))) for name in names for i in ids]
         return max(overlaps, default=(0, 0.0))
 
@@ -247,7 +227,7 @@ def _by_config(facts: Facts, candidates: list[ModelMeta], templates: Templates) 
     values = {"rope_type": scaling.get("rope_type", scaling.get("type"))}
 
     def fits(meta: ModelMeta) -> bool:
-        clues = CONFIG_CLUES.get(meta.model_type, {})
+        clues = meta.clues or {}
         return bool(clues) and all(
             (values[key] if key in values else first_of(facts.config, key)) in allowed for key, allowed in clues.items()
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,7 @@ from swiftlite.arguments.parser import some
 from swiftlite.checkpoint import hub, info
 from swiftlite.checkpoint.model_type import Facts, choose
 from swiftlite.families import MODEL_MAPPING, families
-from swiftlite.families.meta.model import Model, ModelGroup, ModelInfo, ModelMeta
-from swiftlite.families.meta.template import TemplateMeta
+from swiftlite.families.records import ModelMeta, Release, TemplateMeta
 from swiftlite.families.rope import check_agreement
 from swiftlite.utils.errors import ConfigError, SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
@@ -27,38 +27,52 @@ logger = get_logger()
 OLDEST_TRANSFORMERS = "4.57"
 
 
-def _match(model_id_or_path: str, registry: Mapping[str, ModelMeta]) -> tuple[ModelMeta, ModelGroup, Model] | None:
-    name = hub.model_name(model_id_or_path)
+# Parts of names of checkpoints whose weights are quantised in a way that is not read here.
+_QUANTISED = re.compile(r"awq|gptq|aqlm|bnb|nf4|int[48]|[248]-?bits?|\dx\d+", re.IGNORECASE)
+
+
+def _match(model_id_or_path: str, registry: Mapping[str, ModelMeta]) -> tuple[ModelMeta, Release] | None:
+    return _named(hub.model_name(model_id_or_path), registry)
+
+
+def _named(name: str, registry: Mapping[str, ModelMeta]) -> tuple[ModelMeta, Release] | None:
     for meta in registry.values():
-        for group in meta.model_groups:
-            for model in group.models:
-                ids = (model.ms_model_id, model.hf_model_id, model.model_path)
-                if any(i and i.rstrip("/").rsplit("/", 1)[-1].lower() == name for i in ids):
-                    return meta, group, model
+        for release in meta.releases:
+            if any(i.rstrip("/").rsplit("/", 1)[-1].lower() == name for i in release.ids):
+                return meta, release
     return None
 
 
+def _refuse_quantised(model_id: str, use_hf: bool, registry: Mapping[str, ModelMeta]) -> None:
+    """Raises: UsageError for a hub id that is a registered one but for the name of a quantisation, before it is fetched."""
+    words = hub.model_name(model_id).split("-")
+    kept = [word for word in words if not _QUANTISED.fullmatch(word)]
+    found = _named("-".join(kept), registry) if len(kept) < len(words) else None
+    if found:
+        raise UsageError(
+            f"--model {model_id} holds quantised weights, which cannot be trained or converted; use "
+            f"{found[1].ids[use_hf]}"
+        )
+
+
 def get_matched_model_meta(model_id_or_path: str, registry: Mapping[str, ModelMeta] | None = None) -> ModelMeta | None:
-    """The ModelMeta that a hub id or directory name belongs to, with its group's own settings laid over; else None.
+    """The ModelMeta that a hub id or directory name belongs to, with its release's own settings laid over; else None.
 
     Names are compared by their last component, in lower case; cache paths of both hubs are understood.
     """
     found = _match(model_id_or_path, MODEL_MAPPING if registry is None else registry)
     if found is None:
         return None
-    meta, group, _ = found
-    overrides: dict[str, Any] = {
-        name: getattr(group, name) for name in ("ignore_patterns", "requires", "tags") if getattr(group, name)
-    }
-    return dataclasses.replace(meta, **overrides)
+    meta, release = found
+    return dataclasses.replace(meta, ignore_patterns=release.ignore_patterns) if release.ignore_patterns else meta
 
 
-def _hub_id(model_id: str, model: Model | None, use_hf: bool) -> str:
+def _hub_id(model_id: str, release: Release | None, use_hf: bool) -> str:
     """The id on the hub in use, where the user gave the one of the other hub."""
-    if model is None:
+    if release is None:
         return model_id
-    here, there = (model.hf_model_id, model.ms_model_id) if use_hf else (model.ms_model_id, model.hf_model_id)
-    if here and there and model_id == there and here != there:
+    here, there = release.ids[use_hf], release.ids[not use_hf]
+    if model_id == there and here != there:
         logger.info("%s is called %s on %s", model_id, here, "Hugging Face" if use_hf else "ModelScope")
         return here
     return model_id
@@ -210,7 +224,7 @@ def get_model_info_meta(
     hub_token: str | None = None,
     registry: Mapping[str, ModelMeta] | None = None,
     templates: Mapping[str, TemplateMeta] | None = None,
-) -> tuple[ModelInfo, ModelMeta]:
+) -> tuple[info.ModelInfo, ModelMeta]:
     """Find out what a model is, without touching its weights.
 
     Args:
@@ -232,16 +246,16 @@ def get_model_info_meta(
     if model_type is not None:
         check_model_type(model_type, registry)
     found = _match(model_id_or_path, registry)
-    meta, group, model = found or (None, None, None)
-    if revision is None and model is not None:
-        revision = model.hf_revision if use_hf else model.ms_revision
+    meta, release = found or (None, None)
+    if found is None and hub.local_directory(model_id_or_path) is None:
+        _refuse_quantised(model_id_or_path, use_hf, registry)
     model_dir = hub.fetch(
-        _hub_id(model_id_or_path, model, use_hf),
+        _hub_id(model_id_or_path, release, use_hf),
         use_hf=use_hf,
         revision=revision,
         download_model=download_model,
         token=hub_token,
-        ignore_patterns=(*((meta and meta.ignore_patterns) or ()), *((group and group.ignore_patterns) or ())),
+        ignore_patterns=(*(meta.ignore_patterns if meta else ()), *(release.ignore_patterns if release else ())),
     )
     config = info.read_config(model_dir)
     check_agreement(config)
@@ -257,7 +271,7 @@ def get_model_info_meta(
     _check_requirements(meta.model_type, meta.requires, ignore_requirements)
     method, bits = info.quantization(config)
     dtype = info.to_torch_dtype(torch_dtype) or info.to_torch_dtype(meta.torch_dtype) or info.config_dtype(config)
-    model_info = ModelInfo(
+    model_info = info.ModelInfo(
         model_type=resolved,
         model_dir=model_dir,
         torch_dtype=dtype or info.default_dtype(),

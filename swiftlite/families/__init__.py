@@ -1,23 +1,23 @@
-"""The registered families and models, and the registry views made of them. One data file a family or extra model.
+"""The registered families and model types. One file a family; the types and their published ids are catalogue.jsonl.
 
-The data files are imported at the first look-up, so that they can use this module.
+Both are read at the first look-up, so that the files of families can use this module.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from swiftlite.families.meta.family import Family
-from swiftlite.families.meta.model import ModelMeta
+from swiftlite.families.records import Family, ModelMeta, Release
 from swiftlite.utils.errors import ConfigError, UsageError
 
 BUILT_IN = (
     "qwen2", "llama", "qwen3", "qwen2_moe", "qwen3_moe", "internlm3", "mimo", "deepseek_moe", "deepseek_v2",
-    "deepseek_v3", "dots1", "ernie4_5", "glm4_moe", "smollm2",
+    "deepseek_v3", "dots1", "ernie4_5", "glm4_moe",
 )  # fmt: skip
 
 _FAMILIES: dict[str, Family] = {}
@@ -30,6 +30,7 @@ def register_family(family: Family, *, exist_ok: bool = False) -> Family:
     Raises: UsageError if its name, one of its model types or architectures is taken (exist_ok: a family of the same
         name is replaced).
     """
+    _load_built_in()
     if family.name in _FAMILIES and not exist_ok:
         raise UsageError(f"family {family.name!r} is registered already; pass exist_ok=True to replace it")
     for other in _FAMILIES.values():
@@ -47,15 +48,35 @@ def register_model(meta: ModelMeta, *, exist_ok: bool = False) -> ModelMeta:
 
     Raises: UsageError if the model type is taken, unless exist_ok.
     """
+    _load_built_in()
     if meta.model_type in _MODELS and not exist_ok:
         raise UsageError(f"model type {meta.model_type!r} is registered already; pass exist_ok=True to replace it")
     _MODELS[meta.model_type] = meta
     return meta
 
 
+@functools.cache
 def _load_built_in() -> None:
-    for name in BUILT_IN:
-        import_module(f"swiftlite.families.{name}")
+    _FAMILIES.update({name: import_module(f"swiftlite.families.{name}").FAMILY for name in BUILT_IN})
+    _MODELS.update({meta.model_type: meta for meta in _catalogue()})
+
+
+def _catalogue() -> Iterator[ModelMeta]:
+    """The model types of catalogue.jsonl: a line with the record of each, then one line for each of its releases:
+    [ModelScope id, Hugging Face id if that is another, patterns of files to leave on the hub].
+    """
+    types: list[dict[str, Any]] = []
+    for line in Path(__file__).with_name("catalogue.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line, object_hook=lambda record: {k: _frozen(v) for k, v in record.items()})
+        if isinstance(entry, dict):
+            types.append({**entry, "releases": []})
+        else:
+            types[-1]["releases"].append(Release(*map(_frozen, entry)))
+    return (ModelMeta(**{**entry, "releases": tuple(entry["releases"])}) for entry in types)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def families() -> tuple[Family, ...]:

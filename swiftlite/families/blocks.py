@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from swiftlite.families.meta.mcore import ConfigRule, Derived, Refuse
+from swiftlite.families.records import Config, ConfigRule, Derived, Refuse, Rules
 from swiftlite.weights.ops import CONCAT, QKV
-from swiftlite.weights.rule import ALWAYS, Condition, Duplicate, Source, WeightRule
-
-Config = Mapping[str, Any]
+from swiftlite.weights.rule import ALWAYS, Condition, Duplicate, Source, WeightMap, WeightRule
 
 DENSE = Condition("dense layer", lambda m, moe: not moe)
 MOE = Condition("MoE layer", lambda m, moe: moe)
@@ -29,16 +26,34 @@ def copy(mcore: str, hf: str, *dims: str | int, when: Condition = ALWAYS, keep_d
     return WeightRule(mcore, (Source(hf, dims),), when=when, keep_dtype=keep_dtype)
 
 
-def gated_mlp(mcore: str, hf: str, width: str, when: Condition) -> tuple[WeightRule, ...]:
-    """linear_fc1 = [gate; up] and linear_fc2 = down of one gated MLP of that width."""
+def qkv(mcore: str, *, q: str, k: str, v: str) -> tuple[WeightRule, ...]:
+    """Weight and, where the model has it, bias of linear_qkv: the rows of q, k and v by query group."""
+    rows = ((q, "q_rows"), (k, "kv_rows"), (v, "kv_rows"))
     return (
-        WeightRule(
-            f"{mcore}.linear_fc1.weight",
-            (Source(f"{hf}.gate_proj.weight", (width, "hidden")), Source(f"{hf}.up_proj.weight", (width, "hidden"))),
-            CONCAT,
-            when,
-        ),
-        copy(f"{mcore}.linear_fc2.weight", f"{hf}.down_proj.weight", "hidden", width, when=when),
+        WeightRule(f"{mcore}.weight", tuple(Source(f"{name}.weight", (dim, "hidden")) for name, dim in rows), QKV),
+        WeightRule(f"{mcore}.bias", tuple(Source(f"{name}.bias", (dim,)) for name, dim in rows), QKV, QKV_BIAS),
+    )
+
+
+def gated(mcore: str, *, gate: str, up: str, width: str, when: Condition) -> WeightRule:
+    """linear_fc1 of a gated MLP: the rows of gate, then those of up."""
+    halves = (Source(f"{gate}.weight", (width, "hidden")), Source(f"{up}.weight", (width, "hidden")))
+    return WeightRule(f"{mcore}.weight", halves, CONCAT, when)
+
+
+def gated_mlp(
+    mcore: str,
+    hf: str,
+    width: str,
+    when: Condition,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+) -> tuple[WeightRule, ...]:
+    """Both matrices of one gated MLP of that width."""
+    return (
+        gated(f"{mcore}.linear_fc1", gate=f"{hf}.{gate}", up=f"{hf}.{up}", width=width, when=when),
+        copy(f"{mcore}.linear_fc2.weight", f"{hf}.{down}.weight", "hidden", width, when=when),
     )
 
 
@@ -51,29 +66,23 @@ EMBED = (
 )
 STORED_TIED_HEAD = (Duplicate("lm_head.weight", of="model.embed_tokens.weight", when=TIED),)
 
+
+def decoder(*layer: tuple[WeightRule, ...], duplicates: tuple[Duplicate, ...] = (), **mtp: Any) -> WeightMap:
+    """The map of a model with the usual embedding, final norm and head, and layers of these blocks.
+
+    mtp: `mtp` and `mtp_layer` of WeightMap.
+    """
+    return WeightMap(top=EMBED, layer=sum(layer, ()), duplicates=STORED_TIED_HEAD + duplicates, **mtp)
+
+
 ATTENTION = (
     copy("{layer}.self_attention.linear_qkv.layer_norm_weight", "{layer}.input_layernorm.weight", "hidden"),
-    WeightRule(
-        "{layer}.self_attention.linear_qkv.weight",
-        (
-            Source("{layer}.self_attn.q_proj.weight", ("q_rows", "hidden")),
-            Source("{layer}.self_attn.k_proj.weight", ("kv_rows", "hidden")),
-            Source("{layer}.self_attn.v_proj.weight", ("kv_rows", "hidden")),
-        ),
-        QKV,
-    ),
-    WeightRule(
-        "{layer}.self_attention.linear_qkv.bias",
-        (
-            Source("{layer}.self_attn.q_proj.bias", ("q_rows",)),
-            Source("{layer}.self_attn.k_proj.bias", ("kv_rows",)),
-            Source("{layer}.self_attn.v_proj.bias", ("kv_rows",)),
-        ),
-        QKV,
-        QKV_BIAS,
+    *qkv(
+        "{layer}.self_attention.linear_qkv",
+        q="{layer}.self_attn.q_proj", k="{layer}.self_attn.k_proj", v="{layer}.self_attn.v_proj",
     ),
     copy("{layer}.self_attention.linear_proj.weight", "{layer}.self_attn.o_proj.weight", "hidden", "attn_cols"),
-)
+)  # fmt: skip
 QK_NORM = (
     copy("{layer}.self_attention.q_layernorm.weight", "{layer}.self_attn.q_norm.weight", "head_dim", when=HAS_QK_NORM),
     copy("{layer}.self_attention.k_layernorm.weight", "{layer}.self_attn.k_norm.weight", "head_dim", when=HAS_QK_NORM),
@@ -110,16 +119,20 @@ MLA_ATTENTION = (
 
 # MTP blocks that follow the decoder layers under the next layer numbers (deepseek_v3, glm4_moe). Their layer has the
 # kind of the last decoder layer; embedding and head are copies of the main ones.
-NEXT_LAYER_MTP = (
+_NEXT_LAYER = (
     copy("{layer}.enorm.weight", "{layer}.enorm.weight", "hidden"),
     copy("{layer}.hnorm.weight", "{layer}.hnorm.weight", "hidden"),
     copy("{layer}.eh_proj.weight", "{layer}.eh_proj.weight", "hidden", "hidden2"),
     copy("{layer}.final_layernorm.weight", "{layer}.shared_head.norm.weight", "hidden"),
 )
-NEXT_LAYER_MTP_COPIES = (
-    Duplicate("{layer}.embed_tokens.weight", of="model.embed_tokens.weight"),
-    Duplicate("{layer}.shared_head.head.weight", of="lm_head.weight"),
-)
+NEXT_LAYER_MTP: dict[str, Any] = {
+    "mtp": _NEXT_LAYER,
+    "mtp_layer": "model.layers.{number}",
+    "duplicates": (
+        Duplicate("{layer}.embed_tokens.weight", of="model.embed_tokens.weight"),
+        Duplicate("{layer}.shared_head.head.weight", of="lm_head.weight"),
+    ),
+}
 
 # ---- config: HF key -> Megatron-LM argument, in the order in which a converted config lists them ----
 
@@ -129,29 +142,22 @@ def rotary_base(default: float | None = None) -> ConfigRule:
     return ConfigRule("rotary_base", ("rope_theta",), lambda v: int(v) if v == int(v) else float(v), default)
 
 
-PARTIAL_ROTARY_CONFIG: tuple[ConfigRule | Derived | Refuse, ...] = (
+def _is_not_causal(config: Config) -> bool:
+    names = config.get("architectures") or ()
+    return any(not str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names[:1])
+
+
+PARTIAL_ROTARY_CONFIG: Rules = (
     Refuse(
-        lambda c: (
-            f"hidden_act {c['hidden_act']!r} is not 'silu'; only gated SiLU MLPs are supported"
-            if c.get("hidden_act", "silu") != "silu"
-            else None
-        )
+        lambda c: c.get("hidden_act", "silu") != "silu",
+        "hidden_act {hidden_act!r} is not 'silu'; only gated SiLU MLPs are supported",
     ),
     Refuse(
-        lambda c: (
-            "it uses sliding window attention; only full attention is supported"
-            if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ())
-            else None
-        )
+        lambda c: c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()),
+        "it uses sliding window attention; only full attention is supported",
     ),
-    Refuse(lambda c: "mlp_bias true is not supported" if c.get("mlp_bias") else None),
-    Refuse(
-        lambda c: (
-            f"{c['architectures'][0]} is not a causal language model"
-            if c.get("architectures") and not str(c["architectures"][0]).endswith(("ForCausalLM", "LMHeadModel"))
-            else None
-        )
-    ),
+    Refuse(lambda c: c.get("mlp_bias"), "mlp_bias true is not supported"),
+    Refuse(_is_not_causal, "{architectures[0]} is not a causal language model"),
     ConfigRule("num_layers", ("num_hidden_layers",)),
     ConfigRule("hidden_size", ("hidden_size",)),
     ConfigRule("ffn_hidden_size", ("intermediate_size",)),
@@ -186,15 +192,14 @@ PARTIAL_ROTARY_CONFIG: tuple[ConfigRule | Derived | Refuse, ...] = (
     ConfigRule("original_max_position_embeddings", ("original_max_position_embeddings",)),
 )
 # Of the architectures whose classes in transformers rotate whole heads: they ignore the factor or fail over it.
-GPT_CONFIG = (
+GPT_CONFIG: Rules = (
     *PARTIAL_ROTARY_CONFIG,
     Refuse(
         lambda c: (
-            f"partial_rotary_factor {c['partial_rotary_factor']}: this architecture rotates whole heads"
-            if c.get("partial_rotary_factor") not in (None, 1)
+            c.get("partial_rotary_factor") not in (None, 1)
             and (c.get("rope_scaling") or {}).get("rope_type") != "proportional"
-            else None
-        )
+        ),
+        "partial_rotary_factor {partial_rotary_factor}: this architecture rotates whole heads",
     ),
 )
 
@@ -216,50 +221,37 @@ def constant(field: str, value: Any) -> Derived:
     return Derived(field, lambda c: value)
 
 
-SIGMOID_ROUTER: tuple[ConfigRule | Derived | Refuse, ...] = (
+SIGMOID_ROUTER: Rules = (
     Refuse(
-        lambda c: (
-            "norm_topk_prob false with a sigmoid router is not expressible: Megatron always normalises"
-            if c.get("norm_topk_prob") is False
-            else None
-        )
+        lambda c: c.get("norm_topk_prob") is False,
+        "norm_topk_prob false with a sigmoid router is not expressible: Megatron always normalises",
     ),
     constant("moe_router_score_function", "sigmoid"),
 )
-DENSE_FIRST = (Derived("moe_layer_freq", _dense_first),)
-SPARSE_STEP = (Derived("moe_layer_freq", _sparse_step),)
-EXPERT_BIAS_ON = (constant("moe_router_enable_expert_bias", True),)
-SHARED_WIDTH = (
-    Derived(
-        "moe_shared_expert_intermediate_size",
-        lambda c: (c.get("n_shared_experts") or 0) * c["moe_intermediate_size"] or None,
-    ),
+DENSE_FIRST = Derived("moe_layer_freq", _dense_first)
+SPARSE_STEP = Derived("moe_layer_freq", _sparse_step)
+EXPERT_BIAS_ON = constant("moe_router_enable_expert_bias", True)
+SHARED_WIDTH = Derived(
+    "moe_shared_expert_intermediate_size",
+    lambda c: (c.get("n_shared_experts") or 0) * c["moe_intermediate_size"] or None,
 )
 # Softmax routers whose Hugging Face class does not normalise unless told to.
-NORM_TOPK_DEFAULT_FALSE = (Derived("moe_router_pre_softmax", lambda c: not c.get("norm_topk_prob", False)),)
-REFUSE_OUTPUT_BIAS = (
-    Refuse(
-        lambda c: (
-            "attention_bias true puts a bias on o_proj, which Megatron's attention does not have"
-            if c.get("attention_bias")
-            else None
-        )
-    ),
+NORM_TOPK_DEFAULT_FALSE = Derived("moe_router_pre_softmax", lambda c: not c.get("norm_topk_prob", False))
+REFUSE_OUTPUT_BIAS = Refuse(
+    lambda c: c.get("attention_bias"),
+    "attention_bias true puts a bias on o_proj, which Megatron's attention does not have",
 )
 
 # ---- DeepSeek and Ernie ----
 
-MLA_CONFIG = (
+MLA_CONFIG: Rules = (
     Refuse(
-        lambda c: (
-            "attention_bias true puts biases on latent projections, which Megatron's MLA does not have"
-            if c.get("attention_bias")
-            else None
-        )
+        lambda c: c.get("attention_bias"),
+        "attention_bias true puts biases on latent projections, which Megatron's MLA does not have",
     ),
     constant("qk_layernorm", True),
 )
-SEQ_AUX_LOSS = (constant("moe_router_load_balancing_type", "seq_aux_loss"),)
+SEQ_AUX_LOSS = constant("moe_router_load_balancing_type", "seq_aux_loss")
 EXPERT_GROUPS = (
     Derived("moe_router_num_groups", lambda c: c.get("n_group") if (c.get("n_group") or 1) > 1 else None),
     Derived("moe_router_group_topk", lambda c: c.get("topk_group") if (c.get("n_group") or 1) > 1 else None),
@@ -276,4 +268,4 @@ def _dense_first_every(config: Config) -> str | None:
     return f"[{','.join(map(str, pattern))}]"
 
 
-DENSE_FIRST_EVERY = (Derived("moe_layer_freq", _dense_first_every),)
+DENSE_FIRST_EVERY = Derived("moe_layer_freq", _dense_first_every)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from swiftlite.families import register_family
 from swiftlite.families.blocks import (
     ATTENTION,
     DENSE_FIRST_EVERY,
-    EMBED,
     EXPERTS,
     GPT_CONFIG,
     MLP,
@@ -16,40 +14,14 @@ from swiftlite.families.blocks import (
     SEQ_AUX_LOSS,
     SHARED_EXPERTS,
     SHARED_WIDTH,
-    STORED_TIED_HEAD,
+    decoder,
 )
-from swiftlite.families.meta.family import Family
-from swiftlite.families.meta.mcore import McoreMeta
-from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
-from swiftlite.weights.rule import WeightMap
+from swiftlite.families.records import Family
 
-register_family(
-    Family(
-        "deepseek_moe",
-        architectures=("DeepseekForCausalLM",),
-        mcore=McoreMeta(
-            config=GPT_CONFIG,
-            patches=(*REFUSE_OUTPUT_BIAS, *NORM_TOPK_DEFAULT_FALSE, *DENSE_FIRST_EVERY, *SHARED_WIDTH, *SEQ_AUX_LOSS),
-            weights=WeightMap(
-                top=EMBED,
-                layer=ATTENTION + MLP + ROUTER + EXPERTS + SHARED_EXPERTS,
-                duplicates=STORED_TIED_HEAD,
-            ),
-        ),
-        models=(
-            ModelMeta(
-                "deepseek_moe",
-                (
-                    ModelGroup(
-                        ids(
-                            "deepseek-ai/deepseek-moe-16b-chat",
-                            "deepseek-ai/deepseek-moe-16b-base",
-                        ),
-                    ),
-                ),
-                template="deepseek",
-                architectures=("DeepseekForCausalLM",),
-            ),
-        ),
-    )
+FAMILY = Family(
+    "deepseek_moe",
+    architectures=("DeepseekForCausalLM",),
+    config=GPT_CONFIG,
+    patches=(REFUSE_OUTPUT_BIAS, NORM_TOPK_DEFAULT_FALSE, DENSE_FIRST_EVERY, SHARED_WIDTH, SEQ_AUX_LOSS),
+    weights=decoder(ATTENTION, MLP, ROUTER, EXPERTS, SHARED_EXPERTS),
 )

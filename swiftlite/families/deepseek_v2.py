@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from swiftlite.families import register_family
 from swiftlite.families.blocks import (
     DENSE_FIRST_EVERY,
-    EMBED,
     EXPERTS,
     GPT_CONFIG,
     MLA_ATTENTION,
@@ -15,14 +13,10 @@ from swiftlite.families.blocks import (
     SEQ_AUX_LOSS,
     SHARED_EXPERTS,
     SHARED_WIDTH,
-    STORED_TIED_HEAD,
-    Config,
     constant,
+    decoder,
 )
-from swiftlite.families.meta.family import Family
-from swiftlite.families.meta.mcore import Derived, McoreMeta
-from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
-from swiftlite.weights.rule import WeightMap
+from swiftlite.families.records import Config, Derived, Family
 
 # Only topk_method group_limited_greedy limits the choice to groups.
 GROUPS = (
@@ -35,49 +29,18 @@ def _grouped(config: Config) -> bool:
     return config.get("topk_method") == "group_limited_greedy" and (config.get("n_group") or 1) > 1
 
 
-register_family(
-    Family(
-        "deepseek_v2",
-        architectures=("DeepseekV2ForCausalLM",),
-        mcore=McoreMeta(
-            config=GPT_CONFIG,
-            patches=(
-                *MLA_CONFIG,
-                constant("moe_router_pre_softmax", True),
-                *DENSE_FIRST_EVERY,
-                *GROUPS,
-                *SHARED_WIDTH,
-                *SEQ_AUX_LOSS,
-            ),
-            block="group_max_router",
-            weights=WeightMap(
-                top=EMBED,
-                layer=MLA_ATTENTION + MLP + ROUTER + EXPERTS + SHARED_EXPERTS,
-                duplicates=STORED_TIED_HEAD,
-            ),
-        ),
-        models=(
-            ModelMeta(
-                "deepseek_v2",
-                (
-                    ModelGroup(
-                        ids(
-                            "deepseek-ai/DeepSeek-Coder-V2-Instruct",
-                            "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct",
-                            "deepseek-ai/DeepSeek-Coder-V2-Base",
-                            "deepseek-ai/DeepSeek-Coder-V2-Lite-Base",
-                            "deepseek-ai/DeepSeek-V2-Lite",
-                            "deepseek-ai/DeepSeek-V2-Lite-Chat",
-                            "deepseek-ai/DeepSeek-V2",
-                            "deepseek-ai/DeepSeek-V2-Chat",
-                        ),
-                    ),
-                ),
-                template="deepseek",
-                architectures=("DeepseekV2ForCausalLM",),
-                model_arch="deepseek_v2",
-                requires=("transformers>=4.39.3",),
-            ),
-        ),
-    )
+FAMILY = Family(
+    "deepseek_v2",
+    architectures=("DeepseekV2ForCausalLM",),
+    config=GPT_CONFIG,
+    patches=(
+        *MLA_CONFIG,
+        constant("moe_router_pre_softmax", True),
+        DENSE_FIRST_EVERY,
+        *GROUPS,
+        SHARED_WIDTH,
+        SEQ_AUX_LOSS,
+    ),
+    block="group_max_router",
+    weights=decoder(MLA_ATTENTION, MLP, ROUTER, EXPERTS, SHARED_EXPERTS),
 )

@@ -5,27 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from swiftlite.families import register_family
 from swiftlite.families.blocks import (
     ATTENTION,
-    EMBED,
     EXPERT_BIAS,
     EXPERTS,
     GPT_CONFIG,
     MLP,
     MOE,
     SHARED_EXPERTS,
-    STORED_TIED_HEAD,
-    Config,
     constant,
     copy,
+    decoder,
     rotary_base,
 )
-from swiftlite.families.meta.family import Family
-from swiftlite.families.meta.mcore import Derived, McoreMeta, Refuse
-from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
+from swiftlite.families.records import Config, Derived, Family, Refuse
 from swiftlite.weights.ops import FLATTEN
-from swiftlite.weights.rule import Source, WeightMap, WeightRule
+from swiftlite.weights.rule import Source, WeightRule
 
 ROUTER = (
     copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
@@ -62,7 +57,7 @@ def _if_moe(value: Any) -> Callable[[Config], Any]:
 
 
 PATCHES = (
-    Refuse(lambda c: "use_bias true is not supported" if c.get("use_bias") else None),
+    Refuse(lambda c: c.get("use_bias"), "use_bias true is not supported"),
     Derived("untie_embeddings_and_output_weights", lambda c: not c.get("tie_word_embeddings", True)),
     rotary_base(500000),
     constant("rotary_interleaved", True),
@@ -76,42 +71,11 @@ PATCHES = (
     ),
 )
 
-register_family(
-    Family(
-        "ernie4_5",
-        architectures=("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"),
-        mcore=McoreMeta(
-            config=GPT_CONFIG,
-            patches=PATCHES,
-            block="softmax_bias_router",
-            weights=WeightMap(
-                top=EMBED,
-                layer=ATTENTION + MLP + ROUTER + EXPERTS + SHARED_EXPERTS,
-                duplicates=STORED_TIED_HEAD,
-            ),
-        ),
-        models=(
-            ModelMeta(
-                "ernie",
-                (
-                    ModelGroup(
-                        ids(
-                            ("PaddlePaddle/ERNIE-4.5-0.3B-Base-PT", "baidu/ERNIE-4.5-0.3B-PT"),
-                            ("PaddlePaddle/ERNIE-4.5-0.3B-PT", "baidu/ERNIE-4.5-0.3B-PT"),
-                        ),
-                    ),
-                    ModelGroup(
-                        ids(
-                            ("PaddlePaddle/ERNIE-4.5-21B-A3B-Base-PT", "baidu/ERNIE-4.5-21B-A3B-Base-PT"),
-                            ("PaddlePaddle/ERNIE-4.5-21B-A3B-PT", "baidu/ERNIE-4.5-21B-A3B-PT"),
-                            ("PaddlePaddle/ERNIE-4.5-300B-A47B-Base-PT", "baidu/ERNIE-4.5-300B-A47B-Base-PT"),
-                            ("PaddlePaddle/ERNIE-4.5-300B-A47B-PT", "baidu/ERNIE-4.5-300B-A47B-PT"),
-                        ),
-                    ),
-                ),
-                template="ernie",
-                architectures=("Ernie4_5_ForCausalLM", "Ernie4_5_MoeForCausalLM"),
-            ),
-        ),
-    )
+FAMILY = Family(
+    "ernie4_5",
+    architectures=("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"),
+    config=GPT_CONFIG,
+    patches=PATCHES,
+    block="softmax_bias_router",
+    weights=decoder(ATTENTION, MLP, ROUTER, EXPERTS, SHARED_EXPERTS),
 )

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from swiftlite.families import family_of
-from swiftlite.families.meta.family import Family
-from swiftlite.families.meta.mcore import ConfigRule, Derived, Refuse
+from swiftlite.families.records import Derived, Family, Refuse, Rules
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.io import blame
-
-Rules = tuple[ConfigRule | Derived | Refuse, ...]
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -35,9 +32,9 @@ def convert_hf_config(
     family = family or family_of(architecture)
     with blame("config.json"):
         flat = flatten_config(config)
-        result = _apply(family.mcore.config, flat, {})
+        result = _apply(family.config, flat, {})
         if patched:
-            result = _apply(family.mcore.patches, flat, result)
+            result = _apply(family.patches, flat, result)
             result["architectures"] = architecture
     return result
 
@@ -45,9 +42,8 @@ def convert_hf_config(
 def _apply(rules: Rules, config: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     for rule in rules:
         if isinstance(rule, Refuse):
-            reason = rule.reason(config)
-            if reason:
-                raise ConfigError(f"this model cannot be converted: {reason}")
+            if rule.when(config):
+                raise ConfigError(f"this model cannot be converted: {rule.reason.format_map(config)}")
             continue
         if isinstance(rule, Derived):
             value = rule.compute(config)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from swiftlite.families import register_family
 from swiftlite.families.blocks import (
     ATTENTION,
-    EMBED,
     EXPERTS,
     GPT_CONFIG,
     MLP,
@@ -14,15 +12,12 @@ from swiftlite.families.blocks import (
     SHARED,
     SHARED_GATE,
     SPARSE_STEP,
-    STORED_TIED_HEAD,
     constant,
     copy,
+    decoder,
     gated_mlp,
 )
-from swiftlite.families.meta.family import Family
-from swiftlite.families.meta.mcore import Derived, McoreMeta
-from swiftlite.families.meta.model import ModelGroup, ModelMeta, ids
-from swiftlite.weights.rule import WeightMap
+from swiftlite.families.records import Derived, Family
 
 SHARED_EXPERT = (
     *gated_mlp("{layer}.mlp.shared_experts", "{layer}.mlp.shared_expert", "shared_ffn", SHARED),
@@ -31,47 +26,15 @@ SHARED_EXPERT = (
     ),
 )
 
-register_family(
-    Family(
-        "qwen2_moe",
-        architectures=("Qwen2MoeForCausalLM",),
-        mcore=McoreMeta(
-            config=GPT_CONFIG,
-            patches=(
-                Derived("add_qkv_bias", lambda c: c.get("qkv_bias", True)),
-                *NORM_TOPK_DEFAULT_FALSE,
-                *SPARSE_STEP,
-                constant("use_shared_expert_gate", True),
-            ),
-            weights=WeightMap(
-                top=EMBED,
-                layer=ATTENTION + MLP + ROUTER + EXPERTS + SHARED_EXPERT,
-                duplicates=STORED_TIED_HEAD,
-            ),
-        ),
-        models=(
-            ModelMeta(
-                "qwen2_moe",
-                (
-                    ModelGroup(
-                        ids(
-                            "Qwen/Qwen1.5-MoE-A2.7B-Chat",
-                            "Qwen/Qwen1.5-MoE-A2.7B",
-                            "Qwen/Qwen1.5-MoE-A2.7B-Chat-GPTQ-Int4",
-                        ),
-                    ),
-                    ModelGroup(
-                        ids(
-                            "Qwen/Qwen2-57B-A14B-Instruct",
-                            "Qwen/Qwen2-57B-A14B",
-                            "Qwen/Qwen2-57B-A14B-Instruct-GPTQ-Int4",
-                        ),
-                    ),
-                ),
-                template="qwen",
-                architectures=("Qwen2MoeForCausalLM",),
-                requires=("transformers>=4.40",),
-            ),
-        ),
-    )
+FAMILY = Family(
+    "qwen2_moe",
+    architectures=("Qwen2MoeForCausalLM",),
+    config=GPT_CONFIG,
+    patches=(
+        Derived("add_qkv_bias", lambda c: c.get("qkv_bias", True)),
+        NORM_TOPK_DEFAULT_FALSE,
+        SPARSE_STEP,
+        constant("use_shared_expert_gate", True),
+    ),
+    weights=decoder(ATTENTION, MLP, ROUTER, EXPERTS, SHARED_EXPERT),
 )

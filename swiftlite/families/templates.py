@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from swiftlite.families.meta.template import TemplateMeta
+from swiftlite.families.records import TemplateMeta
 
 _LLAMA_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "

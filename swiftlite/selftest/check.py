@@ -99,8 +99,8 @@ def write_random_model(config: Mapping[str, Any], directory: Path, seed: int = 0
     from safetensors.torch import save_file
 
     family = family_of(architecture_of(config))
-    num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.mcore.weights.mtp_layer else 0
-    bound = family.mcore.weights.bind(ModelShape.from_config(convert_hf_config(config), num_mtp))
+    num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.weights.mtp_layer else 0
+    bound = family.weights.bind(ModelShape.from_config(convert_hf_config(config), num_mtp))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (entry, position) in bound.by_hf.items():
@@ -170,7 +170,7 @@ def check_config(name: str, config: Mapping[str, Any], code: Path | None = None)
     architecture = architecture_of(config)
     return CheckResult(
         name, architecture, len(bind_map(config, ["mtp."]).by_hf), report.logits_max_diff / report.scale, gradient,
-        family_of(architecture).mcore.block, time.time() - started,
+        family_of(architecture).block, time.time() - started,
     )  # fmt: skip
 
 

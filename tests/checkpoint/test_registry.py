@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite import families
 from swiftlite.checkpoint import info
 from swiftlite.checkpoint.registry import MODEL_MAPPING, get_matched_model_meta, get_model_info_meta
-from swiftlite.families.meta.model import Model, ModelGroup, ModelMeta
+from swiftlite.families.records import ModelMeta, Release
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -52,10 +53,17 @@ def test_glm_model_info_is_the_recorded_one(tmp_path: Path) -> None:
 
 def test_glm_model_meta_is_the_recorded_one() -> None:
     recorded = json.loads((GLM / "model_meta.json").read_text())
-    found = plain(dataclasses.asdict(MODEL_MAPPING["glm4_5"]))
-    # Records name functions by path and hold tuples; a group without a value holds None, not an empty list.
+    meta = MODEL_MAPPING["glm4_5"]
+    found = plain(dataclasses.asdict(meta))
+    # Records name functions by path and hold tuples; no patterns are None, not an empty list.
     assert found.pop("get_function").endswith(":get_model_tokenizer_with_flash_attn")
     assert recorded.pop("get_function") == "<function get_model_tokenizer_with_flash_attn>"
+    found["ignore_patterns"] = found["ignore_patterns"] or None
+    # ms-swift's releases are in groups; the fields that nothing here reads are empty in its record.
+    places: dict[str, None] = dict.fromkeys(("model_path", "ms_revision", "hf_revision"))
+    models = [{"ms_model_id": ms_id, "hf_model_id": hf_id, **places} for ms_id, hf_id in (r.ids for r in meta.releases)]
+    found["model_groups"] = [{"models": models, "ignore_patterns": None, "requires": None, "tags": []}]
+    found |= {"model_arch": None, "additional_saved_files": [], "is_multimodal": False, "is_reward": False, "tags": []}
     assert {name: found[name] for name in recorded} == recorded
 
 
@@ -75,10 +83,43 @@ def test_match_by_name(name: str, model_type: str | None) -> None:
     assert (meta and meta.model_type) == model_type
 
 
-def test_the_group_of_a_match_overrides_its_type() -> None:
-    meta = get_matched_model_meta("ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf")
-    assert meta is not None and "aqlm" in meta.requires
-    assert "aqlm" not in MODEL_MAPPING["llama"].requires
+def test_the_release_of_a_match_overrides_its_type() -> None:
+    meta = get_matched_model_meta("meta-llama/Llama-2-7b-hf")
+    assert meta is not None and "*.bin" in meta.ignore_patterns
+    assert "*.bin" not in MODEL_MAPPING["llama"].ignore_patterns
+
+
+@pytest.mark.parametrize(
+    ("name", "use_hf", "instead"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", False, "Qwen/Qwen2.5-7B-Instruct"),
+        ("Qwen/Qwen1.5-110B-Chat-GPTQ-Int4", True, "Qwen/Qwen1.5-110B-Chat"),
+        ("cognitivecomputations/DeepSeek-V3-awq", False, "deepseek-ai/DeepSeek-V3"),
+        ("unsloth/Llama-3.3-70B-Instruct-bnb-4bit", True, "meta-llama/Llama-3.3-70B-Instruct"),
+        ("unsloth/Llama-3.3-70B-Instruct-bnb-4bit", False, "LLM-Research/Llama-3.3-70B-Instruct"),
+        ("01-ai/Yi-34B-Chat-8bits", True, "01-ai/Yi-34B-Chat"),
+        ("ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf", True, "meta-llama/Llama-2-7b-hf"),
+    ],
+)
+def test_a_quantised_release_is_refused_by_name_and_the_plain_one_is_named(
+    name: str, use_hf: bool, instead: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("swiftlite.checkpoint.hub._download", lambda model_id, *_, **__: asked.append(model_id))
+    with pytest.raises(UsageError, match=rf"{name} holds quantised weights.*; use {instead}$"):
+        get_model_info_meta(name, use_hf=use_hf)
+    assert not asked
+    directory = make_dir(tmp_path / name.partition("/")[2], config_of("Glm4MoeForCausalLM"))
+    assert get_model_info_meta(directory)[0].model_type == "glm4_5", "of a directory, config.json tells"
+
+
+def test_the_catalogue_has_one_line_for_each_release() -> None:
+    lines = (Path(families.__file__).parent / "catalogue.jsonl").read_text().splitlines()
+    assert len(lines) == sum(1 + len(meta.releases) for meta in MODEL_MAPPING.values())
+    ids = [release.ids for meta in MODEL_MAPPING.values() for release in meta.releases]
+    assert len(set(ids)) == len(ids)
+    known = {architecture for family in families.families() for architecture in family.architectures}
+    assert all(meta.template and known.issuperset(meta.architectures) for meta in MODEL_MAPPING.values())
 
 
 JINJA_CASES = [
@@ -176,9 +217,7 @@ def test_undecidable_is_an_error_that_lists_the_candidates(tmp_path: Path) -> No
 
 
 def test_types_that_mean_the_same_need_no_decision(tmp_path: Path) -> None:
-    registry = {
-        t: ModelMeta(t, (ModelGroup(()),), template="same", architectures=("XForCausalLM",)) for t in ("one", "two")
-    }
+    registry = {t: ModelMeta(t, (), template="same", architectures=("XForCausalLM",)) for t in ("one", "two")}
     directory = make_dir(tmp_path / "checkpoint", config_of("XForCausalLM"))
     model_info, _ = get_model_info_meta(directory, registry=registry, templates={})
     assert model_info.model_type == "one" and "two would mean the same" in model_info.explanation
@@ -226,7 +265,7 @@ def test_unknown_type_names_the_nearest() -> None:
 def test_dtype_comes_from_the_user_then_the_type_then_the_config(tmp_path: Path) -> None:
     def dtype(folder: str, meta_dtype: str | None = None, **given: Any) -> torch.dtype:
         stated = {"torch_dtype": "float16"} if folder == "old" else {"dtype": "float16"} if folder == "new" else {}
-        registry = {"x": ModelMeta("x", (ModelGroup(()),), architectures=("X",), torch_dtype=meta_dtype)}
+        registry = {"x": ModelMeta("x", (), architectures=("X",), torch_dtype=meta_dtype)}
         path = tmp_path / folder
         directory = str(path) if path.exists() else make_dir(path, config_of("X", **stated))
         return get_model_info_meta(directory, registry=registry, templates={}, **given)[0].torch_dtype
@@ -308,7 +347,7 @@ def test_requirements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     directory = make_dir(tmp_path / "x", config_of("X"))
 
     def find(*requires: str, **kwargs: Any) -> None:
-        registry = {"x": ModelMeta("x", (ModelGroup(()),), architectures=("X",), requires=requires)}
+        registry = {"x": ModelMeta("x", (), architectures=("X",), requires=requires)}
         get_model_info_meta(directory, registry=registry, templates={}, **kwargs)
 
     find("torch>=2", "transformers>=4.57")
@@ -324,7 +363,7 @@ def test_requirements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_ids_of_the_other_hub_are_translated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
     directory = make_dir(tmp_path / "x", config_of("X"))
-    registry = {"x": ModelMeta("x", (ModelGroup((Model("ms/name", "hf/name"),)),), architectures=("X",))}
+    registry = {"x": ModelMeta("x", (Release("ms/name", "hf/name"),), architectures=("X",))}
     monkeypatch.setattr("swiftlite.checkpoint.hub.fetch", lambda model_id, **_: asked.append(model_id) or directory)
     for given in ("ms/name", "hf/name"):
         for use_hf in (False, True):

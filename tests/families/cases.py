@@ -70,7 +70,7 @@ def mtp_tensors(
     from swiftlite.families import family_of
     from swiftlite.weights.shape import ModelShape
 
-    weights = family_of(config["architectures"][0]).mcore.weights
+    weights = family_of(config["architectures"][0]).weights
     count = config.get("num_nextn_predict_layers") or 0
     if not count or weights.mtp_layer is None:
         return {}

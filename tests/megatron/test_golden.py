@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -11,8 +12,7 @@ import pytest
 import torch
 
 from swiftlite.checkpoint.bind import bind_map, convert_hf_config, flatten_config
-from swiftlite.families.megatron import MEGATRON_MODEL_MAPPING, MODEL_META_MAPPING, get_megatron_model_meta
-from swiftlite.utils.errors import UsageError
+from swiftlite.families import MODEL_MAPPING, families
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 AIR = GOLDEN / "glm4_5_air"
@@ -49,22 +49,31 @@ def test_rope_scaling_of_either_spelling() -> None:
     assert old["rope_theta"] == new["rope_theta"] == 5.0
 
 
+# What ms-swift's MegatronModelMeta of a GPT names, as swiftlite has it.
+FUNCTIONS = {
+    "model_provider": "swiftlite.megatron.model.provider",
+    "convert_hf_config": "swiftlite.checkpoint.bind",
+    "convert_mcore2hf": "swiftlite.convert.export",
+    "convert_hf2mcore": "swiftlite.convert.export",
+}
+
+
 def test_registry_views() -> None:
     types = read("megatron_model_types.json")
     extra = ("smollm2",)
-    assert MEGATRON_MODEL_MAPPING["gpt"].model_types == (*types, *extra)
-    assert {k: v for k, v in MODEL_META_MAPPING.items() if k not in extra} == read("model_meta_mapping.json")
+    supported = {architecture for family in families() for architecture in family.architectures}
+    mine = [t for t, meta in MODEL_MAPPING.items() if supported.intersection(meta.architectures)]
+    assert mine == [*types, *extra]
+    assert {model_type: "gpt" for model_type in mine if model_type not in extra} == read("model_meta_mapping.json")
     expected = read("megatron_model_meta.json")
-    meta = get_megatron_model_meta("glm4_5")
-    for field, value in expected.items():
-        if field != "model_types":
-            mine = getattr(meta, field)
-            name = None if mine is None else f"<function {mine.partition(':')[2]}>"
-            assert name == (value and value.replace("convert_gpt_hf_config", "convert_hf_config")) or mine == value, (
-                field
-            )
-    with pytest.raises(UsageError, match="'gpt2' has no Megatron side"):
-        get_megatron_model_meta("gpt2")
+    assert expected == read("megatron_model_mapping.json")["gpt"] and expected.pop("model_types") == types
+    found: dict[str, str | None] = {"megatron_model_type": "gpt", "extra_args_provider": None}
+    for field, module in FUNCTIONS.items():
+        found[field] = f"<function {getattr(importlib.import_module(module), field).__name__}>"
+    found["convert_hf_config"] = found["convert_hf_config"].replace(
+        "convert_hf", "convert_gpt_hf"
+    )  # our name is shorter
+    assert found == expected
 
 
 def parse_tree(text: str) -> dict[str, str]:

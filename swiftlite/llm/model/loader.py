@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.checkpoint.files import check_side_files
-from swiftlite.checkpoint.info import config_dtype
+from swiftlite.checkpoint.info import ModelInfo, config_dtype
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.registry import get_model_info_meta
-from swiftlite.families.meta.model import ModelInfo, ModelMeta
+from swiftlite.families.records import ModelMeta
 from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError, reason
 from swiftlite.utils.logger import get_logger

@@ -81,7 +81,7 @@ class Others:
     def of(cls, config: Mapping[str, Any]) -> Others:
         """By the model family's rules; nothing for a model without a family."""
         try:
-            weights = family_of(architecture_of(config)).mcore.weights
+            weights = family_of(architecture_of(config)).weights
         except ConfigError:
             return cls()
         tied = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"

@@ -13,7 +13,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from swiftlite.families.meta.template import TemplateMeta
+from swiftlite.families.records import TemplateMeta
 from swiftlite.llm.template.agent import AGENT_FORMATS, as_plain
 from swiftlite.llm.template.collate import IGNORE_INDEX, join_rows, pad_rows
 from swiftlite.llm.template.jinja import bounded_prompt, bounded_rows, jinja_spans, write_jinja

@@ -7,7 +7,7 @@ from typing import Any
 
 from swiftlite.arguments.parser import some
 from swiftlite.families import families
-from swiftlite.families.meta.template import TemplateMeta
+from swiftlite.families.records import TemplateMeta
 from swiftlite.families.templates import TEMPLATES
 from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.jinja import write_jinja

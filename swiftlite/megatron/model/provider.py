@@ -53,7 +53,7 @@ def model_provider(
     frequencies = rope.Rope(args)
     if not args.multi_latent_attention:
         frequencies.set_attention_factor(config)
-    block = load_block(family_of(args.architectures).mcore.block if args.architectures else None)
+    block = load_block(family_of(args.architectures).block if args.architectures else None)
     replacements = getattr(block, "replacements", None)
     replaced = {
         TopKRouter: Router,

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from swiftlite.families.meta.template import TemplateMeta
+from swiftlite.families.records import TemplateMeta
 from swiftlite.llm.template import (
     TEMPLATE_CLASSES,
     TEMPLATE_MAPPING,

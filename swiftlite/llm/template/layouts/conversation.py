@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from swiftlite.families.meta.template import TemplateMeta
+from swiftlite.families.records import TemplateMeta
 from swiftlite.utils.errors import TemplateError
 
 Message = dict[str, Any]

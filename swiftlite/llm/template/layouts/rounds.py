@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-from swiftlite.families.meta.template import Part
+from swiftlite.families.records import Part
 from swiftlite.llm.template.layouts.conversation import Conversation, Piece, role_of
 from swiftlite.utils.errors import TemplateError
 

@@ -1,1 +1,0 @@
-"""What is known about models before any of them is opened: dataclasses only, no behaviour beyond lookups."""
