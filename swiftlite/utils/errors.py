@@ -64,7 +64,7 @@ def reason(error: BaseException) -> str:
 
     torch would advise to read such a file with its guard off, and transformers 4 has words of its own for any failure.
     """
-    cause: BaseException | None = error
+    cause = None if isinstance(error, SwiftliteError) else error  # our own say all there is to say
     while cause is not None:
         code = _CODE.search(" ".join(str(cause).split()))
         if code:
