@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swiftlite import __version__
-from swiftlite.arguments.flags import COMMON_NOTES, NO_WEIGHTS, ONLY_ADAPTERS
+from swiftlite.arguments.flags import COMMON_NOTES, NO_CLASSES, NO_WEIGHTS, ONLY_ADAPTERS
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import write_json
@@ -118,7 +118,7 @@ class ModelArguments(Arguments):
     hub_token: str | None = run_setting(None, "access token of the hub")
     new_special_tokens: list[str] = field([], "tokens to add; an item that ends in .txt is a file of tokens")
     task_type: str | None = field(None, "what the model is for", choices=["causal_lm", "seq_cls"])
-    num_labels: int | None = field(None, "number of classes of a seq_cls model")
+    num_labels: int | None = field(None, "number of classes of a seq_cls model", unavailable=NO_CLASSES)
     device_map: Any = run_setting(
         None,
         "where transformers puts the layers: auto, cpu, cuda:0 or a JSON map",
@@ -150,8 +150,8 @@ class ModelArguments(Arguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         remember(self.hub_token)
-        if self.num_labels is not None and self.num_labels < 1:
-            raise UsageError(f"--num_labels {self.num_labels}: must be at least 1")
+        if self.task_type == "seq_cls":
+            raise UsageError(f"--task_type seq_cls: {NO_CLASSES}")
         if isinstance(self.device_map, str) and self.device_map.startswith("{"):
             self.device_map = convert(self.device_map, dict, "device_map")
 

@@ -18,6 +18,7 @@ ONLY_ADAPTERS = {"MegatronSftArguments": "with LoRA on Megatron nothing but adap
 NO_MTP = {
     "MegatronDpoArguments": Note("rejected", "preference training has no multi-token-prediction loss; leave it out")
 }
+NO_CLASSES = "models that classify are not supported yet; leave it out to train one that writes text"
 NO_WEIGHTS = Note("rejected", "has no effect: preview reads no weights")
 AVERAGED_PAIRS = Note("default", "pairs are averaged over the global batch", allowed=("false",))
 

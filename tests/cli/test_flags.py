@@ -4,12 +4,17 @@ import dataclasses
 import importlib
 import importlib.util
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
+from swiftlite.arguments.export import ExportArguments
+from swiftlite.arguments.infer import InferArguments
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.parser import alias_table, notes, parse, specs
-from swiftlite.cli.flag_table import SECTIONS, status, table
+from swiftlite.arguments.train import SftArguments
+from swiftlite.cli.flag_table import SECTIONS, rows, status, table
 from swiftlite.cli.routes import ROUTES
 from swiftlite.utils.errors import UsageError
 
@@ -17,46 +22,101 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "swiftlite"
 
 # What another flag needs beside it.
+PUSH = ["--push_to_hub", "true", "--hub_model_id", "ORG/NAME"]
 COMPANIONS = {
     "to_mcore": ["--model", "DIR"],
     "to_hf": ["--mcore_model", "DIR"],
     "recompute_method": ["--recompute_granularity", "full"],
     "recompute_num_layers": ["--recompute_granularity", "full"],
-    "min_lr": ["--lr", "1e-4"],
-    "push_to_hub": ["--hub_model_id", "ORG/NAME"],
-    "hub_model_id": ["--push_to_hub", "true"],
+    "recompute_modules": ["--recompute_granularity", "selective"],
+    "min_lr": ["--lr", "0.1"],
+    "push_to_hub": PUSH[2:],
+    "hub_model_id": PUSH[:2],
+    "hub_private_repo": PUSH,
     "sequence_parallel": ["--tensor_model_parallel_size", "2"],
+    "gpus": ["--dry_run", "true"],
+    "gpu_memory": ["--dry_run", "true"],
+    "result_path": ["--val_dataset", "FILE"],
+    "dataset": ["--to_cached_dataset", "true"],
+    "adapters": ["--train_type", "lora"],
+    "mcore_adapter": ["--train_type", "lora"],
+    "merge_lora": ["--train_type", "lora"],
 }
-ALL = [(cls, flag, value) for _, _, cls, flags in SECTIONS for flag, value in flags.items()]
+# A value as it is usually typed, where the type does not say one.
+VALUES = {
+    "torch_dtype": "bf16", "test_convert_dtype": "float32", "attention_backend": "sdpa", "max_shard_size": "5GB",
+    "max_memory": "4GB", "gpu_memory": "40GB", "recompute": "full", "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_token_drop_policy": "position", "loss_scale": "last_round", "truncation_strategy": "left", "bf16": "true",
+    "label_smoothing": "0.1", "recompute_granularity": "full", "min_lr": "1e-5", "lr": "1e-4",
+    "moe_token_dispatcher_type": "allgather", "columns": '{"text1": "query"}',
+    "task_type": "causal_lm", "target_regex": ".*", "device_map": "auto",
+}  # fmt: skip
+ALL = [(cls, flag) for _, cls, other in SECTIONS for flag in rows(cls, other)]
 
 
-def _parse(cls, flag, value):
-    base = [] if flag in ("model", "mcore_model", "load") or cls.__name__ == "ExportArguments" else ["--model", "DIR"]
-    return parse(cls, [*base, *COMPANIONS.get(flag, []), f"--{flag}", value])
+def _value(cls, flag):
+    name = alias_table(cls).get(flag, flag)
+    spec, note = specs(cls).get(name), notes(cls).get(name)
+    if note is not None and note.allowed:
+        return note.allowed[0]
+    if name in VALUES or spec is None:
+        return VALUES.get(name, "1")
+    if spec.choices:
+        return spec.choices[-1]
+    kinds = {bool: "true", int: "2", float: "0.5"}
+    options = [spec.type, *typing.get_args(spec.type)]
+    return next((kinds[kind] for kind in options if kind in kinds), "DIR")
 
 
-@pytest.mark.parametrize("cls, flag, value", ALL, ids=lambda item: item if isinstance(item, str) else None)
-def test_flag_does_what_the_table_says(cls, flag, value):
+def _parse(cls, flag):
+    name, known = alias_table(cls).get(flag, flag), alias_table(cls)
+    base = [] if name in ("model", "mcore_model") or cls is ExportArguments else ["--model", "DIR"]
+    beside = COMPANIONS.get(name, [])
+    return parse(
+        cls, [*base, *(beside if not beside or beside[0][2:] in known else []), f"--{flag}", _value(cls, flag)]
+    )
+
+
+@pytest.mark.parametrize("cls, flag", ALL, ids=lambda item: item if isinstance(item, str) else item.__name__)
+def test_flag_does_what_the_table_says(cls, flag):
     kind, text = status(cls, flag)
     assert text and text != "unknown"
     if kind == "acts":
-        args = _parse(cls, flag, value)
+        args = _parse(cls, flag)
         name = alias_table(cls)[flag]
         assert name in args.given
-        assert getattr(args, name) is not None or flag == "recompute"
+        assert getattr(args, name) is not None or flag in ("recompute", "gradient_checkpointing")
     elif kind == "default here":
-        assert flag not in _parse(cls, flag, value).given
+        assert flag not in _parse(cls, flag).given
     elif kind == "default only":
         spec = specs(cls)[alias_table(cls)[flag]]
-        if spec.convert(value) in (spec.default, False, None):
-            _parse(cls, flag, value)
+        if spec.convert(_value(cls, flag)) in (spec.default, False, None):
+            _parse(cls, flag)
         else:
             with pytest.raises(UsageError, match=re.escape(text)):
-                _parse(cls, flag, value)
+                _parse(cls, flag)
     else:
         assert kind == "rejected"
         with pytest.raises(UsageError, match=re.escape(text)):
-            _parse(cls, flag, value)
+            _parse(cls, flag)
+
+
+def test_notes_by_command_name_commands():
+    """A note for a class that is no part of any command would be told to nobody."""
+    commands = [
+        getattr(importlib.import_module(m), n) for m, _, n in (r.arguments.partition(":") for r in ROUTES.values())
+    ]
+    for cls in commands:
+        for spec in specs(cls).values():
+            if isinstance(spec.unavailable, dict):
+                assert set(spec.unavailable) <= {base.__name__ for c in commands for base in c.__mro__}, spec.name
+
+
+@pytest.mark.parametrize("words", [["--task_type", "seq_cls"], ["--num_labels", "2"]])
+@pytest.mark.parametrize("cls", [SftArguments, MegatronSftArguments, ExportArguments, InferArguments])
+def test_classification_is_refused(cls, words):
+    with pytest.raises(UsageError, match=f"{words[0]} {words[1]}: .*classif"):
+        parse(cls, ["--model", "DIR", *words])
 
 
 def test_docs_are_what_the_generator_writes():
