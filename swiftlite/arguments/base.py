@@ -54,17 +54,13 @@ class RunArguments(Arguments):
 
     output_dir: str | None = run_setting(None, "directory that is written", aliases=["save"], path=True, common=True)
     seed: int = field(
-        42,
-        "seed of weights' initialisation, data order and dropout",
-        common=True,
+        42, "seed of weights' initialisation, data order and dropout", common=True,
         unavailable={"ExportArguments": Note("default", "conversion draws no random numbers")},
-    )
+    )  # fmt: skip
     torch_dtype: Any = field(
-        None,
-        "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)",
-        aliases=["dtype"],
+        None, "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)", aliases=["dtype"],
         common=True,
-    )
+    )  # fmt: skip
     allow_overflow: bool = run_setting(False, "go on where finite values become infinite in --torch_dtype")
     attention_backend: str | None = run_setting(
         None,
@@ -177,7 +173,7 @@ class TemplateArguments(Arguments):
     )
     system: str | None = field(None, "system message where a conversation has none", common=True)
     max_length: int | None = field(
-        None, "longest sample in tokens (default: what the model allows; export 2048)", common=True
+        None, "longest sample in tokens (default: what the model allows; export 2048)", common=True, least=1
     )
     truncation_strategy: str = field(
         "delete", "what happens to longer samples", choices=["delete", "left", "right", "split", "raise"]
@@ -200,11 +196,6 @@ class TemplateArguments(Arguments):
     strict_template: bool = run_setting(
         False, "fail where the template differs from the checkpoint's own chat template"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"--max_length {self.max_length}: must be at least 1")
 
     def get_template_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `get_template`, 14 entries.
@@ -234,14 +225,12 @@ class DataArguments(Arguments):
     """Data: what is trained or run on"""
 
     dataset: list[str] = field(
-        [],
-        "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it",
-        path=True,
-        common=True,
-    )
+        [], "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it",
+        path=True, common=True,
+    )  # fmt: skip
     val_dataset: list[str] = field([], "the same, for evaluation", path=True, common=True)
     split_dataset_ratio: float = field(
-        0.0, "share of the data set kept for evaluation where --val_dataset is absent", common=True
+        0.0, "share of the data set kept for evaluation where --val_dataset is absent", common=True, least=0, most=1
     )
     columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
     dataset_info: list[str] = field([], "JSON files that name data sets", aliases=["custom_dataset_info"], path=True)
@@ -250,32 +239,25 @@ class DataArguments(Arguments):
         "first_exhausted", "end of such a mixture", choices=["first_exhausted", "all_exhausted"]
     )
     streaming: bool = field(False, "read and tokenise while training runs; needs --train_iters")
-    shuffle_buffer_size: int = field(1000, "rows that are shuffled and packed together when streaming")
+    shuffle_buffer_size: int = field(1000, "rows that are shuffled and packed together when streaming", least=1)
     load_from_cache_file: bool = run_setting(
         False,
         "keep tokenised data between runs, by content",
         unavailable={"DpoArguments": "pairs are tokenised for each run"},
     )
     cached_dataset: str | None = field(None, "directory that `export --to_cached_dataset true` wrote", path=True)
-    dataset_num_proc: int = run_setting(1, "processes that read and tokenise")
-    max_drop_ratio: float = field(0.05, "stop when a larger share of the rows cannot be used")
+    dataset_num_proc: int = run_setting(1, "processes that read and tokenise", least=1)
+    max_drop_ratio: float = field(0.05, "stop when a larger share of the rows cannot be used", least=0, most=1)
     data_seed: int | None = field(None, "seed of the data order (default: --seed)")
     dataset_shuffle: bool = field(True, "shuffle the training rows")
     model_name: list[str] = field([], "name that self-cognition rows teach the model")
     model_author: list[str] = field([], "author that self-cognition rows teach the model")
     packing: bool = field(False, "fill each training sequence with several samples", common=True)
-    packing_length: int | None = field(None, "tokens of a packed sequence (default: --max_length)")
+    packing_length: int | None = field(None, "tokens of a packed sequence (default: --max_length)", least=1)
     group_by_length: bool = field(False, "make batches of samples of similar length")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("split_dataset_ratio", "max_drop_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
-        for name in ("dataset_num_proc", "shuffle_buffer_size", "packing_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} {value}: must be at least 1")
         if self.cached_dataset and (self.dataset or self.val_dataset):
             raise UsageError("--cached_dataset: holds the data already; leave out --dataset and --val_dataset")
         if self.streaming and self.split_dataset_ratio:
@@ -295,29 +277,25 @@ class TunerArguments(Arguments):
     """Tuner: which parameters are trained"""
 
     train_type: str = field(
-        "full",
-        "all parameters, adapters beside them, or some of them",
-        aliases=["tuner_type"],
-        choices=["full", "lora", "freeze"],
-        common=True,
-    )
+        "full", "all parameters, adapters beside them, or some of them", aliases=["tuner_type"],
+        choices=["full", "lora", "freeze"], common=True,
+    )  # fmt: skip
     freeze_parameters: list[str] = field([], "prefixes of parameters that stay as they are")
     freeze_parameters_regex: str | None = field(None, "regular expression of parameters that stay as they are")
-    freeze_parameters_ratio: float = field(0.0, "share of the parameters, from the bottom, that stay as they are")
+    freeze_parameters_ratio: float = field(
+        0.0, "share of the parameters, from the bottom, that stay as they are", least=0, most=1
+    )
     trainable_parameters: list[str] = field([], "prefixes of parameters that are trained although frozen otherwise")
     trainable_parameters_regex: str | None = field(None, "regular expression of parameters that are trained anyway")
     target_modules: list[str] = field(["all-linear"], "layers that get LoRA, by Hugging Face name", common=True)
     target_regex: str | None = field(None, "regular expression of layers that get LoRA")
     modules_to_save: list[str] = field([], "layers that are trained fully beside LoRA", unavailable=ONLY_ADAPTERS)
-    lora_rank: int = field(8, "LoRA rank", common=True)
+    lora_rank: int = field(8, "LoRA rank", common=True, least=1)
     lora_alpha: int = field(32, "LoRA scale times rank", common=True)
     lora_dropout: float = field(0.05, "dropout before LoRA")
     lora_bias: str = field(
-        "none",
-        "which biases are trained with LoRA",
-        choices=["none", "all", "lora_only"],
-        unavailable=ONLY_ADAPTERS,
-    )
+        "none", "which biases are trained with LoRA", choices=["none", "all", "lora_only"], unavailable=ONLY_ADAPTERS,
+    )  # fmt: skip
     lora_dtype: str | None = field(
         None,
         "dtype of LoRA weights",
@@ -331,16 +309,12 @@ class TunerArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.freeze_parameters_ratio <= 1:
-            raise UsageError(f"--freeze_parameters_ratio {self.freeze_parameters_ratio}: must be between 0 and 1")
         for name in ("target_regex", "freeze_parameters_regex", "trainable_parameters_regex"):
             try:
                 re.compile(getattr(self, name) or "")
             except re.error as error:
                 text = getattr(self, name)
                 raise UsageError(f"--{name} {text}: is no regular expression ({error})") from None
-        if self.lora_rank < 1:
-            raise UsageError(f"--lora_rank {self.lora_rank}: must be at least 1")
 
 
 @arguments
@@ -348,9 +322,11 @@ class GenerationArguments(Arguments):
     """Generation: how answers are made"""
 
     max_new_tokens: int | None = field(
-        None, "longest answer in tokens (default: what the model's length leaves)", common=True
+        None, "longest answer in tokens (default: what the model's length leaves)", common=True, least=1
     )
-    temperature: float | None = field(None, "0 takes the most likely token (default: the model's own)", common=True)
+    temperature: float | None = field(
+        None, "0 takes the most likely token (default: the model's own)", common=True, least=0
+    )
     top_p: float | None = field(None, "nucleus sampling")
     top_k: int | None = field(None, "sample among the k most likely tokens")
     repetition_penalty: float | None = field(None, "above 1: repeats become less likely")
@@ -360,13 +336,6 @@ class GenerationArguments(Arguments):
         None, "show the answer while it is made (default: in the chat, not for a data set)", common=True
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.temperature is not None and self.temperature < 0:
-            raise UsageError(f"--temperature {self.temperature}: must be 0 or more")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UsageError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
-
 
 @arguments
 class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArguments):
@@ -375,11 +344,8 @@ class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArgumen
     NOTES: ClassVar[Mapping[str, Note]] = COMMON_NOTES
 
     custom_register_path: list[str] = field(
-        [],
-        "Python files that register models, templates or data sets",
-        aliases=["external_plugins"],
-        path=True,
-    )
+        [], "Python files that register models, templates or data sets", aliases=["external_plugins"], path=True,
+    )  # fmt: skip
     exist_ok: bool = run_setting(False, "write although the output directory exists")
     debug: bool = run_setting(False, "show the traceback of an error", common=True)
 

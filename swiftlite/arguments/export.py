@@ -64,7 +64,7 @@ class PlanArguments(Arguments):
         "show the plan (bytes, files, memory, time, layouts that fit) and stop; needs config.json, no weights",
         common=True,
     )
-    gpus: int | None = field(None, "with --dry_run true: GPUs to train on (default: NPROC_PER_NODE x NNODES)")
+    gpus: int | None = field(None, "with --dry_run true: GPUs to train on (default: NPROC_PER_NODE x NNODES)", least=1)
     gpu_memory: str = field("80GB", "with --dry_run true: memory of each GPU")
 
     def __post_init__(self) -> None:
@@ -72,8 +72,6 @@ class PlanArguments(Arguments):
         for name in ("gpus", "gpu_memory"):
             if name in self.given and not self.dry_run:
                 raise UsageError(f"--{name} {getattr(self, name)}: belongs to the plan; add --dry_run true")
-        if self.gpus is not None and self.gpus < 1:
-            raise UsageError(f"--gpus {self.gpus}: must be at least 1")
         parse_bytes(self.gpu_memory, "gpu_memory", 10**9)
 
     @property
@@ -122,17 +120,17 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         False, "run both models on one conversation and fail where they disagree", common=True
     )
     test_convert_dtype: str = field("float32", "dtype of that run")
-    thread_count: int | None = field(None, "number of torch_dist files (default: about 10 GB each, at least 2)")
+    thread_count: int | None = field(
+        None, "number of torch_dist files (default: about 10 GB each, at least 2)", least=1
+    )
     max_shard_size: str = field("5GB", "largest safetensors file", common=True)
     max_memory: str | None = field(
         None, "memory for blocks in flight, like 4GB (default: 3 MB for each of two threads a core)"
     )
     verify: str = field(
-        "names",
-        "check afterwards: names and shapes, or every byte both ways",
-        choices=["none", "names", "bitwise"],
+        "names", "check afterwards: names and shapes, or every byte both ways", choices=["none", "names", "bitwise"],
         common=True,
-    )
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,8 +151,6 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         if self.to_mcore and not (self.model or self.adapters or self.mcore_adapter):
             raise UsageError("--to_mcore true: give the Hugging Face checkpoint with --model DIR_OR_ID")
         self.test_convert_dtype = normalize_dtype(self.test_convert_dtype, "test_convert_dtype") or "float32"
-        if self.thread_count is not None and self.thread_count < 1:
-            raise UsageError(f"--thread_count {self.thread_count}: must be at least 1")
         parse_bytes(self.max_shard_size, "max_shard_size", 1000)
         if self.max_memory is not None:
             parse_bytes(self.max_memory, "max_memory")

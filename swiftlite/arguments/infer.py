@@ -25,7 +25,7 @@ class InferArguments(GenerationArguments, BaseArguments):
 
     prompt: str | None = field(None, "answer this and end", aliases=["query"], common=True)
     result_path: str | None = field(None, "JSONL file for the answers to --val_dataset", path=True, common=True)
-    max_batch_size: int = field(1, "rows of --val_dataset answered at once")
+    max_batch_size: int = field(1, "rows of --val_dataset answered at once", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,5 +33,3 @@ class InferArguments(GenerationArguments, BaseArguments):
             raise UsageError("--prompt and --val_dataset: give one of them")
         if self.result_path is not None and not self.val_dataset:
             raise UsageError(f"--result_path {self.result_path}: needs --val_dataset FILE")
-        if self.max_batch_size < 1:
-            raise UsageError(f"--max_batch_size {self.max_batch_size}: must be at least 1")

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import types
 import typing
@@ -48,6 +49,8 @@ def field(
     *,
     aliases: Iterable[str] = (),
     choices: Iterable[str] | None = None,
+    least: float | None = None,
+    most: float | None = None,
     path: bool = False,
     common: bool = False,
     resume: str = "must match",
@@ -58,14 +61,15 @@ def field(
     Args:
         aliases: other names that users type for the same thing; they work as flags, keys, keywords and attributes.
         choices: the allowed strings (None is allowed too where it is the default).
+        least, most: limits of a number; they are allowed themselves.
         path: values may be paths; a leading ~ is the home directory, also where no shell has read the value.
         common: `--help` shows it; the others need `--help_all`.
         resume: "may change" or "must match" between the runs that write one output directory.
         unavailable: why only the default is possible (a text), or another note; for some commands by class name.
     """
     metadata = {
-        "help": help, "aliases": tuple(aliases), "choices": tuple(choices) if choices is not None else None, "path": path,
-        "common": common, "resume": resume, "unavailable": unavailable,
+        "help": help, "aliases": tuple(aliases), "choices": None if choices is None else tuple(choices), "path": path,
+        "least": least, "most": most, "common": common, "resume": resume, "unavailable": unavailable,
     }  # fmt: skip
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=functools.partial(type(default), default), metadata=metadata)
@@ -167,6 +171,8 @@ class Spec:
     help: str = ""
     aliases: tuple[str, ...] = ()
     choices: tuple[str, ...] | None = None
+    least: float | None = None
+    most: float | None = None
     path: bool = False
     common: bool = False
     resume: str = "must match"
@@ -182,6 +188,11 @@ class Spec:
     def convert(self, value: Any) -> Any:
         if self.choices is None or value not in self.choices or typing.get_origin(self.type) is list:
             value = convert(value, self.type, self.name)  # a choice `none` is that, not the absence of one
+        if self.least is not None and value is not None and not self.least <= value <= (self.most or math.inf):
+            limit = (
+                f"at least {self.least}" if self.least else f"between 0 and {self.most}" if self.most else "0 or more"
+            )
+            raise UsageError(f"--{self.name} {value}: must be {limit}")
         if self.path and value:
             value = [_home(item) for item in value] if isinstance(value, list) else _home(value)
         if self.choices is not None and value is not None:

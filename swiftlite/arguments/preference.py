@@ -20,14 +20,12 @@ class PreferenceArguments(Arguments):
     rlhf_type: str = field("dpo", "kind of preference training", choices=["dpo"])
     beta: float = field(0.1, "strength of the pull to the reference", common=True)
     loss_type: str = field("sigmoid", "loss of a pair's margin", choices=LOSS_TYPES, common=True)
-    label_smoothing: float = field(0.0, "probability that a preference is wrong, 0 to 0.5")
-    rpo_alpha: float | None = field(None, "weight of the chosen answers' cross entropy that is added")
+    label_smoothing: float = field(0.0, "probability that a preference is wrong, 0 to 0.5", least=0, most=0.5)
+    rpo_alpha: float | None = field(None, "weight of the chosen answers' cross entropy that is added", least=0)
     ref_model: str | None = field(
-        None,
-        "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",
-        path=True,
-        common=True,
-    )
+        None, "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",
+        path=True, common=True,
+    )  # fmt: skip
     precompute_ref_log_probs: bool = run_setting(
         False, "the reference answers the whole data set once before training, then its memory is free"
     )
@@ -36,12 +34,8 @@ class PreferenceArguments(Arguments):
         super().__post_init__()
         if self.beta <= 0:
             raise UsageError(f"--beta {self.beta}: must be above 0")
-        if not 0 <= self.label_smoothing <= 0.5:
-            raise UsageError(f"--label_smoothing {self.label_smoothing}: must be between 0 and 0.5")
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise UsageError(f"--label_smoothing {self.label_smoothing}: goes with --loss_type sigmoid only")
-        if self.rpo_alpha is not None and self.rpo_alpha < 0:
-            raise UsageError(f"--rpo_alpha {self.rpo_alpha}: must be 0 or more")
 
 
 @arguments

@@ -23,7 +23,7 @@ class PreviewArguments(BaseArguments):
         "load_from_cache_file": Note("rejected", "has no effect: preview reads rows"),
     }
 
-    num_rows: int = field(3, "rows that are shown", common=True)
+    num_rows: int = field(3, "rows that are shown", common=True, least=0)
     show_ids: bool = field(False, "list each token with its id and weight", common=True)
     color: str = field("auto", "colours in the terminal", choices=["auto", "always", "never"])
     html: str | None = field(None, "also write the report as this HTML file", path=True, common=True)
@@ -38,8 +38,6 @@ class PreviewArguments(BaseArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_rows < 0:
-            raise UsageError(f"--num_rows {self.num_rows}: must be 0 or more")
         if not self.dataset:
             raise UsageError("preview: give the data with --dataset")
         if self.model is None:

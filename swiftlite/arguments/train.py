@@ -20,30 +20,30 @@ class TrainArguments(Arguments):
     """
 
     micro_batch_size: int = run_setting(
-        1,
-        "samples of one forward pass on one rank (default: 1, or what the other two leave)",
-        aliases=["per_device_train_batch_size"],
-        common=True,
+        1, "samples of one forward pass on one rank (default: 1, or what the other two leave)",
+        aliases=["per_device_train_batch_size"], common=True, least=1,
+    )  # fmt: skip
+    global_batch_size: int | None = field(None, "samples of one step over all ranks (default 16)", common=True, least=1)
+    gradient_accumulation_steps: int | None = run_setting(
+        None, "forward passes of one step, instead of a global batch", least=1
     )
-    global_batch_size: int | None = field(None, "samples of one step over all ranks (default 16)", common=True)
-    gradient_accumulation_steps: int | None = run_setting(None, "forward passes of one step, instead of a global batch")
     num_train_epochs: float | None = field(None, "passes over the data", aliases=["max_epochs"], common=True)
-    train_iters: int | None = field(None, "steps, instead of epochs", aliases=["max_steps"], common=True)
+    train_iters: int | None = field(None, "steps, instead of epochs", aliases=["max_steps"], common=True, least=1)
 
     lr: float | None = field(
-        None, "highest learning rate (default 1e-5, with LoRA 1e-4)", aliases=["learning_rate"], common=True
+        None, "highest learning rate (default 1e-5, with LoRA 1e-4)", aliases=["learning_rate"], common=True, least=0
     )
-    min_lr: float = field(0, "learning rate at the end")
+    min_lr: float = field(0, "learning rate at the end", least=0)
     lr_decay_style: str = field(
         "cosine", "shape of the schedule", aliases=["lr_scheduler_type"], choices=["constant", "linear", "cosine"]
     )
     lr_decay_iters: int | None = field(None, "steps until --min_lr (default: all)")
     lr_warmup_fraction: float | None = field(
-        None, "share of the steps that warm up", aliases=["warmup_ratio"], common=True
+        None, "share of the steps that warm up", aliases=["warmup_ratio"], common=True, least=0, most=1
     )
-    lr_warmup_iters: int = field(0, "steps that warm up", aliases=["warmup_steps"])
-    weight_decay: float = field(0.1, "decoupled weight decay")
-    clip_grad: float = field(1.0, "largest norm of the gradient", aliases=["max_grad_norm"])
+    lr_warmup_iters: int = field(0, "steps that warm up", aliases=["warmup_steps"], least=0)
+    weight_decay: float = field(0.1, "decoupled weight decay", least=0)
+    clip_grad: float = field(1.0, "largest norm of the gradient", aliases=["max_grad_norm"], least=0)
     adam_beta1: float = field(0.9, "Adam's first decay rate")
     adam_beta2: float = field(0.95, "Adam's second decay rate")
     adam_eps: float = field(1e-8, "Adam's epsilon", aliases=["adam_epsilon"])
@@ -66,8 +66,8 @@ class TrainArguments(Arguments):
         "checkpoints every --save_steps, after each epoch, or (no) at the end only",
         choices=["steps", "epoch", "no"],
     )
-    save_steps: int = run_setting(500, "steps between checkpoints", aliases=["save_interval"], common=True)
-    save_total_limit: int | None = run_setting(None, "newest checkpoints that are kept", common=True)
+    save_steps: int = run_setting(500, "steps between checkpoints", aliases=["save_interval"], common=True, least=1)
+    save_total_limit: int | None = run_setting(None, "newest checkpoints that are kept", common=True, least=1)
     save_weights_only: bool = run_setting(False, "checkpoints without optimizer and RNG", aliases=["save_only_model"])
     save_safetensors: bool = run_setting(
         False,
@@ -81,23 +81,21 @@ class TrainArguments(Arguments):
     resume: bool = run_setting(True, "go on from the newest finished checkpoint of this run in --output_dir")
     add_version: bool = run_setting(False, "write into a new directory v0-DATE below --output_dir")
     eval_steps: int | None = run_setting(
-        None, "steps between evaluations (default: --save_steps)", aliases=["eval_interval"], common=True
+        None, "steps between evaluations (default: --save_steps)", aliases=["eval_interval"], common=True, least=1
     )
     eval_iters: int = run_setting(-1, "batches of one evaluation, -1: the whole validation set")
     metric_for_best_model: str = run_setting(
         "loss", "value of an evaluation by which the best checkpoint is chosen and kept", aliases=["best_metric"]
     )
     greater_is_better: bool | None = run_setting(None, "is more of it better? (default: unless it is a loss)")
-    logging_steps: int = run_setting(5, "steps between log lines", aliases=["log_interval"], common=True)
+    logging_steps: int = run_setting(5, "steps between log lines", aliases=["log_interval"], common=True, least=1)
     logging_dir: str | None = run_setting(
         None, "TensorBoard files (default: OUTPUT_DIR/runs)", aliases=["tensorboard_dir"], path=True
     )
     report_to: list[str] = run_setting(
-        ["tensorboard"],
-        "where metrics go besides logging.jsonl",
-        choices=["tensorboard", "wandb", "swanlab", "none"],
+        ["tensorboard"], "where metrics go besides logging.jsonl", choices=["tensorboard", "wandb", "swanlab", "none"],
         common=True,
-    )
+    )  # fmt: skip
     wandb_project: str | None = run_setting(None, "project in wandb or swanlab", aliases=["swanlab_project"])
     wandb_exp_name: str | None = run_setting(
         None, "name of the run there (default: the output directory's)", aliases=["run_name", "swanlab_exp_name"]
@@ -105,15 +103,6 @@ class TrainArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("micro_batch_size", "global_batch_size", "gradient_accumulation_steps", "train_iters",
-                     "save_steps", "eval_steps", "logging_steps", "save_total_limit"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} {value}: must be at least 1")
-        for name in ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UsageError(f"--{name} {value}: must be 0 or more")
         for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -125,8 +114,6 @@ class TrainArguments(Arguments):
             )
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:
             raise UsageError(f"--num_train_epochs {self.num_train_epochs}: must be more than 0")
-        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction <= 1:
-            raise UsageError(f"--lr_warmup_fraction {self.lr_warmup_fraction}: must be between 0 and 1")
         if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             raise UsageError("--lr_warmup_fraction and --lr_warmup_iters: give one of them")
         if self.lr is None:
