@@ -7,7 +7,6 @@ Fields of the model are None until `apply_model_config` (or the constructor) set
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from swiftlite.arguments.parser import Arguments, arguments, field, run_setting,
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import ConfigError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.weights.shape import layer_pattern
 
 
 @arguments
@@ -423,26 +423,4 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             raise ConfigError("moe_layer_pattern is known only after the model's config was applied")
         if not self.num_experts:
             return [0] * self.num_layers
-        pattern = expand_pattern(self.moe_layer_freq or "1", self.num_layers)
-        if len(pattern) != self.num_layers:
-            raise ConfigError(
-                f"moe_layer_freq {self.moe_layer_freq}: describes {len(pattern)} layers, not {self.num_layers}"
-            )
-        return pattern
-
-
-def expand_pattern(text: str, num_layers: int) -> list[int]:
-    """`[0]*1+[1]*45` or `[0,1,1]` -> the list; `N` -> a 1 at every N-th layer, as Megatron-LM reads it.
-
-    Raises: ConfigError for other text (nothing is evaluated as code).
-    """
-    text = text.replace(" ", "")
-    if text.isdigit() and int(text) > 0:
-        return [int(layer % int(text) == 0) for layer in range(num_layers)]
-    result: list[int] = []
-    for part in text.lstrip("(").rstrip(")").split("+"):
-        match = re.fullmatch(r"\(?\[([01](?:,[01])*)\]\)?(?:\*(\d+))?", part)
-        if match is None:
-            raise ConfigError(f"moe_layer_freq {text}: must be a number, a list like [0,1,1], or like [0]*1+[1]*45")
-        result += [int(item) for item in match.group(1).split(",")] * int(match.group(2) or 1)
-    return result
+        return [int(moe) for moe in layer_pattern(self.moe_layer_freq or None, self.num_layers)]

@@ -43,7 +43,7 @@ def _held(names: Iterable[str]) -> int | None:
 
 
 def _bind(family: Family, shape: ModelShape, config: Mapping[str, Any], names: Iterable[str]) -> BoundMap:
-    num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.weights.mtp_layer else 0
+    num_mtp = family.num_mtp(config)
     if num_mtp:
         with_mtp = family.weights.bind(replace(shape, num_mtp=num_mtp))
         plain = set(family.weights.bind(shape).by_hf)

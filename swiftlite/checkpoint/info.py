@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swiftlite.families.blocks import EXPERT_KEYS
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import blame, read_json
 
@@ -22,7 +23,6 @@ MAX_LENGTH_KEYS = (
     "max_sequence_length",
     "max_seq_length",
 )
-MOE_KEYS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -46,8 +46,8 @@ class ModelInfo:
 
 
 # What a config may say, at most; sizes far beyond any model, but no number that a loop over it would never end.
-_COUNTS = ("num_hidden_layers", "n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts",
-           "num_nextn_predict_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok",
+_TENSOR_COUNTS = ("num_hidden_layers", *EXPERT_KEYS, "num_nextn_predict_layers")  # each has tensors of its own
+_COUNTS = (*_TENSOR_COUNTS, "num_attention_heads", "num_key_value_heads", "num_experts_per_tok",
            "n_shared_experts", "first_k_dense_replace", "n_group", "topk_group")  # fmt: skip
 _SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size", "head_dim", "q_lora_rank",
           "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # fmt: skip
@@ -91,7 +91,7 @@ def check_counts(config: Mapping[str, Any], num_tensors: int | None, where: obje
     most, together = (
         (MAX_COUNT, MAX_EXPERTS) if num_tensors is None else (max(num_tensors, 256), max(num_tensors, 65536))
     )
-    counts = {key: first_of(config, key) for key in _COUNTS[:6]}
+    counts = {key: first_of(config, key) for key in _TENSOR_COUNTS}
     layers = counts["num_hidden_layers"]
     for key, value in counts.items():
         if not isinstance(value, int):
@@ -255,7 +255,7 @@ def is_moe(config: Mapping[str, Any]) -> bool:
     architectures = config.get("architectures") or [""]
     if "moe" in str(architectures[0]).lower() or "moe" in str(config.get("model_type", "")).lower():
         return True
-    return any(first_of(config, key) for key in (*MOE_KEYS, "n_routed_experts", "moe_num_experts", "num_local_experts"))
+    return any(first_of(config, key) for key in ("num_experts_per_tok", "moe_intermediate_size", *EXPERT_KEYS))
 
 
 def recorded_args(model_dir: str) -> dict[str, Any]:

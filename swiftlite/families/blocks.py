@@ -6,7 +6,7 @@ from typing import Any
 
 from swiftlite.families.records import Config, ConfigRule, Derived, Refuse, Rules
 from swiftlite.weights.ops import CONCAT, QKV
-from swiftlite.weights.rule import ALWAYS, Condition, Duplicate, Source, WeightMap, WeightRule
+from swiftlite.weights.rule import Condition, Duplicate, Source, WeightMap, WeightRule
 
 DENSE = Condition("dense layer", lambda m, moe: not moe)
 MOE = Condition("MoE layer", lambda m, moe: moe)
@@ -21,9 +21,9 @@ Q_LORA = Condition("q_lora_rank", lambda m, moe: m.q_lora > 0)
 NO_Q_LORA = Condition("no q_lora_rank", lambda m, moe: m.q_lora == 0)
 
 
-def copy(mcore: str, hf: str, *dims: str | int, when: Condition = ALWAYS, keep_dtype: bool = False) -> WeightRule:
-    """One tensor under two names."""
-    return WeightRule(mcore, (Source(hf, dims),), when=when, keep_dtype=keep_dtype)
+def copy(mcore: str, hf: str, *dims: str | int, **settings: Any) -> WeightRule:
+    """One tensor under two names. settings: as of WeightRule."""
+    return WeightRule(mcore, (Source(hf, dims),), **settings)
 
 
 def qkv(mcore: str, *, q: str, k: str, v: str) -> tuple[WeightRule, ...]:
@@ -98,7 +98,7 @@ ROUTER = (
 ROUTER_BIAS = (
     copy(
         "{layer}.mlp.router.expert_bias", "{layer}.mlp.gate.e_score_correction_bias", "experts",
-        when=EXPERT_BIAS, keep_dtype=True,
+        when=EXPERT_BIAS, keep_dtype=True, is_buffer=True,
     ),
 )  # fmt: skip
 EXPERTS = gated_mlp("{layer}.mlp.experts.experts", "{layer}.mlp.experts.{expert}", "moe_ffn", MOE)
@@ -136,6 +136,10 @@ NEXT_LAYER_MTP: dict[str, Any] = {
 
 # ---- config: HF key -> Megatron-LM argument, in the order in which a converted config lists them ----
 
+# What configs call the number of routed experts of a layer, and of those that a token visits.
+EXPERT_KEYS = ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")
+TOPK_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k")
+
 
 def rotary_base(default: float | None = None) -> ConfigRule:
     """rope_theta, a whole number as an int. default: what the class in transformers assumes, where not 10000."""
@@ -158,33 +162,33 @@ PARTIAL_ROTARY_CONFIG: Rules = (
     ),
     Refuse(lambda c: c.get("mlp_bias"), "mlp_bias true is not supported"),
     Refuse(_is_not_causal, "{architectures[0]} is not a causal language model"),
-    ConfigRule("num_layers", ("num_hidden_layers",)),
+    ConfigRule("num_layers", ("num_hidden_layers",), small=4),
     ConfigRule("hidden_size", ("hidden_size",)),
-    ConfigRule("ffn_hidden_size", ("intermediate_size",)),
+    ConfigRule("ffn_hidden_size", ("intermediate_size",), small=128),
     ConfigRule("num_attention_heads", ("num_attention_heads",)),
     ConfigRule("num_query_groups", ("num_key_value_heads", "num_attention_heads")),
-    ConfigRule("max_position_embeddings", ("max_position_embeddings",)),
+    ConfigRule("max_position_embeddings", ("max_position_embeddings",), small=256),
     ConfigRule("norm_epsilon", ("rms_norm_eps",), default=1e-6),
     rotary_base(),
-    ConfigRule("padded_vocab_size", ("vocab_size",)),
+    ConfigRule("padded_vocab_size", ("vocab_size",), small=515),
     ConfigRule("attention_dropout", ("attention_dropout",)),
     ConfigRule("untie_embeddings_and_output_weights", ("tie_word_embeddings",), lambda v: not v, default=True),
     ConfigRule("swiglu", ("hidden_act",), lambda v: v == "silu"),
     ConfigRule("add_qkv_bias", ("attention_bias", "qkv_bias", "use_bias"), default=False),
     ConfigRule("disable_bias_linear", ("mlp_bias",), lambda v: not v),
-    ConfigRule("kv_channels", ("head_dim",)),
+    ConfigRule("kv_channels", ("head_dim",), small=32),
     ConfigRule("architectures", ("architectures",)),
-    ConfigRule("moe_ffn_hidden_size", ("moe_intermediate_size",)),
-    ConfigRule("moe_shared_expert_intermediate_size", ("shared_expert_intermediate_size",)),
-    ConfigRule("moe_router_topk", ("num_experts_per_tok", "moe_topk", "moe_k")),
-    ConfigRule("num_experts", ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")),
+    ConfigRule("moe_ffn_hidden_size", ("moe_intermediate_size",), small=32),
+    ConfigRule("moe_shared_expert_intermediate_size", ("shared_expert_intermediate_size",), small=48),
+    ConfigRule("moe_router_topk", TOPK_KEYS, small=3),
+    ConfigRule("num_experts", EXPERT_KEYS, small=8),
     ConfigRule("moe_router_pre_softmax", ("norm_topk_prob",), lambda v: not v),
-    ConfigRule("q_lora_rank", ("q_lora_rank",)),
-    ConfigRule("kv_lora_rank", ("kv_lora_rank",)),
+    ConfigRule("q_lora_rank", ("q_lora_rank",), small=32),
+    ConfigRule("kv_lora_rank", ("kv_lora_rank",), small=32),
     Derived("multi_latent_attention", lambda c: True if c.get("kv_lora_rank") else None),
-    ConfigRule("qk_head_dim", ("qk_nope_head_dim",)),
-    ConfigRule("qk_pos_emb_head_dim", ("qk_rope_head_dim",)),
-    ConfigRule("v_head_dim", ("v_head_dim",)),
+    ConfigRule("qk_head_dim", ("qk_nope_head_dim",), small=16),
+    ConfigRule("qk_pos_emb_head_dim", ("qk_rope_head_dim",), small=16),
+    ConfigRule("v_head_dim", ("v_head_dim",), small=16),
     ConfigRule("moe_router_topk_scaling_factor", ("routed_scaling_factor",)),
     ConfigRule("qk_layernorm", ("use_qk_norm",)),
     ConfigRule("rope_scaling", ("rope_scaling",)),
@@ -228,12 +232,14 @@ SIGMOID_ROUTER: Rules = (
     ),
     constant("moe_router_score_function", "sigmoid"),
 )
-DENSE_FIRST = Derived("moe_layer_freq", _dense_first)
+_FIRST_DENSE = {"first_k_dense_replace": 2}
+DENSE_FIRST = Derived("moe_layer_freq", _dense_first, _FIRST_DENSE)
 SPARSE_STEP = Derived("moe_layer_freq", _sparse_step)
 EXPERT_BIAS_ON = constant("moe_router_enable_expert_bias", True)
 SHARED_WIDTH = Derived(
     "moe_shared_expert_intermediate_size",
     lambda c: (c.get("n_shared_experts") or 0) * c["moe_intermediate_size"] or None,
+    {"n_shared_experts": 2},
 )
 # Softmax routers whose Hugging Face class does not normalise unless told to.
 NORM_TOPK_DEFAULT_FALSE = Derived("moe_router_pre_softmax", lambda c: not c.get("norm_topk_prob", False))
@@ -252,8 +258,10 @@ MLA_CONFIG: Rules = (
     constant("qk_layernorm", True),
 )
 SEQ_AUX_LOSS = constant("moe_router_load_balancing_type", "seq_aux_loss")
+# Two of four groups of four experts, of which a token visits four: two scores rank a group, as Hugging Face has it.
+SMALL_GROUPS = {"n_group": 4, "topk_group": 2, "n_routed_experts": 16, "num_experts_per_tok": 4}
 EXPERT_GROUPS = (
-    Derived("moe_router_num_groups", lambda c: c.get("n_group") if (c.get("n_group") or 1) > 1 else None),
+    Derived("moe_router_num_groups", lambda c: c.get("n_group") if (c.get("n_group") or 1) > 1 else None, SMALL_GROUPS),
     Derived("moe_router_group_topk", lambda c: c.get("topk_group") if (c.get("n_group") or 1) > 1 else None),
 )
 
@@ -268,4 +276,4 @@ def _dense_first_every(config: Config) -> str | None:
     return f"[{','.join(map(str, pattern))}]"
 
 
-DENSE_FIRST_EVERY = Derived("moe_layer_freq", _dense_first_every)
+DENSE_FIRST_EVERY = Derived("moe_layer_freq", _dense_first_every, _FIRST_DENSE)

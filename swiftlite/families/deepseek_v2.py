@@ -13,6 +13,7 @@ from swiftlite.families.blocks import (
     SEQ_AUX_LOSS,
     SHARED_EXPERTS,
     SHARED_WIDTH,
+    SMALL_GROUPS,
     constant,
     decoder,
 )
@@ -20,7 +21,7 @@ from swiftlite.families.records import Config, Derived, Family
 
 # Only topk_method group_limited_greedy limits the choice to groups.
 GROUPS = (
-    Derived("moe_router_num_groups", lambda c: c["n_group"] if _grouped(c) else None),
+    Derived("moe_router_num_groups", lambda c: c["n_group"] if _grouped(c) else None, SMALL_GROUPS),
     Derived("moe_router_group_topk", lambda c: c["topk_group"] if _grouped(c) else None),
 )
 

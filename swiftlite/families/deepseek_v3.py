@@ -32,6 +32,7 @@ GROUP_RATIO = Refuse(
 FAMILY = Family(
     "deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
+    aliases={"kimi_k2": "deepseek_v3"},
     config=GPT_CONFIG,
     patches=(
         *MLA_CONFIG,

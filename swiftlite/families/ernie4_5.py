@@ -31,6 +31,7 @@ ROUTER = (
         FLATTEN,
         EXPERT_BIAS,
         keep_dtype=True,
+        is_buffer=True,
     ),
 )
 
@@ -62,12 +63,13 @@ PATCHES = (
     rotary_base(500000),
     constant("rotary_interleaved", True),
     Derived("moe_ffn_hidden_size", _text_width),
-    Derived("moe_layer_freq", _moe_layers),
+    Derived("moe_layer_freq", _moe_layers, {"moe_layer_start_index": 2, "moe_layer_end_index": 3}),
     Derived("moe_router_pre_softmax", _if_moe(False)),
     Derived("moe_router_enable_expert_bias", _if_moe(True)),
     Derived(
         "moe_shared_expert_intermediate_size",
         lambda c: (c.get("moe_num_shared_experts") or 0) * (_text_width(c) or 0) or None,
+        {"moe_num_shared_experts": 2},
     ),
 )
 

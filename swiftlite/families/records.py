@@ -7,7 +7,7 @@ architecture, which share a chat template; a Release is one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from swiftlite.weights.rule import WeightMap
@@ -20,20 +20,27 @@ class ConfigRule:
     """`field` of MegatronArguments comes from the first of `hf` that is present and not None, through `to_mcore`.
 
     Where no key is present the field stays absent (its default applies) unless `default` is given.
+    small: the largest value of these keys in a model that is shrunken to try the architecture; None: any.
     """
 
     field: str
     hf: tuple[str, ...]
     to_mcore: Callable[[Any], Any] | None = None
     default: Any = None
+    small: int | None = None
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {} if self.small is None else dict.fromkeys(self.hf, self.small)
 
 
 @dataclass(frozen=True)
 class Derived:
-    """`field` is computed from the whole HF config; a result of None leaves it absent."""
+    """`field` is computed from the whole HF config; a result of None leaves it absent. limits: `small` of its keys."""
 
     field: str
     compute: Callable[[Config], Any]
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,8 @@ class Family:
     weights: the declarative weight map.
     patches: rules applied after `config` (what an architecture forces).
     block: module under megatron/model/blocks/ that supplies unusual layers, or None.
+    mtp_key: key of config.json with the number of MTP blocks, where the weight map has them.
+    aliases: model_type in config.json that transformers does not know -> the one it knows the same model under.
     """
 
     name: str
@@ -135,5 +144,16 @@ class Family:
     weights: WeightMap
     patches: Rules = ()
     block: str | None = None
+    mtp_key: str = "num_nextn_predict_layers"
+    aliases: Mapping[str, str] = field(default_factory=dict)
     models: tuple[ModelMeta, ...] = ()
     templates: tuple[TemplateMeta, ...] = ()
+
+    def num_mtp(self, config: Config) -> int:
+        """How many MTP blocks config.json announces."""
+        return int(config.get(self.mtp_key) or 0) if self.weights.mtp_layer else 0
+
+    def limits(self) -> dict[str, int]:
+        """config.json key -> its largest value in a shrunken model."""
+        rules = [rule for rule in (*self.config, *self.patches) if not isinstance(rule, Refuse)]
+        return {self.mtp_key: 1} | {key: limit for rule in rules for key, limit in rule.limits.items()}

@@ -145,7 +145,7 @@ class TrainingModel:
 
     def _is_trained(self, entry: Entry) -> bool:
         """Of a run on the weights themselves; what Megatron keeps in one matrix is trained together."""
-        return not entry.is_buffer and (self.trained is None or any(name in self.trained for name in entry.hf))
+        return not entry.rule.is_buffer and (self.trained is None or any(name in self.trained for name in entry.hf))
 
     def _adapter_size(self, entry: Entry) -> int:
         ranks = ((self.adapters or {}).get(name.removesuffix(".weight"), 0) for name in entry.hf)
@@ -154,7 +154,7 @@ class TrainingModel:
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model without MTP blocks; buffers do not count."""
-        return sum(math.prod(e.shape) for part in self.entries.values() for e in part if not e.is_buffer)
+        return sum(math.prod(e.shape) for part in self.entries.values() for e in part if not e.rule.is_buffer)
 
     def stage(self, layout: Layout, rank: int) -> list[Entry]:
         """Entries of a pipeline stage; with tied embeddings the last one has a copy."""
@@ -180,7 +180,7 @@ class TrainingModel:
             if "vocab" in entry.rule.hf[0].dims:  # rows are padded, so that every rank has as many
                 shape = (math.ceil(shape[0] / layout.tp) * layout.tp, *shape[1:])
             size = math.prod(shape)
-            if entry.is_buffer:
+            if entry.rule.is_buffer:
                 buffers += size
             elif entry.expert is not None:
                 experts += size

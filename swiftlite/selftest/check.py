@@ -36,16 +36,7 @@ from swiftlite.weights.shape import ModelShape
 if TYPE_CHECKING:
     from swiftlite.selftest.parity import ParityResult
 
-# HF key -> its largest size in the shrunken model. Keys that are absent stay absent.
-LIMITS = {
-    "num_hidden_layers": 4, "vocab_size": 515, "max_position_embeddings": 256, "intermediate_size": 128,
-    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "head_dim": 32, "q_lora_rank": 32,
-    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_shared_experts": 2,
-    "moe_num_shared_experts": 2, "num_nextn_predict_layers": 1, "first_k_dense_replace": 2, "moe_layer_start_index": 2,
-}  # fmt: skip
 GRADIENT_TOLERANCE = 1e-4
-EXPERTS = ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")
-TOPK = ("num_experts_per_tok", "moe_topk", "moe_k")
 
 
 def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,12 +47,15 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
     acts within the test's sequence.
     """
     small = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
-    for key, limit in LIMITS.items():
+    for key, limit in family_of(architecture_of(config)).limits().items():
         value = small.get(key)
         if isinstance(value, list):
             small[key] = [min(v, limit) for v in value]
         elif isinstance(value, int) and not isinstance(value, bool):
             small[key] = min(value, limit)
+    for key, value in small.items():
+        if isinstance(value, list) and len(value) == config["num_hidden_layers"]:  # one entry for each layer
+            small[key] = value[: small["num_hidden_layers"]]
     groups = config.get("num_key_value_heads") or config["num_attention_heads"]
     ratio = config["num_attention_heads"] // groups
     kept = 1 if groups == 1 else 3 if groups % 3 == 0 else 2
@@ -69,23 +63,9 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "num_key_value_heads" in config:
         small["num_key_value_heads"] = small["num_attention_heads"] if config.get("kv_lora_rank") else kept
     small["hidden_size"] = 32 * small["num_attention_heads"]
-    for key in EXPERTS:
-        if config.get(key):
-            small[key] = min(config[key], 16 if (config.get("n_group") or 1) > 1 else 8)
-    for key in TOPK:
-        if config.get(key):
-            small[key] = min(config[key], 4 if (config.get("n_group") or 1) > 1 else 3)
-    if (config.get("n_group") or 1) > 1:
-        small["n_group"], small["topk_group"] = 4, 2
-    if config.get("layer_types"):
-        small["layer_types"] = config["layer_types"][: small["num_hidden_layers"]]
-    if config.get("mlp_only_layers"):
-        small["mlp_only_layers"] = [i for i in config["mlp_only_layers"] if i < small["num_hidden_layers"]]
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(small.get(key), dict) and "original_max_position_embeddings" in small[key]:
             small[key] = {**small[key], "original_max_position_embeddings": 64}
-    if isinstance(small.get("moe_layer_end_index"), int) and small["moe_layer_end_index"] >= 0:
-        small["moe_layer_end_index"] = small["num_hidden_layers"] - 1
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         small.pop(key, None)
     return {**small, "initializer_range": 0.05}
@@ -99,8 +79,7 @@ def write_random_model(config: Mapping[str, Any], directory: Path, seed: int = 0
     from safetensors.torch import save_file
 
     family = family_of(architecture_of(config))
-    num_mtp = int(config.get("num_nextn_predict_layers") or 0) if family.weights.mtp_layer else 0
-    bound = family.weights.bind(ModelShape.from_config(convert_hf_config(config), num_mtp))
+    bound = family.weights.bind(ModelShape.from_config(convert_hf_config(config), family.num_mtp(config)))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (entry, position) in bound.by_hf.items():
@@ -187,7 +166,7 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
     from swiftlite.megatron import hf_io
     from swiftlite.megatron.distributed import parallel_groups
     from swiftlite.megatron.model.provider import build_models
-    from swiftlite.selftest.precision import hf_config
+    from swiftlite.selftest.precision_hf import hf_config
 
     config = read_config(hf_dir)
     generator = torch.Generator().manual_seed(0)
@@ -220,8 +199,9 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
         expected, found = load_file(theirs / "model.safetensors"), load_file(mine / "model.safetensors")
     everything = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
     worst = 0.0
+    buffers = {name for entry in bind_map(config).entries if entry.rule.is_buffer for name in entry.hf}
     for name, reference in expected.items():
-        if name.endswith("e_score_correction_bias"):
+        if name in buffers:
             continue  # moved by the router, not by gradients
         norm = float(reference.norm())
         if (norm == 0) != (float(found[name].norm()) == 0):

@@ -6,11 +6,16 @@ chosen ones), and attention over the tokens that a causal mask leaves. Not count
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from swiftlite.families import family_of
+from swiftlite.families.hf_config import architecture_of, convert_hf_config
 from swiftlite.utils.logger import get_logger
+from swiftlite.weights.rule import WeightRule
+from swiftlite.weights.shape import ModelShape
 
 # Dense bf16 operations per second by what the driver calls the device; the first name that is part of it counts.
 PEAK_FLOPS: dict[str, float] = {
@@ -61,71 +66,39 @@ class ModelFlops:
         return per_token * tokens + 3 * self.attention * pairs + references * self.forward(tokens, pairs)
 
 
-def _first(config: Mapping[str, Any], *keys: str, default: Any = None) -> Any:
-    return next((config[key] for key in keys if config.get(key) is not None), default)
-
-
-def num_experts(config: Mapping[str, Any]) -> int:
-    """Routed experts of a layer that has some, 0 for a dense model."""
-    return int(_first(config, "n_routed_experts", "num_experts", "moe_num_experts", "num_local_experts", default=0))
-
-
-def moe_layers(config: Mapping[str, Any]) -> list[bool]:
-    """For each layer: does it route tokens to experts?"""
-    layers = range(int(config["num_hidden_layers"]))
-    if not num_experts(config):
-        return [False for _ in layers]
-    if config.get("moe_layer_start_index") is not None or config.get("moe_layer_interval") is not None:
-        start, end = config.get("moe_layer_start_index") or 0, _first(config, "moe_layer_end_index", default=-1)
-        end = len(layers) - 1 if end < 0 else end
-        every = config.get("moe_layer_interval") or 1
-        return [start <= i <= end and (i + 1) % every == 0 for i in layers]
-    first_dense = config.get("first_k_dense_replace") or 0
-    step = config.get("decoder_sparse_step") or 1
-    dense = config.get("mlp_only_layers") or []
-    every = config.get("moe_layer_freq") or 1
-    return [i >= first_dense and (i + 1) % step == 0 and i not in dense and i % every == 0 for i in layers]
-
-
 def flops_of(config: Mapping[str, Any] | None, mtp_layers: int = 0) -> ModelFlops | None:
     """`model_flops`; None, and a remark, for a config that does not say what is needed."""
     try:
         return model_flops(config or {}, mtp_layers)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):  # ConfigError is one: no family of ours
         get_logger().info("config.json does not tell the model's operations, so TFLOP/s are not shown")
         return None
 
 
 def model_flops(config: Mapping[str, Any], mtp_layers: int = 0) -> ModelFlops:
-    """Of a decoder with gated feed-forward layers, by its config.json: GQA or MLA, dense or with experts.
+    """Of a model with a family, by config.json: the matrices of its weight map, of experts those that a token visits.
 
     Args: mtp_layers: blocks that predict further tokens and are trained: each has a layer of the last one's kind, a
         projection of two hidden states to one, and its own pass through the head.
     """
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    if config.get("kv_lora_rank"):
-        rope, value = config["qk_rope_head_dim"], config["v_head_dim"]
-        key, rank, query_rank = config["qk_nope_head_dim"] + rope, config["kv_lora_rank"], config.get("q_lora_rank")
-        query = hidden * query_rank + query_rank * heads * key if query_rank else hidden * heads * key
-        attention = query + hidden * (rank + rope) + rank * heads * (key - rope + value) + heads * value * hidden
-    else:
-        key = value = int(_first(config, "head_dim", default=hidden // heads))
-        groups = int(_first(config, "num_key_value_heads", default=heads))
-        attention = hidden * key * (2 * heads + 2 * groups)
-    experts = num_experts(config)
-    top_k = int(_first(config, "num_experts_per_tok", "moe_k", "moe_topk", default=1))
-    width = int(_first(config, "moe_intermediate_size", "intermediate_size"))
-    shared = config.get("shared_expert_intermediate_size")
-    gate = hidden if shared else 0  # Qwen2-MoE weighs its shared expert
-    if not shared:
-        shared = width * int(_first(config, "n_shared_experts", "moe_num_shared_experts", default=0))
-    sparse = 3 * hidden * (top_k * width + shared) + hidden * experts + gate
-    dense = 3 * hidden * int(config["intermediate_size"])
-    layers = [attention + (sparse if is_moe else dense) for is_moe in moe_layers(config)]
-    head = hidden * int(config["vocab_size"])
-    weights = sum(layers) + head + mtp_layers * (layers[-1] + 2 * hidden * hidden + head)
+    family = family_of(architecture_of(config))
+    fields = convert_hf_config(config, family)
+    shape, top_k = ModelShape.from_config(fields), int(fields.get("moe_router_topk") or 1)
+
+    def weights(rules: Iterable[WeightRule], moe: bool = False) -> int:
+        """Elements of the matrices that one token meets."""
+        tensors = [
+            (top_k if rule.per_expert else 1, [shape.dim(dim) for dim in source.dims])
+            for rule in rules if rule.when.test(shape, moe) and not rule.is_buffer for source in rule.hf
+        ]  # fmt: skip
+        return sum(times * math.prod(dims) for times, dims in tensors if len(dims) == 2)
+
+    head = shape.hidden * shape.vocab
+    layers = {moe: weights(family.weights.layer, moe) for moe in set(shape.moe_layers)}
+    total = sum(layers[moe] for moe in shape.moe_layers) + head
+    total += mtp_layers * (layers[shape.moe_layers[-1]] + 2 * shape.hidden**2 + head)
     return ModelFlops(
-        linear=2 * weights,
-        attention=2 * (len(layers) + mtp_layers) * heads * (key + value),
-        expert_share=top_k / experts if experts else 1.0,
+        linear=2 * total,
+        attention=2 * (shape.num_layers + mtp_layers) * (shape.q_rows + shape.attn_cols),
+        expert_share=top_k / shape.experts if shape.experts else 1.0,
     )

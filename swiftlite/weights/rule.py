@@ -44,6 +44,7 @@ class WeightRule:
     mcore: canonical name, which is the Transformer Engine spec's name on disk; {layer} stands for the whole prefix of a
     layer. A rule with {expert} in its sources gives one slice per expert of a tensor with a leading [E].
     keep_dtype: stays as stored, whatever --torch_dtype says (router bias).
+    is_buffer: kept in fp32 and moved by no optimizer (router bias).
     """
 
     mcore: str
@@ -51,6 +52,7 @@ class WeightRule:
     op: Op = COPY
     when: Condition = ALWAYS
     keep_dtype: bool = False
+    is_buffer: bool = False
 
     @property
     def per_expert(self) -> bool:
@@ -146,11 +148,6 @@ class Entry:
     @property
     def label(self) -> str:
         return self.mcore if self.expert is None else f"{self.mcore}[expert {self.expert}]"
-
-    @property
-    def is_buffer(self) -> bool:
-        """Kept in fp32 and moved by no optimizer."""
-        return self.name.endswith("router.expert_bias")
 
     @property
     def row_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_mtp: int = 0) -> ModelShape:
-        """Build from converted config fields (Megatron-LM names, see megatron/model/hf_config.py).
+        """Build from converted config fields (Megatron-LM names, see families/hf_config.py).
 
         Raises: ConfigError where sizes contradict each other.
         """
@@ -123,35 +124,26 @@ class ModelShape:
 def layer_pattern(freq: Any, num_layers: int) -> tuple[bool, ...]:
     """Read Megatron's moe_layer_freq: None or 1 = experts everywhere, N = every Nth layer, a 0/1 list or its text.
 
-    The text form is what Megatron-LM's command line takes, `[0]*1+[1]*45`.
-    Raises: ConfigError if the pattern does not have num_layers entries.
+    The text form is what Megatron-LM's command line takes, `3`, `[0,1,1]` or `[0]*1+[1]*45`; nothing is evaluated as code.
+    Raises: ConfigError for another text, or if the pattern does not have num_layers entries.
     """
-    if freq is None:
-        freq = 1
     if isinstance(freq, str):
         freq = _parse_pattern(freq)
-    if isinstance(freq, int):
-        return tuple(i % freq == 0 for i in range(num_layers))
-    pattern = tuple(bool(x) for x in freq)
-    if len(pattern) != num_layers:
-        raise ConfigError(
-            f"moe_layer_freq has {len(pattern)} entries, the model {num_layers} layers; check config.json"
-        )
-    return pattern
+    if freq is None or isinstance(freq, int):
+        return tuple(i % (freq or 1) == 0 for i in range(num_layers))
+    if len(freq) != num_layers:
+        raise ConfigError(f"moe_layer_freq {freq}: describes {len(freq)} layers, not {num_layers}; check config.json")
+    return tuple(map(bool, freq))
 
 
 def _parse_pattern(text: str) -> int | list[int]:
-    """`3`, `[0,1,1]` or sums of `[0]*1` terms."""
-    text = text.replace(" ", "").removeprefix("(").removesuffix(")")
-    if text.isdigit():
-        return int(text)
+    plain = text.replace(" ", "")
+    if plain.isdigit() and int(plain) > 0:
+        return int(plain)
     pattern: list[int] = []
-    try:
-        for term in text.split("+"):
-            values, _, times = term.partition("*")
-            pattern += [int(v) for v in values.strip("[]").split(",")] * (int(times) if times else 1)
-    except ValueError:
-        raise ConfigError(
-            f"moe_layer_freq {text!r} is not understood; write it as 3, [0,1,1] or [0]*1+[1]*45"
-        ) from None
+    for term in plain.removeprefix("(").removesuffix(")").split("+"):
+        match = re.fullmatch(r"\(?\[([01](?:,[01])*)\]\)?(?:\*(\d+))?", term)
+        if match is None:
+            raise ConfigError(f"moe_layer_freq {text!r}: must be a number, a list like [0,1,1], or like [0]*1+[1]*45")
+        pattern += [int(item) for item in match[1].split(",")] * int(match[2] or 1)
     return pattern

@@ -9,9 +9,10 @@ import torch
 
 from swiftlite.arguments.bridge import ARGV, EXTRA, STOCK
 from swiftlite.arguments.megatron_export import conversion_arguments
-from swiftlite.arguments.parallel import MegatronArguments, expand_pattern
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.utils.errors import ConfigError
+from swiftlite.weights.shape import layer_pattern
 
 GOLDEN = Path(__file__).parents[1] / "golden/glm4_5_air"
 
@@ -225,14 +226,14 @@ def test_checkpoint_args_are_plain_and_agree_with_the_record():
         ("[0, 1, 1]", 3, [0, 1, 1]),
     ],
 )
-def test_expand_pattern(text, layers, pattern):
-    assert expand_pattern(text, layers) == pattern
+def test_layer_pattern(text, layers, pattern):
+    assert list(layer_pattern(text, layers)) == pattern
 
 
 @pytest.mark.parametrize("text", ["", "0", "[2]*3", "__import__('os')", "[0]*1+", "[0]*x"])
-def test_expand_pattern_evaluates_nothing(text):
+def test_layer_pattern_evaluates_nothing(text):
     with pytest.raises(ConfigError, match="moe_layer_freq"):
-        expand_pattern(text, 3)
+        layer_pattern(text, 3)
 
 
 def test_pattern_of_wrong_length():

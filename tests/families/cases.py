@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from swiftlite.families import tiny_configs
+from swiftlite.families import family_of, tiny_configs
 from swiftlite.llm.model.corrections import correct
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = tiny_configs()
@@ -40,7 +40,8 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     from swiftlite.checkpoint.bind import bind_map
 
     directory.mkdir(parents=True, exist_ok=True)
-    known = {**config, "model_type": "deepseek_v3"} if config["model_type"] == "kimi_k2" else config
+    aliases = family_of(config["architectures"][0]).aliases
+    known = {**config, "model_type": aliases.get(config["model_type"], config["model_type"])}
     (directory / "config.json").write_text(json.dumps(known))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
@@ -67,12 +68,12 @@ def mtp_tensors(
 ) -> dict[str, torch.Tensor]:
     """Random MTP blocks as official checkpoints store them, with their copies of embedding and head."""
     from swiftlite.checkpoint.bind import convert_hf_config
-    from swiftlite.families import family_of
     from swiftlite.weights.shape import ModelShape
 
-    weights = family_of(config["architectures"][0]).weights
-    count = config.get("num_nextn_predict_layers") or 0
-    if not count or weights.mtp_layer is None:
+    family = family_of(config["architectures"][0])
+    weights = family.weights
+    count = family.num_mtp(config)
+    if not count:
         return {}
     bound = weights.bind(ModelShape.from_config(convert_hf_config(config), count))
     found = {}

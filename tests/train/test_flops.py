@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from swiftlite.train.flops import ModelFlops, attention_pairs, model_flops, moe_layers, peak_flops
+from swiftlite.families.hf_config import convert_hf_config
+from swiftlite.train.flops import ModelFlops, attention_pairs, model_flops, peak_flops
+from swiftlite.weights.shape import ModelShape
 from tests.families.cases import config_of
 
 CASES = ["llama:mha", "qwen2:tied", "qwen3:default", "qwen2_moe:sparse_step2", "qwen3_moe:mlp_only", "glm4_5:default",
@@ -80,6 +82,7 @@ def test_causal_attention_is_half_the_square() -> None:
 def test_known_models() -> None:
     """6 operations per parameter and token, of experts the chosen ones."""
     air = {
+        "architectures": ["Glm4MoeForCausalLM"],
         "hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 46, "num_attention_heads": 96,
         "num_key_value_heads": 8, "head_dim": 128, "n_routed_experts": 128, "n_shared_experts": 1,
         "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "first_k_dense_replace": 1, "vocab_size": 151552,
@@ -87,7 +90,7 @@ def test_known_models() -> None:
     active = model_flops(air).linear / 2
     assert 12e9 < active < 13.5e9, "GLM-4.5-Air: 12 B active (the embedding's look-up is free, the head is not)"
     assert model_flops(air).expert_share == 8 / 128
-    assert sum(moe_layers(air)) == 45
+    assert sum(ModelShape.from_config(convert_hf_config(air)).moe_layers) == 45
     assert model_flops(air).training(1, 0) == 6 * active
     mtp, plain = model_flops(air, mtp_layers=2), model_flops(air)
     hidden, vocabulary = 4096, 151552

@@ -114,9 +114,9 @@ def test_layer_patterns(freq: object, layers: int, expected: str) -> None:
 
 
 def test_layer_pattern_of_wrong_length_or_text() -> None:
-    with pytest.raises(ConfigError, match="has 3 entries, the model 4 layers"):
+    with pytest.raises(ConfigError, match="describes 3 layers, not 4"):
         layer_pattern([0, 1, 1], 4)
-    with pytest.raises(ConfigError, match="is not understood"):
+    with pytest.raises(ConfigError, match="must be a number, a list"):
         layer_pattern("[0]*x", 4)
 
 

@@ -81,13 +81,13 @@ class Others:
     def of(cls, config: Mapping[str, Any]) -> Others:
         """By the model family's rules; nothing for a model without a family."""
         try:
-            weights = family_of(architecture_of(config)).weights
+            family = family_of(architecture_of(config))
         except ConfigError:
             return cls()
+        weights = family.weights
         tied = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
-        count = int(config.get("num_nextn_predict_layers") or 0) if weights.mtp_layer else 0
         first = int(config.get("num_hidden_layers") or 0)
-        blocks = [str(weights.mtp_layer).format(index=i, number=first + i) for i in range(count)]
+        blocks = [str(weights.mtp_layer).format(index=i, number=first + i) for i in range(family.num_mtp(config))]
         copies = {}
         for duplicate in weights.duplicates:
             of = tied if duplicate.of == "lm_head.weight" else duplicate.of

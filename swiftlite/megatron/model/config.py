@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from swiftlite.arguments.parallel import expand_pattern
 from swiftlite.megatron import backend
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.logger import get_logger
+from swiftlite.weights.shape import layer_pattern
 
 logger = get_logger()
 
@@ -106,11 +106,7 @@ def moe_layers(args: Any) -> list[int] | None:
     """
     if not args.num_experts:
         return None
-    freq = args.moe_layer_freq
-    pattern = list(freq) if isinstance(freq, list | tuple) else expand_pattern(str(freq or "1"), args.num_layers)
-    if len(pattern) != args.num_layers:
-        raise ConfigError(f"moe_layer_freq {freq}: describes {len(pattern)} layers, not {args.num_layers}")
-    return pattern
+    return [int(moe) for moe in layer_pattern(args.moe_layer_freq, args.num_layers)]
 
 
 def virtual_stages(args: Any) -> int | None:

@@ -60,7 +60,7 @@ def _in_order(bound: BoundMap, args: Any) -> Iterator[Entry]:
     layers = [e for e in bound.entries if e.stack == "decoder.layers"]
     mtp = [e for e in bound.entries if e.stack not in (None, "decoder.layers") and args.mtp_num_layers]
     for entry in (*first, *layers, *(e for e in top if e not in first), *mtp):
-        if not entry.is_buffer:
+        if not entry.rule.is_buffer:
             yield entry
 
 

@@ -1,0 +1,158 @@
+"""The Hugging Face side of the precision check: the model on the meta device, run with one part of its weights at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftlite.checkpoint.side_files import read_config
+from swiftlite.families import family_of
+from swiftlite.families.hf_config import architecture_of
+from swiftlite.llm.model.names import Stored, checkpoint_tensors
+from swiftlite.utils.errors import ConfigError
+from swiftlite.weights.safetensors import SafetensorsSource
+from swiftlite.weights.storage import Files, decoder, read_tensor
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Rounds a weight to `dtype` (None: leaves it), but for the names in `kept`."""
+
+    dtype: torch.dtype | None
+    kept: set[str]
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self.dtype is None or name in self.kept else tensor.to(self.dtype)
+
+
+@dataclass
+class HfRun:
+    """Outputs of the Hugging Face model, on the CPU: embedding, each layer and norm [1, S, H], logits [1, S, V]."""
+
+    embedding: Tensor
+    layers: list[Tensor]
+    norm: Tensor
+    logits: Tensor
+
+
+def hf_config(hf_dir: Path, trust_remote_code: bool = False) -> Any:
+    """The config object of a directory: of the code that it brings if that is trusted, else transformers' or ours."""
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    from swiftlite.llm.model import reference
+
+    raw = read_config(hf_dir)
+    own = raw.get("auto_map", {}).get("AutoConfig")
+    if trust_remote_code and own:  # asked for by name: AutoConfig would prefer a reference class that is registered
+        config_class: Any = get_class_from_dynamic_module(own, str(hf_dir))
+        return config_class.from_pretrained(hf_dir, name_or_path=str(hf_dir))  # where the model's class is looked for
+    reference.register()
+    alias = family_of(architecture_of(raw)).aliases.get(str(raw.get("model_type")))
+    if alias:
+        return AutoConfig.for_model(**{**raw, "model_type": alias})
+    return AutoConfig.from_pretrained(hf_dir, trust_remote_code=False)
+
+
+def build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_size: int | None) -> nn.Module:
+    """The Hugging Face model without weights. Raises: ConfigError if transformers cannot build it."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from swiftlite.llm.model.corrections import correct
+
+    try:
+        config = hf_config(hf_dir, trust_remote_code)
+        config.vocab_size = vocab_size or config.vocab_size
+        if hasattr(config, "quantization_config"):  # the weights come dequantised
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model.tie_weights()  # each place got a parameter of its own
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        raise ConfigError(
+            f"transformers cannot build {read_config(hf_dir).get('architectures')} for the precision check "
+            f"({' '.join(str(error).split())}); "
+            "if the checkpoint brings its own code, allow it with --trust_remote_code true"
+        ) from None
+    return correct(model).eval()  # type: ignore[no-any-return]
+
+
+class _Weights:
+    """Puts the weights of one part of a model in place, and takes them out again."""
+
+    def __init__(
+        self, model: Any, source: SafetensorsSource, files: Files, dtype: torch.dtype, device: torch.device,
+        rounding: Rounding,
+    ) -> None:  # fmt: skip
+        self.source, self.files, self.rounding = source, files, rounding
+        self.dtype, self.device = dtype, device
+        self.decode = decoder(source)
+        self.stored: dict[int, list[tuple[str, Stored]]] = {}
+        for name, stored in checkpoint_tensors(model).items():
+            self.stored.setdefault(id(stored.owner), []).append((name, stored))
+        self.empty = {(m, name): p for m in model.modules() for name, p in m._parameters.items() if p is not None}
+
+    def _fill(self, owner: Tensor, target: Tensor) -> None:
+        """Read what lies in `owner`, which is in the shape of the model, into `target`."""
+        places = self.stored[id(owner)]
+        held = [(name, stored.view) for name, stored in places if name in self.source.tensors]
+        if sum(view.numel() for _, view in held) < owner.numel():
+            missing = next(name for name, _ in places if name not in self.source.tensors)
+            raise ConfigError(f"{missing} of the Hugging Face model is not in {self.source.directory}")
+        for name, view in held:
+            place = target.as_strided(view.shape, view.stride(), view.storage_offset())
+            place.copy_(self._values(name).view(view.shape))
+
+    def _values(self, name: str) -> Tensor:
+        tensor = read_tensor(self.source, name, self.files)
+        if self.decode is not None:  # rounded as the conversion writes it
+            tensor = self.decode(name, 0, tensor).view(tensor.shape)
+            tensor = tensor if self.rounding.dtype else tensor.to(self.source.value_dtype(name))
+        return self.rounding(name, tensor)
+
+    def load(self, part: nn.Module) -> None:
+        for module in part.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    target = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
+                    self._fill(self.empty[module, name], target)
+                    module._parameters[name] = nn.Parameter(target, requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    self._fill(buffer, buffer)
+
+    def drop(self, part: nn.Module) -> None:
+        for module in part.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = self.empty[module, name]
+
+
+def run_hf(
+    model: Any, source: SafetensorsSource, ids: Tensor, dtype: torch.dtype, device: torch.device, rounding: Rounding
+) -> HfRun:
+    """One forward pass of `ids` [1, S] through the model of `build_hf`, its weights read from `source`."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    inner = model.model
+    outputs: dict[nn.Module, Tensor] = {}
+    with Files() as files, torch.no_grad():
+        weights = _Weights(model, source, files, dtype, device, rounding)
+
+        def done(module: nn.Module, _: Any, output: Any) -> None:
+            outputs[module] = (output[0] if isinstance(output, tuple) else output).detach().cpu()
+            weights.drop(module)
+
+        for part in (inner.embed_tokens, *inner.layers, inner.norm, model.lm_head):
+            part.register_forward_pre_hook(lambda module, _: weights.load(module))
+            part.register_forward_hook(done)
+        model(input_ids=ids.to(device), use_cache=False)
+    layers = [outputs[layer] for layer in inner.layers]
+    return HfRun(outputs[inner.embed_tokens], layers, outputs[inner.norm], outputs[model.lm_head])
