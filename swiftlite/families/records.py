@@ -36,11 +36,18 @@ class ConfigRule:
 
 @dataclass(frozen=True)
 class Derived:
-    """`field` is computed from the whole HF config; a result of None leaves it absent. limits: `small` of its keys."""
+    """`field` is computed from the whole HF config; a result of None leaves it absent.
+
+    small: key of the HF config that it reads -> as in ConfigRule.
+    """
 
     field: str
     compute: Callable[[Config], Any]
-    limits: Mapping[str, int] = field(default_factory=dict)
+    small: Mapping[str, int] | None = None
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        return self.small or {}
 
 
 @dataclass(frozen=True)
