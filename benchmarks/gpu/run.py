@@ -82,7 +82,7 @@ def profiled(row: Row, args: argparse.Namespace) -> Any:
 
     from swiftlite.megatron.trainers.base import Trainer
 
-    usual, done, first = Trainer.train_step, [0], row.warm_up + max(row.steps - 2, 0)
+    usual, done, first = Trainer.step, [0], row.warm_up + max(row.steps - 2, 0)
     record = torch.profiler.profile()
 
     def step(self: Any) -> Any:
@@ -95,7 +95,7 @@ def profiled(row: Row, args: argparse.Namespace) -> Any:
             report(row.name, record)
         return result
 
-    Trainer.train_step = step  # type: ignore[method-assign]
+    Trainer.step = step  # type: ignore[method-assign]
     yield
 
 

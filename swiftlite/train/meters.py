@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from swiftlite.train.flops import ModelFlops, peak_flops
+from swiftlite.utils.io import peak_memory_bytes
 
 # Name in logging.jsonl and TensorBoard -> what it is.
 METERS: dict[str, str] = {
@@ -119,3 +120,10 @@ def device_peak(dtype: str) -> float | None:
     if not torch.cuda.is_available() or dtype not in ("bfloat16", "float16"):
         return None
     return peak_flops(torch.cuda.get_device_name())
+
+
+def peak_memory() -> int:
+    """Peak of this process so far in bytes: allocated GPU memory, or resident memory on a CPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory_bytes()

@@ -48,6 +48,7 @@ def fault(name: str | None) -> Iterator[None]:
     from swiftlite.megatron import state as checkpoint
     from swiftlite.megatron.trainers import base
     from swiftlite.megatron.trainers.dpo import DpoTrainer
+    from swiftlite.train.metrics import Metrics
 
     def double_layer(original: Any) -> Any:
         def changed(models: Any, *args: Any, **kwargs: Any) -> None:
@@ -99,7 +100,7 @@ def fault(name: str | None) -> Iterator[None]:
             "_allreduce_non_tensor_model_parallel_grads",
             lambda _: lambda *args, **kwargs: None,
         ),
-        "end_after_6": (base.Metrics, "advance", end_after_6),
+        "end_after_6": (Metrics, "advance", end_after_6),
         "kill_in_save": (checkpoint, "replace_directory", kill_in_save),
         "own_counts": (DpoTrainer, "count", own_counts),
         "kill_in_background": (background.BackgroundWriter, "start", kill_in_background),

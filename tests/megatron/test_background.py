@@ -44,7 +44,7 @@ def test_the_snapshot_is_of_the_moment_it_was_taken(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer is held back until two more steps are done: what it writes must not hold them."""
-    original, steps = background._write, Trainer.train_step
+    original, steps = background._write, Trainer.step
     done = tmp_path / "step"
     done.write_text("0")
 
@@ -64,7 +64,7 @@ def test_the_snapshot_is_of_the_moment_it_was_taken(
     flags = ["--save_safetensors", "true"]
     megatron_sft_main([*words, "--output_dir", str(plain), *flags])
     monkeypatch.setattr(background, "_write", slow)
-    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     megatron_sft_main([*words, "--output_dir", str(late), *flags, "--async_save", "true"])
     monkeypatch.undo()
     assert curve(plain) == curve(late)

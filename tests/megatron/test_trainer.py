@@ -19,13 +19,15 @@ import torch
 from megatron.core.transformer.mlp import MLP
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
-from swiftlite.llm.dataset.order import SampleOrder
 from swiftlite.megatron.backend import SdpaAttention
 from swiftlite.megatron.trainers import run_directory
-from swiftlite.megatron.trainers.batch import BatchPlan, collate, evaluation_samples
+from swiftlite.megatron.trainers.batch import collate
 from swiftlite.megatron.trainers.loss import language_model_loss
 from swiftlite.megatron.trainers.sft import SftTrainer, megatron_sft_main
+from swiftlite.train.batches import BatchPlan, evaluation_samples
+from swiftlite.train.loop import Step
 from swiftlite.train.metrics import format_seconds
+from swiftlite.train.order import SampleOrder
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import CheckpointError, DatasetError, SwiftliteError, UsageError
 
@@ -305,14 +307,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
 
 def test_sigterm_saves_and_ends(sft: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sft("whole")
-    step = SftTrainer.train_step
+    usual = SftTrainer.step
 
-    def train_step(self: SftTrainer) -> dict[str, float]:
+    def step(self: SftTrainer) -> Step:
         if self.position.iteration == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self)
+        return usual(self)
 
-    monkeypatch.setattr(SftTrainer, "train_step", train_step)
+    monkeypatch.setattr(SftTrainer, "step", step)
     stopped = sft("parts", save_steps=100)
     assert (stopped["iteration"], stopped["signal"]) == (3, signal.SIGTERM)
     assert (tmp_path / "parts/latest_checkpointed_iteration.txt").read_text() == "3"

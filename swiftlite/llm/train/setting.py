@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from swiftlite.llm.dataset.order import order_of, steps_of
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.train.checkpoints import Record
 from swiftlite.train.flops import attention_pairs
@@ -19,6 +18,7 @@ from swiftlite.train.intervals import Best, Rhythm, names_of
 from swiftlite.train.meters import StepMeter
 from swiftlite.train.metrics import Metrics
 from swiftlite.train.objective import Objective
+from swiftlite.train.order import order_of, steps_of
 from swiftlite.train.schedule import lr_schedule
 from swiftlite.train.stop import StopSignal
 from swiftlite.utils.dist import get_rank, get_world_size

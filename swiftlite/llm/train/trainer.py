@@ -20,7 +20,6 @@ from torch import Tensor
 
 from swiftlite.checkpoint.files import CONFIG, copy_side_files
 from swiftlite.checkpoint.new_tokens import copy_tokenizer, enter_tokens
-from swiftlite.llm.dataset.order import SampleOrder, StreamOrder, read_data_state, write_data_state
 from swiftlite.llm.model import tuner
 from swiftlite.llm.model.names import Others, check_names, load_tensors
 from swiftlite.llm.train.begin import FP32_FILE, OPTIMIZER, PREFIX
@@ -41,6 +40,7 @@ from swiftlite.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE, say_skipped
 from swiftlite.train.meters import StepMeter, device_peak
 from swiftlite.train.metrics import Metrics, check_finite
 from swiftlite.train.objective import Objective
+from swiftlite.train.order import SampleOrder, StreamOrder, read_data_state, write_data_state
 from swiftlite.train.router_loss import RouterWatch
 from swiftlite.train.schedule import build_optimizer, lr_schedule
 from swiftlite.train.stop import say_how_to_go_on

@@ -1,59 +1,29 @@
-"""Which samples a step trains on, and how they become tensors. Deterministic: nothing depends on the parallel layout.
+"""How samples become tensors. Deterministic: nothing depends on the parallel layout.
 
 Shapes: B samples of a micro batch, S sequence length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from swiftlite.llm.template.collate import join_rows
+from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.model.blocks.router import BatchTokens
+from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
+from swiftlite.megatron.model.experts import gathers
+from swiftlite.train.batches import DUMMY, to_device
 from swiftlite.train.router_loss import PADDING
 
 IGNORE_INDEX = -100
 _SAMPLES = 64  # a joined sequence has so many samples or a multiple of it, where shapes are to stay the same
-_DUMMY = -1  # stands for a sample that is not there: it fills up the last batch of an evaluation
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the samples of a global batch are divided: `num_microbatches` passes of `micro_batch_size` on each DP rank."""
-
-    micro_batch_size: int
-    num_microbatches: int
-    dp_rank: int
-    dp_size: int
-
-    @property
-    def global_batch_size(self) -> int:
-        return self.micro_batch_size * self.num_microbatches * self.dp_size
-
-    def micro_batches(self, samples: Sequence[int]) -> list[list[int]]:
-        """This rank's samples, one list per pass. Every rank gets the same number of samples in every pass."""
-        per_pass = self.micro_batch_size * self.dp_size
-        start = self.dp_rank * self.micro_batch_size
-        return [
-            list(samples[begin + start : begin + start + self.micro_batch_size])
-            for begin in range(0, len(samples), per_pass)
-        ]
-
-
-def evaluation_samples(num_samples: int, global_batch_size: int, num_batches: int = -1) -> Iterator[list[int]]:
-    """Global batches over a validation set, the last one filled up with samples that count for nothing.
-
-    num_batches: stop after so many, -1: the whole set.
-    """
-    total = -(-num_samples // global_batch_size)
-    for batch in range(total if num_batches < 0 else min(total, num_batches)):
-        samples = list(range(batch * global_batch_size, min((batch + 1) * global_batch_size, num_samples)))
-        yield samples + [_DUMMY] * (global_batch_size - len(samples))
 
 
 @dataclass
@@ -98,12 +68,7 @@ class MicroBatch:
         )
 
     def to(self, device: torch.device) -> Self:
-        def move(tensor: Tensor) -> Tensor:
-            # From pageable memory, a copy waits until the device has come to it.
-            there = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-            return there.to(device, non_blocking=True)
-
-        moved: dict[str, Any] = {n: move(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {n: to_device(v, device) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
@@ -191,6 +156,30 @@ class BatchLoader:
         self.dataset, self.pad_token_id, self.multiple_of, self.device = dataset, pad_token_id, multiple_of, device
         self.one_length, self.join, self.group, self.room = one_length, join, group, room
 
+    @classmethod
+    def of(
+        cls,
+        dataset: Any,
+        args: Any,
+        parallel: ParallelState,
+        micro_batch_size: int,
+        pad_token_id: int,
+        device: torch.device,
+    ) -> Self:
+        """As the layout and the kernels of a run need it."""
+        # All but the all-to-all of chosen tokens exchange as many tokens as one rank has, taking others to have the same.
+        even = args.moe_token_dispatcher_type != "alltoall" or args.moe_pad_expert_input_to_capacity
+        even = even or (parallel.ep_size > 1 and gathers(args, to_transformer_config(args)))
+        # Packed sequences are nearly full; filled up they have one shape, which can be captured.
+        fills = args.packing and device.type == "cuda" and args.cuda_graph is not False
+        return cls(
+            dataset, pad_token_id, parallel.tp_size if args.sequence_parallel else 1, device,
+            one_length=virtual_stages(args) is not None,
+            join=bool(args.packing or args.padding_free),
+            group=mpu.get_data_parallel_group() if even and parallel.ep_size > 1 else None,
+            room=args.max_length * micro_batch_size if fills else 0,
+        )  # fmt: skip
+
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         passes = [self.rows(samples) for samples in micro_batches]
         join = collate_joined if self.join else collate
@@ -217,4 +206,4 @@ class BatchLoader:
     def rows(self, samples: Sequence[int]) -> list[dict[str, Any]]:
         """What one pass runs through the model."""
         dummy = {"input_ids": [self.pad_token_id] * 2, "labels": [IGNORE_INDEX] * 2}
-        return [dummy if i == _DUMMY else self.dataset[i] for i in samples]
+        return [dummy if i == DUMMY else self.dataset[i] for i in samples]

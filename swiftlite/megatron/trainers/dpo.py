@@ -31,11 +31,12 @@ from swiftlite.llm.pipeline import as_arguments
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.base import Trainer
-from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch, evaluation_samples
+from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch
 from swiftlite.megatron.trainers.loss import LossResult, reduce_over_ranks, token_losses
 from swiftlite.megatron.trainers.sft import run
 from swiftlite.megatron.trainers.wrapping import in_precision
 from swiftlite.megatron.tuners.lora import adapters_disabled
+from swiftlite.train.batches import evaluation_samples
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
 from swiftlite.utils.directories import Directory
@@ -102,8 +103,8 @@ class DpoTrainer(Trainer):
     sums = SUMS
 
     def __init__(self, args: Any, *rest: Any) -> None:
-        self.pair_loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)  # names the metrics
         super().__init__(args, *rest)
+        self.pair_loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
         self.references = 0 if args.precompute_ref_log_probs else 1
         self.reference_dir, self.reference_args = reference_of(args, self.origin_dir)
         self.reference: list[Any] = []  # its model chunks; none where adapters are switched off, or all is known
@@ -114,8 +115,8 @@ class DpoTrainer(Trainer):
 
     # ---- the reference ----
 
-    def setup(self, start: Start | None) -> None:
-        super().setup(start)
+    def load(self, start: Start | None) -> int:
+        done = super().load(start)
         if self.reference_args is not None:
             models = build_models(self.reference_args, variable_seq_lengths=self.variable_lengths)
             self.reference = [in_precision(model).requires_grad_(False).eval() for model in models]
@@ -124,9 +125,10 @@ class DpoTrainer(Trainer):
         logger.info("the reference is %s", self.reference_dir)
         if self.args.precompute_ref_log_probs:
             self.precompute(self.train_loader)
-            if self.val_size:
+            if self.run.val_set is not None:
                 self.precompute(self.val_loader)
             self.reference = []
+        return done
 
     @contextmanager
     def answering(self) -> Iterator[list[Any]]:
@@ -169,8 +171,8 @@ class DpoTrainer(Trainer):
         single = copy.copy(loader)
         single.dataset = loader.dataset.singles()
         values = torch.zeros(2, pairs, device=self.device)
-        for samples in evaluation_samples(pairs, self.global_batch_size):
-            mine = self.plan.micro_batches(samples)
+        for samples in evaluation_samples(pairs, self.run.global_batch):
+            mine = self.run.plan.micro_batches(samples)
             batches: list[Any] = single.load(mine)
             self.answer(batches)
             for indices, batch in zip(mine, batches, strict=True):

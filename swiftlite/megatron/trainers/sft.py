@@ -23,14 +23,16 @@ from swiftlite.llm.pipeline import as_arguments, prepare_template, resolve
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.llm.train.data import load_data
 from swiftlite.megatron.distributed import ParallelState, parallel_groups
+from swiftlite.megatron.state import check_file, iteration_name
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import language_model_loss, token_losses
-from swiftlite.megatron.trainers.narration import HF_SUFFIX
+from swiftlite.megatron.trainers.saving import HF_SUFFIX
 from swiftlite.megatron.tuners.freeze import plan_freeze
 from swiftlite.megatron.tuners.lora import plan_lora
 from swiftlite.plan.report import print_training
+from swiftlite.train.loop import Run, train
 from swiftlite.train.run_directory import held as hold_directory
 from swiftlite.utils.dist import get_rank
 from swiftlite.utils.logger import get_logger
@@ -125,19 +127,17 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
         if args.logging_dir is None or args.add_version:
             args.logging_dir = f"{args.output_dir}/runs"
         start = held.enter_context(hold_directory(args, run_directory.prepare))
+        if start is not None:
+            start.check(check_file)
         train_set, val_set = load(args, template)
         tokenizer = template.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-        trainer = trainer_class(args, parallel, train_set, val_set, pad, origin)
-        trainer.chat = trained_chat(template) if parallel.rank == 0 else None  # rank 0 writes it
-        try:
-            result = trainer.train(start)
-        finally:
-            trainer.release()
-    if (
-        args.push_to_hub and get_rank() == 0 and not result["signal"]
-    ):  # without the groups: no rank waits for the network
-        newest = f"iter_{trainer.position.iteration:07d}{HF_SUFFIX}"
-        push(trainer.root / newest, args.hub_model_id, use_hf=args.use_hf, token=args.hub_token,
-             private=args.hub_private_repo)  # fmt: skip
+        chat = trained_chat(template) if parallel.rank == 0 else None  # rank 0 writes it
+        trainer = trainer_class(args, parallel, pad, origin, chat)
+        training = Run(args, train_set, val_set, parallel.dp_rank, parallel.dp_size, trainer.metrics)
+        result = train(training, trainer, start)
+    # Without the groups: no rank waits for the network.
+    if args.push_to_hub and get_rank() == 0 and not result["signal"]:
+        newest = training.root / f"{iteration_name(result['iteration'])}{HF_SUFFIX}"
+        push(newest, args.hub_model_id, use_hf=args.use_hf, token=args.hub_token, private=args.hub_private_repo)
     return result

@@ -9,6 +9,20 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 
 from swiftlite.megatron import backend
+from swiftlite.megatron.distributed import ParallelState
+
+
+def choose_overlap(args: Any, parallel: ParallelState) -> None:
+    """Collectives of data parallelism run beside the passes by default where they have streams of their own.
+
+    Adapters are gathered at once: they are small, and those of grouped experts are read outside their own modules,
+    whose calls would wait for them.
+    """
+    beside = backend.setup().is_cuda and parallel.dp_size > 1 and parallel.pp_size == 1
+    if args.overlap_grad_reduce is None:
+        args.overlap_grad_reduce = beside
+    if args.overlap_param_gather is None:
+        args.overlap_param_gather = beside and args.overlap_grad_reduce and args.train_type != "lora"
 
 
 def in_precision(model: Any) -> Any:

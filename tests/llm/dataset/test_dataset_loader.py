@@ -157,7 +157,7 @@ def test_jsonl_needs_no_data_packages(ten):
 def test_a_batch_larger_than_the_data_is_told(caplog):
     from types import SimpleNamespace
 
-    from swiftlite.llm.dataset.order import steps_of
+    from swiftlite.train.order import steps_of
 
     args = SimpleNamespace(train_iters=3, num_train_epochs=None)
     assert steps_of([0] * 4, args, 4) == 3 and not caplog.text

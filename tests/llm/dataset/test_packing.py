@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from swiftlite.llm.dataset import EncodedDataset, PackedDataset
-from swiftlite.llm.dataset.order import SampleOrder
 from swiftlite.llm.dataset.packing import pack, pack_windows
 from swiftlite.llm.template import get_template
+from swiftlite.train.order import SampleOrder
 from swiftlite.utils.errors import UsageError
 
 

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from swiftlite.llm.dataset import StreamedDataset, store
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream
-from swiftlite.llm.dataset.order import StreamOrder, read_data_state, write_data_state
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.template import get_template
+from swiftlite.train.order import StreamOrder, read_data_state, write_data_state
 from swiftlite.utils.errors import DatasetError, UsageError
 
 
