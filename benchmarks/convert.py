@@ -74,7 +74,7 @@ def main() -> None:
     rows: list[tuple[str, list[str], Path, int]] = [
         ("cp", ["cp", "-r", str(source), str(copy)], copy, 1),
         ("safetensors rewrite", [sys.executable, "-c", REWRITE, str(source), str(copy)], copy, 1),
-        ("start-up", [sys.executable, "-c", "import swiftlite.convert.export"], args.directory / "none", 1),
+        ("start-up", [sys.executable, "-c", "import swiftlite.cli.export"], args.directory / "none", 1),
         ("to_mcore, verified", [*to_mcore, *bitwise], mcore, 1),
         ("to_mcore, 2 processes", to_mcore, mcore, 2),
         ("to_mcore", to_mcore, mcore, 1),

@@ -13,22 +13,23 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from swiftlite.checkpoint.registry import get_model_info_meta
-    from swiftlite.convert.export import convert_hf2mcore, convert_mcore2hf, export_main
+    from swiftlite.cli.export import convert_hf2mcore, convert_mcore2hf, export_main
     from swiftlite.families import register_family, register_model
+    from swiftlite.families.templates import register_template
     from swiftlite.llm.dataset.register import register_dataset
     from swiftlite.llm.infer import infer_main
     from swiftlite.llm.model.loader import get_model_processor, get_model_tokenizer
-    from swiftlite.llm.template.register import get_template, register_template
+    from swiftlite.llm.template.register import get_template
     from swiftlite.llm.train.dpo import dpo_main
     from swiftlite.llm.train.sft import pt_main, sft_main
     from swiftlite.megatron.trainers.dpo import megatron_dpo_main
     from swiftlite.megatron.trainers.sft import megatron_pt_main, megatron_sft_main
 
 _WHERE = {
-    "convert_hf2mcore": "swiftlite.convert.export",
-    "convert_mcore2hf": "swiftlite.convert.export",
+    "convert_hf2mcore": "swiftlite.cli.export",
+    "convert_mcore2hf": "swiftlite.cli.export",
     "dpo_main": "swiftlite.llm.train.dpo",
-    "export_main": "swiftlite.convert.export",
+    "export_main": "swiftlite.cli.export",
     "get_model_info_meta": "swiftlite.checkpoint.registry",
     "get_model_processor": "swiftlite.llm.model.loader",
     "get_model_tokenizer": "swiftlite.llm.model.loader",
@@ -42,7 +43,7 @@ _WHERE = {
     "register_dataset": "swiftlite.llm.dataset.register",
     "register_family": "swiftlite.families",
     "register_model": "swiftlite.families",
-    "register_template": "swiftlite.llm.template.register",
+    "register_template": "swiftlite.families.templates",
 }
 
 __all__ = [

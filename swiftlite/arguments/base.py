@@ -1,7 +1,7 @@
 """The parts that commands are made of: model, template, data, tuner, generation, run; and BaseArguments.
 
 Values are plain (text, numbers, lists, dicts): torch is not imported here. `__post_init__` checks and normalises and
-has no side effects; what needs files or the hub is added later by `swiftlite.llm.pipeline.resolve(args)`.
+has no side effects; what needs files or the hub is added later by `swiftlite.checkpoint.resolve.resolve(args)`.
 """
 
 from __future__ import annotations

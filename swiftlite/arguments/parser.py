@@ -325,12 +325,6 @@ def _to_scalar(value: Any, hint: Any, name: str) -> Any:
         raise wrong from None
 
 
-def some(names: Iterable[str], count: int = 8) -> str:
-    """The first names of a list that may be long, and how many more there are."""
-    listed = list(names)
-    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
-
-
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """`; did you mean --a or --b?`, or nothing if no known name is close."""
     close = difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.6)

@@ -12,6 +12,7 @@ from swiftlite.families.blocks import EXPERT_KEYS
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import blame, read_json
 
+ARGS_FILE = "args.json"
 # Names under which configs state the longest sequence; the smallest one present holds.
 MAX_LENGTH_KEYS = (
     "max_position_embeddings",
@@ -258,7 +259,10 @@ def is_moe(config: Mapping[str, Any]) -> bool:
     return any(first_of(config, key) for key in ("num_experts_per_tok", "moe_intermediate_size", *EXPERT_KEYS))
 
 
-def recorded_args(model_dir: str) -> dict[str, Any]:
-    """args.json that an earlier swiftlite command left beside the weights; empty where there is none."""
-    path = Path(model_dir) / "args.json"
-    return read_json(path) if os.path.isfile(path) else {}
+def load_args(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """args.json of a directory that a command wrote, {} if there is none.
+
+    Raises: CheckpointError if the file is not a JSON object.
+    """
+    path = Path(directory) / ARGS_FILE
+    return read_json(path) if path.is_file() else {}

@@ -18,13 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swiftlite.arguments.parser import some
 from swiftlite.checkpoint.hub import model_name
 from swiftlite.checkpoint.info import first_of, rope_scaling
 from swiftlite.families.records import ModelMeta, TemplateMeta
 from swiftlite.utils.bounded import LimitError, run_bounded
 from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import some
 
 _QUERY, _SYSTEM = "What is in the box?", "You answer in verse."
 _DATE = re.compile(r"\d{1,2} [A-Z][a-z]{2} \d{4}")

@@ -95,7 +95,7 @@ def _check_names(args: Any) -> None:
 
         check_model_type(args.model_type)
     if args.template is not None:
-        from swiftlite.llm.template.register import get_template_meta
+        from swiftlite.families.templates import get_template_meta
 
         get_template_meta(args.template)
 

@@ -11,14 +11,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from swiftlite.arguments.parser import some
 from swiftlite.checkpoint import hub, info
 from swiftlite.checkpoint.model_type import Facts, choose
 from swiftlite.families import MODEL_MAPPING, families
 from swiftlite.families.records import ModelMeta, Release, TemplateMeta
 from swiftlite.families.rope import check_agreement
+from swiftlite.families.templates import TEMPLATE_MAPPING
 from swiftlite.utils.errors import ConfigError, SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import some
 
 logger = get_logger()
 
@@ -131,7 +132,7 @@ def _resolve_type(
 ) -> tuple[str | None, ModelMeta, str]:
     """`(model_type, meta, explanation)` from the recorded arguments, the name, or the architecture with its clues."""
     architecture = _architecture(facts.config, facts.model_dir)
-    recorded = str(info.recorded_args(facts.model_dir).get("model_type"))
+    recorded = str(info.load_args(facts.model_dir).get("model_type"))
     if recorded in registry:
         return recorded, registry[recorded], "args.json beside the weights says so"
     for name in (facts.given_name, facts.model_dir):
@@ -197,8 +198,6 @@ def _check_requirements(model_type: str, requires: tuple[str, ...], ignore: bool
 
 def _templates() -> dict[str, TemplateMeta]:
     """Every known template: built in, registered, or part of a family."""
-    from swiftlite.llm.template.register import TEMPLATE_MAPPING
-
     return {**{t.template_type: t for f in families() for t in f.templates}, **TEMPLATE_MAPPING}
 
 

@@ -17,7 +17,7 @@ class Route:
 
 _EXPORT = Route(
     "swiftlite.arguments.export:ExportArguments",
-    "swiftlite.convert.export:export_main",
+    "swiftlite.cli.export:export_main",
     True,
     "convert Hugging Face <-> Megatron-core checkpoints",
 )

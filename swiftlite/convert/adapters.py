@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +10,13 @@ from typing import Any
 
 import torch
 
-from swiftlite.checkpoint.bind import bind_map
+from swiftlite.checkpoint.chat import copy_chat
 from swiftlite.checkpoint.files import main_dtype
 from swiftlite.checkpoint.new_tokens import copy_tokenizer
-from swiftlite.checkpoint.side_files import read_config
 from swiftlite.convert.execute import run_jobs, verify_bitwise
 from swiftlite.convert.origin import Origin, origin_root
 from swiftlite.convert.plan import copy_job
-from swiftlite.convert.vocabulary import NewTokens, grown, plan_tokens
-from swiftlite.llm.template.trained import copy_chat
+from swiftlite.convert.vocabulary import NewTokens
 from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import blame, format_bytes, read_json, write_bytes_atomic, write_json, write_text_atomic
@@ -141,38 +138,6 @@ def _root(directory: Path) -> Path:
         raise CheckpointError(
             f"{directory} is no adapter: it has neither {WEIGHTS} nor a Megatron checkpoint"
         ) from None
-
-
-def export_adapter(args: Any, to_mcore_merged: Callable[[Any], Path], default_dir: Callable[[Path, str], str]) -> Path:
-    """What `export` does with --adapters or --mcore_adapter: the other format, or merging into the base model.
-
-    Args: to_mcore_merged: makes the merged Megatron checkpoint. default_dir(adapter, suffix): where output goes.
-    """
-    path = the_adapter(args)
-    if args.merge_lora and args.to_mcore:
-        return to_mcore_merged(args)
-    if args.test_convert_precision:
-        raise UsageError(
-            "--test_convert_precision true: compares two whole models; with an adapter give it together with "
-            "--to_mcore true --merge_lora true"
-        )
-    if not args.merge_lora and args.to_mcore == args.to_hf:
-        raise UsageError("an adapter: give --to_mcore true, --to_hf true, or --merge_lora true")
-    suffix = "merged" if args.merge_lora else "mcore" if args.to_mcore else "hf"
-    output_dir = Path(args.output_dir or default_dir(path, suffix))
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.merge_lora:
-            base = Path(args.mcore_model) if args.mcore_model else Path(args.model_info.model_dir)
-            dtype = args.dtype if "torch_dtype" in args.given else None
-            new_tokens = plan_tokens(args, read_config(origin_root(base)))
-            adapter = open_adapter(path, Origin(base, new_tokens).bound, Path(scratch), plain=False)
-            return merge_to_hf(
-                base, adapter, output_dir, dtype, new_tokens, record=args.save, next_words=args.loading_words(hub=False),
-                max_shard_bytes=args.max_shard_bytes, exist_ok=args.exist_ok,
-                max_memory=args.max_memory_bytes, verify=args.verify == "bitwise", dry_run=args.dry_run,
-                allow_overflow=args.allow_overflow,
-            )  # fmt: skip
-        return convert_adapter(args, open_adapter(path, base_map(args), Path(scratch)), output_dir)
 
 
 def convert_adapter(args: Any, adapter: Adapter, output_dir: Path) -> Path:
@@ -328,12 +293,6 @@ def _report(what: str, adapter: Adapter, target: Path, total: int) -> None:
         "%s: %s -> %s; %d modules of rank %s, output %s", what, adapter.config_file.parent, target,
         len(adapter.names) // 2, ", ".join(map(str, ranks)), format_bytes(total),
     )  # fmt: skip
-
-
-def base_map(args: Any) -> BoundMap:
-    """The weight map of the adapter's base model, from --model or --mcore_model, with the adapter's new tokens."""
-    config = read_config(Path(args.model_info.model_dir))
-    return bind_map(grown(config, plan_tokens(args, config)), ["mtp."])
 
 
 def the_adapter(args: Any) -> Path:

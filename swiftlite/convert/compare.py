@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from swiftlite.arguments.export import VerifyArguments
+from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.checkpoint.side_files import read_hashes
 from swiftlite.convert.origin import Origin, origin_root
-from swiftlite.llm.pipeline import as_arguments
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger

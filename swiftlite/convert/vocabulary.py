@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 
-from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
-from swiftlite.utils.errors import UsageError
-from swiftlite.utils.logger import get_logger
 from swiftlite.weights.safetensors import Located
 from swiftlite.weights.storage import Extent, Files, TensorSpec, byte_view, read_tensor
 
@@ -80,29 +77,3 @@ class NewTokens:
 def grown(config: Mapping[str, Any], new_tokens: NewTokens | None) -> dict[str, Any]:
     """config.json of the model with the rows that new tokens need."""
     return {**config, "vocab_size": new_tokens.rows} if new_tokens is not None else dict(config)
-
-
-def plan_tokens(args: Any, config: Mapping[str, Any]) -> NewTokens | None:
-    """Hold --new_special_tokens against the model's tokenizer; None if there are none.
-
-    Rows are added only where the vocabulary has no room. Raises: UsageError for FP8 weights that would have to grow.
-    """
-    from swiftlite.llm.model.loader import load_tokenizer
-
-    tokens = read_special_tokens(args.new_special_tokens)
-    if not tokens:
-        return None
-    tokenizer = load_tokenizer(str(args.model_info.model_dir), trust_remote_code=args.trust_remote_code)
-    known = set(tokenizer.get_vocab())
-    tokenizer.add_tokens(tokens, special_tokens=True)
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
-    added = [number for token, number in ids.items() if token not in known]
-    old, new = config["vocab_size"], resized_vocab_size(config["vocab_size"], len(tokenizer))
-    get_logger().info(
-        "%d new tokens; vocabulary of %d rows%s", len(added), old, f" grows to {new}" if new > old else " has room"
-    )
-    if new > old and config.get("quantization_config"):
-        raise UsageError(
-            "--new_special_tokens: not with FP8 weights; convert without it, then add tokens to the result"
-        )
-    return NewTokens(ids, new, added)

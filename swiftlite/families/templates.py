@@ -6,9 +6,13 @@ Jinja template, `layout` names the code that reproduces it and holds where the t
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
+from swiftlite.families import families
 from swiftlite.families.records import TemplateMeta
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.text import some
 
 _LLAMA_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
@@ -298,3 +302,37 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
     # Beyond the model types of the Megatron side.
     _chatml("smollm2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
 )
+
+TEMPLATE_MAPPING: dict[str, TemplateMeta] = {meta.template_type: meta for meta in TEMPLATES}
+
+# What `--template_backend jinja` needs to know of a model that has no registered template.
+JINJA = "jinja"
+_JINJA_META = TemplateMeta(JINJA, prefix=(), prompt=("{{QUERY}}",), chat_sep=())
+
+
+def register_template(meta: TemplateMeta, exist_ok: bool = False) -> TemplateMeta:
+    """Add a template. Returns it. Raises UsageError if its type is taken and exist_ok is false."""
+    if meta.template_type in TEMPLATE_MAPPING and not exist_ok:
+        raise UsageError(
+            f"template {meta.template_type!r} is registered already; choose another name or pass exist_ok=True"
+        )
+    TEMPLATE_MAPPING[meta.template_type] = meta
+    return meta
+
+
+def get_template_meta(template_type: str) -> TemplateMeta:
+    """The registered meta. Raises UsageError naming the nearest types."""
+    if template_type == JINJA:
+        return _JINJA_META
+    if template_type not in TEMPLATE_MAPPING:
+        for meta in (meta for family in families() for meta in family.templates):
+            TEMPLATE_MAPPING.setdefault(meta.template_type, meta)
+    if template_type not in TEMPLATE_MAPPING:
+        near = difflib.get_close_matches(str(template_type), TEMPLATE_MAPPING, n=3)
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"some that are known: {some(sorted(TEMPLATE_MAPPING))} (docs/templates.md)"
+        )
+        raise UsageError(f"template {template_type!r} is unknown; {hint} (--template)")
+    return TEMPLATE_MAPPING[template_type]

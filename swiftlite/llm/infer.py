@@ -14,11 +14,12 @@ from typing import Any
 
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.checkpoint.files import end_tokens
+from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.loader import ReadOptions, read_questions
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import printable
-from swiftlite.llm.pipeline import as_arguments, prepare_model_template
+from swiftlite.llm.pipeline import prepare_model_template
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar

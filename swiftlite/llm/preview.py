@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.arguments.preview import PreviewArguments
+from swiftlite.checkpoint.resolve import as_arguments, resolve
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import PlacedRow, ReadOptions, RowStream
 from swiftlite.llm.dataset.packing import pack_windows
 from swiftlite.llm.dataset.prepare import read_rows
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.register import register_dataset_info
-from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
-from swiftlite.llm.pipeline import as_arguments, prepare_template, resolve
+from swiftlite.llm.dataset.report import RejectsFile
+from swiftlite.llm.pipeline import prepare_template
 from swiftlite.llm.template.base import IGNORE_INDEX, Template
 from swiftlite.llm.template.parity import differences
+from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger

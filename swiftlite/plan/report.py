@@ -21,11 +21,11 @@ from swiftlite.convert.origin import Origin, origin_root
 from swiftlite.convert.plan import ConfigSource, has_weights
 from swiftlite.convert.vocabulary import grown
 from swiftlite.plan.memory import GPUS_PER_NODE, Layout, Need, TrainingModel, even_stages
-from swiftlite.train.metrics import format_seconds
 from swiftlite.utils.dist import get_world_size
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import existing_parent, format_bytes, peak_memory_bytes, probe_disk
 from swiftlite.utils.secrets import SETTINGS
+from swiftlite.utils.text import format_seconds
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.storage import TensorSource
 from swiftlite.weights.stream import planned_bytes

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swiftlite.arguments.export import CheckArguments
-from swiftlite.arguments.parser import nearest, some
+from swiftlite.arguments.parser import nearest
 from swiftlite.checkpoint.bind import architecture_of, bind_map, convert_hf_config
 from swiftlite.checkpoint.files import copy_side_files
+from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.checkpoint.side_files import read_config, read_manifest, write_manifest
 from swiftlite.convert.plan import plan_to_hf, plan_to_mcore
 from swiftlite.families import family_of, tiny_configs
 from swiftlite.llm.model.corrections import correct
-from swiftlite.llm.pipeline import as_arguments
 from swiftlite.utils.errors import UsageError, VerifyError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import some
 from swiftlite.weights import dcp_file, stream, torch_dist
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shape import ModelShape

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from swiftlite.train.intervals import Best
-from swiftlite.train.metrics import format_seconds
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import format_seconds
 
 logger = get_logger()
 

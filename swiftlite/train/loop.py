@@ -20,13 +20,14 @@ from swiftlite.train.flops import ModelFlops, flops_of
 from swiftlite.train.fp16 import say_skipped
 from swiftlite.train.intervals import Best, Rhythm, names_of
 from swiftlite.train.meters import StepMeter, device_peak, peak_memory
-from swiftlite.train.metrics import Metrics, check_finite, format_seconds
+from swiftlite.train.metrics import Metrics, check_finite
 from swiftlite.train.order import order_of, read_data_state, steps_of, write_data_state
 from swiftlite.train.schedule import warmup_and_decay
 from swiftlite.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.utils.dist import barrier, get_world_size, is_main_process
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger, log_next
+from swiftlite.utils.text import format_seconds
 
 logger = get_logger()
 

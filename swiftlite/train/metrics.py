@@ -20,6 +20,7 @@ from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar
 from swiftlite.utils.secrets import without_secrets
+from swiftlite.utils.text import format_seconds
 
 logger = get_logger()
 
@@ -182,10 +183,3 @@ def check_finite(step: int, values: Mapping[str, float]) -> None:
             f"step {step}: {shown}; training has diverged. Lower --lr or raise --lr_warmup_iters, and start again from "
             "the last checkpoint"
         )
-
-
-def format_seconds(seconds: float) -> str:
-    """3725 -> '1:02:05'."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

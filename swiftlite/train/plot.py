@@ -97,7 +97,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 def plot_main(args: Any) -> dict[str, Any]:
     """Compare runs: a picture, and a table of how they ended in the log. Returns: {"plot": file, "runs": last values}."""
     from swiftlite.arguments.plot import PlotArguments
-    from swiftlite.llm.pipeline import as_arguments
+    from swiftlite.checkpoint.resolve import as_arguments
 
     args = as_arguments(PlotArguments, args)
     runs = dict(zip(short_names(args.runs), map(read_run, args.runs), strict=True))

@@ -11,9 +11,9 @@ from typing import Any
 
 from swiftlite.arguments.parser import specs
 from swiftlite.arguments.train import TrainArguments
-from swiftlite.llm.dataset.report import REJECTS_FILE
-from swiftlite.llm.pipeline import ARGS_FILE, load_args
+from swiftlite.checkpoint.info import ARGS_FILE, load_args
 from swiftlite.train.checkpoints import Start, clear_unfinished
+from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.dist import barrier, is_main_process
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import writing

@@ -11,6 +11,7 @@ from swiftlite.utils.errors import CheckpointError, UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ADAPTER_CONFIG = "adapter_config.json"
+REJECTS_FILE = "rejects.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)|iter_(\d+)|v(\d+)-.*")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 MAX_WORD, MAX_TEXT = 400, 4000
 _WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
@@ -19,3 +20,16 @@ def printable(text: str) -> str:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def format_seconds(seconds: float) -> str:
+    """3725 -> '1:02:05'."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def some(names: Iterable[str], count: int = 8) -> str:
+    """The first names of a list that may be long, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")

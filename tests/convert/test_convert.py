@@ -211,7 +211,7 @@ def test_a_corrupt_conversion_fails_the_command_and_leaves_nothing(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault of the converter itself: k and v exchanged. The precision check stops the command before the rename."""
-    from swiftlite.convert import export as convert
+    from swiftlite.cli import export as convert
 
     original = convert.plan_to_hf
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from swiftlite.checkpoint.bind import bind_map
+from swiftlite.cli import export as convert
 from swiftlite.cli.main import main
 from swiftlite.convert import execute
-from swiftlite.convert import export as convert
 from swiftlite.weights import journal, stream
 from tests.families.cases import config_of
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from swiftlite.convert.export import export_main
+from swiftlite.cli.export import export_main
 from swiftlite.llm.infer import infer_main
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError
 from swiftlite.weights import lora

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from swiftlite.checkpoint.new_tokens import enter_tokens
-from swiftlite.convert.export import export_main
+from swiftlite.cli.export import export_main
 from swiftlite.llm.infer import infer_main
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.trainers.sft import megatron_sft_main

@@ -10,7 +10,8 @@ from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.preview import PreviewArguments
 from swiftlite.arguments.train import SftArguments
-from swiftlite.checkpoint.resolve_megatron import resolve_megatron
+from swiftlite.checkpoint.info import load_args
+from swiftlite.checkpoint.resolve import as_arguments, register_custom, resolve, resolve_megatron
 from swiftlite.llm import pipeline
 from swiftlite.utils.errors import CheckpointError, UsageError
 
@@ -23,8 +24,8 @@ def mcore_dir(tiny_model, tmp_path):
     root.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, root)
-    args = pipeline.resolve(ExportArguments(model=str(source), to_mcore=True, output_dir=str(root)))
-    pipeline.save_args(args, root)
+    args = resolve(ExportArguments(model=str(source), to_mcore=True, output_dir=str(root)))
+    args.save(root)
     (root / "latest_checkpointed_iteration.txt").write_text("1")
     (root / "iter_0000001").mkdir()
     (root / "iter_0000001/metadata.json").write_text("{}")
@@ -33,7 +34,7 @@ def mcore_dir(tiny_model, tmp_path):
 
 
 def test_model_directory(tiny_model):
-    args = pipeline.resolve(InferArguments(model=str(tiny_model("glm4_moe"))))
+    args = resolve(InferArguments(model=str(tiny_model("glm4_moe"))))
     assert (args.model_type, args.template, args.max_length, args.task_type) == ("glm4_5", "glm4_5", 256, "causal_lm")
     assert args.torch_dtype == str(args.model_info.torch_dtype).removeprefix("torch.")
     assert args.model_meta.architectures == ("Glm4MoeForCausalLM",)
@@ -41,7 +42,7 @@ def test_model_directory(tiny_model):
 
 def test_what_the_user_says_holds(tiny_model):
     args = InferArguments(model=str(tiny_model("glm4_moe")), template="qwen3", max_length=33, torch_dtype="bfloat16")
-    pipeline.resolve(args)
+    resolve(args)
     assert (args.template, args.max_length, args.torch_dtype) == ("qwen3", 33, "bfloat16")
     assert args.given == {"model", "template", "max_length", "torch_dtype"}
 
@@ -56,11 +57,11 @@ def test_converted_checkpoint_alone_knows_its_model(mcore_dir, inside):
 
 
 def test_converted_checkpoint_keeps_a_template_that_was_chosen(mcore_dir):
-    values = pipeline.load_args(mcore_dir)
+    values = load_args(mcore_dir)
     values["template"] = "qwen3"
     (mcore_dir / "args.json").write_text(json.dumps(values))
-    assert pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir))).template == "qwen3"
-    assert pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir), template="glm4_5")).template == "glm4_5"
+    assert resolve(MegatronSftArguments(mcore_model=str(mcore_dir))).template == "qwen3"
+    assert resolve(MegatronSftArguments(mcore_model=str(mcore_dir), template="glm4_5")).template == "glm4_5"
 
 
 def test_foreign_checkpoint_needs_its_model(mcore_dir, tiny_model):
@@ -68,38 +69,38 @@ def test_foreign_checkpoint_needs_its_model(mcore_dir, tiny_model):
     for named in ("Organisation/Name", "/home/somebody/model"):  # not followed: neither to a hub nor over the disk
         (mcore_dir / "args.json").write_text(json.dumps({"model": "x", "model_dir": named}))
         with pytest.raises(UsageError, match=f"no config.json.*{named}: give that with --model if you trust it"):
-            pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
+            resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
     (mcore_dir / "args.json").unlink()
     with pytest.raises(UsageError, match="neither args.json nor config.json; give .* with --model"):
-        pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
+        resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
     args = MegatronSftArguments(mcore_model=str(mcore_dir), model=str(tiny_model("glm4_moe")))
-    assert pipeline.resolve(args).model_type == "glm4_5"
+    assert resolve(args).model_type == "glm4_5"
 
 
 def test_directories_of_the_wrong_kind(tiny_model, tmp_path):
     hf = str(tiny_model("glm4_moe"))
     with pytest.raises(CheckpointError, match="this is a Hugging Face directory; give it with --model"):
-        pipeline.resolve(MegatronSftArguments(mcore_model=hf))
+        resolve(MegatronSftArguments(mcore_model=hf))
     with pytest.raises(UsageError, match="no such directory"):
-        pipeline.resolve(MegatronSftArguments(mcore_model=str(tmp_path / "nowhere")))
+        resolve(MegatronSftArguments(mcore_model=str(tmp_path / "nowhere")))
     with pytest.raises(CheckpointError, match="holds neither a model nor a checkpoint"):
-        pipeline.resolve(MegatronSftArguments(mcore_model=str(tmp_path)))
+        resolve(MegatronSftArguments(mcore_model=str(tmp_path)))
     with pytest.raises(UsageError, match="give a model with --model"):
-        pipeline.resolve(InferArguments())
+        resolve(InferArguments())
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_broken_args_json(mcore_dir, text):
     (mcore_dir / "args.json").write_text(text)
     with pytest.raises(CheckpointError, match="args.json"):
-        pipeline.resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
+        resolve(MegatronSftArguments(mcore_model=str(mcore_dir)))
 
 
 def test_args_json_round_trip(mcore_dir):
-    values = pipeline.load_args(mcore_dir)
+    values = load_args(mcore_dir)
     assert values["model_type"] == values["template"] == "glm4_5"
     assert values["vocab_size"] == 320 and values["torch_dtype"] == "float32"
-    assert pipeline.load_args(mcore_dir / "iter_0000001") == {}
+    assert load_args(mcore_dir / "iter_0000001") == {}
 
 
 def test_layout_is_judged_against_the_model(mcore_dir):
@@ -112,10 +113,10 @@ def test_custom_registration_runs_once(tmp_path, tiny_model):
     plugin.write_text("import pathlib\np = pathlib.Path(__file__).with_name('ran')\n"
                       "p.write_text(p.read_text() + 'x' if p.exists() else 'x')\n")  # fmt: skip
     for _ in range(2):
-        pipeline.resolve(InferArguments(model=str(tiny_model("glm4_moe")), external_plugins=[str(plugin)]))
+        resolve(InferArguments(model=str(tiny_model("glm4_moe")), external_plugins=[str(plugin)]))
     assert (tmp_path / "ran").read_text() == "x"
     with pytest.raises(UsageError, match="must be an existing .py file"):
-        pipeline.register_custom([str(tmp_path / "nothing.py")])
+        register_custom([str(tmp_path / "nothing.py")])
 
 
 def test_model_and_template(tiny_model):
@@ -128,8 +129,8 @@ def test_model_and_template(tiny_model):
 
 def test_arguments_or_words():
     args = InferArguments(model="DIR")
-    assert pipeline.as_arguments(InferArguments, args) is args
-    assert pipeline.as_arguments(InferArguments, ["--model", "DIR"]).model == "DIR"
+    assert as_arguments(InferArguments, args) is args
+    assert as_arguments(InferArguments, ["--model", "DIR"]).model == "DIR"
 
 
 def test_adapters_alone_name_their_base(tiny_model, tmp_path):
@@ -149,7 +150,7 @@ def test_adapters_alone_name_their_base(tiny_model, tmp_path):
             (ExportArguments, {"merge_lora": True}),
             (ExportArguments, {"to_mcore": True}),
         ):
-            args = pipeline.resolve(cls(adapters=[str(adapter)], **more))
+            args = resolve(cls(adapters=[str(adapter)], **more))
             assert args.model_info.model_dir == str(base) and args.template == "glm4_5"
     for config, message in (
         ({"base_model_name_or_path": "org/name"}, "names 'org/name', which is no model directory"),
@@ -158,7 +159,7 @@ def test_adapters_alone_name_their_base(tiny_model, tmp_path):
     ):
         (tmp_path / "alone/adapter_config.json").write_text(json.dumps(config))
         with pytest.raises((UsageError, CheckpointError), match=message):
-            pipeline.resolve(InferArguments(adapters=[str(tmp_path / "alone")]))
+            resolve(InferArguments(adapters=[str(tmp_path / "alone")]))
 
 
 def test_system_message_from_a_file(tiny_model, tmp_path, monkeypatch):
@@ -167,7 +168,7 @@ def test_system_message_from_a_file(tiny_model, tmp_path, monkeypatch):
     model = str(tiny_model("glm4_moe"))
 
     def system(text):
-        return pipeline.resolve(InferArguments(model=model, system=text)).system
+        return resolve(InferArguments(model=model, system=text)).system
 
     assert system(str(tmp_path / "system.txt")) == system("~/system.txt") == "Be a pirate.\nAlways."
     for text in ("Be brief.", "", "Read the file notes.txt", "a.txt\nb.txt"):
@@ -186,21 +187,21 @@ def test_what_training_recorded_holds_for_later_commands(tiny_model, tmp_path):
         (adapter / name).touch()
     trained = SftArguments(model=str(tiny_model("qwen2")), model_type="qwen2_5", template="qwen3", system="Be brief.",
                            use_chat_template=False)  # fmt: skip
-    pipeline.save_args(pipeline.resolve(trained), adapter.parent)
+    resolve(trained).save(adapter.parent)
     words = {"model": str(tiny_model("qwen2")), "adapters": [str(adapter)]}
-    asked = pipeline.resolve(InferArguments(**words))
+    asked = resolve(InferArguments(**words))
     assert (asked.model_type, asked.template, asked.system) == ("qwen2_5", "qwen3", "Be brief.")
     assert asked.use_chat_template is False
-    assert pipeline.resolve(InferArguments(**words, system="Own.")).system == "Own."
-    assert pipeline.resolve(InferArguments(**words, template="qwen2_5")).template == "qwen2_5"
-    again = pipeline.resolve(SftArguments(**words, train_type="lora"))
+    assert resolve(InferArguments(**words, system="Own.")).system == "Own."
+    assert resolve(InferArguments(**words, template="qwen2_5")).template == "qwen2_5"
+    again = resolve(SftArguments(**words, train_type="lora"))
     assert (again.template, again.use_chat_template) == ("qwen3", True)  # plain text was the first training's own
     weights = tmp_path / "weights"
     shutil.copytree(tiny_model("qwen2"), weights)
     shutil.copy(adapter.parent / "args.json", weights)
-    shown = pipeline.resolve(PreviewArguments(model=str(weights), dataset=["hf::any/thing"]))
+    shown = resolve(PreviewArguments(model=str(weights), dataset=["hf::any/thing"]))
     assert (shown.template, shown.system, shown.use_chat_template) == ("qwen3", "Be brief.", True)
-    values = pipeline.load_args(weights)
+    values = load_args(weights)
     (weights / "args.json").write_text(json.dumps({**values, "enable_thinking": "perhaps"}))
     with pytest.raises(CheckpointError, match="args.json: --enable_thinking perhaps: must be true or false"):
-        pipeline.resolve(InferArguments(model=str(weights)))
+        resolve(InferArguments(model=str(weights)))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.cli.export import export_main
 from swiftlite.cli.main import find_route
-from swiftlite.convert.export import export_main
 from swiftlite.llm.train.dpo import dpo_main
 from swiftlite.megatron.trainers.dpo import DpoTrainer, PairBatch, megatron_dpo_main
 from swiftlite.train.dpo_loss import LogProbs, PairLoss

@@ -53,8 +53,8 @@ def test_rope_scaling_of_either_spelling() -> None:
 FUNCTIONS = {
     "model_provider": "swiftlite.megatron.model.provider",
     "convert_hf_config": "swiftlite.checkpoint.bind",
-    "convert_mcore2hf": "swiftlite.convert.export",
-    "convert_hf2mcore": "swiftlite.convert.export",
+    "convert_mcore2hf": "swiftlite.cli.export",
+    "convert_hf2mcore": "swiftlite.cli.export",
 }
 
 

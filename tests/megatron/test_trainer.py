@@ -26,10 +26,10 @@ from swiftlite.megatron.trainers.loss import language_model_loss
 from swiftlite.megatron.trainers.sft import SftTrainer, megatron_sft_main
 from swiftlite.train.batches import BatchPlan, evaluation_samples
 from swiftlite.train.loop import Step
-from swiftlite.train.metrics import format_seconds
 from swiftlite.train.order import SampleOrder
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import CheckpointError, DatasetError, SwiftliteError, UsageError
+from swiftlite.utils.text import format_seconds
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
@@ -404,7 +404,7 @@ def test_training_from_a_converted_checkpoint_equals_training_from_hugging_face(
     sft: Callable[..., Any], tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     from swiftlite.arguments.export import ExportArguments
-    from swiftlite.convert.export import convert_hf2mcore
+    from swiftlite.cli.export import convert_hf2mcore
 
     source = tiny_model("qwen3", vocab_size=333)
     convert_hf2mcore(

@@ -10,10 +10,12 @@ from typing import Any
 
 from swiftlite.arguments.base import ModelArguments, TemplateArguments
 from swiftlite.arguments.parser import as_words, specs
+from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.dataset.cache import write_cached_dataset
 from swiftlite.llm.dataset.prepare import encode_and_pack, read_rows
-from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
-from swiftlite.llm.pipeline import prepare_template, resolve
+from swiftlite.llm.dataset.report import RejectsFile
+from swiftlite.llm.pipeline import prepare_template
+from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import replace_directory

@@ -9,9 +9,10 @@ from typing import Any
 from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
 from swiftlite.llm.dataset.packing import pack_windows
 from swiftlite.llm.dataset.prepare import packing_capacity, read_rows
-from swiftlite.llm.dataset.report import REJECTS_FILE, DropReport, RejectsFile
+from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import TokenStore
 from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Template
+from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
 

@@ -10,10 +10,11 @@ from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
 from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.register import register_dataset_info
-from swiftlite.llm.dataset.report import REJECTS_FILE, RejectsFile
+from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.dataset.sources import open_spec, parse_spec
 from swiftlite.llm.dataset.store import facts_of_files
 from swiftlite.llm.dataset.streaming import StreamedDataset
+from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
 

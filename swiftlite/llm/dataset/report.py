@@ -12,7 +12,6 @@ from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.logger import get_logger
 
-REJECTS_FILE = "rejects.jsonl"
 _NUM_EXAMPLES = 3
 _MAX_CHARS = 20_000
 

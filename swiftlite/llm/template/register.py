@@ -1,14 +1,11 @@
-"""Template registry: template type -> TemplateMeta, and `get_template`, which makes a Template for a tokenizer."""
+"""`get_template`, which makes a Template for a tokenizer; the templates themselves are in families/templates.py."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from swiftlite.arguments.parser import some
-from swiftlite.families import families
 from swiftlite.families.records import TemplateMeta
-from swiftlite.families.templates import TEMPLATES
+from swiftlite.families.templates import JINJA, get_template_meta
 from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.jinja import write_jinja
 from swiftlite.llm.template.thinking import ThinkingTemplate
@@ -16,12 +13,7 @@ from swiftlite.utils.bounded import LimitError, run_bounded
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
 
-TEMPLATE_MAPPING: dict[str, TemplateMeta] = {meta.template_type: meta for meta in TEMPLATES}
 TEMPLATE_CLASSES: dict[str, type[Template]] = {"Template": Template, "ThinkingTemplate": ThinkingTemplate}
-
-# What `--template_backend jinja` needs to know of a model that has no registered template.
-JINJA = "jinja"
-_JINJA_META = TemplateMeta(JINJA, prefix=(), prompt=("{{QUERY}}",), chat_sep=())
 
 # Conversations that tell a model type's variants apart.
 _PROBES: tuple[tuple[list[dict[str, str]], bool], ...] = (
@@ -38,37 +30,9 @@ _PROBES: tuple[tuple[list[dict[str, str]], bool], ...] = (
 )
 
 
-def register_template(meta: TemplateMeta, exist_ok: bool = False) -> TemplateMeta:
-    """Add a template. Returns it. Raises UsageError if its type is taken and exist_ok is false."""
-    if meta.template_type in TEMPLATE_MAPPING and not exist_ok:
-        raise UsageError(
-            f"template {meta.template_type!r} is registered already; choose another name or pass exist_ok=True"
-        )
-    TEMPLATE_MAPPING[meta.template_type] = meta
-    return meta
-
-
 def register_template_class(name: str, template_class: type[Template]) -> None:
     """Add a class that TemplateMeta.template_cls may name."""
     TEMPLATE_CLASSES[name] = template_class
-
-
-def get_template_meta(template_type: str) -> TemplateMeta:
-    """The registered meta. Raises UsageError naming the nearest types."""
-    if template_type == JINJA:
-        return _JINJA_META
-    if template_type not in TEMPLATE_MAPPING:
-        for meta in (meta for family in families() for meta in family.templates):
-            TEMPLATE_MAPPING.setdefault(meta.template_type, meta)
-    if template_type not in TEMPLATE_MAPPING:
-        near = difflib.get_close_matches(str(template_type), TEMPLATE_MAPPING, n=3)
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"some that are known: {some(sorted(TEMPLATE_MAPPING))} (docs/templates.md)"
-        )
-        raise UsageError(f"template {template_type!r} is unknown; {hint} (--template)")
-    return TEMPLATE_MAPPING[template_type]
 
 
 def get_template(

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.model import tuner
-from swiftlite.llm.pipeline import load_model, prepare_template, resolve
+from swiftlite.llm.pipeline import load_model, prepare_template
 from swiftlite.train import run_directory
 from swiftlite.train.checkpoints import Start, finished
 from swiftlite.utils.dist import get_local_rank, get_rank, get_world_size

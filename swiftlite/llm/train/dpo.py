@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor
 
 from swiftlite.arguments.preference import DpoArguments
+from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.pairs import SIDES, PairDataset, load_pairs, sequences_of
 from swiftlite.llm.model.tuner import prepare_model
-from swiftlite.llm.pipeline import as_arguments
 from swiftlite.llm.train.begin import started
 from swiftlite.llm.train.trainer import HfTrainer, run
 from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs

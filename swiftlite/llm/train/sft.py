@@ -11,9 +11,9 @@ from typing import Any
 import transformers
 
 from swiftlite.arguments.train import PtArguments, SftArguments
+from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.prepare import load_data
 from swiftlite.llm.model.tuner import prepare_model
-from swiftlite.llm.pipeline import as_arguments
 from swiftlite.llm.train.begin import started
 from swiftlite.llm.train.setting import sample_lengths
 from swiftlite.llm.train.trainer import run

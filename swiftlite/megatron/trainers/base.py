@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from swiftlite.llm.template.trained import Chat
+from swiftlite.checkpoint.chat import Chat
 from swiftlite.megatron import backend
 from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import BackgroundWriter

@@ -23,11 +23,11 @@ from swiftlite.arguments.parallel import COMPUTATION, STRUCTURE
 from swiftlite.arguments.parser import specs
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.registry import get_model_info_meta
+from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.checkpoint.side_files import read_config
 from swiftlite.convert.origin import Origin, origin_root
 from swiftlite.convert.vocabulary import grown
 from swiftlite.llm.dataset.pairs import load_pairs, sequences_of
-from swiftlite.llm.pipeline import as_arguments
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.base import Trainer

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
-from swiftlite.llm.pipeline import TRACKER
 from swiftlite.train import run_directory
 from swiftlite.train.checkpoints import Start, finished
 from swiftlite.train.run_directory import versioned
+from swiftlite.utils.directories import TRACKER
 from swiftlite.utils.logger import get_logger
 
 __all__ = ["default_output_dir", "prepare", "versioned"]

@@ -15,11 +15,12 @@ from torch import Tensor
 from swiftlite.arguments.megatron_train import MegatronPtArguments, MegatronSftArguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.hub import check_hub_id, push
+from swiftlite.checkpoint.resolve import as_arguments, resolve
 from swiftlite.checkpoint.side_files import read_config
 from swiftlite.convert.origin import origin_root
-from swiftlite.convert.vocabulary import grown, plan_tokens
+from swiftlite.convert.vocabulary import grown
 from swiftlite.llm.dataset.prepare import check_sources
-from swiftlite.llm.pipeline import as_arguments, prepare_template, resolve
+from swiftlite.llm.pipeline import plan_tokens, prepare_template
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.llm.train.data import load_data
 from swiftlite.megatron.distributed import ParallelState, parallel_groups

@@ -8,12 +8,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from swiftlite.cli.main import main
+from swiftlite.families.templates import get_template_meta
 from swiftlite.llm.dataset import EncodedDataset, PackedDataset, load_dataset
 from swiftlite.llm.dataset.cache import encode_cached, fingerprint, load_cached_dataset
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.template import get_template
 from swiftlite.llm.template.base import Template
-from swiftlite.llm.template.register import get_template_meta
 from swiftlite.utils.errors import DatasetError
 
 ROWS = [

@@ -146,7 +146,7 @@ def test_registered_in_python(tmp_path):
 
 
 def test_custom_file_registers(tmp_path):
-    from swiftlite.llm.pipeline import register_custom
+    from swiftlite.checkpoint.resolve import register_custom
 
     file = tmp_path / "mine.py"
     file.write_text(

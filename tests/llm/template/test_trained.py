@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from swiftlite.checkpoint.chat import copy_chat
 from swiftlite.llm.template import get_template
-from swiftlite.llm.template.trained import copy_chat, trained_chat
+from swiftlite.llm.template.trained import trained_chat
 
 ROUNDS = [
     {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4 {{ x }}"},

@@ -22,6 +22,7 @@ from swiftlite.checkpoint.bind import bind_map, convert_hf_config
 from swiftlite.checkpoint.files import copy_side_files, main_dtype
 from swiftlite.checkpoint.hub import check_hub_id, push
 from swiftlite.checkpoint.new_tokens import enter_tokens
+from swiftlite.checkpoint.resolve import as_arguments, resolve
 from swiftlite.checkpoint.side_files import (
     MEGATRON_LM_ARGS,
     read_config,
@@ -29,8 +30,9 @@ from swiftlite.checkpoint.side_files import (
     write_hashes,
     write_manifest,
 )
-from swiftlite.convert.adapters import export_adapter, open_adapter, the_adapter
+from swiftlite.convert.adapters import convert_adapter, merge_to_hf, open_adapter, the_adapter
 from swiftlite.convert.execute import run_jobs, verify_bitwise
+from swiftlite.convert.origin import Origin, origin_root
 from swiftlite.convert.plan import (
     ConfigSource,
     check_duplicates,
@@ -39,8 +41,8 @@ from swiftlite.convert.plan import (
     plan_to_mcore,
     print_coverage,
 )
-from swiftlite.convert.vocabulary import GrownSource, plan_tokens
-from swiftlite.llm.pipeline import as_arguments, resolve
+from swiftlite.convert.vocabulary import GrownSource, grown
+from swiftlite.llm.pipeline import plan_tokens
 from swiftlite.plan.memory import TrainingModel
 from swiftlite.plan.report import num_processes, print_conversion, print_layouts
 from swiftlite.utils.dist import barrier, get_rank, host_group
@@ -279,7 +281,7 @@ def _export(args: ExportArguments) -> Path:
 
         return export_cached_dataset(args)
     if args.adapters or args.mcore_adapter:
-        return export_adapter(_ready(args), convert_hf2mcore, default_output_dir)
+        return _export_adapter(_ready(args))
     if args.merge_lora:
         raise UsageError("--merge_lora true: give the adapter with --adapters DIR or --mcore_adapter DIR")
     if args.to_mcore:
@@ -289,3 +291,38 @@ def _export(args: ExportArguments) -> Path:
     if args.push_to_hub and args.model and (Path(args.model) / "config.json").is_file():
         return Path(args.model)
     raise UsageError("nothing to do: give --to_mcore true or --to_hf true, or --to_cached_dataset true")
+
+
+def _export_adapter(args: Any) -> Path:
+    """What `export` does with --adapters or --mcore_adapter: the other format, or merging into the base model."""
+    path = the_adapter(args)
+    if args.merge_lora and args.to_mcore:
+        return convert_hf2mcore(args)
+    if args.test_convert_precision:
+        raise UsageError(
+            "--test_convert_precision true: compares two whole models; with an adapter give it together with "
+            "--to_mcore true --merge_lora true"
+        )
+    if not args.merge_lora and args.to_mcore == args.to_hf:
+        raise UsageError("an adapter: give --to_mcore true, --to_hf true, or --merge_lora true")
+    suffix = "merged" if args.merge_lora else "mcore" if args.to_mcore else "hf"
+    output_dir = Path(args.output_dir or default_output_dir(path, suffix))
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.merge_lora:
+            base = Path(args.mcore_model) if args.mcore_model else Path(args.model_info.model_dir)
+            dtype = args.dtype if "torch_dtype" in args.given else None
+            new_tokens = plan_tokens(args, read_config(origin_root(base)))
+            adapter = open_adapter(path, Origin(base, new_tokens).bound, Path(scratch), plain=False)
+            return merge_to_hf(
+                base, adapter, output_dir, dtype, new_tokens, record=args.save, next_words=args.loading_words(hub=False),
+                max_shard_bytes=args.max_shard_bytes, exist_ok=args.exist_ok,
+                max_memory=args.max_memory_bytes, verify=args.verify == "bitwise", dry_run=args.dry_run,
+                allow_overflow=args.allow_overflow,
+            )  # fmt: skip
+        return convert_adapter(args, open_adapter(path, _base_map(args), Path(scratch)), output_dir)
+
+
+def _base_map(args: Any) -> BoundMap:
+    """The weight map of the adapter's base model, from --model or --mcore_model, with the adapter's new tokens."""
+    config = read_config(Path(args.model_info.model_dir))
+    return bind_map(grown(config, plan_tokens(args, config)), ["mtp."])
