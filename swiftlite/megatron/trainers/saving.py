@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from swiftlite.checkpoint.chat import Chat
 from swiftlite.checkpoint.side_files import MANIFEST, MEGATRON_LM_ARGS, read_manifest, write_manifest
 from swiftlite.convert.adapters import CONFIG as ADAPTER_CONFIG
 from swiftlite.convert.adapters import merge_to_hf, open_adapter, write_peft
 from swiftlite.convert.origin import Origin
-from swiftlite.llm.template.trained import Chat
 from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import prepare_hf_weights
