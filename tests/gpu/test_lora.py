@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.tuners.lora import adapters_disabled, prepare_lora
 from tests.families.cases import build_hf
 from tests.gpu.test_te import IDS, arguments, config
-from tests.megatron.test_lora import by_name, lora_args, peft_names, randomise
+from tests.megatron.test_lora import by_name, lora_args, peft_names, randomise, set_by_name
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,13 +24,13 @@ pytestmark = [
 ]
 
 
-def step(logits: torch.Tensor, parameters: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step(
+    logits: torch.Tensor, gradients: Callable[[], dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(logits, gradients of the next tokens' cross entropy by name), both in fp32."""
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), IDS[:, 1:].cuda().flatten())
-    for parameter in parameters.values():
-        parameter.grad = None
     loss.backward()
-    return logits.detach().float(), {name: p.grad.float() for name, p in parameters.items()}
+    return logits.detach().float(), {name: gradient.float() for name, gradient in gradients().items()}
 
 
 @pytest.mark.parametrize("case", ["qwen3:default", "glm4_5:default", "moonlight:default"])
@@ -43,10 +43,16 @@ def test_logits_and_gradients_are_pefts(case: str, tmp_path: Path) -> None:
     theirs = peft_names(peft)
     for parameter in theirs.values():
         parameter.data = parameter.data.to("cuda", torch.bfloat16)
-    half = step(peft(input_ids=IDS.cuda(), use_cache=False).logits, theirs)
+
+    def take() -> dict[str, torch.Tensor]:
+        gradients = {name: parameter.grad for name, parameter in theirs.items()}
+        peft.zero_grad()
+        return gradients
+
+    half = step(peft(input_ids=IDS.cuda(), use_cache=False).logits, take)
     with torch.no_grad(), peft.disable_adapter():
         base = peft(input_ids=IDS.cuda(), use_cache=False).logits.float()
-    exact = step(peft.float()(input_ids=IDS.cuda(), use_cache=False).logits, theirs)
+    exact = step(peft.float()(input_ids=IDS.cuda(), use_cache=False).logits, take)
     with parallel_groups(options := arguments(tmp_path / "hf", "bfloat16")):
         models = build_models(options)
         prepare_lora(models, Origin(tmp_path / "hf"), args)
@@ -54,12 +60,10 @@ def test_logits_and_gradients_are_pefts(case: str, tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
         hf_io.load_weights(models, tmp_path / "hf")
-        mine = by_name(model)
-        assert set(mine) == set(theirs)
-        for name, parameter in mine.items():
-            parameter.data.copy_(theirs[name])
+        assert set(by_name(model)) == set(theirs)
+        set_by_name(model, theirs)
         positions = torch.arange(IDS.shape[1], device="cuda").expand_as(IDS)
-        found = step(model(IDS.cuda(), positions, None), mine)
+        found = step(model(IDS.cuda(), positions, None), lambda: by_name(model, gradients=True))
         with torch.no_grad(), adapters_disabled(models):
             without = model(IDS.cuda(), positions, None).float()
 

@@ -18,7 +18,7 @@ from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.tuners.lora import prepare_lora
 from tests.families.cases import build_hf, config_of
 from tests.megatron.test_hf_io import IDS, assert_close, live, logits
-from tests.megatron.test_lora import by_name, lora_args
+from tests.megatron.test_lora import by_name, lora_args, set_by_name
 
 CASES = ["glm4_5:default", "qwen3_moe:mlp_only", "moonlight:default"]
 
@@ -74,13 +74,15 @@ def test_adapters_on_grouped_experts(tmp_path: Path) -> None:
             args.mcore_adapter = None
             prepare_lora([model], Origin(tmp_path / "hf"), args)
             hf_io.load_weights([model], tmp_path / "hf")
-            adapters = by_name(model)
-            for number, name in enumerate(sorted(adapters)):
-                parameter = adapters[name]
-                parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            names = sorted(by_name(model).items())
+            set_by_name(model, {
+                name: 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+                for number, (name, value) in enumerate(names)
+            })  # fmt: skip
             out = logits(model, IDS)
             (out * torch.linspace(0, 1, out.numel()).view(out.shape)).sum().backward()
-            found.append((out, {name: parameter.grad for name, parameter in adapters.items()}))
+            found.append((out, by_name(model, gradients=True)))
+            assert (len(dict(model.adapters.named_parameters())) < len(names)) == (build is grouped)
     assert_close(found[1][0], found[0][0])
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from safetensors.torch import load_file
 
 from swiftlite.arguments.train import SftArguments
@@ -25,9 +26,7 @@ from swiftlite.megatron.tuners import rows
 from swiftlite.megatron.tuners.lora import (
     Adapters,
     Lora,
-    _group_of,
     adapters_disabled,
-    grouped_lora,
     live_linears,
     plan_lora,
     prepare_lora,
@@ -60,10 +59,24 @@ def adapted(directory: Path, args: Any) -> Iterator[Any]:
         yield models[0]
 
 
-def by_name(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The live adapters by Hugging Face name."""
+def by_name(model: Any, gradients: bool = False) -> dict[str, Any]:
+    """The live adapters by Hugging Face name: parameters, or copies of each expert's part of one. Or their gradients."""
+    found, parameters = {}, dict(model.adapters.named_parameters())
+    for name, shard in model.adapters.shards().items():
+        value = parameters[name].grad if gradients else parameters[name]
+        if isinstance(shard, ShardedTensorFactory):
+            found.update({part.key: part.data for part in replace(shard, data=value).build()})
+        else:
+            found[shard.key] = value
+    return found
+
+
+def set_by_name(model: Any, values: Any) -> None:
     parameters = dict(model.adapters.named_parameters())
-    return {shard.key: parameters[name] for name, shard in model.adapters.shards().items()}
+    for name, shard in model.adapters.shards().items():
+        several = isinstance(shard, ShardedTensorFactory)
+        new = shard.merge_fn([values[part.key] for part in shard.build()]) if several else values[shard.key]
+        parameters[name].data.copy_(new)
 
 
 def peft_names(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -117,36 +130,55 @@ def test_logits_and_gradients_are_those_of_peft(case: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("targets", [["all-linear"], ["up_proj", "down_proj"]])
 @pytest.mark.parametrize("linear", ["linear_fc1", "linear_fc2"])
 def test_experts_at_once_equal_one_after_the_other(linear: str, targets: list[str], tmp_path: Path) -> None:
-    """Some experts without rows, one without adapters, ranks that do not fill 16 bytes."""
+    """Some experts without rows, one without adapters, one of another rank and scale; ranks do not fill 16 bytes."""
     build_hf(config_of("glm4_5:default"), tmp_path / "hf")
-    generator = torch.Generator().manual_seed(0)
-    with adapted(tmp_path / "hf", lora_args(target_modules=targets)) as model:
-        loras: list[Lora | None] = [
-            lora for name, lora in model.adapters.named_children() if "layers/1/mlp/experts/local_experts/" in name
-            and name.endswith(linear)
-        ]  # fmt: skip
-        assert len(loras) >= 4
-        parameters = [p for lora in loras if lora for p in lora.parameters()]
-        for parameter in parameters:
-            parameter.data = torch.randn(parameter.shape, generator=generator)
-        loras[1] = None
-        counts = [3, 2, 0, 7, *[1] * (len(loras) - 4)]
-        width = parameters[0].shape[1]
-        x = torch.randn(sum(counts), width, generator=generator, requires_grad=True)
-        out = next(lora(x[:1]).shape[-1] for lora in loras if lora)
-        one_by_one = torch.cat([
-            lora(rows) if lora else torch.zeros(len(rows), out) for lora, rows in zip(loras, x.split(counts), strict=True)
-        ])  # fmt: skip
-        at_once = grouped_lora(loras, x, torch.tensor(counts).cumsum(0, dtype=torch.int32))
-        assert one_by_one.abs().max() > 1
-        torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-4)
-        slope = torch.randn(at_once.shape, generator=generator)
-        wanted, found = (
-            torch.autograd.grad(y, [x, *parameters], slope, allow_unused=True, materialize_grads=True)
-            for y in (one_by_one, at_once)
-        )
-        for theirs, mine in zip(wanted, found, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-3)
+    generator, args = torch.Generator().manual_seed(0), lora_args(target_modules=targets)
+    bound = Origin(tmp_path / "hf").bound
+    with live(tmp_path / "hf") as (models, _):
+        plan, path = plan_lora(bound, args), "decoder.layers.1.mlp.experts.local_experts."
+        found = [one for one in live_linears(models[0], bound) if one.path.startswith(path) and linear in one.path]
+        values: dict[str, Any] = {}
+        for module, (rank, scale) in plan.modules.items():
+            rank, scale = (3, 0.7) if ".experts.2." in module else (rank, scale)
+            out, into = bound.by_hf[f"{module}.weight"][0].hf_shapes[bound.by_hf[f"{module}.weight"][1]]
+            a, b = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+            if ".experts.1." not in module:
+                values[module] = ((rank, scale), (a, b))
+        plan = replace(plan, modules={m: v[0] for m, v in values.items()}, values=lambda module: values[module][1])
+        single = [None if one.entry.expert == 1 else Lora([one], plan, 0, models[0].config) for one in found]
+        experts = [replace(one, group=number) for number, one in enumerate(found)]
+        grouped = Lora(experts, plan, 0, models[0].config)
+    counts = [3, 2, 0, 7, *[1] * (len(single) - 4)]
+    width = next(grouped.parameters()).shape[-1]
+    x = torch.randn(sum(counts), width, generator=generator, requires_grad=True)
+    out = next(lora(x[:1]).shape[-1] for lora in single if lora)
+    one_by_one = torch.cat([
+        lora(rows) if lora else torch.zeros(len(rows), out) for lora, rows in zip(single, x.split(counts), strict=True)
+    ])  # fmt: skip
+    at_once = grouped(x, torch.tensor(counts).cumsum(0, dtype=torch.int32))
+    assert one_by_one.abs().max() > 1
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-4)
+    slope = torch.randn(at_once.shape, generator=generator)
+    wanted, mine = (
+        torch.autograd.grad(one_by_one, x, slope, retain_graph=True),
+        torch.autograd.grad(at_once, x, slope, retain_graph=True),
+    )
+    torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-3)
+    for y in (one_by_one, at_once):
+        y.backward(slope)
+    gradients = {}
+    for lora in (lora for lora in single if lora):
+        for name, shard in lora.shards().items():
+            parameter = lora.get_parameter(name)
+            gradients[shard.key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    for name, factory in grouped.shards().items():
+        gradient = grouped.get_parameter(name).grad
+        parts = {part.key: part.data for part in replace(factory, data=gradient).build()}
+        for key, part in parts.items():
+            torch.testing.assert_close(part, gradients.pop(key), rtol=1e-5, atol=1e-3)
+        filled = factory.merge_fn(list(parts.values()))
+        assert torch.equal(filled, gradient)  # what ranks are filled up with has no gradient
+    assert not gradients
 
 
 # ---- whole runs ----
@@ -268,6 +300,20 @@ def test_a_stopped_run_goes_on(train: Any, tmp_path: Path) -> None:
     assert [(line["loss"], line["grad_norm"]) for line in again] == [(x["loss"], x["grad_norm"]) for x in whole]
     with pytest.raises(UsageError, match="other settings .lora_rank 8 -> 4"):
         train(megatron_sft_main, "cut", train_iters=8, save_steps=4, lora_dropout=0.1, lora_rank=4)
+
+
+def test_experts_in_one_layer_train_and_save_as_single_ones(train: Any, tmp_path: Path) -> None:
+    """The same losses and the same files; a run of the one kind goes on as the other."""
+    single = train(megatron_sft_main, "single", "glm4_moe", train_iters=6, save_steps=3)
+    one = train(megatron_sft_main, "one", "glm4_moe", train_iters=6, save_steps=3, moe_grouped_impl="torch")
+    assert off(single, one) <= 1e-5 and off(single, one, "grad_norm") <= 1e-5
+    wanted, found = (load_file(tmp_path / d / "iter_0000006/adapter_model.safetensors") for d in ("single", "one"))
+    assert set(wanted) == set(found)
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+    (tmp_path / "single/latest_checkpointed_iteration.txt").write_text("3")  # as if it had been killed in step 4
+    again = train(megatron_sft_main, "single", "glm4_moe", train_iters=6, save_steps=3, moe_grouped_impl="torch")
+    assert off(single, again) <= 1e-5
 
 
 @pytest.mark.parametrize("source", ["hf", "mcore"])
@@ -454,27 +500,26 @@ def test_experts_of_a_grouped_layer(tmp_path: Path) -> None:
     build_hf(config_of("glm4_5:default"), tmp_path / "hf")
     args = lora_args(target_regex=r".*mlp\.experts\.(?!2\.)\d+\.(gate|up|down)_proj")
     with adapted(tmp_path / "hf", args) as model:
-        experts = model.decoder.layers[1].mlp.experts.local_experts
-        single = [loras for path, loras in model.adapters.named_children() if "layers/1/" in path and "fc1" in path]
-        assert len(single) == len(experts) - 1
-        grouped = Grouped([expert.linear_fc1 for expert in experts])
-        adapters, owner = Adapters(), {id(p): name for name, p in grouped.named_parameters()}
-        for linear in live_linears(model, Origin(tmp_path / "hf").bound):
-            if id(linear.weight) in owner and linear.entry.expert != 2:
-                lora = model.adapters.get_submodule(linear.path.replace(".", "/"))
-                for parameter in lora.parameters():
-                    parameter.data = 0.1 * torch.randn(parameter.shape)
-                place = _group_of(owner[id(linear.weight)])
-                adapters.attach(replace(linear, path="grouped", module=grouped, group=place), lora)
+        values = {name: 0.1 * torch.randn(value.shape) for name, value in by_name(model).items()}
+        set_by_name(model, values)
+        experts = [expert.linear_fc1 for expert in model.decoder.layers[1].mlp.experts.local_experts]
         splits = torch.tensor([3, 0, 4, 1, 2, 5, 1, 2])
-        x = torch.randn(int(splits.sum()), experts[0].linear_fc1.weight.shape[1])
-        wanted = torch.cat(
-            [expert.linear_fc1(part)[0] for expert, part in zip(experts, x.split(splits.tolist()), strict=True)]
-        )
+        x = torch.randn(int(splits.sum()), experts[0].weight.shape[1])
+
+        def one_by_one() -> torch.Tensor:
+            return torch.cat([expert(part)[0] for expert, part in zip(experts, x.split(splits.tolist()), strict=True)])
+
+        wanted, bound, grouped = one_by_one(), Origin(tmp_path / "hf").bound, Grouped(experts)
+        place = {id(parameter): number for number, parameter in enumerate(grouped.parameters())}
+        linears = [
+            replace(one, path="grouped", module=grouped, group=place[id(one.weight)])
+            for one in live_linears(model, bound) if id(one.weight) in place
+        ]  # fmt: skip
+        plan = replace(plan_lora(bound, args), values=lambda module: (values[module + A], values[module + B]))
+        adapters = Adapters()
+        adapters.attach(linears[0], Lora(linears, plan, 0, model.config))
         assert_close(grouped(x, splits)[0], wanted)
         adapters.enabled = model.adapters.enabled = False
-        base = torch.cat(
-            [expert.linear_fc1(part)[0] for expert, part in zip(experts, x.split(splits.tolist()), strict=True)]
-        )
+        base = one_by_one()
         assert_close(grouped(x, splits)[0], base)
         assert (base - wanted).abs().max() > 0.01

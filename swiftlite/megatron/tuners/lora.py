@@ -1,6 +1,7 @@
 """LoRA on live megatron-core models: one pair A [r, in], B [out, r] per Hugging Face weight, beside the layer it is in.
 
-The layers themselves stay as they are; a hook adds B A x to their output. All pairs of a model chunk are in its child
+The layers themselves stay as they are; a hook adds B A x to their output. Pairs of experts that one layer holds are one
+parameter [E, ...] for each projection, cut into the experts' own on disk. All pairs of a model chunk are in its child
 `adapters`, which the model's own state leaves out: weights and adapters are saved apart.
 Under tensor parallelism a layer that divides its output rows has B divided and A whole, one that divides its input
 columns has A divided and B whole. What goes between the two is as narrow as the rank, so that is what ranks exchange.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
@@ -208,63 +209,98 @@ class Share:
     def short(self) -> str:
         return self.module.rpartition(".")[2]
 
+    def key(self, letter: str) -> str:
+        """Hugging Face name of its A or B."""
+        return self.module + (A if letter == "A" else B)
+
 
 class Lora(torch.nn.Module):
-    """The pairs of one linear layer. `names`: Hugging Face names -> parameters."""
+    """The pairs of one linear layer, or of all experts that are in one: A [E, r, in], B [E, out, r] then.
+
+    Ranks of experts are filled up with zeros to the largest, in whole 16 bytes, and so are experts without a pair. They
+    stay zeros: each of the two has no gradient where the other one is zero.
+    """
 
     order: Tensor | None  # where each row of the layer's output is among the blocks' rows; None: at the same place
 
-    def __init__(self, linear: LiveLinear, plan: LoraPlan, dropout: float, config: Any) -> None:
-        """Raises: UsageError where TP ranks hold unequal parts of a weight."""
+    def __init__(self, linears: Sequence[LiveLinear], plan: LoraPlan, dropout: float, config: Any) -> None:
+        """linears: one, or those of the layer's experts in their order.
+
+        Raises: UsageError where TP ranks hold unequal parts of a weight.
+        """
         super().__init__()
-        self.dropout = dropout
+        linear, self.dropout = linears[0], dropout
         entry = linear.entry
-        expert = entry.expert is not None
-        self.group: Any = mpu.get_expert_tensor_parallel_group() if expert else mpu.get_tensor_model_parallel_group()
-        self.expert, self.size = expert, self.group.size()
+        self.expert, self.grouped = entry.expert is not None, linear.group is not None
+        parallel = mpu.get_expert_tensor_parallel_group if self.expert else mpu.get_tensor_model_parallel_group
+        self.group: Any = parallel()
+        self.size = self.group.size()
         self.divides_rows = sum(shape[0] for _, shape in linear.shards) < entry.shape[0]
         self.divides_columns = linear.shards[0][1][1] < entry.shape[1]
         self.sequence_parallel = config.sequence_parallel and self.size > 1
-        held = [p for offset, shape in linear.shards for p in pieces(entry, (offset[0], offset[0] + shape[0]))]
-        first = linear.shards[0]
-        columns = (first[0][1], first[0][1] + first[1][1])
-        self.shares = [
-            _share(name.removesuffix(".weight"), entry.hf_shapes[i], held, columns, plan)
-            for i, name in enumerate(entry.hf)
-            if name.removesuffix(".weight") in plan.modules
-        ]
-        self.blocks, order = _blocks(entry.hf, held)
+        self.shares = [_shares(one, plan) for one in linears]
+        self.blocks, order = _blocks(entry.hf, _held(linear))
         self.register_buffer("order", None if order == list(range(len(order))) else torch.tensor(order), False)
-        self.names: dict[str, str] = {}
+        self._scales: dict[Any, Tensor] = {}
         reduced = getattr(linear.weight, "allreduce", True)
-        for share in self.shares:
-            a, b = plan.values(share.module)
-            for suffix, whole, divided, dim in (("A", a[:, slice(*share.columns)], self.divides_columns, 1),
-                                                ("B", b[slice(*share.rows)], self.divides_rows, 0)):  # fmt: skip
-                parameter: Any = torch.nn.Parameter(whole.to(config.params_dtype).contiguous())
+        for short in (short for short, _ in self.blocks if any(short in shares for shares in self.shares)):
+            a, b = self._initial(short, plan, config.params_dtype)
+            for letter, whole, divided, dim in (("A", a, self.divides_columns, -1), ("B", b, self.divides_rows, -2)):
+                parameter: Any = torch.nn.Parameter(whole)
                 parameter.allreduce = reduced  # False: belongs to the groups of expert parallelism
-                if divided or (expert and self.group.rank() == 0):
-                    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-                elif expert:
+                if divided or (self.expert and self.group.rank() == 0):
+                    set_tensor_model_parallel_attributes(parameter, True, whole.dim() + dim, 1)
+                elif self.expert:
                     # Without it the gradient norm would count by the dense layers' ranks, which may be others.
                     parameter.shared = True
                 elif self.sequence_parallel:
                     parameter.sequence_parallel = True  # each rank sees a part of the sequence: gradients are summed
-                self.register_parameter(f"{share.short}_{suffix}", parameter)
-                self.names[f"{share.module}{A if suffix == 'A' else B}"] = f"{share.short}_{suffix}"
+                self.register_parameter(f"{short}_{letter}", parameter)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: what the linear layer reads on this rank, [..., in]. Returns: what its output lacks, [..., out]."""
-        a, b = zip(*(self.summed(a, b * scale) for a, b, scale in self.pairs().values()), strict=True)
+    def _initial(self, short: str, plan: LoraPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """This rank's part of A and B of the projection `short`."""
+        a, b = list[Tensor | None](), list[Tensor | None]()
+        for share in (shares.get(short) for shares in self.shares):
+            whole = plan.values(share.module) if share else (None, None)
+            a.append(share and whole[0][:, slice(*share.columns)].to(dtype).contiguous())
+            b.append(share and whole[1][slice(*share.rows)].to(dtype).contiguous())
+        if not self.grouped:
+            assert a[0] is not None and b[0] is not None
+            return a[0], b[0]
+        return _stacked(a, 0), _stacked(b, 1)
+
+    def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+        """x: what the linear layer reads on this rank, [..., in]; of experts [rows, in], sorted by expert.
+
+        ends: int32 [experts], where each expert's rows end. Returns: what the layer's output lacks, [..., out].
+        """
+
+        def product(x: Tensor, matrix: Tensor) -> Tensor:
+            return F.linear(x, matrix) if ends is None else F.grouped_mm(x, matrix.transpose(1, 2), offs=ends)
+
+        pairs = self.pairs()
+        a, b = zip(*(self.summed(a, (b * scale).to(b.dtype)) for a, b, scale in pairs.values()), strict=True)
         if self.dropout and self.training:
-            low = torch.cat([F.linear(self.drop(x), matrix) for matrix in a], -1)
+            low = torch.cat([product(self.drop(x), matrix) for matrix in a], -1)
         else:
-            low = F.linear(x, torch.cat(a))
-        return F.linear(self._exchange(low), self.joined(dict(zip(self.pairs(), b, strict=True))))
+            low = product(x, torch.cat(a, -2))
+        return product(self._exchange(low), self.joined(dict(zip(pairs, b, strict=True))))
 
-    def pairs(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor, float | Tensor]]:
         """(A, B, factor) of each pair, by the last part of its Hugging Face name."""
-        return {s.short: (getattr(self, f"{s.short}_A"), getattr(self, f"{s.short}_B"), s.scale) for s in self.shares}
+        shorts = [name[:-2] for name, _ in self.named_parameters() if name.endswith("_A")]
+        return {s: (getattr(self, f"{s}_A"), getattr(self, f"{s}_B"), self._scale(s)) for s in shorts}
+
+    def _scale(self, short: str) -> float | Tensor:
+        """[E, 1, 1] where experts differ; made once, since it comes from the host."""
+        scales = [shares[short].scale for shares in self.shares if short in shares]
+        if len(set(scales)) == 1:
+            return scales[0]
+        if short not in self._scales:
+            values = [shares[short].scale if short in shares else 1.0 for shares in self.shares]
+            device = getattr(self, f"{short}_B").device
+            self._scales[short] = torch.tensor(values, device=device).view(-1, 1, 1)
+        return self._scales[short]
 
     def joined(self, b: Mapping[str, Tensor]) -> Tensor:
         """One B [..., out, sum of ranks] of several [..., rows, rank]: each in its rows and its columns, zeros elsewhere.
@@ -310,55 +346,75 @@ class Lora(torch.nn.Module):
             return reduce_scatter_to_sequence_parallel_region(low, group=self.group)
         return reduce_from_tensor_model_parallel_region(low, group=self.group)
 
-    def shards(self) -> dict[str, ShardedTensor]:
-        """Parameter -> what it is of the global tensor that has its Hugging Face name."""
-        by_dp = mpu.get_expert_data_parallel_rank() if self.expert else mpu.get_data_parallel_rank(True)
-        found = {}
-        for share in self.shares:
-            for suffix, size, span, dim in ((A, share.shape[1], share.columns, 1), (B, share.shape[0], share.rows, 0)):
-                parameter = getattr(self, self.names[share.module + suffix])
-                count = span[1] - span[0]
-                found[self.names[share.module + suffix]] = ShardedTensor.from_rank_offsets(
-                    share.module + suffix, parameter, (dim, span[0] // count, size // count),
-                    replica_id=(0, 0 if count < size else self.group.rank(), by_dp),
-                )  # fmt: skip
+    def shards(self) -> dict[str, Any]:
+        """Parameter -> what it is of the global tensors that have its Hugging Face names, one for each expert."""
+        found: dict[str, Any] = {}
+        for name, parameter in self.named_parameters():
+            short, letter = name[:-2], name[-1]
+            held = [(place, shares[short]) for place, shares in enumerate(self.shares) if short in shares]
+            first = held[0][1]
+            if not self.grouped:
+                found[name] = self._shard(first, letter, parameter)
+                continue
+            found[name] = ShardedTensorFactory(
+                first.key(letter), parameter, partial(self._divide, held, letter),
+                partial(self._stack, held, 0 if letter == "A" else 1), self._shard(first, letter, parameter[0]).replica_id,
+            )  # fmt: skip
         return found
 
+    def _shard(self, share: Share, letter: str, data: Tensor, prefix: str = "") -> ShardedTensor:
+        by_dp = mpu.get_expert_data_parallel_rank() if self.expert else mpu.get_data_parallel_rank(True)
+        dim, size, span = (1, share.shape[1], share.columns) if letter == "A" else (0, share.shape[0], share.rows)
+        count = span[1] - span[0]
+        return ShardedTensor.from_rank_offsets(
+            prefix + share.key(letter), data, (dim, span[0] // count, size // count),
+            replica_id=(0, 0 if count < size else self.group.rank(), by_dp),
+        )  # fmt: skip
 
-def grouped_lora(loras: Sequence[Lora | None], x: Tensor, ends: Tensor) -> Tensor:
-    """What the experts of one layer lack, in a few operations over all of them.
+    def _divide(
+        self, held: Sequence[tuple[int, Share]], letter: str, key: str, data: Tensor, *_: Any
+    ) -> list[ShardedTensor]:
+        """Each expert's matrix in its own rank. key: the first one's, after a prefix if `data` is an optimizer's."""
+        prefix, dim = key.removesuffix(held[0][1].key(letter)), 0 if letter == "A" else 1
+        return [
+            self._shard(share, letter, data[place].narrow(dim, 0, share.rank).contiguous(), prefix)
+            for place, share in held
+        ]
 
-    Args:
-        loras: each expert's pairs; None for one without.
-        x: [rows, in], sorted by expert.
-        ends: int32 [experts], where each expert's rows end.
-    Returns: [rows, out].
-    """
-    first = next(lora for lora in loras if lora is not None)
-    pairs = [{} if lora is None else lora.pairs() for lora in loras]
-    low, high = [], {}
-    for short in (short for short, _ in first.blocks if any(short in found for found in pairs)):
-        a, b, scales = (list(column) for column in zip(*(found.get(short, _NO_PAIR) for found in pairs), strict=True))
-        scale = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, device=x.device).view(-1, 1, 1)
-        low_a, high[short] = first.summed(_stacked(a, 0), (_stacked(b, 1) * scale).to(x.dtype))
-        low.append(F.grouped_mm(first.drop(x), low_a.transpose(1, 2), offs=ends))
-    return F.grouped_mm(torch.cat(low, -1), first.joined(high).transpose(1, 2), offs=ends)
-
-
-_NO_PAIR = (None, None, 1.0)
+    def _stack(self, held: Sequence[tuple[int, Share]], dim: int, parts: Sequence[Tensor]) -> Tensor:
+        """The other way round."""
+        found: list[Tensor | None] = [None] * len(self.shares)
+        for (place, _), part in zip(held, parts, strict=True):
+            found[place] = part
+        return _stacked(found, dim)
 
 
 def _stacked(matrices: Sequence[Tensor | None], dim: int) -> Tensor:
     """[experts, ...], zeros where an expert has none. dim: that of the rank, which is filled up to whole 16 bytes."""
     like = max((m for m in matrices if m is not None), key=lambda m: m.shape[dim])
     rank = -(-like.shape[dim] // 8) * 8
-    empty = like.new_zeros([rank if d == dim else size for d, size in enumerate(like.shape)])
+    whole = like.new_zeros(len(matrices), *(rank if d == dim else size for d, size in enumerate(like.shape)))
+    for place, matrix in zip(whole, matrices, strict=True):
+        if matrix is not None:
+            place.narrow(dim, 0, matrix.shape[dim]).copy_(matrix)
+    return whole
 
-    def full(matrix: Tensor) -> Tensor:
-        missing = rank - matrix.shape[dim]
-        return F.pad(matrix, (0, 0, 0, missing) if dim == 0 else (0, missing)) if missing else matrix
 
-    return torch.stack([empty if matrix is None else full(matrix) for matrix in matrices])
+def _held(linear: LiveLinear) -> list[Piece]:
+    """The pieces of Hugging Face weights of which the layer's rows on this rank consist, in their order."""
+    spans = [(offset[0], offset[0] + shape[0]) for offset, shape in linear.shards]
+    return [piece for span in spans for piece in pieces(linear.entry, span)]
+
+
+def _shares(linear: LiveLinear, plan: LoraPlan) -> dict[str, Share]:
+    """Last part of the Hugging Face name -> this rank's part of the pair."""
+    offset, shape = linear.shards[0]
+    columns, entry, held = (offset[1], offset[1] + shape[1]), linear.entry, _held(linear)
+    shares = [
+        _share(name.removesuffix(".weight"), entry.hf_shapes[i], held, columns, plan)
+        for i, name in enumerate(entry.hf) if name.removesuffix(".weight") in plan.modules
+    ]  # fmt: skip
+    return {share.short: share for share in shares}
 
 
 def _blocks(names: Sequence[str], held: Sequence[Piece]) -> tuple[list[tuple[str, int]], list[int]]:
@@ -393,45 +449,29 @@ class Adapters(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
-        self.grouped: dict[str, dict[int, Lora]] = {}  # experts that one layer holds, by its path
 
     def attach(self, linear: LiveLinear, lora: Lora) -> None:
-        name = linear.path.replace(".", "/")
-        if linear.group is not None:
-            self.add_module(f"{name}/{linear.group}", lora)
-            if linear.path not in self.grouped:
-                self.grouped[linear.path] = {}
-                linear.module.register_forward_hook(partial(self._add_grouped, self.grouped[linear.path]))
-            self.grouped[linear.path][linear.group] = lora
-            return
-        self.add_module(name, lora)
+        """linear: of a layer with several experts, any of them."""
+        self.add_module(linear.path.replace(".", "/"), lora)
 
-        def add(layer: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> Any:
+        def add(layer: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> Any:
             if not self.enabled:
                 return output
-            x = inputs[0]
+            x, ends = inputs[0], None
+            if lora.grouped:  # a second input says how many rows each expert has
+                ends = torch.as_tensor(inputs[1], device=x.device).cumsum(0, dtype=torch.int32)
             if getattr(layer, "layer_norm_weight", None) is not None:  # Transformer Engine's norm and linear in one
                 x = F.rms_norm(x, x.shape[-1:], layer.layer_norm_weight, layer.eps)
-            return output[0] + lora(x), output[1]
+            return output[0] + lora(x, ends), output[1]
 
         # Before hooks that exchange outputs between ranks.
         linear.module.register_forward_hook(add, prepend=True)
-
-    def _add_grouped(
-        self, loras: Mapping[int, Lora], layer: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]
-    ) -> Any:
-        """Inputs are x, sorted by expert, and how many rows each expert has."""
-        if not self.enabled:
-            return output
-        x, counts = inputs
-        ends = torch.as_tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
-        return output[0] + grouped_lora([loras.get(i) for i in range(len(counts))], x, ends), output[1]
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Nothing: the model's own state is that of the base."""
         return {}
 
-    def shards(self) -> dict[str, ShardedTensor]:
+    def shards(self) -> dict[str, Any]:
         """This rank's part of the adapters, for `state_dict` names; keys are Hugging Face names."""
         return {
             f"{name}.{parameter}": shard
@@ -445,9 +485,13 @@ def add_adapters(models: Sequence[Any], bound: BoundMap, plan: LoraPlan, dropout
     for model in models:
         model.requires_grad_(False)
         adapters = Adapters()
+        layers: dict[str, list[LiveLinear]] = {}
         for linear in live_linears(model, bound):
-            if any(name.removesuffix(".weight") in plan.modules for name in linear.entry.hf):
-                adapters.attach(linear, Lora(linear, plan, dropout, model.config))
+            layers.setdefault(linear.path, []).append(linear)
+        for linears in layers.values():
+            linears.sort(key=lambda linear: linear.group or 0)
+            if any(name.removesuffix(".weight") in plan.modules for one in linears for name in one.entry.hf):
+                adapters.attach(linears[0], Lora(linears, plan, dropout, model.config))
         add_rows(model, adapters, plan.rows)
         model.adapters = adapters
         let_gradients_through(model)
