@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,10 @@ def initialize(args: Any) -> ParallelState:
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
+    if found.is_cuda and found.spec == "te":  # Triton comes with it
+        from swiftlite.megatron import peer_memory
+
+        peer_memory.serve([mpu.get_tensor_model_parallel_group(), mpu.get_expert_model_parallel_group()])
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     model_parallel_cuda_manual_seed(args.seed)
@@ -119,6 +124,8 @@ def destroy() -> None:
     global _owns_group
     from megatron.core import parallel_state as mpu
 
+    if "swiftlite.megatron.peer_memory" in sys.modules:
+        sys.modules["swiftlite.megatron.peer_memory"].forget()
     if mpu.model_parallel_is_initialized():
         # megatron-core forgets its groups and leaves them, with their threads, to a process group that stays.
         groups = [group for group in mpu._global_process_group_list or () if group is not None]
