@@ -685,6 +685,7 @@ ADJUSTMENTS = (
 # What a config holds with Transformer Engine where the arguments leave it open: the same numbers, sooner.
 TE_DEFAULTS = {
     "moe_permute_fusion": True,
+    "moe_router_fusion": True,
     "batch_p2p_sync": False,  # a way around a fault of old releases of torch
 }
 
@@ -709,6 +710,8 @@ def adjust_config(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Adjus
             adjusted |= {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
         for name, value in TE_DEFAULTS.items():
             adjusted.setdefault(name, value)
+        if adjusted.get("moe_router_dtype") == "fp64":  # which the fused router does not know
+            adjusted["moe_router_fusion"] = False
     keeps_scores = not situation["local"] and getattr(adjusted.get("attention_backend"), "name", "") == "unfused"
     if "core_attn" in (adjusted.get("recompute_modules") or ()) and not keeps_scores:
         # Recomputing SDPA or Transformer Engine's fused attention costs time and saves nothing.

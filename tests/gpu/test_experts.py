@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+
+from swiftlite.megatron.distributed import parallel_groups
+from swiftlite.megatron.model.blocks.router import TopKRouter
+from swiftlite.megatron.model.provider import build_models
+from tests.gpu.test_te import arguments, config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,3 +71,22 @@ def test_compiled_norm() -> None:
     assert (norm(x) - wanted).norm() <= 5e-3 * wanted.norm()
     for a, b in zip(mine, torch.autograd.grad(wanted, (x, norm.weight), gradient.double()), strict=True):
         assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm()
+
+
+@pytest.mark.parametrize("case", ["glm4_5:default", "qwen3_moe:default", "deepseek_r1:default", "moonlight:default"])
+def test_fused_router(case: str, tmp_path: Path) -> None:
+    """Transformer Engine's choice of experts is megatron-core's, with its weights and their gradients."""
+    (tmp_path / "config.json").write_text(json.dumps(config(case)))
+    with parallel_groups(args := arguments(tmp_path, "bfloat16")):
+        router = next(m for m in build_models(args)[0].modules() if isinstance(m, TopKRouter))
+        assert router.config.moe_router_fusion
+        if router.expert_bias is not None:
+            router.expert_bias = torch.randn_like(router.expert_bias, dtype=torch.float32).cuda() / 4
+        logits = torch.randn(3000, router.config.num_moe_experts, device="cuda", requires_grad=True)
+        slope, found = torch.randn_like(logits), []
+        for router.config.moe_router_fusion in (True, False):
+            probs, chosen = router.route(logits)
+            found.append((chosen, probs, *torch.autograd.grad(probs, logits, slope)))
+    assert torch.equal(found[0][0], found[1][0])
+    for mine, plain in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)

@@ -18,14 +18,14 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe import router as core_router
 from torch import Tensor
 
 from swiftlite.families import family_of
 from swiftlite.megatron import backend
 from swiftlite.megatron.model import experts, rope
 from swiftlite.megatron.model.blocks import load_block
-from swiftlite.megatron.model.blocks.router import Router
+from swiftlite.megatron.model.blocks.router import TopKRouter
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
 
 # Hugging Face builds MLA's latent norms with this epsilon, whatever rms_norm_eps says.
@@ -56,7 +56,7 @@ def model_provider(
     block = load_block(family_of(args.architectures).block if args.architectures else None)
     replacements = getattr(block, "replacements", None)
     replaced = {
-        TopKRouter: Router,
+        core_router.TopKRouter: TopKRouter,
         **experts.replacements(args, config),
         **(replacements(args) if replacements else {}),
     }

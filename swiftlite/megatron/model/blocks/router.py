@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe import router
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from swiftlite.train.router_loss import PADDING, RouterLoss
@@ -50,8 +50,11 @@ def routing_of(tokens: BatchTokens | None) -> Iterator[None]:
         _current.reset(before)
 
 
-class Router(TopKRouter):
-    """As TopKRouter with `loss`, a RouterLoss or None. Without BatchTokens all tokens are real and rows are sequences."""
+class TopKRouter(router.TopKRouter):  # type: ignore[misc]
+    """As megatron-core's, and listed by its name in module trees, with `loss`, a RouterLoss or None.
+
+    Without BatchTokens all tokens are real and rows are sequences.
+    """
 
     loss: RouterLoss | None = None
 
@@ -66,6 +69,7 @@ class Router(TopKRouter):
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=self.expert_bias,
+            fused=self.config.moe_router_fusion,
         )
         return probs, chosen
 
@@ -130,7 +134,7 @@ def _all_real(seq_length: int, batch: int, device: Any) -> BatchTokens:
     return BatchTokens(rows[:, None].expand(batch, seq_length), torch.full_like(rows, seq_length))
 
 
-class ChoosingRouter(Router):
+class ChoosingRouter(TopKRouter):
     """Softmax over all experts in fp32; `choose` picks K of them; their scores, normalised or not, weigh them."""
 
     normalise = False
@@ -154,6 +158,6 @@ def set_router_losses(models: Sequence[torch.nn.Module], args: Any) -> bool:
     """Give every router of the models the loss that the arguments ask for. Returns: whether they ask for one."""
     loss = RouterLoss.of(args, vars(args))
     for module in (m for model in models for m in model.modules()):
-        if isinstance(module, Router):
+        if isinstance(module, TopKRouter):
             module.loss = loss
     return loss is not None
