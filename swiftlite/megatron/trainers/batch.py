@@ -138,7 +138,7 @@ class BatchLoader:
     """Makes the micro batches of a step from an EncodedDataset.
 
     one_length: all of a step have the longest one's length. join: a micro batch is one sequence without padding.
-    group: ranks whose micro batches of one pass have one length; loading is collective then.
+    group: ranks whose micro batches of one pass have one length, over gloo; loading is collective then.
     room: tokens that every joined sequence is filled up to, so that all steps have the same shapes; 0: none.
     """
 
@@ -176,7 +176,7 @@ class BatchLoader:
             dataset, pad_token_id, parallel.tp_size if args.sequence_parallel else 1, device,
             one_length=virtual_stages(args) is not None,
             join=bool(args.packing or args.padding_free),
-            group=mpu.get_data_parallel_group() if even and parallel.ep_size > 1 else None,
+            group=mpu.get_data_parallel_group_gloo() if even and parallel.ep_size > 1 else None,
             room=args.max_length * micro_batch_size if fills else 0,
         )  # fmt: skip
 
@@ -198,7 +198,7 @@ class BatchLoader:
         if self.one_length:
             lengths = [max(lengths)] * len(lengths)
         if self.group is not None:
-            agreed = torch.tensor(lengths, device=self.device)
+            agreed = torch.tensor(lengths)  # on the host: the device is busy with the step before
             torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self.group)
             lengths = agreed.tolist()
         return lengths

@@ -37,6 +37,20 @@ def in_precision(model: Any) -> Any:
     return model
 
 
+class OwnGradients(DistributedDataParallel):  # type: ignore[misc]
+    """DDP of models whose optimizer reads a rank's own part of the reduced gradients only."""
+
+    def scale_gradients(self, scaling_factor: Any) -> None:
+        """Of that part: what lies around it has not been summed up and is read by nobody."""
+        for group in (*self.bucket_groups, *self.expert_parallel_bucket_groups):
+            size, rank = (
+                group.intra_distributed_optimizer_instance_size,
+                group.intra_distributed_optimizer_instance_rank,
+            )
+            for bucket in group.buckets:
+                bucket.grad_data.view(size, -1)[rank].mul_(scaling_factor)
+
+
 def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
     """Models in their precision, in DDP with one buffer layout for every DP size."""
     wrapped = []
@@ -47,7 +61,7 @@ def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
             overlap_param_gather=bool(args.overlap_param_gather),
             use_distributed_optimizer=True,
         )
-        ddp = DistributedDataParallel(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
+        ddp = OwnGradients(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
         if args.gradient_accumulation_fusion:
             backend.accumulate_in_place(ddp)
         wrapped.append(ddp)
