@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from typing import Any
+
+
+def _exchanges(name: str) -> bool:
+    return name.startswith("nccl") or "_exchange_kernel" in name
+
+
+def _covered(ranges: list[tuple[int, int]], start: int, stop: int) -> int:
+    """Nanoseconds of [start, stop) that lie in one of the sorted ranges."""
+    total, reached = 0, start
+    first = max(bisect.bisect_left(ranges, (start, 0)) - 64, 0)  # one that began earlier may still run
+    for begin, end in ranges[first:]:
+        if begin >= stop:
+            break
+        total += max(min(end, stop) - max(begin, reached), 0)
+        reached = max(reached, min(end, stop))
+    return total
 
 
 def report(title: str, record: Any, kernels: int = 22) -> None:
@@ -23,12 +40,19 @@ def report(title: str, record: Any, kernels: int = 22) -> None:
             busy += stop - max(start, end)
             end, last = stop, name
     whole = end - spans[0][0]
+    alone, reached = 0, 0  # while nothing but exchanges runs
+    ranges = sorted((a, b) for a, b, name in spans if not _exchanges(name))
+    for start, stop in sorted((a, b) for a, b, name in spans if _exchanges(name)):
+        start = max(start, reached)
+        reached = max(reached, stop)
+        alone += max(stop - start, 0) - _covered(ranges, start, stop)
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for start, stop, name in spans:
         times[name] += stop - start
         counts[name] += 1
-    lines = [f"== {title}: {whole / 1e9:.3f} s, busy {100 * busy / whole:.1f} %, {len(spans)} kernels"]
+    lines = [f"== {title}: {whole / 1e9:.3f} s, busy {100 * busy / whole:.1f} %, {len(spans)} kernels, exchanges alone "
+             f"{100 * alone / whole:.1f} %"]  # fmt: skip
     for name, spent in times.most_common(kernels):
         lines.append(f"  {100 * spent / whole:5.1f} % {spent / 1e6:9.1f} ms {counts[name]:6d}  {name[:110]}")
     longer = sum(gap for gap, _, _ in gaps if gap > 20_000)
