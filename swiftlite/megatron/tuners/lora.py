@@ -389,6 +389,7 @@ class Lora(torch.nn.Module):
         return _stacked(found, dim)
 
 
+@torch.no_grad()
 def _stacked(matrices: Sequence[Tensor | None], dim: int) -> Tensor:
     """[experts, ...], zeros where an expert has none. dim: that of the rank, which is filled up to whole 16 bytes."""
     like = max((m for m in matrices if m is not None), key=lambda m: m.shape[dim])
