@@ -7,9 +7,7 @@ other GPU's and takes it over. Same results as NCCL's: two numbers are added onc
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,6 +85,7 @@ class PeerGroup:
 
     def __init__(self, group: Any) -> None:
         self.group, self.rank, self.room = group, group.rank(), 0
+        self.parts: list[tuple[Tensor, ...]] = []  # memory here and there, epochs; graphs may still use earlier ones
         self.stream = torch.cuda.Stream(priority=-1)  # one after the other on both GPUs, whatever waits for them
 
     def _make_room(self, nbytes: int) -> None:
@@ -95,12 +94,13 @@ class PeerGroup:
 
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used, and some machines cannot bear it
         torch.cuda.synchronize()
+        if not self.room and dist.get_rank() == 0:
+            logger.info("GPUs %s exchange through each other's memory", dist.get_process_group_ranks(self.group))
         self.room = max(1 << (nbytes - 1).bit_length(), 1 << 20)
-        self.memory = symmetric.empty(HEAD + 2 * self.room, dtype=torch.uint8, device=torch.cuda.current_device())
-        self.memory.zero_()
-        handle = symmetric.rendezvous(self.memory, self.group)
-        self.theirs = handle.get_buffer(1 - self.rank, self.memory.shape, torch.uint8)
-        self.epochs = torch.zeros(PROGRAMS, dtype=torch.int32, device="cuda")
+        memory = symmetric.empty(HEAD + 2 * self.room, dtype=torch.uint8, device=torch.cuda.current_device())
+        memory.zero_()
+        theirs = symmetric.rendezvous(memory, self.group).get_buffer(1 - self.rank, memory.shape, torch.uint8)
+        self.parts.append((memory, theirs, torch.zeros(PROGRAMS, dtype=torch.int32, device="cuda")))
         torch.cuda.synchronize()
         dist.barrier(self.group)
 
@@ -112,7 +112,12 @@ class PeerGroup:
         if nbytes > self.room:
             if torch.cuda.is_current_stream_capturing():
                 return False
-            self._make_room(nbytes)
+            try:
+                self._make_room(nbytes)
+            except RuntimeError as error:  # GPUs that cannot reach each other; on both sides then
+                logger.warning("NCCL exchanges what two GPUs could exchange themselves: %s", str(error).splitlines()[0])
+                del _groups[self.group]
+                return False
         return True
 
     def all_gather(self, out: Tensor, sent: Tensor) -> _Work:
@@ -124,15 +129,17 @@ class PeerGroup:
         return self._exchange(sent, kept, out, out, True)
 
     def _exchange(self, sent: Tensor, kept: Tensor, out: Tensor, copy: Tensor, reduce: bool) -> _Work:
-        given, flags = (sent, kept, out, copy), slice(0, 4 * PROGRAMS)
+        given = sent, kept, out, copy
         if not reduce:  # bytes, whatever they mean
             sent, kept, out, copy = (t.view(-1).view(torch.int32) for t in given)
-        mine, theirs = (memory[HEAD:].view(sent.dtype) for memory in (self.memory, self.theirs))
+        *memories, epochs = self.parts[-1]
+        mine, theirs = (memory[HEAD:].view(sent.dtype) for memory in memories)
+        my_flags, their_flags = (memory[: 4 * PROGRAMS].view(torch.int32) for memory in memories)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             _exchange_kernel[(PROGRAMS,)](
-                sent, kept, out, copy, mine, theirs, self.memory[flags].view(torch.int32),
-                self.theirs[flags].view(torch.int32), self.epochs, sent.numel(), self.room // sent.element_size(),
+                sent, kept, out, copy, mine, theirs, my_flags, their_flags, epochs, sent.numel(),
+                self.room // sent.element_size(),
                 REDUCE=reduce, BLOCK=VECTORS * WARPS * 32 * 16 // sent.element_size(), num_warps=WARPS,
             )  # fmt: skip
             event = torch.cuda.Event()
@@ -191,14 +198,3 @@ def serve(groups: list[Any]) -> None:
 def forget() -> None:
     """Give the memory back; NCCL serves all groups again."""
     _groups.clear()
-
-
-@contextlib.contextmanager
-def nccl_only() -> Iterator[None]:
-    """Collectives inside are NCCL's."""
-    served = dict(_groups)
-    _groups.clear()
-    try:
-        yield
-    finally:
-        _groups.update(served)
