@@ -7,6 +7,7 @@ other GPU's and takes it over. Same results as NCCL's: two numbers are added onc
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -90,8 +91,7 @@ class PeerGroup:
 
     def _make_room(self, nbytes: int) -> None:
         """Memory that the other GPU can write to. Collective."""
-        import torch.distributed._symmetric_memory as symmetric
-
+        symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used, and some machines cannot bear it
         torch.cuda.synchronize()
         if not self.room and dist.get_rank() == 0:
@@ -189,7 +189,9 @@ def serve(groups: list[Any]) -> None:
         if len(ranks) == 2 and ranks[0] // here == ranks[1] // here and group not in _groups:
             _groups[group] = PeerGroup(group)
     if _groups:
-        dist.all_gather_into_tensor, dist.reduce_scatter_tensor = all_gather_into_tensor, reduce_scatter_tensor
+        torch_distributed: Any = dist
+        torch_distributed.all_gather_into_tensor = all_gather_into_tensor
+        torch_distributed.reduce_scatter_tensor = reduce_scatter_tensor
         for module in (layers, mappings):
             module.dist_all_gather_func = all_gather_into_tensor
             module.dist_reduce_scatter_func = reduce_scatter_tensor

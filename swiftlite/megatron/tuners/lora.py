@@ -261,9 +261,9 @@ class Lora(torch.nn.Module):
         """This rank's part of A and B of the projection `short`."""
         a, b = list[Tensor | None](), list[Tensor | None]()
         for share in (shares.get(short) for shares in self.shares):
-            whole = plan.values(share.module) if share else (None, None)
-            a.append(share and whole[0][:, slice(*share.columns)].to(dtype).contiguous())
-            b.append(share and whole[1][slice(*share.rows)].to(dtype).contiguous())
+            wholes = plan.values(share.module) if share else None
+            a.append(wholes[0][:, slice(*share.columns)].to(dtype).contiguous() if share and wholes else None)
+            b.append(wholes[1][slice(*share.rows)].to(dtype).contiguous() if share and wholes else None)
         if not self.grouped:
             assert a[0] is not None and b[0] is not None
             return a[0], b[0]
