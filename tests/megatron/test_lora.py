@@ -28,9 +28,9 @@ from swiftlite.megatron.tuners.lora import (
     Lora,
     adapters_disabled,
     live_linears,
-    plan_lora,
     prepare_lora,
 )
+from swiftlite.megatron.tuners.lora_plan import plan_lora
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import MapError, UsageError
 from swiftlite.weights.lora import PEFT_PREFIX, A, B, initial_a

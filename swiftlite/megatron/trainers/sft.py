@@ -31,7 +31,7 @@ from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import language_model_loss, token_losses
 from swiftlite.megatron.trainers.saving import HF_SUFFIX
 from swiftlite.megatron.tuners.freeze import plan_freeze
-from swiftlite.megatron.tuners.lora import plan_lora
+from swiftlite.megatron.tuners.lora_plan import plan_lora
 from swiftlite.plan.report import print_training
 from swiftlite.train.loop import Run, train
 from swiftlite.train.run_directory import held as hold_directory

@@ -9,13 +9,10 @@ columns has A divided and B whole. What goes between the two is as narrow as the
 
 from __future__ import annotations
 
-import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,125 +29,15 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from swiftlite.convert.adapters import open_adapter, the_adapter
 from swiftlite.convert.origin import Origin
-from swiftlite.llm.model.tuner import lora_targets
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.tuners.freeze import let_gradients_through
-from swiftlite.megatron.tuners.rows import Rows, add_rows
-from swiftlite.utils.errors import MapError, UsageError
-from swiftlite.weights.lora import A, B, LoraConfig, initial_a
-from swiftlite.weights.merged import EMBEDDING, HEAD
+from swiftlite.megatron.tuners.lora_plan import LINEAR, LoraPlan, plan_lora, read_lora, with_new_rows
+from swiftlite.megatron.tuners.rows import add_rows
+from swiftlite.utils.errors import UsageError
+from swiftlite.weights.lora import A, B
 from swiftlite.weights.rule import BoundMap, Entry
 from swiftlite.weights.shard import Piece, pieces
-from swiftlite.weights.storage import Files, read_tensor
-
-_LINEAR = re.compile(r"\.linear_\w+\.weight$")  # neither routers nor gates of shared experts
-
-
-# ---- which layers get adapters ----
-
-
-@dataclass(frozen=True)
-class LoraPlan:
-    """The adapters of a whole model.
-
-    modules: Hugging Face module -> (rank, factor on B A). peft_config: what adapter_config.json says. values(module):
-    A [r, in] and B [out, r] to begin with. rows: of tokens, to begin with.
-    """
-
-    modules: Mapping[str, tuple[int, float]]
-    peft_config: Mapping[str, Any]
-    values: Callable[[str], tuple[Tensor, Tensor]]
-    rows: Rows = field(default_factory=dict)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return {module: rank for module, (rank, _) in self.modules.items()}
-
-    def met_weights(self, bound: BoundMap, expert_share: float) -> float:
-        """Numbers in A and B that a token meets."""
-        total = 0.0
-        for module, (rank, _) in self.modules.items():
-            entry, position = bound.by_hf[f"{module}.weight"]
-            total += rank * sum(entry.hf_shapes[position]) * (1.0 if entry.expert is None else expert_share)
-        return total
-
-
-def _linear_modules(bound: BoundMap) -> list[str]:
-    """Hugging Face names of the modules that can have adapters."""
-    entries = (e for e in bound.entries if e.stack == "decoder.layers" and _LINEAR.search(f".{e.name}"))
-    return [name.removesuffix(".weight") for entry in entries for name in entry.hf]
-
-
-def plan_lora(bound: BoundMap, args: Any) -> LoraPlan:
-    """New adapters on what `--target_modules` or `--target_regex` say; names are matched as peft does.
-
-    Raises: UsageError for a name that no linear layer has.
-    """
-    linear = _linear_modules(bound)
-    targets = lora_targets({name.rpartition(".")[2] for name in linear}, args)
-    if isinstance(targets, str):
-        chosen = [name for name in linear if re.fullmatch(targets, name)]
-        if not chosen:
-            raise UsageError(f"--target_regex {targets}: fits no linear layer; the first is {linear[0]}")
-    else:
-        chosen = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
-    rank = args.lora_rank
-    scale = LoraConfig(rank, args.lora_alpha, args.use_rslora).scale("", rank)
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": args.model or args.mcore_model,
-        "r": rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "use_rslora": args.use_rslora,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets), "bias": "none",
-        "inference_mode": True,
-    }  # fmt: skip
-
-    def values(module: str) -> tuple[Tensor, Tensor]:
-        entry, position = bound.by_hf[f"{module}.weight"]
-        out, into = entry.hf_shapes[position]
-        return initial_a(module, rank, into, args.seed), torch.zeros(out, rank)
-
-    return LoraPlan({name: (rank, scale) for name in chosen}, config, values)
-
-
-@contextmanager
-def read_lora(bound: BoundMap, args: Any) -> Iterator[LoraPlan]:
-    """The adapter that `--adapters DIR` or `--mcore_adapter DIR` names, of either format, open inside the block.
-
-    Raises: as open_adapter; UsageError for several adapters; MapError for one on layers that are not trained.
-    """
-    with tempfile.TemporaryDirectory() as scratch, Files() as files:
-        adapter = open_adapter(the_adapter(args), bound, Path(scratch))
-
-        def values(module: str) -> tuple[Tensor, Tensor]:
-            a, b = (read_tensor(adapter.source, adapter.names[module + suffix], files) for suffix in (A, B))
-            return a, b
-
-        ranks = {n.removesuffix(A): adapter.source.spec(s).shape[0] for n, s in adapter.names.items() if n.endswith(A)}
-        stray = sorted(set(ranks) - set(_linear_modules(bound)))
-        if stray:
-            raise MapError(f"{stray[0]}: adapters on such layers are not trained on Megatron")
-        rows = {w: (ids, read_tensor(adapter.source, s, files)) for w, (s, ids) in adapter.extras.rows.items()}
-        modules = {m: (r, adapter.config.scale(m, r)) for m, r in ranks.items()}
-        yield LoraPlan(modules, adapter.described(), values, rows)
-
-
-def with_new_rows(plan: LoraPlan, origin: Origin) -> LoraPlan:
-    """The plan, with the rows of the tokens that the run adds to the vocabulary, as peft is told to train them."""
-    ids = origin.new_tokens.added if origin.new_tokens is not None else ()
-    if not ids:
-        return plan
-    weights = [weight for weight in (EMBEDDING, HEAD) if weight in origin.bound.by_hf]
-    with Files() as files:
-        rows = {
-            weight: (ids, torch.cat([read_tensor(origin.source, weight, files, rows=(i, i + 1)) for i in ids]))
-            for weight in weights
-        }
-    stated = {weight.split(".")[-2]: list(ids) for weight in weights}
-    return replace(plan, rows=rows, peft_config={**plan.peft_config, "trainable_token_indices": stated})
-
-
-# ---- live layers ----
 
 
 @dataclass
@@ -179,7 +66,7 @@ def live_linears(model: Any, bound: BoundMap) -> list[LiveLinear]:
     live, found = LiveMap(bound), dict[str, LiveLinear]()
     for shard in iter_shards([model]):
         entry, offset = live.entry(shard)
-        if entry.stack == "decoder.layers" and _LINEAR.search(f".{entry.name}"):
+        if entry.stack == "decoder.layers" and LINEAR.search(f".{entry.name}"):
             path, module, weight, group = owners[shard.data.untyped_storage().data_ptr()]
             if weight.dim() == 3:  # one weight for all experts
                 group = shard.data.storage_offset() // weight[0].numel()
