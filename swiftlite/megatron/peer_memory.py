@@ -151,13 +151,15 @@ _groups: dict[Any, PeerGroup] = {}
 _all_gather, _reduce_scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
 
-def all_gather_into_tensor(output: Tensor, input: Tensor, group: Any = None, async_op: bool = False) -> Any:
+def all_gather_into_tensor(
+    output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+) -> Any:
     """As torch.distributed's."""
-    peer = _groups.get(group)
-    fits = peer is not None and output.is_contiguous() and input.is_contiguous() and output.dtype == input.dtype
-    if peer is None or not fits or not peer.takes(input, input.nbytes):
-        return _all_gather(output, input, group=group, async_op=async_op)
-    return _ended(peer.all_gather(output, input), async_op)
+    peer, out, sent = _groups.get(group), output_tensor, input_tensor
+    fits = peer is not None and out.is_contiguous() and sent.is_contiguous() and out.dtype == sent.dtype
+    if peer is None or not fits or not peer.takes(sent, sent.nbytes):
+        return _all_gather(out, sent, group=group, async_op=async_op)
+    return _ended(peer.all_gather(out, sent), async_op)
 
 
 def reduce_scatter_tensor(
