@@ -155,23 +155,30 @@ def all_gather_into_tensor(
     output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
     """As torch.distributed's."""
-    peer, out, sent = _groups.get(group), output_tensor, input_tensor
-    fits = peer is not None and out.is_contiguous() and sent.is_contiguous() and out.dtype == sent.dtype
-    if peer is None or not fits or not peer.takes(sent, sent.nbytes):
-        return _all_gather(out, sent, group=group, async_op=async_op)
-    return _ended(peer.all_gather(out, sent), async_op)
+    peer = _peer(group, output_tensor, input_tensor, input_tensor.nbytes)
+    if peer is None:
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+    return _ended(peer.all_gather(output_tensor, input_tensor), async_op)
 
 
 def reduce_scatter_tensor(
     output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
 ) -> Any:
     """As torch.distributed's."""
-    peer = _groups.get(group)
-    fits = peer is not None and output.is_contiguous() and input.is_contiguous() and output.dtype == input.dtype
-    fits = fits and op == dist.ReduceOp.SUM and input.is_floating_point()
-    if peer is None or not fits or not peer.takes(input, output.nbytes):
+    adds = op == dist.ReduceOp.SUM and input.is_floating_point()
+    peer = _peer(group, output, input, output.nbytes) if adds else None
+    if peer is None:
         return _reduce_scatter(output, input, op=op, group=group, async_op=async_op)
     return _ended(peer.reduce_scatter(output, input), async_op)
+
+
+def _peer(group: Any, out: Tensor, sent: Tensor, nbytes: int) -> PeerGroup | None:
+    """What exchanges `nbytes` of `sent` in the place of NCCL. Several that are to be NCCL's one are left to it."""
+    peer = _groups.get(group)
+    if peer is None or group in dist.distributed_c10d._world.pg_coalesce_state:
+        return None
+    fits = out.is_contiguous() and sent.is_contiguous() and out.dtype == sent.dtype
+    return peer if fits and peer.takes(sent, nbytes) else None
 
 
 def _ended(work: _Work, async_op: bool) -> _Work | None:
