@@ -15,7 +15,8 @@ from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.optimizer import build_optimizer, build_scheduler
 from swiftlite.megatron.trainers.wrapping import choose_overlap, wrap_models
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
-from swiftlite.megatron.tuners.lora import LoraPlan, prepare_lora
+from swiftlite.megatron.tuners.lora import prepare_lora
+from swiftlite.megatron.tuners.lora_plan import LoraPlan
 from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes

@@ -18,7 +18,7 @@ from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import prepare_hf_weights
 from swiftlite.megatron.model.config import torch_dtype
-from swiftlite.megatron.tuners.lora import LoraPlan
+from swiftlite.megatron.tuners.lora_plan import LoraPlan
 from swiftlite.utils.io import move_files, write_json, write_text_atomic
 
 HF_SUFFIX = "-hf"
