@@ -19,7 +19,8 @@ from unittest import mock
 import torch
 
 from swiftlite.checkpoint.bind import bind_map
-from swiftlite.convert.plan import plan_to_mcore
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.convert.targets import McoreTarget
 from swiftlite.utils.io import format_bytes, peak_memory_bytes
 from swiftlite.weights import stream
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
@@ -28,7 +29,7 @@ from swiftlite.weights.storage import Files, TensorSpec
 
 def sparse_source(config: dict[str, object], directory: Path) -> int:
     """Headers, index and holes. Returns: bytes of all tensors."""
-    bound = bind_map(config, ["mtp."])
+    bound = bind_map(config, with_mtp=True)
     specs = {
         name: TensorSpec(torch.float32 if entry.rule.keep_dtype else torch.bfloat16, entry.hf_shapes[position])
         for name, (entry, position) in bound.by_hf.items()
@@ -67,8 +68,8 @@ def main() -> None:
     try:
         total = sparse_source(config, args.directory)
         clock.line(f"sparse source of {format_bytes(total)}")
-        plan = plan_to_mcore(args.directory, config)
-        clock.line(f"headers read, {len(plan.source.tensors)} tensors planned")
+        plan = McoreTarget().plan(Checkpoint.open(args.directory))
+        clock.line(f"headers read, {len(plan.source.names)} tensors planned")
         jobs, kept, size = plan.jobs(args.directory / "mcore"), [], 0
         clock.line(f"{len(jobs)} jobs in the order of the source")
         for job in jobs:

@@ -13,23 +13,29 @@ from swiftlite.families.hf_config import architecture_of, convert_hf_config
 from swiftlite.families.records import Family
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.io import blame
-from swiftlite.weights.rule import BoundMap
+from swiftlite.weights.rule import BoundMap, Duplicate
 from swiftlite.weights.shape import ModelShape
 
 __all__ = ["architecture_of", "bind_map", "convert_hf_config", "flatten_config"]
 
 
-def bind_map(config: Mapping[str, Any], names: Iterable[str] = ()) -> BoundMap:
+def bind_map(config: Mapping[str, Any], names: Iterable[str] = (), *, with_mtp: bool = False) -> BoundMap:
     """The weight map of the model that a config.json describes.
 
     Args: names: tensors of the checkpoint, under Hugging Face or Megatron names. config.json may announce MTP blocks
         that the files do not have (transformers drops them when it saves); such a model is bound without them.
+        with_mtp: with these blocks, whatever the names.
     """
     family = family_of(architecture_of(config))
     check_counts(config, _held(names), "the checkpoint")
     converted = convert_hf_config(config, family)
     with blame("config.json"):
-        return _bind(family, ModelShape.from_config(converted), config, names)
+        return _bind(family, ModelShape.from_config(converted), config, names, with_mtp)
+
+
+def resolve_copy(duplicate: Duplicate, bound: BoundMap) -> str:
+    """The tensor that holds the bytes of a stored copy; a tied model's head is its embedding."""
+    return duplicate.of if duplicate.of in bound.by_hf else "model.embed_tokens.weight"
 
 
 def _held(names: Iterable[str]) -> int | None:
@@ -42,10 +48,12 @@ def _held(names: Iterable[str]) -> int | None:
     return count or None
 
 
-def _bind(family: Family, shape: ModelShape, config: Mapping[str, Any], names: Iterable[str]) -> BoundMap:
+def _bind(family: Family, shape: ModelShape, config: Mapping[str, Any], names: Iterable[str], always: bool) -> BoundMap:
     num_mtp = family.num_mtp(config)
     if num_mtp:
         with_mtp = family.weights.bind(replace(shape, num_mtp=num_mtp))
+        if always:
+            return with_mtp
         plain = set(family.weights.bind(shape).by_hf)
         blocks = {name for name in with_mtp.by_hf if name not in plain}
         if any(name in blocks or name.startswith("mtp.") for name in names):

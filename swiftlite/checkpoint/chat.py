@@ -45,11 +45,11 @@ def copy_chat(source: Path, target: Path) -> None:
     """Let what an adapter became in `target`, merged or in another format, have the chat of its directory `source`."""
     file, config = source / JINJA, source / "tokenizer_config.json"
     jinja = file.read_text(encoding="utf-8") if file.is_file() else _template_in(config)
-    ids = end_tokens(read_json(source / GENERATION).get("eos_token_id")) if (source / GENERATION).is_file() else []
+    ids = end_tokens(read_json(source / GENERATION, optional=True).get("eos_token_id"))
     Chat(jinja, ids[0] if ids else None).write(target)
 
 
 def _template_in(config: Path) -> str | None:
     """The one chat template in a tokenizer_config.json, if there is one."""
-    found = read_json(config).get("chat_template") if config.is_file() else None
+    found = read_json(config, optional=True).get("chat_template")
     return found if isinstance(found, str) else None

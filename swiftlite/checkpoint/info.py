@@ -10,7 +10,7 @@ from typing import Any
 
 from swiftlite.families.blocks import EXPERT_KEYS
 from swiftlite.utils.errors import CheckpointError, UsageError
-from swiftlite.utils.io import blame, read_json
+from swiftlite.utils.io import blame, is_inside, read_json
 
 ARGS_FILE = "args.json"
 # Names under which configs state the longest sequence; the smallest one present holds.
@@ -151,10 +151,12 @@ def _held(directory: Path) -> tuple[int | None, int | None]:
     return count or len(shapes), max((size for shape in shapes for size in shape), default=None)
 
 
-def read_config(model_dir: str) -> dict[str, Any]:
+def read_config(model_dir: str | Path) -> dict[str, Any]:
     """Read config.json of a model directory. Raises CheckpointError where there is none, saying what the folder is."""
     path = Path(model_dir) / "config.json"
     if path.is_file():
+        if not is_inside(path, Path(model_dir)):
+            raise CheckpointError(f"{path} is a link out of its directory; put the file itself there")
         config = read_json(path)
         check_config(config, path)
         return config
@@ -264,5 +266,4 @@ def load_args(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises: CheckpointError if the file is not a JSON object.
     """
-    path = Path(directory) / ARGS_FILE
-    return read_json(path) if path.is_file() else {}
+    return read_json(Path(directory) / ARGS_FILE, optional=True)

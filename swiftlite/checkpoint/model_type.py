@@ -56,8 +56,7 @@ class Facts:
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
-        path = Path(self.model_dir) / "tokenizer_config.json"
-        return read_json(path) if path.is_file() else {}
+        return read_json(Path(self.model_dir) / "tokenizer_config.json", optional=True)
 
     @cached_property
     def jinja(self) -> str | None:

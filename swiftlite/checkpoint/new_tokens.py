@@ -53,7 +53,7 @@ def enter_tokens(directory: Path, ids: Mapping[str, int]) -> None:
                 tokenizer["added_tokens"].append({"id": number, "content": token, **_FLAGS})
         _write(fast, tokenizer)
     path = directory / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_json(path, optional=True)
     decoder = config.get("added_tokens_decoder")
     if decoder is not None or not fast.is_file():
         config["added_tokens_decoder"] = {**(decoder or {}), **{

@@ -227,3 +227,11 @@ def resolve_megatron(args: Any, **kwargs: Any) -> Any:
         raise CheckpointError(f"{args.model_info.model_dir}: config.json is missing")
     args.apply_model_config(convert_hf_config(args.model_info.config))
     return args
+
+
+def the_adapter(args: Any) -> Path:
+    """The one adapter that the arguments name. Raises: UsageError if there are several."""
+    given = [*args.adapters, *([args.mcore_adapter] if args.mcore_adapter else [])]
+    if len(given) > 1:
+        raise UsageError(f"{' '.join(given)}: one adapter at a time")
+    return Path(given[0])

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from swiftlite.arguments.export import VerifyArguments
+from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.checkpoint.side_files import read_hashes
-from swiftlite.convert.origin import Origin, origin_root
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger
@@ -29,8 +29,8 @@ def verify_main(args: VerifyArguments | Sequence[str]) -> None:
     """
     args = as_arguments(VerifyArguments, args)
     paths = [Path(d) for d in args.directories]
-    a, b = (Origin(path) for path in paths)
-    known = [read_hashes(origin_root(path)) if args.quick else {} for path in paths]
+    a, b = (Checkpoint.open(path) for path in paths)
+    known = [read_hashes(checkpoint_root(path)) if args.quick else {} for path in paths]
     names = [name for name in a.names if name in a.bound.by_hf]
     others = {name for name in b.names if name in b.bound.by_hf}
     for here, there, missing in ((0, 1, others - set(names)), (1, 0, set(names) - others)):

@@ -13,7 +13,7 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar
 from swiftlite.weights import stream
 from swiftlite.weights.journal import Workspace
-from swiftlite.weights.storage import Files, TensorSource
+from swiftlite.weights.storage import Files, WeightSource
 
 
 @contextmanager
@@ -50,21 +50,19 @@ def _per_process(max_memory: int | None) -> int | None:
 
 
 def verify_bitwise(
-    written: TensorSource,
+    written: WeightSource,
     hashes: Mapping[str, str],
     jobs: list[stream.Job],
     max_memory: int | None,
-    stored: Mapping[str, str] | None = None,
 ) -> None:
     """Read source and output again from the disk and compare with the hashes that the conversion took. Collective.
 
-    Args: hashes: what `run_jobs` gave for `jobs`. stored: tensor of `written` -> its name there; default: the same.
+    Args: hashes: what `run_jobs` gave for `jobs`.
     Raises: VerifyError naming the first tensor that differs.
     """
     jobs = share(jobs, get_rank(), get_world_size())
     with progress("verify source", sum(job.nbytes for job in jobs)) as update:
         stream.check_sources(jobs, hashes, _per_process(max_memory), update)
-    hashes = hashes if stored is None else {name: hashes[source] for name, source in stored.items()}
     names = sorted(hashes)[get_rank() :: get_world_size()]
     total = sum(written.spec(name).nbytes for name in names)
     with progress("verify", total) as update, Files() as files:

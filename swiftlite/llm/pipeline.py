@@ -7,7 +7,7 @@ from typing import Any
 
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.resolve import resolve
-from swiftlite.convert.vocabulary import NewTokens
+from swiftlite.checkpoint.vocabulary import NewTokens
 from swiftlite.llm.model.loader import get_model_tokenizer, load_tokenizer
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger

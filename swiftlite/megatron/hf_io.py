@@ -15,9 +15,8 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from swiftlite.checkpoint.files import main_dtype
-from swiftlite.convert.origin import Origin, as_origin
-from swiftlite.convert.plan import copy_job
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.convert.targets import HfPlan, copy_job
 from swiftlite.megatron.background import Write
 from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
 from swiftlite.utils.errors import MapError
@@ -27,9 +26,8 @@ from swiftlite.weights import stream
 from swiftlite.weights.dcp_file import is_state
 from swiftlite.weights.fp8 import FP8
 from swiftlite.weights.rule import BoundMap, Entry
-from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shard import read_shard, write_shard
-from swiftlite.weights.storage import Files, TensorSpec, check_overflow, overflows
+from swiftlite.weights.storage import Files, check_overflow, overflows
 from swiftlite.weights.torch_dist import slot_of
 
 
@@ -79,7 +77,9 @@ class LiveMap:
         return entry, tuple(shard.global_offset[lead:])
 
 
-def load_weights(models: Sequence[torch.nn.Module], origin: str | Path | Origin, allow_overflow: bool = False) -> int:
+def load_weights(
+    models: Sequence[torch.nn.Module], origin: str | Path | Checkpoint, allow_overflow: bool = False
+) -> int:
     """Fill live models from a Hugging Face directory or a torch_dist checkpoint. Returns: bytes read by this rank.
 
     Collective. allow_overflow: only warn of finite values that the model's dtype makes infinite.
@@ -88,7 +88,7 @@ def load_weights(models: Sequence[torch.nn.Module], origin: str | Path | Origin,
     fp32, and let the optimizer reload its main parameters afterwards.
     Raises: CheckpointError, MapError, ShapeError before anything is changed if files and config do not match.
     """
-    origin = as_origin(origin)
+    origin = origin if isinstance(origin, Checkpoint) else Checkpoint.open(origin)
     live, read = LiveMap(origin.bound), 0
     overflowed: dict[str, torch.dtype] = {}
     with Files() as files, torch.no_grad():
@@ -112,7 +112,7 @@ def save_hf_weights(
 ) -> list[str]:
     """Write live models as a Hugging Face directory; the ranks write slices in place. Collective.
 
-    Config and tokenizer come first, the index last, and the directory takes its name when it is whole.
+    The directory takes its name when it is whole.
     Args: origin_dir: the checkpoint that the run started from. config.json, tokenizer, names and order come from it,
         and so do tensors that the live model does not hold (MTP blocks that are not trained). Returns: their names.
     """
@@ -124,41 +124,32 @@ def save_hf_weights(
 def prepare_hf_weights(
     models: Sequence[torch.nn.Module],
     output_dir: str | Path,
-    origin: str | Path | Origin,
+    origin: str | Path | Checkpoint,
     max_shard_bytes: int = 5 * 10**9,
     record: Callable[[Path], Any] | None = None,
 ) -> tuple[list[str], Write]:
     """Decide what goes where and which rank writes it; see save_hf_weights. record: writes args.json. Collective."""
-    output_dir, origin = Path(output_dir), as_origin(origin)
+    output_dir, origin = Path(output_dir), origin if isinstance(origin, Checkpoint) else Checkpoint.open(origin)
     live = LiveMap(origin.bound)
     shards = [(shard, *live.entry(shard)) for shard in iter_shards(models)]
     held: dict[str, torch.dtype] = {}
     for part in all_gather({name: shard.data.dtype for shard, entry, _ in shards for name in entry.hf}):
         held.update(part)
-    specs = {}
-    for name in origin.names:
-        of = origin.copies.get(name, name)
-        entry, position = origin.bound.by_hf[of]
-        kept = of not in held or entry.rule.keep_dtype
-        specs[name] = TensorSpec(origin.dtypes[name] if kept else held[of], entry.hf_shapes[position])
     carried = [name for name in origin.names if origin.copies.get(name, name) not in held]
-    plan = plan_shards(specs, max_shard_bytes)
+    plan = HfPlan.of(origin, held, None, max_shard_bytes)
     directory = output_dir.with_name(f".{output_dir.name}.saving")
     main = get_rank() == 0
     if main:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        origin.write_side_files(directory, main_dtype((s.dtype, s.numel) for s in specs.values()))
-        if record is not None:
-            record(directory)
-        create_shards(directory, plan)
+        plan.prepare(directory)
     barrier()
-    places = {name: (directory / s.file, offset) for s in plan for name, offset in s.offsets.items()}
+    places = plan.places(directory)
 
     def place(name: str, _: str | None = None) -> tuple[Path, int, torch.dtype]:
-        return (*places[name], specs[name].dtype)
+        return (*places[name], plan.specs[name].dtype)
 
-    jobs = [copy_job(origin.source, name, *places[name], specs[name].dtype) for name in carried]
+    jobs = [copy_job(origin.source, name, *places[name], plan.specs[name].dtype) for name in carried]
     mine, my_jobs = divide([shard for shard, _, _ in shards], jobs)
     owned = [item for item, is_mine in zip(shards, mine, strict=True) if is_mine]
 
@@ -179,7 +170,9 @@ def prepare_hf_weights(
         if carried:
             get_logger().info("%d tensors that training does not hold are carried over unchanged", len(carried))
         if main:
-            write_index(directory, plan, sum(s.nbytes for s in specs.values()))
+            plan.publish(directory)
+            if record is not None:
+                record(directory)
             replace_directory(directory, output_dir)
         barrier()
 

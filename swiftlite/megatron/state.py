@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from swiftlite.convert.origin import Origin
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron import backend
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
@@ -191,7 +191,7 @@ def _cut_vocabulary(state: dict[str, Any], vocab_size: int) -> None:
         del container[key]
 
 
-def carried_tensors(models: Sequence[torch.nn.Module], origin: Origin) -> dict[str, ShardedTensor]:
+def carried_tensors(models: Sequence[torch.nn.Module], origin: Checkpoint) -> dict[str, ShardedTensor]:
     """Tensors of the origin that the live model does not hold (MTP blocks that are not trained), on rank 0. Collective.
 
     They go unchanged into every checkpoint of the run.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,20 +15,19 @@ import torch
 from swiftlite.arguments.parser import as_words
 from swiftlite.arguments.preference import PreferenceArguments
 from swiftlite.checkpoint.bind import bind_map
-from swiftlite.checkpoint.side_files import read_config
-from swiftlite.convert.origin import Origin, origin_root
-from swiftlite.convert.plan import ConfigSource, has_weights
-from swiftlite.convert.vocabulary import grown
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.planned import PlannedSource
+from swiftlite.checkpoint.vocabulary import grown
+from swiftlite.convert.targets import McorePlan, Plan
 from swiftlite.plan.memory import GPUS_PER_NODE, Layout, Need, TrainingModel, even_stages
-from swiftlite.utils.dist import get_world_size
+from swiftlite.utils.dist import num_processes
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import existing_parent, format_bytes, peak_memory_bytes, probe_disk
 from swiftlite.utils.secrets import SETTINGS
-from swiftlite.utils.text import format_seconds
+from swiftlite.utils.text import format_seconds, printable
 from swiftlite.weights.rule import BoundMap
-from swiftlite.weights.storage import TensorSource
+from swiftlite.weights.storage import TensorSpec
 from swiftlite.weights.stream import planned_bytes
-from swiftlite.weights.torch_dist import find_iteration
 
 MODES = (None, "selective", "full")
 _OWN = {"dry_run", "gpus", "gpu_memory", "debug"}
@@ -39,12 +37,6 @@ _PARALLEL = {
     "decoder_last_pipeline_num_layers", "num_virtual_stages_per_pipeline_rank", "recompute", "recompute_granularity",
     "recompute_method", "recompute_num_layers", "recompute_modules",
 }  # fmt: skip
-
-
-def num_processes() -> int:
-    """Processes of the command itself: a dry run starts none, but the environment says how many there would be."""
-    asked = math.prod(int(os.environ.get(name) or 1) for name in ("NPROC_PER_NODE", "NNODES"))
-    return max(get_world_size(), asked)
 
 
 def command(words: Sequence[str], args: Any, without: Collection[str] = ()) -> list[str]:
@@ -60,9 +52,30 @@ def _rows(rows: Iterable[tuple[str, str]]) -> None:
 # ---- conversion ----
 
 
-def print_conversion(args: Any, output_dir: Path, source: TensorSource, total: int, files: Sequence[int]) -> None:
+def print_coverage(plan: McorePlan) -> None:
+    """Print the plan per rule: Megatron name <- HF names, shape, dtype, bytes; then what is left out and why."""
+    bound = plan.source.bound
+    for entry in bound.entries:
+        if entry.expert:
+            continue
+        dtype = plan.dtypes[entry.mcore, entry.expert]
+        experts = 1 if entry.expert is None else bound.model.experts
+        spec = TensorSpec(dtype, entry.shape)
+        print(
+            f"{entry.label} <- {' + '.join(entry.hf)} {type(entry.rule.op).__name__} "
+            f"{list(entry.shape)} {str(dtype).removeprefix('torch.')} {format_bytes(spec.nbytes)}"
+            f"{f', and so {experts - 1} more experts' if experts > 1 else ''}"
+        )
+    for name in plan.source.ignored:
+        print(printable(f"ignored: {name} (not a weight)"))
+    for name, of in plan.source.copies.items():
+        print(printable(f"left out: {name} (copy of {of})"))
+
+
+def print_conversion(args: Any, output_dir: Path, plan: Plan) -> None:
     """Bytes, files, memory, time and command of a conversion."""
-    read = source.stored_bytes if isinstance(source, ConfigSource) else total
+    total, files, source = plan.total_bytes, plan.sizes, plan.source.source
+    read = source.stored_bytes if isinstance(source, PlannedSource) else total
     speed = probe_disk(output_dir)
     rows = [
         ("reads", format_bytes(read)),
@@ -105,16 +118,11 @@ def print_training(
     adapters: Hugging Face module -> rank, of a run that trains only these. trained: Hugging Face names, of one that
     freezes the others.
     """
-    root = origin_root(origin)
-    config = grown(read_config(root), args.new_tokens)
-    if args.mcore_model or has_weights(root):
-        Origin(origin)  # holds config.json against the tensors that are there
-    shards = (
-        list(find_iteration(Path(origin)).glob("*.distcp")) if args.mcore_model else list(root.glob("*.safetensors"))
-    )
-    planned = None if args.mcore_model else ConfigSource(root, config)
-    names = planned.tensors if planned is not None else ["mtp."]
-    bound = bind_map(config, names)
+    root = Path(origin)
+    weights = bool(args.mcore_model) or any(root.glob("*.safetensors"))
+    source = Checkpoint.open(root, weights=weights)  # holds config.json against the tensors that are there
+    files = [file for file in source.source.files if weights and file.suffix != ".metadata"]
+    bound = bind_map(grown(source.config, args.new_tokens), source.names)
     pairs = isinstance(args, PreferenceArguments)
     own_reference = pairs and not args.precompute_ref_log_probs and (args.ref_model or args.train_type != "lora")
     model = TrainingModel(
@@ -122,7 +130,8 @@ def print_training(
         reference=bool(own_reference), adapters=adapters(bound), trained=trained(bound),
     )  # fmt: skip
     stored = checkpoint_bytes(model, with_optimizer=False)
-    read = sum(p.stat().st_size for p in shards) or (planned.stored_bytes if planned is not None else 0)
+    planned = source.source.stored_bytes if isinstance(source.source, PlannedSource) else 0
+    read = planned or sum(file.stat().st_size for file in files)
     saved = checkpoint_bytes(model, with_optimizer=not args.no_save_optim)
     speed = probe_disk(Path(args.output_dir))
     times = ""
@@ -132,7 +141,7 @@ def print_training(
     _rows(
         [
             ("model", f"{model.num_parameters:,} parameters, {model.num_trained:,} trained"),
-            ("reads", f"{format_bytes(read)}{f' in {len(shards)} files' if shards else ''}"),
+            ("reads", f"{format_bytes(read)}{f' in {len(files)} files' if files else ''}"),
             ("saves", f"{format_bytes(saved)} in each checkpoint{hf}"),
             ("disk", _disk(Path(args.output_dir), saved, speed) + times),
         ]

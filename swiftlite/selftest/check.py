@@ -21,17 +21,16 @@ import torch
 from swiftlite.arguments.export import CheckArguments
 from swiftlite.arguments.parser import nearest
 from swiftlite.checkpoint.bind import architecture_of, bind_map, convert_hf_config
-from swiftlite.checkpoint.files import copy_side_files
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.resolve import as_arguments
-from swiftlite.checkpoint.side_files import read_config, read_manifest, write_manifest
-from swiftlite.convert.plan import plan_to_hf, plan_to_mcore
+from swiftlite.convert.conversion import Options, convert
+from swiftlite.convert.targets import HfTarget, McoreTarget
 from swiftlite.families import family_of, tiny_configs
 from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import UsageError, VerifyError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.text import some
-from swiftlite.weights import dcp_file, stream, torch_dist
-from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 from swiftlite.weights.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -124,33 +123,20 @@ def check_config(name: str, config: Mapping[str, Any], code: Path | None = None)
         write_random_model(config, hf)
         for file in code.glob("*.py") if code else ():
             shutil.copy(file, hf)
-        plan = plan_to_mcore(hf, read_config(hf))
-        iteration = mcore / "iter_0000001"
-        iteration.mkdir(parents=True)
-        dcp_file.create_files(iteration, plan.dist)
-        stream.run(plan.jobs(iteration))
-        dcp_file.write_metadata(iteration, plan.dist, {}, 1)
-        (mcore / torch_dist.TRACKER).write_text("1")
-        write_manifest(mcore, plan.source, plan.coverage)
-        copy_side_files(hf, mcore, {})
-        back_plan = plan_to_hf(iteration, config, None, read_manifest(mcore))
-        shards = plan_shards(back_plan.specs, 10**9, back_plan.layout)
-        back.mkdir()
-        create_shards(back, shards)
-        stream.run(back_plan.jobs({n: (back / s.file, o) for s in shards for n, o in s.offsets.items()}))
-        write_index(back, shards, back_plan.total_bytes)
+        source = Checkpoint.open(hf)
+        convert(source, McoreTarget(), mcore, Options(quiet=True))
+        convert(Checkpoint.open(mcore), HfTarget(), back, Options(quiet=True))
         if (back / "model.safetensors").read_bytes() != (hf / "model.safetensors").read_bytes():
             raise VerifyError(f"{name}: the way back does not give the same bytes; please report this model type")
 
         options = SimpleNamespace(test_convert_dtype="float32", trust_remote_code=code is not None)
-        report = check_precision(hf, mcore, options)
+        report = check_precision(source, mcore, options)
         gradient = gradient_error(hf, code is not None)
         if gradient > GRADIENT_TOLERANCE:
             raise VerifyError(f"{name}: gradients are {gradient:.1e} off, allowed {GRADIENT_TOLERANCE:.0e}")
-    architecture = architecture_of(config)
     return CheckResult(
-        name, architecture, len(bind_map(config, ["mtp."]).by_hf), report.logits_max_diff / report.scale, gradient,
-        family_of(architecture).block, time.time() - started,
+        name, architecture_of(config), len(source.bound.by_hf), report.logits_max_diff / report.scale, gradient,
+        source.family.block, time.time() - started,
     )  # fmt: skip
 
 

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from swiftlite.arguments.megatron_export import conversion_arguments
-from swiftlite.checkpoint.bind import bind_map, convert_hf_config
-from swiftlite.checkpoint.side_files import read_config
+from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.info import read_config
 from swiftlite.selftest.precision_hf import Rounding, build_hf, run_hf
 from swiftlite.selftest.precision_mcore import Part, relative_error, run_mcore
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.dcp_file import TorchDistSource
-from swiftlite.weights.fp8 import open_source
-from swiftlite.weights.safetensors import SafetensorsSource
-from swiftlite.weights.storage import decoder
+from swiftlite.weights.storage import WeightSource
 from swiftlite.weights.torch_dist import find_iteration, slot_of
 
 NUM_TOKENS = 512
@@ -111,18 +110,13 @@ def groups_of_check(hf_dir: Path) -> Iterator[None]:
 
 
 def check_precision(
-    hf_dir: Path,
-    mcore_dir: Path,
-    args: Any = None,
-    source: SafetensorsSource | None = None,
-    vocab_size: int | None = None,
-    cast_to: torch.dtype | None = None,
+    hf: Checkpoint | Path, mcore_dir: Path, args: Any = None, cast_to: torch.dtype | None = None
 ) -> PrecisionReport:
     """Run both models on one conversation and compare every part and the logits.
 
-    Args: hf_dir: Hugging Face directory. mcore_dir: torch_dist checkpoint (root or iteration) whose config.json, if it
-        has one, describes it. args: ExportArguments (test_convert_dtype, template, trust_remote_code), all optional.
-        source, vocab_size: the Hugging Face side with added vocabulary rows, where it is not `hf_dir` as it stands.
+    Args: hf: the Hugging Face side, or its directory. mcore_dir: torch_dist checkpoint (root or iteration) whose
+        config.json, if it has one, describes it. args: ExportArguments (test_convert_dtype, template,
+        trust_remote_code), all optional.
         cast_to: dtype that the conversion wrote; both sides' weights are rounded to it, so that only mistakes differ.
     Raises: VerifyError naming the first part that is off.
     """
@@ -133,23 +127,19 @@ def check_precision(
     if dtype == torch.float32:  # before CUDA starts: Transformer Engine multiplies fp32 in TF32 otherwise
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     iteration = find_iteration(Path(mcore_dir))
-    ids = _token_ids(Path(hf_dir), args)
-    hf_source, mcore_source = source or open_source(Path(hf_dir), read_config(Path(hf_dir))), TorchDistSource(iteration)
-    report = PrecisionReport(
-        dtype, ids.shape[1], len(hf_source.tensors), sum(t.spec.numel for t in hf_source.tensors.values()),
-        len(mcore_source.tensors), sum(t.spec.numel for t in mcore_source.tensors.values()),
-    )  # fmt: skip
+    hf = hf if isinstance(hf, Checkpoint) else Checkpoint.open(hf)
+    ids = _token_ids(hf.root, args)
+    report = PrecisionReport(dtype, ids.shape[1], *_size(hf.source), *_size(TorchDistSource(iteration)))
     log.info(
         "precision check: %d tokens in %s, one layer of each model at a time%s", report.num_tokens, dtype,
-        "; Hugging Face's side has the same weights dequantised or merged" if decoder(hf_source) else "",
+        "; Hugging Face's side has the same weights dequantised or merged" if hf.source.decodes else "",
     )  # fmt: skip
-    model = build_hf(Path(hf_dir), dtype, getattr(args, "trust_remote_code", False), vocab_size)
-    bound = bind_map(read_config(Path(hf_dir)), hf_source.tensors)
-    rounding = Rounding(cast_to, {n for e in bound.entries if e.rule.keep_dtype for n in (*e.hf, slot_of(e).key)})
-    hf = run_hf(model, hf_source, ids, dtype, backend.setup().device, rounding)
-    config_dir = iteration.parent if (iteration.parent / "config.json").is_file() else Path(hf_dir)
-    report.parts, logits = run_mcore(iteration, read_config(config_dir), ids, dtype, hf, rounding)
-    report.compare(logits, hf.logits)
+    model = build_hf(hf.root, dtype, getattr(args, "trust_remote_code", False), hf.config["vocab_size"])
+    rounding = Rounding(cast_to, {n for e in hf.bound.entries if e.rule.keep_dtype for n in (*e.hf, slot_of(e).key)})
+    run = run_hf(model, hf.source, ids, dtype, backend.setup().device, rounding)
+    config_dir = iteration.parent if (iteration.parent / "config.json").is_file() else hf.root
+    report.parts, logits = run_mcore(iteration, read_config(config_dir), ids, dtype, run, rounding)
+    report.compare(logits, run.logits)
     _log(report)
     fault = report.fault()
     if fault:
@@ -158,6 +148,11 @@ def check_precision(
             "The checkpoint is not usable; please report the model type and this line"
         )
     return report
+
+
+def _size(source: WeightSource) -> tuple[int, int]:
+    """Tensors, and numbers in them."""
+    return len(source.names), sum(source.spec(name).numel for name in source.names)
 
 
 def _log(report: PrecisionReport) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swiftlite.checkpoint.side_files import read_config
+from swiftlite.checkpoint.info import read_config
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of
 from swiftlite.llm.model.names import Stored, checkpoint_tensors
 from swiftlite.utils.errors import ConfigError
-from swiftlite.weights.safetensors import SafetensorsSource
-from swiftlite.weights.storage import Files, decoder, read_tensor
+from swiftlite.weights.storage import Files, WeightSource, decoder, read_tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class _Weights:
     """Puts the weights of one part of a model in place, and takes them out again."""
 
     def __init__(
-        self, model: Any, source: SafetensorsSource, files: Files, dtype: torch.dtype, device: torch.device,
+        self, model: Any, source: WeightSource, files: Files, dtype: torch.dtype, device: torch.device,
         rounding: Rounding,
     ) -> None:  # fmt: skip
         self.source, self.files, self.rounding = source, files, rounding
@@ -100,10 +99,10 @@ class _Weights:
     def _fill(self, owner: Tensor, target: Tensor) -> None:
         """Read what lies in `owner`, which is in the shape of the model, into `target`."""
         places = self.stored[id(owner)]
-        held = [(name, stored.view) for name, stored in places if name in self.source.tensors]
+        held = [(name, stored.view) for name, stored in places if name in self.source.names]
         if sum(view.numel() for _, view in held) < owner.numel():
-            missing = next(name for name, _ in places if name not in self.source.tensors)
-            raise ConfigError(f"{missing} of the Hugging Face model is not in {self.source.directory}")
+            missing = next(name for name, _ in places if name not in self.source.names)
+            raise ConfigError(f"{missing} of the Hugging Face model is not in {self.source.files[0].parent}")
         for name, view in held:
             place = target.as_strided(view.shape, view.stride(), view.storage_offset())
             place.copy_(self._values(name).view(view.shape))
@@ -134,7 +133,7 @@ class _Weights:
 
 
 def run_hf(
-    model: Any, source: SafetensorsSource, ids: Tensor, dtype: torch.dtype, device: torch.device, rounding: Rounding
+    model: Any, source: WeightSource, ids: Tensor, dtype: torch.dtype, device: torch.device, rounding: Rounding
 ) -> HfRun:
     """One forward pass of `ids` [1, S] through the model of `build_hf`, its weights read from `source`."""
     for module in model.modules():

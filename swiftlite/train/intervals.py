@@ -72,7 +72,7 @@ class Best:
             raise UsageError(f"--metric_for_best_model {metric}: is not measured; there are {', '.join(names)}")
         self.greater = "loss" not in metric if greater is None else greater
         path = root / BEST_FILE
-        self.record: dict[str, Any] = read_json(path) if path.is_file() else {}
+        self.record: dict[str, Any] = read_json(path, optional=True)
         if not (root / str(self.record.get("checkpoint"))).is_dir():
             self.record = {}
 

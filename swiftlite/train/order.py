@@ -109,7 +109,7 @@ def read_data_state(dataset: Any, directory: Path) -> None:
     Raises: UsageError if the data is not what the checkpoint was trained on; CheckpointError for a damaged file.
     """
     path = directory / DATA_STATE_FILE
-    stored = read_json(path) if path.is_file() else {}
+    stored = read_json(path, optional=True)
     now = _facts(dataset)
     then = {name: stored.pop(name) for name in ("samples", "bytes", "content") if name in stored}
     if now and "content" in then and then != now:

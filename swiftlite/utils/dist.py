@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,3 +84,9 @@ def all_gather(value: T) -> list[T]:
     gathered: list[T] = [value] * get_world_size()
     torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def num_processes() -> int:
+    """Processes of the command itself: a dry run starts none, but the environment says how many there would be."""
+    asked: int = math.prod(int(os.environ.get(name) or 1) for name in ("NPROC_PER_NODE", "NNODES"))
+    return max(get_world_size(), asked)

@@ -155,8 +155,13 @@ def write_json(path: Path, value: Any, **options: Any) -> None:
 MAX_JSON_BYTES = 256 << 20  # the index of a model of 100,000 tensors takes 10 MB, a tokenizer 40 MB
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a side file that holds a JSON object. Raises: CheckpointError naming the file and what is wrong with it."""
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Read a side file that holds a JSON object. optional: {} where there is none.
+
+    Raises: CheckpointError naming the file and what is wrong with it.
+    """
+    if optional and not path.is_file():
+        return {}
     advice = "download or copy the file again"
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:

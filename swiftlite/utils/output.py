@@ -68,7 +68,7 @@ def _check_replaceable(output: Path, real: Path, kind: str) -> None:
 def mark_output(directory: Path, kind: str) -> None:
     """Record what a finished directory is and which files belong to it."""
     path = directory / MARKED
-    values = read_json(path) if path.is_file() else {}
+    values = read_json(path, optional=True)
     write_json(path, {**values, MARK: {"kind": kind, "files": sorted({*files_of(directory), MARKED})}})
 
 

@@ -13,7 +13,7 @@ import math
 import pickle
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import blame, is_inside, plain_name, write_bytes_atomic, write_text_atomic
 from swiftlite.weights.ops import Shape
-from swiftlite.weights.storage import Extent, TensorSpec
+from swiftlite.weights.storage import Extent, TensorSpec, WeightSource
 from swiftlite.weights.torch_record import data_offset, record_frame
 from swiftlite.weights.unpickle import read_metadata
 
@@ -114,7 +114,7 @@ class _Chunks:
             start += count
 
 
-class TorchDistSource:
+class TorchDistSource(WeightSource):
     """One `iter_*` directory. Opening it reads `.metadata` only. Names are global keys such as `decoder.layers.3.…`.
 
     data: whether the files that hold the tensors must be there; a plan does without.
@@ -161,6 +161,14 @@ class TorchDistSource:
                 chunks.append(_Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
             tensors[name] = _Chunks(name, spec, chunks)
         return tensors
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.tensors
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self.directory / ".metadata", *self.directory.glob("*.distcp")]
 
     def spec(self, name: str) -> TensorSpec:
         return self.tensors[name].spec

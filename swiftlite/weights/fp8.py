@@ -63,8 +63,10 @@ def _block(quantisation: Mapping[str, Any]) -> tuple[int, int]:
 class Fp8Source(SafetensorsSource):
     """`tensors` holds the weights without their scales; `decode` turns what is stored into fp32 values.
 
-    left_out: scales of activations, which are no part of the weights.
+    `left_out` are scales of activations.
     """
+
+    decodes = True
 
     def __init__(self, directory: Path, block: tuple[int, int], dequantised: torch.dtype) -> None:
         """dequantised: dtype that FP8 weights become by default.
@@ -130,11 +132,8 @@ class Fp8Source(SafetensorsSource):
         return values
 
 
-class _Plain:
+class _Plain(SafetensorsSource):
     """The files as they are, scales included."""
 
-    def __init__(self, tensors: Mapping[str, Located]) -> None:
+    def __init__(self, tensors: dict[str, Located]) -> None:
         self.tensors = tensors
-
-    spec = SafetensorsSource.spec
-    extents = SafetensorsSource.extents

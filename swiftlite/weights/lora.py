@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
 from swiftlite.weights.shape import ModelShape
-from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, read_tensor
+from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, read_tensor
 from swiftlite.weights.torch_dist import candidates
 
 PEFT_PREFIX = "base_model.model."
@@ -138,7 +138,7 @@ def check_adapter(bound: BoundMap, shapes: Mapping[str, Shape], where: str) -> N
             raise ShapeError(f"{name} in {where} has shape {list(shape)}, the base model needs {list(wanted)}")
 
 
-def check_values(source: TensorSource, names: Mapping[str, str], lora: LoraConfig, where: str) -> None:
+def check_values(source: WeightSource, names: Mapping[str, str], lora: LoraConfig, where: str) -> None:
     """Look at every tensor of an adapter, a block of rows at a time.
 
     Raises: CheckpointError naming the first one with NaN or infinite values, or of a scale that makes some.
@@ -242,11 +242,8 @@ def _pattern(module: str, exact: bool) -> str:
     return rf"{before}experts\.(\d+\.)?{expert[1]}"
 
 
-class ForeignAdapter:
-    """An adapter checkpoint under Megatron names, seen under Hugging Face's; a TensorSource.
-
-    `names`: adapter name -> itself, for every module that the checkpoint has.
-    """
+class ForeignAdapter(WeightSource):
+    """An adapter checkpoint under Megatron names, seen under Hugging Face's."""
 
     def __init__(self, source: TorchDistSource, bound: BoundMap) -> None:
         """Raises: MapError for a key that is no adapter of this model."""
@@ -276,7 +273,14 @@ class ForeignAdapter:
         unknown = sorted(set(parts) - used)
         if unknown:
             raise MapError(f"{unknown[0]} in {source.directory} belongs to no weight of this model")
-        self.names = {name: name for name in self._found}
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._found
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.source.files
 
     def spec(self, name: str) -> TensorSpec:
         entry, position, key, _, lead = self._found[name]

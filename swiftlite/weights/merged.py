@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
 from swiftlite.weights.lora import A, B, LoraConfig
 from swiftlite.weights.rule import BoundMap
-from swiftlite.weights.storage import Extent, Files, TensorSource, TensorSpec, read_tensor
+from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, Wrapped, read_tensor
 
 B_BIAS, TOKENS = ".lora_B.bias", ".token_adapter.trainable_tokens_delta"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -35,7 +35,7 @@ class Extras:
         return bool(self.whole or self.rows or self.biases)
 
 
-def read_extras(names: Mapping[str, str], source: TensorSource, config: Mapping[str, Any], bound: BoundMap) -> Extras:
+def read_extras(names: Mapping[str, str], source: WeightSource, config: Mapping[str, Any], bound: BoundMap) -> Extras:
     """The tensors of an adapter that are no pairs. names: name without prefix -> name in `source`.
 
     Raises: MapError, ShapeError for what belongs to no base weight; ConfigError where tied weights were trained apart.
@@ -95,7 +95,7 @@ def _modules(config: Mapping[str, Any], key: str) -> list[str]:
     return ["embed_tokens"] if stated and bare else list(stated)
 
 
-def _check_tied(whole: dict[str, str], source: TensorSource, config: Mapping[str, Any], bound: BoundMap) -> None:
+def _check_tied(whole: dict[str, str], source: WeightSource, config: Mapping[str, Any], bound: BoundMap) -> None:
     """Embedding and head of a tied model are one weight: both must have been trained as one, and the head's copy goes."""
     if not bound.model.tied or not (whole.keys() & {EMBEDDING, HEAD}):
         return
@@ -112,35 +112,29 @@ def _check_tied(whole: dict[str, str], source: TensorSource, config: Mapping[str
     whole.pop(HEAD, None)
 
 
-class Merged:
-    """A base checkpoint with an adapter added: W + scale B A, in fp32, row block by row block; a TensorSource.
+class Merged(Wrapped):
+    """A base checkpoint with an adapter added: W + scale B A, in fp32, row block by row block.
 
     Wraps any source of base weights under Hugging Face names; `decode` does the work while weights are read.
     """
 
     def __init__(
-        self, base: Any, adapter: Any, names: Mapping[str, str], config: LoraConfig, extras: Extras | None = None
+        self, base: WeightSource, adapter: WeightSource, pairs: Collection[str], config: LoraConfig, extras: Extras
     ) -> None:
-        """names: adapter name -> name in `adapter`, of the pairs."""
-        self.base, self.adapter, self.names, self.config = base, adapter, names, config
-        self.extras = extras or Extras()
+        """pairs: names in `adapter` of the pairs."""
+        super().__init__(base)
+        self.adapter, self.pairs, self.config, self.extras, self.decodes = adapter, pairs, config, extras, True
         self._pair = lru_cache(maxsize=8)(self._read_pair)
         self._small = lru_cache(maxsize=8)(self._read_small)
-        if hasattr(base, "tensors"):  # of a model directory
-            mine = {n: replace(base.tensors[n], spec=adapter.spec(stored)) for n, stored in self.extras.whole.items()}
-            self.tensors = {**base.tensors, **mine}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.base, name)
 
     def spec(self, name: str) -> TensorSpec:
         whole = self.extras.whole.get(name)
-        return self.base.spec(name) if whole is None else self.adapter.spec(whole)  # type: ignore[no-any-return]
+        return self.base.spec(name) if whole is None else self.adapter.spec(whole)
 
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         whole = self.extras.whole.get(name)
         source, name = (self.base, name) if whole is None else (self.adapter, whole)
-        return source.extents(name, start, stop)  # type: ignore[no-any-return]
+        return source.extents(name, start, stop)
 
     def _read_small(self, name: str) -> Tensor:
         with Files() as files:
@@ -148,14 +142,13 @@ class Merged:
 
     def _read_pair(self, module: str) -> tuple[Tensor, Tensor]:
         with Files() as files:
-            a, b = (read_tensor(self.adapter, self.names[module + suffix], files).float() for suffix in (A, B))
+            a, b = (read_tensor(self.adapter, module + suffix, files).float() for suffix in (A, B))
         return a, b * self.config.scale(module, a.shape[0])
 
     def decode(self, name: str, row: int, column: int, raw: Tensor) -> Tensor:
         if name in self.extras.whole:
             return raw
-        decode = getattr(self.base, "decode", None)
-        values: Tensor = raw if decode is None else decode(name, row, column, raw)
+        values = self.base.decode(name, row, column, raw)
         if name in self.extras.biases:
             stored, module = self.extras.biases[name]
             scale = self.config.scale(module, self._pair(module)[0].shape[0])
@@ -168,7 +161,7 @@ class Merged:
                     values[number - row] = self._small(stored)[i, column : column + raw.shape[1]]
             return values
         module = name.removesuffix(".weight")
-        if module + A not in self.names:
+        if module + A not in self.pairs:
             return values
         a, b = self._pair(module)
         rows, columns = slice(row, row + raw.shape[0]), slice(column, column + raw.shape[1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import blame, is_inside, plain_name, read_json, write_text_atomic
 from swiftlite.utils.logger import warn_once
 from swiftlite.weights.ops import Shape
-from swiftlite.weights.storage import Extent, TensorSpec
+from swiftlite.weights.storage import Extent, TensorSpec, WeightSource
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,8 +88,13 @@ def _parse(name: str, item: Mapping[str, Any]) -> tuple[str, torch.dtype, Shape,
     return name, DTYPES[item["dtype"]], tuple(item["shape"]), start, stop
 
 
-class SafetensorsSource:
-    """All tensors of a Hugging Face model directory. Opening it reads the index and the headers, no weights."""
+class SafetensorsSource(WeightSource):
+    """All tensors of a Hugging Face model directory. Opening it reads the index and the headers, no weights.
+
+    left_out: names in the files that are neither weights nor needed to read them.
+    """
+
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, directory: Path) -> None:
         """Raises: CheckpointError if there is no safetensors file, or a file or name that the index lists is absent."""
@@ -155,12 +160,12 @@ class SafetensorsSource:
             raise CheckpointError(f"{self.directory} holds no *.safetensors files{hint}; is it a Hugging Face model?")
         return found
 
+    @property
+    def names(self) -> Collection[str]:
+        return self.tensors
+
     def spec(self, name: str) -> TensorSpec:
         return self.tensors[name].spec
-
-    def value_dtype(self, name: str) -> torch.dtype:
-        """dtype of a tensor's values; other than the stored one for FP8 weights."""
-        return self.tensors[name].spec.dtype
 
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         located = self.tensors[name]

@@ -14,7 +14,7 @@ import torch
 
 from swiftlite.utils.errors import ShapeError
 from swiftlite.weights.rule import Entry, clip
-from swiftlite.weights.storage import Files, TensorSource, byte_view, decoder
+from swiftlite.weights.storage import Files, WeightSource, byte_view, decoder
 
 Span = tuple[int, int]
 
@@ -59,7 +59,7 @@ def _rectangle(entry: Entry, offset: Sequence[int], shape: Sequence[int]) -> tup
 
 
 def read_shard(
-    source: TensorSource, entry: Entry, offset: Sequence[int], shape: Sequence[int], files: Files, dtype: torch.dtype
+    source: WeightSource, entry: Entry, offset: Sequence[int], shape: Sequence[int], files: Files, dtype: torch.dtype
 ) -> torch.Tensor:
     """Rows and columns of a Megatron tensor, gathered from `source`.
 

@@ -10,10 +10,10 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -47,40 +47,109 @@ class Extent:
     size: int
 
 
-class TensorSource(Protocol):
-    """Tensors that can be located byte by byte."""
+class WeightSource(Protocol):
+    """Tensors that can be located byte by byte.
+
+    decodes: values are not what is stored (FP8 weights, an adapter added): `decode` makes them of it.
+    """
+
+    decodes: bool = False
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """What is read."""
 
     def spec(self, name: str) -> TensorSpec:
-        """Type and shape of `name`."""
+        """Type and shape of `name` as it is stored."""
+
+    def value_dtype(self, name: str) -> torch.dtype:
+        """dtype of its values."""
+        return self.spec(name).dtype
 
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         """Where bytes [start, stop) of the row-major tensor `name` lie, in order."""
+
+    def decode(self, name: str, row: int, column: int, raw: torch.Tensor) -> torch.Tensor:
+        """Values of raw [R, C], which are the stored rows from `row` and columns from `column`."""
+        return raw
+
+
+class Wrapped(WeightSource):
+    """Another source as it is; what differs is overridden."""
+
+    def __init__(self, base: WeightSource) -> None:
+        self.base = base
+        self.decodes = base.decodes
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.base.names
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.base.files
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.base.spec(name)
+
+    def value_dtype(self, name: str) -> torch.dtype:
+        return self.base.value_dtype(name)
+
+    def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
+        return self.base.extents(name, start, stop)
+
+    def decode(self, name: str, row: int, column: int, raw: torch.Tensor) -> torch.Tensor:
+        return self.base.decode(name, row, column, raw)
+
+
+class Renamed(Wrapped):
+    """A plain source under other names. stored: name here -> name there."""
+
+    def __init__(self, base: WeightSource, stored: Mapping[str, str]) -> None:
+        super().__init__(base)
+        self.stored = stored
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.stored
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.base.spec(self.stored[name])
+
+    def value_dtype(self, name: str) -> torch.dtype:
+        return self.base.value_dtype(self.stored[name])
+
+    def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
+        return self.base.extents(self.stored[name], start, stop)
 
 
 Decode = Callable[[str, int, torch.Tensor], torch.Tensor]
 
 
-def decoder(source: Any) -> Decode | None:
+def decoder(source: WeightSource) -> Decode | None:
     """(name, first element, stored elements) -> their values, flat; None where values are what is stored.
 
-    For sources with a `decode(name, row, column, raw [R, C])`: FP8 weights, weights with an adapter added. The elements
-    are a rectangle [R, C], or a run [N] that is whole rows or lies within one.
+    The elements are a rectangle [R, C], or a run [N] that is whole rows or lies within one.
     """
-    decode = getattr(source, "decode", None)
-    if decode is None:
+    if not source.decodes:
         return None
+    decode = source.decode
 
     def values(name: str, first: int, raw: torch.Tensor) -> torch.Tensor:
         shape = source.spec(name).shape
         if len(shape) == 1:
-            return decode(name, 0, first, raw.reshape(1, -1)).reshape(-1)  # type: ignore[no-any-return]
+            return decode(name, 0, first, raw.reshape(1, -1)).reshape(-1)
         if len(shape) != 2:
             return raw
         row, column = divmod(first, shape[1])
         if raw.dim() == 1:
             raw = raw.view(-1, min(shape[1], len(raw)))
         assert column + raw.shape[1] <= shape[1], f"{name}: elements from {first} on are no rectangle"
-        return decode(name, row, column, raw).reshape(-1)  # type: ignore[no-any-return]
+        return decode(name, row, column, raw).reshape(-1)
 
     return values
 
@@ -216,13 +285,13 @@ class Files:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def place_of(source: TensorSource, name: str) -> tuple[str, int]:
+def place_of(source: WeightSource, name: str) -> tuple[str, int]:
     """(file name, offset) of a tensor's first byte, to read many in the order of the files."""
     first = next(source.extents(name, 0, min(source.spec(name).nbytes, 1)), None)
     return (first.file.name, first.offset) if first else ("", 0)
 
 
-def read_tensor(source: TensorSource, name: str, files: Files, rows: tuple[int, int] | None = None) -> torch.Tensor:
+def read_tensor(source: WeightSource, name: str, files: Files, rows: tuple[int, int] | None = None) -> torch.Tensor:
     """Read a tensor, or rows [start, stop) of its first dimension."""
     spec = source.spec(name)
     shape = spec.shape

@@ -27,7 +27,7 @@ from swiftlite.weights.storage import (
     Decode,
     Extent,
     Files,
-    TensorSource,
+    WeightSource,
     byte_view,
     check_overflow,
     decoder,
@@ -147,7 +147,7 @@ def _hash_input(job: Job, source: int, files: Files) -> str:
 
 
 def hash_tensor(
-    source: TensorSource,
+    source: WeightSource,
     name: str,
     files: Files,
     dtype: torch.dtype | None = None,
@@ -178,7 +178,7 @@ def hash_tensor(
 
 
 def hash_tensors(
-    source: TensorSource, names: Sequence[str], files: Files, max_memory: int | None = None
+    source: WeightSource, names: Sequence[str], files: Files, max_memory: int | None = None
 ) -> Iterator[tuple[str, str]]:
     """(name, hash) of many tensors, read by several threads in the order of the files."""
     names, local = sorted(names, key=partial(place_of, source)), threading.local()

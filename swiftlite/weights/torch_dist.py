@@ -8,7 +8,7 @@ reading and writing go by byte position, and a part of a chunk costs only its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from swiftlite.utils.errors import CheckpointError, MapError, ShapeError
 from swiftlite.weights.dcp_file import DistPlan, TorchDistSource
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Entry, clip
-from swiftlite.weights.storage import Extent, TensorSpec
+from swiftlite.weights.storage import Extent, TensorSpec, WeightSource
 
 # Names that other specs and versions write for the same tensor; the canonical name is the Transformer Engine spec's.
 OTHER_NAMES = (
@@ -127,15 +127,20 @@ class McoreView:
         yield from self.source.extents(slot.key, base + start, base + stop)
 
 
-class HfNames:
-    """The same checkpoint as Hugging Face tensors: a TensorSource that finds their bytes through the inverse gather."""
+class HfNames(WeightSource):
+    """The same checkpoint as Hugging Face tensors: a WeightSource that finds their bytes through the inverse gather."""
 
     def __init__(self, view: McoreView) -> None:
         self.view = view
         self._inverse = lru_cache(maxsize=64)(lambda name: tuple(self._rows(name)))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.view.bound.by_hf)
+    @property
+    def names(self) -> Collection[str]:
+        return self.view.bound.by_hf
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.view.source.files
 
     def spec(self, name: str) -> TensorSpec:
         entry, position = self.view.bound.by_hf[name]

@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swiftlite.checkpoint.bind import bind_map
-from swiftlite.cli import export as convert
 from swiftlite.cli.main import main
+from swiftlite.convert import conversion as convert
 from swiftlite.weights import journal
 from swiftlite.weights.safetensors import INDEX
 from tests.conftest import TINY_CONFIGS

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swiftlite.cli.main import main
+from swiftlite.convert.targets import HfTarget
 from swiftlite.weights.torch_dist import find_iteration
 
 
@@ -211,17 +212,15 @@ def test_a_corrupt_conversion_fails_the_command_and_leaves_nothing(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault of the converter itself: k and v exchanged. The precision check stops the command before the rename."""
-    from swiftlite.cli import export as convert
+    original = HfTarget.plan
 
-    original = convert.plan_to_hf
-
-    def faulty(*args: Any, **options: Any) -> Any:
-        plan = original(*args, **options)
+    def faulty(target: HfTarget, source: Any) -> Any:
+        plan = original(target, source)
         k, v = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
-        plan.copies.update({k: v, v: k})
+        source.copies.update({k: v, v: k})
         return plan
 
-    monkeypatch.setattr(convert, "plan_to_hf", faulty)
+    monkeypatch.setattr(HfTarget, "plan", faulty)
     out = tmp_path / "back"
     flags = ("--test_convert_precision", "true", "--output_dir", out)
     assert export("--mcore_model", converted, "--to_hf", "true", *flags) == 1
@@ -247,6 +246,7 @@ def test_offline_conversion_imports_neither_megatron_nor_transformers(model: Pat
     code = """
 import sys
 from swiftlite.cli.main import main
+from swiftlite.convert.targets import HfTarget
 model, mcore, back = sys.argv[1:]
 assert main(["export", "--model", model, "--to_mcore", "true", "--output_dir", mcore]) == 0
 assert main(["export", "--mcore_model", mcore, "--to_hf", "true", "--output_dir", back]) == 0

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from swiftlite.checkpoint.bind import bind_map
-from swiftlite.cli import export as convert
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.cli.main import main
+from swiftlite.convert import conversion as convert
 from swiftlite.convert import execute
+from swiftlite.convert.targets import McoreTarget
 from swiftlite.weights import journal, stream
 from tests.families.cases import config_of
 
@@ -33,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("faults") / "GLM-4.5-Air"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    bound = bind_map(CONFIG, ["mtp."])
+    bound = bind_map(CONFIG, with_mtp=True)
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(8)]
     for i, (name, (entry, position)) in enumerate(bound.by_hf.items()):
         shards[i * 8 // len(bound.by_hf)][name] = torch.randn(entry.hf_shapes[position]) * 0.05
@@ -67,6 +69,8 @@ def assert_same_model(a: Path, b: Path) -> None:
 KILLER = """
 import os, random, signal, sys, time
 from swiftlite.cli.main import main
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.convert.targets import McoreTarget
 command, out, kills = sys.argv[4:], sys.argv[1], int(sys.argv[2])
 random.seed(int(sys.argv[3]))
 killed = resumed = 0
@@ -135,9 +139,7 @@ def test_several_processes_share_the_files(model: Path, tmp_path: Path, processe
 
 
 def test_work_is_divided_by_whole_files_and_bytes(model: Path, tmp_path: Path) -> None:
-    from swiftlite.convert.plan import plan_to_mcore
-
-    plan = plan_to_mcore(model, CONFIG, None, 5)
+    plan = McoreTarget(num_files=5).plan(Checkpoint.open(model))
     jobs = plan.jobs(tmp_path)
     parts = [execute.share(jobs, rank, 3) for rank in range(3)]
     assert sum(len(p) for p in parts) == len(jobs)

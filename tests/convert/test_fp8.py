@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.checkpoint.bind import bind_map, convert_hf_config
-from swiftlite.checkpoint.side_files import read_config
+from swiftlite.checkpoint.info import read_config
 from swiftlite.cli.main import main
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups

@@ -140,8 +140,7 @@ def test_damaged_side_files_are_told_before_any_work(
 ) -> None:
     """Files that a conversion only copies; the others would fail with them when they are used."""
     shutil.copytree(made / side, tmp_path / side)
-    for where in ("plan_to_mcore", "plan_to_hf"):
-        monkeypatch.setattr(f"swiftlite.cli.export.{where}", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr("swiftlite.cli.export.Checkpoint.open", lambda *_, **__: pytest.fail("work was begun"))
     for file, contents in SIDE.items():
         path = tmp_path / side / file
         before = path.read_bytes() if path.is_file() else None

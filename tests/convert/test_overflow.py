@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.checkpoint.bind import convert_hf_config
-from swiftlite.checkpoint.side_files import read_config
+from swiftlite.checkpoint.info import read_config
 from swiftlite.cli.main import main
 from swiftlite.llm.model.loader import get_model_tokenizer
 from swiftlite.megatron.distributed import parallel_groups

@@ -10,8 +10,8 @@ from megatron.core import parallel_state as mpu
 
 from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.checkpoint.bind import bind_map, convert_hf_config
-from swiftlite.checkpoint.side_files import read_config
-from swiftlite.convert.origin import Origin
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.info import read_config
 from swiftlite.megatron import backend, hf_io
 from swiftlite.megatron.distributed import destroy, initialize
 from swiftlite.megatron.model.provider import build_models
@@ -42,7 +42,7 @@ def check(root: Path, layout: dict[str, Any], save_to: Path) -> None:
             )
             held = sum(p.numel() for model in models for p in model.parameters())
             assert held == planned[0] + planned[1], (layout, held, planned)
-        bound = Origin(root / "hf").bound
+        bound = Checkpoint.open(root / "hf").bound
         view = McoreView.open(TorchDistSource(root / "mcore/iter_0000001"), bound)
         live = hf_io.LiveMap(bound)
         for source in ("hf", "mcore"):

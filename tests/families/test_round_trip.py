@@ -9,41 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from swiftlite.checkpoint import side_files
-from swiftlite.checkpoint.files import copy_side_files
-from swiftlite.convert import plan as planning
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.convert.conversion import Options, convert
+from swiftlite.convert.targets import HfTarget, McoreTarget
 from swiftlite.llm.model import reference
-from swiftlite.weights import dcp_file, stream, torch_dist
-from swiftlite.weights.safetensors import create_shards, plan_shards, write_index
 
 from .cases import build_hf, config_of, distinct_cases
 
 reference.register()
 
 
-def to_mcore(source: Path, target: Path, **options: Any) -> planning.ToMcorePlan:
-    """The library's own steps without the command around them."""
-    plan = planning.plan_to_mcore(source, side_files.read_config(source), **options)
-    iteration = target / "iter_0000001"
-    iteration.mkdir(parents=True)
-    dcp_file.create_files(iteration, plan.dist)
-    planning.check_duplicates(plan.source, plan.coverage.duplicates)
-    stream.run(plan.jobs(iteration))
-    side_files.write_manifest(target, plan.source, plan.coverage)
-    dcp_file.write_metadata(iteration, plan.dist, {}, 1)
-    copy_side_files(source, target, {})
-    (target / torch_dist.TRACKER).write_text("1")
-    return plan
+def to_mcore(source: Path, target: Path, **options: Any) -> None:
+    convert(Checkpoint.open(source), McoreTarget(**options), target, Options(quiet=True, exist_ok=True))
 
 
-def to_hf(source: Path, target: Path, max_shard_bytes: int = 10**9, manifest: bool = True) -> None:
-    stored = side_files.read_manifest(source) if manifest else None
-    plan = planning.plan_to_hf(source / "iter_0000001", side_files.read_config(source), None, stored)
-    target.mkdir()
-    shards = plan_shards(plan.specs, max_shard_bytes, plan.layout)
-    create_shards(target, shards)
-    stream.run(plan.jobs({n: (target / s.file, o) for s in shards for n, o in s.offsets.items()}))
-    write_index(target, shards, plan.total_bytes)
+def to_hf(source: Path, target: Path, max_shard_bytes: int | None = None, manifest: bool = True) -> None:
+    if not manifest:
+        (source / "manifest.json").unlink(missing_ok=True)
+    convert(Checkpoint.open(source), HfTarget(None, max_shard_bytes), target, Options(quiet=True))
 
 
 @pytest.mark.parametrize("case", distinct_cases())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swiftlite.convert.origin import Origin
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.llm.model import tuner
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
@@ -55,7 +55,7 @@ def test_logits_and_gradients_are_pefts(case: str, tmp_path: Path) -> None:
     exact = step(peft.float()(input_ids=IDS.cuda(), use_cache=False).logits, take)
     with parallel_groups(options := arguments(tmp_path / "hf", "bfloat16")):
         models = build_models(options)
-        prepare_lora(models, Origin(tmp_path / "hf"), args)
+        prepare_lora(models, Checkpoint.open(tmp_path / "hf"), args)
         model = models[0].cuda()
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()

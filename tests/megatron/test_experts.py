@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from swiftlite.convert.origin import Origin
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.experts import GroupedExperts, LocalDispatcher, counts_stay_on_device
@@ -72,7 +72,7 @@ def test_adapters_on_grouped_experts(tmp_path: Path) -> None:
             model = built if build is grouped else built[0][0]
             args = lora_args()
             args.mcore_adapter = None
-            prepare_lora([model], Origin(tmp_path / "hf"), args)
+            prepare_lora([model], Checkpoint.open(tmp_path / "hf"), args)
             hf_io.load_weights([model], tmp_path / "hf")
             names = sorted(by_name(model).items())
             set_by_name(model, {

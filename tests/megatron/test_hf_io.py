@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from swiftlite.arguments.megatron_export import conversion_arguments
-from swiftlite.checkpoint import side_files
 from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.info import read_config
 from swiftlite.llm.model import reference
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
@@ -36,7 +36,7 @@ IDS = torch.randint(0, 300, (2, 160), generator=torch.Generator().manual_seed(3)
 @contextmanager
 def live(directory: Path) -> Iterator[tuple[Any, Any]]:
     """(models, args) of an unloaded GPTModel in fp32."""
-    args = conversion_arguments(convert_hf_config(side_files.read_config(directory)), str(directory), "float32")
+    args = conversion_arguments(convert_hf_config(read_config(directory)), str(directory), "float32")
     with parallel_groups(args):
         yield build_models(args), args
 

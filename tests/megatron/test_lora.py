@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from safetensors.torch import load_file
 
 from swiftlite.arguments.train import SftArguments
-from swiftlite.convert.origin import Origin
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.llm.model import reference, tuner
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.hf_io import load_weights
@@ -54,7 +54,7 @@ def adapted(directory: Path, args: Any) -> Iterator[Any]:
     """The Megatron model of a directory with adapters on it."""
     args.mcore_adapter = None
     with live(directory) as (models, _):
-        prepare_lora(models, Origin(directory), args)
+        prepare_lora(models, Checkpoint.open(directory), args)
         load_weights(models, directory)
         yield models[0]
 
@@ -133,7 +133,7 @@ def test_experts_at_once_equal_one_after_the_other(linear: str, targets: list[st
     """Some experts without rows, one without adapters, one of another rank and scale; ranks do not fill 16 bytes."""
     build_hf(config_of("glm4_5:default"), tmp_path / "hf")
     generator, args = torch.Generator().manual_seed(0), lora_args(target_modules=targets)
-    bound = Origin(tmp_path / "hf").bound
+    bound = Checkpoint.open(tmp_path / "hf").bound
     with live(tmp_path / "hf") as (models, _):
         plan, path = plan_lora(bound, args), "decoder.layers.1.mlp.experts.local_experts."
         found = [one for one in live_linears(models[0], bound) if one.path.startswith(path) and linear in one.path]
@@ -357,7 +357,7 @@ def test_dropout_acts_in_training_only(tmp_path: Path) -> None:
 
 def test_targets(tmp_path: Path) -> None:
     build_hf(config_of("glm4_5:default"), tmp_path / "hf")
-    bound = Origin(tmp_path / "hf").bound
+    bound = Checkpoint.open(tmp_path / "hf").bound
 
     def chosen(**values: Any) -> set[str]:
         return set(plan_lora(bound, lora_args(**values)).modules)
@@ -509,7 +509,7 @@ def test_experts_of_a_grouped_layer(tmp_path: Path) -> None:
         def one_by_one() -> torch.Tensor:
             return torch.cat([expert(part)[0] for expert, part in zip(experts, x.split(splits.tolist()), strict=True)])
 
-        wanted, bound, grouped = one_by_one(), Origin(tmp_path / "hf").bound, Grouped(experts)
+        wanted, bound, grouped = one_by_one(), Checkpoint.open(tmp_path / "hf").bound, Grouped(experts)
         place = {id(parameter): number for number, parameter in enumerate(grouped.parameters())}
         linears = [
             replace(one, path="grouped", module=grouped, group=place[id(one.weight)])

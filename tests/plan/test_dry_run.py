@@ -24,7 +24,7 @@ def air(tmp_path: Path) -> Path:
     directory = tmp_path / "GLM-4.5-Air"
     directory.mkdir()
     (directory / "config.json").write_text((GOLDEN / "glm4_5_air/config.json").read_text())
-    bound = bind_map(json.loads((directory / "config.json").read_text()), ["mtp."])
+    bound = bind_map(json.loads((directory / "config.json").read_text()), with_mtp=True)
     names = [*bound.by_hf, *(d.name for d in bound.duplicates if d.name != "lm_head.weight")]
     weight_map = {name: f"model-{1 + i * 47 // len(names):05d}-of-00047.safetensors" for i, name in enumerate(names)}
     index = {"metadata": {"total_size": 220_937_663_488}, "weight_map": weight_map}

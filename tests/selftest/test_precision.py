@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from swiftlite.checkpoint import side_files
 from swiftlite.checkpoint.bind import bind_map
-from swiftlite.convert import plan as planning
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.info import read_config
 from swiftlite.llm.model import reference
 from swiftlite.selftest.precision import TOLERANCES, check_precision
 from swiftlite.utils.errors import VerifyError
@@ -39,8 +39,8 @@ def test_every_model_type_computes_the_same_logits(case: str, tmp_path: Path) ->
 
 def _copies(directory: Path) -> int:
     """Elements that a checkpoint stores twice and Megatron once."""
-    plan = planning.plan_to_mcore(directory, side_files.read_config(directory))
-    return sum(plan.source.spec(d.name).numel for d in plan.coverage.duplicates)
+    checkpoint = Checkpoint.open(directory)
+    return sum(checkpoint.source.spec(name).numel for name in checkpoint.copies)
 
 
 class Mutable:
@@ -48,7 +48,7 @@ class Mutable:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        bound = bind_map(side_files.read_config(root), ["mtp."])
+        bound = bind_map(read_config(root), with_mtp=True)
         self.names = HfNames(McoreView.open(TorchDistSource(root / "iter_0000001"), bound))
 
     def __getitem__(self, name: str) -> torch.Tensor:

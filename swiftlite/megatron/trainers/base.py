@@ -91,7 +91,7 @@ class Trainer:
         micro, passes = run.plan.micro_batch_size, run.plan.num_microbatches
         self.built = build(args, self.parallel, self.origin_dir, run.steps, passes, run.global_batch)
         self.models, self.optimizer, self.scheduler = self.built.models, self.built.optimizer, self.built.scheduler
-        self.files = RunFiles(args, self.built.origin, self.origin_dir, self.built.lora, self.chat)
+        self.files = RunFiles(args, self.built.origin, self.built.lora, self.chat)
         self.train_loader, self.val_loader = (
             self.loader.of(data, args, self.parallel, micro, self.pad_token_id, self.device)
             for data in (run.train_set, run.val_set)

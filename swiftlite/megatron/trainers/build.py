@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swiftlite.convert.origin import Origin
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.blocks.router import set_router_losses
@@ -31,7 +31,7 @@ class Built:
     parameters as they are. router_losses: whether routers add something to the loss.
     """
 
-    origin: Origin
+    origin: Checkpoint
     models: list[Any]
     optimizer: Any
     scheduler: Any
@@ -70,7 +70,7 @@ def build(args: Any, parallel: ParallelState, origin_dir: Path, steps: int, pass
             f"multiple of --pipeline_model_parallel_size {parallel.pp_size}"
         )
     choose_overlap(args, parallel)
-    origin = Origin(origin_dir, args.new_tokens)
+    origin = Checkpoint.open(origin_dir, new_tokens=args.new_tokens)
     models = build_models(args, variable_seq_lengths=variable_lengths(args, parallel))
     lora = trained = None
     if args.train_type == "lora":

@@ -22,11 +22,11 @@ from swiftlite.arguments.megatron_preference import MegatronDpoArguments
 from swiftlite.arguments.parallel import COMPUTATION, STRUCTURE
 from swiftlite.arguments.parser import specs
 from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
+from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.checkpoint.resolve import as_arguments
-from swiftlite.checkpoint.side_files import read_config
-from swiftlite.convert.origin import Origin, origin_root
-from swiftlite.convert.vocabulary import grown
+from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.llm.dataset.pairs import load_pairs, sequences_of
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.provider import build_models
@@ -120,7 +120,7 @@ class DpoTrainer(Trainer):
         if self.reference_args is not None:
             models = build_models(self.reference_args, variable_seq_lengths=self.variable_lengths)
             self.reference = [in_precision(model).requires_grad_(False).eval() for model in models]
-            reference = Origin(self.reference_dir, self.args.new_tokens)
+            reference = Checkpoint.open(self.reference_dir, new_tokens=self.args.new_tokens)
             load_weights(self.reference, reference, self.args.allow_overflow)
         logger.info("the reference is %s", self.reference_dir)
         if self.args.precompute_ref_log_probs:
@@ -231,7 +231,7 @@ def reference_of(args: Any, origin: Path) -> tuple[Path, Any]:
             ignore_requirements=args.ignore_requirements,
         )  # fmt: skip
         directory = Path(info.model_dir)
-    stated, model = read_config(origin_root(directory)), read_config(origin_root(origin))
+    stated, model = read_config(checkpoint_root(directory)), read_config(checkpoint_root(origin))
     same = stated["vocab_size"] == model["vocab_size"]
     config = convert_hf_config(grown(stated, args.new_tokens if same else None))
     if config["padded_vocab_size"] != args.padded_vocab_size:

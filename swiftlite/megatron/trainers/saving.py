@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from swiftlite.checkpoint.adapter import Adapter
 from swiftlite.checkpoint.chat import Chat
-from swiftlite.checkpoint.side_files import MANIFEST, MEGATRON_LM_ARGS, read_manifest, write_manifest
-from swiftlite.convert.adapters import CONFIG as ADAPTER_CONFIG
-from swiftlite.convert.adapters import merge_to_hf, open_adapter, write_peft
-from swiftlite.convert.origin import Origin
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.new_tokens import copy_tokenizer
+from swiftlite.checkpoint.side_files import MEGATRON_LM_ARGS
+from swiftlite.convert.conversion import Options, convert
+from swiftlite.convert.targets import SHARD_BYTES, HfTarget, PeftTarget
 from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import prepare_hf_weights
 from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.megatron.tuners.lora_plan import LoraPlan
+from swiftlite.utils.directories import ADAPTER_CONFIG
 from swiftlite.utils.io import move_files, write_json, write_text_atomic
+from swiftlite.weights import stream
+from swiftlite.weights.dcp_file import TorchDistSource
+from swiftlite.weights.lora import LoraConfig
+from swiftlite.weights.merged import Extras
 
 HF_SUFFIX = "-hf"
 _RUN_FILES = ".run-files.saving"  # of a run's own directory, while they are made
 
 
 class RunFiles:
-    """Args: origin_dir: of the weights that the run starts from. chat: what directories tell of it, on rank 0."""
+    """Args: origin: what the run starts from. chat: what directories tell of it, on rank 0."""
 
-    def __init__(self, args: Any, origin: Origin, origin_dir: Path, lora: LoraPlan | None, chat: Chat | None) -> None:
-        self.args, self.origin, self.origin_dir, self.lora, self.chat = args, origin, origin_dir, lora, chat
+    def __init__(self, args: Any, origin: Checkpoint, lora: LoraPlan | None, chat: Chat | None) -> None:
+        self.args, self.origin, self.lora, self.chat = args, origin, lora, chat
         self.root = Path(args.output_dir)
 
     def write(self) -> None:
@@ -38,13 +44,7 @@ class RunFiles:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         self.origin.write_side_files(beside, None if self.lora else torch_dtype(self.args))
-        manifest = read_manifest(self.origin.root)
-        if manifest is not None:
-            write_json(beside / MANIFEST, manifest)
-        elif hasattr(self.origin.source, "tensors"):  # of a model directory
-            shapes = {name: tensor.spec.shape for name, tensor in self.origin.source.tensors.items()}
-            coverage = self.origin.bound.check(shapes, str(self.origin_dir))
-            write_manifest(beside, self.origin.source, coverage)
+        self.origin.write_manifest(beside)
         lm_args = self.args.megatron_lm_args()
         text = lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n"
         write_text_atomic(beside / MEGATRON_LM_ARGS, text)
@@ -62,7 +62,23 @@ class RunFiles:
     def write_adapter(self, directory: Path) -> None:
         """The adapter in PEFT's format beside a checkpoint that is being written, and what it was trained with."""
         assert self.lora is not None
-        write_peft(directory, self.lora.peft_config, directory, self.origin)
+        source, config = TorchDistSource(directory), self.lora.peft_config
+        adapter = Adapter(
+            directory,
+            directory,
+            source,
+            sorted(source.names),
+            LoraConfig.from_dict(config),
+            Extras(),
+            config,
+            source.files,
+        )
+        plan = PeftTarget().plan(adapter)
+        plan.prepare(directory)
+        stream.run(plan.jobs(directory))
+        plan.publish(directory, {})
+        if self.origin.new_tokens is not None:
+            copy_tokenizer(self.origin.root, directory, self.origin.new_tokens.ids)
         self.record(directory, self.origin.root)
 
     def prepare_hf(self, models: Sequence[Any], path: Path) -> tuple[list[Path], list[Write]]:
@@ -77,12 +93,9 @@ class RunFiles:
         if not (self.lora and self.args.merge_lora):
             return []
         directory = path.with_name(f"{path.name}{HF_SUFFIX}")
-        with tempfile.TemporaryDirectory() as scratch:
-            adapter = open_adapter(path, self.origin.bound, Path(scratch), plain=False)
-            merge_to_hf(
-                self.origin_dir, adapter, directory, torch_dtype(self.args), self.args.new_tokens,
-                record=self.record, exist_ok=True, allow_overflow=self.args.allow_overflow,
-            )  # fmt: skip
+        merged = self.origin.merged(Adapter.open(path, self.origin.bound, plain=False))
+        options = Options(exist_ok=True, allow_overflow=self.args.allow_overflow, record=self.record)
+        convert(merged, HfTarget(torch_dtype(self.args), SHARD_BYTES), directory, options)
         return [directory]
 
     def next_command(self, iteration: int) -> Sequence[object]:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from swiftlite.arguments.megatron_train import MegatronPtArguments, MegatronSftArguments
 from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.checkpoint import checkpoint_root
 from swiftlite.checkpoint.hub import check_hub_id, push
+from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.resolve import as_arguments, resolve
-from swiftlite.checkpoint.side_files import read_config
-from swiftlite.convert.origin import origin_root
-from swiftlite.convert.vocabulary import grown
+from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.llm.dataset.prepare import check_sources
 from swiftlite.llm.pipeline import plan_tokens, prepare_template
 from swiftlite.llm.template.trained import trained_chat
@@ -68,7 +68,7 @@ def settle(args: Any) -> str:
     if not hasattr(args, "model_info"):
         resolve(args)
     origin = os.path.expanduser(args.mcore_model) if args.mcore_model else args.model_info.model_dir
-    config = read_config(origin_root(origin))
+    config = read_config(checkpoint_root(origin))
     args.new_tokens = plan_tokens(args, config)
     args.apply_model_config(convert_hf_config(grown(config, args.new_tokens)))
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:

@@ -29,7 +29,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from swiftlite.convert.origin import Origin
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.tuners.freeze import let_gradients_through
 from swiftlite.megatron.tuners.lora_plan import LINEAR, LoraPlan, plan_lora, read_lora, with_new_rows
@@ -385,7 +385,7 @@ def add_adapters(models: Sequence[Any], bound: BoundMap, plan: LoraPlan, dropout
         let_gradients_through(model)
 
 
-def prepare_lora(models: Sequence[Any], origin: Origin, args: Any) -> LoraPlan:
+def prepare_lora(models: Sequence[Any], origin: Checkpoint, args: Any) -> LoraPlan:
     """Freeze the model chunks and add the adapters that `args` ask for: new ones, or those of `--adapters`.
 
     Returns: the plan; its `values` are used up.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swiftlite.convert.adapters import open_adapter, the_adapter
-from swiftlite.convert.origin import Origin
+from swiftlite.checkpoint.adapter import Adapter
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.resolve import the_adapter
 from swiftlite.llm.model.tuner import lora_targets
 from swiftlite.megatron.tuners.rows import Rows
 from swiftlite.utils.errors import MapError, UsageError
@@ -92,25 +91,24 @@ def plan_lora(bound: BoundMap, args: Any) -> LoraPlan:
 def read_lora(bound: BoundMap, args: Any) -> Iterator[LoraPlan]:
     """The adapter that `--adapters DIR` or `--mcore_adapter DIR` names, of either format, open inside the block.
 
-    Raises: as open_adapter; UsageError for several adapters; MapError for one on layers that are not trained.
+    Raises: as Adapter.open; UsageError for several adapters; MapError for one on layers that are not trained.
     """
-    with tempfile.TemporaryDirectory() as scratch, Files() as files:
-        adapter = open_adapter(the_adapter(args), bound, Path(scratch))
+    with Files() as files:
+        adapter = Adapter.open(the_adapter(args), bound)
 
         def values(module: str) -> tuple[Tensor, Tensor]:
-            a, b = (read_tensor(adapter.source, adapter.names[module + suffix], files) for suffix in (A, B))
+            a, b = (read_tensor(adapter.source, module + suffix, files) for suffix in (A, B))
             return a, b
 
-        ranks = {n.removesuffix(A): adapter.source.spec(s).shape[0] for n, s in adapter.names.items() if n.endswith(A)}
-        stray = sorted(set(ranks) - set(_linear_modules(bound)))
+        stray = sorted(set(adapter.ranks) - set(_linear_modules(bound)))
         if stray:
             raise MapError(f"{stray[0]}: adapters on such layers are not trained on Megatron")
         rows = {w: (ids, read_tensor(adapter.source, s, files)) for w, (s, ids) in adapter.extras.rows.items()}
-        modules = {m: (r, adapter.config.scale(m, r)) for m, r in ranks.items()}
-        yield LoraPlan(modules, adapter.described(), values, rows)
+        modules = {m: (r, adapter.lora.scale(m, r)) for m, r in adapter.ranks.items()}
+        yield LoraPlan(modules, adapter.config, values, rows)
 
 
-def with_new_rows(plan: LoraPlan, origin: Origin) -> LoraPlan:
+def with_new_rows(plan: LoraPlan, origin: Checkpoint) -> LoraPlan:
     """The plan, with the rows of the tokens that the run adds to the vocabulary, as peft is told to train them."""
     ids = origin.new_tokens.added if origin.new_tokens is not None else ()
     if not ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,36 +10,30 @@ from typing import Any
 
 import torch
 
-from swiftlite.weights.safetensors import Located
-from swiftlite.weights.storage import Extent, Files, TensorSpec, byte_view, read_tensor
+from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, Wrapped, byte_view, read_tensor
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS = 4096  # read at once while the mean is taken
 
 
-class GrownSource:
+class GrownSource(Wrapped):
     """A checkpoint under Hugging Face names whose embedding and head have `rows` rows; MTP copies of them grow alike."""
 
-    def __init__(self, base: Any, names: Iterable[str], rows: int, scratch: Path) -> None:
-        """base: TensorSource. names: its tensors. scratch: folder for the mean rows, a few kB a tensor; must live as long
-        as this object is read."""
-        self.base, self.rows = base, rows
+    def __init__(self, base: WeightSource, names: Iterable[str], rows: int) -> None:
+        """names: tensors of `base`. Means are kept in a folder of their own, a few kB a tensor."""
+        super().__init__(base)
+        self.rows = rows
         self._means: dict[str, tuple[int, Extent]] = {}
+        self._folder = tempfile.TemporaryDirectory()
         grown = [n for n in names if n in VOCABULARY or n.endswith((".embed_tokens.weight", ".head.weight"))]
         with Files() as files:
             for name in grown:
-                path = scratch / f"{len(self._means)}.row"
+                path = Path(self._folder.name) / f"{len(self._means)}.row"
                 path.write_bytes(byte_view(self._mean(name, files)))
                 self._means[name] = (base.spec(name).nbytes, Extent(path, 0, path.stat().st_size))
-        if hasattr(base, "tensors"):  # of a model directory
-            located = {name: base.tensors[name] for name in self._means}
-            self.tensors = {**base.tensors, **{n: Located(self.spec(n), t.file, t.offset) for n, t in located.items()}}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.base, name)
 
     def spec(self, name: str) -> TensorSpec:
-        spec: TensorSpec = self.base.spec(name)
+        spec = self.base.spec(name)
         return TensorSpec(spec.dtype, (self.rows, *spec.shape[1:])) if name in self._means else spec
 
     def _mean(self, name: str, files: Files) -> torch.Tensor:

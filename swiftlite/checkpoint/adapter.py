@@ -1,0 +1,157 @@
+"""LoRA adapters on disk, of either format, held against their base model. No megatron-core, no transformers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swiftlite.checkpoint.chat import copy_chat
+from swiftlite.utils.directories import ADAPTER_CONFIG
+from swiftlite.utils.errors import CheckpointError, ConfigError
+from swiftlite.utils.io import blame, read_json, write_bytes_atomic, write_json
+from swiftlite.weights.dcp_file import TorchDistSource
+from swiftlite.weights.lora import (
+    PEFT_PREFIX,
+    A,
+    B,
+    ForeignAdapter,
+    LoraConfig,
+    check_adapter,
+    check_values,
+    describe,
+    unpack_experts,
+)
+from swiftlite.weights.merged import TOKENS, Extras, read_extras
+from swiftlite.weights.rule import BoundMap
+from swiftlite.weights.safetensors import SafetensorsSource
+from swiftlite.weights.storage import Renamed, WeightSource
+from swiftlite.weights.torch_dist import find_iteration
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of either format, under Hugging Face names without PEFT's prefix.
+
+    root: where adapter_config.json lies. source: all it holds. names: pairs of matrices and rows of tokens. extras: what
+    it holds besides pairs. described: what adapter_config.json should say, None where the file does already. inputs:
+    the files that were read.
+    """
+
+    directory: Path
+    root: Path
+    source: WeightSource
+    names: Sequence[str]
+    lora: LoraConfig
+    extras: Extras
+    described: Mapping[str, Any] | None
+    inputs: Sequence[Path]
+
+    @classmethod
+    def open(cls, directory: Path, bound: BoundMap, plain: bool = True) -> Adapter:
+        """Read a PEFT directory or a Megatron adapter checkpoint and hold it against the base model.
+
+        Args: plain: refuse one that holds more than pairs of matrices and rows of tokens.
+        Raises: CheckpointError, ConfigError, MapError or ShapeError naming what does not fit.
+        """
+        is_peft = (directory / ADAPTER_WEIGHTS).is_file()
+        root = directory if is_peft else _root(directory)
+        config_file = root / ADAPTER_CONFIG
+        if not config_file.is_file():
+            raise ConfigError(f"{config_file} is missing; it says rank and alpha of the adapter")
+        config = read_json(config_file)
+        with blame(config_file):
+            lora = LoraConfig.from_dict(config)
+        source, files, changes = (_open_peft if is_peft else _open_mcore)(directory, bound, lora)
+        described = {**config, **changes} if changes else None
+        everything = {name: name for name in source.names}
+        extras = read_extras(everything, source, config, bound)
+        if plain and (extras.whole or extras.biases):
+            raise ConfigError(
+                f"{directory}: holds more than LoRA matrices and rows of tokens "
+                f"({next(n for n in everything if not n.endswith((A, B, TOKENS)))}); merge it into its base model with "
+                "`swiftlite export --merge_lora true`"
+            )
+        pairs = [name for name in everything if name.endswith((A, B))]
+        if not pairs:
+            raise CheckpointError(f"{directory} holds no LoRA matrices")
+        lora = LoraConfig.from_dict(described) if described else lora
+        check_adapter(bound, {name: source.spec(name).shape for name in pairs}, str(directory))
+        check_values(source, everything, lora, str(directory))
+        names = [*pairs, *(name for name in everything if name.endswith(TOKENS))]
+        return cls(directory, root, source, names, lora, extras, described, [*files, config_file])
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """adapter_config.json as it should be."""
+        return self.described or read_json(self.root / ADAPTER_CONFIG)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module -> rank."""
+        return {name.removesuffix(A): self.source.spec(name).shape[0] for name in self.names if name.endswith(A)}
+
+    @property
+    def directories(self) -> Sequence[Path]:
+        return [self.directory, self.root]
+
+    def summary(self) -> list[str]:
+        """Lines about what it holds."""
+        ranks = ", ".join(map(str, sorted(set(self.ranks.values()))))
+        return [f"{len(self.ranks)} modules of rank {ranks}"]
+
+    def check_copies(self) -> None:
+        """An adapter stores nothing twice."""
+
+    def write_side_files(self, directory: Path) -> None:
+        """adapter_config.json and the chat that was trained."""
+        if self.described is None:
+            write_bytes_atomic(directory / ADAPTER_CONFIG, (self.root / ADAPTER_CONFIG).read_bytes())
+        else:
+            write_json(directory / ADAPTER_CONFIG, self.described)
+        copy_chat(self.root, directory)
+
+
+_Opened = tuple[WeightSource, Sequence[Path], Mapping[str, Any]]  # source, files, what the config has to say besides
+
+
+class _PeftSource(Renamed):
+    """A PEFT file without its prefix. folder: of unpacked experts, which lives as long as this."""
+
+    def __init__(self, base: SafetensorsSource, folder: tempfile.TemporaryDirectory[str]) -> None:
+        super().__init__(base, {name.removeprefix(PEFT_PREFIX): name for name in base.names})
+        self.folder = folder
+
+
+def _open_peft(directory: Path, bound: BoundMap, lora: LoraConfig) -> _Opened:
+    stored, folder = SafetensorsSource(directory), tempfile.TemporaryDirectory()
+    file = directory / ADAPTER_WEIGHTS
+    facts = unpack_experts(file, bound.model, lora, Path(folder.name) / ADAPTER_WEIGHTS)
+    source = _PeftSource(SafetensorsSource(Path(folder.name)) if facts else stored, folder)
+    return source, [file], describe(facts) if facts else {}
+
+
+def _open_mcore(directory: Path, bound: BoundMap, _: LoraConfig) -> _Opened:
+    stored = TorchDistSource(find_iteration(directory))
+    ours = (f"{_module(name)}.weight" in bound.by_hf for name in stored.names if not name.endswith(TOKENS))
+    if all(ours):
+        return stored, stored.files, {}
+    source = ForeignAdapter(stored, bound)
+    return source, stored.files, {"target_modules": sorted({_module(n).rpartition(".")[2] for n in source.names})}
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(A).removesuffix(B)
+
+
+def _root(directory: Path) -> Path:
+    try:
+        return find_iteration(directory).parent
+    except CheckpointError:
+        raise CheckpointError(
+            f"{directory} is no adapter: it has neither {ADAPTER_WEIGHTS} nor a Megatron checkpoint"
+        ) from None

@@ -1,0 +1,48 @@
+"""The tensors that config.json and the index speak of, for planning where the weights themselves are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swiftlite.checkpoint.bind import bind_map, resolve_copy
+from swiftlite.utils.io import blame, read_json
+from swiftlite.weights.fp8 import ACTIVATION_SCALES, SCALES
+from swiftlite.weights.safetensors import INDEX, SINGLE, Located, SafetensorsSource
+from swiftlite.weights.storage import TensorSpec
+
+
+class PlannedSource(SafetensorsSource):
+    """A model directory without its weights: nothing can be read."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        """Without an index: all tensors that the config describes, MTP blocks too."""
+        self.directory = directory
+        bound = bind_map(config, self._index, with_mtp=not self._index)
+        shapes = {name: entry.hf_shapes[i] for name, (entry, i) in bound.by_hf.items()}
+        kept = {name for name, (entry, _) in bound.by_hf.items() if entry.rule.keep_dtype}
+        for copy in bound.duplicates:
+            if copy.name in self._index:
+                shapes[copy.name] = shapes[resolve_copy(copy, bound)]
+        dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"))
+        # Names that no rule knows are reported by BoundMap.check; scales of FP8 weights go when these are dequantised.
+        unknown = {n: () for n in self._index if n not in shapes and not n.endswith((*SCALES, *ACTIVATION_SCALES))}
+        self.tensors = {
+            name: Located(TensorSpec(torch.float32 if name in kept else dtype, shape), self._file(name), 0)
+            for name, shape in {**shapes, **unknown}.items()
+            if not self._index or name in self._index
+        }
+
+    def _file(self, name: str) -> Path:
+        return self.directory / self._index.get(name, SINGLE)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the index says, or the sum of the tensors."""
+        path = self.directory / INDEX
+        with blame(path):
+            stated = (read_json(path).get("metadata") or {}).get("total_size") if path.is_file() else None
+            return int(stated or sum(located.spec.nbytes for located in self.tensors.values()))
