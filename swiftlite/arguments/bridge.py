@@ -1,7 +1,6 @@
-"""MegatronArguments written as Megatron-LM's command line: two explicit, ordered tables of (flag, attribute, rule).
+"""A model written as stock Megatron-LM's command line: one explicit, ordered table of (flag, attribute, rule).
 
-`parse_to_megatron` is the full list that a Megatron-LM process of the ms-swift kind is started with, `megatron_lm_args`
-the model's part alone, true to the numbers for stock Megatron-LM. Nothing in swiftlite reads either back.
+It is the model's part alone, true to the numbers. Nothing in swiftlite reads it back.
 """
 
 from __future__ import annotations
@@ -43,161 +42,18 @@ class Row:
         return [self.flag, *map(str, value if isinstance(value, list) else [value])]
 
 
-def _same(*flags: str) -> tuple[Row, ...]:
+def same(*flags: str) -> tuple[Row, ...]:
     """Flags whose attribute has the same name."""
     return tuple(Row(flag, flag[2:].replace("-", "_")) for flag in flags)
 
 
-def _fixed(flag: str, value: Any) -> Row:
+def fixed(flag: str, value: Any) -> Row:
     return Row(flag, fallback=value)
 
 
-def _off(flag: str, attribute: str) -> Row:
+def off(flag: str, attribute: str) -> Row:
     """A flag that switches off what `attribute` says is on."""
     return Row(flag, rule=lambda args: not getattr(args, attribute))
-
-
-ARGV: tuple[Row, ...] = (
-    # batch, recomputation, fusions
-    *_same("--micro-batch-size"),
-    Row("--global-batch-size", "global_batch_size", fallback=16),
-    *_same("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules"),
-    *_same("--use-cpu-initialization", "--deterministic-mode", "--train-iters"),
-    Row("--log-interval", "logging_steps"),
-    Row("--tensorboard-dir", "logging_dir"),
-    _off("--no-masked-softmax-fusion", "masked_softmax_fusion"),
-    _off("--no-bias-dropout-fusion", "bias_dropout_fusion"),
-    _off("--no-bias-swiglu-fusion", "bias_swiglu_fusion"),
-    _off("--no-rope-fusion", "apply_rope_fusion"),
-    _off("--no-gradient-accumulation-fusion", "gradient_accumulation_fusion"),
-    *_same("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "--calculate-per-token-loss"),
-    Row("--attention-backend", "attention_backend", fallback="flash"),
-    # optimizer and schedule
-    _fixed("--optimizer", "adam"),
-    *_same("--optimizer-cpu-offload", "--optimizer-offload-fraction", "--use-precision-aware-optimizer"),
-    _fixed("--main-grads-dtype", "fp32"),
-    _fixed("--main-params-dtype", "fp32"),
-    _fixed("--exp-avg-dtype", "fp32"),
-    _fixed("--exp-avg-sq-dtype", "fp32"),
-    _fixed("--dataloader-type", "cyclic"),
-    _fixed("--manual-gc-interval", 0),
-    *_same("--lr", "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction", "--min-lr"),
-    *_same("--weight-decay", "--clip-grad", "--adam-beta1", "--adam-beta2", "--adam-eps"),
-    _fixed("--sgd-momentum", 0.9),
-    # checkpoints
-    Row("--save", "output_dir"),
-    Row("--save-interval", "save_steps"),
-    *_same("--no-save-optim", "--no-save-rng"),
-    Row("--load", "mcore_model"),
-    *_same("--no-load-optim", "--no-load-rng"),
-    _fixed("--ckpt-format", "torch_dist"),
-    _fixed("--no-initialization", True),
-    _fixed("--auto-detect-ckpt-format", True),
-    _fixed("--exit-on-missing-checkpoint", True),
-    # parallelism
-    _fixed("--distributed-backend", "nccl"),
-    _fixed("--local-rank", 0),
-    _fixed("--use-distributed-optimizer", True),
-    *_same("--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
-    *_same("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
-    *_same("--sequence-parallel", "--context-parallel-size", "--tp-comm-overlap"),
-    *_same("--overlap-grad-reduce", "--overlap-param-gather", "--distributed-timeout-minutes"),
-    *_same("--num-virtual-stages-per-pipeline-rank"),
-    # model
-    *_same("--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads"),
-    Row("--group-query-attention", rule=lambda args: (args.num_query_groups or 1) > 1),
-    *_same("--num-query-groups", "--max-position-embeddings"),
-    _fixed("--position-embedding-type", "rope"),
-    *_same("--rotary-base"),
-    _fixed("--rotary-percent", 1.0),
-    *_same("--rotary-interleaved"),
-    _fixed("--normalization", "RMSNorm"),
-    *_same("--norm-epsilon", "--swiglu", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
-    *_same("--add-qkv-bias", "--attention-dropout", "--hidden-dropout", "--kv-channels", "--qk-layernorm"),
-    _fixed("--transformer-impl", "transformer_engine"),
-    *_same("--mtp-num-layers"),
-    # experts
-    *_same("--num-experts", "--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"),
-    *_same("--moe-router-topk", "--moe-router-pre-softmax", "--moe-router-dtype", "--moe-router-score-function"),
-    *_same("--moe-router-num-groups", "--moe-router-group-topk"),
-    *_same("--moe-router-bias-update-rate", "--moe-router-enable-expert-bias", "--moe-router-topk-scaling-factor"),
-    *_same("--moe-router-load-balancing-type", "--expert-model-parallel-size", "--expert-tensor-parallel-size"),
-    *_same("--moe-token-dispatcher-type", "--moe-grouped-gemm", "--moe-permute-fusion"),
-    *_same("--moe-aux-loss-coeff", "--moe-z-loss-coeff", "--moe-shared-expert-overlap"),
-    *_same("--moe-expert-capacity-factor", "--moe-pad-expert-input-to-capacity", "--moe-token-drop-policy"),
-    # latent attention
-    *_same("--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim", "--qk-pos-emb-head-dim"),
-    *_same("--v-head-dim"),
-    # precision
-    *_same("--fp8-format", "--fp8-recipe"),
-    _fixed("--fp8-amax-history-len", 1024),
-    _fixed("--fp8-amax-compute-algo", "max"),
-    *_same("--fp8-param-gather", "--fp16", "--bf16", "--apply-query-key-layer-scaling", "--attention-softmax-in-fp32"),
-    # logging, evaluation, the rest
-    _fixed("--tensorboard-log-interval", 1),
-    _fixed("--tensorboard-queue-size", 50),
-    _fixed("--log-timers-to-tensorboard", True),
-    _fixed("--log-validation-ppl-to-tensorboard", True),
-    _fixed("--log-memory-to-tensorboard", True),
-    *_same("--wandb-project", "--wandb-exp-name", "--eval-iters"),
-    Row("--eval-interval", "eval_steps"),
-    *_same("--seed", "--seq-length"),
-    _fixed("--num-workers", 4),
-)
-
-# What Megatron-LM has no flag for. Values are kept as they are: None, False and the dtype object included.
-EXTRA: tuple[Row, ...] = (
-    Row("train_type", "train_type"),
-    Row("freeze_parameters", "freeze_parameters"),
-    Row("freeze_parameters_regex", "freeze_parameters_regex"),
-    Row("freeze_parameters_ratio", "freeze_parameters_ratio"),
-    Row("trainable_parameters", "trainable_parameters"),
-    Row("trainable_parameters_regex", "trainable_parameters_regex"),
-    Row("adapter_load", "mcore_adapter"),
-    Row("target_modules", "target_modules"),
-    Row("target_regex", "target_regex"),
-    Row("modules_to_save", "modules_to_save"),
-    Row("lora_rank", "lora_rank"),
-    Row("lora_alpha", "lora_alpha"),
-    Row("lora_dropout", "lora_dropout"),
-    Row("lora_bias", "lora_bias"),
-    Row("lora_dtype", "lora_dtype"),
-    Row("use_rslora", "use_rslora"),
-    Row("ref_load", "mcore_ref_model"),
-    Row("beta", "beta", fallback=0.1),
-    Row("rpo_alpha", "rpo_alpha"),
-    Row("reference_free", "reference_free", fallback=False),
-    Row("label_smoothing", "label_smoothing", fallback=0.0),
-    Row("f_divergence_type", "f_divergence_type", fallback="reverse_kl"),
-    Row("loss_type", "loss_type", fallback="sigmoid"),
-    Row("padded_vocab_size", "padded_vocab_size"),
-    _fixed("initialize_embedding", False),
-    Row("rope_scaling", "rope_scaling"),
-    Row("torch_dtype", "dtype"),
-    Row("padding_free", "padding_free", fallback=True),
-    _fixed("mlp_padding_free", False),
-    _fixed("dataloader_persistent_workers", True),
-    _fixed("dataloader_prefetch_factor", 10),
-    Row("architectures", "architectures"),
-    Row("max_epochs", "num_train_epochs"),
-    _fixed("enable_dft_loss", False),
-    Row("original_max_position_embeddings", "original_max_position_embeddings"),
-    Row("partial_rotary_factor", "partial_rotary_factor"),
-    Row("use_shared_expert_gate", "use_shared_expert_gate"),
-)
-
-
-def parse_to_megatron(args: MegatronArguments) -> tuple[list[str], dict[str, Any]]:
-    """(argv, extra_args): Megatron-LM's arguments as strings, and the settings it has no flag for.
-
-    Like ms-swift's, `--rotary-percent` is 1.0 for every model: partial rotation is `partial_rotary_factor` in the
-    extra arguments, applied by replacing the rotary frequencies. For stock Megatron-LM use `megatron_lm_args`.
-    Raises: ConfigError before the model's config is applied.
-    """
-    if args.num_layers is None:
-        raise ConfigError("parse_to_megatron: the model's config is not applied yet (apply_model_config)")
-    argv = [word for row in ARGV for word in row.words(args)]
-    return argv, {row.flag: row.value(args) for row in EXTRA}
 
 
 def _when(condition: Callable[[MegatronArguments], Any], *rows: Row) -> tuple[Row, ...]:
@@ -226,43 +82,43 @@ def _rope_value(key: str) -> Callable[[MegatronArguments], Any]:
 
 
 STOCK: tuple[Row, ...] = (
-    *_same("--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads"),
+    *same("--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads"),
     Row("--group-query-attention", rule=lambda args: (args.num_query_groups or 1) > 1 and not _is_mla(args)),
-    *_when(lambda args: not _is_mla(args), *_same("--num-query-groups", "--kv-channels")),
-    *_same("--max-position-embeddings", "--seq-length"),
-    _fixed("--position-embedding-type", "rope"),
+    *_when(lambda args: not _is_mla(args), *same("--num-query-groups", "--kv-channels")),
+    *same("--max-position-embeddings", "--seq-length"),
+    fixed("--position-embedding-type", "rope"),
     Row("--rotary-base", rule=lambda args: _whole(args.rotary_base or 10000)),
     *_when(lambda args: not _is_mla(args), Row("--rotary-percent", "partial_rotary_factor", fallback=1.0)),
-    *_same("--rotary-interleaved"),
+    *same("--rotary-interleaved"),
     *_when(
-        _rope("llama3"), _fixed("--use-rope-scaling", True), Row("--rope-scaling-factor", rule=_rope_value("factor"))
+        _rope("llama3"), fixed("--use-rope-scaling", True), Row("--rope-scaling-factor", rule=_rope_value("factor"))
     ),
     *_when(
         _rope("linear"),
         Row("--rotary-seq-len-interpolation-factor", rule=lambda args: int(_rope_value("factor")(args))),
     ),
-    _off("--no-rope-fusion", "apply_rope_fusion"),
-    _fixed("--normalization", "RMSNorm"),
-    *_same("--norm-epsilon", "--swiglu", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
-    *_same("--add-qkv-bias", "--attention-dropout", "--hidden-dropout", "--init-method-std", "--qk-layernorm"),
+    off("--no-rope-fusion", "apply_rope_fusion"),
+    fixed("--normalization", "RMSNorm"),
+    *same("--norm-epsilon", "--swiglu", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
+    *same("--add-qkv-bias", "--attention-dropout", "--hidden-dropout", "--init-method-std", "--qk-layernorm"),
     Row("--make-vocab-size-divisible-by", "padded_vocab_size"),
-    _fixed("--transformer-impl", "transformer_engine"),
-    *_same("--attention-softmax-in-fp32", "--mtp-num-layers", "--bf16", "--fp16"),
+    fixed("--transformer-impl", "transformer_engine"),
+    *same("--attention-softmax-in-fp32", "--mtp-num-layers", "--bf16", "--fp16"),
     *_when(
         _is_moe,
-        *_same("--num-experts", "--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"),
+        *same("--num-experts", "--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"),
         Row("--moe-shared-expert-gate", "use_shared_expert_gate"),
-        *_same("--moe-router-topk", "--moe-router-pre-softmax", "--moe-router-dtype", "--moe-router-score-function"),
-        *_same("--moe-router-enable-expert-bias"),
+        *same("--moe-router-topk", "--moe-router-pre-softmax", "--moe-router-dtype", "--moe-router-score-function"),
+        *same("--moe-router-enable-expert-bias"),
         Row("--moe-router-bias-update-rate", rule=lambda args: 0.0 if args.moe_router_enable_expert_bias else None),
-        *_same("--moe-router-num-groups", "--moe-router-group-topk", "--moe-router-topk-scaling-factor"),
-        *_same("--moe-router-load-balancing-type", "--moe-aux-loss-coeff", "--moe-token-dispatcher-type"),
-        _fixed("--moe-grouped-gemm", True),
+        *same("--moe-router-num-groups", "--moe-router-group-topk", "--moe-router-topk-scaling-factor"),
+        *same("--moe-router-load-balancing-type", "--moe-aux-loss-coeff", "--moe-token-dispatcher-type"),
+        fixed("--moe-grouped-gemm", True),
     ),
     *_when(
         _is_mla,
-        *_same("--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim"),
-        *_same("--qk-pos-emb-head-dim", "--v-head-dim"),
+        *same("--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim"),
+        *same("--qk-pos-emb-head-dim", "--v-head-dim"),
         Row("--rope-type", rule=lambda args: "yarn" if _rope_type(args) == "yarn" else "rope"),
         *_when(
             _rope("yarn"),

@@ -399,8 +399,8 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         self._complete_model()
 
     def parse_to_megatron(self) -> tuple[list[str], dict[str, Any]]:
-        """(argv, extra_args), see `swiftlite.arguments.bridge.parse_to_megatron`."""
-        from swiftlite.arguments.bridge import parse_to_megatron
+        """(argv, extra_args), see `swiftlite.arguments.ms_swift.parse_to_megatron`."""
+        from swiftlite.arguments.ms_swift import parse_to_megatron
 
         return parse_to_megatron(self)
 

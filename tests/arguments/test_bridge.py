@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from swiftlite.arguments.bridge import ARGV, EXTRA, STOCK
+from swiftlite.arguments.bridge import STOCK
 from swiftlite.arguments.megatron_export import conversion_arguments
+from swiftlite.arguments.ms_swift import ARGV, EXTRA
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.utils.errors import ConfigError
