@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.checkpoint.chat import copy_chat
-from swiftlite.utils.directories import ADAPTER_CONFIG
+from swiftlite.utils.directories import ADAPTER_CONFIG, find_iteration
 from swiftlite.utils.errors import CheckpointError, ConfigError
 from swiftlite.utils.io import blame, read_json, write_bytes_atomic, write_json
 from swiftlite.weights.dcp_file import TorchDistSource
@@ -28,7 +28,6 @@ from swiftlite.weights.merged import TOKENS, Extras, read_extras
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Renamed, WeightSource
-from swiftlite.weights.torch_dist import find_iteration
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

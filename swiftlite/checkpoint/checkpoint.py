@@ -24,7 +24,7 @@ from swiftlite.checkpoint.side_files import MANIFEST, read_manifest
 from swiftlite.checkpoint.vocabulary import GrownSource, NewTokens
 from swiftlite.families import family_of
 from swiftlite.families.records import Family
-from swiftlite.utils.directories import TRACKER, Directory
+from swiftlite.utils.directories import TRACKER, Directory, find_iteration
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import write_json
 from swiftlite.weights import stream
@@ -35,7 +35,7 @@ from swiftlite.weights.merged import Merged
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.shape import ModelShape
 from swiftlite.weights.storage import Files, WeightSource
-from swiftlite.weights.torch_dist import HfNames, McoreView, find_iteration
+from swiftlite.weights.torch_dist import HfNames, McoreView
 
 
 @dataclass(frozen=True)

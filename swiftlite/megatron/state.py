@@ -28,6 +28,7 @@ from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron import backend
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
+from swiftlite.utils.directories import TRACKER
 from swiftlite.utils.dist import all_gather
 from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import replace_directory, write_text_atomic
@@ -35,7 +36,7 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.weights.dcp_file import common_state, load_common
 from swiftlite.weights.shard import read_shard
 from swiftlite.weights.storage import Files
-from swiftlite.weights.torch_dist import TRACKER, slot_of
+from swiftlite.weights.torch_dist import slot_of
 from swiftlite.weights.unpickle import check_saved
 
 logger = get_logger()

@@ -23,11 +23,12 @@ from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
 from swiftlite.selftest.precision_hf import Rounding, build_hf, run_hf
 from swiftlite.selftest.precision_mcore import Part, relative_error, run_mcore
+from swiftlite.utils.directories import find_iteration
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.storage import WeightSource
-from swiftlite.weights.torch_dist import find_iteration, slot_of
+from swiftlite.weights.torch_dist import slot_of
 
 NUM_TOKENS = 512
 MESSAGES = [

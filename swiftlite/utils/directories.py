@@ -25,6 +25,17 @@ def _numbered(directory: Path, prefix: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def read_tracker(directory: Path) -> tuple[str | None, str | None]:
+    """(what the tracker file says, the directory that it names); None where there is no such file, where it names none."""
+    try:
+        with (directory / TRACKER).open("rb") as file:
+            text = file.read(100).decode("ascii", "replace").strip()
+    except OSError:
+        return None, None
+    number = text.isdecimal() and len(text) < 20
+    return text, f"iter_{int(text):07d}" if number else text if text == "release" else None
+
+
 @dataclass(frozen=True)
 class Directory:
     """One existing directory, by the files in it."""
@@ -45,12 +56,7 @@ class Directory:
         """The `iter_*` directory that it is, or the newest whole one in it."""
         if self.has(".metadata"):
             return self.path
-        try:
-            name = (self.path / TRACKER).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            name = ""
-        number = name.isascii() and name.isdecimal() and len(name) < 20
-        name = f"iter_{int(name):07d}" if number else name if name == "release" else ""
+        _, name = read_tracker(self.path)
         named = self.path / (name or "none")
         whole = [p for p in _numbered(self.path, "iter_") if (p / ".metadata").is_file()]
         return named if name and (named / ".metadata").is_file() else whole[-1] if whole else None
@@ -144,3 +150,26 @@ def expect(flag: str, given: str | Path, *kinds: str) -> Path:
         return path
     text, advice = what_it_is(path)
     raise CheckpointError(f"{where}: this {text}; {advice if flag else 'name a whole model, Hugging Face or Megatron'}")
+
+
+def find_iteration(directory: Path) -> Path:
+    """The `iter_*` directory of the newest complete checkpoint. Accepts the checkpoint root or the directory itself.
+
+    Raises: CheckpointError saying what the directory is instead.
+    """
+    if (directory / ".metadata").is_file():
+        return directory
+    tracker, (text, name) = directory / TRACKER, read_tracker(directory)
+    if text is not None:
+        if name is None:
+            raise CheckpointError(f"{tracker} holds {text!r}, which is no iteration number")
+        if not (directory / name / ".metadata").is_file():
+            raise CheckpointError(f"{tracker} names iteration {text}, but {directory / name}/.metadata is not there")
+        return directory / name
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} does not exist; give the directory of a Megatron checkpoint")
+    newest = Directory(directory).iteration
+    if newest is not None:
+        raise CheckpointError(f"{directory}: its {TRACKER} is missing; name the checkpoint itself, {newest}")
+    text, advice = what_it_is(directory)
+    raise CheckpointError(f"{directory}: no Megatron checkpoint, this {text}; {advice}")

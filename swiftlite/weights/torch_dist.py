@@ -15,9 +15,7 @@ from pathlib import Path
 
 import torch
 
-from swiftlite.utils.directories import TRACKER as TRACKER
-from swiftlite.utils.directories import Directory, what_it_is
-from swiftlite.utils.errors import CheckpointError, MapError, ShapeError
+from swiftlite.utils.errors import MapError, ShapeError
 from swiftlite.weights.dcp_file import DistPlan, TorchDistSource
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Entry, clip
@@ -161,32 +159,6 @@ class HfNames(WeightSource):
             size = min(segment.size * width - skip, left)
             yield from self.view.extents(entry, first, first + size)
             skip, left = 0, left - size
-
-
-def find_iteration(directory: Path) -> Path:
-    """The `iter_*` directory of the newest complete checkpoint. Accepts the checkpoint root or the directory itself.
-
-    Raises: CheckpointError saying what the directory is instead.
-    """
-    if (directory / ".metadata").is_file():
-        return directory
-    tracker = directory / TRACKER
-    if tracker.is_file():
-        with tracker.open("rb") as file:
-            text = file.read(100).decode("ascii", "replace").strip()
-        name = text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else None
-        if name is None:
-            raise CheckpointError(f"{tracker} holds {text!r}, which is no iteration number")
-        if not (directory / name / ".metadata").is_file():
-            raise CheckpointError(f"{tracker} names iteration {text}, but {directory / name}/.metadata is not there")
-        return directory / name
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} does not exist; give the directory of a Megatron checkpoint")
-    newest = Directory(directory).iteration
-    if newest is not None:
-        raise CheckpointError(f"{directory}: its {TRACKER} is missing; name the checkpoint itself, {newest}")
-    text, advice = what_it_is(directory)
-    raise CheckpointError(f"{directory}: no Megatron checkpoint, this {text}; {advice}")
 
 
 def plan_torch_dist(specs: Iterable[tuple[Entry, torch.dtype]], num_files: int) -> DistPlan:

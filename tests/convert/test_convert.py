@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from swiftlite.cli.main import main
 from swiftlite.convert.targets import HfTarget
-from swiftlite.weights.torch_dist import find_iteration
+from swiftlite.utils.directories import find_iteration
 
 
 def export(*words: str | Path) -> int:

@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from swiftlite.utils.directories import find_iteration
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.weights.dcp_file import TorchDistSource, create_files, load_common, write_metadata
 from swiftlite.weights.ops import CONCAT, COPY
 from swiftlite.weights.rule import Source, WeightMap, WeightRule
 from swiftlite.weights.shape import ModelShape
 from swiftlite.weights.storage import Files, byte_view, read_tensor
-from swiftlite.weights.torch_dist import HfNames, McoreView, find_iteration, plan_torch_dist
+from swiftlite.weights.torch_dist import HfNames, McoreView, plan_torch_dist
 from swiftlite.weights.torch_record import data_offset
 
 MODEL = ModelShape(

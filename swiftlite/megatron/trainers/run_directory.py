@@ -8,7 +8,7 @@ from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.train import run_directory
 from swiftlite.train.checkpoints import Start, finished
 from swiftlite.train.run_directory import versioned
-from swiftlite.utils.directories import TRACKER
+from swiftlite.utils.directories import TRACKER, read_tracker
 from swiftlite.utils.logger import get_logger
 
 __all__ = ["default_output_dir", "prepare", "versioned"]
@@ -30,8 +30,8 @@ def prepare(args: MegatronSftArguments) -> Start | None:
 def newest(root: Path) -> Start | None:
     """The checkpoint that the tracker file names; where that was lost, the newest one that is there."""
     found, tracker = finished(root, PREFIX), root / TRACKER
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
-    named = int(text) if text is not None and text.isdecimal() else None
+    text, name = read_tracker(root)
+    named = int(name.removeprefix(PREFIX)) if name and name.startswith(PREFIX) else None
     if named in found:
         assert named is not None
         if named < max(found):
