@@ -94,7 +94,7 @@ def test_we_read_what_torch_writes(tmp_path: Path) -> None:
 def test_hugging_face_names_of_a_checkpoint(tmp_path: Path) -> None:
     tensors = write(tmp_path)
     names = HfNames(McoreView.open(TorchDistSource(tmp_path), MAP))
-    assert set(names) == set(MAP.by_hf)
+    assert set(names.names) == set(MAP.by_hf)
     with Files() as files:
         for layer, expert in ((0, 0), (1, 2)):
             fused = tensors[f"decoder.layers.{layer}.mlp.experts.experts.linear_fc1.weight", expert]
