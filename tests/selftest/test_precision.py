@@ -58,7 +58,7 @@ class Mutable:
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         view, done = byte_view(tensor.contiguous()), 0
         with Files() as files:
-            for extent in self.names.names.extents(name, 0, len(view)):
+            for extent in self.names.extents(name, 0, len(view)):
                 files.write(extent.file, extent.offset, view[done : done + extent.size])
                 done += extent.size
 
