@@ -169,7 +169,10 @@ class TemplateArguments(Arguments):
     """Template: how a conversation becomes tokens"""
 
     template: str | None = field(
-        None, "chat template (default: the model's own)", aliases=["template_type"], common=True
+        None,
+        "registered chat template (default: the checkpoint's own; the model type's where it has none)",
+        aliases=["template_type"],
+        common=True,
     )
     system: str | None = field(None, "system message where a conversation has none", common=True)
     max_length: int | None = field(
@@ -187,7 +190,10 @@ class TemplateArguments(Arguments):
     loss_scale: str = field("default", "which tokens are trained on, and how much")
     response_prefix: str | None = field(None, "text that each answer starts with (default: the template's own)")
     template_backend: str = field(
-        "swift", "registered template, or the tokenizer's own Jinja", choices=["swift", "jinja"]
+        "auto",
+        "whose chat template: jinja, the checkpoint's own; swift, a registered one; auto: --template NAME if given, else "
+        "the checkpoint's own, else the model type's",
+        choices=["auto", "swift", "jinja"],
     )
     enable_thinking: bool | None = field(None, "ask a thinking model to think or not to think")
     add_non_thinking_prefix: bool = field(
@@ -216,7 +222,8 @@ class TemplateArguments(Arguments):
             "loss_scale": self.loss_scale,
             "sequence_parallel_size": getattr(self, "context_parallel_size", 1),
             "response_prefix": self.response_prefix,
-            "template_backend": self.template_backend,
+            # Whether `auto` means the checkpoint's own is seen where its tokenizer is read; records name the type's.
+            "template_backend": "swift" if self.template_backend == "auto" else self.template_backend,
         }
 
 

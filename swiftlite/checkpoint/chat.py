@@ -13,8 +13,8 @@ JINJA, GENERATION = "chat_template.jinja", "generation_config.json"
 
 @dataclass(frozen=True)
 class Chat:
-    """jinja: the chat template that a checkpoint needs, None where the model's own writes what was trained. end: id of the
-    token that was trained to end an answer, None if that is no special token."""
+    """jinja: the registered template that was trained, None where it was the model's own, which its files hold. end: id of
+    the token that was trained to end an answer, None if that is no special token."""
 
     jinja: str | None
     end: int | None

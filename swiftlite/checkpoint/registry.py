@@ -165,10 +165,10 @@ def _resolve_type(
         others = some((meta.model_type for meta in choice.candidates[1:]), 3)
         return first.model_type, first, f"{explanation}; {others} would mean the same: template {first.template}"
     names = some(meta.model_type for meta in choice.candidates)
-    if need_template:
+    if need_template and not facts.jinja:
         raise UsageError(
-            f"{facts.model_dir} ({architecture}) may be any of {names}, which have different chat templates, and "
-            "neither its name, its chat template nor its config tells which; give --model_type or --template"
+            f"{facts.model_dir} ({architecture}) holds no chat template and may be any of {names}, which have different "
+            "ones, and neither its name nor its config tells which; give --model_type or --template"
         )
     undecided = dataclasses.replace(first, template=None)
     return None, undecided, f"{explanation}; undecided between {names}, which does not matter without a chat template"

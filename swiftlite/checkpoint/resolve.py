@@ -206,6 +206,8 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
     check_side_files(Path(args.model_info.model_dir))
     args.model_type = args.model_info.model_type
     args.task_type = args.model_info.task_type
+    if args.template_backend == "auto" and "template" in args.given:
+        args.template_backend = "swift"
     args.template = args.template or args.model_meta.template
     if args.max_length is None:
         args.max_length = args.model_info.max_model_len

@@ -105,10 +105,8 @@ Part = (
 class TemplateMeta:
     """Text around a conversation: prefix, then per round prompt + response, chat_sep between, suffix at the end.
 
-    layout: which text layout of llm/template/layouts writes a conversation. "rounds" joins the parts above; every
-        template whose model publishes a Jinja has the layout that reproduces that Jinja.
-    variants: template types of sibling checkpoints of the same model types; where a tokenizer carries a Jinja, the
-        first of (this, *variants) that renders like it is used.
+    jinja: the file of llm/template/registered that writes a conversation where the parts above cannot say it, and
+        parameters: names that are set in it.
     """
 
     template_type: str
@@ -123,12 +121,12 @@ class TemplateMeta:
     auto_add_bos: bool = False
     stop_words: tuple[Part, ...] = ()
     agent_template: str = "react_en"
-    layout: str = "rounds"
-    variants: tuple[str, ...] = ()
+    jinja: str = ""
+    parameters: tuple[tuple[str, Any], ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """What the text consists of, as plain values (lists, not tuples), for logs, args.json and comparison."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layout", "variants")}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("jinja", "parameters")}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

@@ -1,7 +1,8 @@
 """Chat templates: data only. The order is that of the model types they serve.
 
-The descriptive fields (prefix, prompt, suffix...) are those that ms-swift's users know. Where the model publishes a
-Jinja template, `layout` names the code that reproduces it and holds where the two differ; "rounds" joins the fields.
+They serve checkpoints that carry no chat template of their own. The descriptive fields (prefix, prompt, suffix...) are
+those that ms-swift's users know; where they cannot say what a model's published chat template writes, `jinja` names a
+file of llm/template/registered that does.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _chatml(template_type: str, default_system: str | None = None, **fields: Any
         suffix=("<|im_end|>",),
         system_prefix=("<|im_start|>system\n{{SYSTEM}}<|im_end|>\n",),
         default_system=default_system,
-        **{"layout": "chatml", **fields},
+        **{"jinja": "chatml", **fields},
     )
 
 
@@ -143,14 +144,14 @@ _ALWAYS_THINKING: dict[str, Any] = {"template_cls": "ThinkingTemplate", "respons
 
 TEMPLATES: tuple[TemplateMeta, ...] = (
     _qwen("qwen", _QWEN_SYSTEM),
-    _qwen("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", layout="qwen2_5"),
-    _qwen("qwq", layout="qwq", **_ALWAYS_THINKING),
+    _qwen("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", jinja="hermes"),
+    _qwen("qwq", jinja="hermes", parameters=(("thinks", True),), **_ALWAYS_THINKING),
     # The next two publish Qwen2.5's Jinja with another default system message.
-    _qwen("qwq_preview", _QWQ_PREVIEW_SYSTEM, layout="qwen2_5"),
+    _qwen("qwq_preview", _QWQ_PREVIEW_SYSTEM, jinja="hermes"),
     _qwen(
         "qwen2_5_math",
         "Please reason step by step, and put your final answer within \\boxed{}.",
-        layout="qwen2_5",
+        jinja="hermes",
     ),
     TemplateMeta(
         "llama",
@@ -160,10 +161,10 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
         suffix=("</s>",),
         system_prefix=("<s>[INST] <<SYS>>\n{{SYSTEM}}\n<</SYS>>\n\n",),
         default_system=_LLAMA_SYSTEM,
-        layout="llama",
+        jinja="llama",
     ),
-    _llama3("llama3", layout="llama3"),
-    _llama3("llama3_2", dated=True, layout="llama3_1"),
+    _llama3("llama3", jinja="llama3"),
+    _llama3("llama3_2", dated=True, jinja="llama3_1"),
     TemplateMeta(
         "longwriter_llama",
         prefix=("[INST]",),
@@ -186,12 +187,12 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
         prompt=("User: {{QUERY}}\n\nAssistant:",),
         chat_sep=(_EOS,),
         system_prefix=(_BOS, "{{SYSTEM}}\n\n"),
-        layout="deepseek",
+        jinja="deepseek",
     ),
-    _deepseek_v3("deepseek_r1", layout="deepseek_r1", **_ALWAYS_THINKING),
-    _chatml("chatml", auto_add_bos=True, variants=("yi",)),
+    _deepseek_v3("deepseek_r1", jinja="deepseek_r1", **_ALWAYS_THINKING),
+    _chatml("chatml", auto_add_bos=True),
     # Yi-1.5-Chat: its Jinja writes the system text bare and opens the assistant's turn right after each user turn.
-    _chatml("yi", auto_add_bos=True, layout="yi"),
+    _chatml("yi", auto_add_bos=True, jinja="yi"),
     _chatml("yi_coder", _QWEN_SYSTEM, auto_add_bos=True),
     TemplateMeta(
         "sus",
@@ -236,7 +237,7 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
         prompt=("### Problem: {{QUERY}}\n### Solution: ",),
         chat_sep=("\n",),
         system_prefix=(_BOS, "{{SYSTEM}}"),
-        layout="numina",
+        jinja="numina",
     ),
     TemplateMeta(
         "ziya",
@@ -253,11 +254,17 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
         system_prefix=("指令：{{SYSTEM}}",),
     ),
     # Qwen3's model types also hold the 2507 releases, which think always or never.
-    _qwen("qwen3", layout="qwen3", template_cls="ThinkingTemplate", variants=("qwen3_nothinking", "qwen3_thinking")),
-    _qwen("qwen3_thinking", layout="qwen3_thinking", **_ALWAYS_THINKING),
-    _qwen("qwen3_nothinking", layout="qwen3_nothinking"),
-    _chatml("internlm2", _INTERNLM_SYSTEM, auto_add_bos=True, layout="internlm2"),
-    _qwen("mimo_rl", "You are MiMo, an AI assistant developed by Xiaomi.", layout="qwen2_5"),
+    _qwen("qwen3", jinja="qwen3", parameters=(("thinks", True),), template_cls="ThinkingTemplate"),
+    _qwen("qwen3_thinking", jinja="qwen3", parameters=(("thinks", True), ("opening", "<think>\n")), **_ALWAYS_THINKING),
+    _qwen("qwen3_nothinking", jinja="qwen3", parameters=(("thinks", False), ("opening", ""))),
+    _chatml(
+        "internlm2",
+        _INTERNLM_SYSTEM,
+        auto_add_bos=True,
+        jinja="chatml",
+        parameters=(("with_bos", True), ("default_system", "")),
+    ),
+    _qwen("mimo_rl", "You are MiMo, an AI assistant developed by Xiaomi.", jinja="hermes"),
     TemplateMeta(
         "moonlight",
         prefix=(),
@@ -284,7 +291,7 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
         chat_sep=("<|end_of_sentence|>",),
         suffix=("</s>",),
         system_prefix=("<|begin_of_sentence|>{{SYSTEM}}\n",),
-        layout="ernie",
+        jinja="ernie",
     ),
     TemplateMeta(
         "glm4_5",
@@ -297,7 +304,7 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
         auto_add_bos=True,
         stop_words=("<|endoftext|>", "<|user|>", "<|observation|>"),
         agent_template="glm4_5",
-        layout="glm4_5",
+        jinja="glm4_5",
     ),
     # Beyond the model types of the Megatron side.
     _chatml("smollm2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
@@ -307,7 +314,7 @@ TEMPLATE_MAPPING: dict[str, TemplateMeta] = {meta.template_type: meta for meta i
 
 # What `--template_backend jinja` needs to know of a model that has no registered template.
 JINJA = "jinja"
-_JINJA_META = TemplateMeta(JINJA, prefix=(), prompt=("{{QUERY}}",), chat_sep=())
+_JINJA_META = TemplateMeta(JINJA, prefix=(), prompt=("{{QUERY}}",), chat_sep=(), template_cls="ThinkingTemplate")
 
 
 def register_template(meta: TemplateMeta, exist_ok: bool = False) -> TemplateMeta:

@@ -63,12 +63,6 @@ class Generator:
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words")
         return cls(model.eval(), template, **{name: getattr(args, name) for name in names})
 
-    @property
-    def response_prefix(self) -> str:
-        """What the prompt already says of the answer, such as the opening of a thought."""
-        given = self.template.response_prefix
-        return str(self.template.meta.response_prefix if given is None else given)
-
     def _config(self, prompt_length: int) -> Any:
         """The model's own generation config with the user's settings over it."""
         from transformers import GenerationConfig
@@ -140,7 +134,7 @@ class Generator:
         with torch.inference_mode():
             out = self.model.generate(**inputs, generation_config=self._config(length), tokenizer=tokenizer)
         texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        return [self.response_prefix + self._cut(text) for text in texts]
+        return [self.template.answer_prefix + self._cut(text) for text in texts]
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """The answer in pieces, as they are generated. Leaving the iterator early ends the generation."""
@@ -176,8 +170,8 @@ class Generator:
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
-            if self.response_prefix:
-                yield self.response_prefix
+            if self.template.answer_prefix:
+                yield self.template.answer_prefix
             held = max(map(len, self.stop_words), default=1) - 1  # what may be the beginning of a stop word
             text, shown = "", 0
             for piece in streamer:

@@ -21,14 +21,15 @@ def prepare_template(args: Any) -> Any:
 
     if not hasattr(args, "model_info"):
         resolve(args, download_model=False)
-    if args.template is None and args.template_backend == "jinja":
-        args.template = JINJA
-    if args.template is None:
-        raise UsageError(
-            f"{args.model_info.model_dir}: no chat template is known for it; name one with --template, or use the "
-            "checkpoint's own one with --template_backend jinja"
-        )
     _, tokenizer = _load(args, load_model=False)
+    if args.template_backend == "auto":
+        args.template_backend = "jinja" if tokenizer.chat_template else "swift"
+    if args.template is None:
+        if args.use_chat_template and not tokenizer.chat_template:
+            raise UsageError(
+                f"{args.model_info.model_dir}: it has no chat template and none is known for it; name one with --template"
+            )
+        args.template = JINJA
     template = get_template(
         args.template,
         tokenizer,

@@ -205,3 +205,25 @@ def test_what_training_recorded_holds_for_later_commands(tiny_model, tmp_path):
     (weights / "args.json").write_text(json.dumps({**values, "enable_thinking": "perhaps"}))
     with pytest.raises(CheckpointError, match="args.json: --enable_thinking perhaps: must be true or false"):
         resolve(InferArguments(model=str(weights)))
+
+
+def test_the_chat_template_of_the_directory_is_what_every_command_writes(tiny_model, tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(tiny_model("qwen3"), source)
+    own = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}!\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant!\n{% endif %}"
+    )
+    (source / "chat_template.jinja").write_text(own)
+    row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    for cls in (SftArguments, MegatronSftArguments, InferArguments, PreviewArguments):
+        settings = {} if cls is InferArguments else {"dataset": ["x.jsonl"]}
+        (tmp_path / "x.jsonl").write_text(json.dumps(row))
+        settings = {key: [str(tmp_path / value) for value in values] for key, values in settings.items()}
+        template = pipeline.prepare_template(cls(model=str(source), **settings))
+        text, spans = template.training_text(row)
+        assert text == "<|im_start|>user!\nQ<|im_end|>\n<|im_start|>assistant!\nA<|im_end|>\n"
+        assert [text[start:end] for start, end, _ in spans] == ["A<|im_end|>"]
+        asked = cls(model=str(source), template="qwen3", **settings)
+        assert "user!" not in pipeline.prepare_template(asked).training_text(row)[0]
+        assert asked.template_backend == "swift"

@@ -21,7 +21,6 @@ from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import hash_of_file
 from swiftlite.llm.template.base import Template
-from swiftlite.llm.template.layouts import LAYOUTS
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.io import write_json
 from swiftlite.utils.logger import get_logger
@@ -45,16 +44,15 @@ def fingerprint(template: Template) -> dict[str, Any]:
     facts: dict[str, Any] = {"template": template.template_type, "tokenizer": _tokenizer_hash(template.tokenizer)}
     facts.update({name: getattr(template, name, None) for name in _SETTINGS})
     facts["weights"] = [dict(scale) for scale in template.weights]
-    facts["text"] = {**template.meta.describe(), "layout": template.meta.layout}
     facts["special_tokens"] = dict(template.special_tokens)
-    if template.template_backend == "jinja" and template.use_chat_template:
-        source = json.dumps(template.tokenizer.chat_template)
+    if template.use_chat_template:
+        source = template.chat.registered or json.dumps(template.tokenizer.chat_template)
         facts["chat_template"] = _hash([source])
         if "strftime_now" in source:
             facts["date"] = str(date.today())
     facts["format"] = _FORMAT
     facts["version"] = f"{__version__}, tokenizers {version('tokenizers')}"
-    facts["code"] = _hash(map(_source, (*type(template).__mro__[:-1], LAYOUTS[template.meta.layout])))
+    facts["code"] = _hash(map(_source, type(template).__mro__[:-1]))
     return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
 
 

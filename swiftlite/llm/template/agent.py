@@ -9,10 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from swiftlite.llm.template.layouts.chatml import HERMES_HEAD, HERMES_TAIL, hermes_call
-from swiftlite.llm.template.layouts.conversation import Message, role_of, shown, to_json
+from swiftlite.llm.template.messages import Message, function_of, role_of, to_json
 
 AGENT_FORMATS = ("hermes",)
+
+_HEAD = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TAIL = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
 
 
 def as_plain(messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[Message], list[int]]:
@@ -26,22 +35,33 @@ def as_plain(messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[
     for i, message in enumerate(messages):
         role = role_of(message)
         if role == "tool":
-            text = f"<tool_response>\n{shown(message)}\n</tool_response>"
+            text = f"<tool_response>\n{_shown(message)}\n</tool_response>"
             if i and role_of(messages[i - 1]) == "tool":
                 plain[-1] = {**plain[-1], "content": f"{plain[-1]['content']}\n{text}"}
                 continue
             message = {"role": "user", "content": text}
         elif role == "assistant" and message.get("tool_calls"):
-            parts = [str(message.get("content") or ""), *map(hermes_call, message["tool_calls"])]
+            parts = [str(message.get("content") or ""), *map(_call, message["tool_calls"])]
             message = {k: v for k, v in message.items() if k != "tool_calls"}
             message["content"] = "\n".join(part for part in parts if part)
         plain.append(message)
         origin.append(i)
     if tools:
-        listed = HERMES_HEAD + "".join("\n" + to_json(tool) for tool in tools) + HERMES_TAIL
+        listed = _HEAD + "".join("\n" + to_json(tool) for tool in tools) + _TAIL
         if plain and role_of(plain[0]) == "system":
-            plain[0] = {**plain[0], "content": f"{shown(plain[0])}\n\n{listed}"}
+            plain[0] = {**plain[0], "content": f"{_shown(plain[0])}\n\n{listed}"}
         else:
             plain.insert(0, {"role": "system", "content": listed})
             origin.insert(0, -1)
     return plain, origin
+
+
+def _shown(message: Message) -> str:
+    return str(message.get("content", ""))
+
+
+def _call(call: Any) -> str:
+    function = function_of(call)
+    arguments = function.get("arguments")
+    shown = arguments if isinstance(arguments, str) else to_json(arguments)
+    return f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {shown}}}\n</tool_call>'

@@ -1,14 +1,15 @@
 """Template: a conversation as text, as token ids with labels, and as padded batches.
 
-The text comes from the layout (the model's Jinja, reproduced) together with the spans the model is to learn. The whole
-text is tokenised at once, so that ids always equal those of the rendered text; labels are found by offsets.
+The text is a chat template's: the checkpoint's own, or a registered one (jinja.py), together with the spans the model is
+to learn. The whole text is tokenised at once, so that ids always equal those of the rendered text; labels are found by
+offsets.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,7 @@ from typing import TYPE_CHECKING, Any
 from swiftlite.families.records import TemplateMeta
 from swiftlite.llm.template.agent import AGENT_FORMATS, as_plain
 from swiftlite.llm.template.collate import IGNORE_INDEX, join_rows, pad_rows
-from swiftlite.llm.template.jinja import bounded_prompt, bounded_rows, jinja_spans, write_jinja
-from swiftlite.llm.template.layouts import LAYOUTS, PRINTS_CALLS, PRINTS_TOOLS, Conversation
-from swiftlite.llm.template.layouts.conversation import Message, role_of
-from swiftlite.llm.template.layouts.rounds import join_parts
+from swiftlite.llm.template.jinja import ChatTemplate
 from swiftlite.llm.template.limits import (
     MaxLengthError,
     Span,
@@ -31,6 +29,9 @@ from swiftlite.llm.template.limits import (
     told_as_template_error,
 )
 from swiftlite.llm.template.loss_scale import parse_loss_scale, weigh
+from swiftlite.llm.template.messages import Message, role_of, with_arguments
+from swiftlite.llm.template.registered import source_of
+from swiftlite.llm.template.traits import Traits, traits_of
 from swiftlite.utils.errors import TemplateError, UsageError
 from swiftlite.utils.logger import warn_once
 
@@ -38,12 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TRUNCATION_STRATEGIES = ("raise", "delete", "left", "right", "split")
+BACKENDS = ("auto", "swift", "jinja")
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# End tokens that a layout prints besides the template's suffix and stop words.
-_LAYOUT_STOPS = {"ernie": ("<|end_of_sentence|>",), "llama3_1": ("<|eom_id|>",)}
-# What ends a last turn that calls a tool, where it is not the suffix.
-_CALL_STOPS = {"glm4_5": "<|observation|>"}
 # Special tokens of some tokenizers that stand inside answers, so that none of them ends one.
 _TAGS = {f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") for slash in ("", "/")}
 # How templates mark an answer without thoughts.
@@ -79,20 +77,7 @@ class Template:
     ) -> None:
         _check("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
         _check("--padding_side", padding_side, ("left", "right"))
-        _check("--template_backend", template_backend, ("swift", "jinja"))
-        prints_tools = meta.layout in PRINTS_CALLS
-        if agent_template not in (None, meta.agent_template, *(() if prints_tools else AGENT_FORMATS)):
-            raise UsageError(
-                f"--agent_template {agent_template!r}: template {meta.template_type!r} "
-                + (
-                    f"writes tools as its model's own chat template does ({meta.agent_template!r}); leave the flag out"
-                    if prints_tools
-                    else f"can write tools as {', '.join(AGENT_FORMATS)}"
-                )
-            )
-        self._plain_tools = agent_template in AGENT_FORMATS and not prints_tools
-        if meta.layout not in LAYOUTS:
-            raise UsageError(f"template {meta.template_type!r} has layout {meta.layout!r}; known: {', '.join(LAYOUTS)}")
+        _check("--template_backend", template_backend, BACKENDS)
         if max_pixels is not None or norm_bbox is not None:
             warn_once("--max_pixels and --norm_bbox have no effect on text models")
         self.meta = meta
@@ -108,20 +93,64 @@ class Template:
         self.loss_scale, self.weights = parse_loss_scale(loss_scale)
         self.sequence_parallel_size = sequence_parallel_size
         self.response_prefix = response_prefix
+        if template_backend == "auto":
+            template_backend = "jinja" if getattr(tokenizer, "chat_template", None) else "swift"
         self.template_backend = template_backend
         self.enable_thinking = enable_thinking
         self.add_non_thinking_prefix = add_non_thinking_prefix
         self.special_tokens = _special_tokens(tokenizer)
-        # Plain text ends as the tokenizer's texts do, whatever ends an answer in the model's chats.
-        self.suffix = (
-            join_parts(meta.suffix, self.special_tokens)
-            if use_chat_template
-            else self.special_tokens.get("eos_token", "")
-        )
-        stops = [*meta.stop_words, self.suffix.strip(), self.special_tokens.get("eos_token", "")]
-        stops += _LAYOUT_STOPS.get(meta.layout, ())
-        # Longest first, so that a stop that begins with another one is found whole.
-        self.stop_words: tuple[str, ...] = tuple(sorted({s for s in stops if s}, key=lambda s: (-len(s), s)))
+        self.chat = self._chat_template()
+        self._plain_tools = self._writes_plain_tools(agent_template)
+
+    def _chat_template(self) -> ChatTemplate:
+        meta, source, name = self.meta, None, "the checkpoint's chat template"
+        if self.template_backend == "swift":
+            own_bos = self._own_bos() if meta.auto_add_bos and not meta.jinja else ""
+            source, name = source_of(meta, own_bos), f"template {meta.template_type!r}"
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        special = {str(token) for token in added if token.special} - _TAGS
+        known = {*meta.stop_words, self._suffix.strip(), self.special_tokens.get("eos_token", "")}
+        return ChatTemplate(self.tokenizer, source, name, self.special_tokens, _longest_first(known | special))
+
+    def _writes_plain_tools(self, agent_template: str | None) -> bool:
+        """Whether tools are to be written as text, by a template that has no words for them."""
+        if agent_template in (None, self.meta.agent_template):
+            return agent_template in AGENT_FORMATS and not (self.chat.prints_tools() or self.chat.prints_calls())
+        if self.chat.prints_tools() or self.chat.prints_calls():
+            raise UsageError(
+                f"--agent_template {agent_template!r}: {self.chat.name} writes tools as its model's own chat template does "
+                f"({self.meta.agent_template!r}); leave the flag out"
+            )
+        if agent_template not in AGENT_FORMATS:
+            raise UsageError(
+                f"--agent_template {agent_template!r}: {self.chat.name} can write tools as {', '.join(AGENT_FORMATS)}"
+            )
+        return True
+
+    @property
+    def _suffix(self) -> str:
+        """What the record of a registered template says ends the last answer."""
+        parts = (part if isinstance(part, str) else "".join(self.special_tokens.get(n.removesuffix("_id"), "") for n in part)
+                 for part in self.meta.suffix)  # fmt: skip
+        return "".join(parts)
+
+    @cached_property
+    def traits(self) -> Traits:
+        return self.chat.bounded(lambda: traits_of(self.chat, self._options({})))
+
+    @cached_property
+    def suffix(self) -> str:
+        """What ends a last answer where the text does not. Plain text ends as the tokenizer's texts do."""
+        eos = self.special_tokens.get("eos_token", "")
+        if not self.use_chat_template:
+            return eos
+        return self.traits.end or (self._suffix if self.template_backend == "swift" else eos)
+
+    @cached_property
+    def stop_words(self) -> tuple[str, ...]:
+        """What ends a generated answer, the longest first, so that a stop that begins with another one is found whole."""
+        own = () if not self.use_chat_template else (self.traits.end, self.traits.call_end, *self.meta.stop_words)
+        return _longest_first({*own, self.suffix.strip(), self.special_tokens.get("eos_token", "")})
 
     @property
     def template_type(self) -> str:
@@ -153,22 +182,26 @@ class Template:
             kwargs: what the official template takes besides, such as `enable_thinking` or `date_string`.
         Raises: TemplateError where the official template cannot write the conversation.
         """
-        options = self._options(kwargs)
-        if self.template_backend == "jinja":
-            whole = self._with_system(messages)
-            return bounded_prompt(lambda: write_jinja(self.tokenizer, whole, tools, add_generation_prompt, options))
-        return "".join(text for text, _ in self._pieces(messages, tools, add_generation_prompt, options))
+        if not self.use_chat_template:
+            return _contents(messages)
+        whole, tools, _ = self._prepared(messages, tools)
+        return self.chat.bounded(lambda: self.chat.write(whole, tools, add_generation_prompt, self._options(kwargs)))
 
     def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None, **kwargs: Any) -> list[int]:
         """Token ids of the conversation up to where the model answers, for generation."""
         if not self.use_chat_template:
-            return self.tokenize("".join(str(message.get("content") or "") for message in messages))
+            return self.tokenize(_contents(messages))
         with told_as_template_error():
-            text = self.render(messages, tools, add_generation_prompt=True, **kwargs)
+            text = self.render(self._with_arguments(messages), tools, add_generation_prompt=True, **kwargs)
         check_length(text)
         if self.response_prefix is not None:
-            text = text.removesuffix(self.meta.response_prefix) + self.response_prefix
+            text = text.removesuffix(self.traits.opening) + self.response_prefix
         return self.tokenize(text)
+
+    @property
+    def answer_prefix(self) -> str:
+        """What the prompt already says of the answer, such as the opening of a thought."""
+        return self.traits.opening if self.response_prefix is None else self.response_prefix
 
     def parse_response(self, text: str) -> Message:
         """The assistant message for a generated text, to be put into the history of a chat."""
@@ -209,22 +242,19 @@ class Template:
 
         With truncation_strategy 'split', a row that is too long becomes a list of samples.
         """
-        scripts = self._scripts(rows)
-        tokenized = iter(self._tokenize_batch([s for s in scripts if not isinstance(s, TemplateError)]))
         encoded: list[Encoded | list[Encoded] | TemplateError] = []
-        for row, script in zip(rows, scripts, strict=True):
-            if isinstance(script, TemplateError):
-                encoded.append(script)
-                continue
-            ids, weights = next(tokenized)
-            try:
-                encoded.append(self._finish(row, ids, weights))
-            except TemplateError as error:
-                encoded.append(error)
+        for scripts in self._scripts(rows):
+            tokenized = iter(self._tokenize_batch([s for s in scripts if not isinstance(s, TemplateError)]))
+            for script in scripts:
+                row = rows[len(encoded)]
+                try:
+                    encoded.append(script if isinstance(script, TemplateError) else self._finish(row, *next(tokenized)))
+                except TemplateError as error:
+                    encoded.append(error)
         return encoded
 
-    def _scripts(self, rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[Span]] | TemplateError]:
-        """`training_text` of rows, as far as it can be needed; errors take a row's place."""
+    def _scripts(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[str, list[Span]] | TemplateError]]:
+        """`training_text` of rows, in lists of some, as far as it can be needed; errors take a row's place."""
         limits = (self.max_length, self._max_token_chars, self.truncation_strategy)
 
         def script(row: dict[str, Any]) -> tuple[str, list[Span]] | TemplateError:
@@ -236,20 +266,27 @@ class Template:
             except TemplateError as error:
                 return error
 
-        if self.template_backend == "jinja" and self.use_chat_template:
-            _ = self._jinja_stops
-            return bounded_rows(script, rows)
-        return [script(row) for row in rows]
+        if not self.use_chat_template:
+            yield [script(row) for row in rows]
+            return
+        self._learn()
+        yield from self.chat.bounded_rows(script, rows)
 
     def training_text(self, row: dict[str, Any]) -> tuple[str, list[Span]]:
         """The text of a training row and its spans with loss: (start, end, weight), ascending, in characters.
 
         Raises: TemplateError where the conversation cannot be written, also within bounds.
         """
-        if self.template_backend == "jinja" and self.use_chat_template:
-            _ = self._jinja_stops
-            return bounded_prompt(lambda: self._training_text(row))
-        return self._training_text(row)
+        if not self.use_chat_template:
+            return self._training_text(row)
+        self._learn()
+        return self.chat.bounded(lambda: self._training_text(row))
+
+    def _learn(self) -> None:
+        """Know what trials of the chat template show before a child needs it."""
+        if "traits" not in self.__dict__:
+            _ = self.suffix, self.traits
+            self.chat.learn(self._options({}))
 
     def _training_text(self, row: dict[str, Any]) -> tuple[str, list[Span]]:
         messages, tools = row.get("messages"), row.get("tools")
@@ -257,58 +294,42 @@ class Template:
             raise TemplateError("a row has no messages; give 'messages': [{'role': ..., 'content': ...}, ...]")
         if isinstance(tools, str):
             tools = _parse_tools(tools)
-        by_jinja = self.template_backend == "jinja" and self.use_chat_template
-        if by_jinja:
-            text, spans, stops = self._jinja_spans(messages, tools)
-        else:
-            text, spans, stops = *self._own_spans(messages, tools), self.stop_words
-        stopped = False
+        text, spans = self._plain_text(messages) if not self.use_chat_template else self._chat_text(messages, tools)
+        stopped, holds_ends = False, self.use_chat_template and self.chat.is_tagged(tools)
         for span in spans:
-            stop = next((s for s in stops if text.startswith(s, span[1])), None)
-            # Generation tags may hold the end token already.
-            stopped = stop is not None or (by_jinja and text[span[0] : span[1]].rstrip().endswith(stops))
-            span[1] += len(stop) if stop else 0
+            stopped = holds_ends and text[span[0] : span[1]].rstrip().endswith(self.chat.ends)
+            stop = next((s for s in self.chat.ends if not stopped and text.startswith(s, span[1])), None)
+            span[1] += len(stop or "")
+            stopped = stopped or stop is not None
         if spans and not stopped and role_of(messages[-1]) == "assistant" and spans[-1][1] == len(text):
-            calls = messages[-1].get("tool_calls")
-            text += _CALL_STOPS.get(self.meta.layout, self.suffix) if calls else self.suffix
+            calls = self.use_chat_template and messages[-1].get("tool_calls")
+            text += self.traits.call_end or self.suffix if calls else self.suffix
             spans[-1][1] = len(text)
         if self.loss_scale == "all":
             return text, list(weigh(text, 0, len(text), 1.0, self.weights))
         return text, list(self._weighted(text, spans, messages))
 
-    @cached_property
-    def _jinja_stops(self) -> tuple[str, ...]:
-        """What may end an answer in the tokenizer's own chat template, the longest first."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        special = {str(token) for token in added if token.special}
-        stops = {*self.stop_words, *(special - _TAGS)}
-        return tuple(sorted(stops, key=lambda s: (-len(s), s)))
-
-    def _own_spans(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[list[int]]]:
-        """Text by the layout, and [start, end, index of the message] of what assistants wrote."""
-        self._warn_of_lost_tools(messages, tools)
-        text = ""
-        spans: list[list[int]] = []
-        for piece, index in self._pieces(messages, tools, False, self._options({})):
-            if index is not None:
-                if spans and spans[-1][2] == index and spans[-1][1] == len(text):
-                    spans[-1][1] = len(text) + len(piece)
-                else:
-                    if not self.add_non_thinking_prefix and not _has_thoughts(messages[index]):
-                        mark = next((mark for mark in _EMPTY_THOUGHTS if piece.startswith(mark)), "")
-                        piece = piece[len(mark) :]
-                    spans.append([len(text), len(text) + len(piece), index])
-            text += piece
+    def _plain_text(self, messages: Sequence[Message]) -> tuple[str, list[list[int]]]:
+        """Contents end to end."""
+        text, spans = "", []
+        for i, message in enumerate(messages):
+            start, text = len(text), text + str(message.get("content") or "")
+            if role_of(message) == "assistant":
+                spans.append([start, len(text), i])
         return text, spans
 
-    def _jinja_spans(
-        self, messages: Sequence[Message], tools: list[Any] | None
-    ) -> tuple[str, list[list[int]], tuple[str, ...]]:
-        """As _own_spans, by the tokenizer's own chat template; and what ends an answer in it."""
-        whole = self._with_system(messages)
-        added_system = len(whole) - len(messages)
-        text, spans = jinja_spans(self.tokenizer, whole, tools, self._options({}), self._jinja_stops)
-        return text, [[start, end, index - added_system] for start, end, index in spans], self._jinja_stops
+    def _chat_text(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[list[int]]]:
+        """Text by the chat template, and [start, end, index of the message] of what assistants wrote."""
+        self._warn_of_lost_tools(messages, tools)
+        whole, tools, origin = self._prepared(self._with_arguments(messages), tools)
+        text, spans = self.chat.write_answers(whole, tools, self._options({}))
+        spans = [[start, end, origin[index]] for start, end, index in spans]
+        return (text, spans) if self.add_non_thinking_prefix else _without_empty_thoughts(text, spans, messages)
+
+    def _with_arguments(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if not any(message.get("tool_calls") for message in messages) or self.traits.arguments is None:
+            return messages
+        return with_arguments(messages, self.traits.arguments)
 
     def _weighted(self, text: str, spans: Iterable[list[int]], messages: Sequence[Message]) -> Iterable[Span]:
         roles = [role_of(message) for message in messages]
@@ -323,30 +344,18 @@ class Template:
             if weight:
                 yield from weigh(text, start, end, weight, self.weights)
 
-    def _pieces(
-        self, messages: Sequence[Message], tools: list[Any] | None, add_generation_prompt: bool, options: dict[str, Any]
-    ) -> Iterable[tuple[str, int | None]]:
-        """Pieces of the text with indices into `messages`."""
-        if not self.use_chat_template:
-            for i, message in enumerate(messages):
-                yield str(message.get("content") or ""), i if role_of(message) == "assistant" else None
-            return
-        whole = self._with_system(messages)
+    def _prepared(
+        self, messages: Sequence[Message], tools: list[Any] | None
+    ) -> tuple[list[Message], list[Any] | None, list[int]]:
+        """What the chat template is given, and for each message the index of the one it comes from (-1: none)."""
+        whole = list(messages)
+        if self.default_system and (not messages or role_of(messages[0]) != "system"):
+            whole = [{"role": "system", "content": self.default_system}, *whole]
         origin = [i - (len(whole) - len(messages)) for i in range(len(whole))]
         if self._plain_tools:
             whole, sources = as_plain(whole, tools)
             tools, origin = None, [origin[i] if i >= 0 else -1 for i in sources]
-        default = self.meta.default_system if self.default_system is None else None
-        c = Conversation(self.meta, whole, tools, add_generation_prompt, default, self.special_tokens, options)
-        if self.meta.layout == "rounds" and self.meta.auto_add_bos:
-            yield self._own_bos(), None
-        for text, index in LAYOUTS[self.meta.layout](c):
-            yield text, None if index is None else origin[index]
-
-    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
-        if self.default_system and (not messages or role_of(messages[0]) != "system"):
-            return [{"role": "system", "content": self.default_system}, *messages]
-        return list(messages)
+        return whole, tools, origin
 
     def _own_bos(self) -> str:
         """What the tokenizer itself puts in front of a text."""
@@ -354,18 +363,18 @@ class Template:
         return str(self.tokenizer.decode(with_specials[: with_specials.index(plain[0])]))
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self.enable_thinking is not None:
-            return {"enable_thinking": self.enable_thinking, **kwargs}
-        return kwargs
+        own: dict[str, Any] = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        if self.default_system == "" and self.template_backend == "swift":  # not the template's either
+            own["default_system"] = ""
+        return {**own, **kwargs}
 
     def _warn_of_lost_tools(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
-        name = self.meta.template_type
         if self._plain_tools:
             return
-        if tools and self.meta.layout not in PRINTS_TOOLS:
-            warn_once(f"template {name!r} does not write the list of tools (its model's chat template has none)")
-        if self.meta.layout not in PRINTS_CALLS and any(message.get("tool_calls") for message in messages):
-            warn_once(f"template {name!r} does not write tool calls (its model's chat template has none)")
+        if tools and not self.chat.prints_tools():
+            warn_once(f"{self.chat.name} does not write the list of tools (its model's chat template has none)")
+        if not self.chat.prints_calls() and any(message.get("tool_calls") for message in messages):
+            warn_once(f"{self.chat.name} does not write tool calls (its model's chat template has none)")
 
     def _tokenize_batch(self, scripts: Sequence[tuple[str, list[Span]]]) -> Iterable[tuple[list[int], list[Span]]]:
         """Ids of each text, and its spans in tokens."""
@@ -458,6 +467,29 @@ def _check(flag: str, value: str, allowed: Sequence[str]) -> None:
 def _special_tokens(tokenizer: Any) -> dict[str, str]:
     tokens = {name: getattr(tokenizer, name, None) for name in _SPECIAL_TOKENS}
     return {name: str(token) for name, token in tokens.items() if token is not None}
+
+
+def _longest_first(words: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({word for word in words if word}, key=lambda word: (-len(word), word)))
+
+
+def _contents(messages: Sequence[Message]) -> str:
+    return "".join(str(message.get("content") or "") for message in messages)
+
+
+def _without_empty_thoughts(
+    text: str, spans: Iterable[list[int]], messages: Sequence[Message]
+) -> tuple[str, list[list[int]]]:
+    """The text without the empty thought blocks that a template writes before answers without thoughts."""
+    kept, removed = [], 0
+    for start, end, index in spans:
+        start, end = start - removed, end - removed
+        mark = next((mark for mark in _EMPTY_THOUGHTS if text.startswith(mark, start)), "")
+        if not _has_thoughts(messages[index]):
+            text, removed = text[:start] + text[start + len(mark) :], removed + len(mark)
+            end -= len(mark)
+        kept.append([start, end, index])
+    return text, kept
 
 
 def _has_thoughts(message: Message) -> bool:

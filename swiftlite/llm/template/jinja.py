@@ -1,235 +1,256 @@
-"""Training from a tokenizer's own chat template: the text, and exactly which characters the assistant wrote.
+"""A chat template: the text of any conversation, and where in it the answers lie.
 
-A template with `{% generation %}` tags says so itself. Of others the text is written again for shorter and for changed
-conversations; where the answers lie follows from what stays the same. What cannot be settled is an error.
+It is the checkpoint's own, whose text is never trusted with more than the sandbox and the bounds of utils/bounded.py
+allow, or a registered one (registered.py). A template with `{% generation %}` tags says itself where answers lie; of
+others it is found out (answers.py).
 """
 
 from __future__ import annotations
 
-import os
+import json
 import re
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cache
 from typing import Any, TypeVar
 
-from swiftlite.llm.template.layouts.conversation import Message, function_of, role_of
-from swiftlite.utils.bounded import SECONDS, LimitError, run_bounded
+from swiftlite.llm.template.answers import AnswerFinder, Found
+from swiftlite.llm.template.messages import Message, role_of
+from swiftlite.utils.bounded import SECONDS, LimitError, run_bounded, run_each_bounded
 from swiftlite.utils.errors import TemplateError, UsageError
 
-Found = list[list[int]]  # start, end, index of the message; characters of the text
-Write = Callable[[Sequence[Message], bool], str]
 T = TypeVar("T")
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Contents that share no first and no last character with each other.
-_MARKS = ("⁂first⁑", "※second⁜")
+# Rows whose text is out of bounds before the template itself is to blame.
+_MAX_UNBOUNDED = 3
+_ROWS_AT_ONCE = 32
 
 
-def jinja_spans(
-    tokenizer: Any, messages: Sequence[Message], tools: Any, options: dict[str, Any], stop_words: Sequence[str]
-) -> tuple[str, Found]:
-    """The conversation as the tokenizer's chat template writes it, and the span of each assistant message in it.
+class ChatTemplate:
+    """What one Jinja text writes for a tokenizer.
 
-    Args: stop_words: what ends an answer; a span ends before it.
-    Raises: UsageError if there is no chat template; TemplateError if it cannot write the conversation, or where its
-        answers lie cannot be settled.
+    Args:
+        registered: Jinja of a registered template; None: the tokenizer's own.
+        name: what messages call it. tokens: the tokenizer's special tokens by attribute name, absent ones missing.
+        ends: what may end an answer, the longest first.
     """
-    source = chat_template_of(tokenizer, tools)
-    if _GENERATION_TAG.search(source):
-        return _tagged(tokenizer, source, messages, tools, options)
 
-    def write(part: Sequence[Message], generation: bool) -> str:
-        return write_jinja(tokenizer, part, tools, generation, options)
+    def __init__(
+        self, tokenizer: Any, registered: str | None, name: str, tokens: Mapping[str, str], ends: Sequence[str]
+    ) -> None:
+        self.tokenizer, self.registered, self.name = tokenizer, registered, name
+        self.tokens, self.ends = dict(tokens), tuple(ends)
+        self._finders: dict[str, AnswerFinder] = {}
 
-    def write_plain(part: Sequence[Message], generation: bool) -> str:
-        chosen = {key: value for key, value in options.items() if key != "enable_thinking"}
-        return write_jinja(tokenizer, part, tools, generation, chosen)
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the checkpoint's, whose text may do anything that Jinja can."""
+        return self.registered is None
 
-    text = write(messages, False)
-    writers = (write, write_plain) if "enable_thinking" in options else (write,)
-    finder = _Finder(writers, list(messages), text, stop_words)
-    return text, [finder.span(i) for i, message in enumerate(messages) if role_of(message) == "assistant"]
+    def source(self, tools: Any = None) -> str:
+        """The Jinja. Raises: UsageError if the tokenizer has none."""
+        return self.registered if self.registered is not None else chat_template_of(self.tokenizer, tools)
+
+    def is_tagged(self, tools: Any = None) -> bool:
+        """Whether it has generation tags, which may hold the end token of an answer too."""
+        return bool(_GENERATION_TAG.search(self.source(tools)))
+
+    def prints_tools(self) -> bool:
+        return "tools" in _names_read(self.source())
+
+    def prints_calls(self) -> bool:
+        return "arguments" in _names_read(self.source())
+
+    def write(self, messages: Sequence[Message], tools: Any, generation: bool, options: Mapping[str, Any]) -> str:
+        """The conversation as text; generation: with what opens the next answer. Raises: TemplateError."""
+        try:
+            if self.registered is not None:
+                return str(self._written(messages, tools, options, generation).replace(_BEGIN, "").replace(_END, ""))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tools=tools, add_generation_prompt=generation, tokenize=False, **options
+                )
+            )
+        except Exception as error:  # whatever a template raises or trips over
+            raise self._refused(error) from None
+
+    def write_answers(self, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]) -> tuple[str, Found]:
+        """The conversation as text, and [start, end, index] of each assistant message in it.
+
+        Raises: TemplateError if it cannot be written, or where its answers lie cannot be settled.
+        """
+        if self.is_tagged(tools):
+            return self._tagged(messages, tools, options)
+        return self._finder(options).find(messages, tools)
+
+    def learn(self, options: Mapping[str, Any]) -> None:
+        """Find out, within bounds, what helps `write_answers` with these options; before children need it."""
+        if not self.is_tagged():
+            finder = self._finder(options)
+            finder.headers = self.bounded(finder.learn)
+
+    def _finder(self, options: Mapping[str, Any]) -> AnswerFinder:
+        key = json.dumps(options, sort_keys=True, default=str)
+        if key not in self._finders:
+            self._finders[key] = AnswerFinder(self.write, options, self.ends, self.tokens.get("eos_token", ""))
+        return self._finders[key]
+
+    def _tagged(self, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]) -> tuple[str, Found]:
+        try:
+            if self.registered is not None:
+                text, found = _without_marks(self._written(messages, tools, options))
+            else:
+                from transformers.utils.chat_template_utils import render_jinja_template
+
+                rendered: Any = render_jinja_template(
+                    conversations=[list(messages)], tools=tools, chat_template=self.source(tools),
+                    return_assistant_tokens_mask=True, **{**self.tokenizer.special_tokens_map, **options},
+                )  # fmt: skip
+                (text,), (found,) = rendered
+        except Exception as error:  # as in write
+            raise self._refused(error) from None
+        answers = [i for i, message in enumerate(messages) if role_of(message) == "assistant"]
+        if len(found) != len(answers):
+            raise TemplateError(
+                f"{self.name} marks {len(found)} spans with generation tags for {len(answers)} assistant messages; "
+                "fix the template, or choose a registered one with --template NAME"
+            )
+        return text, [[start, end, index] for (start, end), index in zip(found, answers, strict=True)]
+
+    def _written(
+        self, messages: Sequence[Message], tools: Any, options: Mapping[str, Any], generation: bool = False
+    ) -> str:
+        """The text of a registered template, its answers between marks."""
+        names = {"documents": None, **self.tokens, **options}
+        template = _compiled(str(self.registered))
+        return str(template.render(messages=list(messages), tools=tools, add_generation_prompt=generation, **names))
+
+    def _refused(self, error: Exception) -> TemplateError:
+        line = " ".join(str(error).split())[:200]
+        return TemplateError(f"{self.name} cannot write the conversation ({line})")
+
+    def bounded(self, write: Callable[[], T]) -> T:
+        """What `write` makes with this template, within bounds if that is the checkpoint's. Raises: TemplateError."""
+        if not self.is_own:
+            return write()
+        try:
+            return run_bounded(write)
+        except LimitError as error:
+            raise TemplateError(f"{self.name} cannot write the conversation: {error}") from None
+
+    def bounded_rows(self, write: Callable[[Any], T], rows: Sequence[Any]) -> Iterator[list[T | TemplateError]]:
+        """`write(row)` of all rows, in lists of some, within bounds if the template is the checkpoint's.
+
+        They are written in a child, which goes on while the caller works on a list. If that is beyond bounds, the rows
+        of a list are written in a child each, where such a row gets a TemplateError.
+        Raises: UsageError where the template itself is to blame, which row after row shows.
+        """
+        parts = [rows[i : i + _ROWS_AT_ONCE] for i in range(0, len(rows), _ROWS_AT_ONCE)]
+        if not self.is_own:
+            for part in parts:
+                yield [write(row) for row in part]
+            return
+        done = 0
+        while done < len(parts):
+            works = [lambda part=part: [write(row) for row in part] for part in parts[done:]]  # type: ignore[misc]
+            try:
+                for written in run_each_bounded(works, SECONDS + 0.1 * len(rows)):
+                    done += 1
+                    yield [*written]
+            except LimitError:  # a row, which is found in there
+                done += 1
+                yield self._one_by_one(write, parts[done - 1])
+
+    def _one_by_one(self, write: Callable[[Any], T], rows: Sequence[Any]) -> list[T | TemplateError]:
+        found: list[T | TemplateError] = []
+        failed = 0
+        for row in rows:
+            try:
+                found.append(run_bounded(lambda row=row: write(row)))  # type: ignore[misc]
+            except LimitError as error:
+                failed += 1
+                if failed > _MAX_UNBOUNDED:
+                    raise UsageError(
+                        f"{self.name} cannot be used: {error}; choose a registered one with --template NAME"
+                    ) from None
+                found.append(TemplateError(f"{self.name} cannot write it: {error}"))
+        return found
+
+
+@cache
+def _names_read(source: str) -> frozenset[str]:
+    """Variables and attributes that a template reads. It is parsed, not run; nothing where it is not Jinja."""
+    from jinja2 import TemplateSyntaxError, meta, nodes
+
+    try:
+        tree = _environment().parse(source)
+    except (TemplateSyntaxError, RecursionError):
+        return frozenset()
+    names = {node.attr for node in tree.find_all(nodes.Getattr)} | {
+        node.arg.value for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const)
+    }
+    return frozenset(map(str, meta.find_undeclared_variables(tree) | names))
+
+
+# Around what generation tags hold, in the text of a registered template. No data holds them but on purpose.
+_BEGIN, _END = f"\ue000{secrets.token_hex(8)}\ue001", f"\ue002{secrets.token_hex(8)}\ue003"
+
+
+@cache
+def _environment() -> Any:
+    """Jinja for registered templates, which are part of the program: what transformers offers, without its sandbox."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            begin, end = (nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in (_BEGIN, _END))
+            return [begin, *body, end]
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+@cache
+def _compiled(source: str) -> Any:
+    return _environment().from_string(source)
+
+
+def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    text, *answers = marked.split(_BEGIN)
+    found = []
+    for part in answers:
+        answer, _, rest = part.partition(_END)
+        found.append((len(text), len(text) + len(answer)))
+        text += answer + rest
+    return text, found
 
 
 def chat_template_of(tokenizer: Any, tools: Any = None) -> str:
-    """Source of the chat template. Raises: UsageError if the tokenizer has none."""
+    """Source of a tokenizer's chat template. Raises: UsageError if it has none."""
     try:
         source = tokenizer.get_chat_template(tools=tools)
     except (ValueError, AttributeError):
         source = None
     if not source:
         raise UsageError(
-            "--template_backend jinja: the tokenizer has no chat template (chat_template.jinja, or chat_template in "
-            "tokenizer_config.json); add one, or use --template_backend swift with --template NAME"
+            "the tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); add "
+            "one, or choose a registered one with --template NAME"
         )
     return str(source)
-
-
-def write_jinja(
-    tokenizer: Any, messages: Sequence[Message], tools: Any, generation: bool, options: dict[str, Any]
-) -> str:
-    """The conversation by the tokenizer's chat template. Raises: TemplateError where it cannot write it."""
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=generation, tokenize=False, **options
-            )
-        )
-    except Exception as error:  # whatever a template raises or trips over
-        line = " ".join(str(error).split())[:200]
-        raise TemplateError(f"the tokenizer's chat template cannot write the conversation ({line})") from None
-
-
-# Rows whose text is out of bounds before the template itself is to blame.
-_MAX_UNBOUNDED = 3
-
-
-def bounded_prompt(write: Callable[[], T]) -> T:
-    """A text that the tokenizer's chat template writes, within bounds. Raises: TemplateError, also beyond them."""
-    try:
-        return run_bounded(write)
-    except LimitError as error:
-        raise TemplateError(f"the tokenizer's chat template cannot write the conversation: {error}") from None
-
-
-def bounded_rows(write: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
-    """`[write(row) for row in rows]` for a write that uses a tokenizer's chat template.
-
-    They are written in a child together; if that is beyond bounds, in one each, where such a row gets a TemplateError.
-    Raises: UsageError where the template itself is to blame, which row after row shows.
-    """
-    if len(rows) > 1:
-        try:
-            return run_bounded(lambda: [write(row) for row in rows], SECONDS + 0.1 * len(rows))
-        except LimitError:
-            pass  # one of them, which is found below
-    found: list[Any] = []
-    failed = 0
-    for row in rows:
-        try:
-            found.append(run_bounded(lambda row=row: write(row)))  # type: ignore[misc]
-        except LimitError as error:
-            failed += 1
-            if failed > _MAX_UNBOUNDED:
-                raise UsageError(
-                    f"--template_backend jinja: the checkpoint's chat template cannot be used: {error}; use "
-                    "--template_backend swift with --template NAME"
-                ) from None
-            found.append(TemplateError(f"the chat template cannot write it: {error}"))
-    return found
-
-
-def _tagged(
-    tokenizer: Any, source: str, messages: Sequence[Message], tools: Any, options: dict[str, Any]
-) -> tuple[str, Found]:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    names = {**getattr(tokenizer, "special_tokens_map", {}), **options}
-    try:
-        rendered: Any = render_jinja_template(
-            conversations=[list(messages)],
-            tools=tools,
-            chat_template=source,
-            return_assistant_tokens_mask=True,
-            **names,
-        )
-    except Exception as error:  # as in write_jinja
-        line = " ".join(str(error).split())[:200]
-        raise TemplateError(f"the tokenizer's chat template cannot write the conversation ({line})") from None
-    answers = [i for i, message in enumerate(messages) if role_of(message) == "assistant"]
-    (text,), (indices,) = rendered
-    spans = [[start, end] for start, end in indices]
-    if len(spans) != len(answers):
-        raise TemplateError(
-            f"the chat template marks {len(spans)} spans with generation tags for {len(answers)} assistant messages; "
-            "mend the template or use --template_backend swift"
-        )
-    return text, [[*span, index] for span, index in zip(spans, answers, strict=True)]
-
-
-class _Finder:
-    """Where the answers lie in `text`, the whole conversation as the first of `writers` gives it.
-
-    A second writer has another generation prompt: with thinking off, the prompt holds an empty thought block, but an
-    answer that thinks nevertheless stands behind the other prompt.
-    """
-
-    def __init__(self, writers: Sequence[Write], messages: list[Message], text: str, stop_words: Sequence[str]) -> None:
-        self.writers, self.messages, self.text, self.stop_words = writers, messages, text, stop_words
-
-    def span(self, index: int) -> list[int]:
-        """[start, end, index] of an assistant message."""
-        before, after = self._try(self.messages[:index], True), self._try(self.messages[: index + 1], False)
-        region: tuple[int, int] | None = None
-        if before is not None and self.text.startswith(before):
-            start = len(before)
-        else:
-            region = self._region(index)
-            start = self._start(index, region)
-        if after is not None and self.text.startswith(after) and len(after) >= start:
-            end = self._without_stop(start, len(after))
-        else:
-            end = (region or self._region(index))[1]
-        self._check(index, start, end)
-        return [start, end, index]
-
-    def _try(self, messages: list[Message], generation: bool, write: Write | None = None) -> str | None:
-        try:
-            return (write or self.writers[0])(messages, generation)
-        except TemplateError:
-            return None
-
-    def _without_stop(self, start: int, end: int) -> int:
-        body = self.text[start:end].rstrip()
-        stop = next((s for s in self.stop_words if body.endswith(s)), None)
-        return end if stop is None else start + len(body) - len(stop)
-
-    def _region(self, index: int) -> tuple[int, int]:
-        """The part of the text that changes with a message's content: the rest is the same for every content."""
-        head = tail = len(self.text)
-        for mark in _MARKS:
-            changed = {"role": self.messages[index]["role"], "content": mark}
-            other = self._try([*self.messages[:index], changed, *self.messages[index + 1 :]], False)
-            if other is None:
-                raise self._unsettled(index, "a changed conversation cannot be written")
-            head = min(head, len(os.path.commonprefix([self.text, other])))
-            tail = min(tail, len(os.path.commonprefix([self.text[::-1], other[::-1]])))
-        return head, max(head, len(self.text) - tail)
-
-    def _prompts(self, index: int) -> list[str]:
-        """What a generation prompt before this message adds to the text."""
-        prompts = []
-        for write in self.writers:
-            before = self._try(self.messages[:index], True, write)
-            without = self._try(self.messages[:index], False, write)
-            if before is not None and without is not None and before.startswith(without):
-                prompts.append(before[len(without) :])
-        return [prompt for prompt in prompts if prompt]
-
-    def _start(self, index: int, region: tuple[int, int]) -> int:
-        """The answer begins behind the generation prompt, or behind as much of it as the text has."""
-        head, lower = region[0], self._region(index - 1)[1] if index else 0
-        prompts = self._prompts(index)
-        if not prompts or lower > head:
-            raise self._unsettled(index, "no generation prompt stands before it")
-        for prompt in prompts:
-            at = self.text.rfind(prompt, lower, head)
-            if at >= 0:
-                return at + len(prompt)
-        if not any(self.text.endswith(p[:k], lower, head) for p in prompts for k in range(len(p), 0, -1)):
-            raise self._unsettled(index, "it does not follow the generation prompt")
-        return head
-
-    def _check(self, index: int, start: int, end: int) -> None:
-        message = self.messages[index]
-        content, calls = message.get("content"), message.get("tool_calls")
-        wanted = [content.split("</think>")[-1].strip() if isinstance(content, str) else ""]
-        if calls:  # some templates leave out the text beside a call
-            wanted.append(str(function_of(calls[-1])["name"]))
-        if start > end or not any(part in self.text[start:end] for part in wanted):
-            raise self._unsettled(index, "its content is not where it should be")
-
-    def _unsettled(self, index: int, why: str) -> TemplateError:
-        return TemplateError(
-            f"where message {index} (assistant) stands in the chat template's text cannot be settled: {why}; put "
-            "{% generation %} tags into the template, or use --template_backend swift"
-        )

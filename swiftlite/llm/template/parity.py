@@ -1,4 +1,4 @@
-"""Does the registered template write what the checkpoint's own Jinja writes? Asked once, when a run starts."""
+"""Does a registered template that was asked for write what the checkpoint's own one writes? Told when a run starts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from swiftlite.llm.template.base import Template
-from swiftlite.llm.template.jinja import write_jinja
-from swiftlite.llm.template.layouts import PRINTS_TOOLS
-from swiftlite.llm.template.layouts.llama import DEFAULT_DATE
-from swiftlite.utils.bounded import LimitError, run_bounded
+from swiftlite.llm.template.jinja import ChatTemplate
 from swiftlite.utils.errors import TemplateError
 from swiftlite.utils.logger import get_logger
 
@@ -36,7 +33,8 @@ _CALLED: list[dict[str, Any]] = [
 ]
 
 # name, messages, tools, generation prompt, options
-PROBES: tuple[tuple[str, list[dict[str, Any]], Any, bool, dict[str, Any]], ...] = (
+Probe = tuple[str, list[dict[str, Any]], Any, bool, dict[str, Any]]
+PROBES: tuple[Probe, ...] = (
     ("question", [_ASKED], None, True, {}),
     ("system message", [_SYSTEM, _ASKED], None, True, {}),
     ("two rounds", _ANSWERED, None, False, {}),
@@ -47,60 +45,55 @@ PROBES: tuple[tuple[str, list[dict[str, Any]], Any, bool, dict[str, Any]], ...] 
     ("tools", [_ASKED], [_TOOL], True, {}),
     ("tool call", _CALLED, [_TOOL], False, {}),
 )
-_AROUND = 30
+_AROUND, _DATE = 30, "26 Jul 2024"
 
 
 def differences(template: Template) -> Iterator[str]:
-    """One line for each probe that the tokenizer's Jinja writes differently. Nothing where there is no Jinja."""
+    """One line for each probe that a registered template writes otherwise than the tokenizer's own chat template.
+
+    Nothing where there is none, or where the template is that.
+    """
     tokenizer = template.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
+    if template.chat.is_own or not template.use_chat_template or not getattr(tokenizer, "chat_template", None):
         return
-    plain = type(template)(template.meta, tokenizer)
+    registered, own = (
+        type(template)(template.meta, tokenizer, template_backend=backend).chat for backend in ("swift", "jinja")
+    )
     try:
-        texts = run_bounded(lambda: [_written(tokenizer, *probe[1:]) for probe in PROBES])
-    except LimitError as error:
+        texts = own.bounded(lambda: [_written(own, probe) for probe in PROBES])
+    except TemplateError as error:
         yield f"it cannot be tried: {error}"
         return
-    for (name, messages, tools, generation, options), wanted in zip(PROBES, texts, strict=True):
-        if tools and template.meta.layout not in PRINTS_TOOLS and not _prints_tools(tokenizer):
-            continue
-        options = {"date_string": DEFAULT_DATE, **options}
-        if wanted is None:
+    for probe, wanted in zip(PROBES, texts, strict=True):
+        if wanted is None or (probe[2] and not registered.prints_tools() and not own.prints_tools()):
             continue  # a conversation that the model's own template refuses has no right text
-        try:
-            written = plain.render(messages, tools, generation, **options)
-        except TemplateError as error:
-            yield f"{name}: template {template.template_type!r} cannot write it ({error})"
-            continue
-        if written != wanted:
+        written = _written(registered, probe)
+        if written is None:
+            yield f"{probe[0]}: {registered.name} cannot write it"
+        elif written != wanted:
             at = len(os.path.commonprefix([written, wanted]))
             ours, theirs = written[at : at + _AROUND], wanted[at : at + _AROUND]
             yield (
-                f"{name}: from character {at} on, template {template.template_type!r} writes {ours!r}, the checkpoint's "
-                f"own chat template {theirs!r}"
+                f"{probe[0]}: from character {at} on, {registered.name} writes {ours!r}, the checkpoint's own chat template "
+                f"{theirs!r}"
             )
 
 
-def _written(tokenizer: Any, messages: Any, tools: Any, generation: bool, options: dict[str, Any]) -> str | None:
+def _written(chat: ChatTemplate, probe: Probe) -> str | None:
+    _, messages, tools, generation, options = probe
     try:
-        return write_jinja(tokenizer, messages, tools, generation, {"date_string": DEFAULT_DATE, **options})
+        return chat.write(messages, tools, generation, {"date_string": _DATE, **options})
     except TemplateError:
         return None
 
 
-def _prints_tools(tokenizer: Any) -> bool:
-    return "tools" in str(tokenizer.chat_template)
-
-
 def check_parity(template: Template, strict: bool = False) -> None:
     """Warn with the first difference. Raises: TemplateError with it where `strict`."""
-    if template.template_backend == "jinja" or not template.use_chat_template:
-        return
     found = list(differences(template))
     if not found:
         return
     more = f" ({len(found)} of {len(PROBES)} probes differ)" if len(found) > 1 else ""
-    message = f"{found[0]}{more}; --template_backend jinja uses the checkpoint's"
+    message = f"{found[0]}{more}; without --template the checkpoint's is used"
     if strict:
         raise TemplateError(f"--strict_template true: {message}")
-    get_logger().warning("%s; what is trained or asked differs from what others serve", message)
+    get_logger().warning("%s; the trained checkpoint is given the text of %s", message, template.chat.name)

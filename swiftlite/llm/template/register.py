@@ -4,30 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from swiftlite.families.records import TemplateMeta
 from swiftlite.families.templates import JINJA, get_template_meta
 from swiftlite.llm.template.base import Template
-from swiftlite.llm.template.jinja import write_jinja
 from swiftlite.llm.template.thinking import ThinkingTemplate
-from swiftlite.utils.bounded import LimitError, run_bounded
-from swiftlite.utils.errors import SwiftliteError, UsageError
-from swiftlite.utils.logger import get_logger
+from swiftlite.utils.errors import UsageError
 
 TEMPLATE_CLASSES: dict[str, type[Template]] = {"Template": Template, "ThinkingTemplate": ThinkingTemplate}
-
-# Conversations that tell a model type's variants apart.
-_PROBES: tuple[tuple[list[dict[str, str]], bool], ...] = (
-    ([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], True),
-    (
-        [
-            {"role": "user", "content": "Q"},
-            {"role": "assistant", "content": "<think>\nT\n</think>\n\nA"},
-            {"role": "user", "content": "R"},
-            {"role": "assistant", "content": "B"},
-        ],
-        False,
-    ),
-)
 
 
 def register_template_class(name: str, template_class: type[Template]) -> None:
@@ -71,7 +53,8 @@ def get_template(
             `swiftlite.llm.template.loss_scale`.
         sequence_parallel_size: batches are padded to a multiple of it.
         response_prefix: what the answer starts with at generation, instead of the template's own.
-        template_backend: 'swift', or 'jinja': the tokenizer's own chat template, for prompts and for training.
+        template_backend: whose text is written: 'swift', that of this type; 'jinja', the tokenizer's own chat template;
+            'auto': the tokenizer's if it has one.
         max_pixels, norm_bbox: for multimodal models; no effect.
         enable_thinking: for models that can think or not; None leaves the official default.
         add_non_thinking_prefix: False leaves out the empty thought block that a template writes before an answer
@@ -80,7 +63,7 @@ def get_template(
     """
     if template_type == JINJA:
         template_backend = "jinja"
-    meta = _matching_variant(get_template_meta(template_type), tokenizer)
+    meta = get_template_meta(template_type)
     template_class = TEMPLATE_CLASSES.get(meta.template_cls)
     if template_class is None:
         raise UsageError(
@@ -107,32 +90,3 @@ def get_template(
         enable_thinking=enable_thinking,
         add_non_thinking_prefix=add_non_thinking_prefix,
     )
-
-
-def _matching_variant(meta: TemplateMeta, tokenizer: Any) -> TemplateMeta:
-    """The first of a template and its variants that writes the probes as the tokenizer's own Jinja does."""
-    if not meta.variants or not getattr(tokenizer, "chat_template", None):
-        return meta
-    try:
-        wanted = run_bounded(
-            lambda: [write_jinja(tokenizer, messages, None, generation, {}) for messages, generation in _PROBES]
-        )
-    except (SwiftliteError, LimitError) as error:  # the type's template stands
-        get_logger().info(
-            "the checkpoint's chat template could not be tried (%s); template %s", error, meta.template_type
-        )
-        return meta
-    for name in (meta.template_type, *meta.variants):
-        candidate = get_template_meta(name)
-        template = Template(candidate, tokenizer)
-        try:
-            written = [template.render(messages, None, generation) for messages, generation in _PROBES]
-        except SwiftliteError:
-            continue
-        if written == wanted:
-            if name != meta.template_type:
-                get_logger().info(
-                    "template %s: the checkpoint's chat template is that of its variant %s", meta.template_type, name
-                )
-            return candidate
-    return meta

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from swiftlite.llm.template.base import Template
-from swiftlite.llm.template.layouts.conversation import Message, split_thinking
+from swiftlite.llm.template.messages import Message, split_thinking
 
 
 class ThinkingTemplate(Template):
     """A Template whose generated answers are split into thoughts and answer.
 
-    What of the thoughts is written for earlier turns, and what `enable_thinking` does, is the layout's: it follows the
-    model's own chat template.
+    What of the thoughts is written for earlier turns, and what `enable_thinking` does, is the chat template's.
     """
 
     def parse_response(self, text: str) -> Message:

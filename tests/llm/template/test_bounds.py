@@ -31,7 +31,6 @@ QA = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 def quick(monkeypatch):
     for module in ("swiftlite.utils.bounded", "swiftlite.llm.template.jinja"):
         monkeypatch.setattr(f"{module}.SECONDS", 0.3)
-    monkeypatch.setattr(bounded.run_bounded, "__defaults__", (0.3,))
     monkeypatch.setattr(bounded, "_MEMORY_BYTES", 2**28)
 
 

@@ -121,3 +121,100 @@ def test_what_cannot_be_settled_is_refused(make_tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match="has no chat template"):
         template.encode({"messages": QA})
+
+
+def _changed(make_tokenizer, official_id, *replacements):
+    tokenizer = make_tokenizer(**official.special_tokens(official_id))
+    tokenizer.chat_template = official.jinja_text(official_id)
+    for old, new in replacements:
+        assert old in tokenizer.chat_template
+        tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    return get_template(official.template_type(official_id), tokenizer, template_backend="auto")
+
+
+THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}
+
+
+def test_a_changed_checkpoint_template_is_what_is_trained(make_tokenizer):
+    """Another end token, another default system message, other handling of thoughts, another block of tools."""
+    row = {"messages": [*QA, QA[0], THOUGHT], "tools": [official._TOOL]}
+    for change, expected, trained in (
+        (("<|im_end|>", "<|endoftext|>"), "Paris.<|endoftext|>", "Paris.<|endoftext|>"),
+        (("<tools></tools> XML tags", "<tools></tools> brackets"), "<tools></tools> brackets", "Paris.<|im_end|>"),
+        (("'\\n</think>\\n\\n'", "'\\n</think>\\n'"), "hm\n</think>\nYes.", "<think>\nhm\n</think>\nYes.<|im_end|>"),
+    ):  # fmt: skip
+        template = _changed(make_tokenizer, "qwen3", change)
+        text, spans = template.training_text(row)
+        assert expected in text
+        assert trained in [text[start:end] for start, end, _ in spans], change
+
+
+def test_an_answer_that_the_template_moves_is_refused(make_tokenizer):
+    """Every answer is printed a second time, far from where it stood: no row is trained, and none is mislabelled."""
+    moved = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '' if m.role == 'assistant' else m.content }}<|im_end|>\n"
+    )
+    moved += "{% endfor %}{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
+    tokenizer = make_tokenizer(eos_token="<|im_end|>")
+    tokenizer.chat_template = moved + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    template = get_template("jinja", tokenizer)
+    for row in template.encode_batch([{"messages": QA * 2}, {"messages": QA}]):
+        assert isinstance(row, TemplateError) and "cannot be settled" in str(row)
+
+
+@pytest.mark.parametrize("official_id", IDS)
+def test_one_text_a_row_finds_what_many_texts_find(make_tokenizer, official_id):
+    """The short way to the answers of an untagged template is taken where it can be, and gives the same spans."""
+    template = _changed(make_tokenizer, official_id)
+    template._learn()
+    finder = template.chat._finder({})
+    rng = random.Random(official_id)
+    compared = 0
+    for _ in range(60):
+        row = _conversations(rng)
+        messages = template._with_arguments(row["messages"])
+        try:
+            text = template.chat.write(messages, row["tools"], False, {})
+            sure = finder._surely(text, messages, row["tools"])
+        except TemplateError:
+            continue
+        quick = finder.headers.find(text, messages) if finder.headers is not None else None
+        assert quick is None or quick == sure, text
+        compared += quick is not None
+    assert compared > 10 or official_id in ("llama", "yi", "deepseek_r1")
+
+
+@pytest.mark.parametrize("official_id", official.IDS)
+def test_what_is_saved_writes_the_same_text(make_tokenizer, official_id):
+    """The registered template, as chat_template.jinja read by transformers, writes what was trained."""
+    tokenizer = make_tokenizer(**official.special_tokens(official_id))
+    template = get_template(official.template_type(official_id), tokenizer)
+    tokenizer.chat_template = template.chat.registered
+    rng = random.Random(official_id)
+    for _ in range(40):
+        row = _conversations(rng)
+        try:
+            wanted = template.render(row["messages"], row["tools"], date_string="26 Jul 2024")
+        except TemplateError:
+            continue
+        own = tokenizer.apply_chat_template(
+            row["messages"], tools=row["tools"], tokenize=False, date_string="26 Jul 2024"
+        )
+        assert own == wanted
+        again = get_template("jinja", tokenizer)
+        assert again.encode(row) == template.encode(row)
+
+
+def test_arguments_of_calls_may_be_objects_or_text(make_tokenizer):
+    for official_id in ("qwen2_5", "qwen3", "llama3_1", "glm4_5", "deepseek_r1"):
+        for backend in ("swift", "jinja"):
+            tokenizer = make_tokenizer(**official.special_tokens(official_id))
+            tokenizer.chat_template = official.jinja_text(official_id)
+            template = get_template(official.template_type(official_id), tokenizer, template_backend=backend)
+
+            def row(arguments):
+                call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+                return {"messages": [QA[0], {"role": "assistant", "content": "", "tool_calls": [call]},
+                                     {"role": "tool", "content": "r"}, QA[1]], "tools": [official._TOOL]}  # fmt: skip
+
+            assert template.encode(row({"city": "Zürich"})) == template.encode(row('{"city": "Zürich"}')), official_id

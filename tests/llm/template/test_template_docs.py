@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from swiftlite.families.templates import TEMPLATES
+from swiftlite.llm.template.jinja import ChatTemplate
+from swiftlite.llm.template.registered import source_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 import official
@@ -22,18 +24,24 @@ SIBLINGS = {
 }
 HEAD = """# Chat templates
 
-What a model sees in training is what its published chat template (Jinja) writes, character for character; token ids are
-those of that text. The table says where each template's text comes from:
+The chat template in a checkpoint's own directory writes what a model sees in training, at generation and in a preview:
+the text that servers write from the same directory, character for character. Token ids are those of that text. Where its
+answers lie is said by its `{% generation %}` tags; without tags it is found out by writing shorter and changed
+conversations, and a row for which that cannot be settled is dropped and counted with the reason.
 
-- **Jinja**: the published Jinja is reproduced and tests compare with it, on fixed and on random conversations.
-- **sibling**: no Jinja of its own is at hand; a sibling's Jinja is reproduced, with its own default system message.
-- **parts**: no Jinja is at hand; prefix, prompt, separator and suffix are joined round by round, as ms-swift does.
+The templates below are for checkpoints without one, and for `--template NAME`. They are Jinja with generation tags, and
+the checkpoint that is written gets the one that was trained as chat_template.jinja. Where each text comes from:
 
-Training text is that text, plus the template's stop token where the Jinja prints none after the last answer (GLM-4.5:
-`<|user|>`, or `<|observation|>` after a tool call). Labels cover what follows the generation prompt in each assistant
-turn, and the first end token after it. A thought block that the generation prompt already holds is not learnt.
+- **Jinja**: what the model's published chat template writes; tests compare with it, on fixed and random conversations.
+- **sibling**: no chat template of its own is at hand; a sibling's, with its own default system message.
+- **parts**: none is at hand; prefix, prompt, separator and suffix are joined round by round, as ms-swift does.
 
-Where a checkpoint brings its own Jinja, it chooses among the variants of a template.
+Training text is that text, plus what ends an answer where nothing is printed after the last one (GLM-4.5: `<|user|>`, or
+`<|observation|>` after a tool call). Labels cover what follows the generation prompt in each assistant turn, and the first
+end token after it. A thought block that the generation prompt already holds is not trained on.
+
+Arguments of tool calls may be objects or JSON text in the data: they are given to the template in the form that it prints
+as JSON (a template that prints an object with `tojson` would put a text in quotes, as no model writes it).
 
 """
 
@@ -42,8 +50,7 @@ def table() -> str:
     published: dict[str, list[str]] = {}
     for official_id in official.IDS:
         published.setdefault(official.template_type(official_id), []).append(official_id)
-    lines = ["| template | text | thinking | tools | variants |", "|---|---|---|---|---|"]
-    from swiftlite.llm.template.layouts import PRINTS_CALLS, PRINTS_TOOLS
+    lines = ["| template | text | thinking | tools |", "|---|---|---|---|"]
 
     for meta in TEMPLATES:
         name = meta.template_type
@@ -52,11 +59,12 @@ def table() -> str:
         elif name in SIBLINGS:
             source = f"sibling: {SIBLINGS[name]}"
         else:
-            assert meta.layout == "rounds", f"{name}: say in SIBLINGS where its text comes from"
+            assert not meta.jinja, f"{name}: say in SIBLINGS where its text comes from"
             source = "parts"
-        tools = "yes" if meta.layout in PRINTS_TOOLS else "calls only" if meta.layout in PRINTS_CALLS else ""
+        chat = ChatTemplate(None, source_of(meta), name, {}, ())
+        tools = "yes" if chat.prints_tools() else "calls only" if chat.prints_calls() else ""
         thinking = "yes" if meta.template_cls == "ThinkingTemplate" else ""
-        lines.append(f"| {name} | {source} | {thinking} | {tools} | {', '.join(meta.variants)} |")
+        lines.append(f"| {name} | {source} | {thinking} | {tools} |")
     return "\n".join(lines) + "\n"
 
 

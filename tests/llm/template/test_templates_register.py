@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from swiftlite.llm.template import (
     register_template,
     register_template_class,
 )
-from swiftlite.llm.template.layouts import LAYOUTS
+from swiftlite.llm.template.registered import source_of
 from swiftlite.utils.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,8 +59,8 @@ def test_template_kwargs_of_the_record_are_accepted():
 def test_every_meta_is_complete():
     for name, meta in TEMPLATE_MAPPING.items():
         assert name == meta.template_type
-        assert meta.layout in LAYOUTS and meta.template_cls in TEMPLATE_CLASSES
-        assert all(variant in TEMPLATE_MAPPING for variant in meta.variants)
+        assert meta.template_cls in TEMPLATE_CLASSES
+        assert re.search(r"\{%-? *generation *-?%\}", source_of(meta))
         assert any("{{QUERY}}" in part for part in meta.prompt)
 
 
@@ -99,21 +100,16 @@ def test_own_class():
         get_template("lost", TOKENIZER)
 
 
-@pytest.mark.parametrize(
-    ("template_type", "official_id", "chosen"),
-    [
-        ("qwen3", "qwen3", "qwen3"),
-        ("qwen3", "qwen3__rev1", "qwen3"),
-        ("qwen3", "qwen3_instruct_2507", "qwen3_nothinking"),
-        ("chatml", "yi", "yi"),
-        ("chatml", "yi__yi_chat", "chatml"),
-        ("qwen3", "llama3", "qwen3"),  # a foreign Jinja leaves the model type's template
-    ],
-)
-def test_the_checkpoints_jinja_chooses_the_variant(template_type, official_id, chosen, make_tokenizer):
-    tokenizer = make_tokenizer(**official.special_tokens(official_id))
-    tokenizer.chat_template = official.jinja_text(official_id)
-    assert get_template(template_type, tokenizer).template_type == chosen
+def test_the_checkpoints_own_template_is_used_unless_another_is_asked_for(make_tokenizer):
+    tokenizer = make_tokenizer(**official.special_tokens("qwen3_instruct_2507"))
+    assert not get_template("qwen3", tokenizer, template_backend="auto").chat.is_own
+    tokenizer.chat_template = official.jinja_text("qwen3_instruct_2507")
+    own = get_template("qwen3", tokenizer, template_backend="auto")
+    assert own.chat.source() == tokenizer.chat_template and own.template_backend == "jinja"
+    asked = get_template("qwen3", tokenizer)
+    answered = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert "<think>" in asked.training_text({"messages": answered})[0]
+    assert "<think>" not in own.training_text({"messages": answered})[0]
 
 
 def test_wrong_values_are_named():

@@ -1,0 +1,75 @@
+"""What chat templates are given: messages, and their fields as templates read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from swiftlite.utils.errors import TemplateError
+
+Message = dict[str, Any]
+
+
+def role_of(message: Message) -> str:
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise TemplateError(f"a message has role {_short(role)}; use 'system', 'user', 'assistant' or 'tool'")
+    return role
+
+
+def function_of(call: Any) -> dict[str, Any]:
+    """The function of a tool call, with or without the OpenAI envelope."""
+    function = call.get("function") or call if isinstance(call, dict) else call
+    if not isinstance(function, dict) or "name" not in function:
+        raise TemplateError(
+            f"tool call {_short(call)} has no function name; use {{'function': {{'name', 'arguments'}}}}"
+        )
+    return function
+
+
+def with_arguments(messages: Sequence[Message], kind: type) -> list[Message]:
+    """Messages whose tool calls have their arguments as objects (kind dict) or as JSON text (kind str).
+
+    Data sets hold either. A template that prints an object's JSON would print a string quoted, as no model writes it.
+    """
+    return [
+        {**message, "tool_calls": [_with_arguments(call, kind) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), (list, tuple))
+        else message
+        for message in messages
+    ]
+
+
+def _with_arguments(call: Any, kind: type) -> Any:
+    function = function_of(call)
+    arguments: Any = function.get("arguments")
+    if kind is dict and isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return call
+    elif kind is str and isinstance(arguments, dict):
+        arguments = to_json(arguments)
+    else:
+        return call
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if call.get("function") else function
+
+
+def to_json(value: Any) -> str:
+    """JSON as chat templates print it: non-ASCII kept, default separators."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def split_thinking(content: str) -> tuple[str, str]:
+    """Cut `<think>...</think>` off an answer. Returns (thoughts, rest); without the closing tag all is rest."""
+    if "</think>" not in content:
+        return "", content
+    thoughts = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+    return thoughts, content.split("</think>")[-1].lstrip("\n")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
