@@ -10,13 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from swiftlite.arguments.parser import Arguments
 from swiftlite.utils.directories import expect
 from swiftlite.utils.errors import SwiftliteError, UsageError
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 
 
-def check_command(args: Any) -> None:
+def check_command(args: Arguments) -> None:
     """What a command line must say, and `preflight`. Raises: as preflight."""
     if hasattr(args, "template_backend") and not getattr(args, "to_hf", False) and not getattr(args, "to_mcore", False):
         if not (
@@ -28,7 +29,7 @@ def check_command(args: Any) -> None:
     preflight(args)
 
 
-def preflight(args: Any) -> None:
+def preflight(args: Arguments) -> None:
     """Raises: SwiftliteError (UsageError, CheckpointError) for the first thing that is wrong."""
     custom = getattr(args, "custom_register_path", None)
     custom_files(custom or ())
@@ -87,7 +88,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _check_names(args: Any) -> None:
+def _check_names(args: Arguments) -> None:
     if not hasattr(args, "template_backend"):  # a command with names of its own
         return
     if args.model_type is not None:
@@ -100,7 +101,7 @@ def _check_names(args: Any) -> None:
         get_template_meta(args.template)
 
 
-def _check_directories(args: Any) -> None:
+def _check_directories(args: Arguments) -> None:
     from swiftlite.checkpoint.hub import local_directory
 
     adapters = [*getattr(args, "adapters", ()), *filter(None, [getattr(args, "mcore_adapter", None)])]

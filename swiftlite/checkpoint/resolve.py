@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.parser import Arguments, parse, specs
 from swiftlite.checkpoint.files import check_side_files
 from swiftlite.checkpoint.info import ARGS_FILE, load_args
@@ -49,7 +50,7 @@ def mcore_root(path: str) -> Path:
     return directory.parent if Directory(directory).iteration == directory else directory
 
 
-def take_recorded(args: Any, directory: str | os.PathLike[str]) -> dict[str, Any]:
+def take_recorded(args: BaseArguments, directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Settings of the template from args.json of a checkpoint or adapter, where the user or another one says nothing.
 
     Returns: all of that file, {} where there is none. Raises: CheckpointError for values of a wrong kind.
@@ -123,7 +124,7 @@ def base_of_adapter(directory: Path) -> str:
     return found
 
 
-def read_system(args: Any) -> None:
+def read_system(args: BaseArguments) -> None:
     """`--system FILE.txt`: the file's text is the system message. A text of several words may end in .txt too.
 
     Raises: UsageError if there is no such file, or it is not UTF-8.
@@ -143,7 +144,7 @@ def read_system(args: Any) -> None:
         ) from None
 
 
-def resolve(args: Any, *, download_model: bool | None = None, need_template: bool = True) -> Any:
+def resolve(args: BaseArguments, *, download_model: bool | None = None, need_template: bool = True) -> Any:
     """Find out what the model is and fill in what follows from it; `args` is changed and returned.
 
     Adds `args.model_info` and `args.model_meta`; sets model_type, template, torch_dtype and max_length where the user
@@ -190,7 +191,7 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
     take_recorded(args, source)
     if download_model is None:
         download_model = not mcore_model and not getattr(args, "dry_run", False)
-    args.model_info, args.model_meta = get_model_info_meta(
+    args.model_info, args.model_meta = get_model_info_meta(  # type: ignore[attr-defined]
         source,
         torch_dtype=args.torch_dtype,
         use_hf=args.use_hf,
@@ -215,7 +216,7 @@ def resolve(args: Any, *, download_model: bool | None = None, need_template: boo
     return args
 
 
-def resolve_megatron(args: Any, **kwargs: Any) -> Any:
+def resolve_megatron(args: BaseArguments, **kwargs: Any) -> Any:
     """`resolve`, then the model's fields from config.json. `args` is changed and returned.
 
     Args: kwargs: those of `resolve`.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from swiftlite import __version__
-from swiftlite.arguments.parser import format_help, nearest, parse
+from swiftlite.arguments.parser import Arguments, format_help, nearest, parse
 from swiftlite.cli.routes import ROUTES, Route
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import SwiftliteError, UsageError
@@ -112,7 +112,7 @@ def _parse(arguments: Any, words: Sequence[str]) -> Any:
     return args
 
 
-def _handle(route: Route, args: Any) -> int:
+def _handle(route: Route, args: Arguments) -> int:
     if not getattr(args, "debug", False):  # deprecations inside libraries are nothing that a user can act on
         quiet()
     result = _load(route.handler)(args)

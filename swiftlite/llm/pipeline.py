@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from swiftlite.arguments.base import BaseArguments
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.checkpoint.vocabulary import NewTokens
@@ -13,7 +14,7 @@ from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
 
-def prepare_template(args: Any) -> Any:
+def prepare_template(args: BaseArguments) -> Any:
     """The template with its tokenizer, without a model. Resolves `args` if that has not happened."""
     from swiftlite.families.templates import JINJA
     from swiftlite.llm.template.parity import check_parity
@@ -41,12 +42,12 @@ def prepare_template(args: Any) -> Any:
     return template
 
 
-def load_model(args: Any) -> Any:
+def load_model(args: BaseArguments) -> Any:
     """The Hugging Face model of resolved `args`, its vocabulary grown for --new_special_tokens."""
     return _load(args, load_model=True)[0]
 
 
-def prepare_model_template(args: Any) -> tuple[Any, Any]:
+def prepare_model_template(args: BaseArguments) -> tuple[Any, Any]:
     """(Hugging Face model, template with its tokenizer); the template is right before weights are read."""
     if not hasattr(args, "model_info"):
         resolve(args)
@@ -54,7 +55,7 @@ def prepare_model_template(args: Any) -> tuple[Any, Any]:
     return load_model(args), template
 
 
-def plan_tokens(args: Any, config: Mapping[str, Any]) -> NewTokens | None:
+def plan_tokens(args: BaseArguments, config: Mapping[str, Any]) -> NewTokens | None:
     """Hold --new_special_tokens against the model's tokenizer; None if there are none.
 
     Rows are added only where the vocabulary has no room. Raises: UsageError for FP8 weights that would have to grow.
@@ -78,7 +79,7 @@ def plan_tokens(args: Any, config: Mapping[str, Any]) -> NewTokens | None:
     return NewTokens(ids, new, added)
 
 
-def _load(args: Any, load_model: bool) -> tuple[Any | None, Any]:
+def _load(args: BaseArguments, load_model: bool) -> tuple[Any | None, Any]:
     return get_model_tokenizer(
         args.model_info.model_dir,
         args.model_info.torch_dtype,

@@ -75,7 +75,7 @@ def tokens_of(template: Template, sample: dict[str, Any], text: str | None = Non
     return [Token(*values) for values in zip(ids, texts, weights, strict=True)]
 
 
-def make_preview(args: Any, template: Template) -> Preview:
+def make_preview(args: PreviewArguments, template: Template) -> Preview:
     """Read, encode and measure. Raises: DatasetError where no row can be used."""
     rejects = RejectsFile(Path(args.output_dir) / REJECTS_FILE if args.output_dir else None)
     limit = args.max_drop_ratio
@@ -113,7 +113,7 @@ def make_preview(args: Any, template: Template) -> Preview:
     return Preview(", ".join(args.dataset), facts, report.table().splitlines(), dropped, shown, samples.lengths, notes)
 
 
-def _first_rows(args: Any, rejects: RejectsFile) -> Iterator[Any]:
+def _first_rows(args: PreviewArguments, rejects: RejectsFile) -> Iterator[Any]:
     for file in args.dataset_info:
         register_dataset_info(file)
     options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author)
@@ -133,11 +133,11 @@ def _trained_share(samples: EncodedDataset) -> float:
     return trained / max(1, sum(samples.lengths))
 
 
-def _packing(args: Any, lengths: Sequence[int]) -> Iterator[str]:
+def _packing(args: PreviewArguments, lengths: Sequence[int]) -> Iterator[str]:
     capacity = args.packing_length or args.max_length
     if capacity is None or max(lengths) > capacity:
         return
-    sequences = pack_windows(lengths, capacity, args.data_seed)
+    sequences = pack_windows(lengths, capacity, args.data_seed or 0)
     used, alone = sum(lengths) / (len(sequences) * capacity), sum(lengths) / (len(lengths) * max(lengths))
     yield (
         f"packed: {len(sequences)} sequences of {capacity} tokens, fill rate {used:.1%}; padded to the longest sample "

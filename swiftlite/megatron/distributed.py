@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from swiftlite.arguments.parallel import ParallelArguments
 from swiftlite.megatron import backend
 from swiftlite.utils.dist import get_rank, get_world_size
 from swiftlite.utils.errors import UsageError
@@ -53,7 +53,7 @@ class ParallelState:
         return named or "one process"
 
 
-def initialize(args: Any) -> ParallelState:
+def initialize(args: ParallelArguments) -> ParallelState:
     """Make the process group and the parallel groups of `args`, set all seeds. Collective.
 
     Args: args: fields of ParallelArguments, `seed`.
@@ -139,7 +139,7 @@ def destroy() -> None:
 
 
 @contextmanager
-def parallel_groups(args: Any) -> Iterator[ParallelState]:
+def parallel_groups(args: ParallelArguments) -> Iterator[ParallelState]:
     """`initialize`, and `destroy` however the block ends; inside such a block, the groups that are there."""
     from megatron.core import parallel_state as mpu
 

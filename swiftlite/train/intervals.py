@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import read_json, write_json
 from swiftlite.utils.logger import get_logger
@@ -19,7 +20,7 @@ BEST_FILE = "best.json"
 class Rhythm:
     """Decides per step, counted from 1. Args: steps_per_epoch: None where nobody knows (streams)."""
 
-    def __init__(self, args: Any, total_steps: int, steps_per_epoch: float | None, evaluates: bool) -> None:
+    def __init__(self, args: TrainArguments, total_steps: int, steps_per_epoch: float | None, evaluates: bool) -> None:
         self.args, self.total, self.steps_per_epoch, self.has_eval = args, total_steps, steps_per_epoch, evaluates
         if args.save_strategy == "epoch" and steps_per_epoch is None:
             raise UsageError("--save_strategy epoch: a stream has no known epochs; use --save_steps")
@@ -32,7 +33,7 @@ class Rhythm:
             return False
         if self.args.save_strategy == "epoch" and "eval_steps" not in self.args.given:
             return self.ends_epoch(step) or step == self.total
-        return step % self.args.eval_steps == 0 or step == self.total
+        return step % (self.args.eval_steps or self.args.save_steps) == 0 or step == self.total
 
     def saves(self, step: int) -> bool:
         if step == self.total:

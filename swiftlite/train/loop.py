@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from swiftlite.arguments.train import TrainArguments
 from swiftlite.train.batches import BatchPlan
 from swiftlite.train.checkpoints import Record, Start
 from swiftlite.train.flops import ModelFlops, flops_of
@@ -102,7 +103,7 @@ class Run:
 
     def __init__(
         self,
-        args: Any,
+        args: TrainArguments,
         train_set: Any,
         val_set: Any,
         rank: int,

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import read_json, write_json
 from swiftlite.utils.logger import get_logger
@@ -79,7 +80,7 @@ class StreamOrder:
         return list(range(start, stop))
 
 
-def order_of(dataset: Any, args: Any, global_batch_size: int) -> SampleOrder | StreamOrder:
+def order_of(dataset: Any, args: TrainArguments, global_batch_size: int) -> SampleOrder | StreamOrder:
     """The order in which a run with these arguments sees a data set."""
     if getattr(dataset, "is_streaming", False):
         return StreamOrder()
@@ -126,7 +127,7 @@ def read_data_state(dataset: Any, directory: Path) -> None:
             get_logger().warning("%s is missing: the data is read again up to where the run stopped", path)
 
 
-def steps_of(dataset: Any, args: Any, global_batch_size: int) -> int:
+def steps_of(dataset: Any, args: TrainArguments, global_batch_size: int) -> int:
     """Optimizer steps of a run: `--train_iters`, or what the epochs make.
 
     Raises: UsageError for a stream without --train_iters: nobody knows how long it is.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swiftlite.arguments.plot import PlotArguments
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.logger import get_logger
 
@@ -94,9 +95,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def plot_main(args: Any) -> dict[str, Any]:
+def plot_main(args: PlotArguments) -> dict[str, Any]:
     """Compare runs: a picture, and a table of how they ended in the log. Returns: {"plot": file, "runs": last values}."""
-    from swiftlite.arguments.plot import PlotArguments
     from swiftlite.checkpoint.resolve import as_arguments
 
     args = as_arguments(PlotArguments, args)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swiftlite.arguments.train import TrainArguments
 from swiftlite.families.hf_config import convert_hf_config
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
@@ -36,7 +37,7 @@ class RouterLoss:
     z: float = 0.0
 
     @classmethod
-    def of(cls, args: Any, model: Mapping[str, Any]) -> RouterLoss | None:
+    def of(cls, args: TrainArguments, model: Mapping[str, Any]) -> RouterLoss | None:
         """From a command's arguments and the model's fields by Megatron's names; None where nothing is added."""
         kind = args.moe_router_load_balancing_type or model.get("moe_router_load_balancing_type") or "aux_loss"
         balance, z = args.moe_aux_loss_coeff, args.moe_z_loss_coeff or 0.0
@@ -120,7 +121,7 @@ class RouterWatch:
             module.register_forward_pre_hook(self._hook(name))
 
     @classmethod
-    def of(cls, model: torch.nn.Module, args: Any) -> RouterWatch | None:
+    def of(cls, model: torch.nn.Module, args: TrainArguments) -> RouterWatch | None:
         """None where the arguments ask for no loss of this kind."""
         if not (args.moe_aux_loss_coeff or args.moe_z_loss_coeff):
             return None

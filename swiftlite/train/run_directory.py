@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.arguments.parser import specs
-from swiftlite.arguments.train import TrainArguments
+from swiftlite.arguments.train import SftArguments, TrainArguments
 from swiftlite.checkpoint.info import ARGS_FILE, load_args
 from swiftlite.train.checkpoints import Start, clear_unfinished
 from swiftlite.utils.directories import REJECTS_FILE
@@ -34,12 +34,12 @@ def _as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def held(args: Any, settle: Callable[[Any], Start | None]) -> Iterator[Start | None]:
+def held(args: SftArguments, settle: Callable[[Any], Start | None]) -> Iterator[Start | None]:
     """`args.output_dir` for this run alone, until the block ends: the checkpoint that it goes on from, or None. Collective.
 
     Args: settle: decides that, as `prepare` does. Raises: UsageError if another process is at work there.
     """
-    root = Path(args.output_dir).expanduser()
+    root = Path(args.output_dir or "").expanduser()
     with ExitStack() as stack:
         if is_main_process() and not root.is_file():
             root.parent.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import UsageError
 
 
-def warmup_and_decay(args: Any, steps: int) -> tuple[int, int]:
+def warmup_and_decay(args: TrainArguments, steps: int) -> tuple[int, int]:
     """Steps that warm up, and the step at which --min_lr is reached.
 
     A share of the steps rounds up, as transformers' TrainingArguments.get_warmup_steps does, and may be all of them.
@@ -26,7 +27,7 @@ def warmup_and_decay(args: Any, steps: int) -> tuple[int, int]:
     return args.lr_warmup_iters, decay
 
 
-def lr_schedule(args: Any, steps: int) -> Callable[[int], float]:
+def lr_schedule(args: TrainArguments, steps: int) -> Callable[[int], float]:
     """Share of --lr at a step (from 0), by the formula of megatron-core's OptimizerParamScheduler.
 
     Raises: as warmup_and_decay.
@@ -48,7 +49,7 @@ def lr_schedule(args: Any, steps: int) -> Callable[[int], float]:
     return share
 
 
-def build_optimizer(model: torch.nn.Module, args: Any) -> torch.optim.AdamW:
+def build_optimizer(model: torch.nn.Module, args: TrainArguments) -> torch.optim.AdamW:
     """AdamW with --adam_* settings; vectors (biases, norms) do not decay, as on Megatron."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -57,7 +58,7 @@ def build_optimizer(model: torch.nn.Module, args: Any) -> torch.optim.AdamW:
     ]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=args.lr,
+        lr=args.lr or 0.0,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_eps,
         fused=torch.cuda.is_available(),

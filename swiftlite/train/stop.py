@@ -6,6 +6,7 @@ import signal
 import time
 from typing import Any
 
+from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.dist import get_world_size, is_main_process
 from swiftlite.utils.logger import get_logger
 
@@ -64,7 +65,7 @@ class StopSignal:
         return signal.Signals(self.number or signal.SIGTERM)
 
 
-def say_how_to_go_on(args: Any, stop: StopSignal) -> None:
+def say_how_to_go_on(args: TrainArguments, stop: StopSignal) -> None:
     """The last words of a run that a signal ended."""
     if not is_main_process():
         return

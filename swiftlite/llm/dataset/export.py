@@ -6,9 +6,9 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from swiftlite.arguments.base import ModelArguments, TemplateArguments
+from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.parser import as_words, specs
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.dataset.cache import write_cached_dataset
@@ -23,7 +23,7 @@ from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.utils.output import check_output, mark_output
 
 
-def export_cached_dataset(args: Any) -> Path:
+def export_cached_dataset(args: ExportArguments) -> Path:
     """Read, tokenise and perhaps pack `--dataset` (and --val_dataset) with the model's template; no weights are needed.
 
     Returns: the directory. Raises: UsageError, DatasetError.
@@ -67,7 +67,7 @@ def export_cached_dataset(args: Any) -> Path:
     return output
 
 
-def _training_words(args: Any) -> list[str]:
+def _training_words(args: ExportArguments) -> list[str]:
     """Model and template as they were given here; tokens fit no other. The longest sample has another default there."""
     same = {*specs(ModelArguments), *specs(TemplateArguments), "packing", "packing_length", "custom_register_path"}
     words = as_words(args, without=(set(specs(type(args))) - same) | {"hub_token"})

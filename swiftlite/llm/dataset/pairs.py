@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from swiftlite.arguments.preference import DpoArguments
 from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
 from swiftlite.llm.dataset.packing import pack_windows
 from swiftlite.llm.dataset.prepare import packing_capacity, read_rows
@@ -135,7 +136,7 @@ def sequences_of(items: Sequence[dict[str, Any]]) -> list[Sample]:
     return [pair[side] for side in SIDES for item in items for pair in item["pairs"]]
 
 
-def load_pairs(args: Any, template: Any) -> tuple[PairDataset, PairDataset | None]:
+def load_pairs(args: DpoArguments, template: Any) -> tuple[PairDataset, PairDataset | None]:
     """(training pairs, validation pairs or None). Raises: UsageError without data; DatasetError."""
     if not args.dataset:
         raise UsageError("give the training pairs with --dataset FILE")

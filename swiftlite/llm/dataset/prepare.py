@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from swiftlite.arguments.base import BaseArguments
 from swiftlite.llm.dataset.cache import FACTS_FILE, encode_cached, load_cached_dataset
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
@@ -21,7 +22,7 @@ from swiftlite.utils.logger import get_logger
 Dataset = EncodedDataset | PackedDataset | StreamedDataset
 
 
-def load_data(args: Any, template: Any) -> tuple[Any, Any]:
+def load_data(args: BaseArguments, template: Any) -> tuple[Any, Any]:
     """(training set, validation set or None): map-style, packed, from a tokenised directory, or streamed.
 
     A packed set's items are whole sequences; the template then joins rows instead of padding them. Rows that cannot be
@@ -47,7 +48,7 @@ def load_data(args: Any, template: Any) -> tuple[Any, Any]:
     )
 
 
-def check_sources(args: Any) -> None:
+def check_sources(args: BaseArguments) -> None:
     """Find the data without reading rows or asking a hub. Raises: UsageError, DatasetError for what is not there."""
     for file in args.dataset_info:
         register_dataset_info(file)
@@ -60,7 +61,7 @@ def check_sources(args: Any) -> None:
         )
 
 
-def packing_capacity(args: Any) -> int | None:
+def packing_capacity(args: BaseArguments) -> int | None:
     """Tokens of a packed sequence, None without packing.
 
     Raises: UsageError where samples may be longer than the sequences.
@@ -76,7 +77,7 @@ def packing_capacity(args: Any) -> int | None:
     return int(capacity)
 
 
-def read_rows(args: Any, rejects: RejectsFile | None = None) -> tuple[list[Any], list[Any]]:
+def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Any], list[Any]]:
     """(training rows, validation rows) in the standard form, see load_dataset."""
     for file in args.dataset_info:
         register_dataset_info(file)
@@ -84,7 +85,7 @@ def read_rows(args: Any, rejects: RejectsFile | None = None) -> tuple[list[Any],
         args.dataset,
         val_datasets=args.val_dataset,
         split_dataset_ratio=args.split_dataset_ratio,
-        seed=args.data_seed,
+        seed=args.data_seed or 0,
         columns=args.columns,
         num_proc=args.dataset_num_proc,
         max_drop_ratio=args.max_drop_ratio,
@@ -99,18 +100,18 @@ def read_rows(args: Any, rejects: RejectsFile | None = None) -> tuple[list[Any],
 
 
 def encode_and_pack(
-    rows: list[Any], args: Any, template: Any, rejects: RejectsFile | None, name: str
+    rows: list[Any], args: BaseArguments, template: Any, rejects: RejectsFile | None, name: str
 ) -> EncodedDataset | PackedDataset:
     make = encode_cached if args.load_from_cache_file else EncodedDataset
     dataset = make(
         rows, template, max_drop_ratio=args.max_drop_ratio, name=name, num_proc=args.dataset_num_proc, rejects=rejects
     )
     capacity = packing_capacity(args)
-    return dataset if capacity is None else PackedDataset(dataset, capacity, args.data_seed, name=name)
+    return dataset if capacity is None else PackedDataset(dataset, capacity, args.data_seed or 0, name=name)
 
 
 def _streamed(
-    args: Any, template: Any, capacity: int | None, rejects: RejectsFile | None
+    args: BaseArguments, template: Any, capacity: int | None, rejects: RejectsFile | None
 ) -> tuple[StreamedDataset, Any]:
     for file in args.dataset_info:
         register_dataset_info(file)
@@ -130,7 +131,7 @@ def _streamed(
     val_set = None
     if args.val_dataset:
         val_rows, _ = load_dataset(
-            args.val_dataset, seed=args.data_seed, columns=args.columns, max_drop_ratio=args.max_drop_ratio,
+            args.val_dataset, seed=args.data_seed or 0, columns=args.columns, max_drop_ratio=args.max_drop_ratio,
             model_name=args.model_name, model_author=args.model_author, use_hf=args.use_hf, hub_token=args.hub_token,
             rejects=rejects,
         )  # fmt: skip
@@ -138,7 +139,7 @@ def _streamed(
     train_set = StreamedDataset(
         open_rows,
         template,
-        seed=args.data_seed,
+        seed=args.data_seed or 0,
         shuffle=args.dataset_shuffle,
         window=args.shuffle_buffer_size,
         capacity=capacity,

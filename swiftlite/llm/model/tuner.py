@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swiftlite.arguments.base import TunerArguments
+from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.model.names import Stored, checkpoint_tensors
 from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
@@ -29,7 +31,7 @@ _HELD = "_swiftlite_held_in_fp32"
 ADAPTER = "adapter_model.safetensors"
 
 
-def trainable_names(sizes: Mapping[str, int], args: Any) -> set[str]:
+def trainable_names(sizes: Mapping[str, int], args: TunerArguments) -> set[str]:
     """The parameters that are trained with `--train_type full` or `freeze`; the same on both sides.
 
     Args: sizes: numbers in each parameter by its name in checkpoints. args: TunerArguments.
@@ -49,7 +51,7 @@ def trainable_names(sizes: Mapping[str, int], args: Any) -> set[str]:
     return trained
 
 
-def _named(names: Mapping[str, int], args: Any, flag: str) -> set[str]:
+def _named(names: Mapping[str, int], args: TunerArguments, flag: str) -> set[str]:
     """What --`flag` names by its beginning, and --`flag`_regex by an expression that fits somewhere in it."""
     found, first = set(), next(iter(names))
     for prefix in getattr(args, flag):
@@ -102,7 +104,7 @@ def _height(name: str) -> tuple[int, int, int, str]:
     return 1, int(layer[1]), part, name
 
 
-def prepare_model(model: Any, args: Any) -> Any:
+def prepare_model(model: Any, args: SftArguments) -> Any:
     """Freeze what is not trained, or add LoRA; trained weights are held in fp32 whatever the model's dtype.
 
     Half precision cannot hold what an optimizer step adds to a weight. The matrices still run in the model's dtype, by
@@ -121,7 +123,7 @@ def prepare_model(model: Any, args: Any) -> Any:
     return model
 
 
-def freeze(model: Any, args: Any) -> None:
+def freeze(model: Any, args: SftArguments) -> None:
     """Let only what `trainable_names` says require gradients. Experts that part company become modules of their own.
 
     What the model declares as not trainable stays so, and has no name here. Raises: UsageError as trainable_names; also
@@ -162,7 +164,7 @@ def _parted(owners: Mapping[str, Stored], trained: set[str]) -> tuple[str, str] 
     return next(((kept[id(s.owner)], n) for n, s in owners.items() if n in trained and id(s.owner) in kept), None)
 
 
-def check_settings(args: Any) -> None:
+def check_settings(args: SftArguments) -> None:
     """Try what the user says of layers and parameters on a model without weights. Raises: UsageError as prepare_model."""
     flags = ("target_regex", "modules_to_save") if args.train_type == "lora" else FREEZE_FLAGS
     names_layers = args.train_type == "lora" and args.target_modules != ["all-linear"]
@@ -184,7 +186,7 @@ def held_in_fp32(model: Any) -> set[str]:
 # ---- LoRA ----
 
 
-def lora_targets(linear: set[str], args: Any) -> set[str] | str:
+def lora_targets(linear: set[str], args: TunerArguments) -> set[str] | str:
     """`target_modules` for peft. linear: last parts of the names of the model's linear layers.
 
     `all-linear` is every projection of attention and feed-forward layers, experts included; no routers, no output layer.
@@ -202,7 +204,7 @@ def lora_targets(linear: set[str], args: Any) -> set[str] | str:
     return targets
 
 
-def lora_model(model: Any, args: Any) -> Any:
+def lora_model(model: Any, args: SftArguments) -> Any:
     """The model with LoRA: new, or going on with `--adapters DIR`. Names are those of the checkpoint's weights."""
     from peft import LoraConfig
 
@@ -223,7 +225,7 @@ def lora_model(model: Any, args: Any) -> Any:
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        bias=args.lora_bias,
+        bias=args.lora_bias,  # type: ignore[arg-type]  # its choices are the field's
         use_rslora=args.use_rslora,
         target_modules=sorted(targets) if isinstance(targets, set) else targets,
         modules_to_save=args.modules_to_save or None,

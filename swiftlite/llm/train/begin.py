@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.model import tuner
 from swiftlite.llm.pipeline import load_model, prepare_template
@@ -47,7 +48,7 @@ def process_group() -> Iterator[None]:
 
 @contextmanager
 def started(
-    args: Any, load: Callable[[Any, Any], tuple[Any, Any]]
+    args: SftArguments, load: Callable[[Any, Any], tuple[Any, Any]]
 ) -> Iterator[tuple[Any, Any, tuple[Any, Any], Start | None]]:
     """What every command does before it prepares the model: (model, template, data, checkpoint to go on from).
 
@@ -69,7 +70,7 @@ def started(
             yield model, template, data, start
 
 
-def name_output(args: Any) -> None:
+def name_output(args: SftArguments) -> None:
     """Fill in --output_dir and --logging_dir, the same on all ranks. Collective."""
     if args.output_dir is None:
         args.output_dir = f"output/{str(args.model).rstrip('/').rsplit('/', 1)[-1]}"
@@ -82,7 +83,7 @@ def name_output(args: Any) -> None:
         args.logging_dir = f"{args.output_dir}/runs"
 
 
-def settle_output(args: Any) -> Start | None:
+def settle_output(args: SftArguments) -> Start | None:
     """Decide what happens with the output directory, the same on all ranks.
 
     Returns: the checkpoint to go on from, or None. Raises: UsageError, see run_directory.prepare; CheckpointError if the

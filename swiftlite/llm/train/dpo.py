@@ -112,7 +112,7 @@ def _frozen(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def reference_model(args: Any, model: Any) -> Any | None:
+def reference_model(args: DpoArguments, model: Any) -> Any | None:
     """The frozen reference before `model` is changed; None where adapters are switched off instead.
 
     Raises: UsageError if --ref_model has another vocabulary.

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.train.checkpoints import Record
 from swiftlite.train.flops import attention_pairs
@@ -36,9 +37,9 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 class Setting:
     """What a run consists of besides model and data."""
 
-    def __init__(self, args: Any, template: Any, train_set: Any, val_set: Any, objective: Objective) -> None:
+    def __init__(self, args: SftArguments, template: Any, train_set: Any, val_set: Any, objective: Objective) -> None:
         self.args, self.tokenizer = args, template.tokenizer
-        self.root = Path(args.output_dir)
+        self.root = Path(args.output_dir or "")
         self.dtype = args.model_info.torch_dtype
         self.chat = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
         self.micro_batch, self.accumulation, self.global_batch = args.batch_sizes(get_world_size())
@@ -56,7 +57,7 @@ class Setting:
         lr_schedule(args, self.steps)  # tells now what does not fit
 
 
-def set_recompute(args: Any, model: Any) -> None:
+def set_recompute(args: SftArguments, model: Any) -> None:
     """`full` recomputes whole layers; `selective` attention alone, which all kernels but the plain one do anyway."""
     if args.recompute == "selective" and model.config._attn_implementation == "eager":
         logger.warning("--recompute selective: plain attention (eager) keeps its scores; use --attn_impl sdpa, or full")
@@ -78,7 +79,7 @@ def training_arguments(setting: Setting) -> transformers.TrainingArguments:
         per_device_eval_batch_size=setting.micro_batch,
         gradient_accumulation_steps=setting.accumulation,
         max_steps=setting.steps,
-        learning_rate=args.lr,
+        learning_rate=args.lr or 0.0,
         weight_decay=args.weight_decay,
         max_grad_norm=args.clip_grad,
         save_strategy="no",  # _Steps says when

@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron import backend
 from swiftlite.utils.errors import ConfigError
 
@@ -176,7 +177,7 @@ class LocalDispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
         return counts
 
 
-def implementation(args: Any, config: Any) -> str:
+def implementation(args: MegatronArguments, config: Any) -> str:
     """Whose products compute the experts: 'torch', 'te' (Transformer Engine's) or 'one by one'.
 
     Raises: ConfigError if --moe_grouped_impl asks for what cannot compute this model or is not there.
@@ -194,7 +195,7 @@ def implementation(args: Any, config: Any) -> str:
     return "torch" if has_kernel and not lacks and args.moe_grouped_gemm is not False else usual
 
 
-def replacements(args: Any, config: Any) -> Mapping[Any, Any]:
+def replacements(args: MegatronArguments, config: Any) -> Mapping[Any, Any]:
     """Classes of a layer spec -> those that compute the experts of this model."""
     if not config.num_moe_experts or implementation(args, config) != "torch":
         return {}
@@ -254,7 +255,7 @@ def _dispatcher(config: Any) -> type | None:
     return {1: LocalDispatcher, 2: GatheringDispatcher}.get(config.expert_model_parallel_size)
 
 
-def gathers(args: Any, config: Any) -> bool:
+def gathers(args: MegatronArguments, config: Any) -> bool:
     """True if ranks that share experts gather each other's tokens, so that all must have equally many."""
     grouped = config.num_moe_experts and implementation(args, config) == "torch"
     return bool(grouped) and _dispatcher(config) is GatheringDispatcher

@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.chat import Chat
 from swiftlite.megatron import backend
 from swiftlite.megatron import state as checkpoint
@@ -51,7 +52,12 @@ class Trainer:
     """
 
     def __init__(
-        self, args: Any, parallel: ParallelState, pad_token_id: int, origin: str | Path, chat: Chat | None = None
+        self,
+        args: MegatronSftArguments,
+        parallel: ParallelState,
+        pad_token_id: int,
+        origin: str | Path,
+        chat: Chat | None = None,
     ) -> None:
         self.args, self.parallel, self.pad_token_id = args, parallel, pad_token_id
         self.origin_dir, self.chat = Path(origin), chat

@@ -102,7 +102,7 @@ class DpoTrainer(Trainer):
     loader = PairLoader
     sums = SUMS
 
-    def __init__(self, args: Any, *rest: Any) -> None:
+    def __init__(self, args: MegatronDpoArguments, *rest: Any) -> None:
         super().__init__(args, *rest)
         self.pair_loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
         self.references = 0 if args.precompute_ref_log_probs else 1
@@ -213,7 +213,7 @@ class DpoTrainer(Trainer):
         return share * pairs, sums["pairs"].int(), {name: value.detach() for name, value in sums.items()}
 
 
-def reference_of(args: Any, origin: Path) -> tuple[Path, Any]:
+def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Any]:
     """(directory of the reference's weights, arguments that build its model; None: the policy without adapters).
 
     Raises: UsageError if --ref_model has another vocabulary, or if the policy begins with adapters and it is missing.

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.model.experts import counts_stay_on_device
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger
@@ -141,7 +142,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def obstacle(args: Any, models: Sequence[Any], device: torch.device) -> str | None:
+def obstacle(args: MegatronArguments, models: Sequence[Any], device: torch.device) -> str | None:
     """Why the passes of this run cannot be captured, None if they can."""
     config: Any = get_model_config(models[0])
     dropout = config.attention_dropout or config.hidden_dropout

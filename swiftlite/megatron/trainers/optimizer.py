@@ -9,12 +9,13 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.train.fp16 import GROWTH_INTERVAL, HEADROOM, INITIAL_SCALE, LOWEST_SCALE
 from swiftlite.train.schedule import warmup_and_decay
 
 
-def build_optimizer(models: Sequence[torch.nn.Module], args: Any) -> Any:
+def build_optimizer(models: Sequence[torch.nn.Module], args: MegatronArguments) -> Any:
     """Adam with fp32 main parameters, always as the distributed optimizer: so one checkpoint format exists."""
     dtype = torch_dtype(args)
     config = OptimizerConfig(
@@ -39,7 +40,9 @@ def build_optimizer(models: Sequence[torch.nn.Module], args: Any) -> Any:
     return get_megatron_optimizer(config, list(models))
 
 
-def build_scheduler(optimizer: Any, args: Any, train_iters: int, global_batch_size: int) -> OptimizerParamScheduler:
+def build_scheduler(
+    optimizer: Any, args: MegatronArguments, train_iters: int, global_batch_size: int
+) -> OptimizerParamScheduler:
     """Warm-up, then decay to min_lr; counted in samples, as megatron-core does. Raises: as warmup_and_decay."""
     warmup, decay = warmup_and_decay(args, train_iters)
     return OptimizerParamScheduler(

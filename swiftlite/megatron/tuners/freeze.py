@@ -10,13 +10,14 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.llm.model.tuner import trainable_names
 from swiftlite.megatron.hf_io import LiveMap, iter_shards
 from swiftlite.utils.errors import UsageError
 from swiftlite.weights.rule import BoundMap, Entry
 
 
-def plan_freeze(bound: BoundMap, args: Any) -> set[str] | None:
+def plan_freeze(bound: BoundMap, args: MegatronArguments) -> set[str] | None:
     """Hugging Face names of what the `--freeze_parameters*` and `--trainable_parameters*` flags train; None: everything.
 
     Raises: UsageError as trainable_names.
@@ -26,7 +27,7 @@ def plan_freeze(bound: BoundMap, args: Any) -> set[str] | None:
     return None if len(trained) == len(sizes) else trained
 
 
-def freeze_parameters(models: Sequence[Any], bound: BoundMap, args: Any) -> set[str] | None:
+def freeze_parameters(models: Sequence[Any], bound: BoundMap, args: MegatronArguments) -> set[str] | None:
     """Freeze what `plan_freeze` leaves out, before DDP. Returns: what plan_freeze does.
 
     Raises: UsageError as plan_freeze; also where weights that Megatron keeps in one matrix are to be parted.
@@ -53,7 +54,7 @@ def freeze_parameters(models: Sequence[Any], bound: BoundMap, args: Any) -> set[
     return trained
 
 
-def _in_order(bound: BoundMap, args: Any) -> Iterator[Entry]:
+def _in_order(bound: BoundMap, args: MegatronArguments) -> Iterator[Entry]:
     """Entries of parameters, from the input to the output; no buffers, no MTP layers that are not built."""
     top = [e for e in bound.entries if e.stack is None]
     first = [e for e in top if e.mcore.startswith("embedding.")]

@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.model.blocks.router import ChoosingRouter
 
 
@@ -23,6 +24,6 @@ class GroupMaxRouter(ChoosingRouter):
         return (groups * allowed).flatten(1).topk(self.topk, dim=-1).indices
 
 
-def replacements(args: Any) -> dict[Any, Any]:
+def replacements(args: MegatronArguments) -> dict[Any, Any]:
     """Plain top-k (V2-Lite) is megatron-core's own."""
     return {TopKRouter: GroupMaxRouter} if args.moe_router_num_groups else {}

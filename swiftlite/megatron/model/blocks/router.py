@@ -21,6 +21,7 @@ from megatron.core.transformer.moe import router
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
 from torch import Tensor
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.train.router_loss import PADDING, RouterLoss
 
 
@@ -154,7 +155,7 @@ class ChoosingRouter(TopKRouter):
         return probs, torch.zeros_like(scores, dtype=torch.bool).scatter(1, indices, True)
 
 
-def set_router_losses(models: Sequence[torch.nn.Module], args: Any) -> bool:
+def set_router_losses(models: Sequence[torch.nn.Module], args: MegatronArguments) -> bool:
     """Give every router of the models the loss that the arguments ask for. Returns: whether they ask for one."""
     loss = RouterLoss.of(args, vars(args))
     for module in (m for model in models for m in model.modules()):

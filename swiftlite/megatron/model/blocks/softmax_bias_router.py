@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.model.blocks.router import ChoosingRouter
 
 
@@ -31,5 +32,5 @@ class SoftmaxBiasRouter(ChoosingRouter):
         return (scores + self.expert_bias).topk(self.topk, dim=-1).indices
 
 
-def replacements(args: Any) -> dict[Any, Any]:
+def replacements(args: MegatronArguments) -> dict[Any, Any]:
     return {TopKRouter: SoftmaxBiasRouter}
