@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import swiftlite
+from swiftlite.moved import MOVED
 
 PACKAGE = Path(swiftlite.__file__).parent
 # A room may import those before it, and itself.
@@ -98,3 +100,14 @@ def test_public_names_are_there_and_documented(name: str) -> None:
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'get_tokenizer'; it has .*get_model_tokenizer"):
         _ = swiftlite.get_tokenizer  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_old_module_names_give_the_new_modules(old: str) -> None:
+    with pytest.warns(DeprecationWarning, match="now"):
+        sys.modules.pop(old, None)
+        module = importlib.import_module(old)
+    new = importlib.import_module(MOVED[old])
+    assert module is new and new.__spec__ is not None and new.__spec__.name == MOVED[old] == new.__name__
+    used = [path for path in FILES if old in imports_of(path)]
+    assert not used, f"{old} is imported by {used}"
