@@ -30,6 +30,7 @@ from swiftlite.llm.template.limits import (
 )
 from swiftlite.llm.template.loss_scale import parse_loss_scale, weigh
 from swiftlite.llm.template.messages import Message, role_of, with_arguments
+from swiftlite.llm.template.options import TemplateOptions
 from swiftlite.llm.template.registered import source_of
 from swiftlite.llm.template.traits import Traits, traits_of
 from swiftlite.utils.errors import TemplateError, UsageError
@@ -38,8 +39,6 @@ from swiftlite.utils.logger import warn_once
 if TYPE_CHECKING:
     from torch import Tensor
 
-TRUNCATION_STRATEGIES = ("raise", "delete", "left", "right", "split")
-BACKENDS = ("auto", "swift", "jinja")
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Special tokens of some tokenizers that stand inside answers, so that none of them ends one.
@@ -50,54 +49,17 @@ _EMPTY_THOUGHTS = ("<think>\n\n</think>\n\n", "\n<think></think>")
 Encoded = dict[str, Any]
 
 
-class Template:
-    """How one model's conversations are written. Made by `get_template`, whose docstring lists the arguments."""
+class Template(TemplateOptions):
+    """How one model's conversations are written. Made by `get_template`."""
 
-    def __init__(
-        self,
-        meta: TemplateMeta,
-        tokenizer: Any,
-        *,
-        default_system: str | None = None,
-        max_length: int | None = None,
-        truncation_strategy: str = "raise",
-        agent_template: str | None = None,
-        use_chat_template: bool = True,
-        remove_unused_columns: bool = True,
-        padding_free: bool = False,
-        padding_side: str = "right",
-        loss_scale: str = "default",
-        sequence_parallel_size: int = 1,
-        response_prefix: str | None = None,
-        template_backend: str = "swift",
-        max_pixels: int | None = None,
-        norm_bbox: str | None = None,
-        enable_thinking: bool | None = None,
-        add_non_thinking_prefix: bool = True,
-    ) -> None:
-        _check("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
-        _check("--padding_side", padding_side, ("left", "right"))
-        _check("--template_backend", template_backend, BACKENDS)
-        if max_pixels is not None or norm_bbox is not None:
-            warn_once("--max_pixels and --norm_bbox have no effect on text models")
-        self.meta = meta
-        self.tokenizer = tokenizer
-        self.default_system = default_system
-        self.max_length = max_length
-        self.truncation_strategy = truncation_strategy
-        self.use_chat_template = use_chat_template
+    def __init__(self, meta: TemplateMeta, tokenizer: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self.meta, self.tokenizer = meta, tokenizer
+        agent_template = self.agent_template
         self.agent_template = agent_template or meta.agent_template
-        self.remove_unused_columns = remove_unused_columns
-        self.padding_free = padding_free
-        self.padding_side = padding_side
-        self.loss_scale, self.weights = parse_loss_scale(loss_scale)
-        self.sequence_parallel_size = sequence_parallel_size
-        self.response_prefix = response_prefix
-        if template_backend == "auto":
-            template_backend = "jinja" if getattr(tokenizer, "chat_template", None) else "swift"
-        self.template_backend = template_backend
-        self.enable_thinking = enable_thinking
-        self.add_non_thinking_prefix = add_non_thinking_prefix
+        self.loss_scale, self.weights = parse_loss_scale(self.loss_scale)
+        if self.template_backend == "auto":
+            self.template_backend = "jinja" if getattr(tokenizer, "chat_template", None) else "swift"
         self.special_tokens = _special_tokens(tokenizer)
         self.chat = self._chat_template()
         self._plain_tools = self._writes_plain_tools(agent_template)
@@ -457,11 +419,6 @@ class Template:
         if self.padding_free:
             del tensors["attention_mask"]
         return tensors
-
-
-def _check(flag: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{flag} {value!r} is unknown; use one of {', '.join(allowed)}")
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, str]:
