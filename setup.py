@@ -32,7 +32,6 @@ setup(
         "packaging>=24",
         "tqdm>=4.66",
         "xxhash>=3.4",
-        "rich>=13.7",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
     ],
@@ -40,7 +39,6 @@ setup(
         # Python 3.11 can only install 0.16.x; 3.12 and later also 0.17 to 0.19.
         "megatron": ["megatron-core>=0.16.1,<0.20", "psutil"],
         "te": ["transformer-engine[pytorch]>=2.8"],
-        "dpo": ["trl>=0.24"],
         "dev": ["trl>=0.24", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["swiftlite=swiftlite.cli.main:main"]},
