@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from swiftlite.train.metrics import Metrics
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -84,6 +87,29 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
     },
 }
+
+
+_PLOT = Metrics.plot
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_plots() -> Iterator[None]:
+    """Drawing a run's plot takes as long as its steps: only tests with `plots` draw one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metrics, "plot", lambda self: None)
+        yield
+
+
+@pytest.fixture
+def plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Metrics, "plot", _PLOT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Trainers call gc.collect(), which looks through all that torch and others imported: more than half of a tiny run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

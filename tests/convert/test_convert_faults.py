@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from swiftlite.convert import conversion as convert
 from swiftlite.convert import execute
 from swiftlite.convert.targets import McoreTarget
 from swiftlite.weights import journal, stream
+from tests.dist.launch import run_cases
 from tests.families.cases import config_of
 
 CONFIG = {
@@ -66,30 +68,30 @@ def assert_same_model(a: Path, b: Path) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-KILLER = """
-import os, random, signal, sys, time
-from swiftlite.cli.main import main
-from swiftlite.checkpoint.checkpoint import Checkpoint
-from swiftlite.convert.targets import McoreTarget
-command, out, kills = sys.argv[4:], sys.argv[1], int(sys.argv[2])
-random.seed(int(sys.argv[3]))
-killed = resumed = 0
-for attempt in range(kills + 1):
-    pid = os.fork()
-    if pid == 0:
-        os._exit(main(command))
-    if attempt < kills:
-        time.sleep(random.uniform(0.02, 0.35))
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
+def run_killed(command: list[str], out: Path, kills: int, moments: random.Random) -> int:
+    """Run a command in other processes, which are killed at random moments, until one ends by itself after `kills`.
+
+    Returns: how many were killed before they had ended.
+    """
+    killed = 0
+    for attempt in range(kills + 1):
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)  # the others are not there after a fork
+                os._exit(main(command))
+            finally:
+                os._exit(1)
+        if attempt < kills:
+            time.sleep(moments.uniform(0.02, 0.35))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0, status
+            break
         killed += 1
-        assert not os.path.exists(out), "a killed run left something that looks finished"
-    else:
-        assert os.WEXITSTATUS(status) == 0, status
-        break
-print(killed)
-"""
+        assert not out.exists(), "a killed run left something that looks finished"
+    return killed
 
 
 @pytest.mark.faults
@@ -102,10 +104,7 @@ def test_killed_at_random_moments_both_ways(model: Path, tmp_path: Path) -> None
             (back, ["--mcore_model", str(mcore), "--to_hf", "true"]),
         ):
             command = ["export", *words, "--output_dir", str(out), "--verify", "bitwise"]
-            run = [sys.executable, "-c", KILLER, str(out), "5", str(seed), *command]
-            result = subprocess.run(run, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr[-2000:]
-            killed[out.name.rstrip("0123456789")] += int(result.stdout.split()[-1])
+            killed[out.name.rstrip("0123456789")] += run_killed(command, out, 5, random.Random(seed))
         assert_same_model(model, back)
         assert not list(tmp_path.glob(".*"))
         shutil.rmtree(mcore)
@@ -118,19 +117,16 @@ def test_killed_at_random_moments_both_ways(model: Path, tmp_path: Path) -> None
 @pytest.mark.dist
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_share_the_files(model: Path, tmp_path: Path, processes: int) -> None:
-    environment = {**os.environ, "NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1", "MASTER_PORT": "29617"}
     mcore, back, alone = tmp_path / "mcore", tmp_path / "back", tmp_path / "alone"
     files = ["--thread_count", "4"]
     assert to_mcore(model, alone, *files) == 0
-    for words in (
-        ["--model", str(model), "--to_mcore", "true", "--output_dir", str(mcore), *files],
-        ["--mcore_model", str(mcore), "--to_hf", "true", "--output_dir", str(back)],
-    ):
-        command = [sys.executable, "-m", "swiftlite", "export", *words, "--verify", "bitwise"]
-        if processes == 2 and "--to_mcore" in words:  # one of them makes the check, while the other waits
-            command += ["--test_convert_precision", "true"]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert result.returncode == 0, result.stderr[-2000:]
+    there = ["--model", str(model), "--to_mcore", "true", "--output_dir", str(mcore), *files]
+    if processes == 2:  # one of them makes the check, while the other waits
+        there += ["--test_convert_precision", "true"]
+    again = ["--mcore_model", str(mcore), "--to_hf", "true", "--output_dir", str(back)]
+    cases = [{"command": "export", "argv": [*words, "--verify", "bitwise"]} for words in (there, again)]
+    code, log = run_cases(processes, cases)
+    assert code == 0, log[-2000:]
     assert_same_model(model, back)
     written = sorted(p.relative_to(alone) for p in alone.rglob("*") if p.is_file() and p.name != "args.json")
     assert len([p for p in written if p.suffix == ".distcp"]) == 4 and Path("iter_0000001/.metadata") in written

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from swiftlite.llm.train.sft import sft_main
+from swiftlite.train.plot import read_run
+from tests.dist.launch import run_cases
 
 pytestmark = pytest.mark.dist
 
@@ -24,25 +26,21 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_equal_one(way, tiny_model, tmp_path):
+def test_two_processes_equal_one(way: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
-    def losses(processes: int) -> list[float]:
-        output = tmp_path / str(processes)
-        words = ["sft", "--model", str(tiny_model("qwen3")), "--model_type", "qwen3", "--dataset", str(data),
-                 "--train_iters", "8", "--global_batch_size", "4", "--micro_batch_size", "1", "--max_length", "150",
-                 "--torch_dtype", "float32", "--lr", "1e-3", "--logging_steps", "1", "--save_steps", "100",
-                 "--save_weights_only", "true", "--output_dir", str(output), *WAYS[way]]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-        if processes > 1:
-            environment["NPROC_PER_NODE"] = str(processes)
-        done = subprocess.run(
-            [sys.executable, "-m", "swiftlite", *words], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        lines = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
-        return [line["loss"] for line in lines if "loss" in line]
+    def words(output: Path) -> list[str]:
+        return ["--model", str(tiny_model("qwen3")), "--model_type", "qwen3", "--dataset", str(data),
+                "--train_iters", "8", "--global_batch_size", "4", "--micro_batch_size", "1", "--max_length", "150",
+                "--torch_dtype", "float32", "--lr", "1e-3", "--logging_steps", "1", "--save_steps", "100",
+                "--save_weights_only", "true", "--output_dir", str(output), *WAYS[way]]  # fmt: skip
 
-    assert losses(2) == pytest.approx(losses(1), rel=1e-5)
+    def losses(output: Path) -> list[float]:
+        return [line["loss"] for line in read_run(output) if "loss" in line]
+
+    sft_main(words(tmp_path / "one"))
+    code, errors = run_cases(2, [("sft", words(tmp_path / "two"), None)], "tests.dist.worker_hf")
+    assert code == 0, errors[-3000:]
+    assert len(losses(tmp_path / "one")) == 8
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

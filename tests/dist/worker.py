@@ -1,6 +1,6 @@
-"""Runs cases inside one torchrun: `python -m tests.dist.worker DIRECTORY GIVER` takes jobs from there, see launch.py.
+"""Runs cases in the processes of one group, which take jobs from a directory, see launch.py.
 
-A job names a module with `run_case`; here a case is a Megatron command (default: sft), its argv, and a fault to plant
+A job names a module with `run_case`; here a case is a command (default: Megatron's sft), its argv, and a fault to plant
 or none.
 
 Faults: 'double_layer' doubles one layer's gradients, 'skip_norm_reduce' leaves out the all-reduce of norm gradients,
@@ -11,19 +11,26 @@ checkpoint, 'own_counts' weighs preference losses by the pairs and tokens of thi
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+# What the process that all others are forked from imports.
+IMPORTED = ["tests.dist.worker", "tests.dist.worker_hf", "tests.dist.worker_hf_io", "swiftlite.megatron.trainers.dpo"]
 
 
 class Ended(Exception):
@@ -113,10 +120,14 @@ def fault(name: str | None) -> Iterator[None]:
 
 
 def run_case(case: dict[str, Any]) -> None:
+    from swiftlite.cli.main import main as swiftlite_main
     from swiftlite.megatron.trainers.dpo import megatron_dpo_main
     from swiftlite.megatron.trainers.sft import megatron_sft_main
 
-    commands = {"sft": megatron_sft_main, "dpo": megatron_dpo_main}
+    def export(words: list[str]) -> None:
+        assert swiftlite_main(["export", *words]) == 0
+
+    commands = {"sft": megatron_sft_main, "dpo": megatron_dpo_main, "export": export}
     with fault(case.get("fault")), suppress(Ended):
         commands[case.get("command", "sft")](case["argv"])
 
@@ -131,19 +142,44 @@ def jobs(directory: Path, giver: int) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, json.loads(job.read_text())
 
 
-def main() -> None:
-    directory = Path(sys.argv[1])
+def main(directory: Path, giver: int) -> None:
+    from swiftlite.train.metrics import Metrics
+
+    torch.set_num_threads(1)
     dist.init_process_group("gloo")  # one group for all cases
     try:
-        for number, job in jobs(directory, int(sys.argv[2])):
-            module = importlib.import_module(job["module"])
-            for case in job["cases"]:
-                module.run_case(case)
-            sys.stdout.flush()
-            (directory / f"done-{number}-{os.environ['RANK']}").touch()
+        # Drawing takes as long as the steps, and what is drawn is what logging.jsonl holds.
+        with replaced(Metrics, "plot", lambda _: lambda self: None):
+            for number, job in jobs(directory, giver):
+                module = importlib.import_module(job["module"])
+                for case in job["cases"]:
+                    module.run_case(case)
+                sys.stdout.flush()
+                (directory / f"done-{number}-{os.environ['RANK']}").touch()
     finally:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+def start(size: int, directory: Path, log: Path, giver: int) -> None:
+    """Fork the ranks, with the environment that torchrun gives them, and wait; when one fails, all are killed."""
+    os.setsid()  # a group of their own, which cases kill
+    with log.open("a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    gc.freeze()  # what is imported stays: no rank looks through it for garbage
+    for rank in range(size):
+        if os.fork() == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            try:
+                main(directory, giver)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(1)  # there is no other end than that of the giver
+    os.wait()
+    os.killpg(0, signal.SIGKILL)

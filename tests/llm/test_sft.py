@@ -106,7 +106,7 @@ def test_hugging_face_and_megatron_have_the_same_losses(
     assert theirs[-1] < 0.75 * theirs[0]
 
 
-def test_the_same_command_goes_on(tiny_model: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+def test_the_same_command_goes_on(tiny_model: Callable[..., Path], data: Path, tmp_path: Path, plots: None) -> None:
     words = ["--model", str(tiny_model("qwen3")), "--model_type", "qwen3", "--dataset", str(data), *FLAGS]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     steps = ["--train_iters", "8", "--save_steps", "4"]

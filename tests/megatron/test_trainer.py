@@ -194,7 +194,7 @@ def hf_loss(directory: Path, rows: list[dict[str, Any]]) -> float:
 
 
 def test_a_run_writes_what_it_says(
-    sft: Callable[..., Any], tmp_path: Path, tiny_model: Callable[..., Path], syncs: Any
+    sft: Callable[..., Any], tmp_path: Path, tiny_model: Callable[..., Path], syncs: Any, plots: None
 ) -> None:
     result = sft(split_dataset_ratio=0.3, eval_steps=2, save_safetensors="true", save_total_limit=1)
     root = tmp_path / "run"
