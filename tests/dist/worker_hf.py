@@ -18,10 +18,10 @@ COMMANDS = {"sft": sft_main, "dpo": dpo_main}
 
 
 def sigterm(original: Any) -> Any:
-    def end_step(self: HfTrainer) -> bool:
+    def end_step(self: HfTrainer, *args: Any) -> Any:
         if self.state.global_step == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self)
+        return original(self, *args)
 
     return end_step
 

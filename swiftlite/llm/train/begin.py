@@ -13,9 +13,10 @@ from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.model import tuner
 from swiftlite.llm.pipeline import load_model, prepare_template
+from swiftlite.llm.train.saving import FP32_FILE, OPTIMIZER, PREFIX, SCHEDULER, STATE, rng_file
 from swiftlite.train import run_directory
 from swiftlite.train.checkpoints import Start, finished
-from swiftlite.utils.dist import get_local_rank, get_rank, get_world_size
+from swiftlite.utils.dist import get_local_rank, get_world_size
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import read_json
 from swiftlite.utils.logger import get_logger
@@ -24,10 +25,6 @@ from swiftlite.weights.unpickle import check_saved
 
 logger = get_logger()
 
-# What a checkpoint is called, and its files besides the model's.
-PREFIX = "checkpoint-"
-FP32_FILE = "fp32_parameters.safetensors"
-OPTIMIZER, STATE = "optimizer.pt", "trainer_state.json"
 UNREAD = "training_args.bin"  # transformers' own arguments: objects, which nothing here reads
 
 
@@ -93,7 +90,6 @@ def settle_output(args: SftArguments) -> Start | None:
     if start is None:
         return None
     check_start(start, args.save_weights_only)
-    logger.info("going on from %s", start.directory)
     return start
 
 
@@ -131,8 +127,8 @@ def check_start(start: Start, weights_only: bool) -> None:
         return
     effects = {
         OPTIMIZER: "the optimizer begins anew, at the step's learning rate",
-        "scheduler.pt": "the learning rate is computed for the step",
-        f"rng_state{f'_{get_rank()}' if get_world_size() > 1 else ''}.pth": "random generators (dropout) start anew",
+        SCHEDULER: "the learning rate is computed for the step",
+        rng_file(): "random generators (dropout) start anew",
     }
     for name, effect in effects.items():
         if name not in names:

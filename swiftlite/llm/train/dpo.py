@@ -20,6 +20,7 @@ from swiftlite.llm.dataset.pairs import SIDES, PairDataset, load_pairs, sequence
 from swiftlite.llm.model.tuner import prepare_model
 from swiftlite.llm.train.begin import started
 from swiftlite.llm.train.trainer import HfTrainer, run
+from swiftlite.train.checkpoints import Start
 from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs
 from swiftlite.train.objective import Batch
 from swiftlite.utils.dist import all_gather, get_rank, get_world_size
@@ -158,28 +159,43 @@ def _round_like_trained(reference: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-@torch.no_grad()
-def precompute(objective: Preference, trainer: HfTrainer, collate: PairCollator, datasets: Sequence[Any]) -> None:
-    """Fill in the reference's log-probabilities of all pairs; ranks share the work. Collective."""
-    for dataset in datasets:
-        if dataset is None:
-            continue
-        assert isinstance(dataset, PairDataset)
+class DpoTrainer(HfTrainer):
+    """The engine with a reference model next to it, or with what that said before training."""
+
+    objective: Preference
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.references = 0 if self.args.precompute_ref_log_probs else 1
+
+    def load(self, start: Start | None) -> int:
+        done = super().load(start)
+        if self.objective.reference is not None:
+            self.objective.reference = self.objective.reference.to(self.device)
+        if self.args.precompute_ref_log_probs:
+            for dataset in (self.run.train_set, self.run.val_set):
+                if dataset is not None:
+                    self.precompute(dataset)
+            self.objective.reference = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return done
+
+    @torch.no_grad()
+    def precompute(self, dataset: PairDataset) -> None:
+        """Keep the reference's log-probabilities of all pairs; ranks share the work. Collective."""
         mine = range(get_rank(), dataset.pairs, get_world_size())
-        size = trainer.args.per_device_eval_batch_size
+        size = self.run.plan.micro_batch_size
         found: list[tuple[int, float, float]] = []
         for start in range(0, len(mine), size):
             indices = mine[start : start + size]
-            batch = collate([{"pairs": [dataset.pair(i) for i in indices]}])
-            with trainer.accelerator.autocast():
-                sums = objective.reference_log_probs({k: v.to(trainer.args.device) for k, v in batch.items()}).sums
+            batch = self.inputs(self.collate([{"pairs": [dataset.pair(i) for i in indices]}]))
+            with self.accelerator.autocast():
+                sums = self.objective.reference_log_probs(batch).sums
             found += zip(indices, *(part.tolist() for part in sums.chunk(2)), strict=True)
         everybody = sorted(entry for part in all_gather(found) for entry in part)
         dataset.reference = [(chosen, rejected) for _, chosen, rejected in everybody]
         logger.info("the reference answered %d pairs", dataset.pairs)
-    objective.reference = None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def dpo_main(args: DpoArguments | Sequence[str]) -> dict[str, Any]:
@@ -187,7 +203,7 @@ def dpo_main(args: DpoArguments | Sequence[str]) -> dict[str, Any]:
 
     Args: args: an arguments object, or words as typed.
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
-    Raises: SwiftliteError for everything a user can mend.
+    Raises: SwiftliteError for everything a user can fix.
     """
     args = as_arguments(DpoArguments, args)
     with started(args, load_pairs) as (model, template, data, start):
@@ -195,15 +211,5 @@ def dpo_main(args: DpoArguments | Sequence[str]) -> dict[str, Any]:
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)
         loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
-        objective, collate = Preference(loss, model, reference), PairCollator(template)
-
-        def before(trainer: HfTrainer) -> None:
-            if objective.reference is not None:
-                objective.reference = objective.reference.to(trainer.args.device)
-            if args.precompute_ref_log_probs:
-                precompute(objective, trainer, collate, data)
-
-        return run(
-            args, model, template, data, objective, collate, pair_lengths, start,
-            references=0 if args.precompute_ref_log_probs else 1, before=before,
-        )  # fmt: skip
+        objective = Preference(loss, model, reference)
+        return run(DpoTrainer(args, model, template, objective, PairCollator(template), pair_lengths), data, start)

@@ -14,9 +14,9 @@ from swiftlite.arguments.train import PtArguments, SftArguments
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.prepare import load_data
 from swiftlite.llm.model.tuner import prepare_model
+from swiftlite.llm.train.batches import sample_lengths
 from swiftlite.llm.train.begin import started
-from swiftlite.llm.train.setting import sample_lengths
-from swiftlite.llm.train.trainer import run
+from swiftlite.llm.train.trainer import HfTrainer, run
 from swiftlite.train.objective import LanguageModeling
 
 
@@ -31,7 +31,8 @@ def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
     with started(args, load_data) as (model, template, data, start):
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)
-        return run(args, model, template, data, LanguageModeling(), template.data_collator, sample_lengths, start)
+        trainer = HfTrainer(args, model, template, LanguageModeling(), template.data_collator, sample_lengths)
+        return run(trainer, data, start)
 
 
 def pt_main(args: PtArguments | Sequence[str]) -> dict[str, Any]:

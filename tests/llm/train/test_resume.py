@@ -186,7 +186,7 @@ def test_a_full_disk_is_one_line(
         raise error
 
     shutil.rmtree(parts / "checkpoint-4")
-    monkeypatch.setattr("swiftlite.llm.train.trainer.write_data_state", full)
+    monkeypatch.setattr("swiftlite.train.loop.write_data_state", full)
     message = rf"{parts} cannot be written: the disk is full.* free in .*; make room, and the same command goes on"
     with pytest.raises(CheckpointError, match=message):
         run("parts")

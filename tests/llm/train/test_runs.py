@@ -133,9 +133,7 @@ def test_best_and_limit(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     evaluate = HfTrainer.evaluate
 
     def worse_each_time(self: HfTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
-        evaluate(self, *args, **kwargs)
-        self.evaluation["eval_loss"] = float(self.state.global_step)
-        return self.evaluation
+        return {**evaluate(self, *args, **kwargs), "eval_loss": float(self.state.global_step)}
 
     monkeypatch.setattr(HfTrainer, "evaluate", worse_each_time)
     run(sft_main, "run", split_dataset_ratio=0.25, save_steps=1, eval_steps=1, save_total_limit=2)
@@ -158,12 +156,12 @@ def test_sigterm_saves_and_ends(run: Any, tmp_path: Path, monkeypatch: pytest.Mo
     _, whole = run(sft_main, "whole")
     end_step, steps = HfTrainer.end_step, 0
 
-    def send(self: HfTrainer) -> bool:
+    def send(self: HfTrainer, *args: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return end_step(self)
+        return end_step(self, *args)
 
     monkeypatch.setattr(HfTrainer, "end_step", send)
     result, _ = run(sft_main, "parts")

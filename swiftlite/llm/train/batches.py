@@ -1,0 +1,34 @@
+"""What a collated batch on the Hugging Face side says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from swiftlite.train.flops import attention_pairs
+from swiftlite.train.objective import Batch, Objective
+
+# In this order, before an objective's own counts.
+COUNTS = ("tokens", "padded_tokens", "samples", "pairs_attended")
+
+Collate = Callable[[Sequence[Any]], Batch]
+
+
+def counting(collate: Collate, objective: Objective, lengths: Callable[[Any], Sequence[int]]) -> Collate:
+    """`collate` with a tensor `counts` beside the batch: COUNTS and the objective's. lengths: tokens of a row's samples."""
+
+    def counted(rows: Sequence[Any]) -> Batch:
+        batch = collate(rows)
+        sizes = [n for row in rows for n in lengths(row)]
+        counts = [sum(sizes), batch["input_ids"].numel(), len(rows), attention_pairs(sizes), *objective.count(batch)]
+        batch["counts"] = torch.tensor(counts, dtype=torch.float64)
+        return batch
+
+    return counted
+
+
+def sample_lengths(row: Mapping[str, Any]) -> Sequence[int]:
+    """Tokens of the samples in a row: one, or those of a packed sequence."""
+    return row.get("sample_lengths") or [len(row["input_ids"])]
