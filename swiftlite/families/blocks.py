@@ -248,6 +248,24 @@ REFUSE_OUTPUT_BIAS = Refuse(
     "attention_bias true puts a bias on o_proj, which Megatron's attention does not have",
 )
 
+
+def refuse_window(default: int | None = None) -> Refuse:
+    """For architectures whose integer sliding_window acts in every layer; default: what transformers assumes without it.
+
+    A window as long as the longest text changes nothing.
+    """
+
+    def acts(config: Config) -> bool:
+        window = config.get("sliding_window", default)
+        return window is not None and window < config["max_position_embeddings"]
+
+    return Refuse(
+        acts,
+        "its sliding window is shorter than max_position_embeddings {max_position_embeddings}; only full attention is "
+        "supported (sliding_window null)",
+    )
+
+
 # ---- DeepSeek and Ernie ----
 
 MLA_CONFIG: Rules = (
