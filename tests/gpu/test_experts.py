@@ -58,7 +58,7 @@ def test_gradients_of_grouped_products() -> None:
 def test_compiled_norm() -> None:
     from types import SimpleNamespace
 
-    from swiftlite.megatron.backend import CompiledRMSNorm
+    from swiftlite.megatron.model.layers import CompiledRMSNorm
 
     config = SimpleNamespace(normalization="RMSNorm", layernorm_zero_centered_gamma=False, sequence_parallel=False)
     norm = CompiledRMSNorm(config, 128, eps=1e-6).cuda().bfloat16()

@@ -27,6 +27,7 @@ from swiftlite.megatron.model import experts, rope
 from swiftlite.megatron.model.blocks import load_block
 from swiftlite.megatron.model.blocks.router import TopKRouter
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
+from swiftlite.megatron.model.spec import block_spec, mtp_spec
 
 # Hugging Face builds MLA's latent norms with this epsilon, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -60,7 +61,7 @@ def model_provider(
         **experts.replacements(args, config),
         **(replacements(args) if replacements else {}),
     }
-    spec = backend.block_spec(config, vp_stage, replaced)
+    spec = block_spec(config, vp_stage, replaced)
     vocab_size = int(args.padded_vocab_size)
     live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)
     with backend.choosing_attention():
@@ -74,7 +75,7 @@ def model_provider(
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_base=args.rotary_base,
-            mtp_block_spec=backend.mtp_spec(config, spec, vp_stage),
+            mtp_block_spec=mtp_spec(config, spec, vp_stage),
             vp_stage=vp_stage,
         )
     model.vp_stage = vp_stage

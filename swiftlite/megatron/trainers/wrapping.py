@@ -10,6 +10,7 @@ from megatron.core.transformer.module import Float16Module
 
 from swiftlite.megatron import backend
 from swiftlite.megatron.distributed import ParallelState
+from swiftlite.megatron.model.layers import accumulate_in_place
 
 
 def choose_overlap(args: Any, parallel: ParallelState) -> None:
@@ -63,6 +64,6 @@ def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
         )
         ddp = OwnGradients(model.config, ddp_config, in_precision(model), disable_bucketing=index > 0)
         if args.gradient_accumulation_fusion:
-            backend.accumulate_in_place(ddp)
+            accumulate_in_place(ddp)
         wrapped.append(ddp)
     return wrapped

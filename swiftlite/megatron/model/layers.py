@@ -1,0 +1,197 @@
+"""Layers that megatron-core's local spec lacks, and weight gradients that are added within products.
+
+Shapes: S sequence, B batch, N heads, G key/value heads, D head width, T packed tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftlite.megatron import backend
+from swiftlite.utils.errors import ConfigError
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that may run under sequence parallelism: its weight is marked, so its gradient is summed over TP ranks."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
+            raise ConfigError(
+                f"normalization {config.normalization!r} (zero-centred: {config.layernorm_zero_centered_gamma}) is not "
+                "supported by the local spec; only plain RMSNorm is"
+            )
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+class CompiledRMSNorm(RMSNorm):
+    """RMSNorm as one kernel forward and two backward, for narrow rows such as heads, of which there are many."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return _compiled(_rms_norm)(x, self.weight, self.eps)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled; torch's compiler takes a second to import."""
+    return torch.compile(function)
+
+
+class SdpaAttention(torch.nn.Module):
+    """Causal core attention on torch's scaled_dot_product_attention: GQA, unequal key and value widths, packed input.
+
+    megatron-core's own DotProductAttention knows neither `k_channels`/`v_channels` (MLA) nor packed sequences, and
+    keeps all scores in memory.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ConfigError("context parallelism needs Transformer Engine; set --context_parallel_size 1")
+        if getattr(config, "window_size", None) is not None:
+            raise ConfigError("sliding window attention is not supported; its models use full attention")
+        self.config = config
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale if softmax_scale is not None else (k_channels or config.kv_channels) ** -0.5
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        """query [S, B, N, D], key [S, B, G, D], value [S, B, G, Dv] -> [S, B, N*Dv]; packed: [T, N, D] -> [T, N*Dv].
+
+        The mask is causal by construction, so `attention_mask` is not read: padding stands after the real tokens.
+        """
+        assert attention_bias is None, "no model here passes an attention bias"
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        parts = [
+            self._attend(*(x[start:end].unsqueeze(1) for x in (query, key, value))).squeeze(1)
+            for start, end in zip(bounds, bounds[1:], strict=False)
+            if end > start
+        ]
+        used = bounds[-1]
+        if used < query.shape[0]:  # padding behind the last sample
+            parts.append(query.new_zeros(query.shape[0] - used, parts[0].shape[-1]))
+        return torch.cat(parts)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        with self._dropout_generator(dropout):
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, width]
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[-2] != key.shape[-2],
+            )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
+        """Heads differ between TP ranks, so dropout there draws from the generator that differs too."""
+        if not dropout or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing to save."""
+        return {}
+
+
+def accumulate_in_place(model: torch.nn.Module) -> None:
+    """Have linear layers add weight gradients to the fp32 buffers of DDP within their products. With Transformer Engine.
+
+    megatron-core does the same if the model is built so, but asks for Apex then, and a model without DDP cannot run.
+    """
+    if backend.setup().spec != "te":
+        return
+    from megatron.core.tensor_parallel import layers
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=_add_product)
+    module: Any
+    for module in model.modules():
+        weights = [p for n, p in module.named_parameters(recurse=False) if n.startswith("weight")]
+        if not weights or not all(hasattr(p, "main_grad") and p.main_grad.dtype == torch.float32 for p in weights):
+            continue
+        if isinstance(module, TransformerEngineBaseModule) and hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+        elif hasattr(module, "accumulates"):  # GroupedLinear, whose kernel would round fp32
+            module.accumulates = weights[0].dtype != torch.float32
+        elif isinstance(module, layers.VocabParallelEmbedding) and not module.deterministic_mode:
+            layers.F = types.SimpleNamespace(embedding=_embedding)
+        elif isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
+            module.gradient_accumulation_fusion = True
+
+
+class _Embedding(torch.autograd.Function):
+    """A lookup whose gradient goes to the few rows that were read, in the weight's `main_grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        return torch.nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        from transformer_engine.pytorch.module.base import get_dummy_wgrad
+
+        ids, weight = ctx.saved_tensors
+        weight.main_grad.index_add_(0, ids.flatten(), gradient.flatten(0, -2).float())
+        weight.grad_added_to_main_grad = True
+        return None, get_dummy_wgrad(list(weight.shape), weight.dtype)
+
+
+def _embedding(ids: Tensor, weight: Any) -> Tensor:
+    """A tied weight gets a gradient from the output layer too, which is added as a whole."""
+    apart = hasattr(weight, "main_grad") and not getattr(weight, "zero_out_wgrad", False)
+    if apart and weight.requires_grad and torch.is_grad_enabled():
+        return _Embedding.apply(ids, weight)  # type: ignore[no-any-return]
+    return torch.nn.functional.embedding(ids, weight)
+
+
+def _add_product(inputs: Tensor, gradients: Tensor, total: Tensor) -> None:
+    """total [out, in] fp32 += gradients [T, out] transposed times inputs [T, in]."""
+    if inputs.dtype == torch.float32:
+        total.addmm_(gradients.t(), inputs)
+        return
+    torch.addmm(total, gradients.t(), inputs, out_dtype=torch.float32, out=total)
