@@ -31,7 +31,14 @@ DTYPES = {
 ATTENTION_BACKENDS = {
     "auto": "auto", "flash": "flash", "fused": "fused", "unfused": "unfused", "local": "local",
     "flash_attn": "flash", "flash_attention_2": "flash", "flash_attention_3": "flash", "sdpa": "fused",
-    "eager": "unfused",
+    "eager": "unfused", "fa2": "flash", "disabled": "unfused",
+}  # fmt: skip
+
+
+# Other libraries' names of layers in --target_modules -> Hugging Face's.
+MODULES_CALLED = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"), "linear_proj": ("o_proj",), "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",), "all": ("all-linear",),
 }  # fmt: skip
 
 
@@ -66,7 +73,7 @@ class RunArguments(Arguments):
         None,
         "attention kernels: auto, flash, fused, unfused, local, or Hugging Face's flash_attention_2, sdpa, eager "
         "(default: the fastest that is there)",
-        aliases=["attn_impl"],
+        aliases=["attn_impl", "attn_implementation", "flash_attn"],
     )
 
     def __post_init__(self) -> None:
@@ -104,8 +111,9 @@ class ModelArguments(Arguments):
     """Model: which checkpoint, and how it is read"""
 
     model: str | None = field(
-        None, "directory, ModelScope id, or Hugging Face id with --use_hf true", path=True, common=True
-    )
+        None, "directory, ModelScope id, or Hugging Face id with --use_hf true",
+        aliases=["model_name_or_path", "model_id_or_path"], path=True, common=True,
+    )  # fmt: skip
     model_type: str | None = field(
         None, "registered type; needed only where the directory does not settle it", common=True
     )
@@ -132,7 +140,9 @@ class ModelArguments(Arguments):
     ignore_requirements: bool = run_setting(
         False, "go on although a package version that the model asks for is missing"
     )
-    adapters: list[str] = field([], "directories of LoRA adapters in PEFT's format", path=True, common=True)
+    adapters: list[str] = field(
+        [], "directories of LoRA adapters in PEFT's format", aliases=["adapter_name_or_path"], path=True, common=True
+    )
     merge_lora: bool | None = field(
         None,
         "add LoRA weights into the model that is written",
@@ -176,8 +186,9 @@ class TemplateArguments(Arguments):
     )
     system: str | None = field(None, "system message where a conversation has none", common=True)
     max_length: int | None = field(
-        None, "longest sample in tokens (default: what the model allows; export 2048)", common=True, least=1
-    )
+        None, "longest sample in tokens (default: what the model allows; export 2048)", aliases=["cutoff_len"],
+        common=True, least=1,
+    )  # fmt: skip
     truncation_strategy: str = field(
         "delete", "what happens to longer samples", choices=["delete", "left", "right", "split", "raise"]
     )
@@ -237,23 +248,34 @@ class DataArguments(Arguments):
     )  # fmt: skip
     val_dataset: list[str] = field([], "the same, for evaluation", path=True, common=True)
     split_dataset_ratio: float = field(
-        0.0, "share of the data set kept for evaluation where --val_dataset is absent", common=True, least=0, most=1
-    )
+        0.0, "share of the data set kept for evaluation where --val_dataset is absent",
+        aliases=["val_size"], common=True, least=0, most=1,
+    )  # fmt: skip
     columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
     dataset_info: list[str] = field([], "JSON files that name data sets", aliases=["custom_dataset_info"], path=True)
-    interleave_prob: list[float] = field([], "draw from the data sets with these probabilities, one for each")
+    interleave_prob: list[float] = field(
+        [], "draw from the data sets with these probabilities, one for each", aliases=["interleave_probs"]
+    )
     stopping_strategy: str = field(
         "first_exhausted", "end of such a mixture", choices=["first_exhausted", "all_exhausted"]
     )
     streaming: bool = field(False, "read and tokenise while training runs; needs --train_iters")
-    shuffle_buffer_size: int = field(1000, "rows that are shuffled and packed together when streaming", least=1)
+    shuffle_buffer_size: int = field(
+        1000, "rows that are shuffled and packed together when streaming", aliases=["buffer_size"], least=1
+    )
     load_from_cache_file: bool = run_setting(
         False,
         "keep tokenised data between runs, by content",
-        unavailable={"DpoArguments": "pairs are tokenised for each run"},
+        unavailable={"DpoArguments": Note("default", "pairs are tokenised for each run")},
     )
     cached_dataset: str | None = field(None, "directory that `export --to_cached_dataset true` wrote", path=True)
-    dataset_num_proc: int = run_setting(1, "processes that read and tokenise", least=1)
+    cached_val_dataset: str | None = field(
+        None, "directory of the same kind for evaluation, also DIR/val of one (default: the part `val` of the first)",
+        path=True,
+    )  # fmt: skip
+    dataset_num_proc: int = run_setting(
+        1, "processes that read and tokenise", aliases=["preprocessing_num_workers"], least=1
+    )
     max_drop_ratio: float = field(0.05, "stop when a larger share of the rows cannot be used", least=0, most=1)
     data_seed: int | None = field(None, "seed of the data order (default: --seed)")
     dataset_shuffle: bool = field(True, "shuffle the training rows")
@@ -267,6 +289,8 @@ class DataArguments(Arguments):
         super().__post_init__()
         if self.cached_dataset and (self.dataset or self.val_dataset):
             raise UsageError("--cached_dataset: holds the data already; leave out --dataset and --val_dataset")
+        if self.cached_val_dataset and not self.cached_dataset:
+            raise UsageError("--cached_val_dataset: goes with --cached_dataset; name other data with --val_dataset")
         if self.streaming and self.split_dataset_ratio:
             raise UsageError("--streaming true: a stream cannot be split; name the validation data with --val_dataset")
         if self.streaming and (self.group_by_length or self.load_from_cache_file or self.cached_dataset):
@@ -284,7 +308,7 @@ class TunerArguments(Arguments):
     """Tuner: which parameters are trained"""
 
     train_type: str = field(
-        "full", "all parameters, adapters beside them, or some of them", aliases=["tuner_type"],
+        "full", "all parameters, adapters beside them, or some of them", aliases=["tuner_type", "finetuning_type"],
         choices=["full", "lora", "freeze"], common=True,
     )  # fmt: skip
     freeze_parameters: list[str] = field([], "prefixes of parameters that stay as they are")
@@ -294,9 +318,14 @@ class TunerArguments(Arguments):
     )
     trainable_parameters: list[str] = field([], "prefixes of parameters that are trained although frozen otherwise")
     trainable_parameters_regex: str | None = field(None, "regular expression of parameters that are trained anyway")
-    target_modules: list[str] = field(["all-linear"], "layers that get LoRA, by Hugging Face name", common=True)
+    target_modules: list[str] = field(
+        ["all-linear"], "layers that get LoRA, by Hugging Face name (linear_qkv and Megatron's other names stand for those)",
+        aliases=["lora_target"], common=True,
+    )  # fmt: skip
     target_regex: str | None = field(None, "regular expression of layers that get LoRA")
-    modules_to_save: list[str] = field([], "layers that are trained fully beside LoRA", unavailable=ONLY_ADAPTERS)
+    modules_to_save: list[str] = field(
+        [], "layers that are trained fully beside LoRA", aliases=["additional_target"], unavailable=ONLY_ADAPTERS
+    )
     lora_rank: int = field(8, "LoRA rank", common=True, least=1)
     lora_alpha: int = field(32, "LoRA scale times rank", common=True)
     lora_dropout: float = field(0.05, "dropout before LoRA")
@@ -322,6 +351,8 @@ class TunerArguments(Arguments):
             except re.error as error:
                 text = getattr(self, name)
                 raise UsageError(f"--{name} {text}: is no regular expression ({error})") from None
+        words = [word for item in self.target_modules for word in item.split(",") if word]
+        self.target_modules = list(dict.fromkeys(n for word in words for n in MODULES_CALLED.get(word, (word,))))
 
 
 @arguments

@@ -9,28 +9,60 @@ from swiftlite.arguments.parser import Note
 
 _TEXT_ONLY = "the models here are text only, there is no vision tower"
 _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is the same for every layout"
+_MORE_GPUS = "`swiftlite megatron sft` and `megatron dpo` divide the model over GPUs"
+_OTHER_TUNER = (
+    "the tuners here are full, lora and freeze (--train_type); TRL's and PEFT's other tuners are not built in"
+)
+_NO_QUANT = "training on quantised weights is not supported; train LoRA on the bf16 checkpoint"
+_ANSWERS = (
+    "transformers makes the answers here, which takes longer; serve the model's directory with vLLM for throughput"
+)
+_BENCHMARKS = "no benchmarks are run; give the written checkpoint to lm-evaluation-harness or evalscope"
 _DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite megatron dpo`"
 
 # Why a field does not act, for the fields' records.
 FP8 = "training in FP8 is not available yet"
-OFFLOAD = "optimizer offload is not available yet"
 ONLY_ADAPTERS = {"MegatronSftArguments": "with LoRA on Megatron nothing but adapters is trained"}
 NO_MTP = {
     "MegatronDpoArguments": Note("rejected", "preference training has no multi-token-prediction loss; leave it out")
 }
 NO_CLASSES = "models that classify are not supported yet; leave it out to train one that writes text"
+NO_OFFLOAD_NEEDED = Note(
+    "default", "optimizer states stay on the GPUs, in fp32, divided over the data-parallel ranks: the same or a more exact "
+    "result, more GPU memory (--dry_run true says how much)",
+)  # fmt: skip
+ONLY_TRANSFORMERS = {
+    "MegatronArguments": Note("rejected", "acts with transformers only (`swiftlite sft`); leave it out")
+}
 NO_WEIGHTS = Note("rejected", "has no effect: preview reads no weights")
 AVERAGED_PAIRS = Note("default", "pairs are averaged over the global batch", allowed=("false",))
 
 COMMON_NOTES: dict[str, Note] = {
     "lazy_tokenize": Note("default", "rows are tokenised before training, or while it runs with --streaming true"),
     "packing_num_proc": Note("default", "packing takes no time worth dividing; --dataset_num_proc divides tokenising"),
+    "exp_avg_dtype": NO_OFFLOAD_NEEDED,
+    "exp_avg_sq_dtype": NO_OFFLOAD_NEEDED,
     "strict": Note("default", "--max_drop_ratio says how many rows may be unusable; 0: none", allowed=("false",)),
     "freeze_llm": Note("default", _TEXT_ONLY, allowed=("false",)),
     "freeze_vit": Note("default", _TEXT_ONLY),
     "freeze_aligner": Note("default", _TEXT_ONLY),
     "linear_decoupled_in_proj": Note("rejected", "belongs to hybrid attention models, which are not supported"),
-    "quant_method": Note("rejected", "quantising is not supported; export bf16 and quantise with the tool of choice"),
+    **dict.fromkeys(
+        ("quant_method", "quant_bits", "quant_n_samples", "quant_batch_size", "group_size"),
+        Note("rejected", "quantising is not supported; export bf16 and quantise with the tool of choice"),
+    ),
+    "vit_lr": Note("default", _TEXT_ONLY),
+    "aligner_lr": Note("default", _TEXT_ONLY),
+    "vit_gradient_checkpointing": Note("default", _TEXT_ONLY),
+    "model_kwargs": Note("rejected", "a text model has none; images' settings (max_pixels) have no effect here"),
+    "dataset_dir": Note("rejected", "name the files themselves with --dataset DIR/FILE.jsonl"),
+    "max_samples": Note("rejected", "write the number behind the data set: --dataset FILE#1000"),
+    "overwrite_cache": Note("default", "the cache is by content, so it is never stale"),
+    "overwrite_output_dir": Note("default", "a run goes on from its own checkpoints", allowed=("false",)),
+    "do_train": Note("default", "the command says what is done", allowed=("true",)),
+    "do_eval": Note("default", "evaluation runs where there is validation data"),
+    "do_predict": Note("rejected", "answers to a data set: `swiftlite infer --val_dataset FILE`"),
+    "print_param_status": Note("default", "the start of a run says what is trained"),
     "push_to_hub": Note(
         "rejected", "push the directory afterwards: `swiftlite export --model DIR --push_to_hub true --hub_model_id ID`"
     ),
@@ -58,10 +90,64 @@ TRAIN_NOTES: dict[str, Note] = {
     "num_workers": Note("default", _BATCHES),
     "dataloader_persistent_workers": Note("default", _BATCHES),
     "dataloader_prefetch_factor": Note("default", _BATCHES),
+    "per_device_eval_batch_size": Note("default", "evaluation takes --micro_batch_size; its values are means over tokens"),
+    "dataloader_drop_last": Note("default", "every step has a whole global batch; the last one goes on with the next epoch"),
+    "dataloader_pin_memory": Note("default", _BATCHES),
+    "gradient_checkpointing_kwargs": Note(
+        "default", "recomputation is never re-entrant", allowed=('{"use_reentrant": false}', "{'use_reentrant': false}")
+    ),
+    "resume_from_checkpoint": Note(
+        "default", "a run goes on from the newest checkpoint of its --output_dir: give that directory, and nothing else "
+        "is needed; from another checkpoint's weights begin with --model", allowed=("true", "none"),
+    ),
+    "resume_only_model": Note("rejected", "begin from the checkpoint's weights with --model DIR and a new --output_dir"),
+    "logging_first_step": Note("default", "the first step is always logged", allowed=("true",)),
+    "logging_strategy": Note("default", "--logging_steps says when", allowed=("steps",)),
+    "label_names": Note("default", "the labels are `labels`", allowed=("labels",)),
+    "use_logits_to_keep": Note("default", "the loss is computed from all positions that have labels"),
+    "deepspeed": Note(
+        "default", "each GPU holds the whole model: same result, more memory. " + _MORE_GPUS,
+        allowed=("zero0", "zero1", "zero2", "zero3", "none"),
+    ),
+    "fsdp": Note("rejected", _MORE_GPUS),
+    "fsdp_config": Note("rejected", _MORE_GPUS),
+    "sequence_parallel_size": Note("default", "sequences are not divided here; " + _MORE_GPUS, allowed=("1",)),
+    "tuner_backend": Note("default", "adapters are PEFT's", allowed=("peft",)),
+    "init_weights": Note("default", "LoRA begins as PEFT's default: A random, B zero", allowed=("true",)),
+    **dict.fromkeys(
+        ("use_galore", "galore_quantization", "galore_optim_per_parameter", "galore_rank", "lisa_activated_layers",
+         "lisa_step_interval", "llamapro_num_new_blocks", "lora_ga_batch_size", "lora_ga_iters", "lora_ga_max_length",
+         "lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma", "use_dora", "lorap_lr_ratio", "loraplus_lr_ratio"),
+        Note("rejected", _OTHER_TUNER),
+    ),
+    **dict.fromkeys(
+        ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage",
+         "quant_bits", "quant_method", "quantization_bit", "quantization_method"),
+        Note("rejected", _NO_QUANT),
+    ),
+    "problem_type": Note("rejected", NO_CLASSES),
+    "enable_dft_loss": Note("rejected", "the loss is cross entropy; --loss_scale weights tokens"),
+    "optim_args": Note("rejected", "AdamW is set by --adam_beta1, --adam_beta2, --adam_eps and --weight_decay"),
+    "lr_scheduler_kwargs": Note("rejected", "schedules are set by --min_lr, --lr_decay_iters and --lr_wsd_decay_iters"),
+    **dict.fromkeys(
+        ("eval_use_evalscope", "eval_dataset", "eval_dataset_args", "eval_limit"), Note("rejected", _BENCHMARKS)
+    ),
+    "predict_with_generate": Note("rejected", "answers to a data set: `swiftlite infer --val_dataset FILE`"),
+    "plot_loss": Note("default", "a plot is always written beside the log", allowed=("true",)),
+    "include_num_input_tokens_seen": Note("default", "log lines tell tokens"),
+    "neat_packing": Note("default", "packed samples never see each other; pack with --packing true"),
+    "mask_history": Note("rejected", "train on the last answer only with --loss_scale last_round"),
+    "train_on_prompt": Note("rejected", "train on all tokens with --loss_scale all"),
+    "use_unsloth": Note("default", "not used", allowed=("false",)),
+    "stage": Note("default", "the command says it: sft, pt or dpo", allowed=("sft", "pt")),
     "finetune": Note("default", "a first start loads weights only, and the same command resumes its own run"),
     "rlhf_type": Note("rejected", _DPO),
+    "pref_beta": Note("rejected", _DPO),
+    "pref_loss": Note("rejected", _DPO),
     "beta": Note("rejected", _DPO),
-    "loss_type": Note("rejected", _DPO),
+    "loss_type": Note(
+        "rejected", _DPO + "; losses of embedding, reranking and classifying models are not supported"
+    ),
     "rpo_alpha": Note("rejected", _DPO),
     "ref_model": Note("rejected", _DPO),
     "mcore_ref_model": Note("rejected", _DPO),
@@ -78,10 +164,48 @@ TRAIN_NOTES: dict[str, Note] = {
     "position_embedding_type": Note("default", "all supported models use rotary embeddings", allowed=("rope",)),
 }  # fmt: skip
 
+# Flags of reinforcement learning, of distillation from a teacher, and of the servers that they ask for answers.
+_ONLINE = (
+    "use_ray", "use_vllm", "vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "vllm_server_base_url",
+    "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_len", "vllm_enforce_eager",
+    "vllm_limit_mm_per_prompt", "vllm_enable_prefix_caching", "sleep_level", "offload_model", "offload_optimizer",
+    "move_model_batches", "reward_funcs", "reward_model", "reward_model_plugin", "reward_weights", "reward_adapters",
+    "num_generations", "num_iterations", "steps_per_generation", "generation_batch_size", "max_completion_length",
+    "response_length", "advantage_estimator", "scale_rewards", "kl_in_reward", "importance_sampling_level", "epsilon",
+    "epsilon_high", "delta", "overlong_filter", "dynamic_sample", "log_completions", "async_generate",
+    "multi_turn_scheduler",
+    "max_turns", "teacher_model", "teacher_model_server", "teacher_adapters", "teacher_deepspeed", "lmbda", "seq_kd",
+    "gkd_logits_topk", "temperature", "top_p", "top_k", "desirable_weight", "undesirable_weight",
+    "center_rewards_coefficient", "simpo_gamma", "cpo_alpha", "loss_weights", "rollout_importance_sampling_mode",
+)  # fmt: skip
+OTHER_PREFERENCES = (
+    "only dpo is trained here; GRPO, PPO, GKD, KTO, ORPO, CPO, SimPO and reward models: TRL or ms-swift on the Hugging "
+    "Face directory, verl for GRPO with vLLM at scale; convert the result here"
+)
+
 DPO_NOTES: dict[str, Note] = {
+    **dict.fromkeys(_ONLINE, Note("rejected", OTHER_PREFERENCES)),
+    "stage": Note("default", "the command says it: sft, pt or dpo", allowed=("dpo",)),
     "mcore_ref_model": Note("rejected", "the reference is a Hugging Face model here: give it with --ref_model"),
     "ref_adapters": Note(
         "rejected", "merge the adapter with `swiftlite export --merge_lora true` and give --ref_model"
     ),
     "calculate_per_token_loss": AVERAGED_PAIRS,
 }
+
+INFER_NOTES: dict[str, Note] = {
+    **dict.fromkeys(
+        ("vllm_gpu_memory_utilization", "vllm_max_model_len", "vllm_tensor_parallel_size", "vllm_pipeline_parallel_size",
+         "vllm_enforce_eager", "vllm_max_num_seqs", "vllm_enable_prefix_caching", "vllm_speculative_config",
+         "vllm_limit_mm_per_prompt", "sglang_tp_size", "sglang_context_length", "sglang_mem_fraction_static", "lmdeploy_tp",
+         "lmdeploy_session_len", "lmdeploy_cache_max_entry_count", "lmdeploy_vision_batch_size"),
+        Note("default", _ANSWERS),
+    ),
+    "infer_backend": Note("default", _ANSWERS, ("transformers", "pt", "huggingface", "hf", "vllm", "sglang", "lmdeploy")),
+    "write_batch_size": Note("default", "answers are written as soon as a batch of --max_batch_size is done"),
+    "metric": Note("rejected", _BENCHMARKS),
+    "reranker_use_activation": Note("rejected", NO_CLASSES),
+    "result_dir": Note("rejected", "name the file with --result_path"),
+    "deepspeed": Note("rejected", "belongs to training"),
+}  # fmt: skip

@@ -34,6 +34,8 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
         super().__post_init__()
         if "moe_router_bias_update_rate" not in self.given:
             self.moe_router_bias_update_rate = 0.0
+        if "8bit" in self.optim:
+            raise UsageError(f"--optim {self.optim}: Megatron's optimizer has fp32 states; leave it out")
         if self.push_to_hub and self.train_type == "lora" and not self.merge_lora:
             raise UsageError("--push_to_hub true: pushes whole models; add --merge_lora true")
         if self.push_to_hub:

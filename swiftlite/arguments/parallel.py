@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from swiftlite.arguments.base import RunArguments, TunerArguments
 from swiftlite.arguments.export import McoreArguments
-from swiftlite.arguments.flags import AVERAGED_PAIRS, FP8, NO_MTP, OFFLOAD
+from swiftlite.arguments.flags import AVERAGED_PAIRS, FP8, NO_MTP, NO_OFFLOAD_NEEDED
 from swiftlite.arguments.parser import Arguments, arguments, field, run_setting, specs
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import ConfigError, UsageError
@@ -238,16 +238,18 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     apply_rope_fusion: bool = run_setting(True, "fused rotary embedding where it computes the same")
     attention_softmax_in_fp32: bool = field(True, "softmax in fp32")
     apply_query_key_layer_scaling: bool = field(False, "scale scores by the layer number")
-    optimizer_cpu_offload: bool = field(False, "keep optimizer states in host memory", unavailable=OFFLOAD)
-    optimizer_offload_fraction: float = field(1.0, "share of the optimizer that is offloaded", unavailable=OFFLOAD)
-    use_precision_aware_optimizer: bool = field(False, "optimizer states in lower precision", unavailable=OFFLOAD)
+    optimizer_cpu_offload: bool = field(False, "keep optimizer states in host memory", unavailable=NO_OFFLOAD_NEEDED)
+    optimizer_offload_fraction: float = field(
+        1.0, "share of the optimizer that is offloaded", unavailable=NO_OFFLOAD_NEEDED
+    )
+    use_precision_aware_optimizer: bool = field(
+        False, "optimizer states in lower precision", unavailable=NO_OFFLOAD_NEEDED
+    )
     fp8_format: str | None = field(None, "FP8 training", choices=["e4m3", "hybrid"], unavailable=FP8)
     fp8_recipe: str = field(
         "delayed", "FP8 scaling", choices=["delayed", "tensorwise", "blockwise", "mxfp8"], unavailable=FP8
     )
     fp8_param_gather: bool = field(False, "gather parameters in FP8", unavailable=FP8)
-    fp16: bool = field(False, "same as --torch_dtype float16")
-    bf16: bool = field(False, "same as --torch_dtype bfloat16")
     deterministic_mode: bool = run_setting(False, "only kernels that give the same bits each time")
 
     async_save: bool = run_setting(False, "write checkpoints in the background while training goes on")
@@ -259,7 +261,6 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._settle_precision()
         if self.recompute is not None:
             self.recompute_granularity = None if self.recompute == "none" else self.recompute
         if self.recompute_granularity == "none":
@@ -277,21 +278,6 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             self.logging_dir = f"{self.output_dir}/runs"
         if self.num_layers is not None:
             self._complete_model()
-
-    def _settle_precision(self) -> None:
-        by_flag = {"bfloat16": self.bf16, "float16": self.fp16}
-        asked = [dtype for dtype, flag in by_flag.items() if flag]
-        if len(asked) == 2 or (asked and self.torch_dtype not in (None, asked[0])):
-            raise UsageError(
-                f"--bf16 {self.bf16} --fp16 {self.fp16} --torch_dtype {self.torch_dtype}: contradict each other; "
-                "give --torch_dtype only"
-            )
-        self.set_dtype(asked[0] if asked else self.torch_dtype)
-
-    def set_dtype(self, dtype: str | None) -> None:
-        """Set torch_dtype, bf16 and fp16 together; float32 sets neither flag."""
-        self.torch_dtype = dtype
-        self.bf16, self.fp16 = dtype == "bfloat16", dtype == "float16"
 
     def _complete_model(self) -> None:
         """Fill what neither config nor user settled, once the config is known."""

@@ -327,7 +327,8 @@ def _to_scalar(value: Any, hint: Any, name: str) -> Any:
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """`; did you mean --a or --b?`, or nothing if no known name is close."""
-    close = difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.6)
+    spelled = {item.lstrip("-"): item for item in sorted(known)}
+    close = [spelled[n] for n in difflib.get_close_matches(name.lstrip("-"), spelled, n=count, cutoff=0.75)]
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

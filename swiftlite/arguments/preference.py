@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.arguments.flags import DPO_NOTES
+from swiftlite.arguments.flags import DPO_NOTES, OTHER_PREFERENCES
 from swiftlite.arguments.parser import Arguments, Note, arguments, field, run_setting
 from swiftlite.arguments.train import SftArguments
 from swiftlite.utils.errors import UsageError
@@ -17,11 +17,13 @@ LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 class PreferenceArguments(Arguments):
     """Preference: the loss on pairs, and the reference that the policy is held to"""
 
-    rlhf_type: str = field("dpo", "kind of preference training", choices=["dpo"])
-    beta: float = field(0.1, "strength of the pull to the reference", common=True)
-    loss_type: str = field("sigmoid", "loss of a pair's margin", choices=LOSS_TYPES, common=True)
+    rlhf_type: str = field("dpo", "kind of preference training", unavailable=OTHER_PREFERENCES)
+    beta: float = field(0.1, "strength of the pull to the reference", aliases=["pref_beta"], common=True)
+    loss_type: str = field("sigmoid", "loss of a pair's margin", aliases=["pref_loss"], choices=LOSS_TYPES, common=True)
     label_smoothing: float = field(0.0, "probability that a preference is wrong, 0 to 0.5", least=0, most=0.5)
-    rpo_alpha: float | None = field(None, "weight of the chosen answers' cross entropy that is added", least=0)
+    rpo_alpha: float | None = field(
+        None, "weight of the chosen answers' cross entropy that is added", aliases=["pref_ftx"], least=0
+    )
     ref_model: str | None = field(
         None, "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",
         path=True, common=True,

@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.base import BaseArguments, TunerArguments
-from swiftlite.arguments.flags import TRAIN_NOTES
+from swiftlite.arguments.flags import ONLY_TRANSFORMERS, TRAIN_NOTES
 from swiftlite.arguments.parser import Arguments, Note, arguments, field, run_setting
 from swiftlite.utils.errors import UsageError
+
+# transformers' names of schedules -> ours. Where a name has settings, this is what their defaults come to.
+SCHEDULES_CALLED = {
+    "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "cosine_with_restarts": "cosine",
+    "polynomial": "linear", "inverse_sqrt": "inverse-square-root", "warmup_stable_decay": "WSD",
+}  # fmt: skip
 
 
 @arguments
@@ -35,8 +41,14 @@ class TrainArguments(Arguments):
     )
     min_lr: float = field(0, "learning rate at the end", least=0)
     lr_decay_style: str = field(
-        "cosine", "shape of the schedule", aliases=["lr_scheduler_type"], choices=["constant", "linear", "cosine"]
-    )
+        "cosine", "shape of the schedule", aliases=["lr_scheduler_type"],
+        choices=["constant", "linear", "cosine", "inverse-square-root", "WSD", *SCHEDULES_CALLED],
+    )  # fmt: skip
+    lr_wsd_decay_style: str = field(
+        "exponential", "shape of the end of --lr_decay_style WSD",
+        choices=["exponential", "linear", "cosine", "minus_sqrt"],
+    )  # fmt: skip
+    lr_wsd_decay_iters: int | None = field(None, "steps of that end (default: a tenth of the schedule)", least=1)
     lr_decay_iters: int | None = field(None, "steps until --min_lr (default: all)")
     lr_warmup_fraction: float | None = field(
         None, "share of the steps that warm up", aliases=["warmup_ratio"], common=True, least=0, most=1
@@ -47,6 +59,15 @@ class TrainArguments(Arguments):
     adam_beta1: float = field(0.9, "Adam's first decay rate")
     adam_beta2: float = field(0.95, "Adam's second decay rate")
     adam_eps: float = field(1e-8, "Adam's epsilon", aliases=["adam_epsilon"])
+
+    optim: str = field(
+        "adamw_torch", "AdamW of torch (or of Transformer Engine on Megatron), or of bitsandbytes with 8-bit states",
+        aliases=["optimizer"],
+        choices=["adamw_torch", "adamw_torch_fused", "adamw", "adam", "adamw_8bit", "adamw_bnb_8bit"],
+    )  # fmt: skip
+
+    fp16: bool = field(False, "same as --torch_dtype float16")
+    bf16: bool = field(False, "same as --torch_dtype bfloat16")
 
     moe_aux_loss_coeff: float = field(
         0.0, "weight of the experts' load-balancing loss, summed over layers", aliases=["router_aux_loss_coef"]
@@ -67,7 +88,7 @@ class TrainArguments(Arguments):
         choices=["steps", "epoch", "no"],
     )
     save_steps: int = run_setting(500, "steps between checkpoints", aliases=["save_interval"], common=True, least=1)
-    save_total_limit: int | None = run_setting(None, "newest checkpoints that are kept", common=True, least=1)
+    save_total_limit: int | None = run_setting(None, "newest checkpoints that are kept, -1: all", common=True, least=-1)
     save_weights_only: bool = run_setting(False, "checkpoints without optimizer and RNG", aliases=["save_only_model"])
     save_safetensors: bool = run_setting(
         False,
@@ -79,7 +100,15 @@ class TrainArguments(Arguments):
         },
     )
     resume: bool = run_setting(True, "go on from the newest finished checkpoint of this run in --output_dir")
+    extend: bool = run_setting(
+        False,
+        "go on from a finished run's last checkpoint with more epochs or steps, on the schedule of the new length",
+    )
     add_version: bool = run_setting(False, "write into a new directory v0-DATE below --output_dir")
+    eval_strategy: str | None = run_setting(
+        None, "evaluations every --eval_steps, after each epoch, or (no) never (default: as --save_strategy, but not no)",
+        aliases=["evaluation_strategy"], choices=["steps", "epoch", "no"],
+    )  # fmt: skip
     eval_steps: int | None = run_setting(
         None, "steps between evaluations (default: --save_steps)", aliases=["eval_interval"], common=True, least=1
     )
@@ -87,6 +116,10 @@ class TrainArguments(Arguments):
     metric_for_best_model: str = run_setting(
         "loss", "value of an evaluation by which the best checkpoint is chosen and kept", aliases=["best_metric"]
     )
+    early_stop_interval: int | None = run_setting(
+        None, "end after so many saved checkpoints in a row of which none was the best", least=1,
+        aliases=["early_stopping_patience"],
+    )  # fmt: skip
     greater_is_better: bool | None = run_setting(None, "is more of it better? (default: unless it is a loss)")
     logging_steps: int = run_setting(5, "steps between log lines", aliases=["log_interval"], common=True, least=1)
     logging_dir: str | None = run_setting(
@@ -103,6 +136,7 @@ class TrainArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._settle_precision()
         for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -114,6 +148,13 @@ class TrainArguments(Arguments):
             )
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:
             raise UsageError(f"--num_train_epochs {self.num_train_epochs}: must be more than 0")
+        self.lr_decay_style = SCHEDULES_CALLED.get(self.lr_decay_style, self.lr_decay_style)
+        if self.lr_decay_style == "inverse-square-root" and not (self.lr_warmup_fraction or self.lr_warmup_iters):
+            raise UsageError(
+                "--lr_decay_style inverse-square-root: falls from the end of the warm-up; give --warmup_ratio"
+            )
+        if self.save_total_limit == -1:
+            self.save_total_limit = None
         if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             raise UsageError("--lr_warmup_fraction and --lr_warmup_iters: give one of them")
         if self.lr is None:
@@ -133,6 +174,21 @@ class TrainArguments(Arguments):
     @property
     def trains(self) -> bool:
         return True
+
+    def _settle_precision(self) -> None:
+        by_flag = {"bfloat16": self.bf16, "float16": self.fp16}
+        asked = [dtype for dtype, flag in by_flag.items() if flag]
+        if len(asked) == 2 or (asked and self.torch_dtype not in (None, asked[0])):
+            raise UsageError(
+                f"--bf16 {self.bf16} --fp16 {self.fp16} --torch_dtype {self.torch_dtype}: contradict each other; "
+                "give --torch_dtype only"
+            )
+        self.set_dtype(asked[0] if asked else self.torch_dtype)
+
+    def set_dtype(self, dtype: str | None) -> None:
+        """Set torch_dtype, bf16 and fp16 together; float32 sets neither flag."""
+        self.torch_dtype = dtype
+        self.bf16, self.fp16 = dtype == "bfloat16", dtype == "float16"
 
     def batch_sizes(self, data_parallel_size: int) -> tuple[int, int, int]:
         """(micro batch, accumulation steps, global batch) for this many data-parallel ranks; two of them decide.
@@ -171,6 +227,33 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
     """Supervised fine-tuning"""
 
     NOTES: ClassVar[Mapping[str, Note]] = TRAIN_NOTES
+
+    use_liger_kernel: bool = run_setting(
+        False,
+        "liger-kernel's norms, rotary embedding and SwiGLU, where it knows the model",
+        aliases=["enable_liger_kernel"],
+        unavailable={"MegatronArguments": Note("default", "Transformer Engine's fused kernels do its work")},
+    )
+    neftune_noise_alpha: float | None = field(
+        None, "noise on the embeddings while training (NEFTune)", least=0, unavailable=ONLY_TRANSFORMERS
+    )
+    experts_impl: str | None = run_setting(
+        None,
+        "how experts are computed, with transformers 5",
+        choices=["grouped_mm", "batched_mm", "eager"],
+        unavailable={
+            "MegatronArguments": Note("default", "--moe_grouped_gemm and --moe_grouped_impl say it"),
+            "SftArguments": Note(
+                "default", "transformers takes grouped products where torch has them", ("grouped_mm",)
+            ),
+        },
+    )
+    ddp_timeout: int = run_setting(
+        1800,
+        "seconds after which an exchange gives up",
+        least=1,
+        unavailable={"MegatronArguments": Note("rejected", "give it in minutes with --distributed_timeout_minutes")},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,6 +51,11 @@ def preflight(args: Arguments) -> None:
         raise UsageError(
             "--attention_backend flash: flash-attn is not installed; pip install flash-attn, or leave it out"
         )
+    for flag, package in (("use_liger_kernel", "liger-kernel"), ("optim", "bitsandbytes")):
+        value = getattr(args, flag, None)
+        if (value is True or "8bit" in str(value)) and not args.needs_megatron:
+            if not _installed(package.replace("-", "_")):
+                raise UsageError(f"--{flag} {str(value).lower()}: pip install {package}, or leave it out")
     if args.needs_megatron and not _installed("megatron.core"):
         raise SwiftliteError("megatron-core is not installed; run: pip install 'swiftlite[megatron]'")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from swiftlite import __version__
 from swiftlite.arguments.parser import Arguments, format_help, nearest, parse
-from swiftlite.cli.routes import ROUTES, Route
+from swiftlite.cli.routes import ELSEWHERE, ROUTES, Route
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
@@ -42,6 +42,8 @@ def find_route(argv: Sequence[str]) -> tuple[tuple[str, ...], Route, list[str]]:
         words = tuple(argv[:length])
         if words in ROUTES:
             return words, ROUTES[words], list(argv[length:])
+    if argv[0] in ELSEWHERE:
+        raise UsageError(f"{argv[0]}: is no command here; {ELSEWHERE[argv[0]]}")
     typed = " ".join(word for word in argv[:2] if not word.startswith("-"))
     names = [" ".join(words) for words in ROUTES]
     if argv[0] == "megatron":
@@ -119,6 +121,8 @@ def _handle(route: Route, args: Arguments) -> int:
     # A run that a signal ended early has saved; it still ends as the signal would have ended it. One of several processes
     # says so: torchrun would kill the others for it.
     number = result.get("signal") if isinstance(result, dict) and is_main_process() else None
+    if isinstance(result, dict) and "exit_code" in result:
+        return int(result["exit_code"])
     return 128 + int(number) if number else 0
 
 

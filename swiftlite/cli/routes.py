@@ -76,6 +76,12 @@ ROUTES: dict[tuple[str, ...], Route] = {
     ),
     ("dpo",): _DPO,
     ("rlhf",): _DPO,
+    ("port",): Route(
+        "swiftlite.arguments.port:PortArguments",
+        "swiftlite.cli.port:port_main",
+        False,
+        "what the swift and megatron commands of a shell script come to here, flag by flag",
+    ),
     ("plot",): Route(
         "swiftlite.arguments.plot:PlotArguments",
         "swiftlite.train.plot:plot_main",
@@ -97,4 +103,15 @@ ROUTES: dict[tuple[str, ...], Route] = {
     ("megatron", "dpo"): _MEGATRON_DPO,
     ("megatron", "rlhf"): _MEGATRON_DPO,
     ("megatron", "export"): _EXPORT,
+}
+
+# Commands of ms-swift that are none here -> what does their work.
+ELSEWHERE = {
+    "app": "chat in the terminal with `swiftlite infer --model DIR`; a web page: vLLM's server with any client",
+    "web-ui": "write a config file and give it to a command: `swiftlite sft run.yaml`",
+    "deploy": "serve the directory with vLLM: `vllm serve DIR`; it holds the chat template that was trained",
+    "eval": "give the directory to lm-evaluation-harness or evalscope",
+    "rollout": "only dpo is trained here; GRPO with vLLM: TRL, verl or ms-swift on the Hugging Face directory",
+    "sample": "answer a data set with `swiftlite infer --val_dataset FILE --result_path OUT.jsonl`",
+    "merge-lora": "`swiftlite export --adapters DIR --merge_lora true`",
 }

@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swiftlite.arguments.base import BaseArguments, DataArguments
 from swiftlite.arguments.infer import InferArguments
+from swiftlite.arguments.parser import specs
 from swiftlite.checkpoint.files import end_tokens
+from swiftlite.checkpoint.info import load_args
 from swiftlite.checkpoint.resolve import as_arguments
+from swiftlite.llm.dataset.encoded import place_of
 from swiftlite.llm.dataset.loader import ReadOptions, read_questions
+from swiftlite.llm.dataset.prepare import read_rows
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import printable
@@ -293,6 +298,21 @@ def as_line(row: dict[str, Any]) -> str:
     return text + "\n"
 
 
+def validation_data(args: InferArguments) -> list[tuple[str, Any, dict[str, Any]]]:
+    """What the run that wrote the adapter, or the model, was evaluated on; as read_questions gives rows.
+
+    Raises: UsageError where no args.json says it, or that run had no evaluation.
+    """
+    directory = Path(args.adapters[0] if args.adapters else args.model_info.model_dir).expanduser()
+    recorded = load_args(directory)
+    names = (*specs(DataArguments), "use_hf")
+    kept = {name: recorded[name] for name in names if recorded.get(name) is not None and not name.startswith("cached")}
+    if not kept.get("val_dataset") and not (kept.get("dataset") and kept.get("split_dataset_ratio")):
+        raise UsageError(f"--load_data_args true: {directory} names no validation data; name it with --val_dataset")
+    rows = read_rows(BaseArguments(**{**kept, "streaming": False}))[1]
+    return [(place_of(row, number), row, row) for number, row in enumerate(rows)]
+
+
 def infer_dataset(generator: Generator, args: InferArguments) -> None:
     """Answer `--val_dataset`; the result file appears when it is complete.
 
@@ -301,7 +321,7 @@ def infer_dataset(generator: Generator, args: InferArguments) -> None:
     for file in args.dataset_info:
         register_dataset_info(file)
     options = ReadOptions(args.columns, args.use_hf, False, 1, args.hub_token)
-    rows = read_questions(args.val_dataset, options, args.seed)
+    rows = validation_data(args) if args.load_data_args else read_questions(args.val_dataset, options, args.seed)
     answered = progress_bar(answer_rows(generator, rows, args.max_batch_size), total=len(rows), desc="rows")
     path = None if args.result_path is None else Path(args.result_path)
     errors = []
@@ -332,7 +352,7 @@ def infer_main(args: InferArguments | Sequence[str]) -> None:
     args = as_arguments(InferArguments, args)
     generator = Generator.from_arguments(args)
     stream = args.stream is not False
-    if args.val_dataset:
+    if args.val_dataset or args.load_data_args:
         infer_dataset(generator, args)
     elif args.prompt is not None:
         write_answer(generator, [{"role": "user", "content": args.prompt}], stream)

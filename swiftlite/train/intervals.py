@@ -22,16 +22,21 @@ class Rhythm:
 
     def __init__(self, args: TrainArguments, total_steps: int, steps_per_epoch: float | None, evaluates: bool) -> None:
         self.args, self.total, self.steps_per_epoch, self.has_eval = args, total_steps, steps_per_epoch, evaluates
-        if args.save_strategy == "epoch" and steps_per_epoch is None:
-            raise UsageError("--save_strategy epoch: a stream has no known epochs; use --save_steps")
+        by_save = args.save_strategy == "epoch" and "eval_steps" not in args.given
+        self.eval_strategy = args.eval_strategy or ("epoch" if by_save else "steps")
+        for flag in ("save", "eval"):
+            if getattr(args, f"{flag}_strategy") == "epoch" and steps_per_epoch is None:
+                raise UsageError(f"--{flag}_strategy epoch: a stream has no known epochs; use --{flag}_steps")
+        if args.early_stop_interval and (self.eval_strategy == "no" or not evaluates):
+            raise UsageError("--early_stop_interval: needs evaluations; give --val_dataset or --split_dataset_ratio")
 
     def logs(self, step: int) -> bool:
         return step == 1 or step % self.args.logging_steps == 0 or step == self.total
 
     def evaluates(self, step: int) -> bool:
-        if not self.has_eval:
+        if not self.has_eval or self.eval_strategy == "no":
             return False
-        if self.args.save_strategy == "epoch" and "eval_steps" not in self.args.given:
+        if self.eval_strategy == "epoch":
             return self.ends_epoch(step) or step == self.total
         return step % (self.args.eval_steps or self.args.save_steps) == 0 or step == self.total
 
@@ -71,6 +76,7 @@ class Best:
         names = [f"eval_{name}" for name in measured or ()]
         if names and self.metric not in names:
             raise UsageError(f"--metric_for_best_model {metric}: is not measured; there are {', '.join(names)}")
+        self.worse_since = 0  # checkpoints of this process that were evaluated after it
         self.greater = "loss" not in metric if greater is None else greater
         path = root / BEST_FILE
         self.record: dict[str, Any] = read_json(path, optional=True)
@@ -82,6 +88,10 @@ class Best:
         """Name of the directory; rotation leaves it alone."""
         return self.record.get("checkpoint")
 
+    def is_over(self, early_stop_interval: int | None) -> bool:
+        """Were so many checkpoints in a row worse than the best? A run that is resumed counts anew."""
+        return early_stop_interval is not None and self.worse_since >= early_stop_interval
+
     def saved(self, step: int, checkpoint: str, evaluation: Mapping[str, float]) -> bool:
         """A checkpoint stands; `evaluation` holds the values of this very step, {} if there was none. Rank 0 only.
 
@@ -91,7 +101,9 @@ class Best:
             return False
         value, best = evaluation[self.metric], self.record.get(self.metric)
         if best is not None and (value <= best if self.greater else value >= best):
+            self.worse_since += 1
             return False
+        self.worse_since = 0
         self.record = {"step": step, "checkpoint": checkpoint, self.metric: value}
         write_json(self.root / BEST_FILE, self.record)
         return True

@@ -132,6 +132,7 @@ class Run:
         if is_main_process():
             if self.best.saved(step, written[0].name, evaluation):
                 logger.info("best so far: %s", self.best.record)
+            self.stop.early = self.best.is_over(self.args.early_stop_interval)
             deleted = self.record.saved(written, self.args.save_total_limit, self.best.checkpoint)
             logger.info("saved %s", " and ".join(map(str, written)))
         self.written = [path for path in self.written + written if path not in deleted]
@@ -176,7 +177,7 @@ def train(run: Run, engine: Engine, start: Start | None) -> dict[str, Any]:
         plot = metrics.plot()
         run.written += [plot] if plot is not None and last else []
         say_ended(run, engine, step, last, seconds)
-        signal = run.stop.sent if run.stopped else None
+        signal = run.stop.ended(run.stopped)
         return {**last, "iteration": step, "seconds": seconds, "output_dir": str(run.root), "signal": signal}
     finally:
         engine.release()
@@ -193,7 +194,7 @@ def _steps(run: Run, engine: Engine, metrics: Metrics, done: int) -> tuple[int, 
         metrics.advance(step, values["loss"], values["lr"], values.get("grad_norm", 0.0))
         run.stopped = result.stop and step < run.steps
         if run.stopped:
-            logger.warning("%s: saving step %d of %d, then ending", run.stop.sent.name, step, run.steps)
+            logger.warning("%s: saving step %d of %d, then ending", run.stop.why, step, run.steps)
         if run.rhythm.logs(step) or run.stopped:
             last = {**values, **engine.metrics(meter.sums()), **meter.summary()}
             metrics.log(step, last)

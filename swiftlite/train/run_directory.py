@@ -20,6 +20,8 @@ from swiftlite.utils.io import writing
 from swiftlite.utils.lock import output_lock
 from swiftlite.utils.secrets import redacted
 
+_LENGTH = {"num_train_epochs", "train_iters"}
+
 
 def versioned(output_dir: str) -> str:
     """`OUTPUT_DIR/v0-DATE`, counting on from the versions that are there."""
@@ -75,10 +77,14 @@ def prepare(args: TrainArguments, newest: Callable[[Path], Start | None]) -> Sta
     now = _as_stored(args.to_dict())
     fixed = {spec.name for spec in specs(type(args)).values() if spec.resume == "must match"}
     changed = [name for name in sorted(fixed & set(before)) if before[name] != now[name]]
+    only_longer = set(changed) <= _LENGTH
+    if args.extend and only_longer:
+        return newest(root)
     if changed:
         shown = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed[:3])
+        longer = ", or --extend true to make it longer" if only_longer else ""
         raise UsageError(
             f"--output_dir {root}: holds a run with other settings ({shown}); name another directory, or "
-            "--add_version true"
+            f"--add_version true{longer}"
         )
     return newest(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,20 @@ def warmup_and_decay(args: TrainArguments, steps: int) -> tuple[int, int]:
     return args.lr_warmup_iters, decay
 
 
+def wsd_steps(args: TrainArguments, decay: int) -> int:
+    """Steps at the end of --lr_decay_style WSD in which the rate falls, of a schedule of `decay` steps."""
+    return min(args.lr_wsd_decay_iters or math.ceil(decay / 10), decay)
+
+
+# Share of the way down that is left, by the share of the steps that is done.
+_KEPT: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (math.cos(math.pi * done) + 1),
+    "exponential": lambda done: 2 * 0.5**done - 1,
+    "minus_sqrt": lambda done: 1 - math.sqrt(done),
+}
+
+
 def lr_schedule(args: TrainArguments, steps: int) -> Callable[[int], float]:
     """Share of --lr at a step (from 0), by the formula of megatron-core's OptimizerParamScheduler.
 
@@ -42,27 +57,31 @@ def lr_schedule(args: TrainArguments, steps: int) -> Callable[[int], float]:
             return 1.0
         if step > decay:
             return lowest
-        done = (step - warmup) / (decay - warmup)
-        kept = 1 - done if args.lr_decay_style == "linear" else 0.5 * (math.cos(math.pi * done) + 1)
+        if args.lr_decay_style == "inverse-square-root":
+            return max(lowest, math.sqrt(warmup / step))
+        if args.lr_decay_style == "WSD":
+            begin = decay - wsd_steps(args, decay)
+            kept = 1.0 if step <= begin else _KEPT[args.lr_wsd_decay_style]((step - begin) / (decay - begin))
+        else:
+            kept = _KEPT[args.lr_decay_style]((step - warmup) / (decay - warmup))
         return lowest + kept * (1 - lowest)
 
     return share
 
 
-def build_optimizer(model: torch.nn.Module, args: TrainArguments) -> torch.optim.AdamW:
+def build_optimizer(model: torch.nn.Module, args: TrainArguments) -> torch.optim.Optimizer:
     """AdamW with --adam_* settings; vectors (biases, norms) do not decay, as on Megatron."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=args.lr or 0.0,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_eps,
-        fused=torch.cuda.is_available(),
-    )
+    settings: dict[str, Any] = {"lr": args.lr or 0.0, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
+    groups = [group for group in groups if group["params"]]
+    if "8bit" in args.optim:
+        optimizer: torch.optim.Optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(groups, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
     optimizer.register_step_pre_hook(_zero_missing_gradients)
     return optimizer
 

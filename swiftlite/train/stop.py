@@ -22,12 +22,13 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.early = False  # --early_stop_interval, on rank 0
         self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
-        return self.number is not None
+        return self.number is not None or self.early
 
     def __enter__(self) -> StopSignal:
         try:
@@ -60,6 +61,14 @@ class StopSignal:
         return bool(flag.item())
 
     @property
+    def why(self) -> str:
+        return "no better evaluation" if self.early else self.sent.name
+
+    def ended(self, stopped: bool) -> signal.Signals | None:
+        """The signal that a run ended by; None: it was done, or --early_stop_interval ended it."""
+        return self.sent if stopped and not self.early else None
+
+    @property
     def sent(self) -> signal.Signals:
         """The signal; on a rank that was sent none, the one that schedulers send."""
         return signal.Signals(self.number or signal.SIGTERM)
@@ -67,7 +76,7 @@ class StopSignal:
 
 def say_how_to_go_on(args: TrainArguments, stop: StopSignal) -> None:
     """The last words of a run that a signal ended."""
-    if not is_main_process():
+    if not is_main_process() or stop.early:
         return
     again = "the same command goes on from there"
     if args.add_version:

@@ -13,6 +13,7 @@ from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.parser import alias_table, notes, parse, specs
+from swiftlite.arguments.preference import DpoArguments
 from swiftlite.arguments.train import SftArguments
 from swiftlite.cli.flag_table import SECTIONS, rows, status, table
 from swiftlite.cli.routes import ROUTES
@@ -36,6 +37,7 @@ COMPANIONS = {
     "sequence_parallel": ["--tensor_model_parallel_size", "2"],
     "gpus": ["--dry_run", "true"],
     "gpu_memory": ["--dry_run", "true"],
+    "cached_val_dataset": ["--cached_dataset", "DIR"],
     "result_path": ["--val_dataset", "FILE"],
     "dataset": ["--to_cached_dataset", "true"],
     "adapters": ["--train_type", "lora"],
@@ -49,7 +51,7 @@ VALUES = {
     "moe_token_drop_policy": "position", "loss_scale": "last_round", "truncation_strategy": "left", "bf16": "true",
     "label_smoothing": "0.1", "recompute_granularity": "full", "min_lr": "1e-5", "lr": "1e-4",
     "moe_token_dispatcher_type": "allgather", "columns": '{"text1": "query"}',
-    "task_type": "causal_lm", "target_regex": ".*", "device_map": "auto",
+    "task_type": "causal_lm", "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
 }  # fmt: skip
 ALL = [(cls, flag) for _, cls, other in SECTIONS for flag in rows(cls, other)]
 
@@ -198,3 +200,66 @@ def test_every_path_may_begin_with_the_home_directory():
             )
             if names_one and spec.name not in NO_PATHS and spec.type is not bool:
                 assert spec.path, f"{name}: --{spec.name} ({spec.help})"
+
+
+SCRIPTS = [
+    {"command": "swift sft", "flags": {
+        "model": ["A/B"], "tuner_type": ["lora"], "dataset": ["a#100"], "per_device_eval_batch_size": ["1"],
+        "gradient_accumulation_steps": ["1", "16", "/", "1"], "deepspeed": ["zero2"], "eval_strategy": ["no"],
+        "gradient_checkpointing_kwargs": ['{"use_reentrant": false}'], "bf16": ["true"], "lr_scheduler_type": ["polynomial"],
+    }},
+    {"command": "swift infer", "flags": {
+        "adapters": ["DIR"], "load_data_args": ["true"], "infer_backend": ["vllm"], "vllm_max_model_len": ["8192"],
+    }},
+    {"command": "megatron rlhf", "flags": {
+        "rlhf_type": ["dpo"], "model": ["A/B"], "load_from_cache_file": ["true"], "dataset": ["a"], "rpo_alpha": ["0.1"],
+    }},
+    {"command": "megatron sft", "flags": {"model": ["A/B"], "optimizer_cpu_offload": ["true"], "exp_avg_dtype": ["bf16"]}},
+    {"command": "swift rlhf", "flags": {"rlhf_type": ["grpo"], "model": ["A/B"], "num_generations": ["8"]}},
+    {"command": "swift deploy", "flags": {"model": ["A/B"]}},
+]  # fmt: skip
+
+
+def test_table_of_scripts():
+    """docs/make_script_table.py on commands as people type them."""
+    spec = importlib.util.spec_from_file_location("make_script_table", ROOT / "docs" / "make_script_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = [line.strip("| ").split(" | ") for line in module.table(SCRIPTS).splitlines()[2:]]
+    assert {row[0]: row[1] for row in rows} == {
+        "swift sft": "1", "swift infer": "1", "megatron rlhf --rlhf_type dpo": "1", "megatron sft": "1",
+        "swift rlhf --rlhf_type grpo": "0", "swift deploy": "0",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        (
+            ["--target_modules", "linear_qkv", "linear_fc2"],
+            "target_modules",
+            ["q_proj", "k_proj", "v_proj", "down_proj"],
+        ),
+        (["--lora_target", "q_proj,v_proj"], "target_modules", ["q_proj", "v_proj"]),
+        (["--lora_target", "all"], "target_modules", ["all-linear"]),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "lr_decay_style", "WSD"),
+        (["--bf16", "true"], "torch_dtype", "bfloat16"),
+        (["--flash_attn", "fa2"], "attention_backend", "flash"),
+        (["--save_total_limit", "-1"], "save_total_limit", None),
+    ],
+)
+def test_other_libraries_words(words, name, value):
+    for cls in (SftArguments, MegatronSftArguments):
+        assert getattr(parse(cls, ["--model_name_or_path", "A/B", *words]), name) == value
+
+
+def test_what_is_refused_names_what_does_the_job():
+    for words, said in [
+        (["--rlhf_type", "grpo"], "TRL or ms-swift"),
+        (["--use_vllm", "true"], "TRL or ms-swift"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            parse(DpoArguments, ["--model", "A/B", *words])
+    with pytest.raises(UsageError) as told:
+        parse(ExportArguments, ["--model", "A/B", "--deepspeed", "zero2"])
+    assert "--seed" not in str(told.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from swiftlite.cli.main import main
+from swiftlite.utils.errors import UsageError
 
 QUESTIONS = ["Who are you?", "What is your name?", "Say hello.", "What can you do?", "Are you a robot?"]
 
@@ -32,7 +33,9 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(
+    "style", ["cosine", "linear", "constant", "WSD", "WSD minus_sqrt", "WSD linear", "inverse_sqrt"]
+)
 @pytest.mark.parametrize("warmup", [{"lr_warmup_fraction": 0.13}, {"lr_warmup_iters": 3}, {}])
 def test_learning_rates_are_megatron_cores(style: str, warmup: dict[str, float]) -> None:
     from types import SimpleNamespace
@@ -42,11 +45,20 @@ def test_learning_rates_are_megatron_cores(style: str, warmup: dict[str, float])
     from swiftlite.arguments.train import SftArguments
     from swiftlite.train.schedule import lr_schedule
 
-    args = SftArguments(lr=2e-3, min_lr=1e-4, lr_decay_style=style, **warmup)
+    if style == "inverse_sqrt" and not warmup:
+        with pytest.raises(UsageError, match="falls from the end of the warm-up"):
+            SftArguments(lr=2e-3, lr_decay_style=style)
+        return
+    style, _, end = style.partition(" ")
+    flags = {"lr_wsd_decay_iters": 6} if style == "WSD" else {}
+    args = SftArguments(
+        lr=2e-3, min_lr=1e-4, lr_decay_style=style, lr_wsd_decay_style=end or "exponential", **flags, **warmup
+    )
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0, "max_lr": 2e-3, "min_lr": 1e-4}])
     steps = math.ceil(17 * (args.lr_warmup_fraction or 0)) or args.lr_warmup_iters
     theirs = OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=2e-3, min_lr=1e-4, lr_warmup_steps=steps, lr_decay_steps=17, lr_decay_style=style,
+        optimizer, init_lr=0.0, max_lr=2e-3, min_lr=1e-4, lr_warmup_steps=steps, lr_decay_steps=17,
+        lr_decay_style=args.lr_decay_style, lr_wsd_decay_style=args.lr_wsd_decay_style, wsd_decay_steps=6,
         start_wd=0.0, end_wd=0.0, wd_incr_steps=17, wd_incr_style="constant",
     )  # fmt: skip
     share = lr_schedule(args, 17)

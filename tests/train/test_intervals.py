@@ -40,6 +40,12 @@ def test_steps_and_epochs() -> None:
     assert steps(by_epoch.saves, 10) == steps(by_epoch.evaluates, 10) == [3, 5, 8, 10]
     assert steps(rhythm(10, save_strategy="no").saves, 10) == [10]
     assert steps(rhythm(10, evaluates=False, eval_steps=1).evaluates, 10) == []
+    apart = rhythm(10, per_epoch=2.5, save_steps=4, eval_strategy="epoch")
+    assert steps(apart.saves, 10) == [4, 8, 10] and steps(apart.evaluates, 10) == [3, 5, 8, 10]
+    assert steps(rhythm(10, save_strategy="epoch", eval_strategy="steps", eval_steps=5).evaluates, 10) == [5, 10]
+    assert steps(rhythm(10, eval_strategy="no", eval_steps=1).evaluates, 10) == []
+    with pytest.raises(UsageError, match="--early_stop_interval: needs evaluations"):
+        rhythm(10, eval_strategy="no", early_stop_interval=2)
     with pytest.raises(UsageError, match="a stream has no known epochs"):
         rhythm(10, per_epoch=None, save_strategy="epoch")
 
@@ -49,6 +55,7 @@ def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         assert best.saved(step, f"checkpoint-{step}", {"eval_loss": loss}) == (step < 3)
+        assert best.is_over(2) == (step == 4) and not best.is_over(None)
     assert not best.saved(5, "checkpoint-5", {}), "nothing was evaluated"
     assert json.loads((tmp_path / "best.json").read_text()) == {
         "step": 2,

@@ -35,9 +35,14 @@ def load_data(args: BaseArguments, template: Any) -> tuple[Any, Any]:
         template.padding_free = True
     capacity = packing_capacity(args)
     if args.cached_dataset:
-        parts = load_cached_dataset(args.cached_dataset, template, capacity)
+        directory, _ = _part(args.cached_dataset)
+        parts = load_cached_dataset(directory, template, capacity)
         get_logger().info("%s: %d samples", args.cached_dataset, len(parts["train"]))
-        return parts["train"], parts.get("val")
+        if args.cached_val_dataset is None:
+            return parts["train"], parts.get("val")
+        directory, part = _part(args.cached_val_dataset)
+        others = load_cached_dataset(directory, template, capacity)
+        return parts["train"], others.get(part or "val", others["train"])
     rejects = RejectsFile(Path(args.output_dir) / REJECTS_FILE) if args.output_dir else None
     if args.streaming:
         return _streamed(args, template, capacity, rejects)
@@ -54,11 +59,19 @@ def check_sources(args: BaseArguments) -> None:
         register_dataset_info(file)
     for text in (*args.dataset, *args.val_dataset):
         open_spec(parse_spec(text), use_hf=args.use_hf, hub_token=args.hub_token)
-    if args.cached_dataset and not (Path(args.cached_dataset) / FACTS_FILE).is_file():
-        raise DatasetError(
-            f"--cached_dataset {args.cached_dataset}: has no {FACTS_FILE}; write it with `swiftlite export "
-            "--to_cached_dataset true`"
-        )
+    for flag in ("cached_dataset", "cached_val_dataset"):
+        given = getattr(args, flag)
+        if given and not (Path(_part(given)[0]) / FACTS_FILE).is_file():
+            raise DatasetError(
+                f"--{flag} {given}: has no {FACTS_FILE}; write it with `swiftlite export --to_cached_dataset true`"
+            )
+
+
+def _part(path: str) -> tuple[str, str | None]:
+    """(directory of tokenised data, None), or (directory, part) of DIR/train and DIR/val."""
+    given = Path(path).expanduser()
+    inside = given.name in ("train", "val") and not (given / FACTS_FILE).is_file()
+    return (str(given.parent), given.name) if inside else (str(given), None)
 
 
 def packing_capacity(args: BaseArguments) -> int | None:

@@ -89,6 +89,10 @@ class HfTrainer:
         if not self.accelerator.verify_device_map(self.model):
             self.model.to(self.device)
         self.masked = self.padding_free and needs_mask(self.model)
+        if args.use_liger_kernel:
+            add_liger(self.model)
+        if args.neftune_noise_alpha:
+            add_noise(self.model, args.neftune_noise_alpha)
         self.routers = RouterWatch.of(self.model, args)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, build_optimizer(self.model, args))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule(args, run.steps))
@@ -314,3 +318,23 @@ def set_recompute(args: Any, model: Any) -> None:
 def run(trainer: HfTrainer, data: tuple[Any, Any], start: Start | None) -> dict[str, Any]:
     """Train on `data`, training and validation set. Returns: as swiftlite.train.loop.train. Collective."""
     return train(Run(trainer.args, *data, get_rank(), get_world_size(), trainer.metrics), trainer, start)
+
+
+def add_liger(model: Any) -> None:
+    """liger-kernel's layers in place of transformers'; the loss stays ours."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    base = getattr(model, "get_base_model", lambda: model)()
+    _apply_liger_kernel_to_instance(base, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def add_noise(model: Any, alpha: float) -> None:
+    """NEFTune (arXiv 2310.05914): while training, embeddings [B, S, H] get uniform noise up to alpha / sqrt(S H)."""
+
+    def noisy(module: torch.nn.Module, _: Any, embedded: Tensor) -> Tensor:
+        if not module.training:
+            return embedded
+        limit = alpha / math.sqrt(embedded.shape[1] * embedded.shape[2])
+        return embedded + torch.empty_like(embedded).uniform_(-limit, limit)
+
+    model.get_input_embeddings().register_forward_hook(noisy)

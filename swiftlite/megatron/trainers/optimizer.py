@@ -12,7 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.train.fp16 import GROWTH_INTERVAL, HEADROOM, INITIAL_SCALE, LOWEST_SCALE
-from swiftlite.train.schedule import warmup_and_decay
+from swiftlite.train.schedule import warmup_and_decay, wsd_steps
 
 
 def build_optimizer(models: Sequence[torch.nn.Module], args: MegatronArguments) -> Any:
@@ -53,6 +53,8 @@ def build_scheduler(
         lr_warmup_steps=warmup * global_batch_size,
         lr_decay_steps=decay * global_batch_size,
         lr_decay_style=args.lr_decay_style,
+        wsd_decay_steps=wsd_steps(args, decay) * global_batch_size,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
         start_wd=args.weight_decay,
         end_wd=args.weight_decay,
         wd_incr_steps=train_iters * global_batch_size,

@@ -224,6 +224,29 @@ def test_kill_9_in_a_save(
     assert not (tmp_path / "run/.saving").exists()
 
 
+def test_a_finished_run_is_extended(run: Any, tmp_path: Path) -> None:
+    """With the schedule of the new length, from the last checkpoint; without --extend it is another run."""
+    settings = {"lr_decay_style": "linear", "neftune_noise_alpha": 5}
+    _, first = run(sft_main, "out", train_iters=2, **settings)
+    with pytest.raises(UsageError, match="train_iters 2 -> 4.*--extend true"):
+        run(sft_main, "out", train_iters=4, **settings)
+    result, lines = run(sft_main, "out", train_iters=4, extend=True, **settings)
+    assert result["iteration"] == 4 and len(losses(lines)) == 4
+    assert [line["lr"] for line in lines][2:] == pytest.approx([1e-3 * 2 / 4, 1e-3 * 1 / 4])
+    with pytest.raises(UsageError, match="holds a run with other settings .lr "):
+        run(sft_main, "out", train_iters=6, extend=True, lr=2e-3, **settings)
+    _, quiet = run(sft_main, "quiet", train_iters=2, lr_decay_style="linear")
+    assert losses(quiet) != losses(first)[:2], "noise on the embeddings"
+
+
+def test_early_stopping_ends_a_run_as_done(run: Any, tmp_path: Path) -> None:
+    """Loss is worse with each step at this rate: the run ends, saved, and a signal is not what it says."""
+    flags = {"split_dataset_ratio": 0.25, "save_steps": 1, "eval_steps": 1, "early_stop_interval": 2}
+    result, _ = run(sft_main, "out", train_iters=8, greater_is_better=True, **flags)
+    assert result["signal"] is None and 3 <= result["iteration"] < 8
+    assert (tmp_path / "out" / f"checkpoint-{result['iteration']}").is_dir()
+
+
 def test_weights_only_goes_on_at_the_right_rate(run: Any, tmp_path: Path) -> None:
     flags = {"save_weights_only": "true", "save_steps": 2}
     _, whole = run(sft_main, "run", **flags)

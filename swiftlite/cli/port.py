@@ -1,0 +1,226 @@
+"""`swiftlite port SCRIPT.sh`: what a shell script written for ms-swift or Megatron-SWIFT comes to here, flag by flag.
+
+The script is read, never run: variables that it sets to plain text are filled in, substitutions stay as they are typed.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from swiftlite.arguments.parser import Arguments, alias_table, notes, parse, specs, split_argv
+from swiftlite.arguments.port import PortArguments
+from swiftlite.cli.routes import ELSEWHERE, ROUTES
+from swiftlite.utils.errors import SwiftliteError, UsageError
+
+_ASSIGNED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+_SUBSTITUTED = re.compile(r"\$\(\((.*?)\)\)|\$\(expr (.*?)\)|`expr (.*?)`")
+_ARITHMETIC = re.compile(r"[\d\s+*/()-]+")
+_PROGRAMS = {"swift", "megatron", "swiftlite"}
+_ENDS = {";", "&", "&&", "||", "|", "(", ")", "{", "}", "then", "do", "else", "nohup", "exec", "time", "sudo", "env"}
+_UNFINISHED = re.compile(r"\$\([^()]*\)|`[^`]*`")
+
+
+@dataclass
+class Found:
+    """A command of the script: the line it begins in, its environment, words after the program."""
+
+    line: int
+    environment: list[str]
+    words: list[str]
+
+
+@dataclass
+class Ported:
+    """What a command comes to. rows: (flag, what it does here, what to change). runs: unchanged."""
+
+    command: list[str]
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    runs: bool = True
+
+
+def port_main(args: PortArguments) -> dict[str, int]:
+    """Print each command of the script with its table. Returns: {"exit_code": 0 if all run unchanged, else 1}."""
+    path = Path(args.script[0])
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as a script ({error})") from None
+    commands = list(find_commands(text))
+    if not commands:
+        raise UsageError(f"{path}: holds no `swift ...` or `megatron ...` command")
+    good = True
+    for found in commands:
+        ported = port(found.words)
+        good &= ported.runs
+        line = " ".join([*found.environment, *map(_quote, ported.command)])
+        sys.stdout.write(f"# line {found.line}: {'runs unchanged' if ported.runs else 'needs changes'}\n{line}\n\n")
+        sys.stdout.write("| flag | here | to change |\n|---|---|---|\n")
+        for row in ported.rows:
+            sys.stdout.write("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |\n")
+        sys.stdout.write("\n")
+    return {"exit_code": 0 if good else 1}
+
+
+def _quote(word: str) -> str:
+    return f'"{word}"' if _open(word) and '"' not in word else shlex.quote(word)
+
+
+def _open(word: str) -> bool:
+    """Does the shell put something here that the script alone does not say?"""
+    return "$" in word or "`" in word
+
+
+def find_commands(text: str) -> Iterator[Found]:
+    """The commands of a script whose program is swift or megatron. Raises: UsageError for quotes that do not end."""
+    variables: dict[str, str] = {}
+    for number, line in _lines(text):
+        try:
+            lexer = shlex.shlex(_fill(line, variables), posix=True, punctuation_chars=";&|()<>")
+            lexer.whitespace_split, lexer.commenters = True, "#"
+            words = list(lexer)
+        except ValueError as error:
+            if not _PROGRAMS & set(line.split()):
+                continue
+            raise UsageError(f"line {number}: {str(error).lower()}") from None
+        environment: list[str] = []
+        while words:
+            word = words.pop(0)
+            assigned = _ASSIGNED.fullmatch(word)
+            if word in _ENDS or word == "export":
+                environment = environment if word in ("nohup", "exec", "time", "sudo", "env") else []
+            elif assigned:
+                variables[assigned[1]] = assigned[2]
+                environment.append(f"{assigned[1]}={shlex.quote(assigned[2])}")
+            elif Path(word).name in _PROGRAMS:
+                end = next((i for i, w in enumerate(words) if set(w) <= set(";&|()<>")), len(words))
+                end -= end < len(words) and words[end][0] in "<>" and words[end - 1].isdigit()  # 2>&1
+                megatron = ["megatron"] if Path(word).name == "megatron" else []
+                yield Found(number, environment, [*megatron, *words[:end]])
+                words, environment = words[end:], []
+            else:  # another program: its words are no commands
+                end = next((i for i, w in enumerate(words) if w in _ENDS), len(words))
+                words, environment = words[end:], []
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number of its first line, line) with continuations and open quotes joined."""
+    held, began, lines = "", 0, text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if not held:
+            began = number
+        bare = line.rstrip()
+        if held and bare.lstrip().startswith("#"):  # ends a command, unless more of its flags follow
+            following = lines[number].lstrip() if number < len(lines) else ""
+            if not following.startswith(("--", "#")):
+                yield began, held
+                held = ""
+            continue
+        if bare.endswith("\\"):
+            held += bare[:-1] + " "
+            continue
+        held += bare
+        try:
+            shlex.split(held, comments=True)
+        except ValueError:
+            if number < len(lines):
+                held += "\n"
+                continue
+        yield began, held
+        held = ""
+    if held:
+        yield began, held
+
+
+def _fill(line: str, variables: dict[str, str]) -> str:
+    """Variables that the script has set, and sums of whole numbers, filled in; single quotes are not looked at."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[3]
+        return variables.get(name, match[2] if match[2] is not None else match[0])
+
+    def number(match: re.Match[str]) -> str:
+        formula = next(part for part in match.groups() if part is not None).replace("\\", "")
+        formula = re.sub(r"\b([A-Za-z_]\w*)\b", lambda name: variables.get(name[1], name[1]), formula)
+        return str(_whole(formula)) if _ARITHMETIC.fullmatch(formula) else match[0]
+
+    def filled(part: str) -> str:
+        if part.startswith("'"):
+            return part
+        part = _SUBSTITUTED.sub(number, _VARIABLE.sub(value, part))
+        return part if part.startswith('"') else _UNFINISHED.sub(lambda match: f"'{match[0]}'", part)
+
+    return "".join(map(filled, re.split(r"""('[^']*'|"[^"]*")""", line)))
+
+
+def _whole(formula: str) -> int:
+    """`16 / 2 * 3` from left to right, products first, as the shell does with whole numbers; no brackets."""
+    total, sign = 0, 1
+    for term in re.split(r"([+-])", formula.replace("(", " ").replace(")", " ")):
+        if term in ("+", "-"):
+            sign = 1 if term == "+" else -1
+            continue
+        factors = re.split(r"([*/])", term)
+        product = int(factors[0] or 0)
+        for operator, factor in zip(factors[1::2], factors[2::2], strict=True):
+            product = product * int(factor) if operator == "*" else product // max(int(factor), 1)
+        total += sign * product
+    return total
+
+
+def port(words: list[str]) -> Ported:
+    """What `swift`'s or `megatron`'s words come to here."""
+    length = next((n for n in (2, 1) if tuple(words[:n]) in ROUTES), 0)
+    if not length:
+        name = " ".join(words[:2] if words[:1] == ["megatron"] else words[:1])
+        reason = ELSEWHERE.get(name, "no such command; see `swiftlite --help`")
+        return Ported(["swiftlite", *words], [(name, "is no command here", reason)], runs=False)
+    module, _, name = ROUTES[tuple(words[:length])].arguments.partition(":")
+    cls: type[Arguments] = getattr(importlib.import_module(module), name)
+    ported = Ported(["swiftlite", *words])
+    positional, flags = split_argv(words[length:])
+    for flag, times in flags.items():
+        ported.rows.append(_row(cls, flag, times[-1]))
+    texts = {name for name, spec in specs(cls).items() if "str" in str(spec.type)}
+    kept = [
+        (flag, times[-1])
+        for (flag, times), row in zip(flags.items(), ported.rows, strict=True)
+        if not row[2] and (alias_table(cls).get(flag) in texts or not any(map(_open, times[-1])))
+    ]
+    try:
+        parse(cls, [*positional, *(word for flag, values in kept for word in (f"--{flag}", *values))])
+    except SwiftliteError as error:
+        ported.rows.append(("(together)", "refused", str(error)))
+    ported.runs = not any(row[2] for row in ported.rows)
+    return ported
+
+
+def _row(cls: type[Arguments], flag: str, values: list[str]) -> tuple[str, str, str]:
+    """(flag with its value, what it does here, what to change)."""
+    name, shown = alias_table(cls).get(flag, flag), " ".join([f"--{flag}", *values])
+    note, spec = notes(cls).get(name), specs(cls).get(name)
+    if spec is None and note is None:
+        return shown, "unknown", "leave it out; see docs/flags.md"
+    if note is not None and note.kind == "rejected":
+        return shown, "refused", note.reason
+    if note is not None and note.kind == "default":
+        if note.allowed is not None and " ".join(values or ["true"]).lower() not in note.allowed:
+            return shown, "refused", f"only {' or '.join(note.allowed)}: {note.reason}"
+        return shown, f"not needed: {note.reason}", ""
+    assert spec is not None
+    if any(map(_open, values)):
+        return shown, f"acts: {spec.help}", ""
+    try:
+        value = spec.convert(values if len(values) != 1 else values[0]) if values else True
+        if note is not None and value not in (spec.default, False, None):
+            return shown, "refused", note.reason
+    except UsageError as error:
+        return shown, "refused", str(error)
+    return shown, f"acts{'' if name == flag else f' as --{name}'}: {spec.help}", ""

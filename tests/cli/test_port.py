@@ -1,0 +1,102 @@
+"""`swiftlite port`: shell scripts are read as the shell reads them, and nothing of them is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from swiftlite.cli.main import main
+from swiftlite.cli.port import find_commands
+
+SCRIPT = r"""#!/bin/bash
+# swift sft --model commented/out
+set -e
+export CUDA_VISIBLE_DEVICES=0,1
+MODEL=Qwen/Qwen3-8B
+nproc=2
+echo "swift sft --model in/text" > FILE
+touch FILE
+mkdir -p out && NPROC_PER_NODE=$nproc \
+swift sft \
+    --model ${MODEL} \
+    --train_type lora \
+    --dataset 'a.jsonl#500' \
+              b.jsonl \
+    --gradient_accumulation_steps $(expr 16 / $nproc) \
+    --micro_batch_size $((nproc * 2)) \
+    --system "You are $WHAT" \
+    --dataset_num_proc $(nproc) \
+    --output_dir ${OUT:-out}/run \
+    --deepspeed zero2 2>&1 | tee log.txt
+echo done
+for beta in 0.1; do megatron rlhf --rlhf_type dpo --model $MODEL --beta $beta --dataset $DATA; done
+"""
+
+
+def test_commands_are_found_as_the_shell_would_run_them() -> None:
+    sft, dpo = find_commands(SCRIPT)
+    assert sft.line == 9 and sft.environment == ["NPROC_PER_NODE=2"]
+    assert sft.words == [
+        "sft", "--model", "Qwen/Qwen3-8B", "--train_type", "lora", "--dataset", "a.jsonl#500", "b.jsonl",
+        "--gradient_accumulation_steps", "8", "--micro_batch_size", "4", "--system", "You are $WHAT",
+        "--dataset_num_proc", "$(nproc)", "--output_dir", "out/run", "--deepspeed", "zero2",
+    ]  # fmt: skip
+    assert dpo.words[:4] == ["megatron", "rlhf", "--rlhf_type", "dpo"]
+
+
+def test_comments_and_ends_of_commands() -> None:
+    text = "swift sft --a 1 \\\n  # --b 2\necho swift\nswift pt --a 1 \\\n  # no\n  --c 3; swift infer # --d\n"
+    assert [found.words for found in find_commands(text)] == [
+        ["sft", "--a", "1"],
+        ["pt", "--a", "1", "--c", "3"],
+        ["infer"],
+    ]
+
+
+def test_a_script_that_runs_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.sh").write_text(SCRIPT)
+    assert main(["port", "train.sh"]) == 0
+    out = capsys.readouterr().out
+    assert "NPROC_PER_NODE=2 swiftlite sft --model Qwen/Qwen3-8B" in out and '--system "You are $WHAT"' in out
+    assert "| --deepspeed zero2 | not needed: each GPU holds the whole model" in out
+    assert "swiftlite megatron rlhf --rlhf_type dpo" in out and out.count("runs unchanged") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["train.sh"], "nothing was run"
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("swift sft --model A/B --quant_bits 4", "| --quant_bits 4 | refused | training on quantised"),
+        (
+            "swift sft --model A/B --train_type longlora",
+            "| --train_type longlora | refused | --train_type longlora: must",
+        ),
+        ("swift sft --model A/B --no_such_flag 4", "| --no_such_flag 4 | unknown | leave it out"),
+        (
+            "swift rlhf --rlhf_type grpo --model A/B",
+            "| (together) | refused | --rlhf_type grpo: only dpo is trained here",
+        ),
+        (
+            "swift sft --model A/B --warmup_ratio 0.1 --warmup_steps 3",
+            "| (together) | refused | --lr_warmup_fraction and",
+        ),
+        ("megatron sft --model A/B --fp8_format e4m3", "| --fp8_format e4m3 | refused | training in FP8"),
+        ("swift deploy --model A/B", "| deploy | is no command here | serve the directory with vLLM"),
+    ],
+)
+def test_what_is_to_be_changed_is_said(
+    line: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.sh").write_text(line + "\n")
+    assert main(["port", str(tmp_path / "run.sh")]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_scripts_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.sh").write_text("echo swift\n")
+    assert main(["port", str(tmp_path / "empty.sh")]) == 2 and "holds no `swift" in capsys.readouterr().err
+    assert main(["port", str(tmp_path / "none.sh")]) == 2 and main(["port"]) == 2
