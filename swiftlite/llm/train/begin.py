@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ UNREAD = "training_args.bin"  # transformers' own arguments: objects, which noth
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """The group of all ranks, where there are several; ended also after an error."""
+def process_group(timeout: int) -> Iterator[None]:
+    """The group of all ranks, where there are several; ended also after an error. timeout: seconds of an exchange."""
     started = get_world_size() > 1 and not torch.distributed.is_initialized()
     if torch.cuda.is_available():
         torch.cuda.set_device(get_local_rank())
     if started:
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout)
+        )
     try:
         yield
     finally:
@@ -55,7 +58,7 @@ def started(
     """
     if args.model is None:
         raise UsageError("give the model with --model DIR_OR_ID")
-    with process_group():
+    with process_group(args.ddp_timeout):
         resolve(args)
         template = prepare_template(args)
         name_output(args)

@@ -262,9 +262,10 @@ class HfTrainer:
         if there >= {OPTIMIZER, SCHEDULER}:
             self.scheduler.load_state_dict(stored(SCHEDULER))
         else:
-            self.scheduler.last_epoch = start.step - 1
-            self.optimizer._opt_called = True  # silences a warning about the order of calls
-            self.scheduler.step()
+            self.scheduler.last_epoch = start.step
+        self.scheduler.last_epoch -= 1  # step() sets the rates, by the schedule of this run, which may be longer
+        self.optimizer._opt_called = True  # silences a warning about the order of calls
+        self.scheduler.step()
         if self.accelerator.scaler is not None and SCALER in there:
             self.accelerator.scaler.load_state_dict(stored(SCALER))
 
