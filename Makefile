@@ -30,10 +30,10 @@ test-slow:
 	$(PYTHON) -m pytest -q -m "slow and not dist and not gpu"
 
 test-dist:  ## two and four processes on one machine (gloo)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m dist --durations 40
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m dist -n $(JOBS) --dist loadfile --durations 40
 
 test-faults:  ## kills, full disks, damaged files; docs/faults.md
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m faults
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m faults -n $(JOBS) --dist loadfile
 
 test-gpu:  ## needs CUDA
 	$(PYTHON) -m pytest -q -m gpu

@@ -17,6 +17,7 @@ import pytest
 
 from swiftlite.checkpoint import hub
 from swiftlite.utils.errors import UsageError
+from tests.retries import NO_WAITING
 
 FILES = {
     "config.json": json.dumps({"architectures": ["Glm4MoeForCausalLM"], "vocab_size": 320}).encode(),
@@ -92,7 +93,7 @@ def _fetch(url: str, cache: Path, model_id: str, **kwargs: object) -> subprocess
         "MODELSCOPE_CACHE": str(cache / "ms"),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    code = f"from swiftlite.checkpoint import hub; print(hub.fetch({model_id!r}, **{kwargs!r}))"
+    code = f"{NO_WAITING}\nfrom swiftlite.checkpoint import hub; print(hub.fetch({model_id!r}, **{kwargs!r}))"
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 

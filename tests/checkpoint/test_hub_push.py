@@ -19,6 +19,7 @@ import pytest
 
 from swiftlite.checkpoint import hub
 from swiftlite.utils.errors import UsageError
+from tests.retries import NO_WAITING
 
 FILES = {
     "config.json": b'{"architectures": ["Qwen3ForCausalLM"]}',
@@ -148,7 +149,8 @@ def push(url: str, directory: Path, *flags: str) -> subprocess.CompletedProcess[
         "MODELSCOPE_ENDPOINT": url, "MODELSCOPE_DOMAIN": url, "MODELSCOPE_CACHE": str(directory.parent / "ms"),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
-    command = [sys.executable, "-m", "swiftlite", "export", "--model", str(directory), "--push_to_hub", "true"]
+    code = f"{NO_WAITING}\nimport sys; from swiftlite.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "export", "--model", str(directory), "--push_to_hub", "true"]
     command += ["--hub_model_id", "Org/Model", "--hub_token", "ms-12345678-1234-1234-1234-123456789012", *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

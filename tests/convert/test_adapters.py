@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from swiftlite.cli.main import main
 from swiftlite.weights.lora import ALL_LINEAR, LoraConfig
 from tests.families.cases import build_hf, config_of
 
+ROOT = Path(__file__).parents[2]
 PACKED = re.compile(r"\.experts\.(base_layer\.)?lora_")
 CASES = {"qwen3:default": "qwen3", "glm4_5:default": "glm4_5", "moonlight:default": "moonlight"}
 
@@ -379,24 +381,20 @@ def test_bad_adapters(spoiler: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.dist
-def test_several_processes_share_a_merge(tmp_path: Path) -> None:
+def test_several_processes_share_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_hf(config_of("glm4_5:default"), tmp_path / "hf")
     make_adapter(tmp_path / "hf", tmp_path / "peft", "glm4_5:default")
-    words = ["export", "--model", "hf", "--model_type", "glm4_5", "--adapters", "peft", "--verify", "bitwise"]
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = ["--model", "hf", "--model_type", "glm4_5", "--adapters", "peft", "--verify", "bitwise"]
     for options in (["--merge_lora", "true", "--max_shard_size", "200KB"], ["--to_mcore", "true"]):
+        assert export(*words, *options, "--output_dir", "one") == 0
+        command = [sys.executable, "-m", "swiftlite", "export", *words, *options, "--output_dir", "two"]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr[-2000:]
         outputs = []
-        for processes in (1, 2):
-            output = f"{options[0].strip('-')}-{processes}"
-            environment = {
-                **os.environ,
-                "NPROC_PER_NODE": str(processes),
-                "OMP_NUM_THREADS": "1",
-                "MASTER_PORT": "29619",
-            }
-            environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-            command = [sys.executable, "-m", "swiftlite", *words, *options, "--output_dir", output]
-            result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-            assert result.returncode == 0, result.stderr[-2000:]
-            files = (p for p in (tmp_path / output).rglob("*") if p.suffix in (".safetensors", ".distcp", ".json"))
+        for output in map(Path, ("one", "two")):
+            files = (p for p in output.rglob("*") if p.suffix in (".safetensors", ".distcp", ".json"))
             outputs.append({p.name: p.read_bytes() for p in files if p.name != "args.json"})  # names its directory
+            shutil.rmtree(output)
         assert outputs[0] == outputs[1] and outputs[0]

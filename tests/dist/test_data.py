@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launch import curve, largest_difference, run_cases
+from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_cases
 
 pytestmark = pytest.mark.dist
 
@@ -32,11 +32,6 @@ CASES = {
     "free-tp2-sp": ("qwen3", ["--padding_free", "true", "--micro_batch_size", "2"], TP),
     "packed-moe-ep2": ("glm4_moe", PACKED, ["--expert_model_parallel_size", "2"]),
 }
-MODELS = {
-    "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "initializer_range": 0.02},
-    "glm4_moe": {"vocab_size": 333, "initializer_range": 0.02},
-}
-TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +41,7 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
     def make(family: str, output_dir: Path, *flags: str) -> list[str]:
         common = {
-            "model": tiny_model(family, **MODELS[family]), "model_type": TYPES[family], "dataset": data,
+            "model": tiny_model(family, **MODELS[family]), "model_type": MODEL_TYPES[family], "dataset": data,
             "output_dir": output_dir, "torch_dtype": "float32", "micro_batch_size": 1, "global_batch_size": 4,
             "train_iters": STEPS, "lr": 4e-3, "lr_decay_style": "constant", "logging_steps": 1, "save_steps": 4,
             "report_to": "none", "max_length": 150, "save_total_limit": 9, "adam_eps": 1e-5,
