@@ -1,11 +1,11 @@
-"""Training speed of `swiftlite megatron sft` beside `swiftlite sft` (transformers.Trainer): same model, samples, batch.
+"""Training speed of `swiftlite megatron sft` beside `swiftlite sft` (transformers): same model, samples, batch.
 
     python benchmarks/train.py --model tiny                        two cores, fp32
     python benchmarks/train.py --model dense --train_type lora     one GPU, bf16, about 1.5 billion parameters
     python benchmarks/train.py --model moe --profile               about 2.6 billion, GLM-4.5's kind
 
 Both run in this process in turn, `--rounds` times. Columns are medians over the steps after the first `--warmup` ones:
-seconds of a step, tokens/s, TFLOP/s and MFU (operations that the model needs), the time beside transformers.Trainer, and
+seconds of a step, tokens/s, TFLOP/s and MFU (operations that the model needs), the time beside transformers, and
 the most memory of the device.
 """
 

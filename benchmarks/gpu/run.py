@@ -60,10 +60,10 @@ def run(row: Row, args: argparse.Namespace) -> list[dict[str, float]]:
 
         return transformers_losses(str(args.directory / row.model), int(row.flags[1]), LENGTH, BATCH, steps)
     from swiftlite import dpo_main, megatron_dpo_main, megatron_sft_main, sft_main
-    from swiftlite.train.intervals import Rhythm
+    from swiftlite.train.intervals import Intervals
     from swiftlite.train.plot import read_run
 
-    Rhythm.saves = lambda *_: False  # type: ignore[method-assign]
+    Intervals.saves = lambda *_: False  # type: ignore[method-assign]
     mains = {("megatron", "sft"): megatron_sft_main, ("transformers", "sft"): sft_main,
              ("megatron", "dpo"): megatron_dpo_main, ("transformers", "dpo"): dpo_main}  # fmt: skip
     with profiled(row, args):

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from swiftlite.megatron.cpu import core_modules
 from swiftlite.megatron.shims import SHIMS
-from swiftlite.utils import io
 from swiftlite.utils.dist import get_local_rank
 from swiftlite.utils.errors import SwiftliteError
 from swiftlite.utils.logger import get_logger
@@ -211,18 +210,6 @@ def choosing_attention() -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Memory and seeds
-
-
-def reset_peak_memory() -> None:
-    if setup().is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory_bytes() -> int:
-    """Peak of this process so far: allocated GPU memory, or resident memory on a CPU."""
-    if setup().is_cuda:
-        return int(torch.cuda.max_memory_allocated())
-    return io.peak_memory_bytes()
 
 
 def synchronize() -> None:

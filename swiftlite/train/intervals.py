@@ -17,7 +17,7 @@ logger = get_logger()
 BEST_FILE = "best.json"
 
 
-class Rhythm:
+class Intervals:
     """Decides per step, counted from 1. Args: steps_per_epoch: None where nobody knows (streams)."""
 
     def __init__(self, args: TrainArguments, total_steps: int, steps_per_epoch: float | None, evaluates: bool) -> None:

@@ -19,7 +19,7 @@ from swiftlite.train.batches import BatchPlan
 from swiftlite.train.checkpoints import Record, Start
 from swiftlite.train.flops import ModelFlops, flops_of
 from swiftlite.train.fp16 import say_skipped
-from swiftlite.train.intervals import Best, Rhythm, names_of
+from swiftlite.train.intervals import Best, Intervals, names_of
 from swiftlite.train.meters import StepMeter, device_peak, peak_memory
 from swiftlite.train.metrics import Metrics, check_finite
 from swiftlite.train.order import order_of, read_data_state, steps_of, write_data_state
@@ -117,7 +117,7 @@ class Run:
         self.steps = steps_of(train_set, args, self.global_batch)
         self.order = order_of(train_set, args, self.global_batch)
         samples = self.order.num_samples
-        self.rhythm = Rhythm(args, self.steps, samples and samples / self.global_batch, val_set is not None)
+        self.intervals = Intervals(args, self.steps, samples and samples / self.global_batch, val_set is not None)
         measured = names_of(metrics) if val_set is not None else None
         self.best = Best(self.root, args.metric_for_best_model, args.greater_is_better, measured)
         self.record = Record(self.root)
@@ -195,15 +195,15 @@ def _steps(run: Run, engine: Engine, metrics: Metrics, done: int) -> tuple[int, 
         run.stopped = result.stop and step < run.steps
         if run.stopped:
             logger.warning("%s: saving step %d of %d, then ending", run.stop.why, step, run.steps)
-        if run.rhythm.logs(step) or run.stopped:
+        if run.intervals.logs(step) or run.stopped:
             last = {**values, **engine.metrics(meter.sums()), **meter.summary()}
             metrics.log(step, last)
         evaluation: dict[str, float] = {}
-        if run.rhythm.evaluates(step):
+        if run.intervals.evaluates(step):
             evaluation = engine.evaluate()
             metrics.log(step, evaluation)
             meter.restart_clock()
-        if run.rhythm.saves(step) or run.stopped:
+        if run.intervals.saves(step) or run.stopped:
             engine.save(partial(run.saved, step, evaluation))
             meter.restart_clock()
         if run.stopped:

@@ -14,7 +14,7 @@ from swiftlite.arguments.train import SftArguments, TrainArguments
 from swiftlite.checkpoint.info import ARGS_FILE, load_args
 from swiftlite.train.checkpoints import Start, clear_unfinished
 from swiftlite.utils.directories import REJECTS_FILE
-from swiftlite.utils.dist import barrier, is_main_process
+from swiftlite.utils.dist import all_gather, barrier, is_main_process
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import writing
 from swiftlite.utils.lock import output_lock
@@ -28,6 +28,20 @@ def versioned(output_dir: str) -> str:
     root = Path(output_dir)
     taken = [int(p.name[1:].split("-")[0]) for p in root.glob("v*-*") if p.name[1:].split("-")[0].isdigit()]
     return str(root / f"v{max(taken, default=-1) + 1}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def default_output_dir(args: SftArguments, parent: str) -> str:
+    """`PARENT/NAME` for the model's name."""
+    source = str(getattr(args, "mcore_model", None) or args.model).rstrip("/")
+    return f"{parent}/{source.rsplit('/', 1)[-1]}"
+
+
+def name_version(args: SftArguments) -> None:
+    """Fill in what --add_version makes of --output_dir, and --logging_dir; the same on all ranks. Collective."""
+    if args.add_version:
+        args.output_dir = all_gather(versioned(str(args.output_dir)))[0]  # it holds the time
+    if args.logging_dir is None or args.add_version:
+        args.logging_dir = f"{args.output_dir}/runs"
 
 
 def _as_stored(values: Mapping[str, Any]) -> dict[str, Any]:

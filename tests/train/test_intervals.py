@@ -15,7 +15,7 @@ import pytest
 from swiftlite.arguments.train import SftArguments
 from swiftlite.cli.main import main
 from swiftlite.train.checkpoints import Record, finished
-from swiftlite.train.intervals import Best, Rhythm, names_of
+from swiftlite.train.intervals import Best, Intervals, names_of
 from swiftlite.train.meters import METERS, StepMeter
 from swiftlite.train.metrics import Metrics
 from swiftlite.train.plot import plot_main, read_run, short_names
@@ -23,8 +23,8 @@ from swiftlite.train.stop import StopSignal
 from swiftlite.utils.errors import CheckpointError, UsageError
 
 
-def rhythm(total: int, per_epoch: float | None = 4.0, evaluates: bool = True, **values: Any) -> Rhythm:
-    return Rhythm(SftArguments(model="DIR", **values), total, per_epoch, evaluates)
+def rhythm(total: int, per_epoch: float | None = 4.0, evaluates: bool = True, **values: Any) -> Intervals:
+    return Intervals(SftArguments(model="DIR", **values), total, per_epoch, evaluates)
 
 
 def steps(decides: Any, total: int) -> list[int]:

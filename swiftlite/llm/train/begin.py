@@ -61,26 +61,15 @@ def started(
     with process_group(args.ddp_timeout):
         resolve(args)
         template = prepare_template(args)
-        name_output(args)
+        if args.output_dir is None:
+            args.output_dir = run_directory.default_output_dir(args, "output")
+        run_directory.name_version(args)
         with run_directory.held(args, settle_output) as start:
             data = load(args, template)
             tuner.check_settings(args)
             model = load_model(args)
             model.config.use_cache = False  # of no use in training, and it hides where joined samples begin
             yield model, template, data, start
-
-
-def name_output(args: SftArguments) -> None:
-    """Fill in --output_dir and --logging_dir, the same on all ranks. Collective."""
-    if args.output_dir is None:
-        args.output_dir = f"output/{str(args.model).rstrip('/').rsplit('/', 1)[-1]}"
-    if args.add_version:
-        names = [run_directory.versioned(args.output_dir)]
-        if get_world_size() > 1:
-            torch.distributed.broadcast_object_list(names, src=0)
-        args.output_dir = names[0]
-    if args.logging_dir is None or args.add_version:
-        args.logging_dir = f"{args.output_dir}/runs"
 
 
 def settle_output(args: SftArguments) -> Start | None:

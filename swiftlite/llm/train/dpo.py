@@ -23,8 +23,8 @@ from swiftlite.llm.train.trainer import HfTrainer, run
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs
 from swiftlite.train.objective import Batch
+from swiftlite.train.reference import check_reference, reference_kind
 from swiftlite.utils.dist import all_gather, get_rank, get_world_size
-from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
@@ -116,31 +116,23 @@ def _frozen(model: Any) -> Iterator[None]:
 def reference_model(args: DpoArguments, model: Any) -> Any | None:
     """The frozen reference before `model` is changed; None where adapters are switched off instead.
 
-    Raises: UsageError if --ref_model has another vocabulary.
+    Raises: UsageError as reference_kind, check_reference.
     """
-    if args.ref_model:
+    kind = reference_kind(args)
+    if kind == "adapters off":
+        return None
+    reference: Any
+    if kind == "start":
+        reference = copy.deepcopy(model)
+    else:
         from swiftlite.llm.model.loader import get_model_tokenizer
 
         reference, _ = get_model_tokenizer(
-            args.ref_model, args.model_info.torch_dtype, args.device_map, use_hf=args.use_hf, need_template=False,
+            str(args.ref_model), args.model_info.torch_dtype, args.device_map, use_hf=args.use_hf, need_template=False,
             attn_impl=args.hf_attn_implementation, trust_remote_code=args.trust_remote_code, hub_token=args.hub_token,
             ignore_requirements=args.ignore_requirements, new_special_tokens=args.new_special_tokens,
         )  # fmt: skip
-        assert reference is not None
-        sizes = [m.get_input_embeddings().weight.shape[0] for m in (reference, model)]
-        if sizes[0] != sizes[1]:
-            raise UsageError(
-                f"--ref_model {args.ref_model}: has {sizes[0]} rows in its vocabulary, --model has {sizes[1]}; the "
-                "reference must read the same tokens"
-            )
-    elif args.train_type == "lora" and not args.adapters:
-        return None
-    else:
-        if args.adapters:
-            raise UsageError(
-                "--adapters: the reference would be the model without them; merge them first, or give --ref_model"
-            )
-        reference = copy.deepcopy(model)
+        check_reference(args, *(m.get_input_embeddings().weight.shape[0] for m in (reference, model)))
     if args.train_type != "lora":
         _round_like_trained(reference)
     reference.config.use_cache = False

@@ -25,7 +25,7 @@ def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
 
     Args: args: an arguments object, or words as typed (`["--model", "DIR", "--dataset", "FILE"]`).
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
-    Raises: SwiftliteError for everything a user can mend.
+    Raises: SwiftliteError for everything a user can fix.
     """
     args = as_arguments(SftArguments, args)
     with started(args, load_data) as (model, template, data, start):

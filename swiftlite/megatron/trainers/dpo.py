@@ -39,8 +39,8 @@ from swiftlite.megatron.tuners.lora import adapters_disabled
 from swiftlite.train.batches import evaluation_samples
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
+from swiftlite.train.reference import check_reference, reference_kind
 from swiftlite.utils.directories import Directory
-from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
@@ -218,27 +218,20 @@ def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Any]:
 
     Raises: UsageError if --ref_model has another vocabulary, or if the policy begins with adapters and it is missing.
     """
-    if not args.ref_model:
-        if args.adapters or args.mcore_adapter:
-            raise UsageError(
-                "--adapters: the reference would be the model without them; merge them first, or give --ref_model"
-            )
-        return origin, None if args.train_type == "lora" else args
-    directory = Path(args.ref_model).expanduser()
+    kind = reference_kind(args)
+    if kind != "named":
+        return origin, args if kind == "start" else None
+    directory = Path(str(args.ref_model)).expanduser()
     if not Directory(directory).is_megatron:
         info, _ = get_model_info_meta(
-            args.ref_model, use_hf=args.use_hf, hub_token=args.hub_token, need_template=False,
+            str(args.ref_model), use_hf=args.use_hf, hub_token=args.hub_token, need_template=False,
             ignore_requirements=args.ignore_requirements,
         )  # fmt: skip
         directory = Path(info.model_dir)
     stated, model = read_config(checkpoint_root(directory)), read_config(checkpoint_root(origin))
     same = stated["vocab_size"] == model["vocab_size"]
     config = convert_hf_config(grown(stated, args.new_tokens if same else None))
-    if config["padded_vocab_size"] != args.padded_vocab_size:
-        raise UsageError(
-            f"--ref_model {args.ref_model}: has {config['padded_vocab_size']} rows in its vocabulary, the model has "
-            f"{args.padded_vocab_size}; the reference must read the same tokens"
-        )
+    check_reference(args, config["padded_vocab_size"], args.padded_vocab_size)
     other = copy.copy(args)
     for name in STRUCTURE + COMPUTATION:
         setattr(other, name, specs(type(args))[name].default)
@@ -251,6 +244,6 @@ def megatron_dpo_main(args: MegatronDpoArguments | Sequence[str]) -> dict[str, A
 
     Args: args: an arguments object, or words as typed.
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
-    Raises: SwiftliteError for everything a user can mend, before anything is written where possible.
+    Raises: SwiftliteError for everything a user can fix, before anything is written where possible.
     """
     return run(as_arguments(MegatronDpoArguments, args), DpoTrainer, load_pairs)

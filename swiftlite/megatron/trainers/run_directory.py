@@ -11,15 +11,9 @@ from swiftlite.train.run_directory import versioned
 from swiftlite.utils.directories import TRACKER, read_tracker
 from swiftlite.utils.logger import get_logger
 
-__all__ = ["default_output_dir", "prepare", "versioned"]
+__all__ = ["prepare", "versioned"]
 
 PREFIX = "iter_"
-
-
-def default_output_dir(args: MegatronSftArguments) -> str:
-    """`megatron_output/NAME` for the model's name."""
-    source = str(args.mcore_model or args.model).rstrip("/")
-    return f"megatron_output/{source.rsplit('/', 1)[-1]}"
 
 
 def prepare(args: MegatronSftArguments) -> Start | None:

@@ -19,11 +19,10 @@ from swiftlite.checkpoint.hub import check_hub_id, push
 from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.resolve import as_arguments, resolve
 from swiftlite.checkpoint.vocabulary import grown
-from swiftlite.llm.dataset.prepare import check_sources
+from swiftlite.llm.dataset.prepare import check_sources, load_data
 from swiftlite.llm.pipeline import plan_tokens, prepare_template
 from swiftlite.llm.template.trained import trained_chat
-from swiftlite.llm.train.data import load_data
-from swiftlite.megatron.distributed import ParallelState, parallel_groups
+from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.state import check_file, iteration_name
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
@@ -34,6 +33,7 @@ from swiftlite.megatron.tuners.freeze import plan_freeze
 from swiftlite.megatron.tuners.lora_plan import plan_lora
 from swiftlite.plan.report import print_training
 from swiftlite.train.loop import Run, train
+from swiftlite.train.run_directory import default_output_dir, name_version
 from swiftlite.train.run_directory import held as hold_directory
 from swiftlite.utils.dist import get_rank
 from swiftlite.utils.logger import get_logger
@@ -76,16 +76,8 @@ def settle(args: Any) -> str:
             logger.info("--sequence_parallel true: tensor-parallel training of this model needs it")
             args.sequence_parallel = True
     if args.output_dir is None:
-        args.output_dir = run_directory.default_output_dir(args)
+        args.output_dir = default_output_dir(args, "megatron_output")
     return origin
-
-
-def _version_directory(args: Any, parallel: ParallelState) -> None:
-    """One name on all ranks, although it holds the time."""
-    if args.add_version:
-        names = [run_directory.versioned(args.output_dir) if parallel.rank == 0 else None]
-        torch.distributed.broadcast_object_list(names, src=0)
-        args.output_dir = names[0]
 
 
 def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> dict[str, Any]:
@@ -93,7 +85,7 @@ def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> dict[str, A
 
     Args: args: an arguments object, or words as typed (`["--model", "DIR", "--dataset", "FILE"]`).
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`; of a dry run `output_dir` only.
-    Raises: SwiftliteError for everything a user can mend, before anything is written where possible.
+    Raises: SwiftliteError for everything a user can fix, before anything is written where possible.
     """
     return run(as_arguments(MegatronSftArguments, args), SftTrainer, load_data)
 
@@ -124,9 +116,7 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
     template = prepare_template(args)
     with ExitStack() as held:
         parallel = held.enter_context(parallel_groups(args))
-        _version_directory(args, parallel)
-        if args.logging_dir is None or args.add_version:
-            args.logging_dir = f"{args.output_dir}/runs"
+        name_version(args)
         start = held.enter_context(hold_directory(args, run_directory.prepare))
         if start is not None:
             start.check(check_file)
