@@ -386,6 +386,10 @@ class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArgumen
     )  # fmt: skip
     exist_ok: bool = run_setting(False, "write although the output directory exists")
     debug: bool = run_setting(False, "show the traceback of an error", common=True)
+    save_config: str | None = run_setting(
+        None, "also write what was given to this YAML or JSON file, which the same command takes in place of flags",
+        path=True,
+    )  # fmt: skip
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write `directory`/args.json: every setting as it stands, and the model's facts once they are resolved.
@@ -398,7 +402,7 @@ class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArgumen
         if info is not None:
             values.update(model_dir=info.model_dir, max_model_len=info.max_model_len, is_moe_model=info.is_moe_model)
             values["vocab_size"] = (info.config or {}).get("vocab_size")
-        values["swiftlite_version"] = __version__
+        values.update(swiftlite_version=__version__, given=sorted(self.given - {"save_config"}))
         path = Path(directory) / "args.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, values, default=str)

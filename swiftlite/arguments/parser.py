@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, TypeVar
 
+from swiftlite.arguments.config_file import read_config_file
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
@@ -352,33 +353,6 @@ def split_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, list[list[str]
     return positional, flags
 
 
-def read_config_file(path: str) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds one mapping of setting -> value.
-
-    Raises: UsageError naming the file if it is missing, malformed or not a mapping.
-    """
-    path = os.path.expanduser(path)
-    if not os.path.isfile(path):
-        raise UsageError(f"{path}: no such config file; a command takes [config.yaml|config.json] [--flag value ...]")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    try:
-        if path.endswith(".json"):
-            data = json.loads(text)
-        else:
-            import yaml
-
-            data = yaml.safe_load(text)
-    except Exception as error:  # the two readers' errors have no common base
-        raise UsageError(f"{path}: cannot be read as {'JSON' if path.endswith('.json') else 'YAML'}: "
-                         f"{' '.join(str(error).split())}") from None  # fmt: skip
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise UsageError(f"{path}: must hold one mapping of setting to value at the top")
-    return {key.lstrip("-").replace("-", "_"): value for key, value in data.items()}
-
-
 def parse(cls: type[A], argv: Sequence[str]) -> A:
     """Make an arguments object from `[config file] [--flag value ...]`; flags override the file.
 
@@ -398,16 +372,19 @@ def parse(cls: type[A], argv: Sequence[str]) -> A:
     return from_dict(cls, values)
 
 
+def given_values(args: Arguments, without: Collection[str] = ()) -> dict[str, Any]:
+    """What was given to a command, as plain data."""
+    return {name: getattr(args, name) for name in specs(type(args)) if name in args.given and name not in without}
+
+
 def as_words(args: Arguments, without: Collection[str] = ()) -> list[str]:
     """What was given to a command, as words to be typed again."""
     words = []
-    for name in specs(type(args)):
-        if name in args.given and name not in without:
-            value = getattr(args, name)
-            values = value if isinstance(value, list) else [value]
-            texts = [str(v).lower() if isinstance(v, bool) else json.dumps(v) if isinstance(v, dict) else str(v)
-                     for v in values]  # fmt: skip
-            words += [f"--{name}", *texts]
+    for name, value in given_values(args, without).items():
+        values = value if isinstance(value, list) else [value]
+        texts = [str(v).lower() if isinstance(v, bool) else json.dumps(v) if isinstance(v, dict) else str(v)
+                 for v in values]  # fmt: skip
+        words += [f"--{name}", *texts]
     return words
 
 

@@ -40,9 +40,9 @@ def preflight(args: Arguments) -> None:
         for flag in ("dataset", "val_dataset"):
             for text in getattr(args, flag, None) or ():
                 _check_data(flag, text)
-    for flag in ("output_dir", "result_path", "html", "output", "logging_dir"):
+    for flag in ("output_dir", "result_path", "html", "output", "logging_dir", "save_config"):
         if getattr(args, flag, None):
-            check_output(flag, getattr(args, flag), is_file=flag in ("result_path", "html", "output"))
+            check_output(flag, getattr(args, flag), is_file=flag in ("result_path", "html", "output", "save_config"))
     for name in getattr(args, "report_to", None) or ():
         if name in ("wandb", "swanlab") and not _installed(name):
             raise UsageError(f"--report_to {name}: is not installed; pip install {name}, or leave it out")

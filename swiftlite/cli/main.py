@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from swiftlite import __version__
-from swiftlite.arguments.parser import Arguments, format_help, nearest, parse
+from swiftlite.arguments.config_file import write_config_file
+from swiftlite.arguments.parser import Arguments, format_help, given_values, nearest, parse
 from swiftlite.cli.routes import ELSEWHERE, ROUTES, Route
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.processes import end_with_parent
 from swiftlite.utils.quiet import quiet
-from swiftlite.utils.secrets import redact, remember_words
+from swiftlite.utils.secrets import SETTINGS, redact, remember_words
 from swiftlite.utils.text import printable
 
 _TRUE = ("true", "1", "yes", "on")
@@ -111,6 +112,8 @@ def _parse(arguments: Any, words: Sequence[str]) -> Any:
     """The arguments, as far as they can be checked without torch."""
     args = parse(arguments, words)
     _load("swiftlite.checkpoint.preflight:check_command")(args)
+    if getattr(args, "save_config", None) and "TORCHELASTIC_RUN_ID" not in os.environ:  # not each worker once more
+        write_config_file(args.save_config, given_values(args, {"save_config", *SETTINGS}))
     return args
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from swiftlite.arguments.infer import InferArguments
+from swiftlite.arguments.parser import parse
+from swiftlite.arguments.train import SftArguments
+from swiftlite.cli import main as cli
 from swiftlite.llm.dataset.pairs import PairDataset, sequences_of
+from swiftlite.llm.infer import validation_data
 from swiftlite.llm.train import trainer as trainer_module
 from swiftlite.llm.train.dpo import dpo_main
 from swiftlite.llm.train.sft import pt_main, sft_main
@@ -237,6 +243,23 @@ def test_a_finished_run_is_extended(run: Any, tmp_path: Path) -> None:
         run(sft_main, "out", train_iters=6, extend=True, lr=2e-3, **settings)
     _, quiet = run(sft_main, "quiet", train_iters=2, lr_decay_style="linear")
     assert losses(quiet) != losses(first)[:2], "noise on the embeddings"
+
+
+def test_settings_of_a_run_are_a_config_file(run: Any, tmp_path: Path) -> None:
+    """args.json and what --save_config wrote: the same settings, nothing settled by the run counted as given."""
+    words = ["--model", "A/B", "--dataset", "a", "--lr", "1e-3", "--target_modules", "linear_qkv", "--packing", "true"]
+    before = parse(SftArguments, words)
+    for name in ("run.yaml", "run.json"):
+        cli._parse(SftArguments, [*words, "--hub_token", "secret", "--save_config", str(tmp_path / name)])
+        again = parse(SftArguments, [str(tmp_path / name)])
+        assert again.to_dict() == before.to_dict() and again.given == before.given
+    _, first = run(sft_main, "out", train_iters=2, split_dataset_ratio=0.25)
+    assert sft_main([str(tmp_path / "out" / "args.json"), "--output_dir", str(tmp_path / "again")])["iteration"] == 2
+    assert losses(read_run(tmp_path / "again" / "logging.jsonl")) == losses(first)
+    # The validation rows of the run, for infer.
+    args = InferArguments(model=str(tmp_path / "out" / "checkpoint-2"), load_data_args=True)
+    args.model_info = types.SimpleNamespace(model_dir=args.model)  # type: ignore[attr-defined]
+    assert ["messages" in row for _, row, _ in validation_data(args)] == [True] * 3
 
 
 def test_early_stopping_ends_a_run_as_done(run: Any, tmp_path: Path) -> None:
