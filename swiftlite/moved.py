@@ -6,10 +6,8 @@ Kept out of the modules themselves: nothing in swiftlite imports an old name.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -28,15 +26,17 @@ MOVED = {
 }
 
 
-class MovedModules(MetaPathFinder, Loader):
-    """Gives the module of the new name for an old one."""
+class MovedModules:
+    """Gives the module of the new name for an old one. No base class: `importlib.abc` takes longer than all of this."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in MOVED else None
+        return ModuleSpec(fullname, self) if fullname in MOVED else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        import warnings
+
         warnings.warn(f"{spec.name} is {MOVED[spec.name]} now", DeprecationWarning, stacklevel=2)
         module = import_module(MOVED[spec.name])
         spec.loader_state = module.__spec__

@@ -27,11 +27,14 @@ DTYPES = {
     "float32": "float32", "fp32": "float32", "float": "float32",
 }  # fmt: skip
 
-# The two libraries' names of one choice: Hugging Face's `attn_implementation` -> Megatron's `attention_backend`.
-ATTENTION_BACKENDS = {
-    "auto": "auto", "flash": "flash", "fused": "fused", "unfused": "unfused", "local": "local",
-    "flash_attn": "flash", "flash_attention_2": "flash", "flash_attention_3": "flash", "sdpa": "fused",
-    "eager": "unfused", "fa2": "flash", "disabled": "unfused",
+# What may be typed -> Megatron's `attention_backend` (None: no such kernels) and transformers' `attn_implementation`
+# (None: its own choice).
+ATTENTION: dict[str, tuple[str | None, str | None]] = {
+    "auto": ("auto", None), "flash": ("flash", "flash_attention_2"), "fused": ("fused", "sdpa"),
+    "unfused": ("unfused", "eager"), "local": ("local", "eager"), "flash_attn": ("flash", "flash_attention_2"),
+    "flash_attention_2": ("flash", "flash_attention_2"), "flash_attention_3": ("flash", "flash_attention_3"),
+    "sdpa": ("fused", "sdpa"), "eager": ("unfused", "eager"), "flex_attention": (None, "flex_attention"),
+    "fa2": ("flash", "flash_attention_2"), "disabled": ("unfused", "eager"),
 }  # fmt: skip
 
 
@@ -80,11 +83,10 @@ class RunArguments(Arguments):
         super().__post_init__()
         self.torch_dtype = normalize_dtype(self.torch_dtype)
         if self.attention_backend is not None:
-            if self.attention_backend not in ATTENTION_BACKENDS:
-                raise UsageError(
-                    f"--attention_backend {self.attention_backend}: must be one of {', '.join(ATTENTION_BACKENDS)}"
-                )
-            self.attention_backend = ATTENTION_BACKENDS[self.attention_backend]
+            backends = {name: backend for name, (backend, _) in ATTENTION.items() if backend is not None}
+            if self.attention_backend not in backends:
+                raise UsageError(f"--attention_backend {self.attention_backend}: must be one of {', '.join(backends)}")
+            self.attention_backend = backends[self.attention_backend]
 
     def set_dtype(self, dtype: str | None) -> None:
         """Settle the dtype after the arguments were read, by what the checkpoint says."""
@@ -93,8 +95,7 @@ class RunArguments(Arguments):
     @property
     def hf_attn_implementation(self) -> str | None:
         """`attn_implementation` for transformers, None for its own choice."""
-        names = {"flash": "flash_attention_2", "fused": "sdpa", "unfused": "eager", "local": "eager"}
-        return names.get(self.attention_backend or "")
+        return ATTENTION[self.attention_backend or "auto"][1]
 
     @property
     def dtype(self) -> torch.dtype | None:

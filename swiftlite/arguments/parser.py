@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from swiftlite.arguments.config_file import read_config_file
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import nearest
 
 T = TypeVar("T")
 Reader = TypeVar("Reader", bound=Callable[..., Any])
@@ -324,13 +324,6 @@ def _to_scalar(value: Any, hint: Any, name: str) -> Any:
         return hint(value)
     except (TypeError, ValueError):
         raise wrong from None
-
-
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """`; did you mean --a or --b?`, or nothing if no known name is close."""
-    spelled = {item.lstrip("-"): item for item in sorted(known)}
-    close = [spelled[n] for n in difflib.get_close_matches(name.lstrip("-"), spelled, n=count, cutoff=0.75)]
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def split_argv(argv: Sequence[str]) -> tuple[list[str], dict[str, list[list[str]]]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swiftlite.arguments.base import normalize_dtype
 from swiftlite.families.blocks import EXPERT_KEYS
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import blame, is_inside, read_json
@@ -24,8 +25,6 @@ MAX_LENGTH_KEYS = (
     "max_sequence_length",
     "max_seq_length",
 )
-_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -184,13 +183,8 @@ def to_torch_dtype(value: Any) -> Any:
     """
     import torch
 
-    if value is None or value == "auto":
-        return None
-    name = str(value).removeprefix("torch.")
-    name = _DTYPE_ALIASES.get(name, name)
-    if name not in DTYPES:
-        raise UsageError(f"--torch_dtype {value} is not supported; allowed: {', '.join(DTYPES)}")
-    return getattr(torch, name)
+    name = normalize_dtype(value)
+    return None if name is None else getattr(torch, name)
 
 
 def config_dtype(config: Mapping[str, Any]) -> Any:
@@ -202,7 +196,7 @@ def config_dtype(config: Mapping[str, Any]) -> Any:
         return to_torch_dtype(value)
     except UsageError as error:
         raise CheckpointError(
-            f"config.json says dtype {value}; allowed: {', '.join(DTYPES)}; give --torch_dtype"
+            f"config.json says dtype {value}; allowed: bfloat16, float16, float32; give --torch_dtype"
         ) from error
 
 

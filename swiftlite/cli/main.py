@@ -15,7 +15,7 @@ from typing import Any
 
 from swiftlite import __version__
 from swiftlite.arguments.config_file import write_config_file
-from swiftlite.arguments.parser import Arguments, format_help, given_values, nearest, parse
+from swiftlite.arguments.parser import Arguments, format_help, given_values, parse
 from swiftlite.cli.routes import ELSEWHERE, ROUTES, Route
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import SwiftliteError, UsageError
@@ -23,7 +23,7 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.utils.processes import end_with_parent
 from swiftlite.utils.quiet import quiet
 from swiftlite.utils.secrets import SETTINGS, redact, remember_words
-from swiftlite.utils.text import printable
+from swiftlite.utils.text import nearest, printable
 
 _TRUE = ("true", "1", "yes", "on")
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swiftlite.arguments.export import CheckArguments
-from swiftlite.arguments.parser import nearest
 from swiftlite.checkpoint.bind import architecture_of, bind_map, convert_hf_config
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
@@ -30,7 +29,7 @@ from swiftlite.families import family_of, tiny_configs
 from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import UsageError, VerifyError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.text import some
+from swiftlite.utils.text import nearest, some
 from swiftlite.weights.shape import ModelShape
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 
@@ -33,3 +34,10 @@ def some(names: Iterable[str], count: int = 8) -> str:
     """The first names of a list that may be long, and how many more there are."""
     listed = list(names)
     return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """`; did you mean --a or --b?`, or nothing if no known name is close."""
+    spelled = {item.lstrip("-"): item for item in sorted(known)}
+    close = [spelled[n] for n in difflib.get_close_matches(name.lstrip("-"), spelled, n=count, cutoff=0.75)]
+    return f"; did you mean {' or '.join(close)}?" if close else ""

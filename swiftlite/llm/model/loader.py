@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from swiftlite.arguments.base import ATTENTION
 from swiftlite.checkpoint.files import check_side_files
 from swiftlite.checkpoint.info import ModelInfo, config_dtype
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
@@ -21,15 +22,6 @@ from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError,
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
-
-ATTENTION = {
-    "eager": "eager",
-    "sdpa": "sdpa",
-    "flex_attention": "flex_attention",
-    "flash_attn": "flash_attention_2",
-    "flash_attention_2": "flash_attention_2",
-    "flash_attention_3": "flash_attention_3",
-}
 
 
 def resolve_function(path: str) -> Any:
@@ -175,9 +167,11 @@ def get_model_tokenizer_with_flash_attn(
     """The usual loader: `get_model_tokenizer_from_local` with the attention implementation of `--attn_impl`."""
     model_kwargs = dict(model_kwargs or {})
     if attn_impl is not None:
-        if attn_impl not in ATTENTION:
-            raise UsageError(f"--attn_impl {attn_impl} is not known; allowed: {', '.join(ATTENTION)}")
-        model_kwargs["attn_implementation"] = ATTENTION[attn_impl]
+        implementation = ATTENTION.get(attn_impl, (None, None))[1]
+        if implementation is None:
+            names = sorted(name for name, (_, known) in ATTENTION.items() if known is not None)
+            raise UsageError(f"--attn_impl {attn_impl} is not known; allowed: {', '.join(names)}")
+        model_kwargs["attn_implementation"] = implementation
     return get_model_tokenizer_from_local(model_dir, model_info, model_kwargs, load_model, **kwargs)
 
 
