@@ -418,6 +418,12 @@ def _accept(cls: type[Arguments], values: Mapping[str, Any], where: str = "") ->
             kept[name] = value
             continue
         if note is None:
+            for other, asked in values.items():  # the reason of a flag that is known explains more
+                wider = said.get(table.get(other, ""))
+                if wider is not None and wider.kind != "default":
+                    if str(asked).lower() in (str(specs(cls)[table[other]].default).lower(), "false", "none"):
+                        continue
+                    raise UsageError(f"{where}{spell(other)} {asked}: {wider.reason}")
             known = [spell(n) for n in table if table[n] not in said]
             raise UsageError(f"{where}{spell(name)}: unknown {'setting' if where else 'flag'}"
                              f"{nearest(spell(name), known) or '; see --help'}")  # fmt: skip

@@ -257,6 +257,7 @@ def test_what_is_refused_names_what_does_the_job():
     for words, said in [
         (["--rlhf_type", "grpo"], "TRL or ms-swift"),
         (["--use_vllm", "true"], "TRL or ms-swift"),
+        (["--no_such_flag", "1", "--rlhf_type", "grpo"], "--rlhf_type grpo: .*TRL or ms-swift"),
     ]:
         with pytest.raises(UsageError, match=said):
             parse(DpoArguments, ["--model", "A/B", *words])
