@@ -376,15 +376,19 @@ class GenerationArguments(Arguments):
     )
 
 
+def plugins() -> Any:
+    """The flag --custom_register_path, of all commands that read models."""
+    text = "Python files that register models, templates or data sets"
+    return field([], text, aliases=["external_plugins"], path=True)
+
+
 @arguments
 class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArguments):
     """General"""
 
     NOTES: ClassVar[Mapping[str, Note]] = COMMON_NOTES
 
-    custom_register_path: list[str] = field(
-        [], "Python files that register models, templates or data sets", aliases=["external_plugins"], path=True,
-    )  # fmt: skip
+    custom_register_path: list[str] = plugins()
     exist_ok: bool = run_setting(False, "write although the output directory exists")
     debug: bool = run_setting(False, "show the traceback of an error", common=True)
     save_config: str | None = run_setting(

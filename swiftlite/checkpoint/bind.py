@@ -13,8 +13,9 @@ from swiftlite.families.hf_config import architecture_of, convert_hf_config
 from swiftlite.families.records import Family
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.io import blame
-from swiftlite.weights.rule import BoundMap, Duplicate
+from swiftlite.weights.rule import BoundMap, Duplicate, Source, WeightMap, WeightRule
 from swiftlite.weights.shape import ModelShape
+from swiftlite.weights.storage import TensorSpec
 
 __all__ = ["architecture_of", "bind_map", "convert_hf_config", "flatten_config"]
 
@@ -36,6 +37,22 @@ def bind_map(config: Mapping[str, Any], names: Iterable[str] = (), *, with_mtp: 
 def resolve_copy(duplicate: Duplicate, bound: BoundMap) -> str:
     """The tensor that holds the bytes of a stored copy; a tied model's head is its embedding."""
     return duplicate.of if duplicate.of in bound.by_hf else "model.embed_tokens.weight"
+
+
+def plain_map(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> BoundMap:
+    """A map of tensors to themselves, for a checkpoint whose architecture has no family: what merging and comparing need.
+
+    Args: specs: of all tensors of the checkpoint.
+    """
+    text = {**config, **(config.get("text_config") or {})}
+    sizes = {key: int(text.get(key) or 0) for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    embedding = any(name.endswith("embed_tokens.weight") for name in specs)
+    shape = ModelShape(
+        num_layers=sizes["num_hidden_layers"], hidden=sizes["hidden_size"], vocab=sizes["vocab_size"], heads=0, groups=0,
+        head_dim=0, ffn=0, moe_layers=(), tied=embedding and "lm_head.weight" not in specs,
+    )  # fmt: skip
+    rules = [WeightRule(name, (Source(name, tuple(spec.shape)),)) for name, spec in specs.items()]
+    return WeightMap(tuple(rules), ()).bind(shape)
 
 
 def _held(names: Iterable[str]) -> int | None:

@@ -1,11 +1,10 @@
 """Chooses between the model types that share one architecture, from what a directory holds besides its weights.
 
 The clues, strongest first; each one may only narrow the candidates, and says why:
-  1. the chat template renders two probe conversations as a candidate's template does;
-  2. the special tokens of a candidate's template exist in the checkpoint;
-  3. the directory's name, or the name it was saved under, resembles the candidate's published ids;
-  4. config values that a candidate's released checkpoints have (ModelMeta.clues);
-  5. the end-of-sequence token of the config ends the candidate's turns.
+  1. the special tokens of a candidate's template exist in the checkpoint;
+  2. the directory's name, or the name it was saved under, resembles the candidate's published ids;
+  3. config values that a candidate's released checkpoints have (ModelMeta.clues).
+Nothing hangs on it where the checkpoint has a chat template, which is then what writes the text.
 No clue knows a model type by name; what is particular to one is data.
 """
 
@@ -21,13 +20,9 @@ from typing import Any
 from swiftlite.checkpoint.hub import model_name
 from swiftlite.checkpoint.info import first_of, rope_scaling
 from swiftlite.families.records import ModelMeta, TemplateMeta
-from swiftlite.utils.bounded import LimitError, run_bounded
 from swiftlite.utils.io import blame, read_json
-from swiftlite.utils.logger import get_logger
 from swiftlite.utils.text import some
 
-_QUERY, _SYSTEM = "What is in the box?", "You answer in verse."
-_DATE = re.compile(r"\d{1,2} [A-Z][a-z]{2} \d{4}")
 _SPECIAL = re.compile(r"<[|｜][^<>|｜]*[|｜]>")
 # Parts of names that say nothing about the series: sizes, versions, kinds of tuning, formats.
 _GENERIC = re.compile(
@@ -47,7 +42,6 @@ class Facts:
     model_dir: str
     config: Mapping[str, Any]
     given_name: str = ""  # the id or path as the user wrote it
-    is_usable: bool = True  # the chat template has not failed so far
 
     @property
     def names(self) -> list[str]:
@@ -73,49 +67,16 @@ class Facts:
         return template
 
     @cached_property
-    def special_ids(self) -> dict[str, int]:
-        """Added tokens and their ids."""
+    def special_tokens(self) -> set[str]:
+        """Added tokens, and those that the chat template writes."""
         with blame(Path(self.model_dir) / "tokenizer_config.json"):
-            found = {
-                str(entry.get("content")): int(token_id)
-                for token_id, entry in (self.tokenizer_config.get("added_tokens_decoder") or {}).items()
-            }
+            decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
+            found = {str(entry.get("content")) for entry in decoder.values()}
         path = Path(self.model_dir) / "tokenizer.json"
         if not found and path.is_file():
             with blame(path):
-                found = {str(t["content"]): int(t["id"]) for t in read_json(path).get("added_tokens") or ()}
-        return found
-
-    def token(self, attribute: str) -> str:
-        """Text of `bos_token`, `eos_token`, ... (or their `_id` form) as tokenizer_config.json states it."""
-        value = self.tokenizer_config.get(attribute.removesuffix("_id"))
-        return str(value.get("content", "") if isinstance(value, dict) else value or "")
-
-    def render(self, messages: list[dict[str, str]]) -> str | None:
-        """The chat template's text for `messages` with the generation prompt; None where it refuses them."""
-        if not self.jinja or not self.is_usable:
-            return None
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.do"])
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda _format: "01 Jan 2000"
-        names = {name: self.token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        text = self.jinja
-
-        def written() -> str:
-            return environment.from_string(text).render(messages=messages, add_generation_prompt=True, **names)
-
-        try:
-            return run_bounded(written)
-        except LimitError as error:  # whatever is wrong with it: it is a clue, no more
-            get_logger().info("%s: its chat template cannot be tried: %s", self.model_dir, error)
-            self.is_usable = False
-            return None
+                found = {str(token["content"]) for token in read_json(path).get("added_tokens") or ()}
+        return found | set(_SPECIAL.findall(self.jinja or ""))
 
 
 @dataclass
@@ -130,53 +91,8 @@ class Choice:
         return {meta.template for meta in self.candidates}
 
 
-def _text(parts: Sequence[Any] | None, facts: Facts) -> str:
-    return "".join(facts.token(p[0]) if isinstance(p, list | tuple) else p for p in parts or ())
-
-
-def _expected(template: TemplateMeta, facts: Facts, system: str | None) -> str:
-    """Text of a first round up to the answer, as the template record puts it together."""
-    head = template.prefix
-    if system and template.system_prefix is not None:
-        head = template.system_prefix
-    text = _text(head, facts) + _text(template.prompt, facts)
-    return text.replace("{{SYSTEM}}", system or "").replace("{{QUERY}}", _QUERY) + template.response_prefix
-
-
-def _normal(text: str, facts: Facts) -> str:
-    text = _DATE.sub("DATE", text.replace("{{DATE}}", "DATE"))
-    return text.removeprefix(facts.token("bos_token")).strip()
-
-
-def _by_chat_template(facts: Facts, candidates: list[ModelMeta], templates: Templates) -> Clue:
-    user = {"role": "user", "content": _QUERY}
-    alone = facts.render([user])
-    with_system = facts.render([{"role": "system", "content": _SYSTEM}, user])
-    if alone is None:
-        return [], ""
-
-    def score(meta: ModelMeta) -> int:
-        template = templates.get(meta.template or "")
-        if template is None:
-            return 0
-        points = 0
-        if with_system is not None and template.system_prefix is not None:
-            points += 2 * (_normal(with_system, facts) == _normal(_expected(template, facts, _SYSTEM), facts))
-        if _normal(alone, facts) == _normal(_expected(template, facts, template.default_system), facts):
-            points += 2
-        elif _normal(alone, facts) == _normal(_expected(template, facts, None), facts):
-            points += 1  # the same text but for the default system message, which users often remove
-        return points
-
-    scores = [score(meta) for meta in candidates]
-    kept = [meta for meta, points in zip(candidates, scores, strict=True) if points and points == max(scores)]
-    return kept, "its chat template renders probe conversations as theirs does"
-
-
 def _by_special_tokens(facts: Facts, candidates: list[ModelMeta], templates: Templates) -> Clue:
-    have = set(facts.special_ids)
-    if facts.jinja:
-        have |= set(_SPECIAL.findall(facts.jinja))
+    have = facts.special_tokens
     if not have:
         return [], ""
 
@@ -236,19 +152,7 @@ def _by_config(facts: Facts, candidates: list[ModelMeta], templates: Templates) 
     return kept, f"config.json (vocabulary {vocab}, rope scaling {values['rope_type']}) is theirs"
 
 
-def _by_end_token(facts: Facts, candidates: list[ModelMeta], templates: Templates) -> Clue:
-    eos = first_of(facts.config, "eos_token_id")
-    ends = set(eos) if isinstance(eos, list) else {eos} - {None}
-
-    def ends_turns(meta: ModelMeta) -> bool:
-        template = templates.get(meta.template or "")
-        parts = template.suffix if template else ()
-        return any(facts.special_ids.get(p.strip(), -1) in ends for p in parts if isinstance(p, str))
-
-    return [meta for meta in candidates if ends_turns(meta)], "its end-of-sequence token ends their turns"
-
-
-_CLUES = (_by_chat_template, _by_special_tokens, _by_name, _by_config, _by_end_token)
+_CLUES = (_by_special_tokens, _by_name, _by_config)
 
 
 def choose(facts: Facts, candidates: Sequence[ModelMeta], templates: Mapping[str, TemplateMeta]) -> Choice:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,13 @@ OLDEST_TRANSFORMERS = "4.57"
 
 # Parts of names of checkpoints whose weights are quantised in a way that is not read here.
 _QUANTISED = re.compile(r"awq|gptq|aqlm|bnb|nf4|int[48]|[248]-?bits?|\dx\d+", re.IGNORECASE)
+
+
+# Classes of transformers that build a language model, and the tables of the model types each of them knows.
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+}
 
 
 def _match(model_id_or_path: str, registry: Mapping[str, ModelMeta]) -> tuple[ModelMeta, Release] | None:
@@ -127,6 +135,22 @@ def _candidates(architecture: str, config: Mapping[str, Any], registry: Mapping[
     return [meta for meta in registry.values() if same.intersection(meta.architectures)]
 
 
+def _check_buildable(architecture: str, facts: Facts) -> None:
+    """Raises: ConfigError for a config that transformers builds no language model of."""
+    named = facts.config.get("auto_map")
+    if isinstance(named, Mapping) and named.keys() & set(AUTO_CLASSES):
+        return  # the checkpoint's own code, which --trust_remote_code lets run
+    from transformers.models.auto import modeling_auto
+
+    hf_type = facts.config.get("model_type")
+    if not any(hf_type in getattr(modeling_auto, table) for table in AUTO_CLASSES.values()):
+        raise ConfigError(
+            f"{facts.model_dir}/config.json has architecture {architecture} (model_type {hf_type!r}), which is not "
+            "supported: the installed transformers knows no language model of this type; give --model_type if it is a "
+            "registered one under another name (docs/models.md)"
+        )
+
+
 def _resolve_type(
     facts: Facts, need_template: bool, registry: Mapping[str, ModelMeta], templates: Mapping[str, TemplateMeta]
 ) -> tuple[str | None, ModelMeta, str]:
@@ -149,11 +173,9 @@ def _resolve_type(
             )
     candidates = _candidates(architecture, facts.config, registry)
     if not candidates:
-        known = sorted({a for meta in registry.values() for a in meta.architectures})
-        raise ConfigError(
-            f"{facts.model_dir}/config.json has architecture {architecture}, which is not supported; "
-            f"supported: {some(known)} (docs/models.md); give --model_type if it is one of these under another name"
-        )
+        _check_buildable(architecture, facts)
+        plain = ModelMeta(str(facts.config.get("model_type") or architecture), architectures=(architecture,))
+        return None, plain, f"{architecture} has no Megatron mapping, transformers only"
     if len(candidates) == 1:
         return candidates[0].model_type, candidates[0], f"it is the only type with architecture {architecture}"
     choice = choose(facts, candidates, templates)
@@ -172,6 +194,12 @@ def _resolve_type(
         )
     undecided = dataclasses.replace(first, template=None)
     return None, undecided, f"{explanation}; undecided between {names}, which does not matter without a chat template"
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    """Once: a command looks at its model several times."""
+    logger.info(text)
 
 
 def _check_requirements(model_type: str, requires: tuple[str, ...], ignore: bool) -> None:
@@ -265,8 +293,8 @@ def get_model_info_meta(
     else:
         facts = Facts(model_dir, config, given_name=str(model_id_or_path))
         resolved, meta, explanation = _resolve_type(facts, need_template, registry, templates)
-    log = logger.debug if model_type else logger.info  # no news where the user, or an earlier look, has said it
-    log("%s is of type %s: %s", model_dir, resolved or "(undecided)", explanation)
+    if model_type is None:
+        _tell(f"{model_dir}{f' is of type {resolved}' if resolved else ''}: {explanation}")
     _check_requirements(meta.model_type, meta.requires, ignore_requirements)
     method, bits = info.quantization(config)
     dtype = info.to_torch_dtype(torch_dtype) or info.to_torch_dtype(meta.torch_dtype) or info.config_dtype(config)

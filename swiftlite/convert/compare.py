@@ -9,7 +9,7 @@ import torch
 
 from swiftlite.arguments.export import VerifyArguments
 from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
-from swiftlite.checkpoint.resolve import as_arguments
+from swiftlite.checkpoint.resolve import as_arguments, register_custom
 from swiftlite.checkpoint.side_files import read_hashes
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.io import format_bytes
@@ -28,6 +28,7 @@ def verify_main(args: VerifyArguments | Sequence[str]) -> None:
     Raises: VerifyError naming the first tensor that differs.
     """
     args = as_arguments(VerifyArguments, args)
+    register_custom(args.custom_register_path)
     paths = [Path(d) for d in args.directories]
     a, b = (Checkpoint.open(path) for path in paths)
     known = [read_hashes(checkpoint_root(path)) if args.quick else {} for path in paths]

@@ -23,10 +23,11 @@ import torch
 from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
-from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.bind import architecture_of, convert_hf_config
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.files import main_dtype
 from swiftlite.checkpoint.side_files import MEGATRON_LM_ARGS, write_hashes
+from swiftlite.families import family_of
 from swiftlite.utils.directories import TRACKER
 from swiftlite.utils.dist import num_processes
 from swiftlite.utils.errors import CheckpointError
@@ -158,6 +159,7 @@ class McoreTarget:
     def plan(self, source: Checkpoint | Adapter) -> McorePlan | AdapterPlan:
         if isinstance(source, Adapter):
             return AdapterPlan(source, to_mcore=True)
+        family_of(architecture_of(source.config))  # says what to do where there is none
         dtypes = {(e.mcore, e.expert): self._dtype(source, e) for e in source.bound.entries}
         specs = [(e, dtypes[e.mcore, e.expert]) for e in source.bound.entries]
         total = sum(TensorSpec(dtype, e.shape).nbytes for e, dtype in specs)

@@ -85,13 +85,23 @@ def families() -> tuple[Family, ...]:
     return tuple(_FAMILIES.values())
 
 
+def has_family(architecture: str) -> bool:
+    """Whether models of this architecture have a Megatron mapping."""
+    return any(architecture in family.architectures for family in families())
+
+
 def family_of(architecture: str) -> Family:
-    """The family that a config.json's `architectures[0]` belongs to. Raises: ConfigError listing what is supported."""
+    """The family that a config.json's `architectures[0]` belongs to. Raises: ConfigError saying what to do
+    where there is none.
+    """
     for family in families():
         if architecture in family.architectures:
             return family
-    known = sorted(a for f in families() for a in f.architectures)
-    raise ConfigError(f"architecture {architecture!r} has no Megatron mapping; supported are {', '.join(known)}")
+    raise ConfigError(
+        f"architecture {architecture} has no Megatron mapping yet; train and merge it with transformers (swiftlite sft, pt, "
+        "dpo, infer, export --merge_lora true), or write a family file for it and give that with --custom_register_path "
+        "(docs/architecture.md)"
+    )
 
 
 def tiny_configs() -> dict[str, dict[str, dict[str, Any]]]:

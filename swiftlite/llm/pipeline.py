@@ -64,6 +64,8 @@ def plan_tokens(args: BaseArguments, config: Mapping[str, Any]) -> NewTokens | N
     if not tokens:
         return None
     tokenizer = load_tokenizer(str(args.model_info.model_dir), trust_remote_code=args.trust_remote_code)
+    if config.get("vocab_size") is None:
+        raise UsageError("--new_special_tokens: config.json does not say vocab_size; add it there")
     known = set(tokenizer.get_vocab())
     tokenizer.add_tokens(tokens, special_tokens=True)
     ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}

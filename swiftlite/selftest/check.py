@@ -22,7 +22,7 @@ from swiftlite.arguments.export import CheckArguments
 from swiftlite.checkpoint.bind import architecture_of, bind_map, convert_hf_config
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
-from swiftlite.checkpoint.resolve import as_arguments
+from swiftlite.checkpoint.resolve import as_arguments, register_custom
 from swiftlite.convert.conversion import Options, convert
 from swiftlite.convert.targets import HfTarget, McoreTarget
 from swiftlite.families import family_of, tiny_configs
@@ -230,6 +230,7 @@ def check_main(args: CheckArguments | Sequence[str]) -> list[CheckResult] | Pari
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     args = as_arguments(CheckArguments, args)
+    register_custom(args.custom_register_path)
     if args.parity:
         from swiftlite.selftest.parity import parity
 

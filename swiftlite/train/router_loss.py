@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from swiftlite.arguments.train import TrainArguments
-from swiftlite.families.hf_config import convert_hf_config
+from swiftlite.families import has_family
+from swiftlite.families.blocks import EXPERT_KEYS, TOPK_KEYS
+from swiftlite.families.hf_config import architecture_of, convert_hf_config
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
+ROUTERS = (".mlp.gate", ".mlp.router", ".block_sparse_moe.gate")  # how names of routers end in models of transformers
 PADDING = -1  # the sequence that padding belongs to
 
 
@@ -101,6 +104,18 @@ def sequences_of(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return sequences, sequences.bincount()
 
 
+def router_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What RouterLoss.of asks for, of a config.json whose architecture has no family."""
+    flat = {**config, **(config.get("text_config") or {})}
+    fields = {
+        "num_experts": next((flat[key] for key in EXPERT_KEYS if flat.get(key)), 0),
+        "moe_router_topk": next((flat[key] for key in TOPK_KEYS if flat.get(key)), 1),
+    }
+    if flat.get("scoring_func"):
+        fields["moe_router_score_function"] = flat["scoring_func"]
+    return fields
+
+
 class RouterWatch:
     """Computes a RouterLoss in every router of a Hugging Face model while it runs.
 
@@ -111,11 +126,11 @@ class RouterWatch:
         self.loss = loss
         self.sequences, self.lengths = torch.empty(0), torch.empty(0)
         self.found: dict[str, Tensor] = {}
-        routers = {name: module for name, module in model.named_modules() if name.endswith(".mlp.gate")}
-        if not routers:
+        routers = {name: module for name, module in model.named_modules() if name.endswith(ROUTERS)}
+        if not routers or any(getattr(module, "weight", None) is None for module in routers.values()):
             raise UsageError(
-                f"--moe_aux_loss_coeff, --moe_z_loss_coeff: {type(model).__name__} has no router named mlp.gate; leave them "
-                "out, or train with `swiftlite megatron`"
+                f"--moe_aux_loss_coeff, --moe_z_loss_coeff: {type(model).__name__} has no router named "
+                f"{' or '.join(name[1:] for name in ROUTERS)} with a weight; leave them out"
             )
         for name, module in routers.items():
             module.register_forward_pre_hook(self._hook(name))
@@ -125,15 +140,18 @@ class RouterWatch:
         """None where the arguments ask for no loss of this kind."""
         if not (args.moe_aux_loss_coeff or args.moe_z_loss_coeff):
             return None
-        loss = RouterLoss.of(args, convert_hf_config(args.model_info.config))
+        config = args.model_info.config
+        known = has_family(architecture_of(config))
+        loss = RouterLoss.of(args, convert_hf_config(config) if known else router_fields(config))
         return cls(model, loss) if loss else None
 
     def _hook(self, name: str) -> Any:
         def observe(router: Any, inputs: tuple[Any, ...]) -> None:
             if torch.is_grad_enabled():
-                hidden = inputs[0].flatten(0, -2)
+                hidden, bias = inputs[0].flatten(0, -2), getattr(router, "bias", None)
+                bias = None if bias is None else bias.float()
                 with torch.autocast(hidden.device.type, enabled=False):
-                    logits = torch.nn.functional.linear(hidden.float(), router.weight.float())
+                    logits = torch.nn.functional.linear(hidden.float(), router.weight.float(), bias)
                     loss = self.loss(logits, self.sequences, self.lengths)
                 self.found.setdefault(name, loss)  # a recomputed layer runs, and must do all of this, a second time
 

@@ -6,8 +6,9 @@ transformers and torch are imported when something is loaded.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from swiftlite.arguments.base import ATTENTION
 from swiftlite.checkpoint.files import check_side_files
 from swiftlite.checkpoint.info import ModelInfo, config_dtype
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
-from swiftlite.checkpoint.registry import get_model_info_meta
+from swiftlite.checkpoint.registry import AUTO_CLASSES, get_model_info_meta
 from swiftlite.families.records import ModelMeta
 from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError, reason
@@ -42,7 +43,7 @@ def add_special_tokens(tokenizer: Any, model: Any | None, tokens: Sequence[str])
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     added = [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens if token not in known]
     if added and model is not None:
-        grow_vocabulary(model, resized_vocab_size(int(model.config.vocab_size), len(tokenizer)))
+        grow_vocabulary(model, resized_vocab_size(vocab_size_of(model), len(tokenizer)))
     return added
 
 
@@ -51,18 +52,23 @@ def grow_vocabulary(model: Any, rows: int) -> None:
 
     New rows are the mean of the old ones, so that an untrained token is neither favoured nor impossible.
     """
-    old = int(model.config.vocab_size)
+    old = vocab_size_of(model)
     if rows <= old:
         return
     import torch
 
     logger.info("vocabulary grows from %d to %d rows", old, rows)
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.resize_token_embeddings(rows, mean_resizing=False)  # and the configs
     matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
     with torch.no_grad():
         for weight in matrices.values():
             weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
-    model.config.vocab_size = rows
+    model.config.get_text_config().vocab_size = rows
+
+
+def vocab_size_of(model: Any) -> int:
+    """Rows of the vocabulary, also of a model that reads images too, whose text part has a config of its own."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def repair_pad_eos(tokenizer: Any, model: Any | None = None) -> None:
@@ -107,12 +113,10 @@ def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
 
 def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | None, **kwargs: Any) -> Any:
     """`from_pretrained`, for files that hold exactly this model. Raises: CheckpointError naming what is amiss."""
-    from transformers import AutoModelForCausalLM
-
     from swiftlite.llm.model.names import Others, check_names, keep_declared_frozen
 
     dtype = "auto" if model_info.quant_method == "fp8" else model_info.torch_dtype
-    model_class: Any = automodel_class or AutoModelForCausalLM
+    model_class: Any = automodel_class or auto_class(model_info.config or {})
     try:
         model, loading = model_class.from_pretrained(
             model_dir, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -130,7 +134,35 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | No
         )
     check_names(loading["missing_keys"], unexpected, model_dir)
     keep_declared_frozen(model)
+    _freeze_other_parts(model)
     return model
+
+
+def auto_class(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that builds the whole model of a config.json: of text, or of images and text."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind, (architecture, *_) = config.get("model_type"), config.get("architectures") or [""]
+    named = config.get("auto_map") or {}
+    text, images = (getattr(modeling_auto, table) for table in AUTO_CLASSES.values())
+    whole = images.get(kind)
+    reads_images = architecture == whole if kind in text else whole is not None
+    if named:
+        reads_images = "AutoModelForCausalLM" not in named and (reads_images or "AutoModelForImageTextToText" in named)
+    return getattr(transformers, list(AUTO_CLASSES)[reads_images])
+
+
+def _freeze_other_parts(model: Any) -> None:
+    """Train nothing of a model that reads images too but its text part."""
+    config = model.config
+    if config.get_text_config() is config or not hasattr(model, "get_decoder"):
+        return
+    kept = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) if part for p in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+    logger.info("%s: text only; the parts for images are neither used nor trained", type(model).__name__)
 
 
 def get_model_tokenizer_from_local(
@@ -187,6 +219,32 @@ def _check_cast(model: Any, model_info: ModelInfo, allow_overflow: bool) -> None
         check_overflow(found, dtype, allow_overflow)
 
 
+# What reads quantised weights; others are refused.
+_READERS = {"bnb": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
+
+
+def _for_quantised(model_info: ModelInfo) -> dict[str, Any]:
+    """Keywords of from_pretrained for weights of this kind. Raises: SwiftliteError saying what they need."""
+    method = model_info.quant_method
+    if method in (None, "fp8"):
+        return {}
+    if method == "mxfp4":  # of gpt-oss: adapters and optimizer steps need numbers
+        from transformers import Mxfp4Config
+
+        return {"quantization_config": Mxfp4Config(dequantize=True)}
+    package = _READERS.get(str(method))
+    if package is None:
+        raise SwiftliteError(
+            f"{model_info.model_dir} holds {str(method).upper()} weights, which cannot be trained or converted; use the "
+            "unquantised checkpoint"
+        )
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise SwiftliteError(
+            f"{model_info.model_dir} holds {package} weights; run: pip install {package}, or use the unquantised checkpoint"
+        )
+    return {}
+
+
 def get_model_tokenizer(
     model_id_or_path: str,
     torch_dtype: Any = None,
@@ -234,12 +292,7 @@ def get_model_tokenizer(
         ignore_requirements=ignore_requirements,
         hub_token=hub_token,
     )
-    if model_info.quant_method in ("gptq", "awq"):
-        raise SwiftliteError(
-            f"{model_info.model_dir} holds {model_info.quant_method.upper()} weights, which cannot be trained or "
-            "converted; use the unquantised checkpoint"
-        )
-    model_kwargs = dict(model_kwargs or {})
+    model_kwargs = {**_for_quantised(model_info), **(model_kwargs or {})}
     if device_map is not None:
         model_kwargs["device_map"] = device_map
     get_function = resolve_function(model_meta.get_function)
@@ -258,8 +311,8 @@ def get_model_tokenizer(
             loaded.model_info, loaded.model_meta = model_info, model_meta
     if model is not None:
         model.model_dir = model_info.model_dir
-        if model_info.config is not None and model.config.vocab_size != model_info.config.get("vocab_size"):
-            model_info.config = {**model_info.config, "vocab_size": model.config.vocab_size}
+        if model_info.config is not None and vocab_size_of(model) != model_info.config.get("vocab_size"):
+            model_info.config = {**model_info.config, "vocab_size": vocab_size_of(model)}
     return model, tokenizer
 
 

@@ -79,11 +79,11 @@ class Others:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Others:
-        """By the model family's rules; nothing for a model without a family."""
+        """By the model family's rules; without a family only what old releases of transformers wrote besides."""
         try:
             family = family_of(architecture_of(config))
         except ConfigError:
-            return cls()
+            return cls(ignored=("*.rotary_emb.inv_freq",))
         weights = family.weights
         tied = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
         first = int(config.get("num_hidden_layers") or 0)

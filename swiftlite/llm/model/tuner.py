@@ -18,7 +18,7 @@ from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.logger import get_logger
-from swiftlite.weights.lora import ALL_LINEAR, PEFT_PREFIX, check_beginning, check_stated, initial_a
+from swiftlite.weights.lora import PEFT_PREFIX, check_beginning, check_stated, initial_a
 from swiftlite.weights.safetensors import read_header
 
 logger = get_logger()
@@ -170,12 +170,14 @@ def check_settings(args: SftArguments) -> None:
     names_layers = args.train_type == "lora" and args.target_modules != ["all-linear"]
     if args.adapters or not (names_layers or any(getattr(args, flag) for flag in flags)):
         return
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from swiftlite.llm.model.loader import auto_class
 
     code = args.trust_remote_code
     config = AutoConfig.from_pretrained(args.model_info.model_dir, trust_remote_code=code)
     with torch.device("meta"):
-        prepare_model(AutoModelForCausalLM.from_config(config, trust_remote_code=code), args)
+        prepare_model(auto_class(args.model_info.config).from_config(config, trust_remote_code=code), args)
 
 
 def held_in_fp32(model: Any) -> set[str]:
@@ -196,12 +198,31 @@ def lora_targets(linear: set[str], args: TunerArguments) -> set[str] | str:
         return str(args.target_regex)
     targets = set(args.target_modules)
     if "all-linear" in targets:
-        targets = (targets - {"all-linear"}) | (set(ALL_LINEAR) & linear)
+        targets = (targets - {"all-linear"}) | (linear - NO_PROJECTIONS)
     # A name may be a path's end: self_attn.q_proj.
     unknown = sorted(target for target in targets if target.rpartition(".")[2] not in linear)
     if unknown:
         raise UsageError(f"--target_modules {unknown[0]}: no such linear layer; there are {', '.join(sorted(linear))}")
     return targets
+
+
+# Linear layers that are no projections of attention or feed-forward layers: output layers and routers.
+NO_PROJECTIONS = {"lm_head", "embed_out", "gate", "router", "shared_expert_gate"}
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Names of the linear layers; of a model that reads images too, those of its text part."""
+    whole = model.config.get_text_config() is model.config or not hasattr(model, "get_decoder")
+    inside = None if whole else {id(module) for module in model.get_decoder().modules()}
+    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name, module in linear if inside is None or id(module) in inside]
+
+
+def _of_other_parts(model: Any, linear: list[str]) -> list[str]:
+    """Linear layers that would get adapters by their last name, though they are not among `linear`."""
+    last = {name.rpartition(".")[2] for name in linear}
+    others = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - set(linear)
+    return sorted(name for name in others if name.rpartition(".")[2] in last)
 
 
 def lora_model(model: Any, args: SftArguments) -> Any:
@@ -213,8 +234,8 @@ def lora_model(model: Any, args: SftArguments) -> Any:
     if args.adapters:
         return attach_adapter(model, Path(args.adapters[0]), trainable=True)
     split_experts(model)
-    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    targets = lora_targets(linear, args)
+    linear = linear_layers(model)
+    targets = lora_targets({name.rpartition(".")[2] for name in linear}, args)
     tied = model.get_output_embeddings() is not None and (
         model.get_output_embeddings().weight is model.get_input_embeddings().weight
     )
@@ -228,6 +249,7 @@ def lora_model(model: Any, args: SftArguments) -> Any:
         bias=args.lora_bias,  # type: ignore[arg-type]  # its choices are the field's
         use_rslora=args.use_rslora,
         target_modules=sorted(targets) if isinstance(targets, set) else targets,
+        exclude_modules=_of_other_parts(model, linear) or None,
         modules_to_save=args.modules_to_save or None,
         trainable_token_indices={name: new_rows for name in kept} if new_rows and kept and not together else None,
         ensure_weight_tying=bool(together),
@@ -367,17 +389,28 @@ def _linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
+def _is_divisible(fused: Any) -> bool:
+    """Are the experts gate, up and down projections as SplitExperts computes them?"""
+    up, down = fused.gate_up_proj, fused.down_proj
+    return (
+        {name for name, _ in fused.named_parameters()} == {"gate_up_proj", "down_proj"}
+        and (up.shape[1], up.shape[2]) == (2 * down.shape[2], down.shape[1])
+        and getattr(getattr(type(fused), "_apply_gate", None), "__name__", "") == "_default_apply_gate"
+    )
+
+
 def split_experts(model: Any, trainable: bool = False) -> int:
     """Replace fused experts by SplitExperts, in place. Returns: how many layers; 0 with transformers 4, where none are."""
     count = 0
-    for module in list(model.modules()):
+    stored: Mapping[str, Stored] = {}
+    for place, module in list(model.named_modules()):
         fused = getattr(module, "experts", None)
         up, down = getattr(fused, "gate_up_proj", None), getattr(fused, "down_proj", None)
         if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == 3:
-            if up.shape[1] != 2 * down.shape[2] or up.shape[2] != down.shape[1]:
-                raise UsageError(
-                    f"{type(fused).__name__}: experts of this form cannot be divided; use --train_type full"
-                )
+            stored = stored or checkpoint_tensors(model)
+            if not _is_divisible(fused) or f"{place}.experts.0.gate_proj.weight" not in stored:
+                logger.warning("%s: experts of this form get no adapters of their own", type(fused).__name__)
+                return 0
             module.experts = SplitExperts(fused).requires_grad_(trainable)
             count += 1
     return count

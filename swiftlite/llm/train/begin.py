@@ -68,7 +68,8 @@ def started(
             data = load(args, template)
             tuner.check_settings(args)
             model = load_model(args)
-            model.config.use_cache = False  # of no use in training, and it hides where joined samples begin
+            for config in (model.config, model.config.get_text_config()):
+                config.use_cache = False  # of no use in training, and it hides where joined samples begin
             yield model, template, data, start
 
 

@@ -135,7 +135,8 @@ def reference_model(args: DpoArguments, model: Any) -> Any | None:
         check_reference(args, *(m.get_input_embeddings().weight.shape[0] for m in (reference, model)))
     if args.train_type != "lora":
         _round_like_trained(reference)
-    reference.config.use_cache = False
+    for config in (reference.config, reference.config.get_text_config()):
+        config.use_cache = False
     return reference.requires_grad_(False).eval()
 
 

@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from swiftlite.checkpoint.model_type import Facts
 from swiftlite.llm.template import get_template
 from swiftlite.llm.template.parity import differences
 from swiftlite.utils import bounded
@@ -51,11 +50,9 @@ def test_results_and_errors_come_back():
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_bounded(name, make_tokenizer, tmp_path):
+def test_a_hostile_template_is_bounded(name, make_tokenizer):
     tokenizer = make_tokenizer(eos_token="<|im_end|>")
     tokenizer.chat_template = HOSTILE[name]
-    (tmp_path / "chat_template.jinja").write_text(HOSTILE[name])
-    assert Facts(str(tmp_path), {}).render(QA[:1]) is None  # a clue which model it is, no more
     template = get_template("qwen3", tokenizer)  # has variants, which are tried
     list(differences(template))
     assert template.encode({"messages": QA})["length"] > 0

@@ -1,0 +1,178 @@
+"""Models without a family, from the command line: they train, answer and merge with transformers; Megatron says no."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swiftlite.cli.main import main
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+_SLIDING = {"head_dim": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# model_type -> (architecture, config besides _SIZES, layers that `all-linear` names)
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+LLAMA = ATTENTION | {"gate_proj", "up_proj", "down_proj"}
+MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "gemma3_text": ("Gemma3ForCausalLM", {**_SLIDING, "query_pre_attn_scalar": 8}, LLAMA),
+    "phi3": ("Phi3ForCausalLM", {}, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+    "olmo2": ("Olmo2ForCausalLM", {}, LLAMA),
+    "granite": ("GraniteForCausalLM", {}, LLAMA),
+    "gpt_oss": ("GptOssForCausalLM", {**_SLIDING, **_MIXTURE}, ATTENTION),
+    "starcoder2": ("Starcoder2ForCausalLM", {}, ATTENTION | {"c_fc", "c_proj"}),
+}
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FLAGS = ["--train_iters", "2", "--global_batch_size", "2", "--micro_batch_size", "2", "--lr", "1e-2", "--max_length",
+         "100", "--logging_steps", "1", "--torch_dtype", "float32", "--save_weights_only", "true"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Any:
+    """`made("phi3", key=value)` -> a model directory with a chat template and random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(kind: str, weights: bool = True, **changes: Any) -> Path:
+        architecture, own, _ = MODELS[kind]
+        directory = tmp_path_factory.mktemp(f"a-{kind.replace('_', '')}")
+        config = {**_SIZES, "architectures": [architecture], "model_type": kind, **own, **changes}
+        for file in tiny_tokenizer_dir.iterdir():
+            shutil.copy(file, directory)
+        (directory / "chat_template.jinja").write_text(CHAT)
+        (directory / "config.json").write_text(json.dumps(config))
+        if weights:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+            model.save_pretrained(directory)
+            (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs, of which sft reads the better answers."""
+    messages = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Swifty."}]
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": messages, "rejected_response": f"No {i}."}) for i in range(4)))
+    return path
+
+
+def tensors(directory: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_without_a_family_trains_answers_and_merges(
+    kind: str, made: Any, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, architecture, linear = made(kind), MODELS[kind][0], MODELS[kind][2]
+    base = ["--model", str(directory)]
+    words = [*base, "--dataset", str(rows), *FLAGS]
+    routers = ["--moe_aux_loss_coeff", "0.01"] if kind == "gpt_oss" else []
+    assert main(["sft", *words, *routers, "--output_dir", str(tmp_path / "full")]) == 0
+    assert f"{architecture} has no Megatron mapping, transformers only" in capsys.readouterr().err
+    before, after = tensors(directory), tensors(tmp_path / "full/checkpoint-2")
+    assert before.keys() == after.keys(), "the names of the checkpoint"
+    assert all(not before[name].equal(after[name]) for name in before if name.endswith("q_proj.weight"))
+
+    assert main(["sft", *words, "--train_type", "lora", "--output_dir", str(tmp_path / "lora")]) == 0
+    adapter = tmp_path / "lora/checkpoint-2"
+    assert set(json.loads((adapter / "adapter_config.json").read_text())["target_modules"]) == linear
+    merged = tmp_path / "merged"
+    add = ["export", *base, "--adapters", str(adapter), "--merge_lora", "true", "--verify", "bitwise"]
+    assert main([*add, "--output_dir", str(merged)]) == 0
+    found = tensors(merged)
+    changed = {name.split(".")[-2] for name in before if not before[name].equal(found[name])}
+    assert found.keys() == before.keys() and changed == linear
+
+    ask = ["--prompt", "Who are you?", "--max_new_tokens", "5", "--temperature", "0", "--torch_dtype", "float32"]
+    answers = []
+    for model in (["--model", str(merged)], [*base, "--adapters", str(adapter)]):
+        capsys.readouterr()
+        assert main(["infer", *model, *ask]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["phi3", "starcoder2"])
+def test_preferences_of_a_model_without_a_family(kind: str, made: Any, rows: Path, tmp_path: Path) -> None:
+    words = ["--model", str(made(kind)), "--dataset", str(rows), *FLAGS, "--output_dir", str(tmp_path / "run")]
+    assert main(["dpo", *words]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/logging.jsonl").read_text().splitlines()]
+    found = [line["loss"] for line in lines if "loss" in line]
+    assert found[0] == pytest.approx(0.6931, abs=1e-4) and found[1] < found[0]
+
+
+@pytest.mark.parametrize("command", [["megatron", "sft"], ["export", "--to_mcore", "true"]])
+def test_megatron_names_the_ways_out(
+    command: list[str], made: Any, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*command, "--model", str(made("phi3")), "--output_dir", str(tmp_path / "out")]
+    assert main([*words, *(["--dataset", str(rows)] if command[0] == "megatron" else [])]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"Phi3ForCausalLM has no Megatron mapping yet; .*swiftlite sft, .*family file .*architecture\.md", error
+    )
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_files_that_are_not_this_models_are_refused(
+    made: Any, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a map, transformers' own names are the check: missing, unknown or of another shape."""
+    from safetensors.torch import save_file
+
+    directory = made("olmo2")
+    whole = tensors(directory)
+    name = "model.layers.0.mlp.up_proj.weight"
+    left = {key: value for key, value in whole.items() if key != name}
+    for changed, message in (
+        (left, f"1 missing tensor: {name}"),
+        ({**whole, "model.extra.weight": whole[name].clone()}, "1 unknown tensor: model.extra.weight"),
+        ({**left, name: whole[name][1:].clone()}, f"{name} different shapes"),
+    ):
+        save_file(changed, directory / "model.safetensors", {"format": "pt"})
+        assert main(["infer", "--model", str(directory), "--prompt", "Hi"]) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "needed"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "pip install bitsandbytes"),
+        ({"quant_method": "hqq"}, "HQQ weights, which cannot be trained or converted; use the unquantised checkpoint"),
+    ],
+)
+def test_quantised_checkpoints_say_what_they_need(
+    method: dict[str, Any], needed: str, made: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = made("granite", weights=False, quantization_config=method)
+    assert main(["infer", "--model", str(directory), "--prompt", "Hi"]) == 1
+    assert needed in capsys.readouterr().err
+
+
+def test_rows_with_images_are_refused_by_name(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A fox."}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"messages": messages, "images": ["fox.png"]}) + "\n")
+    assert (
+        main(["sft", "--model", str(made("phi3")), "--dataset", str(data), *FLAGS, "--output_dir", str(tmp_path / "o")])
+        == 1
+    )
+    assert "images" in capsys.readouterr().err
