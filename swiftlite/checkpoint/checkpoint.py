@@ -17,7 +17,7 @@ from swiftlite.checkpoint.adapter import Adapter
 from swiftlite.checkpoint.bind import architecture_of, bind_map, plain_map, resolve_copy
 from swiftlite.checkpoint.chat import copy_chat
 from swiftlite.checkpoint.files import copy_side_files
-from swiftlite.checkpoint.info import quantization, read_config
+from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.new_tokens import enter_tokens
 from swiftlite.checkpoint.planned import PlannedSource
 from swiftlite.checkpoint.side_files import MANIFEST, read_manifest
@@ -113,7 +113,7 @@ class Checkpoint:
         changes = {"vocab_size": new_tokens.rows}
         config = {**self.config, **changes}
         source = GrownSource(self.source, self.names, new_tokens.rows)
-        bound = bind_map(config, self.names) if self.kind == "mcore" else _bound(self.directory, config, source)
+        bound = bind_map(config, self.names) if self.kind == "mcore" else _bound(config, source)
         return replace(self, config=config, bound=bound, source=source, changes=changes, new_tokens=new_tokens)
 
     def merged(self, adapter: Adapter) -> Checkpoint:
@@ -164,7 +164,7 @@ class Checkpoint:
 
 def _open_hf(directory: Path, root: Path, config: dict[str, Any], weights: bool) -> Checkpoint:
     source = open_source(directory, config) if weights else PlannedSource(directory, config)
-    bound = _bound(directory, config, source)
+    bound = _bound(config, source)
     coverage = bound.check({name: t.spec.shape for name, t in source.tensors.items()}, str(directory))
     names = [name for name in source.tensors if name not in coverage.ignored]
     return Checkpoint(
@@ -176,19 +176,10 @@ def _open_hf(directory: Path, root: Path, config: dict[str, Any], weights: bool)
     )  # fmt: skip
 
 
-def _bound(directory: Path, config: Mapping[str, Any], source: Any) -> BoundMap:
-    """The family's map of a Hugging Face checkpoint; without a family its tensors are taken as they are.
-
-    Raises: CheckpointError for tensors without a family that are quantised: nothing tells how.
-    """
+def _bound(config: Mapping[str, Any], source: Any) -> BoundMap:
+    """The family's map of a Hugging Face checkpoint; without a family its tensors are taken as they are."""
     if has_family(architecture_of(config)):
         return bind_map(config, source.tensors)
-    method, _ = quantization(config)
-    if method not in (None, "fp8"):
-        raise CheckpointError(
-            f"{directory} holds {method} weights, to which nothing can be added; use the unquantised checkpoint, or a "
-            "checkpoint of a full training, which is not quantised"
-        )
     return plain_map(config, {name: source.spec(name) for name in source.tensors})
 
 

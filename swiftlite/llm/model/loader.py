@@ -6,7 +6,6 @@ transformers and torch are imported when something is loaded.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,7 +122,8 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | No
         )
     except Exception as error:  # damaged and hostile files fail in any way there is
         check_side_files(Path(model_dir))
-        raise CheckpointError(f"the model in {model_dir} could not be loaded: {reason(error)}") from error
+        way = "; or use the unquantised checkpoint" if model_info.quant_method else ""
+        raise CheckpointError(f"the model in {model_dir} could not be loaded: {reason(error)}{way}") from error
     others = Others.of(model_info.config or {})
     unexpected = [name for name in loading["unexpected_keys"] if not others.has(name)]
     for found in sorted(loading["mismatched_keys"]):  # transformers 4 tells names only
@@ -219,29 +219,18 @@ def _check_cast(model: Any, model_info: ModelInfo, allow_overflow: bool) -> None
         check_overflow(found, dtype, allow_overflow)
 
 
-# What reads quantised weights; others are refused.
-_READERS = {"bnb": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
-
-
 def _for_quantised(model_info: ModelInfo) -> dict[str, Any]:
-    """Keywords of from_pretrained for weights of this kind. Raises: SwiftliteError saying what they need."""
+    """Keywords of from_pretrained for weights of this kind. Raises: SwiftliteError for a kind that nothing is done with."""
     method = model_info.quant_method
-    if method in (None, "fp8"):
-        return {}
-    if method == "mxfp4":  # of gpt-oss: adapters and optimizer steps need numbers
+    if method in ("gptq", "awq"):
+        raise SwiftliteError(
+            f"{model_info.model_dir} holds {method.upper()} weights, which cannot be trained or converted; use the "
+            "unquantised checkpoint"
+        )
+    if method == "mxfp4":  # of gpt-oss: steps and adapters need numbers
         from transformers import Mxfp4Config
 
         return {"quantization_config": Mxfp4Config(dequantize=True)}
-    package = _READERS.get(str(method))
-    if package is None:
-        raise SwiftliteError(
-            f"{model_info.model_dir} holds {str(method).upper()} weights, which cannot be trained or converted; use the "
-            "unquantised checkpoint"
-        )
-    if importlib.util.find_spec(package.replace("-", "_")) is None:
-        raise SwiftliteError(
-            f"{model_info.model_dir} holds {package} weights; run: pip install {package}, or use the unquantised checkpoint"
-        )
     return {}
 
 

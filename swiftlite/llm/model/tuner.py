@@ -113,6 +113,12 @@ def prepare_model(model: Any, args: SftArguments) -> Any:
     if args.train_type == "lora":
         model = lora_model(model, args)
     else:
+        packed = next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
+        if packed:
+            raise UsageError(
+                f"--train_type {args.train_type}: {packed} is quantised and has no gradient; use --train_type lora, or the "
+                "unquantised checkpoint"
+            )
         freeze(model, args)
     held = set()
     for name, parameter in model.named_parameters():

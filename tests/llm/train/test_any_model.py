@@ -44,19 +44,18 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def make(kind: str, weights: bool = True, **changes: Any) -> Path:
+    def make(kind: str, **changes: Any) -> Path:
         architecture, own, _ = MODELS[kind]
         directory = tmp_path_factory.mktemp(f"a-{kind.replace('_', '')}")
         config = {**_SIZES, "architectures": [architecture], "model_type": kind, **own, **changes}
         for file in tiny_tokenizer_dir.iterdir():
             shutil.copy(file, directory)
         (directory / "chat_template.jinja").write_text(CHAT)
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain), dtype=torch.float32)
+        model.save_pretrained(directory)
         (directory / "config.json").write_text(json.dumps(config))
-        if weights:
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
-            model.save_pretrained(directory)
-            (directory / "config.json").write_text(json.dumps(config))
         return directory
 
     return make
@@ -152,19 +151,22 @@ def test_files_that_are_not_this_models_are_refused(
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("method", "needed"),
-    [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "pip install bitsandbytes"),
-        ({"quant_method": "hqq"}, "HQQ weights, which cannot be trained or converted; use the unquantised checkpoint"),
-    ],
-)
-def test_quantised_checkpoints_say_what_they_need(
-    method: dict[str, Any], needed: str, made: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = made("granite", weights=False, quantization_config=method)
+def test_quantised_checkpoints_say_what_they_need(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A package that is not there, which transformers names; packed weights have no gradient."""
+    import torch
+    from torch import nn
+
+    from swiftlite.arguments.train import SftArguments
+    from swiftlite.llm.model.tuner import prepare_model
+    from swiftlite.utils.errors import UsageError
+
+    directory = made("granite", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     assert main(["infer", "--model", str(directory), "--prompt", "Hi"]) == 1
-    assert needed in capsys.readouterr().err
+    assert re.search("bitsandbytes.*; or use the unquantised checkpoint", capsys.readouterr().err)
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UsageError, match="weight is quantised and has no gradient; use --train_type lora"):
+        prepare_model(model, SftArguments())
 
 
 def test_rows_with_images_are_refused_by_name(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
