@@ -113,7 +113,7 @@ def prepare_model(model: Any, args: SftArguments) -> Any:
     if args.train_type == "lora":
         model = lora_model(model, args)
     else:
-        packed = next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
+        packed = next((n for n, weight in model.named_parameters() if weight.dtype in (torch.uint8, torch.int8)), None)
         if packed:
             raise UsageError(
                 f"--train_type {args.train_type}: {packed} is quantised and has no gradient; use --train_type lora, or the "
@@ -398,10 +398,13 @@ def _linear(weight: Tensor) -> nn.Linear:
 def _is_divisible(fused: Any) -> bool:
     """Are the experts gate, up and down projections as SplitExperts computes them?"""
     up, down = fused.gate_up_proj, fused.down_proj
+    gate = getattr(
+        type(fused), "_apply_gate", None
+    )  # newer releases of transformers; another than theirs is another MLP
     return (
         {name for name, _ in fused.named_parameters()} == {"gate_up_proj", "down_proj"}
         and (up.shape[1], up.shape[2]) == (2 * down.shape[2], down.shape[1])
-        and getattr(getattr(type(fused), "_apply_gate", None), "__name__", "") == "_default_apply_gate"
+        and (gate is None or gate.__name__ == "_default_apply_gate")
     )
 
 
