@@ -376,10 +376,7 @@ class GenerationArguments(Arguments):
     )
 
 
-def plugins() -> Any:
-    """The flag --custom_register_path, of all commands that read models."""
-    text = "Python files that register models, templates or data sets"
-    return field([], text, aliases=["external_plugins"], path=True)
+PLUGINS = "Python files that register models, templates or data sets"
 
 
 @arguments
@@ -388,7 +385,7 @@ class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArgumen
 
     NOTES: ClassVar[Mapping[str, Note]] = COMMON_NOTES
 
-    custom_register_path: list[str] = plugins()
+    custom_register_path: list[str] = field([], PLUGINS, aliases=["external_plugins"], path=True)
     exist_ok: bool = run_setting(False, "write although the output directory exists")
     debug: bool = run_setting(False, "show the traceback of an error", common=True)
     save_config: str | None = run_setting(

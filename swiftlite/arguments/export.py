@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.arguments.base import BaseArguments, normalize_dtype, plugins
+from swiftlite.arguments.base import PLUGINS, BaseArguments, normalize_dtype
 from swiftlite.arguments.flags import EXPORT_NOTES
 from swiftlite.arguments.parser import Arguments, Note, arguments, field
 from swiftlite.utils.errors import UsageError
@@ -189,7 +189,7 @@ class VerifyArguments(Arguments):
 
     directories: list[str] = field([], "two checkpoints, Hugging Face or Megatron, in either order", path=True)
     quick: bool = field(False, "compare recorded hashes where a checkpoint has them, instead of reading its weights")
-    custom_register_path: list[str] = plugins()
+    custom_register_path: list[str] = field([], PLUGINS, aliases=["external_plugins"], path=True)
     debug: bool = field(False, "show the traceback of an error")
 
     @property
@@ -226,7 +226,7 @@ class CheckArguments(Arguments):
     use_hf: bool = field(False, "ask Hugging Face instead of ModelScope")
     hub_token: str | None = field(None, "access token of the hub")
     trust_remote_code: bool = field(False, "allow Python code that a checkpoint brings to run")
-    custom_register_path: list[str] = plugins()
+    custom_register_path: list[str] = field([], PLUGINS, aliases=["external_plugins"], path=True)
     debug: bool = field(False, "show the traceback of an error")
 
     @property

@@ -193,7 +193,8 @@ def _resolve_type(
             "ones, and neither its name nor its config tells which; give --model_type or --template"
         )
     undecided = dataclasses.replace(first, template=None)
-    return None, undecided, f"{explanation}; undecided between {names}, which does not matter without a chat template"
+    why = "the text is that of its own chat template" if facts.jinja else "no chat template is used"
+    return None, undecided, f"{explanation}; undecided between {names}, which does not matter: {why}"
 
 
 @functools.cache

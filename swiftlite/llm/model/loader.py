@@ -228,7 +228,7 @@ def _for_quantised(model_info: ModelInfo) -> dict[str, Any]:
             "unquantised checkpoint"
         )
     if method == "mxfp4":  # of gpt-oss: steps and adapters need numbers
-        from transformers import Mxfp4Config
+        from transformers.utils.quantization_config import Mxfp4Config
 
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     return {}
