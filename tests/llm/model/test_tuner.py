@@ -18,6 +18,7 @@ from swiftlite.llm.model import tuner
 from swiftlite.llm.model.names import checkpoint_tensors
 from swiftlite.llm.model.tuner import trainable_names
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
+from swiftlite.weights.lora import ALL_LINEAR
 from tests.families.cases import build_hf, config_of
 
 SIZES = {"model.embed_tokens.weight": 40, "model.layers.0.w": 10, "model.layers.1.w": 10, "lm_head.weight": 40}
@@ -116,7 +117,7 @@ def test_adapters_have_the_checkpoints_names(case: str, tmp_path: Path) -> None:
 
     stored = load_file(tmp_path / "hf/model.safetensors")
     layers = config["num_hidden_layers"]
-    wanted = {n.removesuffix(".weight") for n in stored if n.rpartition(".")[0].rpartition(".")[2] in tuner.ALL_LINEAR
+    wanted = {n.removesuffix(".weight") for n in stored if n.rpartition(".")[0].rpartition(".")[2] in ALL_LINEAR
               and n.endswith(".weight") and f"layers.{layers}." not in n}  # fmt: skip
     adapted = tuner.lora_model(model, args(train_type="lora", lora_rank=2, lora_dropout=0))
     assert config["model_type"] == adapted.config.model_type
