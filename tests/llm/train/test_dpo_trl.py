@@ -64,7 +64,8 @@ def trl_run(directory: Path, reference: Path | None, output: Path, **config: Any
         use_cpu=True, bf16=False, gradient_checkpointing=False, disable_dropout=False, disable_tqdm=True,
         **{"per_device_train_batch_size": BATCH, "learning_rate": RATE, **config},
     )  # fmt: skip
-    settings = SimpleNamespace(weight_decay=0.1, lr=args.learning_rate, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-5)
+    adam = {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-5, "optim": "adamw_torch"}
+    settings = SimpleNamespace(weight_decay=0.1, lr=args.learning_rate, **adam)
     optimizer = build_optimizer(model, settings)
     trainer = Trainer(
         model=model, ref_model=ref, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
