@@ -201,7 +201,7 @@ def get_model_tokenizer_with_flash_attn(
     if attn_impl is not None:
         implementation = ATTENTION.get(attn_impl, (None, None))[1]
         if implementation is None:
-            names = sorted(name for name, (_, known) in ATTENTION.items() if known is not None)
+            names = sorted({known for _, known in ATTENTION.values() if known is not None})
             raise UsageError(f"--attn_impl {attn_impl} is not known; allowed: {', '.join(names)}")
         model_kwargs["attn_implementation"] = implementation
     return get_model_tokenizer_from_local(model_dir, model_info, model_kwargs, load_model, **kwargs)
