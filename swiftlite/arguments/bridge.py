@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from swiftlite.utils.errors import ConfigError
+from swiftlite.arguments.description import Described
 
 if TYPE_CHECKING:
     from swiftlite.arguments.parallel import MegatronArguments
@@ -24,16 +24,16 @@ class Row:
 
     flag: str
     attribute: str | None = None
-    rule: Callable[[MegatronArguments], Any] | None = None
+    rule: Callable[[Described], Any] | None = None
     fallback: Any = None
 
-    def value(self, args: MegatronArguments) -> Any:
+    def value(self, args: Described) -> Any:
         if self.rule is not None:
             return self.rule(args)
         value = None if self.attribute is None else getattr(args, self.attribute, None)
         return self.fallback if value is None else value
 
-    def words(self, args: MegatronArguments) -> list[str]:
+    def words(self, args: Described) -> list[str]:
         value = self.value(args)
         if value is None or value is False:
             return []
@@ -56,7 +56,7 @@ def off(flag: str, attribute: str) -> Row:
     return Row(flag, rule=lambda args: not getattr(args, attribute))
 
 
-def _when(condition: Callable[[MegatronArguments], Any], *rows: Row) -> tuple[Row, ...]:
+def _when(condition: Callable[[Described], Any], *rows: Row) -> tuple[Row, ...]:
     """Rows that count only under a condition."""
 
     def guarded(row: Row) -> Row:
@@ -65,19 +65,19 @@ def _when(condition: Callable[[MegatronArguments], Any], *rows: Row) -> tuple[Ro
     return tuple(guarded(row) for row in rows)
 
 
-def _is_moe(args: MegatronArguments) -> bool:
+def _is_moe(args: Described) -> bool:
     return bool(args.num_experts)
 
 
-def _is_mla(args: MegatronArguments) -> bool:
+def _is_mla(args: Described) -> bool:
     return bool(args.multi_latent_attention)
 
 
-def _rope(kind: str) -> Callable[[MegatronArguments], bool]:
-    return lambda args: _rope_type(args) == kind
+def _rope(kind: str) -> Callable[[Described], bool]:
+    return lambda args: args.rope_type == kind
 
 
-def _rope_value(key: str) -> Callable[[MegatronArguments], Any]:
+def _rope_value(key: str) -> Callable[[Described], Any]:
     return lambda args: (args.rope_scaling or {}).get(key)
 
 
@@ -119,7 +119,7 @@ STOCK: tuple[Row, ...] = (
         _is_mla,
         *same("--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim"),
         *same("--qk-pos-emb-head-dim", "--v-head-dim"),
-        Row("--rope-type", rule=lambda args: "yarn" if _rope_type(args) == "yarn" else "rope"),
+        Row("--rope-type", rule=lambda args: "yarn" if args.rope_type == "yarn" else "rope"),
         *_when(
             _rope("yarn"),
             Row("--rotary-scaling-factor", rule=_rope_value("factor")),
@@ -130,18 +130,13 @@ STOCK: tuple[Row, ...] = (
 )
 
 
-def _rope_type(args: MegatronArguments) -> str:
-    scaling = args.rope_scaling or {}
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
-
-
 def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _stock_limit(args: MegatronArguments) -> str | None:
+def _stock_limit(args: Described) -> str | None:
     """Why stock Megatron-LM cannot compute this model, or None. Judged by settings, not by model type."""
-    scaling, rope = args.rope_scaling or {}, _rope_type(args)
+    scaling, rope = args.rope_scaling or {}, args.rope_type
     if args.rotary_base and args.rotary_base != int(args.rotary_base):
         return f"its --rotary-base takes whole numbers; this model has rope_theta {args.rotary_base}"
     if rope in ("llama3", "linear") and _is_mla(args):
@@ -180,12 +175,11 @@ def megatron_lm_args(args: MegatronArguments) -> list[str] | str:
     `--load DIR --finetune --no-load-optim --no-load-rng --dist-ckpt-strictness log_unexpected` and a tokenizer.
     `--make-vocab-size-divisible-by` gives the checkpoint's rows at TP 1; at TP N divide it by N.
     """
-    if args.num_layers is None:
-        raise ConfigError("megatron_lm_args: the model's config is not applied yet (apply_model_config)")
-    limit = _stock_limit(args)
+    both = Described(args.description, args)
+    limit = _stock_limit(both)
     if limit is not None:
         return f"Stock Megatron-LM cannot compute this model: {limit}. Train it with `swiftlite megatron sft`."
-    return [word for row in STOCK for word in row.words(args)]
+    return [word for row in STOCK for word in row.words(both)]
 
 
 # Where Megatron-LM keeps a flag's value under another name, and what the flag means there.
@@ -201,15 +195,16 @@ def checkpoint_args(args: MegatronArguments) -> dict[str, Any]:
     What stock Megatron-LM compares or takes over with `--use-checkpoint-args`; parallel sizes are 1, as torch_dist
     checkpoints are independent of them. What does not apply to the model is absent.
     """
+    both = Described(args.description, args)
     stored: dict[str, Any] = {}
     for row in STOCK:
         name, change = _STORED.get(row.flag, (row.flag[2:].replace("-", "_"), lambda value: value))
-        value = row.value(args)
+        value = row.value(both)
         if value is not None:
             stored[name] = change(value)
-    stored["moe_layer_freq"] = args.moe_layer_pattern if _is_moe(args) else 1
+    stored["moe_layer_freq"] = both.moe_layer_pattern if _is_moe(both) else 1
     stored.update(
-        padded_vocab_size=args.padded_vocab_size,
+        padded_vocab_size=both.padded_vocab_size,
         add_position_embedding=True,
         use_rotary_position_embeddings=False,
         apply_query_key_layer_scaling=False,

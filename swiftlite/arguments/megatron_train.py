@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from swiftlite.arguments.description import READ_FROM_CONFIG, ModelDescription
 from swiftlite.arguments.export import PlanArguments, PushArguments, megatron_kinds
-from swiftlite.arguments.parallel import COMPUTATION, STRUCTURE, MegatronArguments
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.arguments.parser import Note, arguments
 from swiftlite.arguments.train import PtArguments, SftArguments
 from swiftlite.utils.errors import UsageError
@@ -19,7 +20,7 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
 
     COMMAND: ClassVar[str] = "megatron sft"
     NOTES: ClassVar[Mapping[str, Note]] = dict.fromkeys(
-        STRUCTURE + COMPUTATION, Note("rejected", "is read from the checkpoint's config.json; leave it out")
+        READ_FROM_CONFIG, Note("rejected", "is read from the checkpoint's config.json; leave it out")
     )
 
     @property
@@ -49,12 +50,12 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
         elif self.adapters or self.mcore_adapter or self.merge_lora:
             raise UsageError("--adapters, --mcore_adapter and --merge_lora: need --train_type lora")
 
-    def _complete_model(self) -> None:
-        super()._complete_model()
+    def _describe(self, model: ModelDescription) -> None:
+        super()._describe(model)
         unused, rate = None, self.moe_router_bias_update_rate
-        if not self.moe_router_enable_expert_bias:
+        if not model.moe_router_enable_expert_bias:
             unused = "the model's routers have none"
-        elif self.moe_router_score_function != "sigmoid":
+        elif model.moe_router_score_function != "sigmoid":
             unused = "this model's routers keep the bias that they were trained with"
         elif self.train_type == "lora":
             unused = "adapters cannot hold it, so it stays as the model has it"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.arguments.bridge import Row, fixed, off, same
-from swiftlite.utils.errors import ConfigError
+from swiftlite.arguments.description import Described
 
 if TYPE_CHECKING:
     from swiftlite.arguments.parallel import MegatronArguments
@@ -150,7 +150,6 @@ def parse_to_megatron(args: MegatronArguments) -> tuple[list[str], dict[str, Any
     extra arguments, applied by replacing the rotary frequencies. For stock Megatron-LM use `megatron_lm_args`.
     Raises: ConfigError before the model's config is applied.
     """
-    if args.num_layers is None:
-        raise ConfigError("parse_to_megatron: the model's config is not applied yet (apply_model_config)")
-    argv = [word for row in ARGV for word in row.words(args)]
-    return argv, {row.flag: row.value(args) for row in EXTRA}
+    both = Described(args.description, args)
+    argv = [word for row in ARGV for word in row.words(both)]
+    return argv, {row.flag: row.value(both) for row in EXTRA}

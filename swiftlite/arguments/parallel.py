@@ -1,7 +1,7 @@
 """MegatronArguments: settings under Megatron-LM's own names. Imports neither torch nor megatron-core.
 
-A bare MegatronArguments describes a model and how it is run; with SftArguments it makes a training command.
-Fields of the model are None until `apply_model_config` (or the constructor) sets them from the Hugging Face config.
+A bare MegatronArguments says how a model is run; with SftArguments it makes a training command. The model itself is a
+ModelDescription, which `apply_model_config` makes of the Hugging Face config.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from swiftlite.arguments.base import RunArguments, TunerArguments
+from swiftlite.arguments.description import OVERRIDES, ModelDescription
 from swiftlite.arguments.export import McoreArguments
 from swiftlite.arguments.flags import AVERAGED_PAIRS, FP8, NO_MTP, NO_OFFLOAD_NEEDED
 from swiftlite.arguments.parser import Arguments, arguments, field, run_setting, specs
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import ConfigError, UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.weights.shape import layer_pattern
 
 
 @arguments
@@ -80,101 +80,23 @@ class ParallelArguments(Arguments):
         return world_size // (tp * pp * cp)
 
 
-# What a field of the model holds when neither the config nor the user says anything.
-MODEL_DEFAULTS: dict[str, Any] = {
-    "num_query_groups": 1,
-    "norm_epsilon": 1e-5,
-    "rotary_base": 10000,
-    "rotary_interleaved": False,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "init_method_std": 0.02,
-    "untie_embeddings_and_output_weights": True,
-    "swiglu": True,
-    "add_qkv_bias": True,
-    "disable_bias_linear": True,
-    "qk_layernorm": False,
-    "multi_latent_attention": False,
-    "kv_lora_rank": 32,
-    "qk_head_dim": 128,
-    "qk_pos_emb_head_dim": 64,
-    "use_shared_expert_gate": False,
-    "moe_router_score_function": "softmax",
-    "moe_router_topk": 2,
-    "moe_router_pre_softmax": False,
-    "moe_router_enable_expert_bias": False,
-    "moe_router_load_balancing_type": "aux_loss",
-    "moe_layer_freq": "1",
-}
-
-# Fields that say which weights there are: a user cannot set them to anything but what the checkpoint says.
-STRUCTURE = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "padded_vocab_size", "untie_embeddings_and_output_weights", "swiglu", "add_qkv_bias", "disable_bias_linear",
-    "qk_layernorm", "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
-    "v_head_dim", "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-    "use_shared_expert_gate", "moe_router_enable_expert_bias",
-)  # fmt: skip
-
-# Fields that say how these weights compute. They too come from config.json, so that what is saved agrees with it.
-COMPUTATION = (
-    "max_position_embeddings", "norm_epsilon", "rotary_base", "rotary_interleaved", "partial_rotary_factor",
-    "rope_scaling", "original_max_position_embeddings", "architectures", "init_method_std", "moe_router_topk",
-    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups",
-    "moe_router_group_topk", "apply_query_key_layer_scaling",
-)  # fmt: skip
-
-
 @arguments
 class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, McoreArguments, RunArguments):
     """Megatron: the model as megatron-core builds it, kernels, router"""
 
     ADVANCED: ClassVar[bool] = True
 
-    # The model. Set from the Hugging Face config; names are Megatron-LM's.
-    num_layers: int | None = field(None, "transformer layers")
-    hidden_size: int | None = field(None, "width of the model")
-    ffn_hidden_size: int | None = field(None, "width of a dense feed-forward layer")
-    num_attention_heads: int | None = field(None, "query heads")
-    num_query_groups: int | None = field(None, "key/value heads")
-    kv_channels: int | None = field(None, "width of a head")
-    max_position_embeddings: int | None = field(None, "longest sequence of the model")
-    padded_vocab_size: int | None = field(None, "rows of the embedding in the checkpoint")
-    norm_epsilon: float | None = field(None, "epsilon of RMSNorm")
-    qk_layernorm: bool | None = field(None, "norms on queries and keys")
-    swiglu: bool | None = field(None, "gated SiLU feed-forward layers")
-    untie_embeddings_and_output_weights: bool | None = field(None, "separate output layer")
-    disable_bias_linear: bool | None = field(None, "no bias in linear layers")
-    add_qkv_bias: bool | None = field(None, "bias on queries, keys and values")
+    @property
+    def description(self) -> ModelDescription:
+        """The model. Raises: ConfigError before `apply_model_config`."""
+        model: ModelDescription | None = self.__dict__.get("_description")
+        if model is None:
+            raise ConfigError("the model's config is not applied yet (apply_model_config)")
+        return model
+
+    # What a user may set over the model's config.
     attention_dropout: float | None = field(None, "dropout of attention weights")
     hidden_dropout: float | None = field(None, "dropout of layer outputs")
-    init_method_std: float | None = field(None, "standard deviation of new weights")
-    rotary_base: float | None = field(None, "base of the rotary frequencies")
-    rotary_interleaved: bool | None = field(None, "rotary pairs are neighbours instead of halves")
-    partial_rotary_factor: float | None = field(None, "share of a head that rotates")
-    rope_scaling: dict[str, Any] | None = field(None, "rotary scaling as config.json spells it")
-    original_max_position_embeddings: int | None = field(None, "length before rotary scaling")
-    architectures: str | None = field(None, "class name in config.json")
-
-    num_experts: int | None = field(None, "experts of a mixture-of-experts layer")
-    moe_layer_freq: str | None = field(None, "which layers have experts: every N-th, or like [0]*1+[1]*45")
-    moe_ffn_hidden_size: int | None = field(None, "width of an expert")
-    moe_shared_expert_intermediate_size: int | None = field(None, "width of the shared experts together")
-    use_shared_expert_gate: bool | None = field(None, "shared experts have a gate")
-    moe_router_topk: int | None = field(None, "experts of one token")
-    moe_router_score_function: str | None = field(None, "router scores", choices=["softmax", "sigmoid"])
-    moe_router_pre_softmax: bool | None = field(None, "softmax before the choice of experts")
-    moe_router_topk_scaling_factor: float | None = field(None, "factor on the routed experts' sum")
-    moe_router_enable_expert_bias: bool | None = field(None, "per-expert bias in the choice of experts")
-    moe_router_num_groups: int | None = field(None, "expert groups of group-limited routing")
-    moe_router_group_topk: int | None = field(None, "groups of one token")
-
-    multi_latent_attention: bool | None = field(None, "DeepSeek's latent attention (MLA)")
-    q_lora_rank: int | None = field(None, "MLA: rank of the query projection")
-    kv_lora_rank: int | None = field(None, "MLA: rank of the key/value projection")
-    qk_head_dim: int | None = field(None, "MLA: width of a head without rotation")
-    qk_pos_emb_head_dim: int | None = field(None, "MLA: width of the rotated part")
-    v_head_dim: int | None = field(None, "MLA: width of a value head")
     mtp_num_layers: int | None = field(
         None,
         "train this many multi-token-prediction layers (default: none)",
@@ -276,50 +198,56 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             self.moe_router_dtype = None
         if self.logging_dir is None and self.output_dir is not None:
             self.logging_dir = f"{self.output_dir}/runs"
-        if self.num_layers is not None:
-            self._complete_model()
 
-    def _complete_model(self) -> None:
-        """Fill what neither config nor user settled, once the config is known."""
-        for name, default in MODEL_DEFAULTS.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
-        if self.moe_ffn_hidden_size is None and self.num_experts is not None:
-            self.moe_ffn_hidden_size = self.ffn_hidden_size
-        if self.moe_shared_expert_intermediate_size == 0:
-            self.moe_shared_expert_intermediate_size = None
-        if self.rope_scaling and "type" in self.rope_scaling and "rope_type" not in self.rope_scaling:
-            self.rope_scaling = {**self.rope_scaling, "rope_type": self.rope_scaling["type"]}
-        if self.apply_rope_fusion and (self.multi_latent_attention or self.rotary_interleaved):
+    def apply_model_config(self, config: Mapping[str, Any]) -> None:
+        """Take the model from the converted config (Megatron names, as `convert_hf_config` returns them).
+
+        What the user set of OVERRIDES takes the place of the model's.
+        Raises: ConfigError for a name that describes nothing; UsageError for a layout that does not fit the model.
+        """
+        mine = {
+            name: getattr(self, name) for name in OVERRIDES if name in self.given and getattr(self, name) is not None
+        }
+        for name, value in mine.items():
+            if value != config.get(name, value):
+                get_logger().info(f"--{name} {value} instead of the model's {config[name]}")
+        self._describe(ModelDescription.of({**config, **mine}))
+
+    def _describe(self, model: ModelDescription) -> None:
+        """Settle what follows from the model."""
+        self.__dict__["_description"] = model
+        for name in OVERRIDES:
+            setattr(self, name, getattr(model, name))
+        if self.apply_rope_fusion and (model.multi_latent_attention or model.rotary_interleaved):
             self.apply_rope_fusion = False
         if self.seq_length is None:
-            self.seq_length = getattr(self, "max_length", None) or self.max_position_embeddings
-        self._check_model()
+            self.seq_length = getattr(self, "max_length", None) or model.max_position_embeddings
+        self._check_model(model)
 
-    def _check_model(self) -> None:
-        pp, heads, groups = self.pipeline_model_parallel_size, self.num_attention_heads, self.num_query_groups
+    def _check_model(self, model: ModelDescription) -> None:
+        pp, heads, groups = self.pipeline_model_parallel_size, model.num_attention_heads, model.num_query_groups
         tp, ep = self.tensor_model_parallel_size, self.expert_model_parallel_size
         ends = [n for n in (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers) if n]
-        layers, stages = (self.num_layers or 0) - sum(ends), pp - len(ends)
+        layers, stages = model.num_layers - sum(ends), pp - len(ends)
         if pp > 1 and (layers < stages or (stages == 0 and layers) or (stages and layers % stages)):
             raise UsageError(
                 f"--pipeline_model_parallel_size {pp}: {layers} layers cannot be divided over {stages} stages; change "
                 "--decoder_first_pipeline_num_layers or --decoder_last_pipeline_num_layers"
             )
-        if heads is not None and heads % tp:
+        if heads % tp:
             raise UsageError(f"--tensor_model_parallel_size {tp}: must divide {heads} attention heads")
-        if not self.multi_latent_attention and groups and max(groups, tp) % min(groups, tp):
+        if not model.multi_latent_attention and groups and max(groups, tp) % min(groups, tp):
             raise UsageError(
                 f"--tensor_model_parallel_size {tp}: must divide {groups} key/value heads or be a multiple of them"
             )
-        if ep > 1 and not self.num_experts:
+        if ep > 1 and not model.num_experts:
             raise UsageError(f"--expert_model_parallel_size {ep}: the model has no experts")
-        if self.num_experts and self.num_experts % ep:
-            raise UsageError(f"--expert_model_parallel_size {ep}: must divide {self.num_experts} experts")
-        if self.num_experts and self.moe_token_dispatcher_type == "flex":
+        if model.num_experts and model.num_experts % ep:
+            raise UsageError(f"--expert_model_parallel_size {ep}: must divide {model.num_experts} experts")
+        if model.num_experts and self.moe_token_dispatcher_type == "flex":
             self._check_flex()
-        self._check_capacity()
-        self._check_recompute()
+        self._check_capacity(model)
+        self._check_recompute(model)
 
     def _check_flex(self) -> None:
         parts = self.expert_model_parallel_size * (self.expert_tensor_parallel_size or self.tensor_model_parallel_size)
@@ -330,7 +258,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         if importlib.util.find_spec("deep_ep") is None:
             raise UsageError("--moe_token_dispatcher_type flex: needs the package deep_ep and CUDA; use alltoall")
 
-    def _check_recompute(self) -> None:
+    def _check_recompute(self, model: ModelDescription) -> None:
         """What was asked for by name is there to be recomputed."""
         if "recompute_modules" not in self.given:
             return
@@ -339,50 +267,28 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
                 f"--recompute_modules {' '.join(self.recompute_modules)}: needs --recompute selective, not "
                 f"{self.recompute_granularity or 'none'}"
             )
-        experts = self.moe_layer_pattern
+        experts = model.moe_layer_pattern
         there = {
             "moe": any(experts), "moe_act": any(experts), "mlp": not all(experts),
-            "shared_experts": bool(self.moe_shared_expert_intermediate_size),
-            "mla_up_proj": bool(self.multi_latent_attention),
+            "shared_experts": bool(model.moe_shared_expert_intermediate_size),
+            "mla_up_proj": bool(model.multi_latent_attention),
         }  # fmt: skip
         for module in self.recompute_modules:
             if not there.get(module, True):
                 raise UsageError(f"--recompute_modules {module}: the model has none; leave it out")
 
-    def _check_capacity(self) -> None:
+    def _check_capacity(self, model: ModelDescription) -> None:
         factor, pad = self.moe_expert_capacity_factor, self.moe_pad_expert_input_to_capacity
         if factor is not None and not 0 < factor < float("inf"):
             raise UsageError(f"--moe_expert_capacity_factor {factor}: must be above 0; leave it out to drop nothing")
         if pad and factor is None:
             raise UsageError("--moe_pad_expert_input_to_capacity true: needs --moe_expert_capacity_factor")
-        if pad and factor and self.num_experts and factor * (self.moe_router_topk or 0) > self.num_experts:
+        if pad and factor and model.num_experts and factor * model.moe_router_topk > model.num_experts:
             raise UsageError(
                 f"--moe_expert_capacity_factor {factor}: with --moe_pad_expert_input_to_capacity true at most "
-                f"{self.num_experts / (self.moe_router_topk or 1):g} (experts / experts of a token): an expert has no more "
+                f"{model.num_experts / model.moe_router_topk:g} (experts / experts of a token): an expert has no more "
                 "tokens than there are"
             )
-
-    def apply_model_config(self, config: Mapping[str, Any]) -> None:
-        """Set the model's fields from the converted config (Megatron names, as `convert_hf_config` returns them).
-
-        What the user set stays, unless it says which weights there are: then a difference is an error.
-        Raises: ConfigError for a name that is no field; UsageError for a setting that contradicts the checkpoint.
-        """
-        known = specs(type(self))
-        unknown = sorted(set(config) - set(known))
-        if unknown:
-            raise ConfigError(f"the model's config sets {', '.join(unknown)}, which MegatronArguments does not have")
-        for name, value in config.items():
-            spec = known[name]
-            value = spec.convert(value)
-            mine = getattr(self, name)
-            if name in self.given and mine is not None and mine != value:
-                if name in STRUCTURE:
-                    raise UsageError(f"--{name} {mine}: the checkpoint has {value}; leave the flag out")
-                get_logger().info(f"--{name} {mine} instead of the model's {value}")
-                continue
-            setattr(self, name, value)
-        self._complete_model()
 
     def parse_to_megatron(self) -> tuple[list[str], dict[str, Any]]:
         """(argv, extra_args), see `swiftlite.arguments.ms_swift.parse_to_megatron`."""
@@ -401,12 +307,3 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         from swiftlite.arguments.bridge import checkpoint_args
 
         return checkpoint_args(self)
-
-    @property
-    def moe_layer_pattern(self) -> list[int]:
-        """1 for each layer with experts, 0 for each dense one; all 0 without experts. Length `num_layers`."""
-        if self.num_layers is None:
-            raise ConfigError("moe_layer_pattern is known only after the model's config was applied")
-        if not self.num_experts:
-            return [0] * self.num_layers
-        return [int(moe) for moe in layer_pattern(self.moe_layer_freq or None, self.num_layers)]

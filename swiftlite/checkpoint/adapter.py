@@ -152,5 +152,5 @@ def _root(directory: Path) -> Path:
         return find_iteration(directory).parent
     except CheckpointError:
         raise CheckpointError(
-            f"{directory} is no adapter: it has neither {ADAPTER_WEIGHTS} nor a Megatron checkpoint"
+            f"{directory} is not an adapter: it has neither {ADAPTER_WEIGHTS} nor a Megatron checkpoint"
         ) from None

@@ -88,7 +88,8 @@ def check_side_files(directory: Path) -> None:
         if path.suffix == ".json":
             content = read_json(path)
             with blame(path):
-                _CHECKS.get(path.name, lambda _: None)(content)
+                if path.name in _CHECKS:
+                    _CHECKS[path.name](content)
 
 
 def _check_generation(content: Mapping[str, Any]) -> None:

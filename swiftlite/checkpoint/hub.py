@@ -165,7 +165,7 @@ def push(
 
 
 def check_hub_id(model_id: str | None) -> None:
-    """Raises: UsageError if this is no id that something can be pushed to."""
+    """Raises: UsageError if this is not an id that something can be pushed to."""
     if model_id is None or not _HUB_ID.fullmatch(model_id):
         raise UsageError(f"--hub_model_id {model_id}: must have the form ORGANISATION/NAME")
 

@@ -163,7 +163,9 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{model_dir} is a Megatron checkpoint without config.json; use --mcore_model for it")
     if (Path(model_dir) / "adapter_config.json").is_file():
         raise CheckpointError(f"{model_dir} is an adapter; use --adapters for it and --model for its base model")
-    raise CheckpointError(f"{model_dir} has no config.json, so it is no Hugging Face model directory; check the path")
+    raise CheckpointError(
+        f"{model_dir} has no config.json, so it is not a Hugging Face model directory; check the path"
+    )
 
 
 def first_of(config: Mapping[str, Any], *keys: str) -> Any:
@@ -253,6 +255,16 @@ def is_moe(config: Mapping[str, Any]) -> bool:
     if "moe" in str(architectures[0]).lower() or "moe" in str(config.get("model_type", "")).lower():
         return True
     return any(first_of(config, key) for key in ("num_experts_per_tok", "moe_intermediate_size", *EXPERT_KEYS))
+
+
+def describe(config: dict[str, Any], *, torch_dtype: Any, **known: Any) -> ModelInfo:
+    """What config.json says of a model. torch_dtype: to use, where that is settled. known: other fields."""
+    method, bits = quantization(config)
+    return ModelInfo(
+        torch_dtype=torch_dtype or config_dtype(config) or default_dtype(), max_model_len=max_model_len(config),
+        quant_method=method, quant_bits=bits, rope_scaling=rope_scaling(config), is_moe_model=is_moe(config),
+        config=config, **known,
+    )  # fmt: skip
 
 
 def load_args(directory: str | os.PathLike[str]) -> dict[str, Any]:

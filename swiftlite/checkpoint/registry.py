@@ -221,7 +221,7 @@ def _check_requirements(model_type: str, requires: tuple[str, ...], ignore: bool
             continue
         message = f"model type {model_type} needs {text}, but {installed or 'no such package'} is installed"
         if not ignore:
-            raise SwiftliteError(f"{message}; run: pip install '{text}' (or go on with --ignore_requirements true)")
+            raise SwiftliteError(f"{message}; run: pip install '{text}' (or continue with --ignore_requirements true)")
         logger.warning("%s; going on as --ignore_requirements says", message)
 
 
@@ -278,13 +278,10 @@ def get_model_info_meta(
     if found is None and hub.local_directory(model_id_or_path) is None:
         _refuse_quantised(model_id_or_path, use_hf, registry)
     model_dir = hub.fetch(
-        _hub_id(model_id_or_path, release, use_hf),
-        use_hf=use_hf,
-        revision=revision,
-        download_model=download_model,
+        _hub_id(model_id_or_path, release, use_hf), use_hf=use_hf, revision=revision, download_model=download_model,
         token=hub_token,
         ignore_patterns=(*(meta.ignore_patterns if meta else ()), *(release.ignore_patterns if release else ())),
-    )
+    )  # fmt: skip
     config = info.read_config(model_dir)
     check_agreement(config)
     info.check_against_weights(config, model_dir)
@@ -297,20 +294,9 @@ def get_model_info_meta(
     if model_type is None:
         _tell(f"{model_dir}{f' is of type {resolved}' if resolved else ''}: {explanation}")
     _check_requirements(meta.model_type, meta.requires, ignore_requirements)
-    method, bits = info.quantization(config)
-    dtype = info.to_torch_dtype(torch_dtype) or info.to_torch_dtype(meta.torch_dtype) or info.config_dtype(config)
-    model_info = info.ModelInfo(
-        model_type=resolved,
-        model_dir=model_dir,
-        torch_dtype=dtype or info.default_dtype(),
-        max_model_len=info.max_model_len(config),
-        quant_method=method,
-        quant_bits=bits,
-        rope_scaling=info.rope_scaling(config),
-        is_moe_model=info.is_moe(config),
-        config=config,
-        task_type=task_type or meta.task_type or ("seq_cls" if num_labels else "causal_lm"),
-        num_labels=num_labels,
-        explanation=explanation,
-    )
-    return model_info, meta
+    known = {
+        "model_type": resolved, "model_dir": model_dir, "explanation": explanation, "num_labels": num_labels,
+        "torch_dtype": info.to_torch_dtype(torch_dtype) or info.to_torch_dtype(meta.torch_dtype),
+        "task_type": task_type or meta.task_type or ("seq_cls" if num_labels else "causal_lm"),
+    }  # fmt: skip
+    return info.describe(config, **known), meta

@@ -67,13 +67,13 @@ def take_recorded(args: BaseArguments, directory: str | os.PathLike[str]) -> dic
         if value is None or name in given or name not in known:
             continue
         if isinstance(value, list | dict):
-            raise CheckpointError(f"{root / ARGS_FILE}: {name} is {value!r}; mend or remove the file")
+            raise CheckpointError(f"{root / ARGS_FILE}: {name} is {value!r}; fix or remove the file")
         if name == "model_type" and value not in MODEL_MAPPING:
             continue
         try:
             setattr(args, name, known[name].convert(value))
         except UsageError as error:
-            raise CheckpointError(f"{root / ARGS_FILE}: {error}; mend or remove the file") from None
+            raise CheckpointError(f"{root / ARGS_FILE}: {error}; fix or remove the file") from None
         settled.add(name)
         if value != known[name].default and name not in ("model_type", "task_type"):
             taken.append(f"{name} {value if len(str(value)) <= 60 else f'{str(value)[:60]}...'!r}")
@@ -144,6 +144,31 @@ def read_system(args: BaseArguments) -> None:
         ) from None
 
 
+def _source(args: BaseArguments, mcore_model: str | None, adapters: Sequence[str]) -> str:
+    """What is given with --model, or follows from the other directories. Raises: UsageError where nothing does."""
+    if mcore_model:
+        root = mcore_root(mcore_model)
+        recorded = take_recorded(args, root)
+        if args.model is None and not (root / "config.json").is_file():
+            # What args.json names is another's word: a hub, any directory.
+            named = recorded.get("model_dir") or recorded.get("model")
+            if named:
+                raise UsageError(
+                    f"--mcore_model {mcore_model}: it holds no config.json; {ARGS_FILE} in it says that it comes from "
+                    f"{named}: give that with --model if you trust it"
+                )
+            raise UsageError(
+                f"--mcore_model {mcore_model}: it holds neither {ARGS_FILE} nor config.json; give the Hugging "
+                "Face model that it comes from with --model"
+            )
+        return str(args.model or root)
+    if args.model is None and adapters:
+        return base_of_adapter(Path(adapters[0]).expanduser())
+    if args.model is None:
+        raise UsageError("give a model with --model DIR_OR_ID")
+    return str(args.model)
+
+
 def resolve(args: BaseArguments, *, download_model: bool | None = None, need_template: bool = True) -> Any:
     """Find out what the model is and fill in what follows from it; `args` is changed and returned.
 
@@ -159,7 +184,6 @@ def resolve(args: BaseArguments, *, download_model: bool | None = None, need_tem
     preflight(args)
     register_custom(args.custom_register_path)
     mcore_model = getattr(args, "mcore_model", None)
-    source = args.model
     adapters = [*args.adapters, *filter(None, [getattr(args, "mcore_adapter", None)])]
     read_system(args)
     for adapter in adapters:
@@ -168,26 +192,7 @@ def resolve(args: BaseArguments, *, download_model: bool | None = None, need_tem
         # Its rows of a vocabulary that has grown need the same rows under it.
         args.new_special_tokens = args.new_special_tokens or recorded.get("new_special_tokens") or []
     args.new_special_tokens = read_special_tokens(args.new_special_tokens)
-    if mcore_model:
-        root = mcore_root(mcore_model)
-        recorded = take_recorded(args, root)
-        if source is None:
-            source = str(root)
-            if not (root / "config.json").is_file():  # what args.json names is another's word: a hub, any directory
-                named = recorded.get("model_dir") or recorded.get("model")
-                if named:
-                    raise UsageError(
-                        f"--mcore_model {mcore_model}: it holds no config.json; {ARGS_FILE} in it says that it comes from "
-                        f"{named}: give that with --model if you trust it"
-                    )
-                raise UsageError(
-                    f"--mcore_model {mcore_model}: it holds neither {ARGS_FILE} nor config.json; give the Hugging "
-                    "Face model that it comes from with --model"
-                )
-    elif source is None and adapters:
-        source = base_of_adapter(Path(adapters[0]).expanduser())
-    if source is None:
-        raise UsageError("give a model with --model DIR_OR_ID")
+    source = _source(args, mcore_model, adapters)
     take_recorded(args, source)
     if download_model is None:
         download_model = not mcore_model and not getattr(args, "dry_run", False)
@@ -213,22 +218,6 @@ def resolve(args: BaseArguments, *, download_model: bool | None = None, need_tem
     if args.max_length is None:
         args.max_length = args.model_info.max_model_len
     args.set_dtype(str(args.model_info.torch_dtype).removeprefix("torch."))
-    return args
-
-
-def resolve_megatron(args: BaseArguments, **kwargs: Any) -> Any:
-    """`resolve`, then the model's fields from config.json. `args` is changed and returned.
-
-    Args: kwargs: those of `resolve`.
-    Raises: as `resolve`; UsageError where the layout does not fit the model; ConfigError for a model that megatron-core
-        cannot compute.
-    """
-    from swiftlite.checkpoint.bind import convert_hf_config
-
-    resolve(args, **kwargs)
-    if args.model_info.config is None:
-        raise CheckpointError(f"{args.model_info.model_dir}: config.json is missing")
-    args.apply_model_config(convert_hf_config(args.model_info.config))
     return args
 
 

@@ -275,7 +275,7 @@ def prepare_checkpoint(
         mine.update(
             has_optimizer=True, has_rng=not args.no_save_rng, step=int(step), grad_scaler=first.get("grad_scaler")
         )
-    _cut_vocabulary(state, int(args.padded_vocab_size))
+    _cut_vocabulary(state, int(args.description.padded_vocab_size))
     plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     common["content_metadata"] = plain
     if rank == 0 and beside is not None:

@@ -91,7 +91,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryUse:
     """Bytes on the fullest GPU."""
 
     weights: int
@@ -188,13 +188,13 @@ class TrainingModel:
                 dense += size // layout.tp if entry.mcore.endswith(_DIVIDED) else size
         return dense, experts // (layout.ep * layout.etp), buffers
 
-    def need(self, layout: Layout, micro_batch_size: int, seq_length: int, num_microbatches: int) -> Need:
+    def need(self, layout: Layout, micro_batch_size: int, seq_length: int, num_microbatches: int) -> MemoryUse:
         """Bytes on the GPU of the pipeline stage that takes most."""
         tokens = micro_batch_size * self.sequences * seq_length
         return max((self._stage_need(layout, rank, tokens, num_microbatches) for rank in range(layout.pp)),
                    key=lambda need: need.total)  # fmt: skip
 
-    def _stage_need(self, layout: Layout, rank: int, tokens: int, num_microbatches: int) -> Need:
+    def _stage_need(self, layout: Layout, rank: int, tokens: int, num_microbatches: int) -> MemoryUse:
         dense, experts, buffers = self.elements(layout, rank)
         width = self.dtype.itemsize
         per_parameter = 8 if self.dtype == torch.float32 else 12  # two moments, and fp32 main weights
@@ -206,7 +206,7 @@ class TrainingModel:
             weights += 4 * (dense + experts)
         elif self.trained is not None:
             dense, experts, _ = self.elements(layout, rank, trained=True)
-        return Need(
+        return MemoryUse(
             weights=weights,
             gradients=(dense + experts) * 4,
             optimizer=per_parameter * (math.ceil(dense / layout.dp) + math.ceil(experts / layout.expert_dp)),
@@ -241,7 +241,7 @@ class TrainingModel:
             values += tokens * (args.seq_length or tokens) * m.heads // tp
         if not m.moe_layers[layer]:
             return (values + 3 * tokens * m.ffn // tp) * width
-        routed = tokens * int(args.moe_router_topk) * layout.etp // tp
+        routed = tokens * int(args.description.moe_router_topk) * layout.etp // tp
         if layout.ep == 2:  # on GPUs each of two ranks has room for all tokens of both (model/experts.py)
             routed *= 2
         values += routed * m.hidden + 3 * routed * m.moe_ffn // layout.etp + 3 * tokens * m.shared_ffn // tp
@@ -270,7 +270,7 @@ class TrainingModel:
 
     def fitting(
         self, gpus: int, gpu_memory: int, micro_batch_size: int, seq_length: int, global_batch_size: int
-    ) -> list[tuple[Layout, Need]]:
+    ) -> list[tuple[Layout, MemoryUse]]:
         """Layouts whose fullest GPU has room, those that compute fastest first: little recomputation, then few ranks that
         have to talk within a layer, then few pipeline stages."""
         found = []
@@ -284,7 +284,9 @@ class TrainingModel:
         return sorted(found, key=lambda item: (
             item[0].recompute == "full", item[0].tp * item[0].etp, item[0].pp, item[0].ep, item[1].total))  # fmt: skip
 
-    def smallest(self, gpus: int, micro_batch_size: int, seq_length: int, num_microbatches: int) -> tuple[Layout, Need]:
+    def smallest(
+        self, gpus: int, micro_batch_size: int, seq_length: int, num_microbatches: int
+    ) -> tuple[Layout, MemoryUse]:
         """The layout that takes least, whatever it costs in speed."""
         needs = ((la, self.need(la, micro_batch_size, seq_length, num_microbatches)) for la in self.layouts(gpus))
         return min(needs, key=lambda item: item[1].total)

@@ -19,7 +19,7 @@ from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.planned import PlannedSource
 from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.convert.targets import McorePlan, Plan
-from swiftlite.plan.memory import GPUS_PER_NODE, Layout, Need, TrainingModel, even_stages
+from swiftlite.plan.memory import GPUS_PER_NODE, Layout, MemoryUse, TrainingModel, even_stages
 from swiftlite.utils.dist import num_processes
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import existing_parent, format_bytes, peak_memory_bytes, probe_disk
@@ -165,10 +165,11 @@ def own_layout(args: Any, gpus: int) -> Layout:
     """The layout that the flags ask for. Raises: UsageError if it does not fit the number of GPUs."""
     tp, pp, ep = (getattr(args, f"{n}_model_parallel_size") for n in ("tensor", "pipeline", "expert"))
     first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
-    stages = even_stages(args.num_layers, pp)
+    layers = args.description.num_layers
+    stages = even_stages(layers, pp)
     if first or last:
         between = pp - bool(first) - bool(last)
-        rest = args.num_layers - (first or 0) - (last or 0)
+        rest = layers - (first or 0) - (last or 0)
         stages = (*([first] if first else []), *([rest // max(between, 1)] * between), *([last] if last else []))
     dp = args.data_parallel_size(gpus)
     etp = args.expert_tensor_parallel_size or tp
@@ -215,7 +216,7 @@ def _print_own(args: Any, model: TrainingModel, gpus: int, micro: int, length: i
     needs = {mode: model.need(replace(layout, recompute=mode), micro, length, accumulated) for mode in MODES}
     for mode, need in needs.items():
         _print_layout(replace(layout, recompute=mode), need, "<- your flags" if mode == layout.recompute else "")
-    fits = needs[layout.recompute].total <= args.gpu_memory_bytes
+    fits: bool = needs[layout.recompute].total <= args.gpu_memory_bytes
     if fits:
         _print_command(gpus, command(["swiftlite", *args.COMMAND.split()], args))
     else:
@@ -232,7 +233,7 @@ def _enough(args: Any, model: TrainingModel, gpus: int, length: int) -> str:
     return "use larger GPUs or a shorter --max_length"
 
 
-def _print_layout(layout: Layout, need: Need, note: str = "") -> None:
+def _print_layout(layout: Layout, need: MemoryUse, note: str = "") -> None:
     parts = (need.weights, need.gradients, need.optimizer, need.activations, need.total)
     sizes = "".join(f"{part / 1e9:>{width}.1f}" for part, width in zip(parts, (9, 8, 8, 8, 8), strict=True))
     print(f"{layout.tp:>3}{layout.pp:>4}{layout.ep:>4}{layout.etp:>4}{layout.dp:>4} "

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swiftlite.arguments.bridge import STOCK
+from swiftlite.arguments.description import Described
 from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.arguments.ms_swift import ARGV, EXTRA
 from swiftlite.arguments.parallel import MegatronArguments
@@ -88,7 +89,7 @@ def test_argv_follows_the_config():
         "--num-layers": ["5"], "--moe-layer-freq": ["[0]*2+[1]*3"], "--num-experts": ["6"], "--moe-router-topk": ["3"],
     }  # fmt: skip
     assert set(before) == set(after) and extra["padded_vocab_size"] == 333
-    assert other.moe_layer_pattern == [0, 0, 1, 1, 1]
+    assert other.description.moe_layer_pattern == [0, 0, 1, 1, 1]
 
 
 def test_dense_model_has_no_expert_flags_and_tied_embeddings_follow():
@@ -107,8 +108,10 @@ def test_precision_flags(dtype, flag):
 
 
 def test_fallbacks_where_the_config_is_silent():
-    args = MegatronArguments(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
-    assert (args.num_query_groups, args.norm_epsilon, args.rotary_base, args.add_qkv_bias) == (1, 1e-5, 10000, True)
+    args = MegatronArguments()
+    args.apply_model_config({"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2})
+    model = args.description
+    assert (model.num_query_groups, model.norm_epsilon, model.rotary_base, model.add_qkv_bias) == (1, 1e-5, 10000, True)
     found = flags(args.parse_to_megatron()[0])
     assert "--group-query-attention" not in found and found["--attention-backend"] == ["flash"]
 
@@ -121,7 +124,9 @@ def test_flags_are_unique_and_rows_name_fields():
              "loss_type", "padding_free"}  # fmt: skip
     args = convert()
     for row in (*ARGV, *EXTRA):
-        assert row.attribute is None or row.attribute in later or hasattr(args, row.attribute), row.flag
+        assert (
+            row.attribute is None or row.attribute in later or hasattr(Described(args.description, args), row.attribute)
+        ), row.flag
 
 
 def test_every_argv_flag_exists_in_megatron_lm():
@@ -239,4 +244,4 @@ def test_layer_pattern_evaluates_nothing(text):
 
 def test_pattern_of_wrong_length():
     with pytest.raises(ConfigError, match="describes 46 layers, not 4"):
-        _ = convert(num_layers=4).moe_layer_pattern
+        _ = convert(num_layers=4).description.moe_layer_pattern

@@ -36,7 +36,7 @@ def check(root: Path, layout: dict[str, Any], save_to: Path) -> None:
     try:
         initialize(args)
         models = build_models(args)
-        if not mtp and not args.multi_latent_attention:  # the plain MLA spec divides more than the GPU one
+        if not mtp and not args.description.multi_latent_attention:  # the plain MLA spec divides more than the GPU one
             planned = TrainingModel(bind_map(config), args, torch.float32).elements(
                 own_layout(args, get_world_size()), mpu.get_pipeline_model_parallel_rank()
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,7 @@ def test_frequencies_are_those_of_transformers_model(kind: str, tmp_path: Path) 
         pytest.skip(f"this transformers has no {kind}")
     config = {**CONFIG, "rope_scaling": SCALINGS[kind], **TOP.get(kind, {})}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    rope = Rope(arguments(**{key: config[key] for key in ("rope_scaling", *TOP.get(kind, {}))}))
+    rope = Rope(arguments(**{key: config[key] for key in ("rope_scaling", *TOP.get(kind, {}))}).description)
     lengths = {}
     for length in (30, 64, 65, 128, 129, 200):
         reference = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
@@ -89,9 +90,8 @@ def test_frequencies_are_those_of_transformers_model(kind: str, tmp_path: Path) 
 
 
 def test_partial_rotary() -> None:
-    args = arguments()
-    args.partial_rotary_factor = 0.5
-    assert Rope(args).inv_freq.shape == (4,)  # of a head of 16, 8 rotate, in pairs
+    model = replace(arguments().description, partial_rotary_factor=0.5)
+    assert Rope(model).inv_freq.shape == (4,)  # of a head of 16, 8 rotate, in pairs
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_rope_defaults_are_those_of_transformers_classes(architecture: str) -> N
     parameters = getattr(theirs, "rope_parameters", None) or {}
     args = MegatronArguments(torch_dtype="float32")
     args.apply_model_config(convert_hf_config(config))
-    assert args.rotary_base == (parameters.get("rope_theta") or theirs.rope_theta)
+    assert args.description.rotary_base == (parameters.get("rope_theta") or theirs.rope_theta)
     partial = parameters.get("partial_rotary_factor", getattr(theirs, "partial_rotary_factor", None))
-    assert (args.partial_rotary_factor or 1) == (partial or 1)
+    assert (args.description.partial_rotary_factor or 1) == (partial or 1)
 
 
 DEFAULTS_OF = {
@@ -159,7 +159,7 @@ def test_attention_factor_reaches_the_layers() -> None:
         _yarn_get_concentration_factor_from_config,
     )
 
-    rope = Rope(arguments(rope_scaling=SCALINGS["yarn"]))
+    rope = Rope(arguments(rope_scaling=SCALINGS["yarn"]).description)
     config = SimpleNamespace()
     rope.set_attention_factor(config)
     assert rope.attention_factor > 1

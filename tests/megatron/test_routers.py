@@ -10,6 +10,7 @@ import pytest
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from safetensors.torch import load_file
 
+from swiftlite.arguments.description import READ_FROM_CONFIG
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.utils.errors import UsageError
 from tests.train.test_router_loss import curve, data, steps
@@ -80,7 +81,10 @@ MODEL = {
 
 
 def arguments(**flags: Any) -> MegatronSftArguments:
-    return MegatronSftArguments(model="M", dataset=["D"], **{**MODEL, **flags})
+    model = {name: flags.pop(name) for name in READ_FROM_CONFIG if name in flags}
+    args = MegatronSftArguments(model="M", dataset=["D"], **flags)
+    args.apply_model_config({**MODEL, **model})
+    return args
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""MegatronArguments -> megatron-core's TransformerConfig.
+"""A model's description and the settings of a run -> megatron-core's TransformerConfig.
 
 `config_fields` gives the keywords as the arguments say them; what the machine cannot do is changed afterwards, by the
 table in `backend`. megatron-core is imported inside functions, after `backend.setup()`.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from swiftlite.arguments.description import Described
 from swiftlite.megatron import backend
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.logger import get_logger
@@ -74,7 +75,7 @@ MLA_RULES: Mapping[str, Rule] = {
     # Latent norms exist in every MLA model; megatron-core ties them to this switch.
     "qk_layernorm": lambda a: True,
     # The types with a factor on cos and sin, for which megatron-core has its 'yarn' only.
-    "rope_type": lambda a: "yarn" if rope_type(a) in ("yarn", "longrope") else "rope",
+    "rope_type": lambda a: "yarn" if a.rope_type in ("yarn", "longrope") else "rope",
     # Only the softmax scale reads these: the frequencies come from transformers' own functions.
     "rotary_scaling_factor": lambda a: (a.rope_scaling or {}).get("factor") or 1.0,
     "mscale": lambda a: (a.rope_scaling or {}).get("mscale") or 1.0,
@@ -91,12 +92,6 @@ def torch_dtype(args: Any) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     return torch.float32 if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
-
-
-def rope_type(args: Any) -> str:
-    """'default', 'linear', 'dynamic', 'llama3', 'yarn', ..."""
-    scaling = args.rope_scaling or {}
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
 
 def moe_layers(args: Any) -> list[int] | None:
@@ -124,7 +119,7 @@ def config_class(args: Any) -> type:
     """TransformerConfig, or MLATransformerConfig for multi-latent attention."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    chosen: type = MLATransformerConfig if args.multi_latent_attention else TransformerConfig
+    chosen: type = MLATransformerConfig if args.description.multi_latent_attention else TransformerConfig
     return chosen
 
 
@@ -134,22 +129,21 @@ def config_fields(args: Any) -> dict[str, Any]:
     Fields whose argument is None are absent: megatron-core's default holds.
     """
     backend.setup()
+    both = Described(args.description, args)
     known = {f.name for f in dataclasses.fields(config_class(args)) if f.init}
-    rules: dict[str, Rule] = {**RULES, **(MLA_RULES if args.multi_latent_attention else {})}
+    rules: dict[str, Rule] = {**RULES, **(MLA_RULES if both.multi_latent_attention else {})}
     fields: dict[str, Any] = {k: v for k, v in FIXED.items() if k in known}
     for name in sorted(known):
         if name in rules:
-            value = rules[name](args)
+            value = rules[name](both)
         elif name in FIXED:
             continue
         else:
-            value = getattr(args, name, None)
+            value = getattr(both, name, None)
         if value is not None or (name in _MAY_BE_NONE and name in rules):
             fields[name] = value
-    if not args.multi_latent_attention and args.num_query_groups is None:
-        fields["num_query_groups"] = args.num_attention_heads
-    if args.multi_latent_attention:
-        fields["num_query_groups"] = args.num_attention_heads
+    if both.multi_latent_attention:
+        fields["num_query_groups"] = both.num_attention_heads
         fields.pop("kv_channels", None)
     return fields
 

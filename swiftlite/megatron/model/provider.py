@@ -51,10 +51,11 @@ def model_provider(
     Raises: ConfigError for what megatron-core cannot compute.
     """
     config = to_transformer_config(args, **overrides)
-    frequencies = rope.Rope(args)
-    if not args.multi_latent_attention:
+    description = args.description
+    frequencies = rope.Rope(description)
+    if not description.multi_latent_attention:
         frequencies.set_attention_factor(config)
-    block = load_block(family_of(args.architectures).block if args.architectures else None)
+    block = load_block(family_of(description.architectures).block if description.architectures else None)
     replacements = getattr(block, "replacements", None)
     replaced = {
         core_router.TopKRouter: TopKRouter,
@@ -62,19 +63,19 @@ def model_provider(
         **(replacements(args) if replacements else {}),
     }
     spec = block_spec(config, vp_stage, replaced)
-    vocab_size = int(args.padded_vocab_size)
+    vocab_size = int(description.padded_vocab_size)
     live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)
     with backend.choosing_attention():
         model = GPTModel(
             config=config,
             transformer_layer_spec=spec,
             vocab_size=live_vocab_size,
-            max_sequence_length=args.max_position_embeddings,
+            max_sequence_length=description.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            share_embeddings_and_output_weights=not description.untie_embeddings_and_output_weights,
             position_embedding_type="rope",
-            rotary_base=args.rotary_base,
+            rotary_base=description.rotary_base,
             mtp_block_spec=mtp_spec(config, spec, vp_stage),
             vp_stage=vp_stage,
         )
@@ -83,7 +84,7 @@ def model_provider(
     _mark_divided_weights(model)
     _mark_expert_weights(model)
     experts.keep_counts_on_device(model)
-    if args.multi_latent_attention:
+    if description.multi_latent_attention:
         _set_latent_norm_eps(model)
         _join_latents(model)
     if live_vocab_size > vocab_size:

@@ -14,7 +14,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding as CoreRotaryEmbedding
 from torch import Tensor
 
-from swiftlite.megatron.model.config import rope_type
+from swiftlite.arguments.description import ModelDescription
 from swiftlite.utils.errors import ConfigError
 
 
@@ -24,17 +24,19 @@ class Rope:
     inv_freq: [rotated width / 2], fp32. attention_factor: on cos and sin, so its square acts on the scores.
     """
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, model: ModelDescription) -> None:
         """Raises: ConfigError for a rope type that transformers does not know or cannot compute."""
-        self.kind = rope_type(args)
-        self.base = float(args.rotary_base)
-        self.max_length = args.max_position_embeddings
-        mla = bool(args.multi_latent_attention)
-        self.head_dim = args.qk_pos_emb_head_dim if mla else args.kv_channels or _head_width(args)
-        self.partial = 1.0 if mla else (args.partial_rotary_factor or 1.0)
-        self.scaling = dict(args.rope_scaling or {})
-        self.original_length = args.original_max_position_embeddings
-        self._sizes = (args.hidden_size, args.num_attention_heads)
+        self.kind = model.rope_type
+        self.base = float(model.rotary_base)
+        self.max_length = model.max_position_embeddings
+        mla = model.multi_latent_attention
+        self.head_dim = (
+            model.qk_pos_emb_head_dim if mla else model.kv_channels or model.hidden_size // model.num_attention_heads
+        )
+        self.partial = 1.0 if mla else (model.partial_rotary_factor or 1.0)
+        self.scaling = dict(model.rope_scaling or {})
+        self.original_length = model.original_max_position_embeddings
+        self._sizes = (model.hidden_size, model.num_attention_heads)
         self._frequencies = lru_cache(maxsize=8)(self.frequencies)  # each MLA layer asks for them
         self.inv_freq, self.attention_factor = self.frequencies()
 
@@ -127,10 +129,6 @@ class RotaryEmbedding(CoreRotaryEmbedding):  # type: ignore[misc]
         """Angles [S, 1, 1, rotated width]."""
         angles = super().forward(*args, **kwargs)
         return (angles, self.rope.attention_factor) if self.with_factor else angles
-
-
-def _head_width(args: Any) -> int:
-    return int(args.hidden_size) // int(args.num_attention_heads)
 
 
 def install(model: Any, rope: Rope) -> None:

@@ -19,8 +19,6 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from swiftlite.arguments.megatron_preference import MegatronDpoArguments
-from swiftlite.arguments.parallel import COMPUTATION, STRUCTURE
-from swiftlite.arguments.parser import specs
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
 from swiftlite.checkpoint.info import read_config
@@ -231,10 +229,8 @@ def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Any]:
     stated, model = read_config(checkpoint_root(directory)), read_config(checkpoint_root(origin))
     same = stated["vocab_size"] == model["vocab_size"]
     config = convert_hf_config(grown(stated, args.new_tokens if same else None))
-    check_reference(args, config["padded_vocab_size"], args.padded_vocab_size)
-    other = copy.copy(args)
-    for name in STRUCTURE + COMPUTATION:
-        setattr(other, name, specs(type(args))[name].default)
+    check_reference(args, config["padded_vocab_size"], args.description.padded_vocab_size)
+    other = copy.copy(args)  # the same run of another model
     other.apply_model_config(config)
     return directory, other
 

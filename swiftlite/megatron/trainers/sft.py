@@ -72,7 +72,7 @@ def settle(args: Any) -> str:
     args.new_tokens = plan_tokens(args, config)
     args.apply_model_config(convert_hf_config(grown(config, args.new_tokens)))
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-        if args.num_experts or args.multi_latent_attention:
+        if args.description.num_experts or args.description.multi_latent_attention:
             logger.info("--sequence_parallel true: tensor-parallel training of this model needs it")
             args.sequence_parallel = True
     if args.output_dir is None:

@@ -26,4 +26,4 @@ class GroupMaxRouter(ChoosingRouter):
 
 def replacements(args: MegatronArguments) -> dict[Any, Any]:
     """Plain top-k (V2-Lite) is megatron-core's own."""
-    return {TopKRouter: GroupMaxRouter} if args.moe_router_num_groups else {}
+    return {TopKRouter: GroupMaxRouter} if args.description.moe_router_num_groups else {}

@@ -157,7 +157,7 @@ class ChoosingRouter(TopKRouter):
 
 def set_router_losses(models: Sequence[torch.nn.Module], args: MegatronArguments) -> bool:
     """Give every router of the models the loss that the arguments ask for. Returns: whether they ask for one."""
-    loss = RouterLoss.of(args, vars(args))
+    loss = RouterLoss.of(args, vars(args.description))
     for module in (m for model in models for m in model.modules()):
         if isinstance(module, TopKRouter):
             module.loss = loss
