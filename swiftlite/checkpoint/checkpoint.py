@@ -6,7 +6,7 @@ else. Adapters: adapter.py. No megatron-core, no transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -113,7 +113,7 @@ class Checkpoint:
         changes = {"vocab_size": new_tokens.rows}
         config = {**self.config, **changes}
         source = GrownSource(self.source, self.names, new_tokens.rows)
-        bound = bind_map(config, self.names) if self.kind == "mcore" else _bound(config, source)
+        bound = bind_map(config, self.names) if self.kind == "mcore" else _bound(config, source, self.names)
         return replace(self, config=config, bound=bound, source=source, changes=changes, new_tokens=new_tokens)
 
     def merged(self, adapter: Adapter) -> Checkpoint:
@@ -164,7 +164,7 @@ class Checkpoint:
 
 def _open_hf(directory: Path, root: Path, config: dict[str, Any], weights: bool) -> Checkpoint:
     source = open_source(directory, config) if weights else PlannedSource(directory, config)
-    bound = _bound(config, source)
+    bound = _bound(config, source, source.tensors)
     coverage = bound.check({name: t.spec.shape for name, t in source.tensors.items()}, str(directory))
     names = [name for name in source.tensors if name not in coverage.ignored]
     return Checkpoint(
@@ -176,11 +176,11 @@ def _open_hf(directory: Path, root: Path, config: dict[str, Any], weights: bool)
     )  # fmt: skip
 
 
-def _bound(config: Mapping[str, Any], source: Any) -> BoundMap:
+def _bound(config: Mapping[str, Any], source: WeightSource, names: Iterable[str]) -> BoundMap:
     """The family's map of a Hugging Face checkpoint; without a family its tensors are taken as they are."""
     if has_family(architecture_of(config)):
-        return bind_map(config, source.tensors)
-    return plain_map(config, {name: source.spec(name) for name in source.tensors})
+        return bind_map(config, names)
+    return plain_map(config, {name: source.spec(name) for name in names})
 
 
 def _open_mcore(directory: Path, root: Path, config: dict[str, Any], weights: bool) -> Checkpoint:
