@@ -228,13 +228,17 @@ def test_sigterm_is_noted_and_given_back() -> None:
 
 def test_ctrl_c_saves_once_and_ends_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second within two seconds is the first one again, as torchrun hands it on."""
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.sent == signal.SIGINT
-        monkeypatch.setattr("swiftlite.train.stop._IMPATIENT_SECONDS", 0.0)
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
+    try:
+        with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.sent == signal.SIGINT
+            monkeypatch.setattr("swiftlite.train.stop._IMPATIENT_SECONDS", 0.0)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_nohup_is_left_alone() -> None:
