@@ -18,6 +18,7 @@ MOVED = {
     "swiftlite.llm.argument.infer": "swiftlite.arguments.infer",
     "swiftlite.llm.argument.rlhf": "swiftlite.arguments.preference",
     "swiftlite.llm.argument.sft": "swiftlite.arguments.train",
+    "swiftlite.llm.dataset.order": "swiftlite.train.order",
     "swiftlite.llm.model.hub": "swiftlite.checkpoint.hub",
     "swiftlite.llm.plot": "swiftlite.train.plot",
     "swiftlite.llm.train.metrics": "swiftlite.train.metrics",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.errors import UsageError
@@ -48,7 +49,9 @@ def write_config_file(path: str, values: Mapping[str, Any]) -> None:
         import yaml
 
         text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    from swiftlite.utils.io import write_text_atomic  # commands that write none start without it
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(target, text)
     get_logger().info("wrote %s", path)

@@ -23,21 +23,20 @@ def prepare_template(args: BaseArguments) -> Any:
     if not hasattr(args, "model_info"):
         resolve(args, download_model=False)
     _, tokenizer = _load(args, load_model=False)
-    if args.template_backend == "auto":
-        args.template_backend = "jinja" if tokenizer.chat_template else "swift"
     if args.template is None:
         if args.use_chat_template and not tokenizer.chat_template:
             raise UsageError(
                 f"{args.model_info.model_dir}: it has no chat template and none is known for it; name one with --template"
             )
         args.template = JINJA
-    template = get_template(
-        args.template,
-        tokenizer,
-        enable_thinking=args.enable_thinking,
-        add_non_thinking_prefix=args.add_non_thinking_prefix,
+    options = {
         **args.get_template_kwargs(),
-    )
+        "template_backend": args.template_backend,
+        "enable_thinking": args.enable_thinking,
+        "add_non_thinking_prefix": args.add_non_thinking_prefix,
+    }
+    template = get_template(args.template, tokenizer, **options)
+    args.template_backend = template.template_backend  # what `auto` has come to
     check_parity(template, args.strict_template)
     return template
 

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from swiftlite.arguments.train import TrainArguments
-from swiftlite.utils.dist import get_world_size, is_main_process
+from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.logger import get_logger
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -49,16 +49,6 @@ class StopSignal:
             self.number, self._since = number, now
         elif number == signal.SIGINT and now - self._since > _IMPATIENT_SECONDS:
             raise KeyboardInterrupt
-
-    def agreed(self, device: Any) -> bool:
-        """Whether any rank was sent one; the signal reaches ranks in different steps. Collective."""
-        if get_world_size() == 1:
-            return self.requested
-        import torch
-
-        flag = torch.tensor(float(self.requested), device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
 
     @property
     def why(self) -> str:

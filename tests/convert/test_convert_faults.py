@@ -165,6 +165,19 @@ def test_bitwise_check_sees_a_byte_that_the_disk_changed(
     assert list(tmp_path.iterdir()) == []
 
 
+def _fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 40th write finds no space."""
+    original, left = stream.Files.write, [40]
+
+    def write(self: object, path: Path, offset: int, buffer: memoryview) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(28, "No space left on device")
+        original(self, path, offset, buffer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream.Files, "write", write)
+
+
 def _change_weights(model: Path) -> None:
     """Some bytes of every tensor; headers, sizes and times stay."""
     for path in model.glob("*.safetensors"):
@@ -178,15 +191,7 @@ def _change_weights(model: Path) -> None:
 def test_a_journal_of_other_weights_is_not_gone_on_with(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, left = stream.Files.write, [40]
-
-    def write(self: object, path: Path, offset: int, buffer: memoryview) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise OSError(28, "No space left on device")
-        original(self, path, offset, buffer)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream.Files, "write", write)
+    _fill_the_disk(monkeypatch)
     monkeypatch.setattr(journal, "FLUSH_BYTES", 1)
     assert to_mcore(model, tmp_path / "mcore") == 1
     assert len((tmp_path / ".mcore.partial/conversion-state/journal-0.jsonl").read_text().splitlines()) > 20
@@ -212,15 +217,7 @@ def test_bitwise_check_reads_the_source_again(
 def test_disk_full_keeps_the_work(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, left = stream.Files.write, [40]
-
-    def write(self: object, path: Path, offset: int, buffer: memoryview) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise OSError(28, "No space left on device")
-        original(self, path, offset, buffer)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream.Files, "write", write)
+    _fill_the_disk(monkeypatch)
     monkeypatch.setattr("swiftlite.weights.journal.FLUSH_BYTES", 1 << 20)
     assert to_mcore(model, tmp_path / "mcore") == 1
     assert "No space left on device" in capsys.readouterr().err

@@ -13,11 +13,12 @@ from swiftlite.llm.template.messages import Message, function_of, role_of, to_js
 
 AGENT_FORMATS = ("hermes",)
 
-_HEAD = (
+# Around the list of tools in the hermes format.
+HERMES_HEAD = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
 )
-_TAIL = (
+HERMES_TAIL = (
     "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
     "<tool_call></tool_call> XML tags:\n<tool_call>\n"
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
@@ -47,7 +48,7 @@ def as_plain(messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[
         plain.append(message)
         origin.append(i)
     if tools:
-        listed = _HEAD + "".join("\n" + to_json(tool) for tool in tools) + _TAIL
+        listed = HERMES_HEAD + "".join("\n" + to_json(tool) for tool in tools) + HERMES_TAIL
         if plain and role_of(plain[0]) == "system":
             plain[0] = {**plain[0], "content": f"{_shown(plain[0])}\n\n{listed}"}
         else:

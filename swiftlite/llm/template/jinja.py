@@ -55,7 +55,7 @@ class ChatTemplate:
 
     def is_tagged(self, tools: Any = None) -> bool:
         """Whether it has generation tags, which may hold the end token of an answer too."""
-        return bool(_GENERATION_TAG.search(self.source(tools)))
+        return _has_generation_tags(self.source(tools))
 
     def prints_tools(self) -> bool:
         return "tools" in _names_read(self.source())
@@ -177,6 +177,11 @@ class ChatTemplate:
                     ) from None
                 found.append(TemplateError(f"{self.name} cannot write it: {error}"))
         return found
+
+
+@cache  # asked of every row
+def _has_generation_tags(source: str) -> bool:
+    return bool(_GENERATION_TAG.search(source))
 
 
 @cache

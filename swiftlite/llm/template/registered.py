@@ -9,20 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite.families.records import Part, TemplateMeta
+from swiftlite.llm.template.agent import HERMES_HEAD, HERMES_TAIL
 
 _HOLE = re.compile(r"\{\{(SYSTEM|QUERY|DATE)\}\}")
+# Texts that several files share: each template that is saved holds those it needs.
+_TEXTS = {"hermes_head": HERMES_HEAD, "hermes_tail": HERMES_TAIL}
 _NAMES = {"SYSTEM": "system", "QUERY": "query.text", "DATE": "date"}
 
 
 def source_of(meta: TemplateMeta, own_bos: str = "") -> str:
     """Jinja that writes this template. own_bos: what the tokenizer puts in front of a text by itself."""
-    parameters: dict[str, Any] = dict(meta.parameters)
+    body = _file(meta.jinja) if meta.jinja else _rounds(meta, own_bos if meta.auto_add_bos else "")
+    parameters = {**dict(meta.parameters), **{name: text for name, text in _TEXTS.items() if name in body}}
     head = "".join(f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in parameters.items())
     default = meta.default_system if meta.default_system is not None else ""
     head += (
         f"{{%- if default_system is not defined -%}}{{%- set default_system = {_literal(default)} -%}}{{%- endif -%}}\n"
     )
-    return head + (_file(meta.jinja) if meta.jinja else _rounds(meta, own_bos if meta.auto_add_bos else ""))
+    return head + body
 
 
 @cache
