@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swiftlite.utils.io import blame, plain_name, read_json, write_json
+from swiftlite.utils.io import blame, plain_name, read_json, write_json, write_text_atomic
 from swiftlite.weights.safetensors import DTYPES as SAFETENSORS_DTYPES
 
 MANIFEST = "manifest.json"
@@ -37,3 +38,8 @@ def write_hashes(directory: Path, hashes: Mapping[str, str]) -> None:
 def read_hashes(directory: Path) -> dict[str, str]:
     """The recorded hashes of a converted checkpoint, {} where there are none."""
     return read_json(directory / HASHES, optional=True)
+
+
+def write_megatron_lm_args(directory: Path, words: Sequence[str] | str) -> None:
+    """What stock Megatron-LM loads this checkpoint with, or the line that says why it cannot."""
+    write_text_atomic(directory / MEGATRON_LM_ARGS, words if isinstance(words, str) else shlex.join(words) + "\n")

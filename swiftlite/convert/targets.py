@@ -11,7 +11,6 @@ A target lays the output out before the first weight is read (`plan`). The plan 
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +25,7 @@ from swiftlite.checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
 from swiftlite.checkpoint.bind import architecture_of, convert_hf_config
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.files import main_dtype
-from swiftlite.checkpoint.side_files import MEGATRON_LM_ARGS, write_hashes
+from swiftlite.checkpoint.side_files import write_hashes, write_megatron_lm_args
 from swiftlite.families import family_of
 from swiftlite.utils.directories import TRACKER
 from swiftlite.utils.dist import num_processes
@@ -235,9 +234,7 @@ class McorePlan:
         self.source.write_side_files(directory, self.main_dtype)
         self.source.write_manifest(directory)
         write_hashes(directory, hashes)
-        lm_args = self.arguments.megatron_lm_args()
-        text = lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n"
-        write_text_atomic(directory / MEGATRON_LM_ARGS, text)
+        write_megatron_lm_args(directory, self.arguments.megatron_lm_args())
         dcp_file.write_metadata(directory / ITERATION, self.dist, self.arguments.checkpoint_args(), iteration=1)
         write_text_atomic(directory / TRACKER, "1")
 

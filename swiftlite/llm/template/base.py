@@ -119,6 +119,11 @@ class Template(TemplateOptions):
         return self.meta.template_type
 
     @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int((self.tokenizer.eos_token_id or 0) if pad is None else pad)
+
+    @property
     def stop_token_ids(self) -> list[int]:
         """Ids of the tokens that end a generated answer, ascending. A stop word of several tokens is not among them."""
         ids = {ids[0] for ids in map(self.tokenize, self.stop_words) if len(ids) == 1}
@@ -412,10 +417,7 @@ class Template(TemplateOptions):
         if self.padding_free:
             batch = [join_rows(batch)]
         multiple = (pad_to_multiple_of or 1) * max(1, self.sequence_parallel_size)
-        pad_token = self.tokenizer.pad_token_id
-        if pad_token is None:
-            pad_token = self.tokenizer.eos_token_id or 0
-        tensors = pad_rows(batch, pad_token, multiple, pad_to or 0, self.padding_side)
+        tensors = pad_rows(batch, self.pad_token_id, multiple, pad_to or 0, self.padding_side)
         if self.padding_free:
             del tensors["attention_mask"]
         return tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from swiftlite.checkpoint.adapter import Adapter
 from swiftlite.checkpoint.chat import Chat
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.new_tokens import copy_tokenizer
-from swiftlite.checkpoint.side_files import MEGATRON_LM_ARGS
+from swiftlite.checkpoint.side_files import write_megatron_lm_args
 from swiftlite.convert.conversion import Options, convert
 from swiftlite.convert.targets import SHARD_BYTES, HfTarget, PeftTarget
 from swiftlite.megatron import state as checkpoint
@@ -21,7 +20,7 @@ from swiftlite.megatron.hf_io import prepare_hf_weights
 from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.megatron.tuners.lora_plan import LoraPlan
 from swiftlite.utils.directories import ADAPTER_CONFIG
-from swiftlite.utils.io import move_files, write_json, write_text_atomic
+from swiftlite.utils.io import move_files, write_json
 from swiftlite.weights import stream
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.lora import LoraConfig
@@ -45,9 +44,7 @@ class RunFiles:
         beside.mkdir()
         self.origin.write_side_files(beside, None if self.lora else torch_dtype(self.args))
         self.origin.write_manifest(beside)
-        lm_args = self.args.megatron_lm_args()
-        text = lm_args if isinstance(lm_args, str) else shlex.join(lm_args) + "\n"
-        write_text_atomic(beside / MEGATRON_LM_ARGS, text)
+        write_megatron_lm_args(beside, self.args.megatron_lm_args())
         if self.lora:
             write_json(beside / ADAPTER_CONFIG, self.lora.peft_config)
         self.record(beside)

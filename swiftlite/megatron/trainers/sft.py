@@ -121,10 +121,8 @@ def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tupl
         if start is not None:
             start.check(check_file)
         train_set, val_set = load(args, template)
-        tokenizer = template.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         chat = trained_chat(template) if parallel.rank == 0 else None  # rank 0 writes it
-        trainer = trainer_class(args, parallel, pad, origin, chat)
+        trainer = trainer_class(args, parallel, template.pad_token_id, origin, chat)
         training = Run(args, train_set, val_set, parallel.dp_rank, parallel.dp_size, trainer.metrics)
         result = train(training, trainer, start)
     # Without the groups: no rank waits for the network.
