@@ -99,6 +99,7 @@ STOCK: tuple[Row, ...] = (
     ),
     off("--no-rope-fusion", "apply_rope_fusion"),
     fixed("--normalization", "RMSNorm"),
+    Row("--apply-layernorm-1p", "layernorm_zero_centered_gamma"),
     *same("--norm-epsilon", "--swiglu", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
     *same("--add-qkv-bias", "--attention-dropout", "--hidden-dropout", "--init-method-std", "--qk-layernorm"),
     Row("--make-vocab-size-divisible-by", "padded_vocab_size"),
@@ -137,6 +138,8 @@ def _whole(value: float) -> float:
 def _stock_limit(args: Described) -> str | None:
     """Why stock Megatron-LM cannot compute this model, or None. Judged by settings, not by model type."""
     scaling, rope = args.rope_scaling or {}, args.rope_type
+    if args.softmax_scale is not None:
+        return f"it has no argument for the scale of attention scores; this model has {args.softmax_scale}"
     if args.rotary_base and args.rotary_base != int(args.rotary_base):
         return f"its --rotary-base takes whole numbers; this model has rope_theta {args.rotary_base}"
     if rope in ("llama3", "linear") and _is_mla(args):

@@ -19,6 +19,8 @@ class ModelDescription:
     silent. Names are Megatron-LM's.
 
     num_query_groups: key/value heads. kv_channels: width of a head. padded_vocab_size: rows of the embedding.
+    layernorm_zero_centered_gamma: norms multiply with 1 + weight. softmax_scale: on the scores of attention; None: one
+    over the root of a head's width.
     rotary_interleaved: rotary pairs are neighbours instead of halves. partial_rotary_factor: share of a head that
     rotates. rope_scaling: as config.json spells it. moe_layer_freq: which layers have experts, every N-th, or like
     [0]*1+[1]*45. moe_router_topk: experts of a token. Latent attention: ranks and widths of a head's parts.
@@ -33,7 +35,9 @@ class ModelDescription:
     max_position_embeddings: int | None = None
     padded_vocab_size: int | None = None
     norm_epsilon: float = 1e-5
+    layernorm_zero_centered_gamma: bool = False
     qk_layernorm: bool = False
+    softmax_scale: float | None = None
     swiglu: bool = True
     untie_embeddings_and_output_weights: bool = True
     disable_bias_linear: bool = True

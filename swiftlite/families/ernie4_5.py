@@ -78,6 +78,6 @@ FAMILY = Family(
     architectures=("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"),
     config=GPT_CONFIG,
     patches=PATCHES,
-    block="softmax_bias_router",
+    blocks=("softmax_bias_router",),
     weights=decoder(ATTENTION, MLP, ROUTER, EXPERTS, SHARED_EXPERTS),
 )

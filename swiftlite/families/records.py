@@ -138,7 +138,7 @@ class Family:
     config: rules in the order in which the converted config lists its fields.
     weights: the declarative weight map.
     patches: rules applied after `config` (what an architecture forces).
-    block: module under megatron/model/blocks/ that supplies unusual layers, or None.
+    blocks: modules under megatron/model/blocks/ that supply unusual layers.
     mtp_key: key of config.json with the number of MTP blocks, where the weight map has them.
     aliases: model_type in config.json that transformers does not know -> the one it knows the same model under.
     """
@@ -148,7 +148,7 @@ class Family:
     config: Rules
     weights: WeightMap
     patches: Rules = ()
-    block: str | None = None
+    blocks: tuple[str, ...] = ()
     mtp_key: str = "num_nextn_predict_layers"
     aliases: Mapping[str, str] = field(default_factory=dict)
     models: tuple[ModelMeta, ...] = ()

@@ -135,7 +135,7 @@ def check_config(name: str, config: Mapping[str, Any], code: Path | None = None)
             raise VerifyError(f"{name}: gradients are {gradient:.1e} off, allowed {GRADIENT_TOLERANCE:.0e}")
     return CheckResult(
         name, architecture_of(config), len(source.bound.by_hf), report.logits_max_diff / report.scale, gradient,
-        source.family.block, time.time() - started,
+        ", ".join(source.family.blocks) or None, time.time() - started,
     )  # fmt: skip
 
 

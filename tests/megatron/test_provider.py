@@ -16,7 +16,7 @@ from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.megatron.distributed import get_parallel_state, parallel_groups
 from swiftlite.megatron.model import provider
-from swiftlite.megatron.model.blocks import load_block
+from swiftlite.megatron.model.blocks import load_blocks
 from swiftlite.megatron.model.provider import build_models, padded_vocab_size
 from swiftlite.megatron.model.rope import Rope
 from swiftlite.utils.errors import ConfigError, UsageError
@@ -209,9 +209,9 @@ def test_sizes_that_do_not_divide_the_processes() -> None:
 
 
 def test_an_unknown_block_is_an_error() -> None:
-    assert load_block(None) is None
+    assert load_blocks(()) == []
     with pytest.raises(ConfigError, match="no_such_block"):
-        load_block("no_such_block")
+        load_blocks(["no_such_block"])
 
 
 def test_models_of_one_process_choose_their_attention_kernels_independently(

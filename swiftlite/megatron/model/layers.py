@@ -19,16 +19,30 @@ from swiftlite.utils.errors import ConfigError
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that may run under sequence parallelism: its weight is marked, so its gradient is summed over TP ranks."""
+    """RMSNorm that may run under sequence parallelism: its weight is marked, so its gradient is summed over TP ranks.
+
+    A zero-centred one multiplies with 1 + weight, computed in fp32.
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
-            raise ConfigError(
-                f"normalization {config.normalization!r} (zero-centred: {config.layernorm_zero_centered_gamma}) is not "
-                "supported by the local spec; only plain RMSNorm is"
-            )
+        if config.normalization != "RMSNorm":
+            raise ConfigError(f"normalization {config.normalization!r} is not supported by the local spec; RMSNorm is")
         super().__init__(hidden_size, eps=eps)
+        self.zero_centered_gamma: bool = config.layernorm_zero_centered_gamma
+        if self.zero_centered_gamma:
+            torch.nn.init.zeros_(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps, self.zero_centered_gamma)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+    """x [..., W] over its root mean square, times weight [W] or 1 + weight; in the dtype of x."""
+    if zero_centered:
+        return _rms_norm(x, weight.float() + 1, eps)
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,7 +55,8 @@ class CompiledRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
-        return _compiled(_rms_norm)(x, self.weight, self.eps)  # type: ignore[no-any-return]
+        weight = self.weight.float() + 1 if self.zero_centered_gamma else self.weight
+        return _compiled(_rms_norm)(x, weight, self.eps)  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from torch import Tensor
 from swiftlite.families import family_of
 from swiftlite.megatron import backend
 from swiftlite.megatron.model import experts, rope
-from swiftlite.megatron.model.blocks import load_block
+from swiftlite.megatron.model.blocks import load_blocks
 from swiftlite.megatron.model.blocks.router import TopKRouter
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
 from swiftlite.megatron.model.spec import block_spec, mtp_spec
@@ -55,14 +55,14 @@ def model_provider(
     frequencies = rope.Rope(description)
     if not description.multi_latent_attention:
         frequencies.set_attention_factor(config)
-    block = load_block(family_of(description.architectures).block if description.architectures else None)
-    replacements = getattr(block, "replacements", None)
-    replaced = {
-        core_router.TopKRouter: TopKRouter,
-        **experts.replacements(args, config),
-        **(replacements(args) if replacements else {}),
-    }
+    blocks = load_blocks(family_of(description.architectures).blocks if description.architectures else ())
+    replaced = {core_router.TopKRouter: TopKRouter, **experts.replacements(args, config)}
+    for block in blocks:
+        replaced |= block.replacements(args) if hasattr(block, "replacements") else {}
     spec = block_spec(config, vp_stage, replaced)
+    for change in (block.change_layer for block in blocks if hasattr(block, "change_layer")):
+        for layer in spec.layer_specs:
+            change(layer, args)
     vocab_size = int(description.padded_vocab_size)
     live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)
     with backend.choosing_attention():
@@ -89,8 +89,7 @@ def model_provider(
         _join_latents(model)
     if live_vocab_size > vocab_size:
         _mask_padded_vocabulary(model, vocab_size, live_vocab_size)
-    adapt = getattr(block, "adapt", None)
-    if adapt:
+    for adapt in (block.adapt for block in blocks if hasattr(block, "adapt")):
         adapt(model, args)
     return model
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
+from swiftlite.megatron.model.layers import rms_norm
 from swiftlite.megatron.tuners.freeze import let_gradients_through
 from swiftlite.megatron.tuners.lora_plan import LINEAR, LoraPlan, plan_lora, read_lora, with_new_rows
 from swiftlite.megatron.tuners.rows import add_rows
@@ -349,7 +350,7 @@ class Adapters(torch.nn.Module):
             if lora.grouped:  # a second input says how many rows each expert has
                 ends = torch.as_tensor(inputs[1], device=x.device).cumsum(0, dtype=torch.int32)
             if getattr(layer, "layer_norm_weight", None) is not None:  # Transformer Engine's norm and linear in one
-                x = F.rms_norm(x, x.shape[-1:], layer.layer_norm_weight, layer.eps)
+                x = rms_norm(x, layer.layer_norm_weight, layer.eps, layer.zero_centered_gamma)
             return output[0] + lora(x, ends), output[1]
 
         # Before hooks that exchange outputs between ranks.
