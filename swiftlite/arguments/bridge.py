@@ -104,6 +104,8 @@ STOCK: tuple[Row, ...] = (
     *same("--add-qkv-bias", "--attention-dropout", "--hidden-dropout", "--init-method-std", "--qk-layernorm"),
     Row("--make-vocab-size-divisible-by", "padded_vocab_size"),
     fixed("--transformer-impl", "transformer_engine"),
+    Row("--window-size", rule=lambda args: None if args.window_size is None else f"({args.window_size},0)"),
+    *same("--window-attn-skip-freq"),
     *same("--attention-softmax-in-fp32", "--mtp-num-layers", "--bf16", "--fp16"),
     *_when(
         _is_moe,
@@ -140,6 +142,8 @@ def _stock_limit(args: Described) -> str | None:
     scaling, rope = args.rope_scaling or {}, args.rope_type
     if args.softmax_scale is not None:
         return f"it has no argument for the scale of attention scores; this model has {args.softmax_scale}"
+    if args.activation == "gelu_pytorch_tanh":
+        return f"it has no argument for MLPs that are gated by {args.activation}"
     if args.rotary_base and args.rotary_base != int(args.rotary_base):
         return f"its --rotary-base takes whole numbers; this model has rope_theta {args.rotary_base}"
     if rope in ("llama3", "linear") and _is_mla(args):

@@ -18,6 +18,8 @@ class ModelDescription:
     """What TransformerConfig and Megatron-LM's arguments need to know of a model; a default holds where config.json is
     silent. Names are Megatron-LM's.
 
+    window_size: tokens before its own that one sees in the layers of window_attn_skip_freq, a pattern like that of
+    moe_layer_freq; without it in all. activation: on the gate of a gated MLP.
     num_query_groups: key/value heads. kv_channels: width of a head. padded_vocab_size: rows of the embedding.
     layernorm_zero_centered_gamma: norms multiply with 1 + weight. softmax_scale: on the scores of attention; None: one
     over the root of a head's width.
@@ -38,7 +40,10 @@ class ModelDescription:
     layernorm_zero_centered_gamma: bool = False
     qk_layernorm: bool = False
     softmax_scale: float | None = None
+    window_size: int | None = None
+    window_attn_skip_freq: str | None = None
     swiglu: bool = True
+    activation: str = "silu"
     untie_embeddings_and_output_weights: bool = True
     disable_bias_linear: bool = True
     add_qkv_bias: bool = True

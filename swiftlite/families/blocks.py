@@ -151,15 +151,16 @@ def _is_not_causal(config: Config) -> bool:
     return any(not str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names[:1])
 
 
+NO_WINDOW = Refuse(
+    lambda c: c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()),
+    "it uses sliding window attention, which transformers' class of this architecture does not compute",
+)
 PARTIAL_ROTARY_CONFIG: Rules = (
     Refuse(
-        lambda c: c.get("hidden_act", "silu") != "silu",
-        "hidden_act {hidden_act!r} is not 'silu'; only gated SiLU MLPs are supported",
+        lambda c: c.get("hidden_act", "silu") not in ("silu", "gelu_pytorch_tanh"),
+        "hidden_act {hidden_act!r} is not 'silu' or 'gelu_pytorch_tanh'; only MLPs that are gated by these are supported",
     ),
-    Refuse(
-        lambda c: c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()),
-        "it uses sliding window attention; only full attention is supported",
-    ),
+    NO_WINDOW,
     Refuse(lambda c: c.get("mlp_bias"), "mlp_bias true is not supported"),
     Refuse(_is_not_causal, "{architectures[0]} is not a causal language model"),
     ConfigRule("num_layers", ("num_hidden_layers",), small=4),
@@ -173,7 +174,8 @@ PARTIAL_ROTARY_CONFIG: Rules = (
     ConfigRule("padded_vocab_size", ("vocab_size",), small=515),
     ConfigRule("attention_dropout", ("attention_dropout",)),
     ConfigRule("untie_embeddings_and_output_weights", ("tie_word_embeddings",), lambda v: not v, default=True),
-    ConfigRule("swiglu", ("hidden_act",), lambda v: v == "silu"),
+    ConfigRule("swiglu", ("hidden_act",), lambda v: True),
+    ConfigRule("activation", ("hidden_act",), lambda v: None if v == "silu" else v),
     ConfigRule("add_qkv_bias", ("attention_bias", "qkv_bias", "use_bias"), default=False),
     ConfigRule("disable_bias_linear", ("mlp_bias",), lambda v: not v),
     ConfigRule("kv_channels", ("head_dim",), small=32),
@@ -247,23 +249,6 @@ REFUSE_OUTPUT_BIAS = Refuse(
     lambda c: c.get("attention_bias"),
     "attention_bias true puts a bias on o_proj, which Megatron's attention does not have",
 )
-
-
-def refuse_window(default: int | None = None) -> Refuse:
-    """For architectures whose integer sliding_window acts in every layer; default: what transformers assumes without it.
-
-    A window as long as the longest text changes nothing.
-    """
-
-    def acts(config: Config) -> bool:
-        window = config.get("sliding_window", default)
-        return window is not None and window < config["max_position_embeddings"]
-
-    return Refuse(
-        acts,
-        "its sliding window is shorter than max_position_embeddings {max_position_embeddings}; only full attention is "
-        "supported (sliding_window null)",
-    )
 
 
 # ---- DeepSeek and Ernie ----

@@ -1,14 +1,14 @@
-"""Mistral with full attention (7B v0.2 and v0.3, Nemo, Large, Small 24B): LLaMA with explicit head dimensions."""
+"""Mistral: LLaMA with explicit head dimensions; the first (7B v0.1) with a window in all layers."""
 
 from __future__ import annotations
 
-from swiftlite.families.blocks import ATTENTION, GPT_CONFIG, MLP, decoder, refuse_window
+from swiftlite.families.blocks import ATTENTION, GPT_CONFIG, MLP, decoder
 from swiftlite.families.records import Family
+from swiftlite.families.windows import everywhere, windowed
 
 FAMILY = Family(
     "mistral",
     architectures=("MistralForCausalLM",),
-    config=GPT_CONFIG,
-    patches=(refuse_window(4096),),
+    config=windowed(GPT_CONFIG, everywhere, default=4096, by_types=False),
     weights=decoder(ATTENTION, MLP),
 )

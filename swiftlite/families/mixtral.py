@@ -10,10 +10,10 @@ from swiftlite.families.blocks import (
     copy,
     decoder,
     gated_mlp,
-    refuse_window,
     rotary_base,
 )
 from swiftlite.families.records import Derived, Family
+from swiftlite.families.windows import everywhere, windowed
 
 EXPERTS = (
     copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
@@ -26,9 +26,8 @@ EXPERTS = (
 FAMILY = Family(
     "mixtral",
     architectures=("MixtralForCausalLM",),
-    config=GPT_CONFIG,
+    config=windowed(GPT_CONFIG, everywhere, by_types=False),
     patches=(
-        refuse_window(),
         rotary_base(1000000),
         Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"]),
         constant("moe_router_pre_softmax", False),

@@ -26,7 +26,7 @@ MODES = ("selective", "full")
 _DIVIDED = (
     "word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight",
     "linear_fc1.weight", "linear_fc2.weight", "linear_q_proj.weight", "linear_q_up_proj.weight",
-    "linear_kv_up_proj.weight", "eh_proj.weight",
+    "linear_kv_up_proj.weight", "eh_proj.weight", "softmax_offset", "linear_fc1.bias",
 )  # fmt: skip
 
 

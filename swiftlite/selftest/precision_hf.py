@@ -30,7 +30,9 @@ class Rounding:
 
 @dataclass
 class HfRun:
-    """Outputs of the Hugging Face model, on the CPU: embedding, each layer and norm [1, S, H], logits [1, S, V]."""
+    """Outputs of the Hugging Face model, on the CPU: embedding, each layer and norm [1, S, H], the model's logits
+    [1, S, V], which are those of its head, capped where it caps them.
+    """
 
     embedding: Tensor
     layers: list[Tensor]
@@ -152,6 +154,6 @@ def run_hf(
         for part in (inner.embed_tokens, *inner.layers, inner.norm, model.lm_head):
             part.register_forward_pre_hook(lambda module, _: weights.load(module))
             part.register_forward_hook(done)
-        model(input_ids=ids.to(device), use_cache=False)
+        logits = model(input_ids=ids.to(device), use_cache=False).logits.cpu()
     layers = [outputs[layer] for layer in inner.layers]
-    return HfRun(outputs[inner.embed_tokens], layers, outputs[inner.norm], outputs[model.lm_head])
+    return HfRun(outputs[inner.embed_tokens], layers, outputs[inner.norm], logits)

@@ -42,11 +42,11 @@ class _McoreWeights:
 
         Raises: VerifyError naming a tensor that the checkpoint does not hold or that nothing was read into.
         """
-        from megatron.core.transformer.utils import sharded_state_dict_default
+        from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 
         for parameter in part.parameters():
             parameter.data = torch.empty(self._shapes[parameter], dtype=parameter.dtype)
-        state = sharded_state_dict_default(part, prefix, offsets)
+        state = sharded_state_dict_default(part, prefix, offsets, ensure_metadata_has_dp_cp_group(None))
         filled = set()
         for shard in flatten_shards(state):
             self._read(shard)

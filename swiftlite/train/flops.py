@@ -7,15 +7,14 @@ chosen ones), and attention over the tokens that a causal mask leaves. Not count
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of, convert_hf_config
-from swiftlite.utils.logger import get_logger
 from swiftlite.weights.rule import WeightRule
-from swiftlite.weights.shape import ModelShape
+from swiftlite.weights.shape import ModelShape, layer_pattern
 
 # Dense bf16 operations per second by what the driver calls the device; the first name that is part of it counts.
 PEAK_FLOPS: dict[str, float] = {
@@ -32,20 +31,35 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
-def attention_pairs(lengths: Iterable[int]) -> int:
-    """(query, key) pairs that causal attention computes: n (n + 1) / 2 for each sample of n tokens."""
-    return sum(n * (n + 1) // 2 for n in lengths)
+def attention_pairs(lengths: Iterable[int], window: int | None = None) -> int:
+    """(query, key) pairs that causal attention computes: n (n + 1) / 2 for each sample of n tokens, where a token sees
+    no more than `window`.
+    """
+
+    def half_square(n: int) -> int:
+        return n * (n + 1) // 2
+
+    return sum(half_square(n) - (half_square(n - window) if window and n > window else 0) for n in lengths)
 
 
 @dataclass(frozen=True)
 class ModelFlops:
     """linear: forward operations of all matrices for one token. attention: forward operations for one (query, key) pair,
-    over all layers and heads. expert_share: share of the routed experts that a token visits.
+    over all layers and heads. expert_share: share of the routed experts that a token visits. window: tokens that one
+    sees at most in `window_share` of the layers.
     """
 
     linear: int
     attention: int
     expert_share: float = 1.0
+    window: int | None = None
+    window_share: float = 0.0
+
+    def pairs(self, lengths: Iterable[int]) -> float:
+        """`attention_pairs` of samples of these lengths, the mean over the layers."""
+        lengths = list(lengths)
+        full, share = attention_pairs(lengths), self.window_share
+        return full + share * (attention_pairs(lengths, self.window) - full) if share else full
 
     def forward(self, tokens: float, pairs: float) -> float:
         return self.linear * tokens + self.attention * pairs
@@ -56,7 +70,7 @@ class ModelFlops:
         """Forward and backward operations.
 
         Args:
-            tokens, pairs: of the step, without padding; see `attention_pairs`.
+            tokens, pairs: of the step, without padding; see `ModelFlops.pairs`.
             trained: trained weights of the model's own matrices that a token meets; None: all of them.
             adapters: weights in adapters that a token meets. The matrices below them are only passed through.
             references: forward passes of other models of this size on the same tokens (preference training).
@@ -67,12 +81,17 @@ class ModelFlops:
 
 
 def flops_of(config: Mapping[str, Any] | None, mtp_layers: int = 0) -> ModelFlops | None:
-    """`model_flops`; None, and a remark, for a config that does not say what is needed."""
+    """`model_flops`; None for a config that does not say what is needed."""
     try:
         return model_flops(config or {}, mtp_layers)
     except (AttributeError, KeyError, TypeError, ValueError):  # ConfigError is one: no family of ours
-        get_logger().info("config.json does not tell the model's operations, so TFLOP/s are not shown")
         return None
+
+
+def pairs_of(config: Mapping[str, Any] | None) -> Callable[[Iterable[int]], float]:
+    """How the pairs of a model's samples are counted: lengths -> `ModelFlops.pairs`."""
+    flops = flops_of(config)
+    return flops.pairs if flops else attention_pairs
 
 
 def model_flops(config: Mapping[str, Any], mtp_layers: int = 0) -> ModelFlops:
@@ -97,8 +116,12 @@ def model_flops(config: Mapping[str, Any], mtp_layers: int = 0) -> ModelFlops:
     layers = {moe: weights(family.weights.layer, moe) for moe in set(shape.moe_layers)}
     total = sum(layers[moe] for moe in shape.moe_layers) + head
     total += mtp_layers * (layers[shape.moe_layers[-1]] + 2 * shape.hidden**2 + head)
+    count, window = shape.num_layers + mtp_layers, fields.get("window_size")
+    windows = layer_pattern(fields.get("window_attn_skip_freq"), shape.num_layers) if window is not None else ()
     return ModelFlops(
         linear=2 * total,
-        attention=2 * (shape.num_layers + mtp_layers) * (shape.q_rows + shape.attn_cols),
+        attention=2 * count * (shape.q_rows + shape.attn_cols),
         expert_share=top_k / shape.experts if shape.experts else 1.0,
+        window=None if window is None else window + 1,
+        window_share=sum(windows) / count,
     )

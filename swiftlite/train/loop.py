@@ -213,6 +213,8 @@ def _steps(run: Run, engine: Engine, metrics: Metrics, done: int) -> tuple[int, 
 
 def _meter(run: Run, engine: Engine) -> StepMeter:
     flops = flops_of(run.args.model_info.config, getattr(run.args, "mtp_num_layers", None) or 0)
+    if flops is None:
+        logger.info("config.json does not tell the model's operations, so TFLOP/s are not shown")
     weights: Mapping[str, Any] = engine.trained_weights(flops) if flops else {}
     peak = device_peak(str(run.args.model_info.torch_dtype).removeprefix("torch."))
     return StepMeter(flops, get_world_size(), peak, peak_memory, references=engine.references, **weights)

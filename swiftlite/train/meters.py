@@ -74,7 +74,7 @@ class StepMeter:
         self._since = time.perf_counter()
 
     def add(self, sums: Mapping[str, float]) -> None:
-        """A step is done. sums: `tokens`, `padded_tokens`, `samples`, `pairs_attended` (see attention_pairs) of all ranks,
+        """A step is done. sums: `tokens`, `padded_tokens`, `samples`, `pairs_attended` (see ModelFlops.pairs) of all ranks,
         `data_s` of this rank, and whatever `summary` is to give back added up.
         """
         now = time.perf_counter()

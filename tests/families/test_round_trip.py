@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import torch
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.convert.conversion import Options, convert
 from swiftlite.convert.targets import HfTarget, McoreTarget
-from swiftlite.families.hf_config import convert_hf_config
 from swiftlite.llm.model import reference
-from swiftlite.utils.errors import ConfigError
 
 from .cases import build_hf, config_of, distinct_cases
 
@@ -96,20 +93,3 @@ def test_files_of_mixed_dtypes(case: str, tmp_path: Path) -> None:
     to_hf(tmp_path / "mcore", tmp_path / "back")
     assert (tmp_path / "back/model.safetensors").read_bytes() == path.read_bytes()
     assert {t.dtype for t in mixed.values()} == {torch.float32, torch.bfloat16}
-
-
-@pytest.mark.parametrize(
-    ("case", "change", "refused"),
-    [
-        ("mistral:default", {"sliding_window": 64}, True),
-        ("mistral:default", {"sliding_window": ...}, True),  # transformers assumes one of 4096
-        ("mistral:default", {"sliding_window": 256}, False),
-        ("mixtral:default", {"sliding_window": 64}, True),
-        ("mixtral:default", {"sliding_window": ...}, False),
-    ],
-)
-def test_a_window_that_would_act_is_refused(case: str, change: dict[str, Any], refused: bool) -> None:
-    config = {**config_of(case), "max_position_embeddings": 8192 if ... in change.values() else 256, **change}
-    config = {key: value for key, value in config.items() if value is not ...}
-    with pytest.raises(ConfigError, match="sliding window is shorter") if refused else nullcontext():
-        convert_hf_config(config)

@@ -19,7 +19,7 @@ import torch
 from megatron.core.transformer.mlp import MLP
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
-from swiftlite.megatron.model.layers import SdpaAttention
+from swiftlite.megatron.model.blocks.attention import SdpaAttention
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.batch import collate
 from swiftlite.megatron.trainers.loss import language_model_loss

@@ -79,6 +79,19 @@ def test_causal_attention_is_half_the_square() -> None:
     assert attention_pairs([4096]) / 4096**2 == pytest.approx(0.5, rel=1e-3)
 
 
+def test_a_window_bounds_the_keys() -> None:
+    """Counted one by one; layers with a window and without one count by their number."""
+    lengths, window = [1, 3, 4, 5, 90], 4
+    by_hand = sum(min(i + 1, window) for n in lengths for i in range(n))
+    assert attention_pairs(lengths, window) == by_hand
+    flops = ModelFlops(0, attention=12, window=window, window_share=2 / 3)
+    assert flops.pairs(lengths) == pytest.approx((2 * by_hand + attention_pairs(lengths)) / 3)
+    mistral = model_flops(config_of("mistral:window"))
+    assert (mistral.window, mistral.window_share) == (37, 1.0)
+    assert mistral.pairs([500]) == attention_pairs([500], 37)
+    assert model_flops(config_of("mistral:default")).pairs([500]) == attention_pairs([500])
+
+
 def test_known_models() -> None:
     """6 operations per parameter and token, of experts the chosen ones."""
     air = {

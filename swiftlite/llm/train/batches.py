@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from swiftlite.train.flops import attention_pairs
 from swiftlite.train.objective import Batch, Objective
 
 # In this order, before an objective's own counts.
@@ -16,13 +15,21 @@ COUNTS = ("tokens", "padded_tokens", "samples", "pairs_attended")
 Collate = Callable[[Sequence[Any]], Batch]
 
 
-def counting(collate: Collate, objective: Objective, lengths: Callable[[Any], Sequence[int]]) -> Collate:
-    """`collate` with a tensor `counts` beside the batch: COUNTS and the objective's. lengths: tokens of a row's samples."""
+def counting(
+    collate: Collate,
+    objective: Objective,
+    lengths: Callable[[Any], Sequence[int]],
+    pairs: Callable[[Iterable[int]], float],
+) -> Collate:
+    """`collate` with a tensor `counts` beside the batch: COUNTS and the objective's.
+
+    lengths: tokens of a row's samples. pairs: those of samples of these lengths, as `pairs_of` gives them.
+    """
 
     def counted(rows: Sequence[Any]) -> Batch:
         batch = collate(rows)
         sizes = [n for row in rows for n in lengths(row)]
-        counts = [sum(sizes), batch["input_ids"].numel(), len(rows), attention_pairs(sizes), *objective.count(batch)]
+        counts = [sum(sizes), batch["input_ids"].numel(), len(rows), pairs(sizes), *objective.count(batch)]
         batch["counts"] = torch.tensor(counts, dtype=torch.float64)
         return batch
 

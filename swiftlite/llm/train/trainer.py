@@ -37,7 +37,7 @@ from swiftlite.llm.train.saving import (
 )
 from swiftlite.train.batches import StepBatches, evaluation_samples, to_device
 from swiftlite.train.checkpoints import Start
-from swiftlite.train.flops import ModelFlops
+from swiftlite.train.flops import ModelFlops, pairs_of
 from swiftlite.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE
 from swiftlite.train.loop import Run, Step, train
 from swiftlite.train.objective import Batch, Objective
@@ -72,7 +72,8 @@ class HfTrainer:
         lengths: Callable[[Any], Sequence[int]],
     ) -> None:
         self.args, self.model, self.tokenizer, self.objective = args, model, template.tokenizer, objective
-        self.collate, self.padding_free = counting(collate, objective, lengths), template.padding_free
+        self.collate = counting(collate, objective, lengths, pairs_of(args.model_info.config))
+        self.padding_free = template.padding_free
         self.chat = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
         self.state = transformers.TrainerState()
         self.accelerator = accelerator_of(args)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swiftlite.arguments.description import Described
 from swiftlite.megatron import backend
@@ -39,8 +40,11 @@ RULES: Mapping[str, Rule] = {
     "layernorm_epsilon": lambda a: a.norm_epsilon,
     "add_bias_linear": lambda a: not a.disable_bias_linear,
     "gated_linear_unit": lambda a: a.swiglu,
-    "activation_func": lambda a: torch.nn.functional.silu if a.swiglu else torch.nn.functional.gelu,
-    "bias_activation_fusion": lambda a: a.bias_swiglu_fusion,
+    "activation_func": lambda a: activation(a.activation) if a.swiglu else torch.nn.functional.gelu,
+    # Of GELU by tanh there is no fused form; --bias_swiglu_fusion stands for the others, too.
+    "bias_activation_fusion": lambda a: a.bias_swiglu_fusion and a.activation != "gelu_pytorch_tanh",
+    "window_size": lambda a: None if a.window_size is None else (a.window_size, 0),
+    "window_attn_skip_freq": lambda a: windowed_layers(a),
     "perform_initialization": lambda a: getattr(a, "perform_initialization", False),
     "moe_layer_freq": lambda a: moe_layers(a),
     "moe_shared_expert_gate": lambda a: a.use_shared_expert_gate,
@@ -102,6 +106,26 @@ def moe_layers(args: Any) -> list[int] | None:
     if not args.num_experts:
         return None
     return [int(moe) for moe in layer_pattern(args.moe_layer_freq, args.num_layers)]
+
+
+def windowed_layers(args: Any) -> list[int] | None:
+    """1 per layer with a window, 0 per layer that sees the whole text; None for all alike."""
+    if args.window_attn_skip_freq is None:
+        return None
+    return [int(windowed) for windowed in layer_pattern(args.window_attn_skip_freq, args.num_layers)]
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function on the gate of a gated MLP: 'silu', 'gelu_pytorch_tanh' or 'quick_gelu'."""
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
+
+    functions = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh}
+    return functions[name]  # type: ignore[no-any-return]
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU with its usual approximation by tanh."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def virtual_stages(args: Any) -> int | None:

@@ -1,11 +1,7 @@
-"""Layers that megatron-core's local spec lacks, and weight gradients that are added within products.
-
-Shapes: S sequence, B batch, N heads, G key/value heads, D head width, T packed tokens.
-"""
+"""Layers that megatron-core's local spec lacks, and weight gradients that are added within products."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -63,92 +59,6 @@ class CompiledRMSNorm(RMSNorm):
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled; torch's compiler takes a second to import."""
     return torch.compile(function)
-
-
-class SdpaAttention(torch.nn.Module):
-    """Causal core attention on torch's scaled_dot_product_attention: GQA, unequal key and value widths, packed input.
-
-    megatron-core's own DotProductAttention knows neither `k_channels`/`v_channels` (MLA) nor packed sequences, and
-    keeps all scores in memory.
-    """
-
-    def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
-        **_: Any,
-    ) -> None:
-        super().__init__()
-        if config.context_parallel_size > 1:
-            raise ConfigError("context parallelism needs Transformer Engine; set --context_parallel_size 1")
-        if getattr(config, "window_size", None) is not None:
-            raise ConfigError("sliding window attention is not supported; its models use full attention")
-        self.config = config
-        self.layer_number = layer_number
-        self.softmax_scale = softmax_scale if softmax_scale is not None else (k_channels or config.kv_channels) ** -0.5
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-        **_: Any,
-    ) -> Tensor:
-        """query [S, B, N, D], key [S, B, G, D], value [S, B, G, Dv] -> [S, B, N*Dv]; packed: [T, N, D] -> [T, N*Dv].
-
-        The mask is causal by construction, so `attention_mask` is not read: padding stands after the real tokens.
-        """
-        assert attention_bias is None, "no model here passes an attention bias"
-        if packed_seq_params is None:
-            return self._attend(query, key, value)
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        parts = [
-            self._attend(*(x[start:end].unsqueeze(1) for x in (query, key, value))).squeeze(1)
-            for start, end in zip(bounds, bounds[1:], strict=False)
-            if end > start
-        ]
-        used = bounds[-1]
-        if used < query.shape[0]:  # padding behind the last sample
-            parts.append(query.new_zeros(query.shape[0] - used, parts[0].shape[-1]))
-        return torch.cat(parts)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        with self._dropout_generator(dropout):
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, width]
-            out = torch.nn.functional.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                dropout_p=dropout,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[-2] != key.shape[-2],
-            )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-    def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
-        """Heads differ between TP ranks, so dropout there draws from the generator that differs too."""
-        if not dropout or self.config.sequence_parallel:
-            return contextlib.nullcontext()
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
-
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Nothing to save."""
-        return {}
 
 
 def accumulate_in_place(model: torch.nn.Module) -> None:

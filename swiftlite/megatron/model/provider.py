@@ -118,6 +118,9 @@ def _mark_divided_weights(model: GPTModel) -> None:
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(weight, True, dim, 1)
+        sinks = getattr(module, "softmax_offset", None)
+        if isinstance(sinks, torch.nn.Parameter):
+            set_tensor_model_parallel_attributes(sinks, True, 0, 1)
 
 
 def _mark_expert_weights(model: GPTModel) -> None:

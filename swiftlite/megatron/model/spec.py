@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from swiftlite.megatron import backend
-from swiftlite.megatron.model.layers import CompiledRMSNorm, RMSNorm, SdpaAttention
+from swiftlite.megatron.model.blocks.attention import SdpaAttention
+from swiftlite.megatron.model.layers import CompiledRMSNorm, RMSNorm
 
 
 def substitute(spec: Any, table: Mapping[Any, Any]) -> Any:

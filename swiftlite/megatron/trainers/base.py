@@ -35,7 +35,7 @@ from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, leave_hea
 from swiftlite.megatron.trainers.saving import RunFiles
 from swiftlite.train.batches import StepBatches, evaluation_samples
 from swiftlite.train.checkpoints import Start
-from swiftlite.train.flops import ModelFlops, attention_pairs
+from swiftlite.train.flops import ModelFlops, pairs_of
 from swiftlite.train.fp16 import LOWEST_SCALE
 from swiftlite.train.loop import Run, Step
 from swiftlite.utils.logger import get_logger
@@ -93,7 +93,7 @@ class Trainer:
     def setup(self, run: Run) -> None:
         self.held.enter_context(own_stream(self.device))
         self.run, self.root, args = run, run.root, self.args
-        self.variable_lengths = variable_lengths(args, self.parallel)
+        self.variable_lengths, self.pairs = variable_lengths(args, self.parallel), pairs_of(args.model_info.config)
         micro, passes = run.plan.micro_batch_size, run.plan.num_microbatches
         self.built = build(args, self.parallel, self.origin_dir, run.steps, passes, run.global_batch)
         self.models, self.optimizer, self.scheduler = self.built.models, self.built.optimizer, self.built.scheduler
@@ -238,7 +238,7 @@ class Trainer:
 
     def _add_up(self, total: Tensor, batches: list[MicroBatch]) -> tuple[dict[str, float], bool]:
         """Sums over the global batch, and whether any rank was asked to stop: one exchange of all ranks. Collective."""
-        attended = sum(attention_pairs(b.sample_lengths) for b in batches)
+        attended = sum(self.pairs(b.sample_lengths) for b in batches)
         counts = [sum(b.num_tokens for b in batches), sum(b.tokens.numel() for b in batches), attended]
         # Every stage sees the same samples, and so does every rank of tensor parallelism.
         counts_here = self.parallel.is_last_stage and self.parallel.tp_rank == 0

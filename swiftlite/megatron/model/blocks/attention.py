@@ -1,0 +1,181 @@
+"""Core attention on torch's kernels: sliding windows, learned sinks and capped scores, packed input.
+
+megatron-core's own DotProductAttention knows neither `k_channels`/`v_channels` (MLA) nor packed sequences, and keeps all
+scores in memory; Transformer Engine's has windows and sinks, but no cap.
+Shapes: S sequence, B batch, N heads, G key/value heads, D head width, T packed tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from swiftlite.megatron import backend
+from swiftlite.utils.errors import ConfigError
+
+# Queries whose scores are in memory at once, where they are computed without a fused kernel.
+CHUNK = 1024
+_masks: dict[tuple[torch.device, int | None], Tensor] = {}
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """True where a token (row) sees another one (column): [length, length] of the one mask that is kept for all lengths.
+
+    window: tokens that one sees, itself included; None: all before it.
+    """
+    mask = _masks.get((device, window))
+    if mask is None or len(mask) < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        _masks[device, window] = mask = mask if window is None else mask.triu(1 - window)
+    return mask[:length, :length]
+
+
+class SdpaAttention(torch.nn.Module):
+    """Causal core attention: GQA, unequal key and value widths, packed input.
+
+    window: tokens that one sees in this layer, itself included; None: all before it. cap: scores s are cap * tanh(s / cap);
+    None: as they are. softmax_offset: [N / TP], a score of each head that takes part in the softmax and has no value.
+    """
+
+    cap: float | None = None
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ConfigError(
+                "context parallelism needs Transformer Engine, and a model without capped scores; set "
+                "--context_parallel_size 1"
+            )
+        self.config = config
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale if softmax_scale is not None else (k_channels or config.kv_channels) ** -0.5
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if windowed else None
+        self.register_parameter("softmax_offset", self._sinks() if config.softmax_type == "learnable" else None)
+
+    def _sinks(self) -> torch.nn.Parameter:
+        """As Transformer Engine's attention and megatron-core's own one have them."""
+        config = self.config
+        sinks = torch.empty(config.num_attention_heads // config.tensor_model_parallel_size, dtype=config.params_dtype,
+                            device=backend.setup().device)  # fmt: skip
+        if config.perform_initialization:
+            config.init_method(sinks)
+        return torch.nn.Parameter(sinks)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        """query [S, B, N, D], key [S, B, G, D], value [S, B, G, Dv] -> [S, B, N*Dv]; packed: [T, N, D] -> [T, N*Dv].
+
+        The mask is causal by construction, so `attention_mask` is not read: padding stands after the real tokens.
+        """
+        assert attention_bias is None, "no model here passes an attention bias"
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        parts = [
+            self._attend(*(x[start:end].unsqueeze(1) for x in (query, key, value))).squeeze(1)
+            for start, end in zip(bounds, bounds[1:], strict=False)
+            if end > start
+        ]
+        used = bounds[-1]
+        if used < query.shape[0]:  # padding behind the last sample
+            parts.append(query.new_zeros(query.shape[0] - used, parts[0].shape[-1]))
+        return torch.cat(parts)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = len(query)
+        window = self.window if self.window is not None and self.window < length else None
+        dropout = self.dropout if self.training else 0.0
+        with self._dropout_generator(dropout):
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, width]
+            if self.cap is not None or self.softmax_offset is not None:
+                out = self._by_scores(q, k, v, window, dropout)
+            else:
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    attn_mask=None if window is None else causal_mask(length, window, q.device),
+                    dropout_p=dropout,
+                    is_causal=window is None,
+                    scale=self.softmax_scale,
+                    enable_gqa=query.shape[-2] != key.shape[-2],
+                )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _by_scores(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float) -> Tensor:
+        """[B, N, S, D] of queries, keys, values -> [B, N, S, Dv]. Of long texts, the scores of a chunk are computed anew in
+        the backward pass.
+        """
+        length, repeats = q.shape[2], q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+        if length <= CHUNK:
+            return self._chunk(q, k, v, causal_mask(length, window, q.device), dropout)
+        parts = []
+        for start in range(0, length, CHUNK):
+            end = min(start + CHUNK, length)
+            first = 0 if window is None else max(start + 1 - window, 0)  # the first key that the chunk sees
+            mask = causal_mask(length, window, q.device)[start:end, first:end]
+            part = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask, dropout)
+            parts.append(checkpoint(self._chunk, *part, use_reentrant=False))
+        return torch.cat(parts, 2)
+
+    def _chunk(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+        scores = (q @ k.transpose(2, 3) * self.softmax_scale).float()
+        if self.cap is not None:
+            scores = self.cap * torch.tanh(scores / self.cap)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if self.softmax_offset is not None:
+            sinks = self.softmax_offset.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], -1)
+        shares = torch.softmax(scores, -1)[..., : k.shape[2]].to(v.dtype)
+        return torch.nn.functional.dropout(shares, dropout) @ v
+
+    def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
+        """Heads differ between TP ranks, so dropout there draws from the generator that differs too."""
+        if not dropout or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """The sinks, divided as the heads are."""
+        if self.softmax_offset is None:
+            return {}
+        return make_sharded_tensors_for_checkpoint(  # type: ignore[no-any-return]
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=mpu.get_tensor_model_parallel_group(),
+            dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
+        )

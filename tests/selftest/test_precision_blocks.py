@@ -1,0 +1,43 @@
+"""The precision check sees a damaged twin of each block of unusual layers, and names the layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swiftlite.selftest.precision import check_precision
+from swiftlite.utils.errors import VerifyError
+from tests.families.cases import build_hf, config_of
+from tests.families.test_round_trip import to_mcore
+from tests.selftest.test_precision import Mutable
+
+
+def setting(**changes: Any) -> Callable[[Mutable], None]:
+    """Another config.json of the converted model."""
+
+    def change(m: Mutable) -> None:
+        path = m.root / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Mutable], None], str]] = {
+    "window too short by one": ("mistral:window", setting(sliding_window=36), "layer 0"),
+    "window too long by one": ("mistral:window", setting(sliding_window=38), "layer 0"),
+    "no window": ("mistral:window", setting(sliding_window=None), "layer 0"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_block_is_named(name: str, tmp_path: Path) -> None:
+    case, damage, place = DAMAGES[name]
+    build_hf(config_of(case), tmp_path / "hf")
+    to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    damage(Mutable(tmp_path / "mcore"))
+    with pytest.raises(VerifyError, match=f"{place} is off: relative error"):
+        check_precision(tmp_path / "hf", tmp_path / "mcore")
