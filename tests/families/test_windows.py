@@ -40,7 +40,7 @@ def test_windows_of_a_config(case: str, change: dict[str, Any], expected: tuple[
     [
         ("mistral:default", {"sliding_window": 0}, "sliding_window 0 must be a whole number above 0"),
         ("mistral:default", {"sliding_window": "64"}, "sliding_window '64' must be"),
-        ("llama:gqa", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4}, "uses sliding window attention"),
+        ("llama:mha", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4}, "uses sliding window attention"),
     ],
 )
 def test_what_is_no_window_is_refused(case: str, change: dict[str, Any], message: str) -> None:

@@ -45,6 +45,7 @@ class SdpaAttention(torch.nn.Module):
     """
 
     cap: float | None = None
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(
         self,
