@@ -39,6 +39,34 @@ def _indices_of_the_best_groups(router: Any, scores: Any) -> Any:
     return groups.masked_fill(others, float("-inf")).flatten(1).topk(router.top_k, dim=-1, sorted=False)[1]
 
 
+def _experts_in_autocast(model: Any) -> None:
+    """Under autocast products of experts held in one tensor [E, ...] take the dtype of autocast, as all other ones do.
+
+    transformers 5 computes them in the dtype of their weights: fp32 weights made them ten times slower than bf16, and
+    a reference with weights of bf16 another model than the policy.
+    """
+    for module in model.modules():
+        if any(p.dim() == 3 for p in module.parameters(recurse=False)) and not hasattr(module, "kernel_size"):
+            module.forward = partial(_forward_in_autocast, module)
+
+
+def _forward_in_autocast(module: Any, *args: Any, **kwargs: Any) -> Any:
+    import torch
+
+    own = dict(module.named_parameters(recurse=False))
+    device = next(iter(own.values())).device.type
+    if not torch.is_autocast_enabled(device):
+        return type(module).forward(module, *args, **kwargs)
+    dtype = torch.get_autocast_dtype(device)
+    # Attributes of the object come before its parameters.
+    vars(module).update({name: p.to(dtype) for name, p in own.items() if p.dtype == torch.float32})
+    try:
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        for name in own:
+            vars(module).pop(name, None)
+
+
 # Class of transformers -> correction. Each sets values rather than scaling them, so that releases which are right stay so.
 CORRECTIONS: Mapping[str, Callable[[Any], None]] = {
     "DeepseekV2ForCausalLM": _yarn_softmax_scale,  # 4.57 to 5.0; goes when the oldest supported release has mscale
@@ -51,6 +79,7 @@ CORRECTIONS: Mapping[str, Callable[[Any], None]] = {
 
 def correct(model: Any) -> Any:
     """Return `model`, corrected in place where its class needs it. Safe to call twice."""
+    _experts_in_autocast(model)
     correction = CORRECTIONS.get(type(model).__name__)
     if correction is not None:
         correction(model)

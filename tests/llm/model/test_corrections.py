@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -35,6 +36,26 @@ def test_a_negative_bias_keeps_the_choice_within_the_best_groups(tmp_path: Path)
         with torch.no_grad():
             logits.append(model(tokens).logits)
     torch.testing.assert_close(logits[0], logits[1])
+
+
+def test_experts_take_the_dtype_of_autocast(tmp_path: Path) -> None:
+    """Weights in fp32 and the same ones rounded to bf16 give one output, and the fp32 ones get a gradient in fp32."""
+    model = correct(build_hf(config_of("qwen3_moe:default"), tmp_path))
+    mlp = model.model.layers[-1].mlp.experts
+    own = list(mlp.parameters())
+    rounded = copy.deepcopy(mlp)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16()
+    x = torch.randn(6, model.config.hidden_size)
+    chosen = torch.tensor([[0, 1]]).expand(6, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        if isinstance(mlp, torch.nn.ModuleList):  # transformers 4 has a module for each expert
+            outputs = [experts[1](x.bfloat16()) for experts in (mlp, rounded)]
+        else:
+            outputs = [experts(x.bfloat16(), chosen, torch.full((6, 2), 0.5)) for experts in (mlp, rounded)]
+    assert torch.equal(*outputs)
+    outputs[0].float().sum().backward()
+    assert {p.grad.dtype for p in own if p.grad is not None} == {torch.float32} and list(mlp.parameters()) == own
 
 
 def test_other_models_are_left_alone() -> None:

@@ -395,8 +395,9 @@ def test_dpo_goes_on(run: Any, tmp_path: Path) -> None:
     assert losses(parts) == losses(whole) and rewards(parts) == rewards(whole)
 
 
-def test_bf16_policy_and_reference_begin_equal(run: Any) -> None:
-    _, lines = run(dpo_main, "run", torch_dtype="bfloat16", train_iters=1)
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
+def test_bf16_policy_and_reference_begin_equal(family: str, run: Any) -> None:
+    _, lines = run(dpo_main, "run", family=family, torch_dtype="bfloat16", train_iters=1)
     assert lines[0]["rewards/chosen"] == lines[0]["rewards/rejected"] == 0
 
 
