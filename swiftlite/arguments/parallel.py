@@ -64,7 +64,8 @@ class ParallelArguments(Arguments):
 
         Raises: UsageError if the sizes do not divide the number of processes.
         """
-        tp, pp, cp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        cp = self.context_parallel_size
         if world_size % (tp * pp * cp):
             raise UsageError(
                 f"{world_size} processes cannot be divided into tensor x pipeline x context parallel = {tp} x {pp} x "
@@ -225,7 +226,8 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         self._check_model(model)
 
     def _check_model(self, model: ModelDescription) -> None:
-        pp, heads, groups = self.pipeline_model_parallel_size, model.num_attention_heads, model.num_query_groups
+        pp, heads = self.pipeline_model_parallel_size, model.num_attention_heads
+        groups = model.num_query_groups
         tp, ep = self.tensor_model_parallel_size, self.expert_model_parallel_size
         ends = [n for n in (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers) if n]
         layers, stages = model.num_layers - sum(ends), pp - len(ends)

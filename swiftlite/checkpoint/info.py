@@ -53,7 +53,8 @@ _SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_si
           "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # fmt: skip
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TABLES = ("quantization_config", "text_config", "rope_parameters")
-MAX_COUNT, MAX_SIZE, MAX_EXPERTS = 10_000, 1 << 24, 1 << 18  # the last one: of all layers together
+MAX_COUNT, MAX_SIZE = 10_000, 1 << 24
+MAX_EXPERTS = 1 << 18  # of all layers together
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:

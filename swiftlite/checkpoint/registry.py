@@ -237,6 +237,21 @@ def _excludes_supported(requirement: Any) -> bool:
     return any(upper <= Version(OLDEST_TRANSFORMERS) for upper in uppers)
 
 
+def _fetch(
+    name: str, registry: Mapping[str, ModelMeta], use_hf: bool, revision: str | None, weights: bool, token: str | None
+) -> str:
+    """The directory of a model, fetched if it is a hub id; of a registered one without the files that are not needed."""
+    found = _match(name, registry)
+    meta, release = found or (None, None)
+    if found is None and hub.local_directory(name) is None:
+        _refuse_quantised(name, use_hf, registry)
+    ignored = (*(meta.ignore_patterns if meta else ()), *(release.ignore_patterns if release else ()))
+    return hub.fetch(
+        _hub_id(name, release, use_hf), use_hf=use_hf, revision=revision, download_model=weights, ignore_patterns=ignored,
+        token=token,
+    )  # fmt: skip
+
+
 def get_model_info_meta(
     model_id_or_path: str,
     *,
@@ -273,25 +288,16 @@ def get_model_info_meta(
     templates = _templates() if templates is None else templates
     if model_type is not None:
         check_model_type(model_type, registry)
-    found = _match(model_id_or_path, registry)
-    meta, release = found or (None, None)
-    if found is None and hub.local_directory(model_id_or_path) is None:
-        _refuse_quantised(model_id_or_path, use_hf, registry)
-    model_dir = hub.fetch(
-        _hub_id(model_id_or_path, release, use_hf), use_hf=use_hf, revision=revision, download_model=download_model,
-        token=hub_token,
-        ignore_patterns=(*(meta.ignore_patterns if meta else ()), *(release.ignore_patterns if release else ())),
-    )  # fmt: skip
+    model_dir = _fetch(model_id_or_path, registry, use_hf, revision, download_model, hub_token)
     config = info.read_config(model_dir)
     check_agreement(config)
     info.check_against_weights(config, model_dir)
+    resolved: str | None = model_type
     if model_type is not None:
         meta, explanation = registry[model_type], "--model_type says so"
-        resolved: str | None = model_type
     else:
         facts = Facts(model_dir, config, given_name=str(model_id_or_path))
         resolved, meta, explanation = _resolve_type(facts, need_template, registry, templates)
-    if model_type is None:
         _tell(f"{model_dir}{f' is of type {resolved}' if resolved else ''}: {explanation}")
     _check_requirements(meta.model_type, meta.requires, ignore_requirements)
     known = {

@@ -112,7 +112,8 @@ def find_commands(text: str) -> Iterator[Found]:
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """(number of its first line, line) with continuations and open quotes joined."""
-    held, began, lines = "", 0, text.splitlines()
+    held, began = "", 0
+    lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         if not held:
             began = number

@@ -100,8 +100,9 @@ def _check_rope(settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         raise ConfigError(f"config.json: rope type {kind!r} is not known; supported: {', '.join(ROPE_TYPES)}")
     missing = [key for key in ROPE_TYPES[kind] if settings.get(key) is None]
     original = settings.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    if kind == "dynamic" or (kind in ("yarn", "longrope", "llama3") and original is None):
-        missing += [key for key in ("max_position_embeddings",) if config.get(key) is None]
+    takes_length = kind == "dynamic" or (kind in ("yarn", "longrope", "llama3") and original is None)
+    if takes_length and config.get("max_position_embeddings") is None:
+        missing.append("max_position_embeddings")
     if missing:
         raise ConfigError(f"config.json: rope type {kind!r} needs {', '.join(missing)}")
     for key in _ROPE_NUMBERS:

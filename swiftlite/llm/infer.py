@@ -264,7 +264,8 @@ def answer_rows(
     Args: rows: what read_questions gives. A row that cannot be answered gets `response` None and `error`.
     """
     for start in range(0, len(rows), batch_size):
-        batch, good, conversations, tools = [], [], [], []
+        batch, good = [], []
+        conversations, tools = [], []
         for place, raw, standard in rows[start : start + batch_size]:
             row = dict(raw) if isinstance(raw, Mapping) else {"row": raw.row if isinstance(raw, RowError) else raw}
             batch.append(row)

@@ -147,7 +147,9 @@ def _packing(args: PreviewArguments, lengths: Sequence[int]) -> Iterator[str]:
 
 # ---- terminal ----
 
-_DIM, _GREEN, _YELLOW, _BOLD, _RED, _END = "\033[2m", "\033[32m", "\033[33m", "\033[1m", "\033[31m", "\033[0m"
+_DIM, _GREEN = "\033[2m", "\033[32m"
+_YELLOW, _BOLD = "\033[33m", "\033[1m"
+_RED, _END = "\033[31m", "\033[0m"
 
 
 def as_text(preview: Preview, color: bool, show_ids: bool, width: int = 100) -> str:

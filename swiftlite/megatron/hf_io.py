@@ -66,7 +66,8 @@ class LiveMap:
     """Finds the entry of a live shard."""
 
     def __init__(self, bound: BoundMap) -> None:
-        self._by_slot = {(slot.key, slot.index): entry for entry in bound.entries for slot in (slot_of(entry),)}
+        slots = ((slot_of(entry), entry) for entry in bound.entries)
+        self._by_slot = {(slot.key, slot.index): entry for slot, entry in slots}
 
     def entry(self, shard: ShardedTensor) -> tuple[Entry, tuple[int, ...]]:
         """(entry, offset of the shard within it). Raises: MapError for a tensor that no rule covers."""

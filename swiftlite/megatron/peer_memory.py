@@ -85,7 +85,8 @@ class PeerGroup:
     """The collectives of a group of two."""
 
     def __init__(self, group: Any) -> None:
-        self.group, self.rank, self.room = group, group.rank(), 0
+        self.group, self.rank = group, group.rank()
+        self.room = 0
         self.parts: list[tuple[Tensor, ...]] = []  # memory here and there, epochs; graphs may still use earlier ones
         self.stream = torch.cuda.Stream(priority=-1)  # one after the other on both GPUs, whatever waits for them
 

@@ -199,7 +199,8 @@ def carried_tensors(models: Sequence[torch.nn.Module], origin: Checkpoint) -> di
     """
     live = LiveMap(origin.bound)
     held: set[tuple[str, int | None]] = set()
-    mine = {(entry.mcore, entry.expert) for shard in iter_shards(models) for entry, _ in (live.entry(shard),)}
+    entries = (live.entry(shard)[0] for shard in iter_shards(models))
+    mine = {(entry.mcore, entry.expert) for entry in entries}
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, mine)
     for part in gathered:
@@ -223,6 +224,41 @@ def carried_tensors(models: Sequence[torch.nn.Module], origin: Checkpoint) -> di
 # ---- saving ----
 
 
+def _contents(
+    position: Position,
+    models: Sequence[torch.nn.Module],
+    args: Any,
+    optimizer: Any,
+    scheduler: Any,
+    carried: Mapping[str, ShardedTensor] | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what common.pt holds, sharded states) of a checkpoint. Collective."""
+    # Layers in one tensor need an optimizer state of every layer.
+    metadata = {**checkpoint_metadata(), "non_homogeneous_layers": any(all_gather(_leaves_out_layers(models)))}
+    progress = {"consumed_train_samples": position.consumed_samples, "iteration": position.iteration}
+    common = common_state({**args.checkpoint_args(), **progress}, position.iteration)
+    common["content_metadata"] = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+    common[_STATE] = {"consumed_samples": position.consumed_samples, "layout": _layout(), "has_optimizer": False}
+    state: dict[str, Any] = _model_states(models, metadata)
+    weights = dict(state)
+    if carried:
+        state["carried"] = dict(carried)
+    if scheduler is not None:
+        common["opt_param_scheduler"] = scheduler.state_dict()
+    if optimizer is not None:
+        _agree_on_step(optimizer)
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
+        if not args.no_save_rng:
+            state["rng_state"] = _rng_object()
+        first = _optimizer_parts(state["optimizer"])[0]
+        step = next(group["step"] for group in first["optimizer"]["param_groups"] if "step" in group)
+        common[_STATE].update(
+            has_optimizer=True, has_rng=not args.no_save_rng, step=int(step), grad_scaler=first.get("grad_scaler")
+        )
+    _cut_vocabulary(state, int(args.description.padded_vocab_size))
+    return common, state
+
+
 def prepare_checkpoint(
     root: Path,
     position: Position,
@@ -242,6 +278,7 @@ def prepare_checkpoint(
         background: another process will write.
     Returns: the iteration's directory, and its write.
     """
+    common, state = _contents(position, models, args, optimizer, scheduler, carried)
     name = iteration_name(position.iteration)
     temporary, final = root / f".{name}.saving", root / name
     rank = torch.distributed.get_rank()
@@ -249,35 +286,6 @@ def prepare_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     torch.distributed.barrier()
-    # Layers in one tensor need an optimizer state of every layer.
-    metadata = {**checkpoint_metadata(), "non_homogeneous_layers": any(all_gather(_leaves_out_layers(models)))}
-    stored_args = {
-        **args.checkpoint_args(),
-        "consumed_train_samples": position.consumed_samples,
-        "iteration": position.iteration,
-    }
-    common = common_state(stored_args, position.iteration)
-    mine = {"consumed_samples": position.consumed_samples, "layout": _layout(), "has_optimizer": False}
-    common[_STATE] = mine
-    state: dict[str, Any] = _model_states(models, metadata)
-    if carried:
-        state["carried"] = dict(carried)
-    if scheduler is not None:
-        common["opt_param_scheduler"] = scheduler.state_dict()
-    if optimizer is not None:
-        weights = {key: value for key, value in state.items() if key.startswith("model")}
-        _agree_on_step(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
-        if not args.no_save_rng:
-            state["rng_state"] = _rng_object()
-        first = _optimizer_parts(state["optimizer"])[0]
-        step = next(group["step"] for group in first["optimizer"]["param_groups"] if "step" in group)
-        mine.update(
-            has_optimizer=True, has_rng=not args.no_save_rng, step=int(step), grad_scaler=first.get("grad_scaler")
-        )
-    _cut_vocabulary(state, int(args.description.padded_vocab_size))
-    plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-    common["content_metadata"] = plain
     if rank == 0 and beside is not None:
         beside(temporary)
 
@@ -291,7 +299,8 @@ def prepare_checkpoint(
             write_text_atomic(root / TRACKER, str(position.iteration))
         torch.distributed.barrier()
 
-    save = partial(dist_checkpointing.save, {**common, **state}, str(temporary), content_metadata=plain)
+    contents = {**common, **state}
+    save = partial(dist_checkpointing.save, contents, str(temporary), content_metadata=common["content_metadata"])
     if not background:
         return final, Write(0, save, lambda: save, [publish])
     nbytes = sum(t.data.nbytes for _, _, t in _tensors(state) if t.data is not None and is_main_replica(t.replica_id))

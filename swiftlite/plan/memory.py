@@ -229,7 +229,8 @@ class TrainingModel:
 
     def layer_activations(self, layout: Layout, layer: int, tokens: int) -> int:
         """What one layer keeps of one micro batch without recomputation."""
-        m, args, width, tp = self.bound.model, self.args, self.dtype.itemsize, layout.tp
+        m, args = self.bound.model, self.args
+        width, tp = self.dtype.itemsize, layout.tp
         whole = tokens // (tp if layout.sequence_parallel else 1)
         values = 4 * whole * m.hidden  # input and output of both norms
         if m.mla:

@@ -74,7 +74,8 @@ def print_coverage(plan: McorePlan) -> None:
 
 def print_conversion(args: Any, output_dir: Path, plan: Plan) -> None:
     """Bytes, files, memory, time and command of a conversion."""
-    total, files, source = plan.total_bytes, plan.sizes, plan.source.source
+    total, files = plan.total_bytes, plan.sizes
+    source = plan.source.source
     read = source.stored_bytes if isinstance(source, PlannedSource) else total
     speed = probe_disk(output_dir)
     rows = [
@@ -163,7 +164,8 @@ def checkpoint_bytes(model: TrainingModel, with_optimizer: bool) -> int:
 
 def own_layout(args: Any, gpus: int) -> Layout:
     """The layout that the flags ask for. Raises: UsageError if it does not fit the number of GPUs."""
-    tp, pp, ep = (getattr(args, f"{n}_model_parallel_size") for n in ("tensor", "pipeline", "expert"))
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    ep = args.expert_model_parallel_size
     first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
     layers = args.description.num_layers
     stages = even_stages(layers, pp)

@@ -118,7 +118,8 @@ def check_config(name: str, config: Mapping[str, Any], code: Path | None = None)
 
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        hf, mcore, back = (Path(folder) / part for part in ("hf", "mcore", "back"))
+        hf, mcore = Path(folder, "hf"), Path(folder, "mcore")
+        back = Path(folder, "back")
         write_random_model(config, hf)
         for file in code.glob("*.py") if code else ():
             shutil.copy(file, hf)

@@ -90,7 +90,8 @@ class _Weights:
         self, model: Any, source: WeightSource, files: Files, dtype: torch.dtype, device: torch.device,
         rounding: Rounding,
     ) -> None:  # fmt: skip
-        self.source, self.files, self.rounding = source, files, rounding
+        self.source, self.files = source, files
+        self.rounding = rounding
         self.dtype, self.device = dtype, device
         self.decode = decoder(source)
         self.stored: dict[int, list[tuple[str, Stored]]] = {}

@@ -26,7 +26,8 @@ class _McoreWeights:
     """Puts the weights of one part of a GPTModel in place, one tensor at a time, by megatron-core's keys and offsets."""
 
     def __init__(self, iteration: Path, device: torch.device, rounding: Rounding) -> None:
-        self.iteration, self.device, self.rounding = iteration, device, rounding
+        self.iteration, self.device = iteration, device
+        self.rounding = rounding
         self.reader = FileSystemReader(iteration)
         self.metadata = self.reader.read_metadata()
         self.reader.set_up_storage_reader(self.metadata, True)

@@ -71,7 +71,9 @@ class StepBatches(Generic[B]):
         load: Callable[[list[list[int]]], B],
         device: torch.device,
     ) -> None:
-        self.plan, self.order, self.load, self.end = plan, order, load, steps * plan.global_batch_size
+        self.plan, self.order = plan, order
+        self.load = load
+        self.end = steps * plan.global_batch_size
         # A stream's place stays with the step; a CPU has nothing to do meanwhile.
         self._looks_ahead = device.type == "cuda" and isinstance(order, SampleOrder)
         self._ahead: tuple[int, B] | None = None

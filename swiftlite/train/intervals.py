@@ -21,7 +21,8 @@ class Intervals:
     """Decides per step, counted from 1. Args: steps_per_epoch: None where nobody knows (streams)."""
 
     def __init__(self, args: TrainArguments, total_steps: int, steps_per_epoch: float | None, evaluates: bool) -> None:
-        self.args, self.total, self.steps_per_epoch, self.has_eval = args, total_steps, steps_per_epoch, evaluates
+        self.args, self.total = args, total_steps
+        self.steps_per_epoch, self.has_eval = steps_per_epoch, evaluates
         by_save = args.save_strategy == "epoch" and "eval_steps" not in args.given
         self.eval_strategy = args.eval_strategy or ("epoch" if by_save else "steps")
         for flag in ("save", "eval"):

@@ -110,7 +110,8 @@ class Run:
         size: int,
         metrics: Callable[[dict[str, float]], dict[str, float]],
     ) -> None:
-        self.args, self.train_set, self.val_set = args, train_set, val_set
+        self.args, self.train_set = args, train_set
+        self.val_set = val_set
         self.root = Path(args.output_dir)
         micro, accumulation, self.global_batch = args.batch_sizes(size)
         self.plan = BatchPlan(micro, accumulation, rank, size)

@@ -57,7 +57,8 @@ class StepMeter:
         adapters: float = 0.0,
         references: int = 0,
     ) -> None:
-        self.devices, self.peak, self.memory = devices, peak, memory
+        self.devices, self.peak = devices, peak
+        self.memory = memory
         self._operations: Callable[[float, float], float] | None = None
         if flops is not None:
             self._operations = partial(flops.training, trained=trained, adapters=adapters, references=references)
@@ -93,7 +94,9 @@ class StepMeter:
 
     def summary(self) -> dict[str, float]:
         """Rates since the last call, then begins anew."""
-        seconds, tokens, padded = max(self._seconds, 1e-9), self.sum("tokens"), self.sum("padded_tokens")
+        seconds = max(self._seconds, 1e-9)
+        tokens = self.sum("tokens")
+        padded = self.sum("padded_tokens")
         values = {
             "tokens_per_second": tokens / seconds,
             "padded_tokens_per_second": padded / seconds,

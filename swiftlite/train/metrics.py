@@ -44,7 +44,8 @@ class Metrics:
         self, directory: Path, tensorboard_dir: str | None, report_to: Sequence[str], first_step: int, last_step: int,
         active: bool = True, settings: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.directory, self.last_step, self.active = directory, last_step, active
+        self.directory, self.last_step = directory, last_step
+        self.active = active
         self.started = time.perf_counter()
         self._first_step = first_step
         self._trackers: list[_Tracker] = []

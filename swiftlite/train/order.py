@@ -33,7 +33,8 @@ class SampleOrder:
         lengths: list[int] | None = None,
         batch_size: int = 1,
     ) -> None:
-        self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
+        self.num_samples, self.seed = num_samples, seed
+        self.shuffle = shuffle
         self.lengths, self.batch_size = lengths, batch_size
         self._permutation = lru_cache(maxsize=2)(self._permute)
 

@@ -46,7 +46,8 @@ class RouterLoss:
         balance, z = args.moe_aux_loss_coeff, args.moe_z_loss_coeff or 0.0
         unused = None
         if not model.get("num_experts") and (balance or z):
-            unused, balance, z = "the model has no experts", 0.0, 0.0
+            unused = "the model has no experts"
+            balance, z = 0.0, 0.0
         elif balance and kind == "none":
             unused, balance = "--moe_router_load_balancing_type is none", 0.0
         if unused:

@@ -70,7 +70,8 @@ class _Chunks:
     """The chunks of one tensor, found by position."""
 
     def __init__(self, name: str, spec: TensorSpec, chunks: Sequence[_Chunk]) -> None:
-        self.name, self.spec, self.chunks = name, spec, chunks
+        self.name, self.spec = name, spec
+        self.chunks = chunks
         stored = sum(math.prod(c.sizes) for c in chunks)
         if stored != spec.numel:
             raise CheckpointError(

@@ -119,7 +119,9 @@ class Fp8Source(SafetensorsSource):
         scale_name = self.scales.get(name)
         if scale_name is None:
             return raw
-        scale, values, (rows, columns) = self._scale(scale_name), raw.float(), raw.shape
+        scale = self._scale(scale_name)
+        values = raw.float()
+        rows, columns = raw.shape
         if scale.numel() == 1:
             return values.mul_(scale.reshape(()))
         if scale.shape != self._blocks(self._all[name].spec.shape):

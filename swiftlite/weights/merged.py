@@ -40,7 +40,8 @@ def read_extras(names: Mapping[str, str], source: WeightSource, config: Mapping[
 
     Raises: MapError, ShapeError for what belongs to no base weight; ConfigError where tied weights were trained apart.
     """
-    whole, rows, biases = {}, {}, {}
+    whole = {}
+    rows, biases = {}, {}
     for name, stored in names.items():
         shape = source.spec(stored).shape
         if name.endswith((A, B)):
@@ -123,7 +124,9 @@ class Merged(Wrapped):
     ) -> None:
         """pairs: names in `adapter` of the pairs."""
         super().__init__(base)
-        self.adapter, self.pairs, self.config, self.extras, self.decodes = adapter, pairs, config, extras, True
+        self.adapter, self.pairs = adapter, pairs
+        self.config, self.extras = config, extras
+        self.decodes = True
         self._pair = lru_cache(maxsize=8)(self._read_pair)
         self._small = lru_cache(maxsize=8)(self._read_small)
 

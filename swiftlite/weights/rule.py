@@ -170,9 +170,11 @@ class Entry:
 
 def _expand(rule: WeightRule, model: ModelShape, place: Place | None = None) -> Iterator[Entry]:
     if place is None:
-        name, stack, index = rule.mcore, None, None
+        name = rule.mcore
+        stack, index = None, None
     else:
-        name, stack, index = place.inner + rule.mcore.removeprefix("{layer}."), place.stack, place.index
+        name = place.inner + rule.mcore.removeprefix("{layer}.")
+        stack, index = place.stack, place.index
     shapes = tuple(tuple(model.dim(d) for d in s.dims) for s in rule.hf)
     shape = rule.op.out_shape(shapes, model)
     for expert in range(model.experts) if rule.per_expert else (None,):
@@ -236,7 +238,8 @@ class BoundMap:
         Raises: MapError naming missing and unknown tensors; ShapeError naming the first wrong shape.
         """
         duplicates = {d.name: d for d in self.duplicates}
-        ignored, present, unknown = [], [], []
+        ignored = []
+        present, unknown = [], []
         for name in shapes:
             if name in self.by_hf:
                 continue

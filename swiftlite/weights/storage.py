@@ -298,7 +298,9 @@ def read_tensor(source: WeightSource, name: str, files: Files, rows: tuple[int, 
     start, stop = 0, spec.nbytes
     if rows is not None:
         row_bytes = spec.nbytes // max(shape[0], 1)
-        start, stop, shape = rows[0] * row_bytes, rows[1] * row_bytes, (rows[1] - rows[0], *shape[1:])
+        start = rows[0] * row_bytes
+        stop = rows[1] * row_bytes
+        shape = (rows[1] - rows[0], *shape[1:])
     tensor = torch.empty(shape, dtype=spec.dtype)
     if tensor.numel():
         view, done = byte_view(tensor), 0

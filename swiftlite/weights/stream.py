@@ -103,15 +103,26 @@ class Hasher:
         return {name: _hash_input(job, source, files) for source, name in enumerate(job.inputs)}
 
 
+class _Scratch:
+    """Memory of one thread for a block: it grows to the largest, since new memory each time leaves the heap in pieces."""
+
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, nbytes: int) -> torch.Tensor:
+        if self._buffer.numel() < nbytes:
+            self._buffer = torch.empty(max(self._block_bytes, nbytes), dtype=torch.uint8)
+        return self._buffer
+
+
 def read_again(job: Job, block_bytes: int, files: Files) -> dict[str, str]:
     """Hash of each input of a job, read and cast as `run` does it."""
     hasher = Hasher(job)
     if job.in_order:
-        buffer = torch.empty(0, dtype=torch.uint8)
+        scratch = _Scratch(block_bytes)
         for block in blocks(job, block_bytes):
-            if buffer.numel() < block.nbytes:
-                buffer = torch.empty(max(block_bytes, block.nbytes), dtype=torch.uint8)
-            copy_block(block, files, buffer, hasher, set())
+            copy_block(block, files, scratch.of(block.nbytes), hasher, set())
     return hasher.digests(job, files)
 
 
@@ -157,7 +168,9 @@ def hash_tensor(
 
     scratch: uint8, memory for a block; new memory for every tensor would leave the heap in pieces.
     """
-    spec, decode, digest = source.spec(name), decoder(source), xxhash.xxh3_128()
+    spec = source.spec(name)
+    decode = decoder(source)
+    digest = xxhash.xxh3_128()
     target = dtype or spec.dtype
     plain = target == spec.dtype and decode is None
     row = max(spec.shape[1], 1) if len(spec.shape) == 2 else 1
@@ -223,7 +236,8 @@ def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher,
     job = block.job
     numel = (block.stop - block.start) * job.row_size
     out = buffer[: numel * job.dtype.itemsize].view(job.dtype)
-    view, done, out_width = byte_view(out), 0, job.dtype.itemsize
+    view, done = byte_view(out), 0
+    out_width = job.dtype.itemsize
     for segment in clip(job.segments, block.start, block.stop):
         dtype = job.source_dtypes[segment.source]
         count = segment.size * job.row_size
@@ -266,62 +280,82 @@ def run(
         reading or writing raises, or what check_overflow does.
     """
     block_bytes, workers = fit_budget(jobs, max_memory)
-    digests: dict[str, str] = {}
-    done = journal.done if journal is not None else {}
-    lock, stop = threading.Lock(), threading.Event()
-    overflowed: dict[torch.dtype, set[str]] = {}
-    with Files() as files:
-
-        def work(pending: Iterator[Job]) -> None:
-            buffer = torch.empty(0, dtype=torch.uint8)
-            while not stop.is_set():
-                with lock:
-                    job = next(pending, None)
-                if job is None:
-                    return
-                if job.name in done and read_again(job, block_bytes, files) == done[job.name]:
-                    with lock:
-                        digests.update(done[job.name])
-                        on_bytes(job.nbytes)
-                    continue
-                hasher, lost = Hasher(job), set[str]()
-                for block in blocks(job, block_bytes):
-                    if stop.is_set():
-                        return
-                    if buffer.numel() < block.nbytes:
-                        buffer = torch.empty(max(block_bytes, block.nbytes), dtype=torch.uint8)
-                    out = copy_block(block, files, buffer, hasher, lost)
-                    place = job.offset + block.start * job.row_size * job.dtype.itemsize
-                    files.write(job.file, place, byte_view(out))
-                    with lock:
-                        on_bytes(block.nbytes)
-                found = hasher.digests(job, files)
-                with lock:
-                    digests.update(found)
-                    if lost:  # not noted as done: whoever goes on is to be told, too
-                        overflowed.setdefault(job.dtype, set()).update(lost)
-                        continue
-                    batch = journal.add(job.name, job.nbytes, found) if journal else []
-                if journal and batch:
-                    files.sync()
-                    with lock:
-                        journal.write(batch)
-
-        pending = iter(jobs)
-        with ThreadPoolExecutor(workers) as pool:
-            futures: list[Future[None]] = [pool.submit(work, pending) for _ in range(workers)]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                stop.set()
+    with Files() as files, ThreadPoolExecutor(workers) as pool:
+        shared = _Shared(jobs, block_bytes, files, on_bytes, journal)
+        futures: list[Future[None]] = [pool.submit(shared.work) for _ in range(workers)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            shared.stop.set()
         for future in futures:
             future.result()
         files.sync()
     if journal is not None:
         journal.write(journal.take())
-    for dtype, names in overflowed.items():
+    for dtype, names in shared.overflowed.items():
         check_overflow(names, dtype, allow_overflow)
-    return digests
+    return shared.digests
+
+
+class _Shared:
+    """What the threads of a run share: the jobs that wait, the results, and whether to stop."""
+
+    def __init__(
+        self, jobs: Sequence[Job], block_bytes: int, files: Files, on_bytes: Callable[[int], None],
+        journal: Journal | None,
+    ) -> None:  # fmt: skip
+        self._pending, self._block_bytes = iter(jobs), block_bytes
+        self._files, self._on_bytes = files, on_bytes
+        self._journal, self._lock = journal, threading.Lock()
+        self._done = journal.done if journal is not None else {}
+        self.stop = threading.Event()
+        self.digests: dict[str, str] = {}
+        self.overflowed: dict[torch.dtype, set[str]] = {}
+
+    def work(self) -> None:
+        """One thread: job after job, until none is left or another thread has failed."""
+        scratch = _Scratch(self._block_bytes)
+        while (job := self._next()) is not None:
+            if not self._skip(job):
+                self._carry_out(job, scratch)
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            return None if self.stop.is_set() else next(self._pending, None)
+
+    def _skip(self, job: Job) -> bool:
+        """Has an earlier run done this job, with the inputs as they are now?"""
+        noted = self._done.get(job.name)
+        if noted is None or read_again(job, self._block_bytes, self._files) != noted:
+            return False
+        with self._lock:
+            self.digests.update(noted)
+            self._on_bytes(job.nbytes)
+        return True
+
+    def _carry_out(self, job: Job, scratch: _Scratch) -> None:
+        hasher, lost = Hasher(job), set[str]()
+        for block in blocks(job, self._block_bytes):
+            if self.stop.is_set():
+                return
+            out = copy_block(block, self._files, scratch.of(block.nbytes), hasher, lost)
+            place = job.offset + block.start * job.row_size * job.dtype.itemsize
+            self._files.write(job.file, place, byte_view(out))
+            with self._lock:
+                self._on_bytes(block.nbytes)
+        self._note(job, hasher.digests(job, self._files), lost)
+
+    def _note(self, job: Job, found: dict[str, str], lost: set[str]) -> None:
+        with self._lock:
+            self.digests.update(found)
+            if lost:  # not noted as done: whoever resumes is to be told, too
+                self.overflowed.setdefault(job.dtype, set()).update(lost)
+                return
+            batch = self._journal.add(job.name, job.nbytes, found) if self._journal else []
+        if self._journal and batch:
+            self._files.sync()
+            with self._lock:
+                self._journal.write(batch)
 
 
 def workers_here() -> int:

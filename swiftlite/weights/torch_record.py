@@ -75,7 +75,8 @@ class _Window(io.RawIOBase):
     """A part of a file, as a file of its own."""
 
     def __init__(self, raw: Any, start: int, length: int) -> None:
-        self._raw, self._start, self._length, self._at = raw, start, length, 0
+        self._raw, self._start = raw, start
+        self._length, self._at = length, 0
 
     def seekable(self) -> bool:
         return True

@@ -207,7 +207,9 @@ class Mixture:
         self.draw = Draws(probabilities, seed)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        at, ended, number = [0] * len(self.lengths), [False] * len(self.lengths), 0
+        at = [0] * len(self.lengths)
+        ended = [False] * len(self.lengths)
+        number = 0
         while True:
             part = self.draw(number)
             if at[part] == self.lengths[part]:
@@ -278,9 +280,12 @@ class RowStream:
             sources = open_spec(spec, use_hf=options.use_hf, streaming=True, hub_token=options.hub_token)
             self.parts.append(_Part(sources, spec.count, spec.name))
         self.draws = Draws(interleave_prob, f"{seed}-mix") if interleave_prob else None
-        self.drawn, self.current, self.ended = 0, 0, [False] * len(self.parts)
+        self.drawn, self.current = 0, 0
+        self.ended = [False] * len(self.parts)
         if state is not None:
-            self.drawn, self.current, self.ended = state["drawn"], state["current"], list(state["ended"])
+            self.drawn = state["drawn"]
+            self.current = state["current"]
+            self.ended = list(state["ended"])
             for part, where in zip(self.parts, state["parts"], strict=True):
                 part.seek(where)
 
@@ -333,14 +338,16 @@ class _Part:
     """One data set of a stream."""
 
     def __init__(self, sources: Sequence[Source], count: int | None, name: str) -> None:
-        self.sources, self.count, self.name = sources, count, name
+        self.sources, self.count = sources, count
+        self.name = name
         self.seek({"round": 0, "source": 0, "row": 0, "taken": 0})
 
     def state(self) -> dict[str, int]:
         return {"round": self.round, "source": self.source, "row": self.row, "taken": self.taken}
 
     def seek(self, state: Mapping[str, int]) -> None:
-        self.round, self.source, self.row, self.taken = (state[k] for k in ("round", "source", "row", "taken"))
+        self.round, self.source = state["round"], state["source"]
+        self.row, self.taken = state["row"], state["taken"]
         self._rows: Iterator[Item] | None = None
 
     def next(self) -> tuple[str, Any, Source] | None:
@@ -361,7 +368,8 @@ class _Part:
                 self.row += 1
                 self.taken += 1
                 return item[0], item[1], source
-            self.source, self.row, self._rows = self.source + 1, 0, None
+            self.source += 1
+            self.row, self._rows = 0, None
 
 
 # ---- names ----

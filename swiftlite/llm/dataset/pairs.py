@@ -126,7 +126,7 @@ class PairDataset:
 
 
 def _sides(row: dict[str, Any]) -> tuple[Sample, Sample]:
-    common = {key: row[key] for key in ("tools",) if key in row}
+    common = {"tools": row["tools"]} if "tools" in row else {}
     chosen = {"messages": row["messages"], **common}
     return chosen, {"messages": row.get("rejected_messages") or row["messages"], **common}
 

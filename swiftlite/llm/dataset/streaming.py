@@ -65,7 +65,8 @@ class StreamedDataset:
         name: str = "training data",
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self.open_rows, self.seed, self.shuffle = open_rows, seed, shuffle
+        self.open_rows, self.seed = open_rows, seed
+        self.shuffle = shuffle
         self.facts = dict(facts or {})
         self.window, self.capacity = window, capacity
         self._encode = RowEncoder(template, num_proc)
@@ -99,7 +100,9 @@ class StreamedDataset:
         """Go to where `state` was taken; samples before its window are still there, read anew."""
         if self._next is not None and not self._next.cancel():
             self._next.exception()  # what is being read ends first
-        self._start, self._windows, self._next, self._rows = dict(state), [], None, None
+        self._start = dict(state)
+        self._windows, self._next = [], None
+        self._rows = None
         self._begins.clear()
 
     def __getitem__(self, position: int) -> dict[str, Any]:

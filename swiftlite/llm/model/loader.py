@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,17 @@ def _for_quantised(model_info: ModelInfo) -> dict[str, Any]:
     return {}
 
 
+def _type_loader(
+    meta: ModelMeta, attn_impl: str | None, trust_remote_code: bool
+) -> Callable[..., tuple[Any | None, Any]]:
+    """The function that loads models of a type, with the options that it takes only if they are given."""
+    get_function = resolve_function(meta.get_function)
+    given: dict[str, object] = {} if attn_impl is None else {"attn_impl": attn_impl}
+    if trust_remote_code or "trust_remote_code" in inspect.signature(get_function).parameters:
+        given["trust_remote_code"] = trust_remote_code
+    return partial(get_function, **given)
+
+
 def get_model_tokenizer(
     model_id_or_path: str,
     torch_dtype: Any = None,
@@ -284,25 +296,25 @@ def get_model_tokenizer(
     model_kwargs = {**_for_quantised(model_info), **(model_kwargs or {})}
     if device_map is not None:
         model_kwargs["device_map"] = device_map
-    get_function = resolve_function(model_meta.get_function)
-    if attn_impl is not None:
-        kwargs["attn_impl"] = attn_impl
-    if trust_remote_code or "trust_remote_code" in inspect.signature(get_function).parameters:
-        kwargs["trust_remote_code"] = trust_remote_code
+    get_function = _type_loader(model_meta, attn_impl, trust_remote_code)
     model, tokenizer = get_function(model_info.model_dir, model_info, model_kwargs, load_model, **kwargs)
     if model is not None:
         _check_cast(model, model_info, allow_overflow)
     tokens = read_special_tokens(new_special_tokens)
-    added = add_special_tokens(tokenizer, model, tokens) if tokens else []
-    for loaded in (model, tokenizer):
-        if loaded is not None:
-            loaded.new_token_ids = added
-            loaded.model_info, loaded.model_meta = model_info, model_meta
+    tokenizer.new_token_ids = add_special_tokens(tokenizer, model, tokens) if tokens else []
+    tokenizer.model_info, tokenizer.model_meta = model_info, model_meta
     if model is not None:
-        model.model_dir = model_info.model_dir
-        if model_info.config is not None and vocab_size_of(model) != model_info.config.get("vocab_size"):
-            model_info.config = {**model_info.config, "vocab_size": vocab_size_of(model)}
+        _describe(model, tokenizer)
     return model, tokenizer
+
+
+def _describe(model: Any, tokenizer: Any) -> None:
+    """Let a model carry what its tokenizer does, and tell both of the rows of its vocabulary, which may have grown."""
+    info: ModelInfo = tokenizer.model_info
+    model.model_info, model.model_meta = info, tokenizer.model_meta
+    model.model_dir, model.new_token_ids = info.model_dir, tokenizer.new_token_ids
+    if info.config is not None and vocab_size_of(model) != info.config.get("vocab_size"):
+        info.config = {**info.config, "vocab_size": vocab_size_of(model)}
 
 
 def get_model_processor(model_id_or_path: str, *args: Any, **kwargs: Any) -> tuple[Any | None, Any]:

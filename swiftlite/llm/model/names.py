@@ -42,7 +42,8 @@ def checkpoint_tensors(model: Any) -> dict[str, Stored]:
     from transformers.core_model_loading import revert_weight_conversion
 
     # The library's own way back, done with row numbers in place of rows, says where each tensor comes from.
-    starts, owners, numbers, total = [], [], {}, 0
+    starts, owners = [], []
+    numbers, total = {}, 0
     for name, tensor in live.items():
         lead = tensor.shape[:-1]
         rows = torch.arange(total, total + lead.numel(), device="cpu")  # also where a model is built on meta

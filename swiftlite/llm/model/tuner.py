@@ -87,7 +87,9 @@ def _lowest(sizes: Mapping[str, int], ratio: float) -> set[str]:
         for pattern, joined in _JOINED:
             unit = re.sub(pattern, joined, unit)
         units.setdefault(unit, []).append(name)
-    budget, total, found = ratio * sum(sizes.values()), 0, set()
+    budget = ratio * sum(sizes.values())
+    total = 0
+    found = set()
     for unit in sorted(units, key=_height):
         total += sum(sizes[name] for name in units[unit])
         if total > budget:
@@ -381,7 +383,8 @@ class _Expert(nn.Module):
     def __init__(self, gate_up: Tensor, down: Tensor, act_fn: Any) -> None:
         super().__init__()
         gate, up = gate_up.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = map(_linear, (gate, up, down))
+        self.gate_proj, self.up_proj = _linear(gate), _linear(up)
+        self.down_proj = _linear(down)
         self.act_fn = act_fn
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ class AnswerFinder:
     """
 
     def __init__(self, write: Callable[..., str], options: Mapping[str, Any], ends: Sequence[str], eos: str) -> None:
-        self._write, self._options, self._ends, self._eos = write, options, ends, eos
+        self._write, self._options = write, options
+        self._ends, self._eos = ends, eos
         self._rows = 0
         self.headers: Headers | None = None
 
@@ -105,7 +106,8 @@ class Headers:
     """Answers between a header and an end token. rests: how generation prompts go on behind the header."""
 
     def __init__(self, header: str, rests: tuple[str, ...], ends: tuple[str, ...], eos: str) -> None:
-        self.header, self.ends, self.eos = header, ends, eos
+        self.header, self.ends = header, ends
+        self.eos = eos
         self.rests = sorted(rests, key=len, reverse=True)
 
     def find(self, text: str, messages: Sequence[Message]) -> Found | None:
@@ -173,7 +175,9 @@ class _Finder:
     def __init__(
         self, writers: Sequence[Write], messages: list[Message], text: str, stop_words: Sequence[str], eos: str
     ) -> None:
-        self.writers, self.messages, self.text, self.stop_words, self.eos = writers, messages, text, stop_words, eos
+        self.writers, self.messages = writers, messages
+        self.text, self.stop_words = text, stop_words
+        self.eos = eos
         self._prefixes: dict[tuple[int, bool, int], str | None] = {(len(messages), False, 0): text}
 
     def span(self, index: int) -> list[int]:

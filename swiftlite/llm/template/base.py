@@ -65,7 +65,8 @@ class Template(TemplateOptions):
         self._plain_tools = self._writes_plain_tools(agent_template)
 
     def _chat_template(self) -> ChatTemplate:
-        meta, source, name = self.meta, None, "the checkpoint's chat template"
+        meta, source = self.meta, None
+        name = "the checkpoint's chat template"
         if self.template_backend == "swift":
             own_bos = self._own_bos() if meta.auto_add_bos and not meta.jinja else ""
             source, name = source_of(meta, own_bos), f"template {meta.template_type!r}"
@@ -393,7 +394,9 @@ class Template(TemplateOptions):
             if weights is not None:
                 weights[first:last] = [weight] * (last - first)
         if cut is not None:
-            ids, labels, weights = ids[cut], labels[cut], weights and weights[cut]
+            ids = ids[cut]
+            labels = labels[cut]
+            weights = weights and weights[cut]
         encoded: dict[str, Any] = {"input_ids": ids, "labels": labels, "length": len(ids)}
         if weights is not None and any(weight not in (0.0, 1.0) for weight in weights):
             encoded["loss_scale"] = weights

@@ -40,7 +40,8 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, registered: str | None, name: str, tokens: Mapping[str, str], ends: Sequence[str]
     ) -> None:
-        self.tokenizer, self.registered, self.name = tokenizer, registered, name
+        self.tokenizer, self.registered = tokenizer, registered
+        self.name = name
         self.tokens, self.ends = dict(tokens), tuple(ends)
         self._finders: dict[str, AnswerFinder] = {}
 

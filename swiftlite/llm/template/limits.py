@@ -28,7 +28,8 @@ class MaxLengthError(TemplateError):
             f"{self.seen} are more than --max_length {max_length}; raise it, or choose --truncation_strategy delete, left, "
             "right or split"
         )
-        self.length, self.max_length, self.chars = length, max_length, chars
+        self.length, self.max_length = length, max_length
+        self.chars = chars
 
     def __reduce__(self) -> Any:
         return MaxLengthError, (self.length, self.max_length, self.chars)

@@ -74,7 +74,8 @@ class Preference:
     counts: tuple[str, ...] = ("pairs", "chosen_tokens")
 
     def __init__(self, loss: PairLoss, policy: Any, reference: Any | None) -> None:
-        self.pair_loss, self.policy, self.reference = loss, policy, reference
+        self.pair_loss, self.policy = loss, policy
+        self.reference = reference
 
     def count(self, batch: Batch) -> list[int]:
         pairs = (int(batch["sequence_ids"].max()) + 1) // 2

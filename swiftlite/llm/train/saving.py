@@ -24,7 +24,8 @@ from swiftlite.weights.storage import check_overflow, overflows
 # What a checkpoint is called, and its files besides the model's.
 PREFIX = "checkpoint-"
 FP32_FILE = "fp32_parameters.safetensors"
-OPTIMIZER, SCHEDULER, SCALER, STATE = "optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+SCALER, STATE = "scaler.pt", "trainer_state.json"
 
 
 def rng_file() -> str:

@@ -71,7 +71,8 @@ class HfTrainer:
         collate: Collate,
         lengths: Callable[[Any], Sequence[int]],
     ) -> None:
-        self.args, self.model, self.tokenizer, self.objective = args, model, template.tokenizer, objective
+        self.args, self.model = args, model
+        self.tokenizer, self.objective = template.tokenizer, objective
         self.collate = counting(collate, objective, lengths, pairs_of(args.model_info.config))
         self.padding_free = template.padding_free
         self.chat = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
@@ -219,7 +220,8 @@ class HfTrainer:
 
     def save(self, saved: Callable[[list[Path]], None]) -> None:
         """Into a directory of another name, renamed when all of it is there: a killed save leaves no checkpoint."""
-        run, step, main = self.run, self.state.global_step, get_rank() == 0
+        run, step = self.run, self.state.global_step
+        main = get_rank() == 0
         target = run.root / f"{PREFIX}{step}"
         beside = run.root / SAVING / target.name
         if main:
@@ -288,7 +290,9 @@ def accelerator_of(args: Any) -> Accelerator:
     """Device, precision and gradients over ranks of a run."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a run before this one in the process had its own
     GradientState._reset_state()
-    cpu, several, dtype = not torch.cuda.is_available(), get_world_size() > 1, args.model_info.torch_dtype
+    cpu = not torch.cuda.is_available()
+    several = get_world_size() > 1
+    dtype = args.model_info.torch_dtype
     # Experts that no token visits: their modules (transformers 4) have no gradients.
     unused = several and args.model_info.is_moe_model and transformers.__version__[0] == "4"
     accelerator = Accelerator(

@@ -47,9 +47,11 @@ class GroupedLinear(torch.nn.Module):
         init: Callable[[Tensor], Any],
     ) -> None:
         super().__init__()
-        self.experts, self.divided, self.gated = experts, divided, divided == 0 and config.gated_linear_unit
+        self.experts, self.divided = experts, divided
+        self.gated = divided == 0 and config.gated_linear_unit
         self.accumulates = False  # True: the weight's gradient goes to its `main_grad` within the product
-        self.ep_group, self.tp_group, self.dp_group = groups.ep, groups.expt_tp, groups.expt_dp
+        self.ep_group, self.tp_group = groups.ep, groups.expt_tp
+        self.dp_group = groups.expt_dp
         local = [size // self.tp_group.size() if dim == divided else size for dim, size in enumerate(shape)]
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.empty(experts, *local, dtype=config.params_dtype, device=device))
@@ -90,7 +92,9 @@ class GroupedLinear(torch.nn.Module):
         self, offsets: tuple[Any, ...], key: str, weight: Tensor, replica_id: Any, _: Any = None
     ) -> list[ShardedTensor]:
         total, first = self.ep_group.size() * self.experts, self.ep_group.rank() * self.experts
-        rank, size, lead = self.tp_group.rank(), self.tp_group.size(), len(offsets) + 1
+        rank = self.tp_group.rank()
+        size = self.tp_group.size()
+        lead = len(offsets) + 1
         shards = []
         for place, expert in enumerate(weight):
             parts = expert.chunk(2) if self.gated else (expert,)

@@ -59,7 +59,8 @@ class Trainer:
         origin: str | Path,
         chat: Chat | None = None,
     ) -> None:
-        self.args, self.parallel, self.pad_token_id = args, parallel, pad_token_id
+        self.args, self.parallel = args, parallel
+        self.pad_token_id = pad_token_id
         self.origin_dir, self.chat = Path(origin), chat
         self.device = backend.setup().device
         self.position = Position()
@@ -92,11 +93,13 @@ class Trainer:
 
     def setup(self, run: Run) -> None:
         self.held.enter_context(own_stream(self.device))
-        self.run, self.root, args = run, run.root, self.args
+        self.run, self.root = run, run.root
+        args = self.args
         self.variable_lengths, self.pairs = variable_lengths(args, self.parallel), pairs_of(args.model_info.config)
         micro, passes = run.plan.micro_batch_size, run.plan.num_microbatches
         self.built = build(args, self.parallel, self.origin_dir, run.steps, passes, run.global_batch)
-        self.models, self.optimizer, self.scheduler = self.built.models, self.built.optimizer, self.built.scheduler
+        self.models, self.optimizer = self.built.models, self.built.optimizer
+        self.scheduler = self.built.scheduler
         self.files = RunFiles(args, self.built.origin, self.built.lora, self.chat)
         self.train_loader, self.val_loader = (
             self.loader.of(data, args, self.parallel, micro, self.pad_token_id, self.device)

@@ -153,8 +153,10 @@ class BatchLoader:
         group: torch.distributed.ProcessGroup | None = None,
         room: int = 0,
     ) -> None:
-        self.dataset, self.pad_token_id, self.multiple_of, self.device = dataset, pad_token_id, multiple_of, device
-        self.one_length, self.join, self.group, self.room = one_length, join, group, room
+        self.dataset, self.pad_token_id = dataset, pad_token_id
+        self.multiple_of, self.device = multiple_of, device
+        self.one_length, self.join = one_length, join
+        self.group, self.room = group, room
 
     @classmethod
     def of(

@@ -34,7 +34,8 @@ class RunFiles:
     """Args: origin: what the run starts from. chat: what directories tell of it, on rank 0."""
 
     def __init__(self, args: Any, origin: Checkpoint, lora: LoraPlan | None, chat: Chat | None) -> None:
-        self.args, self.origin, self.lora, self.chat = args, origin, lora, chat
+        self.args, self.origin = args, origin
+        self.lora, self.chat = lora, chat
         self.root = Path(args.output_dir)
 
     def write(self) -> None:

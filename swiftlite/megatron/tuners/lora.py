@@ -195,7 +195,10 @@ class Lora(torch.nn.Module):
 
         One product with it costs less than a product, a scale and a rearrangement of its rows for every pair.
         """
-        like, width, left, blocks = next(iter(b.values())), sum(matrix.shape[-1] for matrix in b.values()), 0, []
+        like = next(iter(b.values()))
+        width = sum(matrix.shape[-1] for matrix in b.values())
+        left = 0
+        blocks = []
         for short, rows in self.blocks:
             if short in b:
                 rank = b[short].shape[-1]
@@ -298,7 +301,9 @@ def _held(linear: LiveLinear) -> list[Piece]:
 def _shares(linear: LiveLinear, plan: LoraPlan) -> dict[str, Share]:
     """Last part of the Hugging Face name -> this rank's part of the pair."""
     offset, shape = linear.shards[0]
-    columns, entry, held = (offset[1], offset[1] + shape[1]), linear.entry, _held(linear)
+    columns = (offset[1], offset[1] + shape[1])
+    entry = linear.entry
+    held = _held(linear)
     shares = [
         _share(name.removesuffix(".weight"), entry.hf_shapes[i], held, columns, plan)
         for i, name in enumerate(entry.hf) if name.removesuffix(".weight") in plan.modules
@@ -308,7 +313,8 @@ def _shares(linear: LiveLinear, plan: LoraPlan) -> dict[str, Share]:
 
 def _blocks(names: Sequence[str], held: Sequence[Piece]) -> tuple[list[tuple[str, int]], list[int]]:
     """((last part of the name, rows) of each Hugging Face weight held here, where each held row is among their rows)."""
-    blocks, place, total = [], dict[Piece, int](), 0
+    blocks, total = [], 0
+    place = dict[Piece, int]()
     for name in names:
         before = total
         for piece in sorted((p for p in held if p.name == name), key=lambda p: p.hf_row):
