@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -159,20 +159,21 @@ class McoreTarget:
         if isinstance(source, Adapter):
             return AdapterPlan(source, to_mcore=True)
         family_of(architecture_of(source.config))  # says what to do where there is none
-        dtypes = {(e.mcore, e.expert): self._dtype(source, e) for e in source.bound.entries}
-        specs = [(e, dtypes[e.mcore, e.expert]) for e in source.bound.entries]
-        total = sum(TensorSpec(dtype, e.shape).nbytes for e, dtype in specs)
+        groups = [[(entry, self._dtype(source, group)) for entry in group] for group in source.bound.groups]
+        dtypes = {(e.mcore, e.expert): dtype for group in groups for e, dtype in group}
+        total = sum(TensorSpec(dtype, e.shape).nbytes for group in groups for e, dtype in group)
         files = self.num_files or max(default_num_files(total), num_processes())
         options = ["to_mcore", str(self.dtype), files, source.changes, source.adapter is not None]
-        return McorePlan(source, plan_torch_dist(specs, files), dtypes, options, self.trained_in)
+        return McorePlan(source, plan_torch_dist(groups, files), dtypes, options, self.trained_in)
 
-    def _dtype(self, source: Checkpoint, entry: Entry) -> torch.dtype:
-        if self.dtype is not None and not entry.rule.keep_dtype:
+    def _dtype(self, source: Checkpoint, group: Sequence[Entry]) -> torch.dtype:
+        if self.dtype is not None and not group[0].rule.keep_dtype:
             return self.dtype
-        stored = {source.source.value_dtype(name) for name in entry.hf}
+        names = dict.fromkeys(name for entry in group for name in entry.hf)
+        stored = {source.source.value_dtype(name) for name in names}
         if len(stored) > 1:
             raise CheckpointError(
-                f"{' and '.join(entry.hf)} have different dtypes, but Megatron keeps them in one tensor; "
+                f"{' and '.join(names)} have different dtypes, but Megatron keeps them in one tensor; "
                 "convert to one dtype with --torch_dtype bfloat16"
             )
         return stored.pop()
@@ -217,18 +218,28 @@ class McorePlan:
         dcp_file.create_files(directory / ITERATION, self.dist)
 
     def jobs(self, directory: Path) -> list[stream.Job]:
-        source = self.source.source
-        decode, jobs = decoder(source), []
-        for entry in sorted(self.source.bound.entries, key=lambda entry: place_of(source, entry.hf[0])):
+        groups = self.source.bound.groups
+        return [
+            self._job(group, directory / ITERATION)
+            for group in sorted(groups, key=lambda group: place_of(self.source.source, group[0].hf[0]))
+        ]
+
+    def _job(self, group: Sequence[Entry], directory: Path) -> stream.Job:
+        """Write entries that share Hugging Face tensors, so that each of these is read once."""
+        source, first = self.source.source, group[0]
+        names = tuple(dict.fromkeys(name for entry in group for name in entry.hf))
+        segments, places, row = [], [], 0
+        for entry in group:
             file, offset = self.dist.data[entry.mcore, entry.expert]
-            jobs.append(
-                stream.Job(
-                    entry.label, entry.hf, entry.segments, entry.row_size, _locate(source, entry.hf),
-                    tuple(source.spec(n).dtype for n in entry.hf), self.dtypes[entry.mcore, entry.expert],
-                    directory / ITERATION / file, offset, decode,
-                )
-            )  # fmt: skip
-        return jobs
+            places.append((row, directory / file, offset))
+            for segment in entry.segments:
+                segments.append(replace(segment, source=names.index(entry.hf[segment.source])))
+                row += segment.size
+        return stream.Job(
+            first.label, names, tuple(segments), first.row_size, _locate(source, names),
+            tuple(source.spec(n).dtype for n in names), self.dtypes[first.mcore, first.expert], *places[0][1:],
+            decoder(source), tuple(places[1:]),
+        )  # fmt: skip
 
     def publish(self, directory: Path, hashes: Mapping[str, str]) -> None:
         self.source.write_side_files(directory, self.main_dtype)

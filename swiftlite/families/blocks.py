@@ -8,17 +8,17 @@ from swiftlite.families.records import Config, ConfigRule, Derived, Refuse, Rule
 from swiftlite.weights.ops import CONCAT, QKV
 from swiftlite.weights.rule import Condition, Duplicate, Source, WeightMap, WeightRule
 
-DENSE = Condition("dense layer", lambda m, moe: not moe)
-MOE = Condition("MoE layer", lambda m, moe: moe)
-TIED = Condition("tied embeddings", lambda m, moe: m.tied)
-UNTIED = Condition("untied embeddings", lambda m, moe: not m.tied)
-QKV_BIAS = Condition("qkv bias", lambda m, moe: m.qkv_bias)
-HAS_QK_NORM = Condition("q/k norm", lambda m, moe: m.qk_norm)
-SHARED = MOE & Condition("shared experts", lambda m, moe: m.shared_ffn > 0)
-SHARED_GATE = SHARED & Condition("shared expert gate", lambda m, moe: m.shared_gate)
-EXPERT_BIAS = MOE & Condition("expert bias", lambda m, moe: m.expert_bias)
-Q_LORA = Condition("q_lora_rank", lambda m, moe: m.q_lora > 0)
-NO_Q_LORA = Condition("no q_lora_rank", lambda m, moe: m.q_lora == 0)
+DENSE = Condition("dense layer", lambda m, kind: not kind.moe)
+MOE = Condition("MoE layer", lambda m, kind: kind.moe)
+TIED = Condition("tied embeddings", lambda m, kind: m.tied)
+UNTIED = Condition("untied embeddings", lambda m, kind: not m.tied)
+QKV_BIAS = Condition("qkv bias", lambda m, kind: m.qkv_bias)
+HAS_QK_NORM = Condition("q/k norm", lambda m, kind: m.qk_norm)
+SHARED = MOE & Condition("shared experts", lambda m, kind: m.shared_ffn > 0)
+SHARED_GATE = SHARED & Condition("shared expert gate", lambda m, kind: m.shared_gate)
+EXPERT_BIAS = MOE & Condition("expert bias", lambda m, kind: m.expert_bias)
+Q_LORA = Condition("q_lora_rank", lambda m, kind: m.q_lora > 0)
+NO_Q_LORA = Condition("no q_lora_rank", lambda m, kind: m.q_lora == 0)
 
 
 def copy(mcore: str, hf: str, *dims: str | int, **settings: Any) -> WeightRule:

@@ -148,8 +148,9 @@ class TrainingModel:
         return not entry.rule.is_buffer and (self.trained is None or any(name in self.trained for name in entry.hf))
 
     def _adapter_size(self, entry: Entry) -> int:
-        ranks = ((self.adapters or {}).get(name.removesuffix(".weight"), 0) for name in entry.hf)
-        return sum(rank * sum(shape) for rank, shape in zip(ranks, entry.hf_shapes, strict=True))
+        ranks = [(self.adapters or {}).get(name.removesuffix(".weight"), 0) for name in entry.hf]
+        first = [self.bound.by_hf[name][0] is entry for name in entry.hf]  # a pair counts once
+        return sum(r * sum(s) for r, s, counts in zip(ranks, entry.hf_shapes, first, strict=True) if counts)
 
     @property
     def num_parameters(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of, convert_hf_config
 from swiftlite.weights.rule import WeightRule
-from swiftlite.weights.shape import ModelShape, layer_pattern
+from swiftlite.weights.shape import LayerKind, ModelShape, layer_pattern
 
 # Dense bf16 operations per second by what the driver calls the device; the first name that is part of it counts.
 PEAK_FLOPS: dict[str, float] = {
@@ -46,7 +46,8 @@ def attention_pairs(lengths: Iterable[int], window: int | None = None) -> int:
 class ModelFlops:
     """linear: forward operations of all matrices for one token. attention: forward operations for one (query, key) pair,
     over all layers and heads. expert_share: share of the routed experts that a token visits. window: tokens that one
-    sees at most in `window_share` of the layers.
+    sees at most in `window_share` of the layers. recurrence: forward operations of linear attention for one token, besides
+    its matrices.
     """
 
     linear: int
@@ -54,6 +55,7 @@ class ModelFlops:
     expert_share: float = 1.0
     window: int | None = None
     window_share: float = 0.0
+    recurrence: int = 0
 
     def pairs(self, lengths: Iterable[int]) -> float:
         """`attention_pairs` of samples of these lengths, the mean over the layers."""
@@ -62,7 +64,7 @@ class ModelFlops:
         return full + share * (attention_pairs(lengths, self.window) - full) if share else full
 
     def forward(self, tokens: float, pairs: float) -> float:
-        return self.linear * tokens + self.attention * pairs
+        return (self.linear + self.recurrence) * tokens + self.attention * pairs
 
     def training(
         self, tokens: float, pairs: float, trained: float | None = None, adapters: float = 0.0, references: int = 0
@@ -76,7 +78,7 @@ class ModelFlops:
             references: forward passes of other models of this size on the same tokens (preference training).
         """
         weights = self.linear if trained is None else 2 * trained
-        per_token = 2 * self.linear + weights + 6 * adapters
+        per_token = 2 * self.linear + weights + 6 * adapters + 3 * self.recurrence
         return per_token * tokens + 3 * self.attention * pairs + references * self.forward(tokens, pairs)
 
 
@@ -94,6 +96,15 @@ def pairs_of(config: Mapping[str, Any] | None) -> Callable[[Iterable[int]], floa
     return flops.pairs if flops else attention_pairs
 
 
+def linear_attention(shape: ModelShape) -> int:
+    """Multiplications of one token in a gated delta net besides its projections.
+
+    Each head's state [key_dim, value_dim] is decayed, read for what it predicts of the value, corrected by an outer
+    product, and read by the query; a convolution runs before it. Chunked kernels compute more than this recurrence.
+    """
+    return 4 * shape.key_dim * shape.linear_values + shape.conv_kernel * shape.linear_qkv
+
+
 def model_flops(config: Mapping[str, Any], mtp_layers: int = 0) -> ModelFlops:
     """Of a model with a family, by config.json: the matrices of its weight map, of experts those that a token visits.
 
@@ -104,23 +115,25 @@ def model_flops(config: Mapping[str, Any], mtp_layers: int = 0) -> ModelFlops:
     fields = convert_hf_config(config, family)
     shape, top_k = ModelShape.from_config(fields), int(fields.get("moe_router_topk") or 1)
 
-    def weights(rules: Iterable[WeightRule], moe: bool = False) -> int:
+    def weights(rules: Iterable[WeightRule], kind: LayerKind) -> int:
         """Elements of the matrices that one token meets."""
-        tensors = [
-            (top_k if rule.per_expert else 1, [shape.dim(dim) for dim in source.dims])
-            for rule in rules if rule.when.test(shape, moe) and not rule.is_buffer for source in rule.hf
-        ]  # fmt: skip
-        return sum(times * math.prod(dims) for times, dims in tensors if len(dims) == 2)
+        tensors = {
+            source.name: (top_k if rule.per_expert else 1, [shape.dim(dim) for dim in source.dims])
+            for rule in rules if rule.when.test(shape, kind) and not rule.is_buffer for source in rule.hf
+        }  # fmt: skip
+        return sum(times * math.prod(dims) for times, dims in tensors.values() if len(dims) == 2)
 
     head = shape.hidden * shape.vocab
-    layers = {moe: weights(family.weights.layer, moe) for moe in set(shape.moe_layers)}
-    total = sum(layers[moe] for moe in shape.moe_layers) + head
-    total += mtp_layers * (layers[shape.moe_layers[-1]] + 2 * shape.hidden**2 + head)
-    count, window = shape.num_layers + mtp_layers, fields.get("window_size")
+    layers = {kind: weights(family.weights.layer, kind) for kind in {*shape.layer_kinds, shape.mtp_kind}}
+    total = sum(layers[kind] for kind in shape.layer_kinds) + head
+    total += mtp_layers * (layers[shape.mtp_kind] + 2 * shape.hidden**2 + head)
+    linear = sum(kind.linear for kind in shape.layer_kinds)
+    count, window = shape.num_layers - linear + mtp_layers, fields.get("window_size")
     windows = layer_pattern(fields.get("window_attn_skip_freq"), shape.num_layers) if window is not None else ()
     return ModelFlops(
         linear=2 * total,
         attention=2 * count * (shape.q_rows + shape.attn_cols),
+        recurrence=2 * linear * linear_attention(shape),
         expert_share=top_k / shape.experts if shape.experts else 1.0,
         window=None if window is None else window + 1,
         window_share=sum(windows) / count,

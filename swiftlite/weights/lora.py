@@ -31,7 +31,8 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 # What `all-linear` means, on both sides: every projection, neither routers nor the output layer.
 ALL_LINEAR = (
     "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
-    "gate_proj", "up_proj", "down_proj",
+    "gate_proj", "up_proj", "down_proj", "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a",
+    "out_proj",
 )  # fmt: skip
 # Keys of adapter_config.json that make it something else.
 NOT_PLAIN = (

@@ -1,8 +1,8 @@
 """The closed set of weight ops. Each is a gather of rows of its inputs, so its inverse needs no code of its own.
 
 A row is a run of consecutive elements: `row_size` says how many, by default one index of the first dimension.
-`segments` lists, in the order of the Megatron tensor, which rows of which Hugging Face tensor stand there. Every input
-row appears exactly once; rule.py checks it when a map is bound.
+`segments` lists, in the order of the Megatron tensor, which rows of which Hugging Face tensor stand there. Every row of a
+Hugging Face tensor appears exactly once, in one Megatron tensor; rule.py checks it when a map is bound.
 """
 
 from __future__ import annotations
@@ -70,6 +70,45 @@ class QkvInterleave(Op):
 
 
 @dataclass(frozen=True)
+class GatedQkvInterleave(Op):
+    """q [N*2D, H], of each head its query, then its gate -> per query group [its q heads; their gates; k; v].
+
+    k, v [G*D, H]. Source: as QkvInterleave, with attention_output_gate.
+    """
+
+    def segments(self, shapes: Sequence[Shape], model: ModelShape) -> tuple[Segment, ...]:
+        size, per_group = shapes[1][0] // model.groups, model.heads // model.groups
+        found = []
+        for group in range(model.groups):
+            heads = range(group * per_group, (group + 1) * per_group)
+            found += [Segment(0, (2 * head + part) * size, size) for part in (0, 1) for head in heads]
+            found += [Segment(source, group * size, size) for source in (1, 2)]
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Take(Op):
+    """One part of the input; other rules take the others.
+
+    The input has `blocks` blocks below each other, each with a share of every part: `parts` are the rows of the parts in
+    all blocks together, as names of ModelShape.
+    """
+
+    part: int
+    parts: tuple[str, ...]
+    blocks: str | int = 1
+
+    def out_shape(self, shapes: Sequence[Shape], model: ModelShape) -> Shape:
+        return (model.dim(self.parts[self.part]), *shapes[0][1:])
+
+    def segments(self, shapes: Sequence[Shape], model: ModelShape) -> tuple[Segment, ...]:
+        count = model.dim(self.blocks)
+        sizes = [model.dim(part) // count for part in self.parts]
+        before, size = sum(sizes[: self.part]), sizes[self.part]
+        return tuple(Segment(0, block * sum(sizes) + before, size) for block in range(count))
+
+
+@dataclass(frozen=True)
 class SwapColumnHalves(Op):
     """[R, 2C] -> [R, 2C] with the two column halves exchanged (mimo's MTP input projection)."""
 
@@ -99,5 +138,6 @@ class Flatten(Op):
 COPY = Copy()
 CONCAT = ConcatRows()
 QKV = QkvInterleave()
+GATED_QKV = GatedQkvInterleave()
 SWAP_HALVES = SwapColumnHalves()
 FLATTEN = Flatten()

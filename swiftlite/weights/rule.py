@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from swiftlite.utils.errors import MapError, ShapeError
 from swiftlite.weights.ops import COPY, Op, Segment, Shape
-from swiftlite.weights.shape import ModelShape
+from swiftlite.weights.shape import NO_LAYER, LayerKind, ModelShape
 
 Dims = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """When a rule applies: `test(model, is_moe_layer)`. Outside layers is_moe_layer is False."""
+    """When a rule applies: `test(model, kind of the layer)`. Outside layers the kind is NO_LAYER."""
 
     name: str
-    test: Callable[[ModelShape, bool], bool]
+    test: Callable[[ModelShape, LayerKind], bool]
 
     def __and__(self, other: Condition) -> Condition:
-        return Condition(f"{self.name} and {other.name}", lambda m, moe: self.test(m, moe) and other.test(m, moe))
+        return Condition(f"{self.name} and {other.name}", lambda m, kind: self.test(m, kind) and other.test(m, kind))
 
 
-ALWAYS = Condition("always", lambda m, moe: True)
+ALWAYS = Condition("always", lambda m, kind: True)
 
 
 @dataclass(frozen=True)
@@ -91,28 +91,30 @@ class WeightMap:
 
     def bind(self, model: ModelShape) -> BoundMap:
         """Write the rules out for one model. Raises: MapError if two rules claim one name."""
-        entries = [e for rule in self.top if rule.when.test(model, False) for e in _expand(rule, model)]
-        for index, is_moe in enumerate(model.moe_layers):
+        entries = [e for rule in self.top if rule.when.test(model, NO_LAYER) for e in _expand(rule, model)]
+        for index, kind in enumerate(model.layer_kinds):
             place = Place(self.hf_layer.format(index=index), "decoder.layers", index, "")
-            entries += self._layer_entries(self.layer, place, is_moe, model)
-        duplicates = [d for d in self.duplicates if d.when.test(model, False) and "{layer}" not in d.name]
+            entries += self._layer_entries(self.layer, place, kind, model)
+        duplicates = [d for d in self.duplicates if d.when.test(model, NO_LAYER) and "{layer}" not in d.name]
         for index in range(model.num_mtp if self.mtp_layer else 0):
             assert self.mtp_layer is not None
             prefix = self.mtp_layer.format(index=index, number=model.num_layers + index)
-            entries += self._layer_entries(self.mtp, Place(prefix, "mtp.layers", index, ""), False, model)
+            entries += self._layer_entries(self.mtp, Place(prefix, "mtp.layers", index, ""), NO_LAYER, model)
             inner = Place(prefix, "mtp.layers", index, "transformer_layer.")
-            entries += self._layer_entries(self.layer, inner, model.moe_layers[-1], model)
+            entries += self._layer_entries(self.layer, inner, model.mtp_kind, model)
             duplicates += [
                 Duplicate(d.name.format(layer=prefix), d.of, d.when)
                 for d in self.duplicates
-                if d.when.test(model, False) and "{layer}" in d.name
+                if d.when.test(model, NO_LAYER) and "{layer}" in d.name
             ]
         return BoundMap(model, tuple(entries), tuple(duplicates), self.ignore)
 
     @staticmethod
-    def _layer_entries(rules: Iterable[WeightRule], place: Place, is_moe: bool, model: ModelShape) -> Iterator[Entry]:
+    def _layer_entries(
+        rules: Iterable[WeightRule], place: Place, kind: LayerKind, model: ModelShape
+    ) -> Iterator[Entry]:
         for rule in rules:
-            if rule.when.test(model, is_moe):
+            if rule.when.test(model, kind):
                 yield from _expand(rule, model, place)
 
 
@@ -160,12 +162,16 @@ class Entry:
 
     def inverse(self, source: int) -> tuple[Segment, ...]:
         """Rows of the Megatron tensor (as input 0) in the order of HF tensor number `source`."""
+        return tuple(segment for _, segment in self.taken(source))
+
+    def taken(self, source: int) -> list[tuple[int, Segment]]:
+        """(row of HF tensor number `source`, rows of the Megatron tensor that begin with it), in the order of the former."""
         found, row = [], 0
         for segment in self.segments:
             if segment.source == source:
                 found.append((segment.start, Segment(0, row, segment.size)))
             row += segment.size
-        return tuple(s for _, s in sorted(found, key=lambda item: item[0]))
+        return sorted(found, key=lambda item: item[0])
 
 
 def _expand(rule: WeightRule, model: ModelShape, place: Place | None = None) -> Iterator[Entry]:
@@ -212,19 +218,42 @@ class BoundMap:
     ignore: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        hf: dict[str, str] = {}
-        mcore: dict[str, str] = {}
+        mcore = set[str]()
         for entry in self.entries:
-            _check_gather(entry)
-            for claims, name in (*((hf, name) for name in entry.hf), (mcore, entry.label)):
-                if name in claims:
-                    raise MapError(f"{name} is claimed twice: by {claims[name]} and by {entry.label}")
-                claims[name] = entry.label
+            if entry.label in mcore:
+                raise MapError(f"{entry.label} is made by two rules")
+            mcore.add(entry.label)
+            rows, size = sum(segment.size for segment in entry.segments), math.prod(entry.shape)
+            assert rows * entry.row_size == size, f"{entry.label}: {rows} rows for shape {entry.shape}"
+        for name, uses in self.uses.items():
+            _check_rows(name, uses)
+
+    @cached_property
+    def uses(self) -> Mapping[str, Sequence[tuple[Entry, int]]]:
+        """HF name -> every entry that takes rows of it, and its position among the entry's inputs."""
+        found: dict[str, list[tuple[Entry, int]]] = {}
+        for entry in self.entries:
+            for position, name in enumerate(entry.hf):
+                found.setdefault(name, []).append((entry, position))
+        return found
 
     @cached_property
     def by_hf(self) -> Mapping[str, tuple[Entry, int]]:
-        """HF name -> (its entry, its position among the entry's inputs)."""
-        return {name: (entry, i) for entry in self.entries for i, name in enumerate(entry.hf)}
+        """HF name -> (the first entry that takes rows of it, its position among the entry's inputs)."""
+        return {name: uses[0] for name, uses in self.uses.items()}
+
+    @cached_property
+    def groups(self) -> Sequence[Sequence[Entry]]:
+        """The entries, those together that share an HF tensor."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            group, *others = {id(found[n]): found[n] for n in entry.hf if n in found}.values() or [[]]
+            for other in others:
+                group += other
+                found.update(dict.fromkeys((name for one in other for name in one.hf), group))
+            group.append(entry)
+            found.update(dict.fromkeys(entry.hf, group))
+        return list({id(group): group for group in found.values()}.values())
 
     @cached_property
     def by_mcore(self) -> Mapping[tuple[str, int | None], Entry]:
@@ -270,15 +299,18 @@ def _listing(what: str, names: list[str], limit: int = 5) -> str:
     return f"{len(names)} {what} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:limit])}{more}"
 
 
-def _check_gather(entry: Entry) -> None:
-    """Every input row is used exactly once and the output has the promised size."""
-    size = entry.row_size
-    total = 0
-    for i, shape in enumerate(entry.hf_shapes):
-        row = 0
-        for segment in sorted((s for s in entry.segments if s.source == i), key=lambda s: s.start):
-            assert segment.start == row, f"{entry.label}: row {row} of {entry.hf[i]} is used twice or not at all"
-            row += segment.size
-        assert row * size == math.prod(shape), f"{entry.label}: rows of {entry.hf[i]} are left over"
-        total += row * size
-    assert total == math.prod(entry.shape), f"{entry.label}: {total} elements for shape {entry.shape}"
+def _check_rows(name: str, uses: Sequence[tuple[Entry, int]]) -> None:
+    """Every row of an HF tensor is used exactly once. Raises: MapError for one that two rules take, or none does."""
+    entry, position = uses[0]
+    taken = sorted(
+        (start, segment.size, user) for user, (one, i) in enumerate(uses) for start, segment in one.taken(i)
+    )  # fmt: skip
+    row, last = 0, entry
+    for start, size, user in taken:
+        one = uses[user][0]
+        assert one.row_size == entry.row_size, f"{name}: {one.label} and {entry.label} count its rows differently"
+        if start < row:
+            raise MapError(f"{name} is claimed twice: by {last.label} and by {one.label}")
+        assert start == row, f"{one.label}: row {row} of {name} is not used"
+        row, last = start + size, one
+    assert row * entry.row_size == math.prod(entry.hf_shapes[position]), f"{last.label}: rows of {name} are left over"

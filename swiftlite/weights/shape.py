@@ -11,12 +11,24 @@ from swiftlite.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What a layer consists of. moe: experts. linear: linear attention."""
+
+    moe: bool = False
+    linear: bool = False
+
+
+NO_LAYER = LayerKind()
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of one model. Rules name these attributes as tensor dimensions.
 
     hidden = H, vocab = V, heads = query heads, groups = key/value heads, ffn = width of a dense MLP, moe_ffn = width of
-    one expert, shared_ffn = width of all shared experts together, moe_layers[l] = layer l has experts.
-    Sizes that the model does not have are 0.
+    one expert, shared_ffn = width of all shared experts together, moe_layers[l] = layer l has experts, linear_layers[l] =
+    it has linear attention (() = none has), of key_heads x key_dim and value_heads x value_dim, with a convolution over
+    conv_kernel tokens. Sizes that the model does not have are 0.
     """
 
     num_layers: int
@@ -42,11 +54,33 @@ class ModelShape:
     rope_dim: int = 0
     v_dim: int = 0
     num_mtp: int = 0
+    linear_layers: tuple[bool, ...] = ()
+    key_heads: int = 0
+    key_dim: int = 0
+    value_heads: int = 0
+    value_dim: int = 0
+    conv_kernel: int = 0
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each decoder layer."""
+        linear = self.linear_layers or (False,) * len(self.moe_layers)
+        return tuple(map(LayerKind, self.moe_layers, linear))
+
+    @property
+    def mtp_kind(self) -> LayerKind:
+        """Of the layer in an MTP block: the last decoder layer's, with full attention."""
+        return LayerKind(self.moe_layers[-1])
 
     @property
     def q_rows(self) -> int:
-        """Rows of q_proj: heads x head_dim; under MLA heads x (nope + rope)."""
+        """Rows of the queries: heads x head_dim; under MLA heads x (nope + rope)."""
         return self.heads * (self.nope_dim + self.rope_dim if self.mla else self.head_dim)
+
+    @property
+    def gated_q_rows(self) -> int:
+        """Rows of a q_proj that has a gate of the same size beside each query head."""
+        return 2 * self.q_rows
 
     @property
     def kv_rows(self) -> int:
@@ -70,9 +104,23 @@ class ModelShape:
         return 2 * self.hidden
 
     @property
+    def linear_keys(self) -> int:
+        """Rows of the keys, and of the queries, of linear attention."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def linear_values(self) -> int:
+        """Rows of its values, and of the gates of its output."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def linear_qkv(self) -> int:
+        return 2 * self.linear_keys + self.linear_values
+
+    @property
     def homogeneous(self) -> bool:
-        """No experts anywhere: Megatron stacks the layers of such a model into one tensor per name."""
-        return not any(self.moe_layers)
+        """All layers dense with full attention: Megatron stacks the layers of such a model into one tensor per name."""
+        return not any(self.moe_layers) and not any(self.linear_layers)
 
     def dim(self, name: str | int) -> int:
         """The size that a dimension name stands for."""
@@ -93,6 +141,7 @@ class ModelShape:
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}; check config.json"
             )
         experts = int(get("num_experts") or 0)
+        linear = layer_pattern(get("linear_attention_freq"), num_layers) if get("linear_attention_freq") else ()
         moe_layers = layer_pattern(get("moe_layer_freq"), num_layers) if experts else (False,) * num_layers
         return cls(
             num_layers=num_layers,
@@ -118,6 +167,12 @@ class ModelShape:
             rope_dim=int(get("qk_pos_emb_head_dim") or 0) if mla else 0,
             v_dim=int(get("v_head_dim") or 0) if mla else 0,
             num_mtp=num_mtp,
+            linear_layers=linear,
+            key_heads=int(get("linear_num_key_heads") or 0),
+            key_dim=int(get("linear_key_head_dim") or 0),
+            value_heads=int(get("linear_num_value_heads") or 0),
+            value_dim=int(get("linear_value_head_dim") or 0),
+            conv_kernel=int(get("linear_conv_kernel_dim") or 0),
         )
 
 

@@ -43,11 +43,11 @@ Locate = Callable[[int, int, int], Iterator[Extent]]
 
 @dataclass(frozen=True)
 class Job:
-    """One output tensor: gather `segments` of the inputs, cast, and write at `offset` of `file`.
+    """One output tensor, or several: gather `segments` of the inputs, cast, and write at `offset` of `file`.
 
     inputs: names of the inputs, for hashes and messages. locate(source, start, stop) gives the extents of bytes
     [start, stop) of an input. row_size is in elements. source_dtypes: dtype of each input as stored; dtype: of the
-    output. decode: see storage.decoder.
+    output. decode: see storage.decoder. more: where further outputs begin, (row, file, offset), by row.
     """
 
     name: str
@@ -60,10 +60,20 @@ class Job:
     file: Path
     offset: int
     decode: Decode | None = None
+    more: tuple[tuple[int, Path, int], ...] = ()
 
     @property
     def rows(self) -> int:
         return sum(s.size for s in self.segments)
+
+    def targets(self, start: int, stop: int) -> Iterator[tuple[int, int, Path, int]]:
+        """Where output rows [start, stop) go: (first row, row behind the last, file, offset there)."""
+        places = [(0, self.file, self.offset), *self.more]
+        ends = [*(row for row, _, _ in self.more), self.rows]
+        for (first, file, offset), end in zip(places, ends, strict=True):
+            low, high = max(start, first), min(stop, end)
+            if low < high:
+                yield low, high, file, offset + (low - first) * self.row_size * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -339,8 +349,9 @@ class _Shared:
             if self.stop.is_set():
                 return
             out = copy_block(block, self._files, scratch.of(block.nbytes), hasher, lost)
-            place = job.offset + block.start * job.row_size * job.dtype.itemsize
-            self._files.write(job.file, place, byte_view(out))
+            for low, high, file, place in job.targets(block.start, block.stop):
+                rows = slice((low - block.start) * job.row_size, (high - block.start) * job.row_size)
+                self._files.write(file, place, byte_view(out[rows]))
             with self._lock:
                 self._on_bytes(block.nbytes)
         self._note(job, hasher.digests(job, self._files), lost)

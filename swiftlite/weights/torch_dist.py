@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -130,7 +130,7 @@ class HfNames(WeightSource):
 
     def __init__(self, view: McoreView) -> None:
         self.view = view
-        self._inverse = lru_cache(maxsize=64)(lambda name: tuple(self._rows(name)))
+        self._inverse = lru_cache(maxsize=64)(self._rows)
 
     @property
     def names(self) -> Collection[str]:
@@ -144,41 +144,53 @@ class HfNames(WeightSource):
         entry, position = self.view.bound.by_hf[name]
         return TensorSpec(self.view.spec(entry).dtype, entry.hf_shapes[position])
 
-    def _rows(self, name: str) -> Sequence[Segment]:
-        entry, position = self.view.bound.by_hf[name]
-        return entry.inverse(position)
+    def _rows(self, name: str) -> tuple[Segment, ...]:
+        """Rows of the Megatron tensors, numbered as the name's uses, in the order of its own."""
+        found = [
+            (row, replace(segment, source=number))
+            for number, (entry, position) in enumerate(self.view.bound.uses[name])
+            for row, segment in entry.taken(position)
+        ]
+        return tuple(segment for _, segment in sorted(found, key=lambda item: item[0]))
 
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
-        entry, _ = self.view.bound.by_hf[name]
-        width = entry.row_size * self.spec(name).dtype.itemsize
+        uses = self.view.bound.uses[name]
+        width = uses[0][0].row_size * self.spec(name).dtype.itemsize
         if start == stop:
             return
         skip, left = start % width, stop - start
         for segment in clip(self._inverse(name), start // width, -(-stop // width)):
             first = segment.start * width + skip
             size = min(segment.size * width - skip, left)
-            yield from self.view.extents(entry, first, first + size)
+            yield from self.view.extents(uses[segment.source][0], first, first + size)
             skip, left = 0, left - size
 
 
-def plan_torch_dist(specs: Iterable[tuple[Entry, torch.dtype]], num_files: int) -> DistPlan:
+def plan_torch_dist(specs: Iterable[Sequence[tuple[Entry, torch.dtype]]], num_files: int) -> DistPlan:
     """Place one chunk per layer and expert, in order, over files of about equal size.
 
+    specs: entries and their dtypes, in groups that go into one file.
     Raises: ShapeError where tensors that Megatron stacks into one have different dtypes.
     """
-    items = list(specs)
-    total = sum(math.prod(entry.shape) * dtype.itemsize for entry, dtype in items)
+    groups = list(specs)
+    total = sum(math.prod(entry.shape) * dtype.itemsize for group in groups for entry, dtype in group)
     plan, written = DistPlan(), 0
-    for entry, dtype in items:
-        slot = slot_of(entry)
-        whole = TensorSpec(dtype, (*slot.lead, *entry.shape))
-        if plan.keys.setdefault(slot.key, whole).dtype != dtype:
-            raise ShapeError(
-                f"{entry.label} is {dtype}, other parts of {slot.key} are {plan.keys[slot.key].dtype}; Megatron keeps "
-                "them in one tensor. Convert to one dtype with --torch_dtype bfloat16"
-            )
-        chunk = TensorSpec(dtype, ((1,) * len(slot.lead)) + entry.shape)
+    for group in groups:
         file = f"__0_{min(written * num_files // max(total, 1), num_files - 1)}.distcp"
-        plan.add((entry.mcore, entry.expert), slot.key, slot.index, chunk, file)
-        written += chunk.nbytes
+        for entry, dtype in group:
+            written += _place(plan, entry, dtype, file)
     return plan
+
+
+def _place(plan: DistPlan, entry: Entry, dtype: torch.dtype, file: str) -> int:
+    """Put one entry into a file of the plan. Returns: its bytes."""
+    slot = slot_of(entry)
+    whole = TensorSpec(dtype, (*slot.lead, *entry.shape))
+    if plan.keys.setdefault(slot.key, whole).dtype != dtype:
+        raise ShapeError(
+            f"{entry.label} is {dtype}, other parts of {slot.key} are {plan.keys[slot.key].dtype}; Megatron keeps "
+            "them in one tensor. Convert to one dtype with --torch_dtype bfloat16"
+        )
+    chunk = TensorSpec(dtype, ((1,) * len(slot.lead)) + entry.shape)
+    plan.add((entry.mcore, entry.expert), slot.key, slot.index, chunk, file)
+    return chunk.nbytes

@@ -145,7 +145,7 @@ def test_experts_at_once_equal_one_after_the_other(linear: str, targets: list[st
             if ".experts.1." not in module:
                 values[module] = ((rank, scale), (a, b))
         plan = replace(plan, modules={m: v[0] for m, v in values.items()}, values=lambda module: values[module][1])
-        single = [None if one.entry.expert == 1 else Lora([one], plan, 0, models[0].config) for one in found]
+        single = [None if one.expert == 1 else Lora([one], plan, 0, models[0].config) for one in found]
         experts = [replace(one, group=number) for number, one in enumerate(found)]
         grouped = Lora(experts, plan, 0, models[0].config)
     counts = [3, 2, 0, 7, *[1] * (len(single) - 4)]

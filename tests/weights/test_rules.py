@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
-from swiftlite.weights.ops import CONCAT, COPY, FLATTEN, QKV, SWAP_HALVES, Op
+from swiftlite.weights.ops import CONCAT, COPY, FLATTEN, GATED_QKV, QKV, SWAP_HALVES, Op, Take
 from swiftlite.weights.rule import BoundMap, Entry, Source, WeightMap, WeightRule, clip
 from swiftlite.weights.shape import ModelShape, layer_pattern
 
 MODEL = ModelShape(
     num_layers=3, hidden=10, vocab=33, heads=6, groups=3, head_dim=4, ffn=14, moe_layers=(False, True, True),
-    experts=3, moe_ffn=6,
+    experts=3, moe_ffn=6, linear_layers=(True, True, False), key_heads=2, key_dim=3, value_heads=4, value_dim=5,
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ CASES = {
     "qkv": (QKV, (24, 10), (12, 10), (12, 10)),
     "qkv_bias": (QKV, (24,), (12,), (12,)),
     "qkv_lora_b": (QKV, (24, 2), (12, 2), (12, 2)),
+    "gated_qkv": (GATED_QKV, (48, 10), (12, 10), (12, 10)),
     "swap": (SWAP_HALVES, (5, 8)),
     "flatten": (FLATTEN, (1, 9)),
 }
@@ -58,6 +59,48 @@ def test_qkv_is_grouped_as_megatron_reads_it() -> None:
     q, k, v = torch.randn(24, 10), torch.randn(12, 10), torch.randn(12, 10)
     expected = torch.cat([q.view(3, 8, 10), k.view(3, 4, 10), v.view(3, 4, 10)], dim=1).reshape(48, 10)
     assert torch.equal(gather(entry_of(QKV, (24, 10), (12, 10), (12, 10)), [q, k, v]), expected)
+
+
+def test_gates_follow_the_queries_of_their_group() -> None:
+    """Against transformers' view of q_proj, [heads, (query, gate), head_dim], and megatron-core's split by group."""
+    q, k, v = torch.randn(48, 10), torch.randn(12, 10), torch.randn(12, 10)
+    queries, gates = q.view(6, 2, 4, 10).unbind(1)
+    parts = [x.reshape(3, -1, 10) for x in (queries, gates, k, v)]
+    expected = torch.cat(parts, dim=1).reshape(72, 10)
+    assert torch.equal(gather(entry_of(GATED_QKV, (48, 10), (12, 10), (12, 10)), [q, k, v]), expected)
+
+
+PARTS = ("linear_keys", "linear_keys", "linear_values", "linear_values")
+
+
+def taking(parts: tuple[int, ...], blocks: str | int = "key_heads") -> BoundMap:
+    """One input of 2 x 6 + 2 x 20 rows, of which a rule each takes one of `parts`."""
+    source = (Source("x", (52, 10)),)
+    rules = tuple(WeightRule(f"part{i}", source, Take(i, PARTS, blocks)) for i in parts)
+    return WeightMap(top=rules, layer=()).bind(MODEL)
+
+
+@pytest.mark.parametrize("blocks", [1, "key_heads"])
+def test_one_tensor_feeds_several(blocks: str | int) -> None:
+    """Against transformers' view of in_proj_qkvz: [key heads, q + k + values per key head + as many gates]."""
+    x, bound = torch.randn(52, 10), taking((0, 1, 2, 3), blocks)
+    sizes = [6, 6, 20, 20] if blocks == 1 else [3, 3, 10, 10]
+    split = x.view(-1, sum(sizes), 10).split(sizes, dim=1)
+    for entry, expected in zip(bound.entries, split, strict=True):
+        assert torch.equal(gather(entry, [x]), expected.reshape(-1, 10))
+    assert [entry.label for entry in bound.groups[0]] == ["part0", "part1", "part2", "part3"]
+    assert bound.by_hf["x"] == (bound.entries[0], 0) and len(bound.uses["x"]) == 4
+
+
+def test_rows_that_several_rules_take_are_each_taken_once() -> None:
+    with pytest.raises(MapError, match="x is claimed twice: by part1 and by part1b"):
+        source = (Source("x", (52, 10)),)
+        rules = [WeightRule(name, source, Take(int(name[4]), PARTS)) for name in ("part0", "part1", "part1b", "part2")]
+        WeightMap(top=tuple(rules), layer=()).bind(MODEL)
+    with pytest.raises(AssertionError, match="row 6 of x is not used"):
+        taking((0, 2, 3), 1)
+    with pytest.raises(AssertionError, match="rows of x are left over"):
+        taking((0, 1, 2), 1)
 
 
 def test_swap_exchanges_column_halves() -> None:

@@ -50,7 +50,7 @@ MAP = WeightMap(
 
 
 def write(directory: Path, num_files: int = 2) -> dict[tuple[str, int | None], torch.Tensor]:
-    plan = plan_torch_dist([(e, torch.bfloat16) for e in MAP.entries], num_files)
+    plan = plan_torch_dist([[(e, torch.bfloat16)] for e in MAP.entries], num_files)
     create_files(directory, plan)
     tensors = {}
     with Files() as files:

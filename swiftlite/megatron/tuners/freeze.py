@@ -37,19 +37,20 @@ def freeze_parameters(models: Sequence[Any], bound: BoundMap, args: MegatronArgu
         return None
     live = LiveMap(bound)
     for model in models:
-        parameters = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+        held: dict[int, list[str]] = {}
         for shard in iter_shards([model]):
             entry, _ = live.entry(shard)
-            asked = {name in trained for name in entry.hf}
-            if len(asked) > 1:
-                by_fate = sorted(entry.hf, key=lambda name: name in trained)
+            held.setdefault(shard.data.untyped_storage().data_ptr(), []).extend(entry.hf)
+        for parameter in model.parameters():
+            by_fate = sorted(held.get(parameter.untyped_storage().data_ptr(), ()), key=lambda name: name in trained)
+            if not by_fate or by_fate[0] in trained:
+                continue
+            if by_fate[-1] in trained:
                 raise UsageError(
                     f"--train_type {args.train_type}: {by_fate[-1]} would be trained and {by_fate[0]} not, but on "
                     "Megatron they are one matrix; freeze or train them together"
                 )
-            parameter = parameters.get(shard.data.untyped_storage().data_ptr())
-            if parameter is not None and asked == {False}:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(False)
         let_gradients_through(model)
     return trained
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,23 +38,33 @@ from swiftlite.megatron.tuners.rows import add_rows
 from swiftlite.utils.errors import UsageError
 from swiftlite.weights.lora import A, B
 from swiftlite.weights.rule import BoundMap, Entry
-from swiftlite.weights.shard import Piece, pieces
+from swiftlite.weights.shard import Piece, Span, pieces
 
 
 @dataclass
 class LiveLinear:
-    """A live linear layer that holds the weights of one entry.
+    """A live linear layer, or one expert's part of one.
 
     weight: one of its parameters. group: place among the experts of a grouped layer, None for an ordinary one.
-    shards: (offset, shape) within the entry, in row order.
+    expert: its number in the model. shards: (entry, offset, shape within it), in row order.
     """
 
     path: str
     module: torch.nn.Module
     weight: torch.nn.Parameter
     group: int | None
-    entry: Entry
-    shards: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    expert: int | None
+    shards: list[tuple[Entry, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The entries of which it holds something; linear attention's matrix has a few."""
+        return list({entry.label: entry for entry, _, _ in self.shards}.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The Hugging Face weights in them."""
+        return list(dict.fromkeys(name for entry in self.entries for name in entry.hf))
 
 
 def live_linears(model: Any, bound: BoundMap) -> list[LiveLinear]:
@@ -64,15 +74,15 @@ def live_linears(model: Any, bound: BoundMap) -> list[LiveLinear]:
         for path, module in model.named_modules()
         for name, p in module.named_parameters(recurse=False)
     }
-    live, found = LiveMap(bound), dict[str, LiveLinear]()
+    live, found = LiveMap(bound), dict[tuple[str, int | None], LiveLinear]()
     for shard in iter_shards([model]):
         entry, offset = live.entry(shard)
         if entry.stack == "decoder.layers" and LINEAR.search(f".{entry.name}"):
             path, module, weight, group = owners[shard.data.untyped_storage().data_ptr()]
             if weight.dim() == 3:  # one weight for all experts
                 group = shard.data.storage_offset() // weight[0].numel()
-            linear = found.setdefault(entry.label, LiveLinear(path, module, weight, group, entry))
-            linear.shards.append((offset, tuple(shard.local_shape[-2:])))
+            new = LiveLinear(path, module, weight, group, entry.expert)
+            found.setdefault((path, entry.expert), new).shards.append((entry, offset, tuple(shard.local_shape[-2:])))
     return list(found.values())
 
 
@@ -84,14 +94,14 @@ def _group_of(parameter: str) -> int | None:
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's part of a pair: rows [start, stop) of B, columns [start, stop) of A."""
+    """This rank's part of a pair: some runs [start, stop) of rows of B, columns [start, stop) of A."""
 
     module: str
     shape: tuple[int, ...]  # [out, in] of the whole weight
     rank: int
     scale: float
-    rows: tuple[int, int]
-    columns: tuple[int, int]
+    rows: tuple[Span, ...]
+    columns: Span
 
     @property
     def short(self) -> str:
@@ -118,16 +128,15 @@ class Lora(torch.nn.Module):
         """
         super().__init__()
         linear, self.dropout = linears[0], dropout
-        entry = linear.entry
-        self.expert, self.grouped = entry.expert is not None, linear.group is not None
+        self.expert, self.grouped = linear.expert is not None, linear.group is not None
         parallel = mpu.get_expert_tensor_parallel_group if self.expert else mpu.get_tensor_model_parallel_group
         self.group: Any = parallel()
         self.size = self.group.size()
-        self.divides_rows = sum(shape[0] for _, shape in linear.shards) < entry.shape[0]
-        self.divides_columns = linear.shards[0][1][1] < entry.shape[1]
+        self.divides_rows = sum(s[0] for _, _, s in linear.shards) < sum(e.shape[0] for e in linear.entries)
+        self.divides_columns = linear.shards[0][2][1] < linear.entries[0].shape[1]
         self.sequence_parallel = config.sequence_parallel and self.size > 1
         self.shares = [_shares(one, plan) for one in linears]
-        self.blocks, order = _blocks(entry.hf, _held(linear))
+        self.blocks, order = _blocks(linear.names, _held(linear))
         self.register_buffer("order", None if order == list(range(len(order))) else torch.tensor(order), False)
         self._scales: dict[Any, Tensor] = {}
         reduced = getattr(linear.weight, "allreduce", True)
@@ -151,7 +160,8 @@ class Lora(torch.nn.Module):
         for share in (shares.get(short) for shares in self.shares):
             wholes = plan.values(share.module) if share else None
             a.append(wholes[0][:, slice(*share.columns)].to(dtype).contiguous() if share and wholes else None)
-            b.append(wholes[1][slice(*share.rows)].to(dtype).contiguous() if share and wholes else None)
+            rows = [wholes[1][slice(*span)] for span in share.rows] if share and wholes else []
+            b.append(torch.cat(rows).to(dtype) if rows else None)
         if not self.grouped:
             assert a[0] is not None and b[0] is not None
             return a[0], b[0]
@@ -244,32 +254,46 @@ class Lora(torch.nn.Module):
             short, letter = name[:-2], name[-1]
             held = [(place, shares[short]) for place, shares in enumerate(self.shares) if short in shares]
             first = held[0][1]
-            if not self.grouped:
-                found[name] = self._shard(first, letter, parameter)
+            shards = self._shards(first, letter, parameter[0] if self.grouped else parameter)
+            if not self.grouped and len(shards) == 1:
+                found[name] = shards[0]
                 continue
-            found[name] = ShardedTensorFactory(
-                first.key(letter), parameter, partial(self._divide, held, letter),
-                partial(self._stack, held, 0 if letter == "A" else 1), self._shard(first, letter, parameter[0]).replica_id,
-            )  # fmt: skip
+            divide: Any = partial(self._divide, held, letter) if self.grouped else partial(self._cut, first, letter)
+            join: Any = partial(self._stack, held, 0 if letter == "A" else 1) if self.grouped else torch.cat
+            found[name] = ShardedTensorFactory(first.key(letter), parameter, divide, join, shards[0].replica_id)
         return found
 
-    def _shard(self, share: Share, letter: str, data: Tensor, prefix: str = "") -> ShardedTensor:
+    def _shards(self, share: Share, letter: str, data: Tensor, prefix: str = "") -> list[ShardedTensor]:
+        """One for each run of rows or columns that this rank has of a matrix."""
         by_dp = mpu.get_expert_data_parallel_rank() if self.expert else mpu.get_data_parallel_rank(True)
-        dim, size, span = (1, share.shape[1], share.columns) if letter == "A" else (0, share.shape[0], share.rows)
-        count = span[1] - span[0]
-        return ShardedTensor.from_rank_offsets(
-            prefix + share.key(letter), data, (dim, span[0] // count, size // count),
-            replica_id=(0, 0 if count < size else self.group.rank(), by_dp),
-        )  # fmt: skip
+        dim, size, spans = (1, share.shape[1], (share.columns,)) if letter == "A" else (0, share.shape[0], share.rows)
+        whole = sum(stop - start for start, stop in spans) == size
+        replica, shards, done = (0, self.group.rank() if whole else 0, by_dp), [], 0
+        for start, stop in spans:
+            # The optimizer knows a parameter by the tensor itself, not by a view of it.
+            part = data if len(spans) == 1 else data.narrow(dim, done, stop - start)
+            shard = ShardedTensor.from_rank_offsets(prefix + share.key(letter), part, replica_id=replica)
+            sizes = tuple(size if d == dim else n for d, n in enumerate(part.shape))
+            offset = tuple(start if d == dim else 0 for d in range(part.dim()))
+            regular = not start % (stop - start) and not size % (stop - start) and len(spans) == 1
+            grid = tuple(n // m for n, m in zip(sizes, part.shape, strict=True)) if regular else None
+            shards.append(replace(shard, global_shape=sizes, global_offset=offset, axis_fragmentations=grid))
+            done += stop - start
+        return shards
+
+    def _cut(self, share: Share, letter: str, key: str, data: Tensor, *_: Any) -> list[ShardedTensor]:
+        """The runs of one matrix. key: its own, after a prefix if `data` is an optimizer's."""
+        return self._shards(share, letter, data, key.removesuffix(share.key(letter)))
 
     def _divide(
         self, held: Sequence[tuple[int, Share]], letter: str, key: str, data: Tensor, *_: Any
     ) -> list[ShardedTensor]:
-        """Each expert's matrix in its own rank. key: the first one's, after a prefix if `data` is an optimizer's."""
+        """Each expert's matrix in its own rank. key: as of _cut, of the first one."""
         prefix, dim = key.removesuffix(held[0][1].key(letter)), 0 if letter == "A" else 1
         return [
-            self._shard(share, letter, data[place].narrow(dim, 0, share.rank).contiguous(), prefix)
+            shard
             for place, share in held
+            for shard in self._shards(share, letter, data[place].narrow(dim, 0, share.rank).contiguous(), prefix)
         ]
 
     def _stack(self, held: Sequence[tuple[int, Share]], dim: int, parts: Sequence[Tensor]) -> Tensor:
@@ -294,19 +318,20 @@ def _stacked(matrices: Sequence[Tensor | None], dim: int) -> Tensor:
 
 def _held(linear: LiveLinear) -> list[Piece]:
     """The pieces of Hugging Face weights of which the layer's rows on this rank consist, in their order."""
-    spans = [(offset[0], offset[0] + shape[0]) for offset, shape in linear.shards]
-    return [piece for span in spans for piece in pieces(linear.entry, span)]
+    return [
+        piece for entry, offset, shape in linear.shards for piece in pieces(entry, (offset[0], offset[0] + shape[0]))
+    ]
 
 
 def _shares(linear: LiveLinear, plan: LoraPlan) -> dict[str, Share]:
     """Last part of the Hugging Face name -> this rank's part of the pair."""
-    offset, shape = linear.shards[0]
+    _, offset, shape = linear.shards[0]
     columns = (offset[1], offset[1] + shape[1])
-    entry = linear.entry
     held = _held(linear)
+    shapes = {name: shape for entry in linear.entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)}
     shares = [
-        _share(name.removesuffix(".weight"), entry.hf_shapes[i], held, columns, plan)
-        for i, name in enumerate(entry.hf) if name.removesuffix(".weight") in plan.modules
+        _share(name.removesuffix(".weight"), shapes[name], held, columns, plan)
+        for name in linear.names if name.removesuffix(".weight") in plan.modules
     ]  # fmt: skip
     return {share.short: share for share in shares}
 
@@ -329,13 +354,16 @@ def _share(
     module: str, shape: tuple[int, ...], held: Sequence[Piece], columns: tuple[int, int], plan: LoraPlan
 ) -> Share:
     mine = [piece for piece in held if piece.name == f"{module}.weight"]
-    count, start = sum(piece.count for piece in mine), min((piece.hf_row for piece in mine), default=0)
-    if not count or shape[0] % count or start % count:
+    spans: list[Span] = []
+    for start, stop in sorted((piece.hf_row, piece.hf_row + piece.count) for piece in mine):
+        spans[-1:] = [(spans[-1][0], stop)] if spans and spans[-1][1] == start else [*spans[-1:], (start, stop)]
+    count = sum(piece.count for piece in mine)
+    if not count or shape[0] % count:
         raise UsageError(
             f"--tensor_model_parallel_size: its ranks would hold unequal parts of {module}, on which LoRA is not "
             "possible; take at most as many as there are key/value heads"
         )
-    return Share(module, shape, *plan.modules[module], (start, start + count), columns)
+    return Share(module, shape, *plan.modules[module], tuple(spans), columns)
 
 
 class Adapters(torch.nn.Module):
@@ -385,7 +413,7 @@ def add_adapters(models: Sequence[Any], bound: BoundMap, plan: LoraPlan, dropout
             layers.setdefault(linear.path, []).append(linear)
         for linears in layers.values():
             linears.sort(key=lambda linear: linear.group or 0)
-            if any(name.removesuffix(".weight") in plan.modules for one in linears for name in one.entry.hf):
+            if any(name.removesuffix(".weight") in plan.modules for one in linears for name in one.names):
                 adapters.attach(linears[0], Lora(linears, plan, dropout, model.config))
         add_rows(model, adapters, plan.rows)
         model.adapters = adapters

@@ -22,7 +22,8 @@ from swiftlite.weights.merged import EMBEDDING, HEAD
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.storage import Files, read_tensor
 
-LINEAR = re.compile(r"\.linear_\w+\.weight$")  # neither routers nor gates of shared experts
+# Neither routers nor gates of shared experts; linear attention keeps its projections as parts of one matrix.
+LINEAR = re.compile(r"\.(linear_\w+|in_proj|out_proj)\.weight(\.\w+)?$")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class LoraPlan:
 def _linear_modules(bound: BoundMap) -> list[str]:
     """Hugging Face names of the modules that can have adapters."""
     entries = (e for e in bound.entries if e.stack == "decoder.layers" and LINEAR.search(f".{e.name}"))
-    return [name.removesuffix(".weight") for entry in entries for name in entry.hf]
+    return list(dict.fromkeys(name.removesuffix(".weight") for entry in entries for name in entry.hf))
 
 
 def plan_lora(bound: BoundMap, args: Any) -> LoraPlan:
