@@ -7,7 +7,7 @@ neither torch nor transformers. Commands take an arguments object or the words o
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swiftlite import moved as moved
 
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module 'swiftlite' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
     value = getattr(import_module(_WHERE[name]), name)

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from swiftlite import __version__
 from swiftlite.arguments.flags import COMMON_NOTES, NO_CLASSES, NO_WEIGHTS, ONLY_ADAPTERS
@@ -18,6 +18,7 @@ from swiftlite.arguments.parser import Arguments, Note, arguments, convert, fiel
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import write_json
 from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
+from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ MODULES_CALLED = {
 }  # fmt: skip
 
 
-def normalize_dtype(value: Any, flag: str = "torch_dtype") -> str | None:
+def normalize_dtype(value: object, flag: str = "torch_dtype") -> str | None:
     """`bf16`, `torch.bfloat16`, `torch.bfloat16` the object -> "bfloat16"; None and "auto" -> None.
 
     Raises: UsageError for a dtype that weights cannot be trained or converted in.
@@ -67,7 +68,7 @@ class RunArguments(Arguments):
         42, "seed of weights' initialisation, data order and dropout", common=True,
         unavailable={"ExportArguments": Note("default", "conversion draws no random numbers")},
     )  # fmt: skip
-    torch_dtype: Any = field(
+    torch_dtype: str | None = field(
         None, "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)", aliases=["dtype"],
         common=True,
     )  # fmt: skip
@@ -124,7 +125,7 @@ class ModelArguments(Arguments):
     new_special_tokens: list[str] = field([], "tokens to add; an item that ends in .txt is a file of tokens")
     task_type: str | None = field(None, "what the model is for", choices=["causal_lm", "seq_cls"])
     num_labels: int | None = field(None, "number of classes of a seq_cls model", unavailable=NO_CLASSES)
-    device_map: Any = run_setting(
+    device_map: object = run_setting(
         None,
         "where transformers puts the layers: auto, cpu, cuda:0 or a JSON map",
         unavailable={
@@ -215,7 +216,7 @@ class TemplateArguments(Arguments):
         False, "fail where the template differs from the checkpoint's own chat template"
     )
 
-    def get_template_kwargs(self) -> dict[str, Any]:
+    def get_template_kwargs(self) -> Json:
         """Keyword arguments of `get_template`, 14 entries.
 
         `delete` becomes `raise`: the template reports a sample that is too long and the data set drops it.

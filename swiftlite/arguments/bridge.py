@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.arguments.description import Described
+from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     from swiftlite.arguments.parallel import MegatronArguments
@@ -24,10 +25,10 @@ class Row:
 
     flag: str
     attribute: str | None = None
-    rule: Callable[[Described], Any] | None = None
-    fallback: Any = None
+    rule: Callable[[Described], object] | None = None
+    fallback: object = None
 
-    def value(self, args: Described) -> Any:
+    def value(self, args: Described) -> object:
         if self.rule is not None:
             return self.rule(args)
         value = None if self.attribute is None else getattr(args, self.attribute, None)
@@ -47,7 +48,7 @@ def same(*flags: str) -> tuple[Row, ...]:
     return tuple(Row(flag, flag[2:].replace("-", "_")) for flag in flags)
 
 
-def fixed(flag: str, value: Any) -> Row:
+def fixed(flag: str, value: object) -> Row:
     return Row(flag, fallback=value)
 
 
@@ -56,7 +57,7 @@ def off(flag: str, attribute: str) -> Row:
     return Row(flag, rule=lambda args: not getattr(args, attribute))
 
 
-def _when(condition: Callable[[Described], Any], *rows: Row) -> tuple[Row, ...]:
+def _when(condition: Callable[[Described], object], *rows: Row) -> tuple[Row, ...]:
     """Rows that count only under a condition."""
 
     def guarded(row: Row) -> Row:
@@ -190,20 +191,20 @@ def megatron_lm_args(args: MegatronArguments) -> list[str] | str:
 
 
 # Where Megatron-LM keeps a flag's value under another name, and what the flag means there.
-_STORED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+_STORED: dict[str, tuple[str, Callable[[object], object]]] = {
     "--disable-bias-linear": ("add_bias_linear", lambda value: not value),
     "--no-rope-fusion": ("apply_rope_fusion", lambda value: not value),
 }
 
 
-def checkpoint_args(args: MegatronArguments) -> dict[str, Any]:
+def checkpoint_args(args: MegatronArguments) -> Json:
     """Megatron-LM's argument namespace for this model as plain values, as a checkpoint carries it.
 
     What stock Megatron-LM compares or takes over with `--use-checkpoint-args`; parallel sizes are 1, as torch_dist
     checkpoints are independent of them. What does not apply to the model is absent.
     """
     both = Described(args.description, args)
-    stored: dict[str, Any] = {}
+    stored: Json = {}
     for row in STOCK:
         name, change = _STORED.get(row.flag, (row.flag[2:].replace("-", "_"), lambda value: value))
         value = row.value(both)

@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 
-def read_config_file(path: str) -> dict[str, Any]:
+def read_config_file(path: str) -> Json:
     """Read a YAML or JSON file that holds one mapping of setting -> value; of args.json of a run, what was given to it.
 
     Raises: UsageError naming the file if it is missing, malformed or not a mapping.
@@ -41,7 +41,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     return {key.lstrip("-").replace("-", "_"): value for key, value in data.items()}
 
 
-def write_config_file(path: str, values: Mapping[str, Any]) -> None:
+def write_config_file(path: str, values: Mapping[str, object]) -> None:
     """Write settings as YAML, or as JSON where the name ends so."""
     if path.endswith(".json"):
         text = json.dumps(values, indent=2)

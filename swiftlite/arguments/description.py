@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swiftlite.arguments.parser import convert
 from swiftlite.utils.errors import ConfigError
+from swiftlite.utils.types import Config, Json
+
+if TYPE_CHECKING:
+    from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.weights.shape import layer_pattern
 
 
@@ -53,7 +56,7 @@ class ModelDescription:
     rotary_base: float = 10000
     rotary_interleaved: bool = False
     partial_rotary_factor: float | None = None
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: Json | None = None
     original_max_position_embeddings: int | None = None
     architectures: str | None = None
 
@@ -79,14 +82,14 @@ class ModelDescription:
     v_head_dim: int | None = None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ModelDescription:
+    def of(cls, config: Config) -> ModelDescription:
         """From the converted config, as `convert_hf_config` returns it. Raises: ConfigError for a name that is no field."""
         hints = _hints()
         unknown = sorted(set(config) - set(hints))
         if unknown:
             raise ConfigError(f"the model's config sets {', '.join(unknown)}, which ModelDescription does not have")
         made = cls(**{name: convert(value, hints[name], name) for name, value in config.items()})
-        changes: dict[str, Any] = {}
+        changes: Json = {}
         if made.moe_ffn_hidden_size is None and made.num_experts is not None:
             changes["moe_ffn_hidden_size"] = made.ffn_hidden_size
         if made.moe_shared_expert_intermediate_size == 0:
@@ -110,7 +113,7 @@ class ModelDescription:
 
 
 @functools.cache
-def _hints() -> dict[str, Any]:
+def _hints() -> Json:
     return typing.get_type_hints(ModelDescription)
 
 
@@ -125,7 +128,7 @@ READ_FROM_CONFIG = (*(name for name in ModelDescription.__annotations__ if name 
 class Described:
     """A description and the settings of a run, read as one: what Megatron-LM keeps in one namespace."""
 
-    def __init__(self, model: ModelDescription, settings: Any) -> None:
+    def __init__(self, model: ModelDescription, settings: MegatronArguments) -> None:
         self.model, self.settings = model, settings
 
     def __getattr__(self, name: str) -> Any:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from swiftlite.arguments.parallel import MegatronArguments
+from swiftlite.utils.types import Config, Json
 
 
-def conversion_arguments(config: Mapping[str, Any], output_dir: str, torch_dtype: Any) -> MegatronArguments:
+def conversion_arguments(config: Config, output_dir: str, torch_dtype: object) -> MegatronArguments:
     """Settings of one process, with the model that they are for.
 
     Args: config: Megatron names, as `convert_hf_config` returns them. torch_dtype: of the weights, text or object.
     """
-    settings: dict[str, Any] = {
+    settings: Json = {
         "output_dir": output_dir, "torch_dtype": torch_dtype, "attention_backend": "unfused",
         "use_cpu_initialization": True, "no_save_optim": True, "no_save_rng": True, "no_load_optim": True,
         "no_load_rng": True, "moe_grouped_gemm": True if config.get("num_experts") else None,

@@ -5,10 +5,11 @@ No command of swiftlite uses it: it is kept for those who compare the two, and h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swiftlite.arguments.bridge import Row, fixed, off, same
 from swiftlite.arguments.description import Described
+from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     from swiftlite.arguments.parallel import MegatronArguments
@@ -143,7 +144,7 @@ EXTRA: tuple[Row, ...] = (
 )
 
 
-def parse_to_megatron(args: MegatronArguments) -> tuple[list[str], dict[str, Any]]:
+def parse_to_megatron(args: MegatronArguments) -> tuple[list[str], Json]:
     """(argv, extra_args): Megatron-LM's arguments as strings, and the settings it has no flag for.
 
     Like ms-swift's, `--rotary-percent` is 1.0 for every model: partial rotation is `partial_rotary_factor` in the

@@ -7,8 +7,7 @@ ModelDescription, which `apply_model_config` makes of the Hugging Face config.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from swiftlite.arguments.base import RunArguments, TunerArguments
 from swiftlite.arguments.description import OVERRIDES, ModelDescription
@@ -18,6 +17,7 @@ from swiftlite.arguments.parser import Arguments, arguments, field, run_setting,
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import ConfigError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Config, Json
 
 
 @arguments
@@ -200,7 +200,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         if self.logging_dir is None and self.output_dir is not None:
             self.logging_dir = f"{self.output_dir}/runs"
 
-    def apply_model_config(self, config: Mapping[str, Any]) -> None:
+    def apply_model_config(self, config: Config) -> None:
         """Take the model from the converted config (Megatron names, as `convert_hf_config` returns them).
 
         What the user set of OVERRIDES takes the place of the model's.
@@ -292,7 +292,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
                 "tokens than there are"
             )
 
-    def parse_to_megatron(self) -> tuple[list[str], dict[str, Any]]:
+    def parse_to_megatron(self) -> tuple[list[str], Json]:
         """(argv, extra_args), see `swiftlite.arguments.ms_swift.parse_to_megatron`."""
         from swiftlite.arguments.ms_swift import parse_to_megatron
 
@@ -304,7 +304,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
 
         return megatron_lm_args(self)
 
-    def checkpoint_args(self) -> dict[str, Any]:
+    def checkpoint_args(self) -> Json:
         """Plain values for a checkpoint's `args`, see `swiftlite.arguments.bridge.checkpoint_args`."""
         from swiftlite.arguments.bridge import checkpoint_args
 

@@ -21,6 +21,7 @@ from swiftlite.arguments.config_file import read_config_file
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.text import nearest
+from swiftlite.utils.types import Json
 
 T = TypeVar("T")
 Reader = TypeVar("Reader", bound=Callable[..., Any])
@@ -45,7 +46,7 @@ Notes = Mapping[str, "Note | str | None"]
 
 
 def field(
-    default: Any = MISSING,
+    default: object = MISSING,
     help: str = "",
     *,
     aliases: Iterable[str] = (),
@@ -77,7 +78,7 @@ def field(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def run_setting(default: Any, help: str, **record: Any) -> Any:
+def run_setting(default: object, help: str, **record: Any) -> Any:
     """A field that says how a run goes, what it logs and saves, not what it computes: it may change on resumption."""
     return field(default, help, resume="may change", **record)
 
@@ -94,7 +95,7 @@ def arguments(cls: type[T]) -> type[T]:
     init = cls.__init__
 
     @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: object, **kwargs: object) -> None:
         kwargs = canonical_names(type(self), kwargs)
         self.__dict__.setdefault("_given", frozenset(kwargs))
         init(self, *args, **kwargs)
@@ -154,7 +155,7 @@ class Arguments:
         """Does the command make training samples? Others ask the model, or pass it on."""
         return False
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         return {spec.name: getattr(self, spec.name) for spec in specs(type(self)).values()}
 
 
@@ -167,7 +168,7 @@ class Spec:
 
     name: str
     type: Any
-    default: Any
+    default: object
     owner: type
     help: str = ""
     aliases: tuple[str, ...] = ()
@@ -186,10 +187,11 @@ class Spec:
             note = next((note[base.__name__] for base in cls.__mro__ if base.__name__ in note), None)
         return Note("default only", note) if isinstance(note, str) else note
 
-    def convert(self, value: Any) -> Any:
+    def convert(self, value: object) -> object:
         if self.choices is None or value not in self.choices or typing.get_origin(self.type) is list:
             value = convert(value, self.type, self.name)  # a choice `none` is that, not the absence of one
-        if self.least is not None and value is not None and not self.least <= value <= (self.most or math.inf):
+        beyond = isinstance(value, int | float) and not (self.least or 0) <= value <= (self.most or math.inf)
+        if self.least is not None and beyond:
             limit = (
                 f"at least {self.least}" if self.least else f"between 0 and {self.most}" if self.most else "0 or more"
             )
@@ -203,7 +205,7 @@ class Spec:
         return value
 
 
-def _home(value: Any) -> Any:
+def _home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
@@ -242,13 +244,13 @@ def notes(cls: type[Arguments]) -> dict[str, Note]:
     return found
 
 
-def canonical_names(cls: type, values: Mapping[str, Any], spell: Callable[[str], str] = str) -> dict[str, Any]:
+def canonical_names(cls: type, values: Mapping[str, object], spell: Callable[[str], str] = str) -> Json:
     """Replace aliases by field names; names that are unknown stay (the constructor or the parser refuses them).
 
     Raises: UsageError if two names of one field carry different values.
     """
     table = alias_table(cls)
-    result: dict[str, Any] = {}
+    result: Json = {}
     typed: dict[str, str] = {}
     for name, value in values.items():
         target = table.get(name, name)
@@ -261,12 +263,12 @@ def canonical_names(cls: type, values: Mapping[str, Any], spell: Callable[[str],
     return result
 
 
-def convert(value: Any, hint: Any, name: str) -> Any:
+def convert(value: object, hint: Any, name: str) -> Any:
     """Turn text or plain data into `hint`: bool, int, float, str, list[...], dict, and unions with None.
 
     Raises: UsageError naming the flag, the value and what is allowed.
     """
-    if hint is Any:
+    if hint is object:
         return value
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -290,7 +292,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     return _to_scalar(value, hint, name)
 
 
-def _to_dict(value: Any, name: str) -> dict[str, Any]:
+def _to_dict(value: object, name: str) -> Json:
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -301,7 +303,7 @@ def _to_dict(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-def _to_scalar(value: Any, hint: Any, name: str) -> Any:
+def _to_scalar(value: object, hint: Any, name: str) -> Any:
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "one value"}
     wrong = UsageError(f"--{name} {value if not isinstance(value, list) else ' '.join(map(str, value))}: "
                        f"must be {kinds.get(hint, hint)}")  # fmt: skip
@@ -356,7 +358,7 @@ def parse(cls: type[A], argv: Sequence[str]) -> A:
         positional += [word for words in flags.pop("config") for word in words]
     if cls.POSITIONAL is None and len(positional) > 1:
         raise UsageError(f"{positional[1]}: unexpected word; a command takes one config file, then --flag value pairs")
-    values: dict[str, Any] = {}
+    values: Json = {}
     if positional and cls.POSITIONAL is not None:
         values[cls.POSITIONAL] = positional
     elif positional:
@@ -365,7 +367,7 @@ def parse(cls: type[A], argv: Sequence[str]) -> A:
     return from_dict(cls, values)
 
 
-def given_values(args: Arguments, without: Collection[str] = ()) -> dict[str, Any]:
+def given_values(args: Arguments, without: Collection[str] = ()) -> Json:
     """What was given to a command, as plain data."""
     return {name: getattr(args, name) for name in specs(type(args)) if name in args.given and name not in without}
 
@@ -381,12 +383,12 @@ def as_words(args: Arguments, without: Collection[str] = ()) -> list[str]:
     return words
 
 
-def from_dict(cls: type[A], values: Mapping[str, Any]) -> A:
+def from_dict(cls: type[A], values: Mapping[str, object]) -> A:
     """Make an arguments object from plain data (field names or aliases). Raises: UsageError as `parse`."""
     return cls(**_accept(cls, values))
 
 
-def _flag_value(cls: type[Arguments], name: str, times: list[list[str]]) -> Any:
+def _flag_value(cls: type[Arguments], name: str, times: list[list[str]]) -> str | list[str]:
     """The value of a flag; given several times, a list is joined, and of other values the last one counts."""
     spec = specs(cls).get(alias_table(cls).get(name, name))
     words = times[-1]
@@ -403,11 +405,11 @@ def _flag_value(cls: type[Arguments], name: str, times: list[list[str]]) -> Any:
     raise UsageError(f"--{name}: a value is missing")
 
 
-def _is_list(hint: Any) -> bool:
+def _is_list(hint: object) -> bool:
     return typing.get_origin(hint) is list or any(typing.get_origin(option) is list for option in typing.get_args(hint))
 
 
-def _accept(cls: type[Arguments], values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def _accept(cls: type[Arguments], values: Mapping[str, object], where: str = "") -> Json:
     """Canonical names of what was given, without the names that are accepted but have no field."""
     spell: Callable[[str], str] = (lambda name: name) if where else (lambda name: f"--{name}")
     table, said = alias_table(cls), notes(cls)
@@ -467,17 +469,17 @@ def format_help(cls: type[Arguments], usage: str, everything: bool = True) -> st
     return "\n".join(lines)
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _metavar(hint: Any) -> str:
+def _metavar(hint: object) -> str:
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return "|".join(dict.fromkeys(_metavar(option) for option in options))
     if typing.get_origin(hint) is list:
         return f"{_metavar(options[0])} ..."
-    names = {bool: "true|false", int: "N", float: "X", str: "TEXT", dict: "JSON"}
+    names: dict[object, str] = {bool: "true|false", int: "N", float: "X", str: "TEXT", dict: "JSON"}
     return names.get(typing.get_origin(hint) or hint, "VALUE")

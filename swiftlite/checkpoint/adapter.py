@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from swiftlite.checkpoint.chat import copy_chat
 from swiftlite.utils.directories import ADAPTER_CONFIG, find_iteration
@@ -47,7 +46,7 @@ class Adapter:
     names: Sequence[str]
     lora: LoraConfig
     extras: Extras
-    described: Mapping[str, Any] | None
+    described: Mapping[str, object] | None
     inputs: Sequence[Path]
 
     @classmethod
@@ -85,7 +84,7 @@ class Adapter:
         return cls(directory, root, source, names, lora, extras, described, [*files, config_file])
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Mapping[str, object]:
         """adapter_config.json as it should be."""
         return self.described or read_json(self.root / ADAPTER_CONFIG)
 
@@ -115,7 +114,7 @@ class Adapter:
         copy_chat(self.root, directory)
 
 
-_Opened = tuple[WeightSource, Sequence[Path], Mapping[str, Any]]  # source, files, what the config has to say besides
+_Opened = tuple[WeightSource, Sequence[Path], Mapping[str, object]]  # source, files, what the config has to say besides
 
 
 class _PeftSource(Renamed):

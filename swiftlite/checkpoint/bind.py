@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from swiftlite.checkpoint.info import check_counts
 from swiftlite.families import family_of
@@ -13,6 +12,7 @@ from swiftlite.families.hf_config import architecture_of, convert_hf_config
 from swiftlite.families.records import Family
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.io import blame
+from swiftlite.utils.types import Config
 from swiftlite.weights.rule import BoundMap, Duplicate, Source, WeightMap, WeightRule
 from swiftlite.weights.shape import ModelShape
 from swiftlite.weights.storage import TensorSpec
@@ -20,7 +20,7 @@ from swiftlite.weights.storage import TensorSpec
 __all__ = ["architecture_of", "bind_map", "convert_hf_config", "flatten_config"]
 
 
-def bind_map(config: Mapping[str, Any], names: Iterable[str] = (), *, with_mtp: bool = False) -> BoundMap:
+def bind_map(config: Config, names: Iterable[str] = (), *, with_mtp: bool = False) -> BoundMap:
     """The weight map of the model that a config.json describes.
 
     Args: names: tensors of the checkpoint, under Hugging Face or Megatron names. config.json may announce MTP blocks
@@ -39,7 +39,7 @@ def resolve_copy(duplicate: Duplicate, bound: BoundMap) -> str:
     return duplicate.of if duplicate.of in bound.by_hf else "model.embed_tokens.weight"
 
 
-def plain_map(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> BoundMap:
+def plain_map(config: Config, specs: Mapping[str, TensorSpec]) -> BoundMap:
     """A map of tensors to themselves, for a checkpoint whose architecture has no family: what merging and comparing need.
 
     Args: specs: of all tensors of the checkpoint.
@@ -65,7 +65,7 @@ def _held(names: Iterable[str]) -> int | None:
     return count or None
 
 
-def _bind(family: Family, shape: ModelShape, config: Mapping[str, Any], names: Iterable[str], always: bool) -> BoundMap:
+def _bind(family: Family, shape: ModelShape, config: Config, names: Iterable[str], always: bool) -> BoundMap:
     num_mtp = family.num_mtp(config)
     if num_mtp:
         with_mtp = family.weights.bind(replace(shape, num_mtp=num_mtp))

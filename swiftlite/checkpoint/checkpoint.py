@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -27,6 +27,7 @@ from swiftlite.families.records import Family
 from swiftlite.utils.directories import TRACKER, Directory, find_iteration
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import write_json
+from swiftlite.utils.types import Config, Json
 from swiftlite.weights import stream
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.fp8 import open_source
@@ -52,7 +53,7 @@ class Checkpoint:
     kind: Literal["hf", "mcore"]
     directory: Path
     root: Path
-    config: Mapping[str, Any]
+    config: Config
     bound: BoundMap
     source: WeightSource
     names: Sequence[str]
@@ -60,7 +61,7 @@ class Checkpoint:
     copies: Mapping[str, str]
     files: Mapping[str, str]
     ignored: Sequence[str] = ()
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, object] = field(default_factory=dict)
     new_tokens: NewTokens | None = None
     adapter: Adapter | None = None
 
@@ -162,7 +163,7 @@ class Checkpoint:
         write_json(directory / MANIFEST, {"ignored": list(self.ignored), "tensors": tensors})
 
 
-def _open_hf(directory: Path, root: Path, config: dict[str, Any], weights: bool) -> Checkpoint:
+def _open_hf(directory: Path, root: Path, config: Json, weights: bool) -> Checkpoint:
     source = open_source(directory, config) if weights else PlannedSource(directory, config)
     bound = _bound(config, source, source.tensors)
     coverage = bound.check({name: t.spec.shape for name, t in source.tensors.items()}, str(directory))
@@ -176,14 +177,14 @@ def _open_hf(directory: Path, root: Path, config: dict[str, Any], weights: bool)
     )  # fmt: skip
 
 
-def _bound(config: Mapping[str, Any], source: WeightSource, names: Iterable[str]) -> BoundMap:
+def _bound(config: Config, source: WeightSource, names: Iterable[str]) -> BoundMap:
     """The family's map of a Hugging Face checkpoint; without a family its tensors are taken as they are."""
     if has_family(architecture_of(config)):
         return bind_map(config, names)
     return plain_map(config, {name: source.spec(name) for name in names})
 
 
-def _open_mcore(directory: Path, root: Path, config: dict[str, Any], weights: bool) -> Checkpoint:
+def _open_mcore(directory: Path, root: Path, config: Json, weights: bool) -> Checkpoint:
     iteration = find_iteration(directory)
     stored = TorchDistSource(iteration, weights)
     bound = bind_map(config, stored.tensors)

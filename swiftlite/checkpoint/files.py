@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swiftlite.utils.errors import CheckpointError, ConfigError
 from swiftlite.utils.io import blame, is_inside, read_json, write_json
 from swiftlite.utils.logger import warn_once
+from swiftlite.utils.types import Config, Json
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ def _weights(directory: Path, patterns: Sequence[str]) -> list[Path]:
     single, _, index = (directory / pattern for pattern in patterns)
     if single.is_file():
         return [single]
-    named: Any = _json(index).get("weight_map")
+    named = _json(index).get("weight_map")
     names = {Path(str(name)).name for name in named.values()} if isinstance(named, dict) else set()
     return _matching(directory, (*patterns, *names))
 
@@ -92,7 +93,7 @@ def check_side_files(directory: Path) -> None:
                     _CHECKS[path.name](content)
 
 
-def _check_generation(content: Mapping[str, Any]) -> None:
+def _check_generation(content: Config) -> None:
     for key in _IDS:
         if any(
             not isinstance(i, int) or isinstance(i, bool) or abs(i) >= 1 << 31 for i in end_tokens(content.get(key))
@@ -104,7 +105,7 @@ def _check_generation(content: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is {value!r}; it must be a number")
 
 
-def _check_tokenizer_config(content: Mapping[str, Any]) -> None:
+def _check_tokenizer_config(content: Config) -> None:
     _ = {int(number): str(token["content"]) for number, token in (content.get("added_tokens_decoder") or {}).items()}
     template = content.get("chat_template")
     named = [entry["template"] for entry in template] if isinstance(template, list) else [template]
@@ -113,26 +114,26 @@ def _check_tokenizer_config(content: Mapping[str, Any]) -> None:
     _check_tokens(content)
 
 
-def _check_tokens(content: Mapping[str, Any]) -> None:
+def _check_tokens(content: Config) -> None:
     for key in _TOKENS:
         value = content.get(key) or ""
         if not isinstance(value["content"] if isinstance(value, dict) else value, str):
             raise ValueError(f"{key} is {value!r}; it must be a token's text")
 
 
-def _check_tokenizer(content: Mapping[str, Any]) -> None:
+def _check_tokenizer(content: Config) -> None:
     _ = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or ()}
     if not isinstance(content["model"], dict):
         raise TypeError(f"model is a {type(content['model']).__name__}")
 
 
-def _check_ids(content: Mapping[str, Any]) -> None:
+def _check_ids(content: Config) -> None:
     wrong = next((token for token, number in content.items() if not isinstance(number, int)), None)
     if wrong is not None:
         raise ValueError(f"{wrong!r} has the number {content[wrong]!r}; it must be a whole number")
 
 
-_CHECKS: dict[str, Callable[[Mapping[str, Any]], None]] = {
+_CHECKS: dict[str, Callable[[Mapping[str, object]], None]] = {
     "generation_config.json": _check_generation, "tokenizer_config.json": _check_tokenizer_config,
     "special_tokens_map.json": _check_tokens, "tokenizer.json": _check_tokenizer, "vocab.json": _check_ids,
     "added_tokens.json": _check_ids,
@@ -143,7 +144,7 @@ def _names_code(path: Path) -> bool:
     return "auto_map" in _json(path)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Json:
     """The object in a file; {} where there is none, as whoever needs it will say."""
     try:
         return read_json(path)
@@ -151,7 +152,9 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def copy_side_files(source: Path, target: Path, changes: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+def copy_side_files(
+    source: Path, target: Path, changes: Mapping[str, object], dtype: torch.dtype | None = None
+) -> None:
     """Copy `side_files`; change only the named keys of config.json, and its dtype to that of the weights.
 
     quantization_config goes: weights are written dequantised.
@@ -164,7 +167,7 @@ def copy_side_files(source: Path, target: Path, changes: Mapping[str, Any], dtyp
     update_config(target / CONFIG, {**changes, "quantization_config": None}, dtype)
 
 
-def update_config(path: Path, changes: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+def update_config(path: Path, changes: Mapping[str, object], dtype: torch.dtype | None = None) -> None:
     """Change keys of a config.json, None removes one; everything else keeps its text order.
 
     Args: dtype: of the weights, named under whichever of `dtype` and `torch_dtype` there is, in nested configs too.
@@ -185,7 +188,7 @@ def update_config(path: Path, changes: Mapping[str, Any], dtype: torch.dtype | N
         write_json(path, config)
 
 
-def _name_dtype(config: dict[str, Any], name: str) -> None:
+def _name_dtype(config: Json, name: str) -> None:
     for key, value in config.items():
         if key in ("dtype", "torch_dtype"):
             config[key] = name
@@ -193,9 +196,9 @@ def _name_dtype(config: dict[str, Any], name: str) -> None:
             _name_dtype(value, name)
 
 
-def end_tokens(value: Any) -> list[int]:
+def end_tokens(value: int | Sequence[int] | None) -> list[int]:
     """Ids under `eos_token_id`, which is absent, one id or a list of them."""
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def main_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:

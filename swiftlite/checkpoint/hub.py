@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from swiftlite.checkpoint.files import published_files
 from swiftlite.utils.errors import CheckpointError, UsageError
@@ -56,7 +55,7 @@ def _download(
     model_id: str, use_hf: bool, revision: str | None, ignore: list[str], token: str | None, local_only: bool
 ) -> str:
     """Call the hub's own client, which keeps what it has downloaded in its own cache."""
-    client: Any = import_module("huggingface_hub" if use_hf else "modelscope")
+    client = import_module("huggingface_hub" if use_hf else "modelscope")
     return str(
         client.snapshot_download(
             model_id, revision=revision, ignore_patterns=ignore, token=token, local_files_only=local_only
@@ -139,7 +138,7 @@ def push(
     """
     check_hub_id(model_id)
     hub = "Hugging Face" if use_hf else "ModelScope"
-    client: Any = import_module("huggingface_hub" if use_hf else "modelscope.hub.api")
+    client = import_module("huggingface_hub" if use_hf else "modelscope.hub.api")
     api = (client.HfApi if use_hf else client.HubApi)(token=token)
     files = sorted(published_files(Path(directory)), key=_push_order)
     total, step = len(files), "create the repository"

@@ -6,12 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swiftlite.arguments.base import normalize_dtype
 from swiftlite.families.blocks import EXPERT_KEYS
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import blame, is_inside, read_json
+from swiftlite.utils.types import Config, Json
+
+if TYPE_CHECKING:
+    import torch
 
 ARGS_FILE = "args.json"
 # Names under which configs state the longest sequence; the smallest one present holds.
@@ -33,13 +37,13 @@ class ModelInfo:
 
     model_type: str | None
     model_dir: str
-    torch_dtype: Any = None
+    torch_dtype: torch.dtype
     max_model_len: int | None = None
     quant_method: str | None = None
     quant_bits: int | None = None
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: Json | None = None
     is_moe_model: bool = False
-    config: dict[str, Any] | None = None
+    config: Json | None = None
     task_type: str | None = None
     num_labels: int | None = None
     explanation: str = field(default="", repr=False)
@@ -57,7 +61,7 @@ MAX_COUNT, MAX_SIZE = 10_000, 1 << 24
 MAX_EXPERTS = 1 << 18  # of all layers together
 
 
-def check_config(config: Mapping[str, Any], path: Path) -> None:
+def check_config(config: Config, path: Path) -> None:
     """Raises: CheckpointError naming a value of config.json that is of a wrong kind or beyond any model."""
     architectures = config.get("architectures")
     if architectures is not None and not _all(architectures, str):
@@ -80,11 +84,11 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         check_config(config["text_config"], path)
 
 
-def _all(values: Any, kind: type) -> bool:
+def _all(values: object, kind: type) -> bool:
     return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
 
 
-def check_counts(config: Mapping[str, Any], num_tensors: int | None, where: object) -> None:
+def check_counts(config: Config, num_tensors: int | None, where: object) -> None:
     """Raises: CheckpointError where config.json has more layers or experts than the checkpoint can have tensors for.
 
     Args: num_tensors: of the checkpoint, or the layers and experts that its tensors hold; None if that is unknown.
@@ -104,7 +108,7 @@ def check_counts(config: Mapping[str, Any], num_tensors: int | None, where: obje
             )
 
 
-def check_against_weights(config: Mapping[str, Any], model_dir: str) -> None:
+def check_against_weights(config: Config, model_dir: str) -> None:
     """Hold the sizes in config.json against the shapes in the weight files, where there are any.
 
     Raises: CheckpointError for layers, experts or widths beyond what the tensors have, see check_counts.
@@ -151,7 +155,7 @@ def _held(directory: Path) -> tuple[int | None, int | None]:
     return count or len(shapes), max((size for shape in shapes for size in shape), default=None)
 
 
-def read_config(model_dir: str | Path) -> dict[str, Any]:
+def read_config(model_dir: str | Path) -> Json:
     """Read config.json of a model directory. Raises CheckpointError where there is none, saying what the folder is."""
     path = Path(model_dir) / "config.json"
     if path.is_file():
@@ -169,7 +173,7 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     )
 
 
-def first_of(config: Mapping[str, Any], *keys: str) -> Any:
+def first_of(config: Config, *keys: str) -> Any:
     """The first value that is not None under one of `keys`, in the config itself or in its text part."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping):
@@ -179,7 +183,7 @@ def first_of(config: Mapping[str, Any], *keys: str) -> Any:
     return None
 
 
-def to_torch_dtype(value: Any) -> Any:
+def to_torch_dtype(value: str | torch.dtype | None) -> torch.dtype | None:
     """A torch.dtype from `torch.bfloat16`, "bfloat16", "torch.bfloat16" or "bf16"; None for None and "auto".
 
     Raises: UsageError for a dtype that weights cannot have here.
@@ -187,10 +191,11 @@ def to_torch_dtype(value: Any) -> Any:
     import torch
 
     name = normalize_dtype(value)
-    return None if name is None else getattr(torch, name)
+    dtype: torch.dtype | None = None if name is None else getattr(torch, name)
+    return dtype
 
 
-def config_dtype(config: Mapping[str, Any]) -> Any:
+def config_dtype(config: Config) -> torch.dtype | None:
     """The torch.dtype that the config names (`dtype` is transformers 5's word for `torch_dtype`), or None."""
     quantization = first_of(config, "quantization_config")
     compute = first_of(quantization, "bnb_4bit_compute_dtype") if isinstance(quantization, Mapping) else None
@@ -203,7 +208,7 @@ def config_dtype(config: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def default_dtype() -> Any:
+def default_dtype() -> torch.dtype:
     """What to use where neither the user nor the config says: bf16 or fp16 by what the GPU can do, fp32 on a CPU."""
     import torch
 
@@ -212,13 +217,13 @@ def default_dtype() -> Any:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def max_model_len(config: Mapping[str, Any]) -> int | None:
+def max_model_len(config: Config) -> int | None:
     """The smallest of the known maximum-length keys, in tokens."""
     values = [first_of(config, key) for key in MAX_LENGTH_KEYS]
     return min((int(v) for v in values if isinstance(v, int | float) and v > 0), default=None)
 
 
-def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def rope_scaling(config: Config) -> Json | None:
     """The rope scaling, whichever way it is written; None where frequencies are not scaled.
 
     transformers 4 writes `rope_scaling` beside `rope_theta`, transformers 5 one `rope_parameters` that is always there.
@@ -231,7 +236,7 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return scaling if kind not in (None, "default") else None
 
 
-def quantization(config: Mapping[str, Any]) -> tuple[str | None, int | None]:
+def quantization(config: Config) -> tuple[str | None, int | None]:
     """`(method, bits)` of quantised weights, `(None, None)` for plain ones."""
     entry = first_of(config, "quantization_config")
     if not isinstance(entry, Mapping):
@@ -250,7 +255,7 @@ def quantization(config: Mapping[str, Any]) -> tuple[str | None, int | None]:
     return method, bits
 
 
-def is_moe(config: Mapping[str, Any]) -> bool:
+def is_moe(config: Config) -> bool:
     """Whether the config describes experts: by its class name, or by one of the keys that only such configs carry."""
     architectures = config.get("architectures") or [""]
     if "moe" in str(architectures[0]).lower() or "moe" in str(config.get("model_type", "")).lower():
@@ -258,7 +263,7 @@ def is_moe(config: Mapping[str, Any]) -> bool:
     return any(first_of(config, key) for key in ("num_experts_per_tok", "moe_intermediate_size", *EXPERT_KEYS))
 
 
-def describe(config: dict[str, Any], *, torch_dtype: Any, **known: Any) -> ModelInfo:
+def describe(config: Json, *, torch_dtype: torch.dtype | None, **known: Any) -> ModelInfo:
     """What config.json says of a model. torch_dtype: to use, where that is settled. known: other fields."""
     method, bits = quantization(config)
     return ModelInfo(
@@ -268,7 +273,7 @@ def describe(config: dict[str, Any], *, torch_dtype: Any, **known: Any) -> Model
     )  # fmt: skip
 
 
-def load_args(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def load_args(directory: str | os.PathLike[str]) -> Json:
     """args.json of a directory that a command wrote, {} if there is none.
 
     Raises: CheckpointError if the file is not a JSON object.

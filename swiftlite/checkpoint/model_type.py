@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from swiftlite.checkpoint.hub import model_name
 from swiftlite.checkpoint.info import first_of, rope_scaling
 from swiftlite.families.records import ModelMeta, TemplateMeta
 from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.text import some
+from swiftlite.utils.types import Config, Json
 
 _SPECIAL = re.compile(r"<[|｜][^<>|｜]*[|｜]>")
 # Parts of names that say nothing about the series: sizes, versions, kinds of tuning, formats.
@@ -40,7 +40,7 @@ class Facts:
     """What one directory offers as evidence. Files are read only when a clue asks for them."""
 
     model_dir: str
-    config: Mapping[str, Any]
+    config: Config
     given_name: str = ""  # the id or path as the user wrote it
 
     @property
@@ -49,7 +49,7 @@ class Facts:
         return list(dict.fromkeys(model_name(n) for n in stated if n))
 
     @cached_property
-    def tokenizer_config(self) -> dict[str, Any]:
+    def tokenizer_config(self) -> Json:
         return read_json(Path(self.model_dir) / "tokenizer_config.json", optional=True)
 
     @cached_property

@@ -9,10 +9,10 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import read_json, write_text_atomic
+from swiftlite.utils.types import Json
 
 # Embedding rows after a resize are a multiple of this, so that tensor parallelism can divide them.
 VOCAB_MULTIPLE = 128
@@ -83,7 +83,7 @@ def copy_tokenizer(source: Path, target: Path, ids: Mapping[str, int]) -> None:
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
-def _append(config: dict[str, Any], tokens: Iterable[str]) -> bool:
+def _append(config: Json, tokens: Iterable[str]) -> bool:
     """Add tokens to the list of additional ones, under whichever name it has, in the form of its entries."""
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(key)
@@ -94,7 +94,7 @@ def _append(config: dict[str, Any], tokens: Iterable[str]) -> bool:
     return False
 
 
-def _write(path: Path, value: Any) -> None:
+def _write(path: Path, value: object) -> None:
     """As JSON, indented as the file was."""
     first = path.read_text(encoding="utf-8-sig")[:80].split("\n") if path.is_file() else ["{", "  "]
     indent = len(first[1]) - len(first[1].lstrip()) if len(first) > 1 else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from swiftlite.checkpoint.bind import bind_map, resolve_copy
 from swiftlite.utils.io import blame, read_json
+from swiftlite.utils.types import Config
 from swiftlite.weights.fp8 import ACTIVATION_SCALES, SCALES
 from swiftlite.weights.safetensors import INDEX, SINGLE, Located, SafetensorsSource
 from swiftlite.weights.storage import TensorSpec
@@ -18,7 +17,7 @@ from swiftlite.weights.storage import TensorSpec
 class PlannedSource(SafetensorsSource):
     """A model directory without its weights: nothing can be read."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, config: Config) -> None:
         """Without an index: all tensors that the config describes, MTP blocks too."""
         self.directory = directory
         bound = bind_map(config, self._index, with_mtp=not self._index)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from swiftlite.arguments.parser import Arguments
 from swiftlite.utils.directories import expect
@@ -60,7 +60,7 @@ def preflight(args: Arguments) -> None:
         raise SwiftliteError("megatron-core is not installed; run: pip install 'swiftlite[megatron]'")
 
 
-def custom_files(paths: Any) -> list[str]:
+def custom_files(paths: Iterable[str]) -> list[str]:
     """The files of `--custom_register_path`. Raises: UsageError naming one that is missing."""
     found = []
     for path in paths:

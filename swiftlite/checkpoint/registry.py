@@ -10,7 +10,7 @@ import difflib
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from swiftlite.checkpoint import hub, info
 from swiftlite.checkpoint.model_type import Facts, choose
@@ -21,6 +21,11 @@ from swiftlite.families.templates import TEMPLATE_MAPPING
 from swiftlite.utils.errors import ConfigError, SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.text import some
+from swiftlite.utils.types import Config, Settings
+
+if TYPE_CHECKING:
+    import torch
+    from packaging.requirements import Requirement
 
 logger = get_logger()
 
@@ -100,7 +105,7 @@ def check_model_type(model_type: str, registry: Mapping[str, ModelMeta] | None =
         raise _unknown_type(model_type, registry)
 
 
-def _architecture(config: Mapping[str, Any], model_dir: str) -> str:
+def _architecture(config: Config, model_dir: str) -> str:
     architectures = config.get("architectures") or []
     if architectures:
         return str(architectures[0])
@@ -119,7 +124,7 @@ def _architecture(config: Mapping[str, Any], model_dir: str) -> str:
     )
 
 
-def _candidates(architecture: str, config: Mapping[str, Any], registry: Mapping[str, ModelMeta]) -> list[ModelMeta]:
+def _candidates(architecture: str, config: Config, registry: Mapping[str, ModelMeta]) -> list[ModelMeta]:
     # transformers may save a model under the class it shares with another one, keeping only `model_type` as its own
     # (InternLM3 as LlamaForCausalLM). Such a type is recognised by its class being named after it.
     hf_type = str(config.get("model_type"))
@@ -230,7 +235,7 @@ def _templates() -> dict[str, TemplateMeta]:
     return {**{t.template_type: t for f in families() for t in f.templates}, **TEMPLATE_MAPPING}
 
 
-def _excludes_supported(requirement: Any) -> bool:
+def _excludes_supported(requirement: Requirement) -> bool:
     from packaging.version import Version
 
     uppers = [Version(s.version) for s in requirement.specifier if s.operator in ("<", "<=")]
@@ -255,7 +260,7 @@ def _fetch(
 def get_model_info_meta(
     model_id_or_path: str,
     *,
-    torch_dtype: Any = None,
+    torch_dtype: str | torch.dtype | None = None,
     use_hf: bool = False,
     model_type: str | None = None,
     revision: str | None = None,
@@ -300,7 +305,7 @@ def get_model_info_meta(
         resolved, meta, explanation = _resolve_type(facts, need_template, registry, templates)
         _tell(f"{model_dir}{f' is of type {resolved}' if resolved else ''}: {explanation}")
     _check_requirements(meta.model_type, meta.requires, ignore_requirements)
-    known = {
+    known: Settings = {
         "model_type": resolved, "model_dir": model_dir, "explanation": explanation, "num_labels": num_labels,
         "torch_dtype": info.to_torch_dtype(torch_dtype) or info.to_torch_dtype(meta.torch_dtype),
         "task_type": task_type or meta.task_type or ("seq_cls" if num_labels else "causal_lm"),

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.parser import Arguments, parse, specs
@@ -25,8 +25,10 @@ from swiftlite.utils.directories import Directory, expect
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import only_data, read_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 A = TypeVar("A", bound=Arguments)
+B = TypeVar("B", bound=BaseArguments)
 
 # What args.json beside weights or adapters tells later commands, where the user says nothing.
 RECORDED = ("model_type", "template", "template_backend", "task_type", "num_labels", "agent_template", "response_prefix",
@@ -50,7 +52,7 @@ def mcore_root(path: str) -> Path:
     return directory.parent if Directory(directory).iteration == directory else directory
 
 
-def take_recorded(args: BaseArguments, directory: str | os.PathLike[str]) -> dict[str, Any]:
+def take_recorded(args: BaseArguments, directory: str | os.PathLike[str]) -> Json:
     """Settings of the template from args.json of a checkpoint or adapter, where the user or another one says nothing.
 
     Returns: all of that file, {} where there is none. Raises: CheckpointError for values of a wrong kind.
@@ -169,7 +171,7 @@ def _source(args: BaseArguments, mcore_model: str | None, adapters: Sequence[str
     return str(args.model)
 
 
-def resolve(args: BaseArguments, *, download_model: bool | None = None, need_template: bool = True) -> Any:
+def resolve(args: B, *, download_model: bool | None = None, need_template: bool = True) -> B:
     """Find out what the model is and fill in what follows from it; `args` is changed and returned.
 
     Adds `args.model_info` and `args.model_meta`; sets model_type, template, torch_dtype and max_length where the user
@@ -221,7 +223,7 @@ def resolve(args: BaseArguments, *, download_model: bool | None = None, need_tem
     return args
 
 
-def the_adapter(args: Any) -> Path:
+def the_adapter(args: BaseArguments) -> Path:
     """The one adapter that the arguments name. Raises: UsageError if there are several."""
     given = [*args.adapters, *([args.mcore_adapter] if args.mcore_adapter else [])]
     if len(given) > 1:

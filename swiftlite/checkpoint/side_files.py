@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from swiftlite.utils.io import blame, plain_name, read_json, write_json, write_text_atomic
+from swiftlite.utils.types import Json
 from swiftlite.weights.safetensors import DTYPES as SAFETENSORS_DTYPES
 
 MANIFEST = "manifest.json"
@@ -16,7 +16,7 @@ HASHES = "hashes.json"
 MEGATRON_LM_ARGS = "megatron_lm_args.txt"
 
 
-def read_manifest(directory: Path) -> dict[str, Any] | None:
+def read_manifest(directory: Path) -> Json | None:
     """manifest.json of a checkpoint that swiftlite converted, None for others."""
     path = directory / MANIFEST
     if not path.is_file():

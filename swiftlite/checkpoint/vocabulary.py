@@ -6,10 +6,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from swiftlite.utils.types import Config, Json
 from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, Wrapped, byte_view, read_tensor
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -69,6 +69,6 @@ class NewTokens:
     added: Sequence[int]
 
 
-def grown(config: Mapping[str, Any], new_tokens: NewTokens | None) -> dict[str, Any]:
+def grown(config: Config, new_tokens: NewTokens | None) -> Json:
     """config.json of the model with the rows that new tokens need."""
     return {**config, "vocab_size": new_tokens.rows} if new_tokens is not None else dict(config)

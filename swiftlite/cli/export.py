@@ -20,8 +20,9 @@ from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.convert.conversion import Options, convert
 from swiftlite.convert.targets import HfTarget, McorePlan, McoreTarget, PeftTarget, Plan, Source, Target
 from swiftlite.llm.pipeline import plan_tokens
+from swiftlite.plan.layouts import print_layouts
 from swiftlite.plan.memory import TrainingModel
-from swiftlite.plan.report import print_conversion, print_coverage, print_layouts
+from swiftlite.plan.report import print_conversion, print_coverage
 from swiftlite.utils.dist import barrier, get_rank
 from swiftlite.utils.errors import UncheckedError, UsageError, VerifyError
 from swiftlite.utils.logger import log_next

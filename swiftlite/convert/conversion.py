@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from swiftlite.convert.execute import run_jobs, verify_bitwise
 from swiftlite.convert.targets import Plan, Source, Target
@@ -40,8 +39,8 @@ class Options:
     max_memory: int | None = None
     verify: bool = False
     quiet: bool = False
-    record: Callable[[Path], Any] = _nothing
-    check: Callable[[Path], Any] = _nothing
+    record: Callable[[Path], object] = _nothing
+    check: Callable[[Path], object] = _nothing
 
 
 def convert(

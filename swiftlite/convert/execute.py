@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from swiftlite.utils.dist import all_gather, barrier, get_local_world_size, get_rank, get_world_size
 from swiftlite.utils.errors import VerifyError
@@ -17,7 +16,7 @@ from swiftlite.weights.storage import Files, WeightSource
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
+def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
     with progress_bar(total=total, unit="B", unit_scale=True, desc=what, disable=get_rank() != 0) as bar:
         yield bar.update
 

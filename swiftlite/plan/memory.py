@@ -11,10 +11,10 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.weights.rule import BoundMap, Entry
 
 OVERHEAD_BYTES = 3_000_000_000  # CUDA context, NCCL buffers, fragments
@@ -116,7 +116,7 @@ class TrainingModel:
     """
 
     bound: BoundMap
-    args: Any
+    args: MegatronArguments
     dtype: torch.dtype
     sequences: int = 1
     reference: bool = False

@@ -7,12 +7,12 @@ chosen ones), and attention over the tokens that a causal mask leaves. Not count
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of, convert_hf_config
+from swiftlite.utils.types import Config
 from swiftlite.weights.rule import WeightRule
 from swiftlite.weights.shape import LayerKind, ModelShape, layer_pattern
 
@@ -82,7 +82,7 @@ class ModelFlops:
         return per_token * tokens + 3 * self.attention * pairs + references * self.forward(tokens, pairs)
 
 
-def flops_of(config: Mapping[str, Any] | None, mtp_layers: int = 0) -> ModelFlops | None:
+def flops_of(config: Config | None, mtp_layers: int = 0) -> ModelFlops | None:
     """`model_flops`; None for a config that does not say what is needed."""
     try:
         return model_flops(config or {}, mtp_layers)
@@ -90,7 +90,7 @@ def flops_of(config: Mapping[str, Any] | None, mtp_layers: int = 0) -> ModelFlop
         return None
 
 
-def pairs_of(config: Mapping[str, Any] | None) -> Callable[[Iterable[int]], float]:
+def pairs_of(config: Config | None) -> Callable[[Iterable[int]], float]:
     """How the pairs of a model's samples are counted: lengths -> `ModelFlops.pairs`."""
     flops = flops_of(config)
     return flops.pairs if flops else attention_pairs
@@ -105,7 +105,7 @@ def linear_attention(shape: ModelShape) -> int:
     return 4 * shape.key_dim * shape.linear_values + shape.conv_kernel * shape.linear_qkv
 
 
-def model_flops(config: Mapping[str, Any], mtp_layers: int = 0) -> ModelFlops:
+def model_flops(config: Config, mtp_layers: int = 0) -> ModelFlops:
     """Of a model with a family, by config.json: the matrices of its weight map, of experts those that a token visits.
 
     Args: mtp_layers: blocks that predict further tokens and are trained: each has a layer of the last one's kind, a

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import read_json, write_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 logger = get_logger()
 
@@ -80,7 +80,7 @@ class Best:
         self.worse_since = 0  # checkpoints of this process that were evaluated after it
         self.greater = "loss" not in metric if greater is None else greater
         path = root / BEST_FILE
-        self.record: dict[str, Any] = read_json(path, optional=True)
+        self.record: Json = read_json(path, optional=True)
         if not (root / str(self.record.get("checkpoint"))).is_dir():
             self.record = {}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -22,13 +22,14 @@ from swiftlite.train.fp16 import say_skipped
 from swiftlite.train.intervals import Best, Intervals, names_of
 from swiftlite.train.meters import StepMeter, device_peak, peak_memory
 from swiftlite.train.metrics import Metrics, check_finite
-from swiftlite.train.order import order_of, read_data_state, steps_of, write_data_state
+from swiftlite.train.order import Dataset, Samples, order_of, read_data_state, steps_of, write_data_state
 from swiftlite.train.schedule import warmup_and_decay
 from swiftlite.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.utils.dist import barrier, get_world_size, is_main_process
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.utils.text import format_seconds
+from swiftlite.utils.types import Json, Settings
 
 logger = get_logger()
 
@@ -104,8 +105,8 @@ class Run:
     def __init__(
         self,
         args: TrainArguments,
-        train_set: Any,
-        val_set: Any,
+        train_set: Dataset,
+        val_set: Samples | None,
         rank: int,
         size: int,
         metrics: Callable[[dict[str, float]], dict[str, float]],
@@ -143,7 +144,7 @@ class Run:
         write_data_state(self.train_set, directory, step * self.global_batch)
 
 
-def train(run: Run, engine: Engine, start: Start | None) -> dict[str, Any]:
+def train(run: Run, engine: Engine, start: Start | None) -> Json:
     """The whole run, from its beginning or from a checkpoint; the engine is released at its end. Collective.
 
     Returns: values of the last log line, `iteration`, `seconds`, `output_dir`, and `signal` if one ended the run.
@@ -216,7 +217,7 @@ def _meter(run: Run, engine: Engine) -> StepMeter:
     flops = flops_of(run.args.model_info.config, getattr(run.args, "mtp_num_layers", None) or 0)
     if flops is None:
         logger.info("config.json does not tell the model's operations, so TFLOP/s are not shown")
-    weights: Mapping[str, Any] = engine.trained_weights(flops) if flops else {}
+    weights: Settings = dict(engine.trained_weights(flops)) if flops else {}
     peak = device_peak(str(run.args.model_info.torch_dtype).removeprefix("torch."))
     return StepMeter(flops, get_world_size(), peak, peak_memory, references=engine.references, **weights)
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from swiftlite.train.plot import JSONL, plot_runs, read_run
@@ -21,6 +22,7 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar
 from swiftlite.utils.secrets import without_secrets
 from swiftlite.utils.text import format_seconds
+from swiftlite.utils.types import Json
 
 logger = get_logger()
 
@@ -42,7 +44,7 @@ class Metrics:
 
     def __init__(
         self, directory: Path, tensorboard_dir: str | None, report_to: Sequence[str], first_step: int, last_step: int,
-        active: bool = True, settings: Mapping[str, Any] | None = None,
+        active: bool = True, settings: Mapping[str, object] | None = None,
     ) -> None:  # fmt: skip
         self.directory, self.last_step = directory, last_step
         self.active = active
@@ -87,7 +89,7 @@ class Metrics:
             return
         elapsed = time.perf_counter() - self.started
         done = max(step - self._first_step, 1)
-        line: dict[str, Any] = {"step": step, "total_steps": self.last_step, **values}
+        line: Json = {"step": step, "total_steps": self.last_step, **values}
         line["elapsed_s"] = round(elapsed, 3)
         line["remaining_s"] = round(elapsed / done * (self.last_step - step), 3)
         self._jsonl.write(json.dumps(line) + "\n")
@@ -117,11 +119,13 @@ class Metrics:
 class _Tracker:
     """Where metrics go besides the run's own files."""
 
-    def __init__(self, log: Callable[[Mapping[str, float], int], Any], close: Callable[[], Any]) -> None:
+    def __init__(self, log: Callable[[Mapping[str, float], int], object], close: Callable[[], object]) -> None:
         self.log, self.close = log, close
 
 
-def _tensorboard(directory: Path, target: str | None, first_step: int, settings: Mapping[str, Any]) -> _Tracker | None:
+def _tensorboard(
+    directory: Path, target: str | None, first_step: int, settings: Mapping[str, object]
+) -> _Tracker | None:
     if not target:
         return None
     try:
@@ -129,7 +133,7 @@ def _tensorboard(directory: Path, target: str | None, first_step: int, settings:
     except ImportError:  # it is the default, so nobody may have asked for it
         logger.warning("TensorBoard is not installed, so no event files are written: pip install tensorboard")
         return None
-    writer: Any = SummaryWriter(target, purge_step=first_step + 1 if first_step else None)
+    writer = SummaryWriter(target, purge_step=first_step + 1 if first_step else None)
 
     def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -138,27 +142,27 @@ def _tensorboard(directory: Path, target: str | None, first_step: int, settings:
     return _Tracker(log, writer.close)
 
 
-def _import_tracker(name: str) -> Any:
+def _import_tracker(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
         raise UsageError(f"--report_to {name}: is not installed; pip install {name}, or leave it out") from None
 
 
-def _named(directory: Path, settings: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+def _named(directory: Path, settings: Mapping[str, object]) -> tuple[str, str, Json]:
     """(project, run, configuration) without access tokens."""
     project, name = settings.get("wandb_project") or "swiftlite", settings.get("wandb_exp_name") or directory.name
-    return project, name, without_secrets(settings)
+    return str(project), str(name), without_secrets(settings)
 
 
-def _wandb(directory: Path, target: str | None, first_step: int, settings: Mapping[str, Any]) -> _Tracker:
+def _wandb(directory: Path, target: str | None, first_step: int, settings: Mapping[str, object]) -> _Tracker:
     wandb = _import_tracker("wandb")
     project, name, config = _named(directory, settings)
     run = wandb.init(project=project, name=name, config=config, dir=str(directory))
     return _Tracker(lambda values, step: run.log(dict(values), step=step), run.finish)
 
 
-def _swanlab(directory: Path, target: str | None, first_step: int, settings: Mapping[str, Any]) -> _Tracker:
+def _swanlab(directory: Path, target: str | None, first_step: int, settings: Mapping[str, object]) -> _Tracker:
     swanlab = _import_tracker("swanlab")
     project, name, config = _named(directory, settings)
     swanlab.init(project=project, experiment_name=name, config=config, logdir=str(directory / "swanlab"))

@@ -5,7 +5,7 @@ Shapes: B rows of a micro batch, S tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Objective(Protocol):
 
     def count(self, batch: Batch) -> list[int]: ...
 
-    def sums(self, model: Any, batch: Batch) -> dict[str, Tensor]: ...
+    def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]: ...
 
     def loss(self, sums: dict[str, Tensor]) -> Tensor: ...
 
@@ -43,7 +43,7 @@ class LanguageModeling:
     def count(self, batch: Batch) -> list[int]:
         return [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())]
 
-    def sums(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+    def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "loss_scale")}
         targets = batch["labels"][:, 1:].flatten()
         logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()

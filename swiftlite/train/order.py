@@ -6,12 +6,16 @@ import math
 import random
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import read_json, write_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 DATA_STATE_FILE = "data_state.json"
 
@@ -81,31 +85,63 @@ class StreamOrder:
         return list(range(start, stop))
 
 
-def order_of(dataset: Any, args: TrainArguments, global_batch_size: int) -> SampleOrder | StreamOrder:
+class Samples(Protocol):
+    """Data of a known length."""
+
+    lengths: list[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Json: ...
+
+    def content_hash(self) -> str: ...
+
+
+class Stream(Protocol):
+    """Data of an unknown length, read on the way."""
+
+    is_streaming: bool
+    facts: dict[str, object]
+
+    def __getitem__(self, index: int) -> Json: ...
+
+    def state(self, position: int) -> Json: ...
+
+    def load_state(self, state: Json) -> None: ...
+
+
+Dataset: TypeAlias = Samples | Stream
+
+
+def _is_stream(dataset: Dataset) -> TypeIs[Stream]:
+    return getattr(dataset, "is_streaming", False)
+
+
+def order_of(dataset: Dataset, args: TrainArguments, global_batch_size: int) -> SampleOrder | StreamOrder:
     """The order in which a run with these arguments sees a data set."""
-    if getattr(dataset, "is_streaming", False):
+    if _is_stream(dataset):
         return StreamOrder()
     seed = args.seed if args.data_seed is None else args.data_seed
     lengths = dataset.lengths if args.group_by_length else None
     return SampleOrder(len(dataset), seed, args.dataset_shuffle, lengths, global_batch_size)
 
 
-def write_data_state(dataset: Any, directory: Path, position: int) -> None:
+def write_data_state(dataset: Dataset, directory: Path, position: int) -> None:
     """Beside a checkpoint: what the data was, and how to find sample `position` of a stream again without reading what is
     before it. The order of map-style data is a function of the position.
     """
-    state = dataset.state(position) if getattr(dataset, "is_streaming", False) else {}
+    state = dataset.state(position) if _is_stream(dataset) else {}
     write_json(directory / DATA_STATE_FILE, {**state, **_facts(dataset)})
 
 
-def _facts(dataset: Any) -> dict[str, Any]:
+def _facts(dataset: Dataset) -> Json:
     """What tells one content from another; empty for a stream from a hub or a function."""
-    if getattr(dataset, "is_streaming", False):
+    if _is_stream(dataset):
         return dict(dataset.facts)
     return {"samples": len(dataset), "content": dataset.content_hash()}
 
 
-def read_data_state(dataset: Any, directory: Path) -> None:
+def read_data_state(dataset: Dataset, directory: Path) -> None:
     """Go to where a checkpoint's data stands. A checkpoint without the file costs time only: the stream is read again.
 
     Raises: UsageError if the data is not what the checkpoint was trained on; CheckpointError for a damaged file.
@@ -121,25 +157,25 @@ def read_data_state(dataset: Any, directory: Path) -> None:
             f"{str(then['content'])[:8]} then, {now['content'][:8]} now): give the data of then, or begin another run from "
             f"that checkpoint; to go on with the new data all the same, remove {path}"
         )
-    if getattr(dataset, "is_streaming", False):
+    if _is_stream(dataset):
         if stored:
             dataset.load_state(stored)
         else:
             get_logger().warning("%s is missing: the data is read again up to where the run stopped", path)
 
 
-def steps_of(dataset: Any, args: TrainArguments, global_batch_size: int) -> int:
+def steps_of(dataset: Dataset, args: TrainArguments, global_batch_size: int) -> int:
     """Optimizer steps of a run: `--train_iters`, or what the epochs make.
 
     Raises: UsageError for a stream without --train_iters: nobody knows how long it is.
     """
-    if not getattr(dataset, "is_streaming", False) and len(dataset) < global_batch_size:
+    if not _is_stream(dataset) and len(dataset) < global_batch_size:
         get_logger().warning(
             "the training data has %d samples, fewer than the global batch of %d: each step repeats samples; lower "
             "--global_batch_size", len(dataset), global_batch_size,
         )  # fmt: skip
     if args.train_iters:
         return int(args.train_iters)
-    if getattr(dataset, "is_streaming", False):
+    if _is_stream(dataset):
         raise UsageError("--streaming true: the data's length is not known; give --train_iters (or --max_steps) N")
     return math.ceil((args.num_train_epochs or 1.0) * len(dataset) / global_batch_size)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from swiftlite.arguments.plot import PlotArguments
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 logger = get_logger()
 
@@ -27,7 +27,9 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _STYLES = ("-", "--", ":")  # of the curves of one panel, where colours tell runs apart
 
 
-def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path, title: str | None = None) -> Path | None:
+def plot_runs(
+    runs: Mapping[str, Sequence[Mapping[str, object]]], target: Path, title: str | None = None
+) -> Path | None:
     """Draw lines of logging.jsonl, by the runs' names; title: default these names.
 
     Returns: `target`, None without matplotlib or without lines.
@@ -66,7 +68,7 @@ def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], target: Path, tit
     return target
 
 
-def read_run(path: str | Path) -> list[dict[str, Any]]:
+def read_run(path: str | Path) -> list[Json]:
     """Lines of a run's logging.jsonl; `path` is the file or its directory. A last line that a kill cut off is left out.
 
     Raises: CheckpointError if there is none, or it cannot be read.
@@ -95,15 +97,15 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def plot_main(args: PlotArguments) -> dict[str, Any]:
+def plot_main(args: PlotArguments) -> Json:
     """Compare runs: a picture, and a table of how they ended in the log. Returns: {"plot": file, "runs": last values}."""
     from swiftlite.checkpoint.resolve import as_arguments
 
     args = as_arguments(PlotArguments, args)
     runs = dict(zip(short_names(args.runs), map(read_run, args.runs), strict=True))
-    last: dict[str, dict[str, Any]] = {}
+    last: dict[str, Json] = {}
     for name, history in runs.items():
-        merged: dict[str, Any] = {}
+        merged: Json = {}
         for line in history:
             merged.update(line)
         last[name] = merged

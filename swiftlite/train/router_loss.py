@@ -19,6 +19,7 @@ from swiftlite.families.blocks import EXPERT_KEYS, TOPK_KEYS
 from swiftlite.families.hf_config import architecture_of, convert_hf_config
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Config, Json
 
 ROUTERS = (".mlp.gate", ".mlp.router", ".block_sparse_moe.gate")  # how names of routers end in models of transformers
 PADDING = -1  # the sequence that padding belongs to
@@ -40,7 +41,7 @@ class RouterLoss:
     z: float = 0.0
 
     @classmethod
-    def of(cls, args: TrainArguments, model: Mapping[str, Any]) -> RouterLoss | None:
+    def of(cls, args: TrainArguments, model: Config) -> RouterLoss | None:
         """From a command's arguments and the model's fields by Megatron's names; None where nothing is added."""
         kind = args.moe_router_load_balancing_type or model.get("moe_router_load_balancing_type") or "aux_loss"
         balance, z = args.moe_aux_loss_coeff, args.moe_z_loss_coeff or 0.0
@@ -105,7 +106,7 @@ def sequences_of(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return sequences, sequences.bincount()
 
 
-def router_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def router_fields(config: Config) -> Json:
     """What RouterLoss.of asks for, of a config.json whose architecture has no family."""
     flat = {**config, **(config.get("text_config") or {})}
     fields = {
@@ -146,8 +147,8 @@ class RouterWatch:
         loss = RouterLoss.of(args, convert_hf_config(config) if known else router_fields(config))
         return cls(model, loss) if loss else None
 
-    def _hook(self, name: str) -> Any:
-        def observe(router: Any, inputs: tuple[Any, ...]) -> None:
+    def _hook(self, name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def observe(router: Any, inputs: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
                 hidden, bias = inputs[0].flatten(0, -2), getattr(router, "bias", None)
                 bias = None if bias is None else bias.float()

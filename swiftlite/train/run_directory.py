@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from swiftlite.arguments.parser import specs
 from swiftlite.arguments.train import SftArguments, TrainArguments
@@ -19,7 +19,9 @@ from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import writing
 from swiftlite.utils.lock import output_lock
 from swiftlite.utils.secrets import redacted
+from swiftlite.utils.types import Json
 
+A = TypeVar("A", bound=SftArguments)
 _LENGTH = {"num_train_epochs", "train_iters"}
 
 
@@ -44,13 +46,13 @@ def name_version(args: SftArguments) -> None:
         args.logging_dir = f"{args.output_dir}/runs"
 
 
-def _as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+def _as_stored(values: Mapping[str, object]) -> Json:
     """Values as args.json gives them back."""
     return json.loads(json.dumps(redacted(values), default=str))  # type: ignore[no-any-return]
 
 
 @contextmanager
-def held(args: SftArguments, settle: Callable[[Any], Start | None]) -> Iterator[Start | None]:
+def held(args: A, settle: Callable[[A], Start | None]) -> Iterator[Start | None]:
     """`args.output_dir` for this run alone, until the block ends: the checkpoint that it goes on from, or None. Collective.
 
     Args: settle: decides that, as `prepare` does. Raises: UsageError if another process is at work there.

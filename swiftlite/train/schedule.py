@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.types import Json
 
 
 def warmup_and_decay(args: TrainArguments, steps: int) -> tuple[int, int]:
@@ -76,7 +76,7 @@ def build_optimizer(model: torch.nn.Module, args: TrainArguments) -> torch.optim
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    settings: dict[str, Any] = {"lr": args.lr or 0.0, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
+    settings: Json = {"lr": args.lr or 0.0, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     groups = [group for group in groups if group["params"]]
     if "8bit" in args.optim:
         optimizer: torch.optim.Optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(groups, **settings)
@@ -86,7 +86,7 @@ def build_optimizer(model: torch.nn.Module, args: TrainArguments) -> torch.optim
     return optimizer
 
 
-def _zero_missing_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _zero_missing_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """An expert that no token reached has gradients of zero on Megatron and with transformers 5, and none with 4.57.
 
     Adam passes over what has no gradient: such an expert would neither decay nor go on with its momentum.

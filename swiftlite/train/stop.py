@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import Any
+from collections.abc import Callable
+from types import FrameType
 
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.logger import get_logger
 
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _IMPATIENT_SECONDS = 2.0  # one Ctrl-C may arrive twice, from the terminal and from torchrun
 
@@ -24,7 +26,7 @@ class StopSignal:
         self.number: int | None = None
         self.early = False  # --early_stop_interval, on rank 0
         self._since = 0.0
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, Handler] = {}
 
     @property
     def requested(self) -> bool:
@@ -39,11 +41,11 @@ class StopSignal:
             self._previous = {}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if self.number is None:
             self.number, self._since = number, now

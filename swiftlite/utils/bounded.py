@@ -10,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from swiftlite.utils.errors import SwiftliteError
 
@@ -70,7 +70,7 @@ def run_each_bounded(functions: Sequence[Callable[[], T]], seconds: float | None
         _end(child)
 
 
-def _run_child(functions: Iterable[Callable[[], Any]], writer: int, seconds: float) -> None:
+def _run_child(functions: Iterable[Callable[[], object]], writer: int, seconds: float) -> None:
     """Never returns: nothing of the parent's clean-up may run here."""
     try:
         _limit(seconds)

@@ -10,14 +10,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from swiftlite.utils.errors import CheckpointError, SwiftliteError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 
 def replace_directory(source: Path, target: Path) -> None:
@@ -147,15 +147,15 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any, **options: Any) -> None:
-    """Write as JSON, see write_text_atomic. options: of json.dumps."""
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, **options) + "\n")
+def write_json(path: Path, value: object, default: Callable[[object], object] | None = None) -> None:
+    """Write as JSON, see write_text_atomic. default: of json.dumps, for values that JSON does not have."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, default=default) + "\n")
 
 
 MAX_JSON_BYTES = 256 << 20  # the index of a model of 100,000 tensors takes 10 MB, a tokenizer 40 MB
 
 
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+def read_json(path: Path, *, optional: bool = False) -> Json:
     """Read a side file that holds a JSON object. optional: {} where there is none.
 
     Raises: CheckpointError naming the file and what is wrong with it.

@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 _NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
@@ -116,7 +116,7 @@ def _refusal(path: Path, output: Path, more: str = "") -> UsageError:
     return UsageError(f"another swiftlite process is writing {output}{who}; wait for it or stop it{more}")
 
 
-def _holder(path: Path) -> dict[str, Any]:
+def _holder(path: Path) -> Json:
     """What the lock file says of its holder, {} if nothing (yet)."""
     try:
         value = json.loads(path.read_bytes()[:4096])
@@ -142,7 +142,7 @@ def _start(pid: int) -> str | None:
         return None
 
 
-def _is_stale(holder: dict[str, Any]) -> bool:
+def _is_stale(holder: Json) -> bool:
     """True only if the holder was a process of this host that is gone."""
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):

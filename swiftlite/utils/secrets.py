@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from swiftlite.utils.types import Json
 
 SETTINGS = frozenset({"hub_token"})
 _VARIABLES = re.compile(r"(TOKEN|API_KEY|SECRET|PASSWORD)$")
@@ -18,12 +19,12 @@ _FORMS = re.compile(
 _told: set[str] = set()
 
 
-def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+def without_secrets(settings: Mapping[str, object]) -> Json:
     """Settings by name, without those that hold secrets; others may have one in an address."""
     return {name: redacted(value) for name, value in settings.items() if name not in SETTINGS}
 
 
-def redacted(value: Any) -> Any:
+def redacted(value: object) -> object:
     """A value as it may be written: see redact, for the texts in it."""
     if isinstance(value, Mapping):
         return {key: redacted(entry) for key, entry in value.items()}

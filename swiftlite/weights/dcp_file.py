@@ -17,7 +17,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import blame, is_inside, plain_name, write_bytes_atomic, write_text_atomic
+from swiftlite.utils.types import Json
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.storage import Extent, TensorSpec, WeightSource
 from swiftlite.weights.torch_record import data_offset, record_frame
@@ -138,7 +138,7 @@ class TorchDistSource(WeightSource):
             if data and not is_inside(part, directory):
                 raise CheckpointError(f"{part} is missing, or a link out of the checkpoint; copy the checkpoint again")
 
-    def _parse(self, metadata: Any, path: Path) -> dict[str, _Chunks]:
+    def _parse(self, metadata: Metadata, path: Path) -> dict[str, _Chunks]:
         tensors: dict[str, _Chunks] = {}
         places: dict[tuple[str, tuple[int, ...]], _StorageInfo] = {
             (index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()
@@ -240,7 +240,7 @@ def create_files(directory: Path, plan: DistPlan) -> None:
             file.truncate(plan.sizes[name])
 
 
-def write_metadata(directory: Path, plan: DistPlan, args: Mapping[str, Any], iteration: int) -> None:
+def write_metadata(directory: Path, plan: DistPlan, args: Mapping[str, object], iteration: int) -> None:
     """Write .metadata, common.pt and metadata.json of an iteration, last of all.
 
     args: plain values that Megatron-LM reads as the checkpoint's arguments.
@@ -261,7 +261,7 @@ def write_metadata(directory: Path, plan: DistPlan, args: Mapping[str, Any], ite
     write_bytes_atomic(directory / ".metadata", pickle.dumps(metadata))
 
 
-def common_state(args: Mapping[str, Any], iteration: int) -> dict[str, Any]:
+def common_state(args: Mapping[str, object], iteration: int) -> Json:
     """What Megatron-LM expects in common.pt.
 
     Megatron-LM reads `args` by attribute; an OrderedDict with the same attributes serves that and still loads with
@@ -272,7 +272,7 @@ def common_state(args: Mapping[str, Any], iteration: int) -> dict[str, Any]:
     return {"args": values, "checkpoint_version": 3.0, "iteration": iteration}
 
 
-def load_common(directory: Path) -> dict[str, Any]:
+def load_common(directory: Path) -> Json:
     """Read common.pt without running code from it. Raises: CheckpointError naming it."""
     path = directory / "common.pt"
     try:

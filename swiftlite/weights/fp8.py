@@ -8,16 +8,16 @@ two. The value of a weight is its FP8 number times its scale, in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
 from swiftlite.utils.io import blame
+from swiftlite.utils.types import Config
 from swiftlite.weights.safetensors import Located, SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor
 
@@ -28,7 +28,7 @@ ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_s
 BLOCK = (128, 128)  # where config.json does not say
 
 
-def open_source(directory: Path, config: Mapping[str, Any]) -> SafetensorsSource:
+def open_source(directory: Path, config: Config) -> SafetensorsSource:
     """The tensors of a model directory, FP8 ones decoded. Raises: ConfigError naming a quantisation that is not read."""
     quantisation = config.get("quantization_config")
     if not quantisation:
@@ -51,7 +51,7 @@ def open_source(directory: Path, config: Mapping[str, Any]) -> SafetensorsSource
     )
 
 
-def _block(quantisation: Mapping[str, Any]) -> tuple[int, int]:
+def _block(quantisation: Config) -> tuple[int, int]:
     """Rows and columns that share a scale; either tool's way to write it."""
     groups = (quantisation.get("config_groups") or {}).values()
     written = [(group.get("weights") or {}).get("block_structure") for group in groups]

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from swiftlite.utils.dist import barrier, get_rank
 from swiftlite.utils.errors import CheckpointError, SwiftliteError, UncheckedError, UsageError
@@ -79,7 +78,7 @@ class Journal:
         self._file.close()
 
 
-def fingerprint(files: Iterable[Path], options: Any) -> str:
+def fingerprint(files: Iterable[Path], options: object) -> str:
     """Identity of a conversion in two lines: what its journal is bound to, and what changes if the source is touched.
 
     The first line is of names, sizes, the heads of the files (all that describes tensors) and what was asked for; that

@@ -13,12 +13,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from swiftlite.utils.errors import CheckpointError, ConfigError, MapError, ShapeError
+from swiftlite.utils.types import Config, Json
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.rule import BoundMap, Entry, clip
@@ -47,7 +47,7 @@ EXPERT = re.compile(r"\.experts\.\d+\.(\w+)$")
 FOREIGN = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
-def check_beginning(config: Mapping[str, Any], where: object) -> None:
+def check_beginning(config: Config, where: object) -> None:
     """Raises: ConfigError for an adapter whose training began by changing the base weights: PiSSA, OLoRA and their like."""
     kind = config.get("init_lora_weights")
     if (kind.lower() if isinstance(kind, str) else kind) not in PLAIN_BEGINNINGS:
@@ -58,7 +58,7 @@ def check_beginning(config: Mapping[str, Any], where: object) -> None:
         )
 
 
-def check_stated(config: Mapping[str, Any]) -> None:
+def check_stated(config: Config) -> None:
     """Raises: ConfigError for a kind, rank or alpha in adapter_config.json that no LoRA adapter has."""
     if config.get("peft_type", "LORA") != "LORA":
         raise ConfigError(f"adapter_config.json: peft_type {config['peft_type']!r} is not supported, only LORA is")
@@ -89,7 +89,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] | None = None
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> LoraConfig:
+    def from_dict(cls, config: Config) -> LoraConfig:
         """Raises: ConfigError for kinds of adapters that are not plain LoRA."""
         check_beginning(config, "adapter_config.json")
         for key in NOT_PLAIN:
@@ -204,7 +204,7 @@ def _serves_one_each(b: Tensor) -> bool:
     return b.shape[1] % 2 == 0 and not b[:rows, ranks:].any() and not b[rows:, :ranks].any()
 
 
-def describe(facts: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def describe(facts: Mapping[str, tuple[int, float]]) -> Json:
     """The keys of an adapter_config.json for modules with (rank, factor on B A).
 
     The experts' gate projection sets `r` and `lora_alpha`, since peft on transformers 5 packs experts by these alone.

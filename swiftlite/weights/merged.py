@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
+from swiftlite.utils.types import Config
 from swiftlite.weights.lora import A, B, LoraConfig
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, Wrapped, read_tensor
@@ -35,7 +35,7 @@ class Extras:
         return bool(self.whole or self.rows or self.biases)
 
 
-def read_extras(names: Mapping[str, str], source: WeightSource, config: Mapping[str, Any], bound: BoundMap) -> Extras:
+def read_extras(names: Mapping[str, str], source: WeightSource, config: Config, bound: BoundMap) -> Extras:
     """The tensors of an adapter that are no pairs. names: name without prefix -> name in `source`.
 
     Raises: MapError, ShapeError for what belongs to no base weight; ConfigError where tied weights were trained apart.
@@ -80,7 +80,7 @@ def _shape(bound: BoundMap, target: str, name: str) -> tuple[int, ...]:
     return entry.hf_shapes[position]
 
 
-def _rows_of(module: str, config: Mapping[str, Any]) -> Sequence[int]:
+def _rows_of(module: str, config: Config) -> Sequence[int]:
     for key in _modules(config, "trainable_token_indices"):
         stated = config["trainable_token_indices"]
         numbers = stated[key] if isinstance(stated, Mapping) else stated
@@ -89,14 +89,14 @@ def _rows_of(module: str, config: Mapping[str, Any]) -> Sequence[int]:
     raise ConfigError(f"adapter_config.json: trainable_token_indices does not say which rows {module} has trained")
 
 
-def _modules(config: Mapping[str, Any], key: str) -> list[str]:
+def _modules(config: Config, key: str) -> list[str]:
     """The modules that a key of adapter_config.json names; a bare list of rows is about the embedding."""
     stated = config.get(key) or []
     bare = key == "trainable_token_indices" and not isinstance(stated, Mapping)
     return ["embed_tokens"] if stated and bare else list(stated)
 
 
-def _check_tied(whole: dict[str, str], source: WeightSource, config: Mapping[str, Any], bound: BoundMap) -> None:
+def _check_tied(whole: dict[str, str], source: WeightSource, config: Config, bound: BoundMap) -> None:
     """Embedding and head of a tied model are one weight: both must have been trained as one, and the head's copy goes."""
     if not bound.model.tied or not (whole.keys() & {EMBEDDING, HEAD}):
         return

@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import blame, is_inside, plain_name, read_json, write_text_atomic
 from swiftlite.utils.logger import warn_once
+from swiftlite.utils.types import Json
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.storage import Extent, TensorSpec, WeightSource
 
@@ -79,7 +79,7 @@ def read_header(path: Path) -> dict[str, Located]:
     return found
 
 
-def _parse(name: str, item: Mapping[str, Any]) -> tuple[str, torch.dtype, Shape, int, int]:
+def _parse(name: str, item: Json) -> tuple[str, torch.dtype, Shape, int, int]:
     """(name, dtype, shape, start, stop) of a header's entry."""
     start, stop = item["data_offsets"]
     numbers = (*item["shape"], start, stop)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from swiftlite.utils.errors import ConfigError
+from swiftlite.utils.types import Config
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ModelShape:
         return name if isinstance(name, int) else int(getattr(self, name))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], num_mtp: int = 0) -> ModelShape:
+    def from_config(cls, config: Config, num_mtp: int = 0) -> ModelShape:
         """Build from converted config fields (Megatron-LM names, see families/hf_config.py).
 
         Raises: ConfigError where sizes contradict each other.
@@ -176,7 +176,7 @@ class ModelShape:
         )
 
 
-def layer_pattern(freq: Any, num_layers: int) -> tuple[bool, ...]:
+def layer_pattern(freq: str | int | Sequence[int] | None, num_layers: int) -> tuple[bool, ...]:
     """Read Megatron's moe_layer_freq: None or 1 = experts everywhere, N = every Nth layer, a 0/1 list or its text.
 
     The text form is what Megatron-LM's command line takes, `3`, `[0,1,1]` or `[0]*1+[1]*45`; nothing is evaluated as code.

@@ -137,7 +137,7 @@ def read_again(job: Job, block_bytes: int, files: Files) -> dict[str, str]:
 
 
 def check_sources(
-    jobs: Sequence[Job], hashes: Mapping[str, str], max_memory: int | None, on_bytes: Callable[[int], None]
+    jobs: Sequence[Job], hashes: Mapping[str, str], max_memory: int | None, on_bytes: Callable[[int], object]
 ) -> None:
     """Read the inputs of all jobs again. Raises: VerifyError naming the first whose hash is not the one in `hashes`."""
     block_bytes, workers = fit_budget(jobs, max_memory)
@@ -275,7 +275,7 @@ def run(
     jobs: Sequence[Job],
     *,
     max_memory: int | None = None,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    on_bytes: Callable[[int], object] = lambda count: None,
     journal: Journal | None = None,
     allow_overflow: bool = False,
 ) -> dict[str, str]:
@@ -311,7 +311,7 @@ class _Shared:
     """What the threads of a run share: the jobs that wait, the results, and whether to stop."""
 
     def __init__(
-        self, jobs: Sequence[Job], block_bytes: int, files: Files, on_bytes: Callable[[int], None],
+        self, jobs: Sequence[Job], block_bytes: int, files: Files, on_bytes: Callable[[int], object],
         journal: Journal | None,
     ) -> None:  # fmt: skip
         self._pending, self._block_bytes = iter(jobs), block_bytes

@@ -9,16 +9,20 @@ import io
 import math
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.weights.storage import TensorSpec
 from swiftlite.weights.unpickle import BoundedUnpickler
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 def data_offset(file: Path, offset: int, length: int, nbytes: int) -> int:
@@ -53,10 +57,10 @@ _MAX_DESCRIPTION = 1 << 16  # of one plain tensor; torch.save writes some hundre
 class _TensorPickle(BoundedUnpickler):
     """Reads where in its storage a saved tensor starts, from the pickle of a `torch.save` record; runs none of it."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Callable[..., tuple[object, ...]]:
         return lambda *args: args
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: object) -> object:
         return pid
 
 
@@ -74,7 +78,7 @@ def _start_bytes(description: bytes, nbytes: int) -> int:
 class _Window(io.RawIOBase):
     """A part of a file, as a file of its own."""
 
-    def __init__(self, raw: Any, start: int, length: int) -> None:
+    def __init__(self, raw: BinaryIO, start: int, length: int) -> None:
         self._raw, self._start = raw, start
         self._length, self._at = length, 0
 
@@ -94,7 +98,7 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self._length - self._at, 0)
         self._raw.seek(self._start + self._at)
-        data: bytes = self._raw.read(left if size < 0 else min(size, left))
+        data = self._raw.read(left if size < 0 else min(size, left))
         self._at += len(data)
         return data
 
@@ -115,7 +119,7 @@ class _Sparse(io.RawIOBase):
         self.pieces: list[tuple[int, bytes]] = []
         self._at = self.end = 0
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Buffer) -> int:
         data = bytes(data)
         self.pieces.append((self._at, data))
         self._at += len(data)

@@ -13,11 +13,11 @@ import pickle
 import re
 import types
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import Metadata, filesystem
 
 from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import only_data
@@ -58,7 +58,7 @@ class BoundedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
 class _Listed:
     """Finds the classes on the list only."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in STAND_INS:
             return _StandIn
         if (module, name) not in ALLOWED:
@@ -94,14 +94,15 @@ def _is_plain(data: bytes) -> bool:
         at += 2 + data[at + 1]
 
 
-def read_metadata(file: Any, path: str | os.PathLike[str]) -> Any:
+def read_metadata(file: BinaryIO, path: str | os.PathLike[str]) -> Metadata:
     """The object in an open `.metadata` file. Raises: CheckpointError naming `path` for whatever is wrong with it."""
     directory = Path(path).parent
     data = file.read(MAX_METADATA_BYTES + 1)
     if len(data) > MAX_METADATA_BYTES:
         raise CheckpointError(f"{path} is too large for what it should hold; copy the checkpoint again")
     try:
-        return (_Fast if _is_plain(data) else _Careful)(io.BytesIO(data)).load()
+        metadata: Metadata = (_Fast if _is_plain(data) else _Careful)(io.BytesIO(data)).load()
+        return metadata
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None
     except Exception as error:  # a damaged pickle fails in any way there is
@@ -115,7 +116,7 @@ def read_metadata(file: Any, path: str | os.PathLike[str]) -> Any:
 _NUMPY = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
 
 
-def check_saved(file: Any, path: object) -> None:
+def check_saved(file: BinaryIO | str | os.PathLike[str], path: object) -> None:
     """Build what a `torch.save` file holds, as data; numbers stay in the file where `file` is a path.
 
     Raises: CheckpointError naming `path` for one that asks for code, or is damaged.

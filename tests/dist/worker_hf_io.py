@@ -15,8 +15,8 @@ from swiftlite.checkpoint.info import read_config
 from swiftlite.megatron import backend, hf_io
 from swiftlite.megatron.distributed import destroy, initialize
 from swiftlite.megatron.model.provider import build_models
+from swiftlite.plan.layouts import own_layout
 from swiftlite.plan.memory import TrainingModel
-from swiftlite.plan.report import own_layout
 from swiftlite.utils.dist import all_gather, get_rank, get_world_size
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.safetensors import SafetensorsSource

@@ -213,7 +213,7 @@ def test_even_stages() -> None:
 def test_flags_ask_for_the_layout() -> None:
     from swiftlite.arguments.megatron_train import MegatronSftArguments
     from swiftlite.arguments.parser import parse
-    from swiftlite.plan.report import own_layout
+    from swiftlite.plan.layouts import own_layout
 
     for layout, _ in model_of(AIR).fitting(64, 80 * 10**9, 1, 2048, 64):
         args = parse(MegatronSftArguments, ["--model", "x", *layout.flags()])

@@ -10,7 +10,7 @@ import pytest
 from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint import hub
 from swiftlite.cli.main import main
-from swiftlite.plan.report import command
+from swiftlite.plan.layouts import command
 from swiftlite.train.run_directory import prepare
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.logger import get_logger

@@ -168,7 +168,7 @@ class DpoTrainer(HfTrainer):
             self.objective.reference = self.objective.reference.to(self.device)
         if self.args.precompute_ref_log_probs:
             for dataset in (self.run.train_set, self.run.val_set):
-                if dataset is not None:
+                if isinstance(dataset, PairDataset):
                     self.precompute(dataset)
             self.objective.reference = None
             if self.device.type == "cuda":

@@ -197,6 +197,7 @@ class HfTrainer:
     def evaluate(self) -> dict[str, float]:
         """The last, smaller batch counts too."""
         run, total = self.run, dict[str, Tensor]()
+        assert run.val_set is not None
         self.model.eval()
         for samples in evaluation_samples(len(run.val_set), run.global_batch, self.args.eval_iters):
             for passed in run.plan.micro_batches(samples):

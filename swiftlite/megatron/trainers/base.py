@@ -257,6 +257,7 @@ class Trainer:
         for model in self.models:
             model.eval()
         total = torch.zeros(len(self.sums), device=self.device)
+        assert self.run.val_set is not None
         with torch.no_grad():
             for samples in evaluation_samples(len(self.run.val_set), self.run.global_batch, self.args.eval_iters):
                 batches = self.val_loader.load(self.run.plan.micro_batches(samples))
