@@ -228,7 +228,8 @@ class McorePlan:
         """Write entries that share Hugging Face tensors, so that each of these is read once."""
         source, first = self.source.source, group[0]
         names = tuple(dict.fromkeys(name for entry in group for name in entry.hf))
-        segments, places, row = [], [], 0
+        segments, places = [], []
+        row = 0
         for entry in group:
             file, offset = self.dist.data[entry.mcore, entry.expert]
             places.append((row, directory / file, offset))

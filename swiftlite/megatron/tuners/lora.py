@@ -268,7 +268,8 @@ class Lora(torch.nn.Module):
         by_dp = mpu.get_expert_data_parallel_rank() if self.expert else mpu.get_data_parallel_rank(True)
         dim, size, spans = (1, share.shape[1], (share.columns,)) if letter == "A" else (0, share.shape[0], share.rows)
         whole = sum(stop - start for start, stop in spans) == size
-        replica, shards, done = (0, self.group.rank() if whole else 0, by_dp), [], 0
+        replica = (0, self.group.rank() if whole else 0, by_dp)
+        shards, done = [], 0
         for start, stop in spans:
             # The optimizer knows a parameter by the tensor itself, not by a view of it.
             part = data if len(spans) == 1 else data.narrow(dim, done, stop - start)
