@@ -90,7 +90,7 @@ STOCK: tuple[Row, ...] = (
     fixed("--position-embedding-type", "rope"),
     Row("--rotary-base", rule=lambda args: _whole(args.rotary_base or 10000)),
     *_when(lambda args: not _is_mla(args), Row("--rotary-percent", "partial_rotary_factor", fallback=1.0)),
-    *same("--rotary-interleaved"),
+    *same("--rotary-interleaved", "--no-rope-freq"),
     *_when(
         _rope("llama3"), fixed("--use-rope-scaling", True), Row("--rope-scaling-factor", rule=_rope_value("factor"))
     ),
@@ -101,12 +101,17 @@ STOCK: tuple[Row, ...] = (
     off("--no-rope-fusion", "apply_rope_fusion"),
     fixed("--normalization", "RMSNorm"),
     Row("--apply-layernorm-1p", "layernorm_zero_centered_gamma"),
-    *same("--norm-epsilon", "--swiglu", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
+    *same("--norm-epsilon"),
+    Row("--swiglu", rule=lambda args: args.swiglu and args.activation == "silu"),
+    Row("--quick-geglu", rule=lambda args: args.swiglu and args.activation == "quick_gelu"),
+    *_when(lambda args: args.glu_linear_offset, *same("--glu-linear-offset")),
+    *same("--activation-func-clamp-value", "--untie-embeddings-and-output-weights", "--disable-bias-linear"),
     *same("--add-qkv-bias", "--attention-dropout", "--hidden-dropout", "--init-method-std", "--qk-layernorm"),
     Row("--make-vocab-size-divisible-by", "padded_vocab_size"),
     fixed("--transformer-impl", "transformer_engine"),
     Row("--window-size", rule=lambda args: None if args.window_size is None else f"({args.window_size},0)"),
     *same("--window-attn-skip-freq"),
+    *_when(lambda args: args.softmax_type != "vanilla", *same("--softmax-type")),
     *same("--attention-softmax-in-fp32", "--mtp-num-layers", "--bf16", "--fp16"),
     *_when(
         _is_moe,
@@ -143,6 +148,10 @@ def _stock_limit(args: Described) -> str | None:
     scaling, rope = args.rope_scaling or {}, args.rope_type
     if args.softmax_scale is not None:
         return f"it has no argument for the scale of attention scores; this model has {args.softmax_scale}"
+    if args.window_rope is not None:
+        return "it has one set of rotary settings; this model has others in layers with a window"
+    if args.attn_logit_softcapping is not None or args.final_logit_softcapping is not None:
+        return "it has no argument for caps on attention scores or logits"
     if args.activation == "gelu_pytorch_tanh":
         return f"it has no argument for MLPs that are gated by {args.activation}"
     if args.rotary_base and args.rotary_base != int(args.rotary_base):

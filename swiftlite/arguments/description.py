@@ -21,14 +21,18 @@ class ModelDescription:
     """What TransformerConfig and Megatron-LM's arguments need to know of a model; a default holds where config.json is
     silent. Names are Megatron-LM's.
 
-    window_size: tokens before its own that one sees in the layers of window_attn_skip_freq, a pattern like that of
-    moe_layer_freq; without it in all. activation: on the gate of a gated MLP.
     num_query_groups: key/value heads. kv_channels: width of a head. padded_vocab_size: rows of the embedding.
     layernorm_zero_centered_gamma: norms multiply with 1 + weight. softmax_scale: on the scores of attention; None: one
-    over the root of a head's width.
+    over the root of a head's width. softmax_type: 'learnable' for attention with sinks. attn_logit_softcapping,
+    final_logit_softcapping: bounds of attention scores and logits.
+    window_size: tokens before its own that one sees in the layers of window_attn_skip_freq, a pattern like that of
+    moe_layer_freq; without it in all. window_rope: rope settings of these, where they have others, rope_theta among them.
+    activation: on the gate of a gated MLP. glu_linear_offset: added to its other half. activation_func_clamp_value: bound
+    of both.
     rotary_interleaved: rotary pairs are neighbours instead of halves. partial_rotary_factor: share of a head that
-    rotates. rope_scaling: as config.json spells it. moe_layer_freq: which layers have experts, every N-th, or like
-    [0]*1+[1]*45. moe_router_topk: experts of a token. Latent attention: ranks and widths of a head's parts.
+    rotates. no_rope_freq: layers that do not rotate, a pattern. rope_scaling: as config.json spells it.
+    moe_layer_freq: which layers have experts, every N-th, or like [0]*1+[1]*45. moe_router_topk: experts of a token.
+    Latent attention: ranks and widths of a head's parts.
     """
 
     num_layers: int
@@ -45,8 +49,14 @@ class ModelDescription:
     softmax_scale: float | None = None
     window_size: int | None = None
     window_attn_skip_freq: str | None = None
+    window_rope: Json | None = None
+    softmax_type: str = "vanilla"
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     swiglu: bool = True
     activation: str = "silu"
+    glu_linear_offset: float = 0.0
+    activation_func_clamp_value: float | None = None
     untie_embeddings_and_output_weights: bool = True
     disable_bias_linear: bool = True
     add_qkv_bias: bool = True
@@ -56,6 +66,7 @@ class ModelDescription:
     rotary_base: float = 10000
     rotary_interleaved: bool = False
     partial_rotary_factor: float | None = None
+    no_rope_freq: str | None = None
     rope_scaling: Json | None = None
     original_max_position_embeddings: int | None = None
     architectures: str | None = None

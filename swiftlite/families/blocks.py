@@ -151,16 +151,26 @@ def _is_not_causal(config: Config) -> bool:
     return any(not str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names[:1])
 
 
+def activation(key: str) -> Refuse:
+    """The function on the gate of MLPs by this key is one that can be computed."""
+    return Refuse(
+        lambda c: c.get(key, "silu") not in ("silu", "gelu_pytorch_tanh"),
+        f"{key} {{{key}!r}} is not 'silu' or 'gelu_pytorch_tanh'; only MLPs that are gated by these are supported",
+    )
+
+
 NO_WINDOW = Refuse(
     lambda c: c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()),
     "it uses sliding window attention, which transformers' class of this architecture does not compute",
 )
+ONE_ROPE = Refuse(
+    lambda c: "window_rope" in c,
+    "it has rope settings by kind of layer, which transformers' class of this architecture does not compute",
+)
 PARTIAL_ROTARY_CONFIG: Rules = (
-    Refuse(
-        lambda c: c.get("hidden_act", "silu") not in ("silu", "gelu_pytorch_tanh"),
-        "hidden_act {hidden_act!r} is not 'silu' or 'gelu_pytorch_tanh'; only MLPs that are gated by these are supported",
-    ),
+    activation("hidden_act"),
     NO_WINDOW,
+    ONE_ROPE,
     Refuse(lambda c: c.get("mlp_bias"), "mlp_bias true is not supported"),
     Refuse(_is_not_causal, "{architectures[0]} is not a causal language model"),
     ConfigRule("num_layers", ("num_hidden_layers",), small=4),

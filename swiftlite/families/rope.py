@@ -27,12 +27,17 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give rope settings the keys that hub configs use, whichever transformers version wrote the config.
 
     transformers 5 moves rope_theta, partial_rotary_factor and rope_scaling into `rope_parameters`; `type` is the old
-    name of `rope_type`; 'default' means no scaling.
+    name of `rope_type`; 'default' means no scaling. Settings by kind of layer become those of layers that see the whole
+    text and `window_rope`, those of layers with a window.
     Raises: ConfigError where two places contradict each other (releases of transformers read different ones), and for
         a rope type, or settings of one, that transformers cannot compute either.
     """
-    flat = dict(config)
-    settings = _agreed_settings(config)
+    flat, kinds = dict(config), _by_kind(config)
+    if kinds is not None:
+        flat["rope_parameters"] = kinds.get("full_attention")
+        flat["window_rope"] = _rope_settings(kinds.get("sliding_attention"))
+        _check_rope(flat["window_rope"], flat)
+    settings = _agreed_settings(flat)
     flat.pop("rope_parameters", None)
     for key in _ROPE_KEYS:
         value = _one_value(key, {"at the top": flat.get(key), "among the rope settings": settings.get(key)})
@@ -45,13 +50,18 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_agreement(config: Mapping[str, Any]) -> None:
     """Raises: ConfigError where config.json has two values of a rope setting. Those by kind of layer are not compared."""
-    places = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    inner = [value for place in places if isinstance(place, Mapping) for value in place.values()]
-    if any(isinstance(value, Mapping) for value in inner):
+    if _by_kind(config) is not None:
         return
     settings = _agreed_settings(config)
     for key in _ROPE_KEYS:
         _one_value(key, {"at the top": config.get(key), "among the rope settings": settings.get(key)})
+
+
+def _by_kind(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Kind of layer -> rope settings, where `rope_parameters` has them so."""
+    parameters = config.get("rope_parameters")
+    given = isinstance(parameters, Mapping) and any(isinstance(value, Mapping) for value in parameters.values())
+    return parameters if given else None
 
 
 def _agreed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,14 +77,11 @@ def _agreed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_settings(value: Any) -> dict[str, Any]:
-    """A dict of rope settings with `rope_type`. Raises: ConfigError for settings that differ by kind of layer."""
+    """A dict of rope settings with `rope_type`. Raises: ConfigError for what is no dict of numbers."""
     if not value:
         return {}
     if not isinstance(value, Mapping) or any(isinstance(v, Mapping) for v in value.values()):
-        raise ConfigError(
-            f"config.json: rope settings {str(value)[:80]} are no dict of numbers; settings by kind of layer are not "
-            "supported"
-        )
+        raise ConfigError(f"config.json: rope settings {str(value)[:80]} must be a dict of numbers")
     settings = dict(value)
     if settings.get("rope_type") is None:
         settings["rope_type"] = settings.get("type") or "default"

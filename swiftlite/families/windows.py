@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from swiftlite.families.blocks import NO_WINDOW
+from swiftlite.families.blocks import NO_WINDOW, ONE_ROPE
 from swiftlite.families.records import Config, Derived, Refuse, Rules
 
 _KINDS = ("sliding_attention", "full_attention")
@@ -21,12 +22,17 @@ def all_but_every(period: int) -> Callable[[Config, int], bool]:
 
 
 def windowed(
-    rules: Rules, slides: Callable[[Config, int], bool], default: int | None = None, by_types: bool = True
+    rules: Rules,
+    slides: Callable[[Config, int], bool],
+    default: int | None = None,
+    by_types: bool = True,
+    rope: Callable[[Config], Mapping[str, Any] | None] | None = None,
 ) -> Rules:
     """`rules` of an architecture whose layers may have windows.
 
     slides: whether a layer has one where config.json has no layer_types, by which most classes in transformers go
-        (by_types). default: tokens that they assume without sliding_window.
+        (by_types). default: tokens that they assume without sliding_window. rope: rope settings of these layers, where
+        they have others than the rest (`window_rope` holds what config.json says by kind of layer).
     """
 
     def size(config: Config) -> int | None:
@@ -44,7 +50,7 @@ def windowed(
         return None if size(config) is None or all(found) else f"[{','.join(str(int(window)) for window in found)}]"
 
     return (
-        *(rule for rule in rules if rule is not NO_WINDOW),
+        *(rule for rule in rules if rule is not NO_WINDOW and (rule is not ONE_ROPE or rope is None)),
         Refuse(
             lambda c: c.get("sliding_window") is not None and not _is_positive(c["sliding_window"]),
             "sliding_window {sliding_window!r} must be a whole number above 0",
@@ -59,6 +65,7 @@ def windowed(
         ),
         Derived("window_size", size, {"sliding_window": 64}),
         Derived("window_attn_skip_freq", layers),
+        *((Derived("window_rope", rope),) if rope else ()),
     )
 
 

@@ -28,6 +28,9 @@ def converted(case: str, **change: Any) -> tuple[Any, Any]:
         ("mistral:default", {"sliding_window": ABSENT}, (4095, None)),  # what transformers assumes
         ("mistral:window", {"layer_types": ["full_attention"] * 3}, (36, None)),  # which its class ignores
         ("mixtral:default", {"sliding_window": 64}, (63, None)),
+        ("ministral:default", {}, (28, "[0,1,1]")),
+        ("ministral:default", {"layer_types": ABSENT}, (28, None)),
+        ("ministral:default", {"layer_types": ["full_attention"] * 3}, (None, None)),
         ("mixtral:default", {"sliding_window": ABSENT}, (None, None)),
     ],
 )
@@ -40,6 +43,12 @@ def test_windows_of_a_config(case: str, change: dict[str, Any], expected: tuple[
     [
         ("mistral:default", {"sliding_window": 0}, "sliding_window 0 must be a whole number above 0"),
         ("mistral:default", {"sliding_window": "64"}, "sliding_window '64' must be"),
+        (
+            "ministral:default",
+            {"layer_types": ["chunked_attention"] * 3},
+            "may hold sliding_attention and full_attention",
+        ),
+        ("ministral:default", {"layer_types": ["full_attention"]}, "must have num_hidden_layers 3 entries"),
         ("llama:mha", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4}, "uses sliding window attention"),
     ],
 )

@@ -26,10 +26,14 @@ def setting(**changes: Any) -> Callable[[Mutable], None]:
     return change
 
 
+KINDS = config_of("ministral:default")["layer_types"]
+OTHER_FACTOR = {**config_of("ministral3:default")["rope_parameters"], "llama_4_scaling_beta": 0.09}
 DAMAGES: dict[str, tuple[str, Callable[[Mutable], None], str]] = {
     "window too short by one": ("mistral:window", setting(sliding_window=36), "layer 0"),
     "window too long by one": ("mistral:window", setting(sliding_window=38), "layer 0"),
     "no window": ("mistral:window", setting(sliding_window=None), "layer 0"),
+    "windows in other layers": ("ministral:default", setting(layer_types=KINDS[::-1]), "layer 0"),
+    "another position factor": ("ministral3:default", setting(rope_parameters=OTHER_FACTOR), "layer 0"),
 }
 
 

@@ -44,7 +44,8 @@ RULES: Mapping[str, Rule] = {
     # Of GELU by tanh there is no fused form; --bias_swiglu_fusion stands for the others, too.
     "bias_activation_fusion": lambda a: a.bias_swiglu_fusion and a.activation != "gelu_pytorch_tanh",
     "window_size": lambda a: None if a.window_size is None else (a.window_size, 0),
-    "window_attn_skip_freq": lambda a: windowed_layers(a),
+    "window_attn_skip_freq": lambda a: layers_of(a.window_attn_skip_freq, a),
+    "no_rope_freq": lambda a: layers_of(a.no_rope_freq, a),
     "perform_initialization": lambda a: getattr(a, "perform_initialization", False),
     "moe_layer_freq": lambda a: moe_layers(a),
     "moe_shared_expert_gate": lambda a: a.use_shared_expert_gate,
@@ -108,11 +109,9 @@ def moe_layers(args: Any) -> list[int] | None:
     return [int(moe) for moe in layer_pattern(args.moe_layer_freq, args.num_layers)]
 
 
-def windowed_layers(args: Any) -> list[int] | None:
-    """1 per layer with a window, 0 per layer that sees the whole text; None for all alike."""
-    if args.window_attn_skip_freq is None:
-        return None
-    return [int(windowed) for windowed in layer_pattern(args.window_attn_skip_freq, args.num_layers)]
+def layers_of(pattern: str | None, args: Any) -> list[int] | None:
+    """1 per layer that a pattern marks, 0 per other layer; None for no pattern."""
+    return None if pattern is None else [int(marked) for marked in layer_pattern(pattern, args.num_layers)]
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,38 @@
+"""Caps on attention scores and on logits (Gemma 2): x becomes cap * tanh(x / cap).
+
+Neither Transformer Engine nor megatron-core caps scores, so these models have the core attention of the local spec.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftlite.arguments.parallel import MegatronArguments
+from swiftlite.megatron import backend
+from swiftlite.megatron.model.blocks.attention import SdpaAttention
+
+
+def replacements(args: MegatronArguments) -> dict[Any, Any]:
+    if args.description.attn_logit_softcapping is None or backend.setup().spec != "te":
+        return {}
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return {TEDotProductAttention: SdpaAttention}
+
+
+def adapt(model: Any, args: MegatronArguments) -> None:
+    for module in model.modules():
+        if isinstance(module, SdpaAttention):
+            module.cap = args.description.attn_logit_softcapping
+    cap = args.description.final_logit_softcapping
+    if cap is None or not hasattr(model, "output_layer"):
+        return
+
+    def hook(_: Any, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output
+        return cap * torch.tanh(logits / cap), bias
+
+    model.output_layer.register_forward_hook(hook, prepend=True)  # before logits of padded rows become -inf

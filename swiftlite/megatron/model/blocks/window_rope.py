@@ -1,0 +1,70 @@
+"""Rotary settings of their own in layers with a window (Gemma 3, OLMo 3).
+
+The angles of both kinds travel side by side, [S, 1, 1, rotated widths], and each attention takes its own. Nothing is kept
+between passes, so recomputation and micro batches of different lengths are no matter.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+from swiftlite.arguments.description import ModelDescription
+from swiftlite.arguments.parallel import MegatronArguments
+from swiftlite.megatron.model.rope import Rope, RotaryEmbedding
+
+_FACTOR = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
+
+
+class TwoRotaryEmbeddings(RotaryEmbedding):
+    """Angles of the layers that see the whole text, then those of layers with a window, in the last dimension."""
+
+    def __init__(self, rope: Rope, window_rope: Rope, replaced: Any) -> None:
+        super().__init__(rope, replaced)
+        self.window = RotaryEmbedding(window_rope, replaced)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.cat([super().forward(*args, **kwargs), self.window(*args, **kwargs)], -1)
+
+
+def description_of_windows(model: ModelDescription) -> ModelDescription:
+    """The model, all its layers rotated as those with a window."""
+    settings = dict(model.window_rope or {})
+    base = settings.pop("rope_theta", model.rotary_base)
+    return replace(model, rotary_base=base, rope_scaling=settings or None)
+
+
+def adapt(model: Any, args: MegatronArguments) -> None:
+    if args.description.window_rope is None:
+        return
+    rope, window_rope = Rope(args.description), Rope(description_of_windows(args.description))
+    if hasattr(model, "rotary_pos_emb"):
+        model.rotary_pos_emb = TwoRotaryEmbeddings(rope, window_rope, model.rotary_pos_emb)
+    width = 2 * len(rope.inv_freq)
+    config = model.config
+    window_config = copy.copy(config)
+    for name in _FACTOR:
+        vars(window_config).pop(name, None)
+    window_rope.set_attention_factor(window_config)
+    for attention in model.modules():
+        if isinstance(attention, SelfAttention):
+            windowed = is_layer_window_attention(
+                config.window_size, config.window_attn_skip_freq, attention.layer_number
+            )
+            if windowed and rope.attention_factor != window_rope.attention_factor:
+                attention.config = window_config
+            part = slice(width, None) if windowed else slice(None, width)
+            attention.register_forward_pre_hook(_taking(part), with_kwargs=True)
+
+
+def _taking(part: slice) -> Any:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "rotary_pos_emb": kwargs["rotary_pos_emb"][..., part].contiguous()}
+
+    return hook
