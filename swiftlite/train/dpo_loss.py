@@ -105,9 +105,10 @@ def sum_log_probs(token_losses: Tensor, mask: Tensor, sequence_ids: Tensor, num_
     """
     mask = mask.float().flatten()
     ids = sequence_ids.flatten()
-    zeros = torch.zeros(num_sequences, device=token_losses.device, dtype=torch.float32)
-    values = token_losses.float().flatten() * mask
-    return LogProbs(zeros.index_add(0, ids, -values), zeros.index_add(0, ids, mask))
+    # Summed in fp64: a GPU adds in any order, and what that changes in fp32 is as large as the margins of first steps.
+    zeros = torch.zeros(num_sequences, device=token_losses.device, dtype=torch.float64)
+    values = token_losses.double().flatten() * mask
+    return LogProbs(zeros.index_add(0, ids, -values).float(), zeros.float().index_add(0, ids, mask))
 
 
 def answer_log_probs(logits: Tensor, labels: Tensor, sequence_ids: Tensor | None = None, num: int = 0) -> LogProbs:

@@ -169,3 +169,10 @@ def test_joined_answers_have_the_same_sums() -> None:
     losses = torch.tensor([1.0, 2.0, 4.0])
     summed = sum_log_probs(losses, torch.tensor([1, 0, 1]), torch.tensor([1, 1, 0]), 2)
     assert summed.sums.tolist() == [-4.0, -1.0]
+
+
+def test_sums_of_long_answers_do_not_depend_on_the_order() -> None:
+    losses, ids = 12 + torch.rand(5000), torch.zeros(5000, dtype=torch.int64)
+    orders = [torch.randperm(5000) for _ in range(4)]
+    sums = {sum_log_probs(losses[order], torch.ones(5000), ids, 1).sums.item() for order in orders}
+    assert sums == {torch.tensor(-math.fsum(losses.tolist())).item()}
