@@ -1,4 +1,4 @@
-"""Writes docs/template_cases.md: template x case, text and token ids beside the official chat templates.
+"""Writes docs/template_cases.md: template x case, text and token ids compared to the official chat templates.
 
     python docs/make_template_cases.py [TOKENIZERS]
 
@@ -47,7 +47,7 @@ Conversations with null contents are left out of the second table: transformers 
 ## Text
 """
 IDS_HEAD = """
-Ids of the rendered text beside `tokenizer.apply_chat_template(tokenize=True)` with the official Jinja, with real
+Ids of the rendered text compared to `tokenizer.apply_chat_template(tokenize=True)` with the official Jinja, with real
 tokenizers. Conversations with null contents are left out: transformers 5 changes them before the Jinja sees them.
 
 """

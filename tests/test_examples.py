@@ -130,7 +130,7 @@ def test_a_stopped_run_goes_on_under_another_layout(tiny_model: Callable[..., Pa
     assert run.returncode == 0, said[-3000:]
     stopped = re.search(r"stopped after step (\d+)", said)
     assert stopped and 20 <= int(stopped[1]) < steps, said[-3000:]
-    assert "TP 2" in said and "PP 2" in said and f"going on from step {stopped[1]}" in said
+    assert "TP 2" in said and "PP 2" in said and f"resuming from step {stopped[1]}" in said
     assert [line["step"] for line in log_of(output)] == list(range(1, steps + 1))
     losses = [line["loss"] for line in log_of(output)]
     assert losses[-1] < losses[0]

@@ -72,7 +72,7 @@ class RunArguments(Arguments):
         None, "dtype of the weights: bfloat16, float16 or float32 (default: what config.json says)", aliases=["dtype"],
         common=True,
     )  # fmt: skip
-    allow_overflow: bool = run_setting(False, "go on where finite values become infinite in --torch_dtype")
+    allow_overflow: bool = run_setting(False, "continue where finite values become infinite in --torch_dtype")
     attention_backend: str | None = run_setting(
         None,
         "attention kernels: auto, flash, fused, unfused, local, or Hugging Face's flash_attention_2, sdpa, eager "
@@ -140,7 +140,7 @@ class ModelArguments(Arguments):
     )
     trust_remote_code: bool = field(False, "allow Python code that a checkpoint brings to run")
     ignore_requirements: bool = run_setting(
-        False, "go on although a package version that the model asks for is missing"
+        False, "continue although a package version that the model asks for is missing"
     )
     adapters: list[str] = field(
         [], "directories of LoRA adapters in PEFT's format", aliases=["adapter_name_or_path"], path=True, common=True
@@ -219,7 +219,7 @@ class TemplateArguments(Arguments):
     def get_template_kwargs(self) -> Json:
         """Keyword arguments of `get_template`, 14 entries.
 
-        `delete` becomes `raise`: the template reports a sample that is too long and the data set drops it.
+        `delete` becomes `raise`: the template reports a sample that is too long and the dataset drops it.
         """
         return {
             "default_system": self.system,
@@ -250,13 +250,13 @@ class DataArguments(Arguments):
     )  # fmt: skip
     val_dataset: list[str] = field([], "the same, for evaluation", path=True, common=True)
     split_dataset_ratio: float = field(
-        0.0, "share of the data set kept for evaluation where --val_dataset is absent",
+        0.0, "share of the dataset kept for evaluation where --val_dataset is absent",
         aliases=["val_size"], common=True, least=0, most=1,
     )  # fmt: skip
     columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
-    dataset_info: list[str] = field([], "JSON files that name data sets", aliases=["custom_dataset_info"], path=True)
+    dataset_info: list[str] = field([], "JSON files that name datasets", aliases=["custom_dataset_info"], path=True)
     interleave_prob: list[float] = field(
-        [], "draw from the data sets with these probabilities, one for each", aliases=["interleave_probs"]
+        [], "draw from the datasets with these probabilities, one for each", aliases=["interleave_probs"]
     )
     stopping_strategy: str = field(
         "first_exhausted", "end of such a mixture", choices=["first_exhausted", "all_exhausted"]
@@ -310,7 +310,7 @@ class TunerArguments(Arguments):
     """Tuner: which parameters are trained"""
 
     train_type: str = field(
-        "full", "all parameters, adapters beside them, or some of them", aliases=["tuner_type", "finetuning_type"],
+        "full", "all parameters, adapters added to them, or some of them", aliases=["tuner_type", "finetuning_type"],
         choices=["full", "lora", "freeze"], common=True,
     )  # fmt: skip
     freeze_parameters: list[str] = field([], "prefixes of parameters that stay as they are")
@@ -326,7 +326,7 @@ class TunerArguments(Arguments):
     )  # fmt: skip
     target_regex: str | None = field(None, "regular expression of layers that get LoRA")
     modules_to_save: list[str] = field(
-        [], "layers that are trained fully beside LoRA", aliases=["additional_target"], unavailable=ONLY_ADAPTERS
+        [], "layers that are trained fully, besides LoRA", aliases=["additional_target"], unavailable=ONLY_ADAPTERS
     )
     lora_rank: int = field(8, "LoRA rank", common=True, least=1)
     lora_alpha: int = field(32, "LoRA scale times rank", common=True)
@@ -352,7 +352,7 @@ class TunerArguments(Arguments):
                 re.compile(getattr(self, name) or "")
             except re.error as error:
                 text = getattr(self, name)
-                raise UsageError(f"--{name} {text}: is no regular expression ({error})") from None
+                raise UsageError(f"--{name} {text}: is not a regular expression ({error})") from None
         words = [word for item in self.target_modules for word in item.split(",") if word]
         self.target_modules = list(dict.fromkeys(n for word in words for n in MODULES_CALLED.get(word, (word,))))
 
@@ -373,11 +373,11 @@ class GenerationArguments(Arguments):
     num_beams: int = field(1, "beams of beam search")
     stop_words: list[str] = field([], "text that ends an answer")
     stream: bool | None = field(
-        None, "show the answer while it is made (default: in the chat, not for a data set)", common=True
+        None, "show the answer while it is made (default: in the chat, not for a dataset)", common=True
     )
 
 
-PLUGINS = "Python files that register models, templates or data sets"
+PLUGINS = "Python files that register models, templates or datasets"
 
 
 @arguments

@@ -107,8 +107,8 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         **EXPORT_NOTES,
         "cached_dataset": Note("rejected", "export writes one, with --to_cached_dataset true"),
         "cached_val_dataset": Note("rejected", "export writes one, with --to_cached_dataset true"),
-        "streaming": Note("rejected", "export reads whole data sets"),
-        "shuffle_buffer_size": Note("rejected", "export reads whole data sets"),
+        "streaming": Note("rejected", "export reads whole datasets"),
+        "shuffle_buffer_size": Note("rejected", "export reads whole datasets"),
         "group_by_length": Note("rejected", "has no effect on export"),
     }
 

@@ -1,4 +1,4 @@
-"""Flags that users of other tools type and that are no fields here: accepted with the reason, or refused with it.
+"""Flags that users of other tools type and that are not fields here: accepted with the reason, or refused with it.
 
 Together with the fields they make docs/flags.md.
 """
@@ -56,12 +56,12 @@ COMMON_NOTES: dict[str, Note] = {
     "vit_gradient_checkpointing": Note("default", _TEXT_ONLY),
     "model_kwargs": Note("rejected", "a text model has none; images' settings (max_pixels) have no effect here"),
     "dataset_dir": Note("rejected", "name the files themselves with --dataset DIR/FILE.jsonl"),
-    "max_samples": Note("rejected", "write the number behind the data set: --dataset FILE#1000"),
+    "max_samples": Note("rejected", "write the number behind the dataset: --dataset FILE#1000"),
     "overwrite_cache": Note("default", "the cache is by content, so it is never stale"),
-    "overwrite_output_dir": Note("default", "a run goes on from its own checkpoints", allowed=("false",)),
+    "overwrite_output_dir": Note("default", "a run resumes from its own checkpoints", allowed=("false",)),
     "do_train": Note("default", "the command says what is done", allowed=("true",)),
     "do_eval": Note("default", "evaluation runs where there is validation data"),
-    "do_predict": Note("rejected", "answers to a data set: `swiftlite infer --val_dataset FILE`"),
+    "do_predict": Note("rejected", "answers to a dataset: `swiftlite infer --val_dataset FILE`"),
     "print_param_status": Note("default", "the start of a run says what is trained"),
     "push_to_hub": Note(
         "rejected", "push the directory afterwards: `swiftlite export --model DIR --push_to_hub true --hub_model_id ID`"
@@ -91,13 +91,13 @@ TRAIN_NOTES: dict[str, Note] = {
     "dataloader_persistent_workers": Note("default", _BATCHES),
     "dataloader_prefetch_factor": Note("default", _BATCHES),
     "per_device_eval_batch_size": Note("default", "evaluation takes --micro_batch_size; its values are means over tokens"),
-    "dataloader_drop_last": Note("default", "every step has a whole global batch; the last one goes on with the next epoch"),
+    "dataloader_drop_last": Note("default", "every step has a whole global batch; the last one continues in the next epoch"),
     "dataloader_pin_memory": Note("default", _BATCHES),
     "gradient_checkpointing_kwargs": Note(
         "default", "recomputation is never re-entrant", allowed=('{"use_reentrant": false}', "{'use_reentrant': false}")
     ),
     "resume_from_checkpoint": Note(
-        "default", "a run goes on from the newest checkpoint of its --output_dir: give that directory, and nothing else "
+        "default", "a run resumes from the newest checkpoint of its --output_dir: give that directory, and nothing else "
         "is needed; from another checkpoint's weights begin with --model", allowed=("true", "none"),
     ),
     "resume_only_model": Note("rejected", "begin from the checkpoint's weights with --model DIR and a new --output_dir"),
@@ -132,7 +132,7 @@ TRAIN_NOTES: dict[str, Note] = {
     **dict.fromkeys(
         ("eval_use_evalscope", "eval_dataset", "eval_dataset_args", "eval_limit"), Note("rejected", _BENCHMARKS)
     ),
-    "predict_with_generate": Note("rejected", "answers to a data set: `swiftlite infer --val_dataset FILE`"),
+    "predict_with_generate": Note("rejected", "answers to a dataset: `swiftlite infer --val_dataset FILE`"),
     "double_quantization": Note("rejected", _NO_QUANT),
     **dict.fromkeys(("shift_attn", "use_badam", "pissa_init", "freeze_extra_modules"), Note("rejected", _OTHER_TUNER)),
     "rope_scaling": Note("rejected", "positions are scaled as config.json says; write it there"),
@@ -141,13 +141,13 @@ TRAIN_NOTES: dict[str, Note] = {
     "freeze_trainable_layers": Note("rejected", "say it with --train_type freeze and --freeze_parameters"),
     "default_system": Note("rejected", "say it with --system"),
     "tokenized_path": Note("rejected", "say it with --cached_dataset, which `export --to_cached_dataset true` writes"),
-    "mix_strategy": Note("default", "data sets are joined; with --interleave_prob, see --stopping_strategy", ("concat",)),
+    "mix_strategy": Note("default", "datasets are joined; with --interleave_prob, see --stopping_strategy", ("concat",)),
     "load_best_model_at_end": Note("default", "the best checkpoint stays on disk and is named at the end"),
     "disable_gradient_checkpointing": Note("rejected", "say it with --recompute none"),
     "upcast_layernorm": Note("default", "norms compute in fp32", allowed=("false",)),
     "compute_accuracy": Note("rejected", _BENCHMARKS),
     "torch_compile": Note("default", "not compiled", allowed=("false",)),
-    "plot_loss": Note("default", "a plot is always written beside the log", allowed=("true",)),
+    "plot_loss": Note("default", "a plot is always written next to the log", allowed=("true",)),
     "include_num_input_tokens_seen": Note("default", "log lines tell tokens"),
     "neat_packing": Note("default", "packed samples never see each other; pack with --packing true"),
     "mask_history": Note("rejected", "train on the last answer only with --loss_scale last_round"),

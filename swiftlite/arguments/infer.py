@@ -13,7 +13,7 @@ from swiftlite.utils.errors import UsageError
 
 @arguments
 class InferArguments(GenerationArguments, BaseArguments):
-    """Inference: chat, one prompt, or a data set"""
+    """Inference: chat, one prompt, or a dataset"""
 
     NOTES: ClassVar[Mapping[str, Note]] = {
         **{

@@ -175,7 +175,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     fp8_param_gather: bool = field(False, "gather parameters in FP8", unavailable=FP8)
     deterministic_mode: bool = run_setting(False, "only kernels that give the same bits each time")
 
-    async_save: bool = run_setting(False, "write checkpoints in the background while training goes on")
+    async_save: bool = run_setting(False, "write checkpoints in the background while training continues")
     no_save_optim: bool = run_setting(False, "checkpoints without optimizer")
     no_save_rng: bool = run_setting(False, "checkpoints without RNG state")
     no_load_optim: bool = run_setting(False, "do not read the optimizer of the checkpoint")

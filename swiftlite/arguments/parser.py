@@ -109,7 +109,7 @@ class Arguments:
     """Root of all arguments: value checks, alias attributes, plain-data form.
 
     Class attributes that a subclass may set:
-        NOTES: flags of other tools that are no field here, and groups of fields that do not act, name -> note.
+        NOTES: flags of other tools that are not a field here, and groups of fields that do not act, name -> note.
         ADVANCED: set on a part whose flags --help lists last.
         RESUME: set on a part all of whose fields have the same `resume`.
         POSITIONAL: list field that leading words fill, in place of a config file.

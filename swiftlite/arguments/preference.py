@@ -29,7 +29,7 @@ class PreferenceArguments(Arguments):
         path=True, common=True,
     )  # fmt: skip
     precompute_ref_log_probs: bool = run_setting(
-        False, "the reference answers the whole data set once before training, then its memory is free"
+        False, "the reference answers the whole dataset once before training, then its memory is free"
     )
 
     def __post_init__(self) -> None:

@@ -99,10 +99,10 @@ class TrainArguments(Arguments):
             "SftArguments": Note("default", "checkpoints are Hugging Face directories", ("true",)),
         },
     )
-    resume: bool = run_setting(True, "go on from the newest finished checkpoint of this run in --output_dir")
+    resume: bool = run_setting(True, "resume from the newest finished checkpoint of this run in --output_dir")
     extend: bool = run_setting(
         False,
-        "go on from a finished run's last checkpoint with more epochs or steps, on the schedule of the new length",
+        "continue a finished run from its last checkpoint with more epochs or steps, on the schedule of the new length",
     )
     add_version: bool = run_setting(False, "write into a new directory v0-DATE below --output_dir")
     eval_strategy: str | None = run_setting(

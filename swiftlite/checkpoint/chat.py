@@ -14,7 +14,7 @@ JINJA, GENERATION = "chat_template.jinja", "generation_config.json"
 @dataclass(frozen=True)
 class Chat:
     """jinja: the registered template that was trained, None where it was the model's own, which its files hold. end: id of
-    the token that was trained to end an answer, None if that is no special token."""
+    the token that was trained to end an answer, None if that is not a special token."""
 
     jinja: str | None
     end: int | None

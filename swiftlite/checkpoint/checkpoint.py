@@ -47,7 +47,7 @@ class Checkpoint:
     keys that differ from the file. names: all tensors, in the order of the Hugging Face checkpoint. copies: tensors
     that are stored a second time under another name -> the tensor they repeat. dtypes: of the values, as the Hugging
     Face checkpoint has (had) them. files: the Hugging Face shard of each tensor, {} where that is not known. ignored:
-    names in the files that are no weights.
+    names in the files that are not weights.
     """
 
     kind: Literal["hf", "mcore"]
@@ -141,7 +141,7 @@ class Checkpoint:
                     )
 
     def write_side_files(self, target: Path, dtype: torch.dtype | None = None) -> None:
-        """config.json, tokenizer and what else lies beside the weights, with new tokens and the chat of an adapter.
+        """config.json, tokenizer and what else lies next to the weights, with new tokens and the chat of an adapter.
 
         Args: dtype: of the weights.
         """

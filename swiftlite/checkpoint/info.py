@@ -226,7 +226,7 @@ def max_model_len(config: Config) -> int | None:
 def rope_scaling(config: Config) -> Json | None:
     """The rope scaling, whichever way it is written; None where frequencies are not scaled.
 
-    transformers 4 writes `rope_scaling` beside `rope_theta`, transformers 5 one `rope_parameters` that is always there.
+    transformers 4 writes `rope_scaling` next to `rope_theta`, transformers 5 one `rope_parameters` that is always there.
     """
     value = first_of(config, "rope_scaling", "rope_parameters")
     if not isinstance(value, Mapping):

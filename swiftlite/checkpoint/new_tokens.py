@@ -73,7 +73,7 @@ def enter_tokens(directory: Path, ids: Mapping[str, int]) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path, ids: Mapping[str, int]) -> None:
-    """Copy the tokenizer of a model directory, with new tokens, beside an adapter."""
+    """Copy the tokenizer of a model directory, with new tokens, next to an adapter."""
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             shutil.copyfile(path, target / path.name)

@@ -81,7 +81,7 @@ def check_output(flag: str, given: str, is_file: bool = False) -> None:
     if above == path and is_file:
         above = path.parent
     if not above.is_dir():
-        raise UsageError(f"--{flag} {given}: {above} is no directory; name another place")
+        raise UsageError(f"--{flag} {given}: {above} is not a directory; name another place")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UsageError(f"--{flag} {given}: {above} cannot be written; name another place")
 

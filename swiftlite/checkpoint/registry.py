@@ -163,7 +163,7 @@ def _resolve_type(
     architecture = _architecture(facts.config, facts.model_dir)
     recorded = str(info.load_args(facts.model_dir).get("model_type"))
     if recorded in registry:
-        return recorded, registry[recorded], "args.json beside the weights says so"
+        return recorded, registry[recorded], "args.json next to the weights says so"
     for name in (facts.given_name, facts.model_dir):
         found = _match(name, registry) if name else None
         if found and architecture in found[0].architectures:
@@ -227,7 +227,7 @@ def _check_requirements(model_type: str, requires: tuple[str, ...], ignore: bool
         message = f"model type {model_type} needs {text}, but {installed or 'no such package'} is installed"
         if not ignore:
             raise SwiftliteError(f"{message}; run: pip install '{text}' (or continue with --ignore_requirements true)")
-        logger.warning("%s; going on as --ignore_requirements says", message)
+        logger.warning("%s; continuing as --ignore_requirements says", message)
 
 
 def _templates() -> dict[str, TemplateMeta]:
@@ -278,7 +278,7 @@ def get_model_info_meta(
     Args:
         model_id_or_path: local directory, ModelScope id, or Hugging Face id with `use_hf`.
         torch_dtype: dtype to use; else the type's, else the config's, else bf16/fp16 on a GPU and fp32 on a CPU.
-        model_type: skips recognition. Else: args.json beside the weights, the registered name, the architecture.
+        model_type: skips recognition. Else: args.json next to the weights, the registered name, the architecture.
         download_model: whether a hub id's weights are fetched too.
         need_template: False where no chat template is used (conversion): types that differ only in it need not be told
             apart; then `ModelInfo.model_type` and `ModelMeta.template` are None.

@@ -1,4 +1,4 @@
-"""From parsed arguments to what a command works with: the model's facts, and what args.json beside them records.
+"""From parsed arguments to what a command works with: the model's facts, and what args.json next to them records.
 
 Everything that reads files or asks a hub for the arguments' sake is here, not in the dataclasses. No tokenizer is
 loaded: see swiftlite.llm.pipeline for that.
@@ -30,7 +30,7 @@ from swiftlite.utils.types import Json
 A = TypeVar("A", bound=Arguments)
 B = TypeVar("B", bound=BaseArguments)
 
-# What args.json beside weights or adapters tells later commands, where the user says nothing.
+# What args.json next to weights or adapters tells later commands, where the user says nothing.
 RECORDED = ("model_type", "template", "template_backend", "task_type", "num_labels", "agent_template", "response_prefix",
             "system", "enable_thinking", "add_non_thinking_prefix")  # fmt: skip
 # What it tells only those that ask the model or pass it on: after `pt`, plain text; a further `sft` is a conversation's.
@@ -44,7 +44,7 @@ def as_arguments(cls: type[A], args: A | Sequence[str]) -> A:
 
 
 def mcore_root(path: str) -> Path:
-    """Where config.json, tokenizer and args.json of `--mcore_model` lie: an `iter_*` directory's are beside it.
+    """Where config.json, tokenizer and args.json of `--mcore_model` lie: an `iter_*` directory's are next to it.
 
     Raises: UsageError if there is no such directory; CheckpointError saying what it is instead of a Megatron checkpoint.
     """
@@ -120,7 +120,7 @@ def base_of_adapter(directory: Path) -> str:
     bases = [os.path.expanduser(name) for name in named if isinstance(name, str) and name]
     found = next((base for base in bases if os.path.isfile(os.path.join(base, "config.json"))), None)
     if found is None:
-        there = f"names {ascii(bases[0])}, which is no model directory here" if bases else "names no model"
+        there = f"names {ascii(bases[0])}, which is not a model directory here" if bases else "names no model"
         raise UsageError(f"--adapters {directory}: {there}; give its base model with --model DIR_OR_ID")
     get_logger().info("--model is taken from %s: %s", directory, found)
     return found

@@ -1,4 +1,4 @@
-"""Files beside a converted checkpoint: config.json, manifest, hashes. What is copied: see files.py."""
+"""Files next to a converted checkpoint: config.json, manifest, hashes. What is copied: see files.py."""
 
 from __future__ import annotations
 

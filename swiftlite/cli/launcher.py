@@ -28,7 +28,7 @@ def _count(environ: Mapping[str, str], name: str, default: int, least: int) -> i
 def torchrun_args(environ: Mapping[str, str]) -> list[str] | None:
     """torchrun's own arguments, or None where one process is enough or torchrun has started this one already.
 
-    Raises: UsageError for a variable that is no number, or a NODE_RANK outside NNODES.
+    Raises: UsageError for a variable that is not a number, or a NODE_RANK outside NNODES.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
         return None

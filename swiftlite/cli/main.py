@@ -44,7 +44,7 @@ def find_route(argv: Sequence[str]) -> tuple[tuple[str, ...], Route, list[str]]:
         if words in ROUTES:
             return words, ROUTES[words], list(argv[length:])
     if argv[0] in ELSEWHERE:
-        raise UsageError(f"{argv[0]}: is no command here; {ELSEWHERE[argv[0]]}")
+        raise UsageError(f"{argv[0]}: is not a command here; {ELSEWHERE[argv[0]]}")
     typed = " ".join(word for word in argv[:2] if not word.startswith("-"))
     names = [" ".join(words) for words in ROUTES]
     if argv[0] == "megatron":
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit:
         raise
-    except BaseException as error:  # some libraries' failures are no Exception (torch's CheckpointException)
+    except BaseException as error:  # some libraries' failures are not an Exception (torch's CheckpointException)
         if wants_debug(argv):
             sys.stderr.write(redact(traceback.format_exc()))
         several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ

@@ -105,7 +105,7 @@ def find_commands(text: str) -> Iterator[Found]:
                 megatron = ["megatron"] if Path(word).name == "megatron" else []
                 yield Found(number, environment, [*megatron, *words[:end]])
                 words, environment = words[end:], []
-            else:  # another program: its words are no commands
+            else:  # another program: its words are not commands
                 end = next((i for i, w in enumerate(words) if w in _ENDS), len(words))
                 words, environment = words[end:], []
 
@@ -182,7 +182,7 @@ def port(words: list[str]) -> Ported:
     if not length:
         name = " ".join(words[:2] if words[:1] == ["megatron"] else words[:1])
         reason = ELSEWHERE.get(name, "no such command; see `swiftlite --help`")
-        return Ported(["swiftlite", *words], [(name, "is no command here", reason)], runs=False)
+        return Ported(["swiftlite", *words], [(name, "is not a command here", reason)], runs=False)
     module, _, name = ROUTES[tuple(words[:length])].arguments.partition(":")
     cls: type[Arguments] = getattr(importlib.import_module(module), name)
     ported = Ported(["swiftlite", *words])

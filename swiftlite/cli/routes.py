@@ -60,7 +60,7 @@ ROUTES: dict[tuple[str, ...], Route] = {
         "swiftlite.arguments.infer:InferArguments",
         "swiftlite.llm.infer:infer_main",
         False,
-        "chat with a model, or answer a data set",
+        "chat with a model, or answer a dataset",
     ),
     ("sft",): Route(
         "swiftlite.arguments.train:SftArguments",
@@ -112,6 +112,6 @@ ELSEWHERE = {
     "deploy": "serve the directory with vLLM: `vllm serve DIR`; it holds the chat template that was trained",
     "eval": "give the directory to lm-evaluation-harness or evalscope",
     "rollout": "only dpo is trained here; GRPO with vLLM: TRL, verl or ms-swift on the Hugging Face directory",
-    "sample": "answer a data set with `swiftlite infer --val_dataset FILE --result_path OUT.jsonl`",
+    "sample": "answer a dataset with `swiftlite infer --val_dataset FILE --result_path OUT.jsonl`",
     "merge-lora": "`swiftlite export --adapters DIR --merge_lora true`",
 }

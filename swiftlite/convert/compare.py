@@ -21,7 +21,7 @@ from swiftlite.weights.stream import hash_tensor
 
 
 def verify_main(args: VerifyArguments | Sequence[str]) -> None:
-    """Compare names, dtypes, shapes and bytes; copies that only one side stores are no difference.
+    """Compare names, dtypes, shapes and bytes; copies that only one side stores are not a difference.
 
     FP8 weights are compared dequantised, in the dtype of the other side.
 

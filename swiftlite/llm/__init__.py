@@ -1,1 +1,1 @@
-"""The Hugging Face side: arguments, models, templates, data sets, inference."""
+"""The Hugging Face side: arguments, models, templates, datasets, inference."""

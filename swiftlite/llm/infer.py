@@ -1,4 +1,4 @@
-"""`swiftlite infer`: chat in the terminal, answer one prompt, or answer a data set, with transformers' generate."""
+"""`swiftlite infer`: chat in the terminal, answer one prompt, or answer a dataset, with transformers' generate."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Generator:
     def answer(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Any] | None = None) -> list[str]:
         """The answers to several conversations, generated as one batch.
 
-        Args: conversations: lists of messages, each ending where the model is to go on. tools: the functions on offer
+        Args: conversations: lists of messages, each ending where the model is to continue. tools: the functions on offer
             in each conversation, as JSON schemas, or None.
         """
         import torch

@@ -1,4 +1,4 @@
-"""`swiftlite preview`: rows as the model will see them: tokens, what is learnt, what is dropped and why, lengths, packing.
+"""`swiftlite preview`: rows as the model sees them: tokens, what is trained on, what is dropped and why, lengths, packing.
 
 Needs a tokenizer and a template, no weights and no GPU.
 """
@@ -153,20 +153,18 @@ _RED, _END = "\033[31m", "\033[0m"
 
 
 def as_text(preview: Preview, color: bool, show_ids: bool, width: int = 100) -> str:
-    """The report for a terminal. Without colours, what is learnt stands between ⟦ and ⟧, with its weight if not 1."""
+    """The report for a terminal. Without colours, what is trained on stands between ⟦ and ⟧, with its weight if not 1."""
 
     def paint(code: str, text: str) -> str:
         return f"{code}{text}{_END}" if color and text else text
 
     lines = [paint(_BOLD, preview.title), *preview.facts]
     lines += [paint(_RED, f"note: {note}") for note in preview.notes]
-    key = (
-        f"{paint(_GREEN, 'learnt')}, {paint(_YELLOW, 'learnt with another weight than 1')}, {paint(_DIM, 'not learnt')}"
-    )
-    lines += ["", key if color else "⟦learnt⟧, ⟦learnt with weight 2⟧×2, the rest is not learnt"]
+    key = f"{paint(_GREEN, 'trained on')}, {paint(_YELLOW, 'with another weight than 1')}, {paint(_DIM, 'not trained on')}"
+    lines += ["", key if color else "⟦trained on⟧, ⟦trained on with weight 2⟧×2, the rest is not trained on"]
     for number, tokens in preview.shown:
-        learnt = sum(token.weight > 0 for token in tokens)
-        lines += ["", paint(_BOLD, f"row {number}: {len(tokens)} tokens, {learnt} learnt")]
+        trained = sum(token.weight > 0 for token in tokens)
+        lines += ["", paint(_BOLD, f"row {number}: {len(tokens)} tokens, {trained} trained on")]
         lines.append("".join(_run(text, weight, color, paint) for text, weight in _runs(tokens)))
         if show_ids:
             lines += ["", f"{'token':>6} {'id':>8} {'weight':>7}  text"]
@@ -259,8 +257,8 @@ def as_html(preview: Preview) -> str:
         f"<style>{_STYLE}</style><h1>{html.escape(preview.title)}</h1>",
         *(f"<p>{html.escape(fact)}</p>" for fact in preview.facts),
         *(f"<p class='note'>{html.escape(note)}</p>" for note in preview.notes),
-        "<p><span class='w1'>learnt</span> <span class='wx'>another weight than 1</span> "
-        "<span class='w0'>not learnt</span></p>",
+        "<p><span class='w1'>trained on</span> <span class='wx'>another weight than 1</span> "
+        "<span class='w0'>not trained on</span></p>",
     ]
     for number, tokens in preview.shown:
         parts.append(f"<h2>row {number}: {len(tokens)} tokens</h2><pre>{''.join(map(_html_token, tokens))}</pre>")

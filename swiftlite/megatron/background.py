@@ -1,4 +1,4 @@
-"""Writing checkpoints while training goes on: a snapshot in host memory, written by a forked process, finished later.
+"""Writing checkpoints while training continues: a snapshot in host memory, written by a forked process, finished later.
 
 One snapshot exists at a time, and only if half of the free memory holds it; else the write happens at once. What is
 written counts only after `finish` has run on all ranks. Imports no megatron-core.
@@ -88,7 +88,7 @@ class BackgroundWriter:
         if self._agree(failed, torch.distributed.ReduceOp.MAX):
             raise CheckpointError(
                 "a checkpoint could not be written in the background (its error is above); the one before it is "
-                "complete, and the same command goes on from there"
+                "complete, and the same command resumes from there"
             )
         for step in todo:
             step()

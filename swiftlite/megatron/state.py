@@ -358,7 +358,7 @@ def load_checkpoint(
 ) -> Position:
     """Load an `iter_*` directory of a run into live models, optimizer and scheduler, under any parallel layout.
 
-    The random generators go on where they were if the layout is the one that was saved. Collective.
+    The random generators resume where they were if the layout is the one that was saved. Collective.
     Raises: CheckpointError if the checkpoint is incomplete or belongs to another model.
     """
     common = load_common(directory)
@@ -380,7 +380,7 @@ def load_checkpoint(
         state["rng_state"] = _rng_object()
     try:
         loaded = dist_checkpointing.load(state, str(directory))
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except (Exception, CheckpointException) as error:  # the latter is not an Exception
         raise CheckpointError(f"{directory} cannot be loaded: {reason(error)}") from error
     _load_models(models, loaded)
     if has_optimizer:

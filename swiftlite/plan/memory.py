@@ -110,7 +110,7 @@ class TrainingModel:
     """What the formulas need to know.
 
     args: MegatronArguments with the model's fields set. dtype: of the weights. sequences: of a sample; a preference pair
-    has two. reference: a frozen model of this size stays beside the trained one.
+    has two. reference: a frozen model of this size stays next to the trained one.
     adapters: Hugging Face module -> rank, of a run that trains only LoRA adapters. trained: Hugging Face names, of one
     that freezes the others.
     """

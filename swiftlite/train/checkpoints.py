@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which one it goes on from, whether that is whole, and which old ones it deletes.
+"""The checkpoints of a run: which one it resumes from, whether that is whole, and which old ones it deletes.
 
 Both sides of swiftlite name them PREFIX and a number. Imports no torch.
 """
@@ -34,7 +34,7 @@ def finished(root: Path, prefix: str) -> dict[int, Path]:
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run goes on from, and the one before it."""
+    """The checkpoint that a run resumes from, and the one before it."""
 
     directory: Path
     before: Path | None
@@ -52,7 +52,7 @@ class Start:
     @property
     def way_on(self) -> str:
         """What a user does whose checkpoint cannot be read."""
-        then = f"go on from {self.before.name}" if self.before else "begin anew"
+        then = f"resume from {self.before.name}" if self.before else "begin anew"
         return f"copy it back, or remove {self.directory} and give the same command again to {then}"
 
     @contextmanager

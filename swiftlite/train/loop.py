@@ -156,7 +156,7 @@ def train(run: Run, engine: Engine, start: Start | None) -> Json:
         engine.setup(run)
         done = engine.load(start)
         if start is not None:
-            logger.info("going on from step %d in %s", done, run.root)
+            logger.info("resuming from step %d in %s", done, run.root)
         say_started(run, engine)
         if is_main_process():
             run.root.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ class StepMeter:
         self._sums: dict[str, float] = {}
 
     def restart_clock(self) -> None:
-        """What ran since the last step (evaluation, saving) is no training time."""
+        """What ran since the last step (evaluation, saving) is not training time."""
         self._since = time.perf_counter()
 
     def add(self, sums: Mapping[str, float]) -> None:

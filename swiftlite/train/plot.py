@@ -83,7 +83,7 @@ def read_run(path: str | Path) -> list[Json]:
             history.append(dict(json.loads(line)))
         except (ValueError, TypeError):
             if number < len(lines):
-                raise CheckpointError(f"{file}: line {number} is no JSON; mend or remove it") from None
+                raise CheckpointError(f"{file}: line {number} is not JSON; fix or remove it") from None
     return history
 
 

@@ -89,7 +89,7 @@ def build_optimizer(model: torch.nn.Module, args: TrainArguments) -> torch.optim
 def _zero_missing_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """An expert that no token reached has gradients of zero on Megatron and with transformers 5, and none with 4.57.
 
-    Adam passes over what has no gradient: such an expert would neither decay nor go on with its momentum.
+    Adam passes over what has no gradient: such an expert would neither decay nor continue with its momentum.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -70,7 +70,7 @@ def say_how_to_go_on(args: TrainArguments, stop: StopSignal) -> None:
     """The last words of a run that a signal ended."""
     if not is_main_process() or stop.early:
         return
-    again = "the same command goes on from there"
+    again = "the same command resumes from there"
     if args.add_version:
-        again = f"to go on, give the same command with --output_dir {args.output_dir} and without --add_version"
+        again = f"to resume, give the same command with --output_dir {args.output_dir} and without --add_version"
     get_logger().warning("stopped by %s with everything saved in %s; %s", stop.sent.name, args.output_dir, again)

@@ -17,7 +17,7 @@ from swiftlite.utils.errors import SwiftliteError
 T = TypeVar("T")
 
 SECONDS = 2.0  # of processor time
-_MEMORY_BYTES = 2**30  # beside what the process has already
+_MEMORY_BYTES = 2**30  # on top of what the process has already
 _RESULT_BYTES = 2**28
 _SIZE_BYTES = 8
 # The child computes all the time, so this is reached only where it waits for something that never comes.
@@ -40,7 +40,7 @@ def run_bounded(function: Callable[[], T], seconds: float | None = None) -> T:
 
 
 def run_each_bounded(functions: Sequence[Callable[[], T]], seconds: float | None = None) -> Iterator[T]:
-    """The results of several functions, as run_bounded, from one child: it goes on while the caller uses a result.
+    """The results of several functions, as run_bounded, from one child: it continues while the caller uses a result.
 
     Raises: as run_bounded, at the function to blame; those after it are not run.
     """

@@ -162,7 +162,7 @@ def find_iteration(directory: Path) -> Path:
     tracker, (text, name) = directory / TRACKER, read_tracker(directory)
     if text is not None:
         if name is None:
-            raise CheckpointError(f"{tracker} holds {text!r}, which is no iteration number")
+            raise CheckpointError(f"{tracker} holds {text!r}, which is not an iteration number")
         if not (directory / name / ".metadata").is_file():
             raise CheckpointError(f"{tracker} names iteration {text}, but {directory / name}/.metadata is not there")
         return directory / name

@@ -9,7 +9,7 @@ import re
 
 
 class SwiftliteError(ValueError):
-    """A mistake in the input that the user can mend. `exit_code` is what the command ends with."""
+    """A mistake in the input that the user can fix. `exit_code` is what the command ends with."""
 
     exit_code = 1
 

@@ -122,7 +122,7 @@ def hidden(directory: Path) -> Iterator[None]:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader sees the old text or the new one, also after the power failed.
+    """Write next to `path` and rename, so that a reader sees the old text or the new one, also after the power failed.
 
     The latter outside of `hidden` directories only.
     """
@@ -168,7 +168,7 @@ def read_json(path: Path, *, optional: bool = False) -> Json:
         raise CheckpointError(f"{path} has {format_bytes(size)}, too much for a file of its kind; {advice}")
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # also text that is no UTF-8
+    except ValueError as error:  # also text that is not UTF-8
         raise CheckpointError(f"{path} is not valid JSON ({error}); {advice}") from None
     except RecursionError:
         raise CheckpointError(f"{path} is not valid JSON (nested too deeply); {advice}") from None
@@ -198,7 +198,7 @@ def writing(directory: Path, way_on: str) -> Iterator[None]:
     """Around everything that writes below `directory`. Raises: CheckpointError, one line, where the disk is full."""
     try:
         yield
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         if not _is_full(error):
             raise
         free = format_bytes(shutil.disk_usage(existing_parent(directory)).free)
@@ -219,7 +219,7 @@ _MAX_NAME = 255  # bytes, of every usual file system
 
 
 def plain_name(name: object, where: object, suffix: str = "") -> str:
-    """`name` as a file says it, held to be that of a file beside it.
+    """`name` as a file says it, held to be that of a file next to it.
 
     Args: suffix: what it must end in, so that no other kind of file is read or written in its place.
     Raises: CheckpointError naming `where`.

@@ -22,7 +22,7 @@ def check_output(
     """May `output` be written, or replaced? Nothing is changed.
 
     Args: kind: what will be written there. inputs: what is read meanwhile. needed: bytes; unfinished files of an
-        earlier run count as room, since they are gone on with or deleted.
+        earlier run count as room, since they are resumed or deleted.
     Raises: UsageError naming what stands in the way; BudgetError if the disk is too small.
     """
     real = Path(os.path.realpath(output))
@@ -56,7 +56,7 @@ def _check_replaceable(output: Path, real: Path, kind: str) -> None:
     except CheckpointError as error:
         raise UsageError(f"{error}; {way_on}") from None
     if not isinstance(mark, dict):
-        raise UsageError(f"{output} holds something that is no output of `swiftlite export`; {way_on}")
+        raise UsageError(f"{output} holds something that is not an output of `swiftlite export`; {way_on}")
     if mark.get("kind") != kind:
         raise UsageError(f"{output} holds {mark.get('kind')!r}, not {kind!r}; {way_on}")
     written = mark.get("files")

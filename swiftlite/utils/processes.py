@@ -1,4 +1,4 @@
-"""A process that ends when the one that started it is gone: no worker goes on unseen, and none waits for ever."""
+"""A process that ends when the one that started it is gone: no worker runs on unseen, and none waits for ever."""
 
 from __future__ import annotations
 

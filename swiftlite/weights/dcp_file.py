@@ -281,5 +281,5 @@ def load_common(directory: Path) -> Json:
     except Exception as error:  # a damaged archive or pickle fails in any way there is
         raise CheckpointError(f"{path} cannot be read ({reason(error)}); copy it again") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, no checkpoint's state; copy it again")
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint's state; copy it again")
     return state

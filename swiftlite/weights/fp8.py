@@ -1,4 +1,4 @@
-"""FP8 checkpoints: weights with scales beside them, dequantised while they are read.
+"""FP8 checkpoints: weights with scales next to them, dequantised while they are read.
 
 A scale, `weight_scale_inv` (DeepSeek-V3, Qwen3-FP8) or `weight_scale` (compressed-tensors, GLM-4.5-FP8), stands for a
 block of rows and columns, for a row or for the whole tensor; its shape says which. It is a float or, as E8M0, a power of

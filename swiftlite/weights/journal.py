@@ -1,7 +1,7 @@
-"""Where a conversion works until it is whole: a hidden sibling of the output, with a journal so that a killed one goes on.
+"""Where a conversion works until it is whole: a hidden sibling of the output, with a journal so that a killed one resumes.
 
 A journal line is written only after the data it speaks of is on the disk. It holds the hashes of what was read, and counts
-only where reading the source again gives the same. The fingerprint of source and options stands beside the journals;
+only where reading the source again gives the same. The fingerprint of source and options stands next to the journals;
 another one makes them void.
 """
 
@@ -118,7 +118,7 @@ def workspace(
 ) -> Iterator[Workspace]:
     """Work in a hidden sibling of `output`, which takes its name when the block ends without an error. Collective.
 
-    A kill, an I/O error or a check that cannot run leaves the sibling, and the next run with the same identity goes on
+    A kill, an I/O error or a check that cannot run leaves the sibling, and the next run with the same identity resumes
     from it; an error in the input removes it. `prepare` fills a fresh directory with the files at their final size, on
     rank 0.
     Args: check: check_output for this output, asked now and before it is replaced. kind: see mark_output.
@@ -159,7 +159,7 @@ def workspace(
                 shutil.rmtree(directory, ignore_errors=True)
             raise
         except OSError:
-            get_logger().warning("what is done stays in %s; the same command goes on there", directory)
+            get_logger().warning("what is done stays in %s; the same command resumes there", directory)
             raise
         barrier()
 
@@ -191,7 +191,7 @@ def _claim(directory: Path, output: Path, identity: str, prepare: Callable[[Path
         else:
             shutil.rmtree(aside)
     if mark.is_file() and mark.read_text() == identity.partition("\n")[0]:
-        get_logger().info("going on with the unfinished conversion in %s", directory)
+        get_logger().info("resuming the unfinished conversion in %s", directory)
         return True
     if directory.exists():
         get_logger().info(

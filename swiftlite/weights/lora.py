@@ -76,7 +76,9 @@ def check_stated(config: Config) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"adapter_config.json: alpha_pattern {pattern!r} is no pattern ({error})") from None
+            raise ConfigError(
+                f"adapter_config.json: alpha_pattern {pattern!r} is not a regular expression ({error})"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -247,13 +249,13 @@ class ForeignAdapter(WeightSource):
     """An adapter checkpoint under Megatron names, seen under Hugging Face's."""
 
     def __init__(self, source: TorchDistSource, bound: BoundMap) -> None:
-        """Raises: MapError for a key that is no adapter of this model."""
+        """Raises: MapError for a key that is not an adapter of this model."""
         self.source = source
         parts: dict[str, dict[str, str]] = {}
         for key in source.tensors:
             match = FOREIGN.fullmatch(key)
             if match is None:
-                raise MapError(f"{key} in {source.directory} is no LoRA tensor")
+                raise MapError(f"{key} in {source.directory} is not a LoRA tensor")
             parts.setdefault(f"{match[1]}.weight", {})[match[2]] = key
         self._found: dict[str, tuple[Entry, int, str, tuple[int, ...], tuple[int, ...]]] = {}
         used = set()

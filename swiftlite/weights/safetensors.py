@@ -52,7 +52,7 @@ def read_header(path: Path) -> dict[str, Located]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
-                f"{path} is no safetensors file or is truncated: header length {length}, file size {size}; "
+                f"{path} is not a safetensors file, or is truncated: header length {length}, file size {size}; "
                 "download or copy it again"
             )
         text = file.read(length)
@@ -129,7 +129,7 @@ class SafetensorsSource(WeightSource):
         with blame(path):  # damaged is damaged, also where it is not followed
             weight_map: dict[str, str] = read_json(path)["weight_map"]
             if single.is_file():  # which is what transformers reads
-                warn_once(f"{single} is read, as transformers does; {path.name} beside it is not")
+                warn_once(f"{single} is read, as transformers does; {path.name} next to it is not")
                 return {}
             for file in set(weight_map.values()):
                 plain_name(file, path, ".safetensors")

@@ -148,7 +148,7 @@ def decoder(source: WeightSource) -> Decode | None:
         row, column = divmod(first, shape[1])
         if raw.dim() == 1:
             raw = raw.view(-1, min(shape[1], len(raw)))
-        assert column + raw.shape[1] <= shape[1], f"{name}: elements from {first} on are no rectangle"
+        assert column + raw.shape[1] <= shape[1], f"{name}: elements from {first} on are not a rectangle"
         return decode(name, row, column, raw).reshape(-1)
 
     return values

@@ -10,7 +10,7 @@ import torch
 from swiftlite.checkpoint.files import copy_side_files, main_dtype, published_files, side_files
 
 MODEL = ("config.json", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "LICENSE")
-# What a run, or a user, puts beside them.
+# What a run, or a user, puts next to them.
 PRIVATE = (
     "args.json", "rejects.jsonl", "logging.jsonl", "loss.png", "best.json", "data_state.json", "trainer_state.json",
     "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "fp32_parameters.safetensors",

@@ -22,7 +22,7 @@ from swiftlite.utils.errors import UsageError
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "swiftlite"
 
-# What another flag needs beside it.
+# What another flag needs besides.
 PUSH = ["--push_to_hub", "true", "--hub_model_id", "ORG/NAME"]
 COMPANIONS = {
     "to_mcore": ["--model", "DIR"],
@@ -104,7 +104,7 @@ def test_flag_does_what_the_table_says(cls, flag):
 
 
 def test_notes_by_command_name_commands():
-    """A note for a class that is no part of any command would be told to nobody."""
+    """A note for a class that is not part of any command would be told to nobody."""
     commands = [
         getattr(importlib.import_module(m), n) for m, _, n in (r.arguments.partition(":") for r in ROUTES.values())
     ]

@@ -212,7 +212,7 @@ def test_workers_get_the_words_and_their_exit_code_is_passed_on(tmp_path):
 @pytest.mark.dist
 @pytest.mark.parametrize("patience", [None, "1"])
 def test_sigterm_reaches_the_workers_and_leaves_them_time(tmp_path, patience):
-    """Workers need three seconds to end; torchrun's own half minute is no yardstick for a checkpoint."""
+    """Workers need three seconds to end; torchrun's own half minute is not a yardstick for a checkpoint."""
     environ = {} if patience is None else {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience}
     assert int(launcher.worker_environment(environ)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == int(patience or 1800)
     process = start(tmp_path, "wait", **environ)
@@ -263,11 +263,11 @@ def stopped(args):
         (["dpo", "--model", "A/B", "--dataset", "d.jsonl", "--template", "qwen33"], "did you mean qwen3"),
         (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--model_type", "qwen33"], "did you mean qwen3"),
         (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--output_dir", "d.jsonl"], "is a file; name a directory"),
-        (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--output_dir", "d.jsonl/out"], "is no directory"),
+        (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--output_dir", "d.jsonl/out"], "is not a directory"),
         (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--report_to", "swanlab"], "pip install swanlab"),
         (["infer", "--model", "A/B", "--attn_impl", "flash_attn"], "flash-attn is not installed"),
         (["infer", "--model", "A/B", "--device_map", "{x"], "--device_map {x: not JSON"),
-        (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--target_regex", "(["], "is no regular expression"),
+        (["sft", "--model", "A/B", "--dataset", "d.jsonl", "--target_regex", "(["], "is not a regular expression"),
         (["infer", "--model", "A/B", "--val_dataset", "d.jsonl", "--result_path", "."], "is a directory; name a file"),
         (["megatron", "sft", "--model", "A/B", "--dataset", "d.jsonl"], "pip install 'swiftlite[megatron]'"),
         (["export", "--model", "A/B", "--custom_register_path", "no.py", "--to_mcore", "true"], "existing .py file"),

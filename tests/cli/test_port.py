@@ -85,7 +85,7 @@ def test_a_script_that_runs_unchanged(
             "| (together) | refused | --lr_warmup_fraction and",
         ),
         ("megatron sft --model A/B --fp8_format e4m3", "| --fp8_format e4m3 | refused | training in FP8"),
-        ("swift deploy --model A/B", "| deploy | is no command here | serve the directory with vLLM"),
+        ("swift deploy --model A/B", "| deploy | is not a command here | serve the directory with vLLM"),
     ],
 )
 def test_what_is_to_be_changed_is_said(

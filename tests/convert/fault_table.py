@@ -2,7 +2,7 @@
 
     python -m tests.convert.fault_table > docs/faults.md
 
-Each fault is caused on purpose; the command runs, the fault is mended, the same command runs again, and the result must
+Each fault is caused on purpose; the command runs, the fault is fixed, the same command runs again, and the result must
 be that of a run without a fault, byte for byte.
 """
 
@@ -67,7 +67,7 @@ Damage = Callable[[Scene], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """damage: enters the fault and mends it when left. prelude: code that runs before the command, in a new process.
+    """damage: enters the fault and fixes it when left. prelude: code that runs before the command, in a new process.
 
     after: a fault of what the command has written, seen by `swiftlite verify`.
     """
@@ -82,7 +82,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Seen:
-    """message: the error line, paths shortened. left: what stands beside the source. again: how the next run went on."""
+    """message: the error line, paths shortened. left: what stands next to the source. again: how the next run resumed."""
 
     code: int
     message: str
@@ -274,7 +274,7 @@ CASES = (
     Case("index names a tensor that is nowhere", index(lambda names: names.update(ghost=ONE))),
     Case("index names the wrong file", index(lambda names: names.update({Q: TWO if names[Q] == ONE else ONE}))),
     Case("index points outside (`../x`)", index(lambda names: names.update({Q: f"../{ONE}"}))),
-    Case("index is no JSON", edited(INDEX, lambda data: data[:-10])),
+    Case("index is not JSON", edited(INDEX, lambda data: data[:-10])),
     Case("tensor of the wrong shape", header(lambda h: h["model.norm.weight"].update(shape=[8, 8]))),
     Case("config.json is another model's",
          edited("config.json", lambda data: data.replace(b'"hidden_size": 64', b'"hidden_size": 32'))),
@@ -354,7 +354,7 @@ def observe(case: Case, root: Path) -> Seen:
     assert content(scene.out) == content(wanted), f"{case.name}: the run afterwards gives something else"
     assert {p.name for p in root.iterdir()} == before | {"out"}
     shutil.rmtree(scene.out)
-    again = "goes on" if "going on with the unfinished" in errors_again else "starts anew"
+    again = "resumes" if "resuming the unfinished" in errors_again else "starts anew"
     lines = [line for line in errors.splitlines() if line.startswith("swiftlite: ")]
     return Seen(code, _short(lines[-1] if lines else "(nothing)", root), left, again)
 
@@ -401,9 +401,9 @@ def document(rows: list[tuple[Case, Seen]]) -> str:
         "",
         "Written by `python -m tests.convert.fault_table` from runs with these faults; `make test-faults` fails if one",
         "ends otherwise. Whatever happens, the output's name stands for a whole checkpoint or for nothing. After each fault",
-        "is mended, the same command is given again, and its result is compared byte for byte with a run without one.",
-        "`.out.partial` is the hidden sibling of the output `out` in which the work is; the same command goes on in it, or",
-        "starts anew where there is nothing to go on from.",
+        "is fixed, the same command is given again, and its result is compared byte for byte with a run without one.",
+        "`.out.partial` is the hidden sibling of the output `out` in which the work is; the same command resumes in it, or",
+        "starts anew where there is nothing to resume from.",
         "",
         "| fault | command | what the user sees | exit code | left afterwards | the same command again |",
         "|---|---|---|---|---|---|",
@@ -415,7 +415,7 @@ def document(rows: list[tuple[Case, Seen]]) -> str:
     lines += [
         "",
         "Training: a checkpoint is written into a hidden sibling too, in the background with `--async_save true`, and the",
-        "tracker file moves last. A run that is killed before that goes on from the checkpoint before (tests/dist).",
+        "tracker file moves last. A run that is killed before that resumes from the checkpoint before (tests/dist).",
     ]
     return "\n".join(lines) + "\n"
 

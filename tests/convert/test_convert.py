@@ -130,7 +130,7 @@ SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing tensor": (lambda d: _edit(d, lambda t: t.pop(Q)), f"missing tensor: {Q}"),
     "wrong shape": (lambda d: _edit(d, lambda t: t.update({Q: t[Q][1:]})), f"{Q} in .* has shape"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
-    "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json"),
+    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json"),
     "architecture unknown": (
         lambda d: _config(d, architectures=["FooForCausalLM"], model_type="foo"), "FooForCausalLM"),
     "other activation": (lambda d: _config(d, hidden_act="gelu"), "hidden_act 'gelu' is not 'silu'"),

@@ -223,7 +223,7 @@ def test_disk_full_keeps_the_work(
     assert "No space left on device" in capsys.readouterr().err
     assert not (tmp_path / "mcore").exists()
     assert to_mcore(model, tmp_path / "mcore") == 0
-    assert "going on with the unfinished conversion" in capsys.readouterr().err
+    assert "resuming the unfinished conversion" in capsys.readouterr().err
     assert to_hf(tmp_path / "mcore", tmp_path / "back") == 0
     assert_same_model(model, tmp_path / "back")
 

@@ -39,7 +39,7 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny MiMo with its code beside it, as on the hub."""
+    """A tiny MiMo with its code next to it, as on the hub."""
     directory = tmp_path_factory.mktemp("mimo") / "hf"
     reference.register()
     build_hf(config_of("mimo:default"), directory)

@@ -1,4 +1,4 @@
-"""Packed and streamed data under parallel layouts: the same steps as in one process; a stream goes on on fewer ranks."""
+"""Packed and streamed data under parallel layouts: the same steps as in one process; a stream resumes on fewer ranks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def runs(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
     alone = {(family, tuple(data)): None for family, data, _ in CASES.values()}
     one = [{"argv": argv(f, root / f"one-{f}-{'-'.join(d).replace('--', '')}", *d)} for f, d in alone]
     two = [{"argv": argv(family, root / name, *data, *flags)} for name, (family, data, flags) in CASES.items()]
-    # The same data order on two ranks up to step 4, then ended; it goes on on one rank.
+    # The same data order on two ranks up to step 4, then ended; it resumes on one rank.
     two.append({"argv": argv("qwen3", root / "cut", *STREAMED), "fault": "end_after_6"})
     for size, cases in ((1, one), (2, two)):
         code, text = run_cases(size, cases)
@@ -81,5 +81,5 @@ def test_layouts_equal_one_process(runs: Path, name: str) -> None:
 
 
 def test_a_stream_goes_on_on_fewer_ranks(runs: Path) -> None:
-    assert "going on from step 4" in (runs / "resumed.log").read_text()
+    assert "resuming from step 4" in (runs / "resumed.log").read_text()
     assert largest_difference(_alone(runs, "qwen3", STREAMED), curve(runs / "cut")) < 1e-5

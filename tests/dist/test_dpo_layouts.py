@@ -152,5 +152,5 @@ def test_a_killed_run_goes_on_under_another_layout(argv: Callable[..., list[str]
     second = [{"command": "dpo", "argv": argv("qwen3", output_dir, *flags, *PP)}]
     code, log = run_cases(2, second)
     assert code == 0, log[-5000:]
-    assert "going on from step 4" in log
+    assert "resuming from step 4" in log
     assert largest_difference(curve(root / "start"), curve(output_dir)) <= TOLERANCE

@@ -70,7 +70,7 @@ def test_two_processes_equal_one(tiny_model: Callable[..., Path], tmp_path: Path
     stopped = two / "stopped"
     assert [p.name for p in stopped.glob("checkpoint-*")] == ["checkpoint-3"], "both ranks end after the same step"
     assert {p.name for p in (stopped / "checkpoint-3").glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
-    # It goes on with one process: more ranks or fewer compute the same.
+    # It resumes with one process: more ranks or fewer compute the same.
     sft_main(words("stopped", stopped))
     resumed = [compared(line) for line in read_run(stopped / "logging.jsonl")]
     for first, second in zip(full, resumed, strict=True):

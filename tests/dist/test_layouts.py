@@ -1,4 +1,4 @@
-"""Training under parallel layouts equals training in one process, step by step; runs go on after they were killed."""
+"""Training under parallel layouts equals training in one process, step by step; runs resume after they were killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = [
     for i in range(8)
 ]  # fmt: skip
 
-# family, world size, flags beside the common ones, fault
+# family, world size, flags besides the common ones, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "dense-dp2": ("qwen3", 2, [], None),
     "dense-tp2-sp": ("qwen3", 2, ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"], None),
@@ -134,7 +134,7 @@ def test_a_planted_mistake_is_seen(curves: dict[str, Any], name: str) -> None:
 
 
 SAVE = ["--save_steps", "4", "--save_weights_only", "false"]
-# world size and flags of the run that ends early, and of the one that goes on
+# world size and flags of the run that ends early, and of the one that resumes
 RESUMES: dict[str, tuple[str, tuple[int, list[str]], tuple[int, list[str]]]] = {
     "dense-dp2": ("qwen3", (2, []), (2, [])),
     "dense-tp2-to-pp2": (
@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_under_any_layout(
     (code, log), (next_code, next_log) = (run_cases(processes, [case]) for processes, case in cases)
     assert code == 0, log[-5000:]
     assert next_code == 0, next_log[-5000:]
-    assert "going on from step 4" in next_log
+    assert "resuming from step 4" in next_log
     assert largest_difference(curves[family], curve(output_dir)) <= TOLERANCE
 
 
@@ -189,6 +189,6 @@ def test_a_kill_while_saving_in_the_background_leaves_the_checkpoint_before(
     assert not (output_dir / "iter_0000004").exists()
     code, log = run_cases(2, [case])
     assert code == 0, log[-5000:]
-    assert "going on from step 2" in log
+    assert "resuming from step 2" in log
     assert [p.name for p in sorted(output_dir.glob("iter_*"))] == [f"iter_{i:07d}" for i in (2, 4, 6, 8)]
     assert largest_difference(curves["qwen3"], curve(output_dir)) <= TOLERANCE

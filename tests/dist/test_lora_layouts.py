@@ -1,4 +1,4 @@
-"""LoRA, frozen parameters and MLA under parallel layouts equal one process, step by step; killed runs go on elsewhere."""
+"""LoRA, frozen parameters and MLA under parallel layouts equal one process, step by step; killed runs resume elsewhere."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_planted_mistake_is_seen(root: Path, name: str) -> None:
     assert largest_difference(curve(root / LAYOUTS[name][0]), curve(root / name)) > 100 * TOLERANCE
 
 
-# kind; world size and flags of the run that ends early, and of the one that goes on
+# kind; world size and flags of the run that ends early, and of the one that resumes
 RESUMES: dict[str, tuple[str, tuple[int, list[str]], tuple[int, list[str]]]] = {
     "dense-tp2-to-pp2": ("dense", (2, TP), (2, PP)),
     "dense-dp2-to-one": ("dense", (2, []), (1, [])),
@@ -154,5 +154,5 @@ def test_a_killed_run_goes_on_under_any_layout(
     (code, log), (next_code, next_log) = (run_cases(processes, [case]) for processes, case in cases)
     assert code == 0, log[-5000:]
     assert next_code == 0, next_log[-5000:]
-    assert "going on from step 4" in next_log
+    assert "resuming from step 4" in next_log
     assert largest_difference(curve(root / kind), curve(tmp_path / "run")) <= TOLERANCE

@@ -1,4 +1,4 @@
-"""Grouped experts and gradients that go into fp32 buffers on a GPU, beside plain products in higher precision."""
+"""Grouped experts and gradients that go into fp32 buffers on a GPU, compared to plain products in higher precision."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_module_tree_of_glm_4_5_air(tmp_path: Path) -> None:
     with parallel_groups(args):
         mine = parse_tree(str(build_models(args)[0]))
     expected = parse_tree((AIR / "mg_modules.txt").read_text())
-    # Recorded with megatron-core 0.13; since 0.17 an absent q/k norm is no module.
+    # Recorded with megatron-core 0.13; since 0.17 an absent q/k norm is not a module.
     for name in [n for n in expected if n.endswith(("q_layernorm", "k_layernorm")) and n not in mine]:
         assert expected.pop(name) == "IdentityOp"
     assert mine == expected

@@ -1,4 +1,4 @@
-"""Inference on tiny models: one prompt, a data set, a chat; streaming and batches give what generate gives."""
+"""Inference on tiny models: one prompt, a dataset, a chat; streaming and batches give what generate gives."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from swiftlite.utils.errors import CheckpointError, UsageError
 
 @pytest.fixture
 def mcore_dir(tiny_model, tmp_path):
-    """What a conversion leaves beside its weights; the weights themselves are not looked at."""
+    """What a conversion leaves next to its weights; the weights themselves are not looked at."""
     source = tiny_model("glm4_moe")
     root = tmp_path / "converted"
     root.mkdir()
@@ -154,7 +154,7 @@ def test_adapters_alone_name_their_base(tiny_model, tmp_path):
             args = resolve(cls(adapters=[str(adapter)], **more))
             assert args.model_info.model_dir == str(base) and args.template == "glm4_5"
     for config, message in (
-        ({"base_model_name_or_path": "org/name"}, "names 'org/name', which is no model directory"),
+        ({"base_model_name_or_path": "org/name"}, "names 'org/name', which is not a model directory"),
         ({}, "names no model; give its base model with --model"),
         ([], "not a JSON object"),
     ):
@@ -181,7 +181,7 @@ def test_system_message_from_a_file(tiny_model, tmp_path, monkeypatch):
 
 
 def test_what_training_recorded_holds_for_later_commands(tiny_model, tmp_path):
-    """args.json beside weights, beside an adapter, in a run's root for its iterations; the user's own words rule."""
+    """args.json next to weights, next to an adapter, in a run's root for its iterations; the user's own words rule."""
     adapter = tmp_path / "run/iter_0000003"
     adapter.mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

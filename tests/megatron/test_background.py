@@ -1,4 +1,4 @@
-"""`--async_save true`: training goes on while a snapshot is written; what is not finished does not count."""
+"""`--async_save true`: training continues while a snapshot is written; what is not finished does not count."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_snapshot_is_of_the_moment_it_was_taken(
             if file.name == "args.json":  # names its run's directory
                 continue
             assert (late / f"{iteration}-hf" / file.name).read_bytes() == file.read_bytes()
-    # The optimizer too: a run that goes on from the middle ends as the whole one did.
+    # The optimizer too: a run that resumes from the middle ends as the whole one did.
     (late / "latest_checkpointed_iteration.txt").write_text("2")
     (late / "logging.jsonl").unlink()
     megatron_sft_main([*words, "--output_dir", str(late), *flags, "--async_save", "true"])

@@ -1,4 +1,4 @@
-"""Experts as one weight and grouped products, beside megatron-core's one by one: same numbers, same names on disk."""
+"""Experts as one weight and grouped products, compared to megatron-core's one by one: same numbers, same names on disk."""
 
 from __future__ import annotations
 

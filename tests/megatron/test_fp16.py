@@ -72,7 +72,7 @@ def test_skipped_steps(
     assert lines[-1]["loss"] < 0.95 * lines[0]["loss"]
     assert sum("nothing is updated" in record.getMessage() for record in caplog.records) == len(skipped)
     assert "Infinity" not in (tmp_path / "run" / "logging.jsonl").read_text()
-    # A run that goes on from step 4 has the scale, the schedule and the count of the one that was not stopped.
+    # A run that resumes from step 4 has the scale, the schedule and the count of the one that was not stopped.
     newest = {"iter_0000008", "checkpoint-8"}
     for name in newest:
         shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)

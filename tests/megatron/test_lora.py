@@ -246,7 +246,7 @@ def test_training_equals_peft(family: str, targets: list[str], train: Any, tmp_p
 
 @pytest.mark.parametrize("family", TYPES)
 def test_what_a_run_saves(family: str, train: Any, tiny_model: Any, tmp_path: Path) -> None:
-    """Adapters only, resumable; PEFT beside them, which peft itself loads; the merged model is peft's."""
+    """Adapters only, resumable; PEFT next to them, which peft itself loads; the merged model is peft's."""
     from peft import PeftModel
     from torch.distributed.checkpoint import FileSystemReader
     from transformers import AutoModelForCausalLM
@@ -303,7 +303,7 @@ def test_a_stopped_run_goes_on(train: Any, tmp_path: Path) -> None:
 
 
 def test_experts_in_one_layer_train_and_save_as_single_ones(train: Any, tmp_path: Path) -> None:
-    """The same losses and the same files; a run of the one kind goes on as the other."""
+    """The same losses and the same files; a run of the one kind resumes as the other."""
     single = train(megatron_sft_main, "single", "glm4_moe", train_iters=6, save_steps=3)
     one = train(megatron_sft_main, "one", "glm4_moe", train_iters=6, save_steps=3, moe_grouped_impl="torch")
     assert off(single, one) <= 1e-5 and off(single, one, "grad_norm") <= 1e-5
@@ -391,7 +391,7 @@ def test_initial_values_are_those_of_peft_in_distribution() -> None:
 def test_rows_of_new_tokens_train_as_with_peft(
     family: str, tied: bool, train: Any, tiny_model: Any, tmp_path: Path
 ) -> None:
-    """With and without room in the vocabulary; the adapter goes on on either side, and a stopped run where it was."""
+    """With and without room in the vocabulary; the adapter resumes on either side, and a stopped run where it was."""
     base = tiny_model(family, vocab_size=300 if tied else 333, tie_word_embeddings=tied)
     flags = {"model": base, "train_iters": 8, "save_steps": 4, "lr": 2e-3}
     new = {**flags, "new_special_tokens": ["Paris", "nice", "What"]}

@@ -127,10 +127,10 @@ def test_output_directory_rules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tracker", "step", "before", "said"),
     [
-        (None, 20, 10, "is missing: going on from the newest checkpoint, iter_0000020"),
-        ("30", 20, 10, "says '30', which is not there: going on from the newest checkpoint, iter_0000020"),
+        (None, 20, 10, "is missing: resuming from the newest checkpoint, iter_0000020"),
+        ("30", 20, 10, "says '30', which is not there: resuming from the newest checkpoint, iter_0000020"),
         ("\0\0", 20, 10, "which is not there"),
-        ("10", 10, None, "says 10: going on from there, although iter_0000020 is there, too"),
+        ("10", 10, None, "says 10: resuming from there, although iter_0000020 is there, too"),
         ("20", 20, 10, ""),
     ],
 )
@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
         with pytest.raises(CheckpointError) as error:
             sft()
         assert str(last) in str(error.value) and name in str(error.value)
-        assert f"remove {last} and give the same command again to go on from iter_0000002" in str(error.value)
+        assert f"remove {last} and give the same command again to resume from iter_0000002" in str(error.value)
         (last / name).write_bytes(whole[name])
     # A random generator's state that is code, at the end of a file.
     with (last / ".metadata").open("rb") as file:
@@ -324,7 +324,7 @@ def test_sigterm_saves_and_ends(sft: Callable[..., Any], tmp_path: Path, monkeyp
 
 
 def test_best_and_limit(sft: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint of the best evaluation stays beside the newest; what a kill left behind does not count."""
+    """The checkpoint of the best evaluation stays next to the newest; what a kill left behind does not count."""
     monkeypatch.setattr(SftTrainer, "evaluate", lambda self: {"eval_loss": float(self.position.iteration)})
     (tmp_path / "run/.iter_0000003.saving").mkdir(parents=True)
     (tmp_path / "run/args.json").write_text('{"lr": 0.001}')
@@ -379,7 +379,7 @@ def test_weights_only_checkpoints_go_on_without_optimizer(sft: Callable[..., Any
     sft(train_iters=4, save_weights_only="true")
     again = read_run(tmp_path / "run" / "logging.jsonl")
     assert again[2]["loss"] == pytest.approx(before[2]["loss"], rel=1e-6), "the weights are those of step 2"
-    assert [line["lr"] for line in again] == [line["lr"] for line in before], "the schedule goes on"
+    assert [line["lr"] for line in again] == [line["lr"] for line in before], "the schedule continues"
 
 
 def test_bf16_start_is_exact(sft: Callable[..., Any], tmp_path: Path, tiny_model: Callable[..., Path]) -> None:

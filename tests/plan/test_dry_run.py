@@ -148,7 +148,7 @@ def test_a_plan_finds_the_data(air: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_preference_plan(air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A pair is two sequences, and the reference stays beside the model unless it has answered before."""
+    """A pair is two sequences, and the reference stays next to the model unless it has answered before."""
     words = ["--model", str(air), "--output_dir", str(tmp_path / "run"), "--max_length", "4096", "--recompute", "full"]
     words += ["--expert_model_parallel_size", "8", "--dry_run", "true", "--gpus", "16", "--gpu_memory", "512GB"]
     needs, texts = [], []

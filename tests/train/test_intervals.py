@@ -209,7 +209,7 @@ def test_plot_of_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: 
     (tmp_path / "a/logging.jsonl").open("a").write('{"step": 4, "lo')
     assert len(read_run(str(tmp_path / "a"))) == 4, "a line that a kill cut off"
     (tmp_path / "a/logging.jsonl").write_text('nonsense\n{"step": 1}\n')
-    with pytest.raises(CheckpointError, match="line 1 is no JSON"):
+    with pytest.raises(CheckpointError, match="line 1 is not JSON"):
         read_run(str(tmp_path / "a"))
     assert main(["plot", str(tmp_path)]) == 1
     assert "holds no logging.jsonl; name the --output_dir of a training run" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_objects_in_distcp_files(tmp_path: Path) -> None:
     """rng_state of a foreign run directory."""
     save({"rng_state": Payload()}, checkpoint_id=tmp_path, no_dist=True)
     guard_checkpoint_reader()
-    with pytest.raises(BaseException, match="(?i)weights.only|mkdir"):  # DCP's own exception is no Exception
+    with pytest.raises(BaseException, match="(?i)weights.only|mkdir"):  # DCP's own exception is not an Exception
         load({"rng_state": io.BytesIO()}, checkpoint_id=tmp_path, no_dist=True)
 
 

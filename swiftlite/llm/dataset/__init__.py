@@ -1,4 +1,4 @@
-"""Data sets: rows of any chat format from files and hubs, and rows as token ids: encoded, packed, streamed, cached."""
+"""Datasets: rows of any chat format from files and hubs, and rows as token ids: encoded, packed, streamed, cached."""
 
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import load_dataset

@@ -1,4 +1,4 @@
-"""Tokenised data on disk: a cache by content between runs, and data sets that `export --to_cached_dataset` writes."""
+"""Tokenised data on disk: a cache by content between runs, and datasets that `export --to_cached_dataset` writes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SETTINGS = (
 )  # fmt: skip
 # Grows when rows are read, written or stored differently.
 _FORMAT = 2
-# What a cached data set of another release may differ in: it was written on purpose.
+# What a cached dataset of another release may differ in: it was written on purpose.
 _OF_RELEASE = ("version", "code")
 
 
@@ -179,7 +179,7 @@ def _from_cache(directory: Path, rows: list[dict[str, Any]], rejects: RejectsFil
     return dataset
 
 
-# ---- tokenised data sets ----
+# ---- tokenised datasets ----
 
 
 def write_cached_dataset(
@@ -205,7 +205,7 @@ def write_cached_dataset(
 def load_cached_dataset(
     path: str, template: Template, packing_length: int | None
 ) -> dict[str, EncodedDataset | PackedDataset]:
-    """Map a tokenised data set: {"train": ..., "val"?: ...}.
+    """Map a tokenised dataset: {"train": ..., "val"?: ...}.
 
     Args: packing_length: tokens of a packed sequence, None without packing.
     Raises: DatasetError naming the first setting that differs from this run's.
@@ -243,7 +243,7 @@ def load_cached_dataset(
             try:
                 count = int(facts[name]["sequences"])
             except (KeyError, TypeError, ValueError):
-                raise DatasetError(f"{directory / FACTS_FILE}: says no number of sequences; write it again") from None
+                raise DatasetError(f"{directory / FACTS_FILE}: has no number of sequences; write it again") from None
             sequences = _read_sequences(directory / name / f"{_SEQUENCES}.bin", count, len(dataset))
             parts[name] = PackedDataset(dataset, facts["packing_length"], sequences=sequences, name=f"{path}/{name}")
         elif packing_length is not None:
@@ -261,7 +261,7 @@ def _read_sequences(path: Path, count: int, num_samples: int) -> list[list[int]]
         if sorted(ends) != list(ends) or (flat and not 0 <= min(flat) <= max(flat) < num_samples):
             raise ValueError("wrong numbers")
     except (OSError, ValueError, IndexError) as error:
-        raise DatasetError(f"{path}: is no whole list of packed sequences ({error}); write it again") from None
+        raise DatasetError(f"{path}: is not a whole list of packed sequences ({error}); write it again") from None
     starts = [0, *numbers[: count - 1]] if count else []
     return [flat[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
 

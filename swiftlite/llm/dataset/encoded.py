@@ -28,12 +28,12 @@ Sample = dict[str, Any]
 
 
 class EncodedDataset:
-    """A map-style data set: `len`, `[i]` -> what `template.encode` returns. Same rows, same order, same result.
+    """A map-style dataset: `len`, `[i]` -> what `template.encode` returns. Same rows, same order, same result.
 
     Args:
         rows: standard rows (see load_dataset). Rows that cannot be encoded are left out and counted in `report`.
         max_drop_ratio: DatasetError if more of the rows are left out, or all.
-        name: what messages call the data set. num_proc: processes that encode; the result is the same for any number.
+        name: what messages call the dataset. num_proc: processes that encode; the result is the same for any number.
         rejects: where rows that are left out are written.
     Attributes:
         report: DropReport. lengths: tokens per kept sample. row_indices: index in `rows` of each sample.

@@ -1,4 +1,4 @@
-"""`swiftlite export --to_cached_dataset true`: a data set as token ids on disk, which every trainer maps into memory."""
+"""`swiftlite export --to_cached_dataset true`: a dataset as token ids on disk, which every trainer maps into memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def export_cached_dataset(args: ExportArguments) -> Path:
     if not args.dataset:
         raise UsageError("--to_cached_dataset true: give the data with --dataset")
     if args.streaming:
-        raise UsageError("--to_cached_dataset true: writes whole data sets; leave out --streaming")
+        raise UsageError("--to_cached_dataset true: writes whole datasets; leave out --streaming")
     if args.model is None:
         raise UsageError(
             "--to_cached_dataset true: give the model, whose tokenizer and template are used, with --model"

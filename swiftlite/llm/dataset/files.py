@@ -54,7 +54,7 @@ def saved_reader(path: Path, split: str = "train") -> Reader:
         try:
             return one_split(datasets.load_from_disk(str(path)), str(path), split)
         except (OSError, ValueError) as error:
-            raise DatasetError(f"{path}: cannot be read as a saved data set ({one_line(error)})") from error
+            raise DatasetError(f"{path}: cannot be read as a saved dataset ({one_line(error)})") from error
 
     return table_reader(str(path), load)
 
@@ -185,7 +185,7 @@ def _read_json(path: Path) -> Iterator[Item]:
         # Several values, one a line? Where the first line stands alone, its own reader names the faulty line.
         first = text.lstrip().partition("\n")[0]
         if not first.startswith("{") or isinstance(_parse_line(first.encode()), RowError):
-            raise DatasetError(f"{path}: is not valid JSON ({error}); mend the file") from None
+            raise DatasetError(f"{path}: is not valid JSON ({error}); fix the file") from None
         yield from _read_jsonl(path)
         return
     rows = value if isinstance(value, list) else [value]
@@ -199,7 +199,7 @@ def _read_json(path: Path) -> Iterator[Item]:
 def _read_table(path: Path, delimiter: str) -> Iterator[Item]:
     """Cells are the characters of the file; an empty cell says nothing, as a missing key does in JSON."""
     csv.field_size_limit(_MAX_LINE_BYTES)
-    # Bytes that are no UTF-8 arrive as lone surrogates and cost their own row only.
+    # Bytes that are not UTF-8 arrive as lone surrogates and cost their own row only.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] | None = None
@@ -210,7 +210,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Item]:
             except StopIteration:
                 return
             except csv.Error as error:
-                # An open quote swallows the rest of the file: that is no matter of one row.
+                # An open quote swallows the rest of the file: that does not concern one row alone.
                 if header is None or "end of data" in str(error) or "field limit" in str(error):
                     raise DatasetError(
                         f"{place}: cannot be read as CSV ({error}); a quote that opens here is not closed, or there is "

@@ -143,7 +143,7 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         line = " ".join(str(error).split())[:200]
         raise DatasetError(
-            f"{path}: its header cannot be read ({line}); mend it, or name the files that are to be read"
+            f"{path}: its header cannot be read ({line}); fix it, or name the files that are to be read"
         ) from None
 
 
@@ -172,7 +172,7 @@ def _patterns(folder: Path, data_files: Any) -> dict[str, list[str]]:
         paths = entry.get("path")
         paths = [paths] if isinstance(paths, str) else paths
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise DatasetError(f"{folder / 'README.md'}: data_files must be paths or {{split, path}}; mend it")
+            raise DatasetError(f"{folder / 'README.md'}: data_files must be paths or {{split, path}}; fix it")
         found.setdefault(str(entry.get("split") or "train"), []).extend(paths)
     return found
 
@@ -186,7 +186,7 @@ def _by_patterns(root: Path, patterns: Mapping[str, Sequence[str]]) -> dict[str,
             if not matches and (root / pattern).is_dir():
                 matches = list(_data_files(root / pattern))
             if not matches:
-                raise DatasetError(f"{root / 'README.md'}: no file fits {pattern!r} of split {split}; mend it")
+                raise DatasetError(f"{root / 'README.md'}: no file fits {pattern!r} of split {split}; fix it")
             known = found.setdefault(split, [])
             known += [file for file in matches if file not in known]
     return found

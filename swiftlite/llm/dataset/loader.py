@@ -1,4 +1,4 @@
-"""Data sets as rows in the standard form: read, sampled, mixed, split, with a report of what was dropped."""
+"""Datasets as rows in the standard form: read, sampled, mixed, split, with a report of what was dropped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How data sets are read.
+    """How datasets are read.
 
     columns: old column name -> new one. use_hf: ids without a prefix are Hugging Face's. num_proc: processes that parse
     CSV, Parquet and text, and fetch from hubs. model_name, model_author: text for {{NAME}} and {{AUTHOR}} in the rows
@@ -65,17 +65,17 @@ def load_dataset(
     stopping_strategy: str = "first_exhausted",
     rejects: RejectsFile | None = None,
 ) -> tuple[list[Row], list[Row]]:
-    """Read data sets into rows {"messages": [...], "tools"?: [...], "rejected_messages"?: [...], "label"?: ...}.
+    """Read datasets into rows {"messages": [...], "tools"?: [...], "rejected_messages"?: [...], "label"?: ...}.
 
     Args:
         datasets: `[hf::|ms::]ID[:SUBSET/SUBSET][#N]`: files, directories, registered names or hub ids. N rows are
             chosen by seed (above the number of rows, whole rounds of it and a choice for the rest).
         val_datasets: the same, for evaluation. split_dataset_ratio: share of the training rows taken for evaluation
             where val_datasets is empty, by seed, at least one row.
-        max_drop_ratio: DatasetError if more of a data set's rows cannot be used; fewer are counted in a warning.
-        interleave_prob: one probability per data set: rows are drawn from them in turn, each in its order, until one
+        max_drop_ratio: DatasetError if more of a dataset's rows cannot be used; fewer are counted in a warning.
+        interleave_prob: one probability per dataset: rows are drawn from them in turn, each in its order, until one
             is used up (stopping_strategy 'first_exhausted') or until each was, others starting anew
-            ('all_exhausted'). None: one data set after the other.
+            ('all_exhausted'). None: one dataset after the other.
         columns, num_proc, model_name, model_author, use_hf, hub_token: see ReadOptions.
         rejects: where rows that cannot be used are written.
     Returns: (train rows, validation rows), in the files' order: shuffling is the trainer's.
@@ -148,7 +148,7 @@ def _counted(rows: list[T], spec: Spec, seed: str) -> list[T]:
 def read_questions(
     datasets: Sequence[str], options: ReadOptions, seed: int = 42
 ) -> list[tuple[str, Any, Row | RowError]]:
-    """(place, raw row, standard row or why there is none) of data sets that a model is to answer.
+    """(place, raw row, standard row or why there is none) of datasets that a model is to answer.
 
     Read as load_dataset reads, but a row may end with a question, and rows that cannot be used keep their place.
     Raises: DatasetError for what cannot be read.
@@ -178,7 +178,7 @@ def standard_row(item: Any, source: Source, options: ReadOptions, answered: bool
                 item = {columns.get(key, key): value for key, value in item.items()}
             item, columns = source.preprocess(item), {}
             if item is None:
-                raise RowError("left out by the data set's own preprocess")
+                raise RowError("left out by the dataset's own preprocess")
         row = preprocess(item, columns, answered)
         return _fill(row, raw, {"NAME": options.model_name, "AUTHOR": options.model_author})
     except RowError as error:
@@ -189,16 +189,16 @@ def standard_row(item: Any, source: Source, options: ReadOptions, answered: bool
     except Exception as error:  # a row costs itself, never the run
         if source.preprocess is None:
             return RowError("has a form that cannot be read", f"{type(error).__name__}: {error}", raw)
-        return RowError(f"the data set's own preprocess failed: {type(error).__name__}", str(error)[:200], raw)
+        return RowError(f"the dataset's own preprocess failed: {type(error).__name__}", str(error)[:200], raw)
 
 
 # ---- mixing ----
 
 
 class Mixture:
-    """Draws from several data sets by probability: yields (data set, index in it). Draw n is always the same.
+    """Draws from several datasets by probability: yields (dataset, index in it). Draw n is always the same.
 
-    A data set counts as used up when it is drawn once more after its last row.
+    A dataset counts as used up when it is drawn once more after its last row.
     """
 
     def __init__(self, lengths: Sequence[int], probabilities: Sequence[float], strategy: str, seed: str) -> None:
@@ -222,18 +222,18 @@ class Mixture:
 
 
 def check_mixture(num_datasets: int, probabilities: Sequence[float], strategy: str) -> None:
-    """Raises: UsageError unless there is one positive probability per data set, 1 together."""
+    """Raises: UsageError unless there is one positive probability per dataset, 1 together."""
     if strategy not in STOPPING_STRATEGIES:
         raise UsageError(f"--stopping_strategy {strategy}: must be one of {', '.join(STOPPING_STRATEGIES)}")
     shown = " ".join(f"{p:g}" for p in probabilities)
     if len(probabilities) != num_datasets:
-        raise UsageError(f"--interleave_prob {shown}: {len(probabilities)} numbers for {num_datasets} data sets")
+        raise UsageError(f"--interleave_prob {shown}: {len(probabilities)} numbers for {num_datasets} datasets")
     if min(probabilities) <= 0 or abs(sum(probabilities) - 1) > 1e-3:
         raise UsageError(f"--interleave_prob {shown}: must be above 0 and sum to 1, not {sum(probabilities):g}")
 
 
 class Draws:
-    """The n-th draw of a data set by probability, a function of the seed and n: a stream can go on anywhere."""
+    """The n-th draw of a dataset by probability, a function of the seed and n: a stream can resume anywhere."""
 
     _BLOCK = 4096
 
@@ -255,9 +255,9 @@ class Draws:
 
 
 class RowStream:
-    """Rows of data sets one by one, never all in memory; `state()` says where it stands, as plain values.
+    """Rows of datasets one by one, never all in memory; `state()` says where it stands, as plain values.
 
-    One pass over the data: data sets one after the other, or drawn by `interleave_prob` (see load_dataset). `#N` takes
+    One pass over the data: datasets one after the other, or drawn by `interleave_prob` (see load_dataset). `#N` takes
     the first N rows (from the beginning again where there are fewer). Bad rows come as RowError.
     """
 
@@ -335,7 +335,7 @@ class RowStream:
 
 
 class _Part:
-    """One data set of a stream."""
+    """One dataset of a stream."""
 
     def __init__(self, sources: Sequence[Source], count: int | None, name: str) -> None:
         self.sources, self.count = sources, count

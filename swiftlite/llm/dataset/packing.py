@@ -60,7 +60,7 @@ def joined(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class PackedDataset:
-    """A data set of packed sequences over an EncodedDataset.
+    """A dataset of packed sequences over an EncodedDataset.
 
     Attributes: sequences: samples of each. lengths: tokens of each. capacity. fill_rate: share of the room used.
     """

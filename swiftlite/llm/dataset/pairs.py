@@ -21,7 +21,7 @@ SIDES = ("chosen", "rejected")
 
 
 class PairDataset:
-    """A map-style data set of pairs. `[i]` -> {"pairs": [PAIR, ...], "length": tokens of all answers with their prompts}.
+    """A map-style dataset of pairs. `[i]` -> {"pairs": [PAIR, ...], "length": tokens of all answers with their prompts}.
 
     A PAIR is {"chosen": {"input_ids", "labels"}, "rejected": {...}, "reference"?: (log-probability of the chosen answer,
     of the rejected one)}. An item is one pair, or with `capacity` as many as have room in so many tokens (a longer pair

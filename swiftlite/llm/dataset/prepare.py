@@ -1,4 +1,4 @@
-"""From arguments to the data sets of a run; every trainer on either side starts here."""
+"""From arguments to the datasets of a run; every trainer on either side starts here."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # What a message may carry besides role and content: texts and numbers.
 _MESSAGE_EXTRAS = ("name", "tool_call_id")
 _WEIGHTS = ("loss", "loss_scale", "weight")
-# No schema or call of a real data set is as deep; printing one that is deeper ends in a RecursionError.
+# No schema or call of a real dataset is as deep; printing one that is deeper ends in a RecursionError.
 _MAX_DEPTH = 64
 _LARGEST = 1e308  # Python prints no whole number that is much longer
 
@@ -196,7 +196,7 @@ def _conversation(messages: Any, system: str | None) -> list[Message]:
 
 
 def _check_answers(messages: list[Message], answered: bool = True) -> None:
-    """A conversation that is learnt has answers, and the last one says something."""
+    """A conversation that is trained on has answers, and the last one says something."""
     if not answered:
         return
     if all(message["role"] != "assistant" for message in messages):
@@ -222,7 +222,7 @@ def _messages_of(message: Any) -> list[Message]:
     content = message["content"] if "content" in message else message.get("value")
     if standard == "tool_call":
         # A call written as its own message: {"name": ..., "arguments": ...}.
-        call = _from_json(content, "a tool call is no JSON") if isinstance(content, str) else content
+        call = _from_json(content, "a tool call is not JSON") if isinstance(content, str) else content
         calls = call if isinstance(call, list) and call else [call]
         return [{"role": "assistant", "content": "", "tool_calls": [_call(call) for call in calls]}]
     out: Message = {"role": standard}
@@ -251,7 +251,7 @@ def _weight(message: Mapping[str, Any]) -> Message:
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
-            raise RowError(f"{key} is no number", f"{_short(value)}; use true, false or a number, 0 or more")
+            raise RowError(f"{key} is not a number", f"{_short(value)}; use true, false or a number, 0 or more")
         found[key] = value
     weight = found.pop("weight", 1)
     # 1 is what a message weighs anyway, where the strategy of --loss_scale says nothing else.
@@ -288,7 +288,7 @@ def _call(call: Any) -> dict[str, Any]:
         raise RowError("a tool call has no function name")
     arguments = function.get("arguments", function.get("parameters")) or {}
     if isinstance(arguments, str):
-        arguments = _from_json(arguments, "tool call arguments are no JSON")
+        arguments = _from_json(arguments, "tool call arguments are not JSON")
     if not isinstance(arguments, Mapping):
         raise RowError("tool call arguments are not an object", type(arguments).__name__)
     plain = _plain(arguments, "tool call")

@@ -1,4 +1,4 @@
-"""Data sets by name: registered in Python, or listed in a JSON file (`--dataset_info`)."""
+"""Datasets by name: registered in Python, or listed in a JSON file (`--dataset_info`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DatasetMeta:
     """What `--dataset NAME` stands for: one of path, hf_id, ms_id and load says where the rows are.
 
     path: local file or directory. hf_id, ms_id: hub ids; with both, `--use_hf` chooses. load: makes the rows.
-    subsets, split: what is read of a hub data set where the user names no subset. columns: old name -> new name.
+    subsets, split: what is read of a hub dataset where the user names no subset. columns: old name -> new name.
     preprocess: row -> row in any known form, or None to leave it out (counted); it sees the renamed columns.
     """
 
@@ -45,14 +45,14 @@ def register_dataset(name: str, *, exist_ok: bool = False, **values: Any) -> Dat
     Raises: UsageError if the name is taken, or not exactly one kind of place is given.
     """
     if name in DATASET_MAPPING and not exist_ok:
-        raise UsageError(f"data set {name!r} is registered already; choose another name or pass exist_ok=True")
+        raise UsageError(f"dataset {name!r} is registered already; choose another name or pass exist_ok=True")
     try:
         meta = DatasetMeta(name, **values)
     except TypeError as error:
-        raise UsageError(f"data set {name!r}: {error}; fields: {', '.join(DatasetMeta.__dataclass_fields__)}") from None
+        raise UsageError(f"dataset {name!r}: {error}; fields: {', '.join(DatasetMeta.__dataclass_fields__)}") from None
     places = [bool(meta.path), bool(meta.hf_id or meta.ms_id), meta.load is not None]
     if sum(places) != 1:
-        raise UsageError(f"data set {name!r}: give one of path, load, and hub ids (hf_id, ms_id)")
+        raise UsageError(f"dataset {name!r}: give one of path, load, and hub ids (hf_id, ms_id)")
     DATASET_MAPPING[name] = meta
     return meta
 
@@ -66,7 +66,7 @@ _KEYS = {
 
 
 def register_dataset_info(file: str) -> list[str]:
-    """Register the data sets of a JSON file: {name: {...}}, or a list of entries that have `dataset_name`.
+    """Register the datasets of a JSON file: {name: {...}}, or a list of entries that have `dataset_name`.
 
     An entry has path (relative to the file), hf_id or ms_id, and may have columns, subsets, split. The names of
     ms-swift (dataset_path, hf_dataset_id, ms_dataset_id) and LLaMA-Factory (file_name, hf_hub_url, ms_hub_url, tags,
@@ -83,7 +83,7 @@ def register_dataset_info(file: str) -> list[str]:
             {"dataset_name": name, **entry} if isinstance(entry, Mapping) else entry for name, entry in entries.items()
         ]
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise UsageError(f"--dataset_info {file}: must hold {{name: {{...}}}}, or a list of objects; mend the file")
+        raise UsageError(f"--dataset_info {file}: must hold {{name: {{...}}}}, or a list of objects; fix the file")
     names = []
     for entry in entries:
         try:

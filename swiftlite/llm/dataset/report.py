@@ -110,7 +110,7 @@ class DropReport:
         where = f"; all of them: {self.rejects.path}" if self.rejects is not None and self.rejects.path else ""
         if self.dropped > max_drop_ratio * self.total:
             raise DatasetError(
-                f"{what}: {self.summary()}; more than --max_drop_ratio {max_drop_ratio:g}: mend the rows or raise it"
+                f"{what}: {self.summary()}; more than --max_drop_ratio {max_drop_ratio:g}: fix the rows or raise it"
                 f"{where}"
             )
         if not self.kept:

@@ -1,4 +1,4 @@
-"""Where rows come from: local files and directories, hubs, registered data sets. Rows are raw here, whatever they hold."""
+"""Where rows come from: local files and directories, hubs, registered datasets. Rows are raw here, whatever they hold."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def parse_spec(text: str) -> Spec:
     if "#" in text:
         name, _, number = text.rpartition("#")
         if not number.isdigit() or int(number) < 1:
-            raise UsageError(f"--dataset {text}: {number!r} after # is no number of rows; write NAME#500")
+            raise UsageError(f"--dataset {text}: {number!r} after # is not a number of rows; write NAME#500")
         count = int(number)
         if Path(name).expanduser().exists():
             return Spec(text, str(Path(name).expanduser()), count=count)
@@ -154,7 +154,7 @@ def hub_source(
     num_proc: int = 1,
     token: str | None = None,
 ) -> Source:
-    """A data set of Hugging Face ('hf') or ModelScope ('ms'); fetched when the first row is asked for."""
+    """A dataset of Hugging Face ('hf') or ModelScope ('ms'); fetched when the first row is asked for."""
     name = f"{hub}::{hub_id}" + (f":{subset}" if subset else "")
     load = _load_hf if hub == "hf" else _load_ms
 
@@ -180,7 +180,7 @@ def _load_hf(hub_id: str, subset: str | None, streaming: bool, num_proc: int, to
     loaded = datasets.load_dataset(hub_id, subset, **options)
     first = next(iter(loaded.values())) if isinstance(loaded, Mapping) else loaded
     if getattr(first.info, "builder_name", None) == "csv":
-        # Cells are text: "02116" is no number and "NA" is not missing.
+        # Cells are text: "02116" is not a number and "NA" is not missing.
         features = datasets.Features(
             {name: datasets.Value("string") for name in first.column_names or next(iter(first))}
         )
@@ -189,7 +189,7 @@ def _load_hf(hub_id: str, subset: str | None, streaming: bool, num_proc: int, to
 
 
 def _load_ms(hub_id: str, subset: str | None, streaming: bool, num_proc: int, token: str | None) -> Any:
-    """ModelScope's data sets are repositories in Hugging Face's layout: fetched whole, then read as local ones."""
+    """ModelScope's datasets are repositories in Hugging Face's layout: fetched whole, then read as local ones."""
     from modelscope import dataset_snapshot_download
 
     folder = dataset_snapshot_download(hub_id, **({"token": token} if token else {}))

@@ -131,7 +131,7 @@ class TokenStore:
                 if hash_of_file(directory / Path(name).name) != value:
                     raise ValueError(f"the content of {name} has changed")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise DatasetError(f"{directory}: is no whole tokenised data set ({error}); write it again") from None
+            raise DatasetError(f"{directory}: is not a whole tokenised dataset ({error}); write it again") from None
         return store
 
 

@@ -1,6 +1,6 @@
 """StreamedDataset: rows are read, encoded and packed while training runs; memory holds a few windows of them.
 
-Sample n of the stream is always the same, whatever the number of ranks or processes. So a run can go on from nothing
+Sample n of the stream is always the same, whatever the number of ranks or processes. So a run can resume from nothing
 but n; `state(n)` makes that fast: it says where the window that holds n begins.
 """
 
@@ -39,7 +39,7 @@ class _Window:
 
 
 class StreamedDataset:
-    """An endless data set: `[n]` for ascending n; epoch after epoch, each window of rows shuffled on its own.
+    """An endless dataset: `[n]` for ascending n; epoch after epoch, each window of rows shuffled on its own.
 
     Args:
         open_rows: opens the rows at a state of RowStream (None: the beginning of an epoch).

@@ -1,4 +1,4 @@
-"""Loads Hugging Face models and tokenizers, and mends what checkpoints commonly leave open.
+"""Loads Hugging Face models and tokenizers, and fixes what checkpoints commonly leave open.
 
 transformers and torch are imported when something is loaded.
 """

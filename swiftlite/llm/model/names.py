@@ -34,7 +34,7 @@ class Stored:
 def checkpoint_tensors(model: Any) -> dict[str, Stored]:
     """Every tensor that a checkpoint of `model` holds, under its name there. Tied weights come under each name.
 
-    Raises: ConfigError for a model whose parameters are no rows of the checkpoint's tensors.
+    Raises: ConfigError for a model whose parameters are not rows of the checkpoint's tensors.
     """
     live: dict[str, Tensor] = model.state_dict(keep_vars=True)
     if not _joins():

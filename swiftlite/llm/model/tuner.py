@@ -64,7 +64,7 @@ def _named(names: Mapping[str, int], args: TunerArguments, flag: str) -> set[str
         try:
             fits = {name for name in names if re.search(text, name)}
         except re.error as error:
-            raise UsageError(f"--{flag}_regex {text}: is no regular expression ({error})") from None
+            raise UsageError(f"--{flag}_regex {text}: is not a regular expression ({error})") from None
         if not fits:
             raise UsageError(f"--{flag}_regex {text}: fits no parameter; names are those of the checkpoint, as {first}")
         found |= fits
@@ -214,7 +214,7 @@ def lora_targets(linear: set[str], args: TunerArguments) -> set[str] | str:
     return targets
 
 
-# Linear layers that are no projections of attention or feed-forward layers: output layers and routers.
+# Linear layers that are not projections of attention or feed-forward layers: output layers and routers.
 NO_PROJECTIONS = {"lm_head", "embed_out", "gate", "router", "shared_expert_gate"}
 
 
@@ -234,11 +234,11 @@ def _of_other_parts(model: Any, linear: list[str]) -> list[str]:
 
 
 def lora_model(model: Any, args: SftArguments) -> Any:
-    """The model with LoRA: new, or going on with `--adapters DIR`. Names are those of the checkpoint's weights."""
+    """The model with LoRA: new, or resumed from `--adapters DIR`. Names are those of the checkpoint's weights."""
     from peft import LoraConfig
 
     if len(args.adapters) > 1:
-        raise UsageError("--adapters: training goes on with one adapter; merge the others with `swiftlite export`")
+        raise UsageError("--adapters: training resumes from one adapter; merge the others with `swiftlite export`")
     if args.adapters:
         return attach_adapter(model, Path(args.adapters[0]), trainable=True)
     split_experts(model)

@@ -103,7 +103,7 @@ class AnswerFinder:
 
 
 class Headers:
-    """Answers between a header and an end token. rests: how generation prompts go on behind the header."""
+    """Answers between a header and an end token. rests: how generation prompts continue behind the header."""
 
     def __init__(self, header: str, rests: tuple[str, ...], ends: tuple[str, ...], eos: str) -> None:
         self.header, self.ends = header, ends
@@ -158,7 +158,7 @@ def _ending(text: str, prompt: str) -> str:
 def _holds_answer(text: str, start: int, end: int, message: Message, eos: str) -> bool:
     content, calls = message.get("content"), message.get("tool_calls")
     wanted = [content.split("</think>")[-1].strip() if isinstance(content, str) else ""]
-    if calls:  # some templates leave out the text beside a call
+    if calls:  # some templates leave out the text of an answer with a call
         wanted.append(str(function_of(calls[-1])["name"]))
     elif eos and eos in text[start : max(start, text.find(wanted[0], start, end))]:
         return False  # it lies behind the end of the turn that it should be

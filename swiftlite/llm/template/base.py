@@ -180,7 +180,7 @@ class Template(TemplateOptions):
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text in which special tokens are written out; nothing is added.
 
-        Raises: TemplateError for half of a surrogate pair, which is no character.
+        Raises: TemplateError for half of a surrogate pair, which is not a character.
         """
         check_characters(text)
         encoded = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -362,7 +362,7 @@ class Template(TemplateOptions):
                     yield ids, list(_token_spans(offsets, spans))
         else:
             # Without offsets: a boundary lies where the ids of the text before it stop agreeing. Blanks of the header
-            # that are tokenised differently once text follows are then learnt too.
+            # that are tokenised differently once text follows are then trained on too.
             for text, spans in scripts:
                 ids = self.tokenize(text)
                 found = []

@@ -144,7 +144,7 @@ class ChatTemplate:
     def bounded_rows(self, write: Callable[[Any], T], rows: Sequence[Any]) -> Iterator[list[T | TemplateError]]:
         """`write(row)` of all rows, in lists of some, within bounds if the template is the checkpoint's.
 
-        They are written in a child, which goes on while the caller works on a list. If that is beyond bounds, the rows
+        They are written in a child, which continues while the caller works on a list. If that is beyond bounds, the rows
         of a list are written in a child each, where such a row gets a TemplateError.
         Raises: UsageError where the template itself is to blame, which row after row shows.
         """

@@ -78,7 +78,7 @@ def check_characters(text: str) -> None:
     except UnicodeEncodeError as error:
         raise TemplateError(
             f"character {error.start} is half of a surrogate pair ({ascii(text[error.start])}), which no text holds; "
-            "mend the row"
+            "fix the row"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Loss weights: a strategy says which answers are learnt, patterns say how much each part of an answer counts.
+"""Loss weights: a strategy says which answers are trained on, patterns say how much each part of an answer counts.
 
 `STRATEGY[+NAME...]`: strategies are default, last_round and all; a name is one of PATTERNS, one that
 `register_loss_scale` added, or a JSON file in the same form. Weights of several names are multiplied.
@@ -76,7 +76,7 @@ def _checked(weights: object, what: str) -> Weights:
         try:
             re.compile(pattern if len(values) == 1 else re.escape(pattern))
         except re.error as error:
-            raise UsageError(f"{what}: {pattern!r} is no regular expression ({error})") from None
+            raise UsageError(f"{what}: {pattern!r} is not a regular expression ({error})") from None
     return weights
 
 

@@ -31,7 +31,7 @@ def function_of(call: Any) -> dict[str, Any]:
 def with_arguments(messages: Sequence[Message], kind: type) -> list[Message]:
     """Messages whose tool calls have their arguments as objects (kind dict) or as JSON text (kind str).
 
-    Data sets hold either. A template that prints an object's JSON would print a string quoted, as no model writes it.
+    Datasets hold either. A template that prints an object's JSON would print a string quoted, as no model writes it.
     """
     return [
         {**message, "tool_calls": [_with_arguments(call, kind) for call in message["tool_calls"]]}

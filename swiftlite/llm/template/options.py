@@ -20,8 +20,8 @@ class TemplateOptions:
 
     default_system: system text for conversations without one; None keeps the template's own, "" writes none.
     max_length: most tokens of a training row. truncation_strategy: what happens to longer ones: 'raise' and 'delete'
-        raise MaxLengthError (data sets count and drop the row), 'left' and 'right' cut that side, 'split' makes several
-        samples of them (data sets only).
+        raise MaxLengthError (datasets count and drop the row), 'left' and 'right' cut that side, 'split' makes several
+        samples of them (datasets only).
     agent_template: how tools are written: the template's own way, or 'hermes' where its model has none.
     use_chat_template: False writes contents end to end and the end token, for pre-training.
     remove_unused_columns: False keeps a row's other keys in what `encode` returns.

@@ -20,6 +20,6 @@ def trained_chat(template: Template) -> Chat | None:
         end = template.tokenizer.eos_token_id if template.suffix == template.tokenizer.eos_token else None
     if end is None:
         get_logger().warning(
-            "%s ends answers with text that is no special token: servers need it as a stop word", template.chat.name
+            "%s ends answers with text that is not a special token: servers need it as a stop word", template.chat.name
         )
     return Chat(template.chat.registered, end)

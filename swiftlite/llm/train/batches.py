@@ -21,7 +21,7 @@ def counting(
     lengths: Callable[[Any], Sequence[int]],
     pairs: Callable[[Iterable[int]], float],
 ) -> Collate:
-    """`collate` with a tensor `counts` beside the batch: COUNTS and the objective's.
+    """`collate` with a tensor `counts` next to the batch: COUNTS and the objective's.
 
     lengths: tokens of a row's samples. pairs: those of samples of these lengths, as `pairs_of` gives them.
     """

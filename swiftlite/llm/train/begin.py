@@ -1,4 +1,4 @@
-"""How a run on the Hugging Face side begins: process group, output directory, the checkpoint that it goes on from."""
+"""How a run on the Hugging Face side begins: process group, output directory, the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def process_group(timeout: int) -> Iterator[None]:
 def started(
     args: SftArguments, load: Callable[[Any, Any], tuple[Any, Any]]
 ) -> Iterator[tuple[Any, Any, tuple[Any, Any], Start | None]]:
-    """What every command does before it prepares the model: (model, template, data, checkpoint to go on from).
+    """What every command does before it prepares the model: (model, template, data, checkpoint to resume from).
 
     Weights come last: everything else that can be wrong is known by then.
 
@@ -76,7 +76,7 @@ def started(
 def settle_output(args: SftArguments) -> Start | None:
     """Decide what happens with the output directory, the same on all ranks.
 
-    Returns: the checkpoint to go on from, or None. Raises: UsageError, see run_directory.prepare; CheckpointError if the
+    Returns: the checkpoint to resume from, or None. Raises: UsageError, see run_directory.prepare; CheckpointError if the
     checkpoint is damaged.
     """
     start = run_directory.prepare(args, newest)
@@ -93,7 +93,7 @@ def newest(root: Path) -> Start | None:
 
 
 def check_start(start: Start, weights_only: bool) -> None:
-    """Raises: CheckpointError for a checkpoint that nothing can go on from. What is missing otherwise is said.
+    """Raises: CheckpointError for a checkpoint that nothing can resume from. What is missing otherwise is said.
 
     weights_only: the run saves no optimizer, so that none is missed.
     """

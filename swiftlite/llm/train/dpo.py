@@ -193,7 +193,7 @@ class DpoTrainer(HfTrainer):
 
 
 def dpo_main(args: DpoArguments | Sequence[str]) -> dict[str, Any]:
-    """Train on preference pairs; the same command again goes on where it stopped. Called on every rank.
+    """Train on preference pairs; the same command again resumes where it stopped. Called on every rank.
 
     Args: args: an arguments object, or words as typed.
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.

@@ -21,7 +21,7 @@ from swiftlite.train.objective import LanguageModeling
 
 
 def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
-    """Train; the same command again goes on where it stopped. Called on every rank.
+    """Train; the same command again resumes where it stopped. Called on every rank.
 
     Args: args: an arguments object, or words as typed (`["--model", "DIR", "--dataset", "FILE"]`).
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.

@@ -31,7 +31,7 @@ class MicroBatch:
     """One forward pass. Labels are shifted: labels[:, t] is the token at t + 1.
 
     tokens, labels, position_ids: int64 [B, S]. loss_mask: fp32 [B, S], the weight of each label; 0 in prompt and
-    padding. num_tokens: tokens that are no padding. sample_lengths: tokens of each sample. cu_seqlens: int32, where
+    padding. num_tokens: tokens that are not padding. sample_lengths: tokens of each sample. cu_seqlens: int32, where
     each sample of a joined sequence begins and the last one ends (B is 1 then); None where each row is one sample.
     longest: no sample of a joined sequence is longer; known on the host, so that nobody waits for the device to say so.
     sequences, lengths, router_weight: see BatchTokens.

@@ -164,7 +164,7 @@ class DpoTrainer(Trainer):
         return token_losses(model, batch), report
 
     def precompute(self, loader: BatchLoader) -> None:
-        """Keep the reference's log-probabilities of a whole data set; data-parallel ranks share the work. Collective."""
+        """Keep the reference's log-probabilities of a whole dataset; data-parallel ranks share the work. Collective."""
         pairs = loader.dataset.pairs
         single = copy.copy(loader)
         single.dataset = loader.dataset.singles()
@@ -236,7 +236,7 @@ def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Any]:
 
 
 def megatron_dpo_main(args: MegatronDpoArguments | Sequence[str]) -> dict[str, Any]:
-    """Train on preference pairs; the same command again goes on where it stopped. Called on every rank.
+    """Train on preference pairs; the same command again resumes where it stopped. Called on every rank.
 
     Args: args: an arguments object, or words as typed.
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.

@@ -147,7 +147,7 @@ def obstacle(args: MegatronArguments, models: Sequence[Any], device: torch.devic
     config: Any = get_model_config(models[0])
     dropout = config.attention_dropout or config.hidden_dropout
     reasons = {
-        "the device is no GPU": device.type != "cuda",
+        "the device is not a GPU": device.type != "cuda",
         "--cuda_graph false": args.cuda_graph is False,
         "recomputation sets the random generators": config.recompute_granularity is not None,
         "fp16 changes its loss scale": config.fp16,

@@ -66,7 +66,7 @@ def build_scheduler(
 
 
 def agree_on_loss_scale(optimizer: Any) -> None:
-    """Let the optimizers of a chain (experts have their own) go on with one loss scale, the lowest.
+    """Let the optimizers of a chain (experts have their own) continue with one loss scale, the lowest.
 
     An overflow in one of them lowers only its scale, while the loss is multiplied by that of the first.
     """

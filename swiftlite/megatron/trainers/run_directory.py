@@ -30,12 +30,12 @@ def newest(root: Path) -> Start | None:
         assert named is not None
         if named < max(found):
             get_logger().warning(
-                "%s says %d: going on from there, although %s is there, too", tracker, named, found[max(found)].name
+                "%s says %d: resuming from there, although %s is there, too", tracker, named, found[max(found)].name
             )
         return Start.of(found, named)
     if not found:
         return None
     start = Start.of(found, max(found))
     what = "is missing" if text is None else f"says {text[:40]!r}, which is not there"
-    get_logger().warning("%s %s: going on from the newest checkpoint, %s", tracker, what, start.directory.name)
+    get_logger().warning("%s %s: resuming from the newest checkpoint, %s", tracker, what, start.directory.name)
     return start

@@ -1,4 +1,4 @@
-"""The files of a run on megatron-core: next to its checkpoints, adapters and Hugging Face directories beside them."""
+"""The files of a run on megatron-core: next to its checkpoints, adapters and Hugging Face directories next to them."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class RunFiles:
         move_files(beside, self.root)
 
     def record(self, directory: Path, base: Path | None = None) -> None:
-        """Beside copied files of the model (or of those in `base`): arguments, the chat that was trained. Rank 0 only."""
+        """Next to copied files of the model (or of those in `base`): arguments, the chat that was trained. Rank 0 only."""
         self.args.save(directory)
         if self.chat is not None:
             self.chat.write(directory, base)
 
     def write_adapter(self, directory: Path) -> None:
-        """The adapter in PEFT's format beside a checkpoint that is being written, and what it was trained with."""
+        """The adapter in PEFT's format next to a checkpoint that is being written, and what it was trained with."""
         assert self.lora is not None
         source, config = TorchDistSource(directory), self.lora.peft_config
         adapter = Adapter(

@@ -81,7 +81,7 @@ def settle(args: Any) -> str:
 
 
 def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> dict[str, Any]:
-    """Train; the same command again goes on where it stopped. Called on every rank.
+    """Train; the same command again resumes where it stopped. Called on every rank.
 
     Args: args: an arguments object, or words as typed (`["--model", "DIR", "--dataset", "FILE"]`).
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`; of a dry run `output_dir` only.

@@ -14,7 +14,7 @@ from swiftlite.megatron.model.layers import accumulate_in_place
 
 
 def choose_overlap(args: Any, parallel: ParallelState) -> None:
-    """Collectives of data parallelism run beside the passes by default where they have streams of their own.
+    """Collectives of data parallelism run during the passes by default where they have streams of their own.
 
     Adapters are gathered at once: they are small, and those of grouped experts are read outside their own modules,
     whose calls would wait for them.

@@ -1,1 +1,1 @@
-"""What of a live megatron-core model is trained: some of its parameters, or LoRA adapters beside it."""
+"""What of a live megatron-core model is trained: some of its parameters, or LoRA adapters next to it."""

@@ -67,7 +67,7 @@ def _in_order(bound: BoundMap, args: MegatronArguments) -> Iterator[Entry]:
 
 
 def trained_weights(bound: BoundMap, trained: set[str], expert_share: float) -> float:
-    """Numbers in trained matrices that a token meets; a lookup in an embedding is no product."""
+    """Numbers in trained matrices that a token meets; a lookup in an embedding is not a product."""
     total = 0.0
     for name in trained:
         entry, position = bound.by_hf[name]

@@ -1,4 +1,4 @@
-"""LoRA on live megatron-core models: one pair A [r, in], B [out, r] per Hugging Face weight, beside the layer it is in.
+"""LoRA on live megatron-core models: one pair A [r, in], B [out, r] per Hugging Face weight, next to the layer it is in.
 
 The layers themselves stay as they are; a hook adds B A x to their output. Pairs of experts that one layer holds are one
 parameter [E, ...] for each projection, cut into the experts' own on disk. All pairs of a model chunk are in its child

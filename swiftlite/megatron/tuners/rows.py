@@ -1,4 +1,4 @@
-"""Rows of new tokens in embedding and output layer, trained beside LoRA: what peft calls trainable tokens.
+"""Rows of new tokens in embedding and output layer, trained along with LoRA: what peft calls trainable tokens.
 
 The matrices stay frozen. Hooks on the layers put trained rows in the place of theirs, wherever they are read. Every rank
 holds all trained rows, as there are few, and works with those of its part of the vocabulary.

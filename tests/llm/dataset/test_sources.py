@@ -1,4 +1,4 @@
-"""Where rows come from: words of --dataset, hubs (a local fake), registered data sets, mixtures, rejected rows."""
+"""Where rows come from: words of --dataset, hubs (a local fake), registered datasets, mixtures, rejected rows."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_dataset_info(tmp_path, hub):
     ]
     assert answers(load_dataset("remote")[0]) == ["a10", "a11", "a12", "a13"]
     (tmp_path / "bad.json").write_text('{"x": {"columns": {}}}')
-    with pytest.raises(UsageError, match="bad.json: data set 'None'|bad.json: data set 'x'"):
+    with pytest.raises(UsageError, match="bad.json: dataset 'None'|bad.json: dataset 'x'"):
         register_dataset_info(str(tmp_path / "bad.json"))
     with pytest.raises(UsageError, match="cannot be read"):
         register_dataset_info(str(tmp_path / "none.json"))

@@ -75,7 +75,7 @@ GONE, EXPERT = "model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.exp
     ],
 )
 def test_no_weights_are_missing_or_left_over(change: Any, message: str, tiny_model: TinyModel, tmp_path: Path) -> None:
-    """Neither when a model is loaded nor when a run goes on."""
+    """Neither when a model is loaded nor when a run resumes."""
     source = tiny_model("glm4_moe")
     model = AutoModelForCausalLM.from_pretrained(source)
     directory = damaged(source, tmp_path / "damaged", change)

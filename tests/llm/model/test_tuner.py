@@ -52,7 +52,7 @@ def test_trainable_names(values: dict[str, Any], trained: set[str]) -> None:
         ({"freeze_parameters": ["model", "lm_head"]}, "nothing would be trained"),
         ({"freeze_parameters_regex": "gate_up"}, "--freeze_parameters_regex gate_up: fits no parameter"),
         ({"trainable_parameters_regex": "gate_up"}, "--trainable_parameters_regex gate_up: fits no parameter"),
-        ({"freeze_parameters_regex": "w["}, r"--freeze_parameters_regex w\[: is no regular expression"),
+        ({"freeze_parameters_regex": "w["}, r"--freeze_parameters_regex w\[: is not a regular expression"),
     ],
 )
 def test_what_cannot_be_trained(values: dict[str, Any], message: str) -> None:

@@ -25,9 +25,9 @@ def test_calls_are_written_and_learnt(make_tokenizer, name):
     row = {"messages": [{"role": "system", "content": "S"}, *MESSAGES], "tools": [TOOL]}
     template = get_template(name, tokenizer, agent_template="hermes")
     text, spans = template.training_text(row)
-    learnt = [text[a:b] for a, b, _ in spans]
-    assert learnt[0].startswith(f"Wait.\n{CALL_TEXT}\n{CALL_TEXT}") and learnt[1].startswith("Done.")
-    assert len(learnt) == 2
+    trained = [text[a:b] for a, b, _ in spans]
+    assert trained[0].startswith(f"Wait.\n{CALL_TEXT}\n{CALL_TEXT}") and trained[1].startswith("Done.")
+    assert len(trained) == 2
     assert "S\n\n# Tools" in text and '"name": "f", "parameters"' in text
     assert "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>" in text
     row["messages"][2] = {**row["messages"][2], "loss": False}

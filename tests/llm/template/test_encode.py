@@ -131,7 +131,7 @@ def test_labels_read_as_the_answers(chatml):
         ]
         encoded = template.encode({"messages": messages})
         for run, answer in zip(labelled_texts(template, encoded), answers, strict=True):
-            # Newlines at the start of an answer may share a token with the header's newline, which is learnt then.
+            # Newlines at the start of an answer may share a token with the header's newline, which is trained on then.
             assert run.endswith(f"{answer}<|im_end|>") and run.lstrip("\n") == f"{answer}<|im_end|>".lstrip("\n")
 
 

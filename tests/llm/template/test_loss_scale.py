@@ -1,4 +1,4 @@
-"""Which tokens are learnt and how much: strategies, patterns, chains, thoughts, long rows."""
+"""Which tokens are trained on and how much: strategies, patterns, chains, thoughts, long rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TWO = [ASKED, PLAIN, ASKED, {"role": "assistant", "content": "Yes."}]
 
 
 @pytest.fixture
-def learnt(make_tokenizer):
+def trained(make_tokenizer):
     """[(text, weight)] of the spans with a loss."""
 
     def get(messages, loss_scale="default", official_id="qwen3", **kwargs):
@@ -36,58 +36,58 @@ def learnt(make_tokenizer):
     return get
 
 
-def test_strategies(learnt):
+def test_strategies(trained):
     no, yes = "No.<|im_end|>", "<think>\n\n</think>\n\nYes.<|im_end|>"
-    assert learnt(TWO) == learnt(TWO, "base") == [(no, 1.0), (yes, 1.0)]
-    assert learnt(TWO, "last_round") == [(yes, 1.0)]
-    assert learnt(TWO, "last_round+ignore_empty_think") == [("Yes.<|im_end|>", 1.0)]
-    assert learnt(TWO, "ignore_empty_think") == [(no, 1.0), ("Yes.<|im_end|>", 1.0)]
-    ((everything, weight),) = learnt(TWO, "all")
+    assert trained(TWO) == trained(TWO, "base") == [(no, 1.0), (yes, 1.0)]
+    assert trained(TWO, "last_round") == [(yes, 1.0)]
+    assert trained(TWO, "last_round+ignore_empty_think") == [("Yes.<|im_end|>", 1.0)]
+    assert trained(TWO, "ignore_empty_think") == [(no, 1.0), ("Yes.<|im_end|>", 1.0)]
+    ((everything, weight),) = trained(TWO, "all")
     assert everything.startswith("<|im_start|>user\nQ") and everything.endswith("<|im_end|>\n") and weight == 1.0
 
 
-def test_thoughts_with_and_without_loss(learnt):
+def test_thoughts_with_and_without_loss(trained):
     messages = [ASKED, THOUGHT]
-    assert learnt(messages) == [("<think>\nhm\n</think>\n\nYes.<|im_end|>", 1.0)]
-    assert learnt(messages, "ignore_empty_think") == learnt(messages)
-    assert learnt(messages, "ignore_think") == [("Yes.<|im_end|>", 1.0)]
+    assert trained(messages) == [("<think>\nhm\n</think>\n\nYes.<|im_end|>", 1.0)]
+    assert trained(messages, "ignore_empty_think") == trained(messages)
+    assert trained(messages, "ignore_think") == [("Yes.<|im_end|>", 1.0)]
     # Where the generation prompt opens the thoughts, they have no opening tag of their own.
-    assert learnt(messages, "ignore_think", official_id="qwq") == [("Yes.<|im_end|>", 1.0)]
-    assert learnt(messages, "ignore_think", official_id="glm4_5") == [("Yes.<|user|>", 1.0)]
+    assert trained(messages, "ignore_think", official_id="qwq") == [("Yes.<|im_end|>", 1.0)]
+    assert trained(messages, "ignore_think", official_id="glm4_5") == [("Yes.<|user|>", 1.0)]
 
 
-def test_per_message_weights(learnt):
+def test_per_message_weights(trained):
     half, none = {**PLAIN, "loss_scale": 0.5}, {**PLAIN, "loss": False}
-    assert learnt([ASKED, none, ASKED, half]) == [("<think>\n\n</think>\n\nNo.<|im_end|>", 0.5)]
-    assert learnt([ASKED, {**PLAIN, "loss": True}, ASKED, PLAIN], "last_round")[0] == ("No.<|im_end|>", 1.0)
+    assert trained([ASKED, none, ASKED, half]) == [("<think>\n\n</think>\n\nNo.<|im_end|>", 0.5)]
+    assert trained([ASKED, {**PLAIN, "loss": True}, ASKED, PLAIN], "last_round")[0] == ("No.<|im_end|>", 1.0)
 
 
-def test_patterns_and_chains(learnt, tmp_path):
+def test_patterns_and_chains(trained, tmp_path):
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     messages = [ASKED, {"role": "assistant", "content": "Wait.", "tool_calls": [call]}]
     call_text = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
-    assert learnt(messages, "hermes+ignore_empty_think") == [
+    assert trained(messages, "hermes+ignore_empty_think") == [
         ("Wait.\n", 1.0), (call_text, 2.0), ("<|im_end|>", 1.0),
     ]  # fmt: skip
     react = {
         "role": "assistant",
         "content": "Thought: go\nAction: f\nAction Input: {}\nObservation: 4\nFinal Answer: 4",
     }
-    parts = learnt([ASKED, react], "react+ignore_empty_think")
+    parts = trained([ASKED, react], "react+ignore_empty_think")
     assert parts == [
         ("Thought:", 1.0), (" go\n", 1.0), ("Action:", 2.0), (" f\n", 2.0), ("Action Input:", 2.0), (" {}\n", 2.0),
         ("Observation:", 2.0), ("Final Answer:", 1.0), (" 4<|im_end|>", 1.0),
     ]  # fmt: skip
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({r"\d+": [3.0], "Wait": [0.5, 0.5]}))
-    weighed = learnt(
+    weighed = trained(
         [ASKED, {"role": "assistant", "content": "a 12 Wait b 3"}], f"last_round+{file}+ignore_empty_think"
     )
     assert weighed == [
         ("a ", 1.0), ("12", 3.0), (" ", 1.0), ("Wait", 0.5), (" b ", 0.5), ("3", 3.0), ("<|im_end|>", 1.0),
     ]  # fmt: skip
     # Weights of a chain are multiplied.
-    chained = learnt([ASKED, {**react, "loss_scale": 0.5}], "react+alpha_umi+ignore_empty_think")
+    chained = trained([ASKED, {**react, "loss_scale": 0.5}], "react+alpha_umi+ignore_empty_think")
     assert ("Action:", 2.0) in chained and ("Thought:", 0.5) in chained
 
 
@@ -115,14 +115,14 @@ def test_unknown_names_and_wrong_files(tmp_path):
     del PATTERNS["mine"]
 
 
-def test_non_thinking_prefix(learnt):
-    assert learnt([ASKED, PLAIN], add_non_thinking_prefix=False) == [("No.<|im_end|>", 1.0)]
-    assert learnt([ASKED, PLAIN], official_id="glm4_5") == [("\n<think></think>\nNo.<|user|>", 1.0)]
-    assert learnt([ASKED, PLAIN], official_id="glm4_5", add_non_thinking_prefix=False) == [("\nNo.<|user|>", 1.0)]
+def test_non_thinking_prefix(trained):
+    assert trained([ASKED, PLAIN], add_non_thinking_prefix=False) == [("No.<|im_end|>", 1.0)]
+    assert trained([ASKED, PLAIN], official_id="glm4_5") == [("\n<think></think>\nNo.<|user|>", 1.0)]
+    assert trained([ASKED, PLAIN], official_id="glm4_5", add_non_thinking_prefix=False) == [("\nNo.<|user|>", 1.0)]
     # Thoughts are left alone.
-    assert learnt([ASKED, THOUGHT], add_non_thinking_prefix=False) == learnt([ASKED, THOUGHT])
+    assert trained([ASKED, THOUGHT], add_non_thinking_prefix=False) == trained([ASKED, THOUGHT])
     # With thinking off the block belongs to the prompt, and stays.
-    assert learnt([ASKED, PLAIN], enable_thinking=False, add_non_thinking_prefix=False) == [("No.<|im_end|>", 1.0)]
+    assert trained([ASKED, PLAIN], enable_thinking=False, add_non_thinking_prefix=False) == [("No.<|im_end|>", 1.0)]
 
 
 def test_split_makes_several_samples(make_tokenizer):

@@ -1,4 +1,4 @@
-"""The check at start: the registered template beside the checkpoint's own Jinja."""
+"""The check at start: the registered template against the checkpoint's own Jinja."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint that is damaged, incomplete or of other data: said, with the way on; one run at a time."""
+"""Resuming from a checkpoint that is damaged, incomplete or of other data: said, with the way on; one run at a time."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_file_that_is_cut_off_is_named_and_the_checkpoint_before_offered(
     with pytest.raises(CheckpointError) as error:
         run("parts")
     assert str(parts / "checkpoint-4" / name) in str(error.value)
-    assert f"remove {parts / 'checkpoint-4'} and give the same command again to go on from checkpoint-2" in str(
+    assert f"remove {parts / 'checkpoint-4'} and give the same command again to resume from checkpoint-2" in str(
         error.value
     )
 
@@ -180,14 +180,14 @@ def test_an_unknown_metric_is_told_before_training(run: Callable[..., Any], root
 def test_a_full_disk_is_one_line(
     error: Exception, run: Callable[..., Any], parts: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever tells it; the checkpoint before is whole, and with room the run goes on from it."""
+    """Whoever tells it; the checkpoint before is whole, and with room the run resumes from it."""
 
     def full(*_: Any) -> None:
         raise error
 
     shutil.rmtree(parts / "checkpoint-4")
     monkeypatch.setattr("swiftlite.train.loop.write_data_state", full)
-    message = rf"{parts} cannot be written: the disk is full.* free in .*; make room, and the same command goes on"
+    message = rf"{parts} cannot be written: the disk is full.* free in .*; make room, and the same command resumes"
     with pytest.raises(CheckpointError, match=message):
         run("parts")
     monkeypatch.undo()

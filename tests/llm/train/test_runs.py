@@ -1,4 +1,4 @@
-"""Whole runs of `swiftlite sft`, `pt` and `dpo` on tiny models: what they compute, write, keep and go on from."""
+"""Whole runs of `swiftlite sft`, `pt` and `dpo` on tiny models: what they compute, write, keep and resume from."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_checkpoint_has_the_models_own_files(run: Any, tiny_model: Callable[...,
 
 
 def test_best_and_limit(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint of the best evaluation stays beside the newest ones."""
+    """The checkpoint of the best evaluation stays next to the newest ones."""
     evaluate = HfTrainer.evaluate
 
     def worse_each_time(self: HfTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
