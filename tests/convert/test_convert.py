@@ -167,7 +167,7 @@ def test_existing_output_directory_is_kept(model: Path, tmp_path: Path, capsys: 
     assert export("--model", model, "--to_mcore", "true", "--output_dir", out) == 2
     assert "exists already" in _last_error(capsys) and (out / "mine.txt").read_text() == "precious"
     assert export("--model", model, "--to_mcore", "true", "--output_dir", out, "--exist_ok", "true") == 2
-    assert "no output of `swiftlite export`" in _last_error(capsys) and (out / "mine.txt").read_text() == "precious"
+    assert "not an output of `swiftlite export`" in _last_error(capsys) and (out / "mine.txt").read_text() == "precious"
     (out / "mine.txt").unlink()
     for _ in range(2):  # a conversion's own output is replaced
         assert export("--model", model, "--to_mcore", "true", "--output_dir", out, "--exist_ok", "true") == 0

@@ -181,7 +181,7 @@ def _history(history: Any) -> list[Message]:
 
 def _conversation(messages: Any, system: str | None) -> list[Message]:
     if isinstance(messages, str):
-        messages = _from_json(messages, "messages is text but no JSON")
+        messages = _from_json(messages, "messages is text but not JSON")
     if not isinstance(messages, (list, tuple)):
         raise RowError("messages is not a list", type(messages).__name__)
     if not messages:
@@ -299,7 +299,7 @@ def _call(call: Any) -> dict[str, Any]:
 def _tools(tools: Any) -> list[Any]:
     """Tool schemas: a list or its JSON; bare function schemas get OpenAI's envelope."""
     if isinstance(tools, str):
-        tools = _from_json(tools, "tools is text but no JSON")
+        tools = _from_json(tools, "tools is text but not JSON")
     if isinstance(tools, Mapping):
         tools = [tools]
     if not isinstance(tools, (list, tuple)):
@@ -307,7 +307,7 @@ def _tools(tools: Any) -> list[Any]:
     out = []
     for tool in tools:
         if isinstance(tool, str):
-            tool = _from_json(tool, "a tool is text but no JSON")
+            tool = _from_json(tool, "a tool is text but not JSON")
         if not isinstance(tool, Mapping):
             raise RowError("a tool is not an object", type(tool).__name__)
         plain = _plain(tool, "tool")

@@ -462,7 +462,7 @@ def _parse_tools(text: str) -> list[Any] | None:
     try:
         tools = json.loads(text)
     except ValueError as error:
-        raise TemplateError(f"'tools' is a string but no JSON ({error}); give a list of function schemas") from None
+        raise TemplateError(f"'tools' is a string but not JSON ({error}); give a list of function schemas") from None
     return tools if isinstance(tools, list) or tools is None else [tools]
 
 

@@ -252,7 +252,7 @@ def test_bad_rows_of_every_kind_are_counted_and_written_down(tmp_path):
         (b"[1, 2]", "not an object"),
         (b"{}", "no known format"),
         (b'{"messages": []}', "messages is empty"),
-        (b'{"messages": "hi"}', "messages is text but no JSON"),
+        (b'{"messages": "hi"}', "messages is text but not JSON"),
         (b'{"messages": {"role": "user"}}', "messages is not a list"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', "unknown role"),
         (b'{"messages": [{"content": "x"}]}', "a message has no role"),

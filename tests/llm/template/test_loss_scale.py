@@ -105,7 +105,7 @@ def test_unknown_names_and_wrong_files(tmp_path):
         parse_loss_scale("default+hermse")
     with pytest.raises(UsageError, match="cannot be read"):
         parse_loss_scale(str(tmp_path / "none.json"))
-    for content, what in (("[]", "must be an object"), ('{"(": [1]}', "no regular expression"),
+    for content, what in (("[]", "must be an object"), ('{"(": [1]}', "not a regular expression"),
                           ('{"x": [1, 2, 3]}', "one or two numbers"), ('{"x": [-1]}', "0 or more")):  # fmt: skip
         (tmp_path / "w.json").write_text(content)
         with pytest.raises(UsageError, match=what):
