@@ -203,10 +203,8 @@ def _open_mcore(directory: Path, root: Path, config: Json, weights: bool) -> Che
 
 
 def _read(source: WeightSource, name: str, start: int, stop: int, files: Files) -> bytearray:
-    data, position = bytearray(stop - start), 0
-    for extent in source.extents(name, start, stop):
-        files.read_into(extent, memoryview(data)[position : position + extent.size])
-        position += extent.size
+    data = bytearray(stop - start)
+    files.read_into(memoryview(data), source.extents(name, start, stop))
     return data
 
 

@@ -10,7 +10,7 @@ from swiftlite.checkpoint.bind import bind_map, resolve_copy
 from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.types import Config
 from swiftlite.weights.fp8 import ACTIVATION_SCALES, SCALES
-from swiftlite.weights.safetensors import INDEX, SINGLE, Located, SafetensorsSource
+from swiftlite.weights.safetensors import INDEX, SINGLE, SafetensorsSource, StoredTensor
 from swiftlite.weights.storage import TensorSpec
 
 
@@ -30,7 +30,7 @@ class PlannedSource(SafetensorsSource):
         # Names that no rule knows are reported by BoundMap.check; scales of FP8 weights go when these are dequantised.
         unknown = {n: () for n in self._index if n not in shapes and not n.endswith((*SCALES, *ACTIVATION_SCALES))}
         self.tensors = {
-            name: Located(TensorSpec(torch.float32 if name in kept else dtype, shape), self._file(name), 0)
+            name: StoredTensor(TensorSpec(torch.float32 if name in kept else dtype, shape), self._file(name), 0)
             for name, shape in {**shapes, **unknown}.items()
             if not self._index or name in self._index
         }
@@ -44,4 +44,4 @@ class PlannedSource(SafetensorsSource):
         path = self.directory / INDEX
         with blame(path):
             stated = (read_json(path).get("metadata") or {}).get("total_size") if path.is_file() else None
-            return int(stated or sum(located.spec.nbytes for located in self.tensors.values()))
+            return int(stated or sum(stored.spec.nbytes for stored in self.tensors.values()))

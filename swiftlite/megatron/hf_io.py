@@ -154,13 +154,13 @@ def prepare_hf_weights(
     mine, my_jobs = divide([shard for shard, _, _ in shards], jobs)
     owned = [item for item, is_mine in zip(shards, mine, strict=True) if is_mine]
 
-    def pieces() -> Iterator[tuple[torch.Tensor, Entry, tuple[int, ...]]]:
+    def slices() -> Iterator[tuple[torch.Tensor, Entry, tuple[int, ...]]]:
         for shard, entry, offset in owned:
             yield shard.data.detach().view(shard.local_shape).cpu(), entry, offset
 
-    def write(pieces: Iterable[tuple[torch.Tensor, Entry, tuple[int, ...]]]) -> None:
+    def write(slices: Iterable[tuple[torch.Tensor, Entry, tuple[int, ...]]]) -> None:
         with Files() as files:
-            for data, entry, offset in pieces:
+            for data, entry, offset in slices:
                 write_shard(data, entry, offset, files, place)
                 for copy in (c for c, of in origin.copies.items() if of == entry.hf[0]):
                     write_shard(data, entry, offset, files, partial(place, copy))
@@ -178,7 +178,7 @@ def prepare_hf_weights(
         barrier()
 
     nbytes = sum(shard.data.nbytes for shard, _, _ in owned)
-    return carried, Write(nbytes, lambda: write(pieces()), lambda: partial(write, list(pieces())), [publish])
+    return carried, Write(nbytes, lambda: write(slices()), lambda: partial(write, list(slices())), [publish])
 
 
 def divide(shards: Sequence[ShardedTensor], jobs: Sequence[stream.Job]) -> tuple[list[bool], list[stream.Job]]:

@@ -33,7 +33,7 @@ from swiftlite.utils.io import blame, is_inside, plain_name, write_bytes_atomic,
 from swiftlite.utils.types import Json
 from swiftlite.weights.ops import Shape
 from swiftlite.weights.storage import Extent, TensorSpec, WeightSource
-from swiftlite.weights.torch_record import data_offset, record_frame
+from swiftlite.weights.torch_record import data_offset, record_of
 from swiftlite.weights.unpickle import read_metadata
 
 SHARDED_BACKEND = {
@@ -205,13 +205,13 @@ class DistPlan:
         self, place: tuple[str, int | None], key: str, index: tuple[int, ...], chunk: TensorSpec, file: str
     ) -> None:
         """Put one chunk, the part of `key` at `index`, behind what `file` holds so far."""
-        start, frame = self.sizes.get(file, 0), record_frame(chunk)
+        start, record = self.sizes.get(file, 0), record_of(chunk)
         self.records.append((file, start, chunk))
-        self.data[place] = (file, start + frame.data_offset)
-        self.sizes[file] = start + frame.length
+        self.data[place] = (file, start + record.data_offset)
+        self.sizes[file] = start + record.length
         corner = torch.Size((*index, *(0 for _ in range(len(chunk.shape) - len(index)))))
         chunks = self.chunks.setdefault(key, [])
-        self.storage[MetadataIndex(key, corner, len(chunks))] = _StorageInfo(file, start, frame.length)
+        self.storage[MetadataIndex(key, corner, len(chunks))] = _StorageInfo(file, start, record.length)
         chunks.append(ChunkStorageMetadata(corner, torch.Size(chunk.shape)))
 
     @cached_property
@@ -234,7 +234,7 @@ def create_files(directory: Path, plan: DistPlan) -> None:
     for name, records in by_file:
         with (directory / name).open("wb") as file:
             for _, start, spec in records:
-                for position, data in record_frame(spec).pieces:
+                for position, data in record_of(spec).written:
                     file.seek(start + position)
                     file.write(data)
             file.truncate(plan.sizes[name])

@@ -18,7 +18,7 @@ from torch import Tensor
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
 from swiftlite.utils.io import blame
 from swiftlite.utils.types import Config
-from swiftlite.weights.safetensors import Located, SafetensorsSource
+from swiftlite.weights.safetensors import StoredTensor, SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -33,7 +33,7 @@ def open_source(directory: Path, config: Config) -> SafetensorsSource:
     quantisation = config.get("quantization_config")
     if not quantisation:
         plain = SafetensorsSource(directory)
-        if not any(located.spec.dtype in FP8 for located in plain.tensors.values()):
+        if not any(stored.spec.dtype in FP8 for stored in plain.tensors.values()):
             return plain
         quantisation = {"quant_method": "fp8"}
     method = str(quantisation.get("quant_method"))
@@ -75,9 +75,9 @@ class Fp8Source(SafetensorsSource):
         super().__init__(directory)
         self.block, self.dequantised = block, dequantised
         self.scales: dict[str, str] = {}
-        self._all: dict[str, Located] = dict(self.tensors)
-        for name, located in self._all.items():
-            if located.spec.dtype not in FP8:
+        self._all: dict[str, StoredTensor] = dict(self.tensors)
+        for name, stored in self._all.items():
+            if stored.spec.dtype not in FP8:
                 continue
             scale = next((s for s in (name.removesuffix(".weight") + e for e in SCALES) if s in self._all), None)
             if scale is None:
@@ -86,7 +86,7 @@ class Fp8Source(SafetensorsSource):
             self._check(name, scale)
         self.left_out = tuple(name for name in self._all if name.endswith(ACTIVATION_SCALES))
         gone = {*self.scales.values(), *self.left_out}
-        self.tensors = {name: located for name, located in self._all.items() if name not in gone}
+        self.tensors = {name: stored for name, stored in self._all.items() if name not in gone}
         self._scale = lru_cache(maxsize=64)(self._read_scale)
 
     def value_dtype(self, name: str) -> torch.dtype:
@@ -137,5 +137,5 @@ class Fp8Source(SafetensorsSource):
 class _Plain(SafetensorsSource):
     """The files as they are, scales included."""
 
-    def __init__(self, tensors: dict[str, Located]) -> None:
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
         self.tensors = tensors

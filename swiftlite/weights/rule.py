@@ -91,17 +91,17 @@ class WeightMap:
 
     def bind(self, model: ModelShape) -> BoundMap:
         """Write the rules out for one model. Raises: MapError if two rules claim one name."""
-        entries = [e for rule in self.top if rule.when.test(model, NO_LAYER) for e in _expand(rule, model)]
+        entries = list(self._entries(self.top, Layer(), NO_LAYER, model))
         for index, kind in enumerate(model.layer_kinds):
-            place = Place(self.hf_layer.format(index=index), "decoder.layers", index, "")
-            entries += self._layer_entries(self.layer, place, kind, model)
+            layer = Layer(self.hf_layer.format(index=index), "decoder.layers", index)
+            entries += self._entries(self.layer, layer, kind, model)
         duplicates = [d for d in self.duplicates if d.when.test(model, NO_LAYER) and "{layer}" not in d.name]
         for index in range(model.num_mtp if self.mtp_layer else 0):
             assert self.mtp_layer is not None
             prefix = self.mtp_layer.format(index=index, number=model.num_layers + index)
-            entries += self._layer_entries(self.mtp, Place(prefix, "mtp.layers", index, ""), NO_LAYER, model)
-            inner = Place(prefix, "mtp.layers", index, "transformer_layer.")
-            entries += self._layer_entries(self.layer, inner, model.mtp_kind, model)
+            entries += self._entries(self.mtp, Layer(prefix, "mtp.layers", index), NO_LAYER, model)
+            inner = Layer(prefix, "mtp.layers", index, "transformer_layer.")
+            entries += self._entries(self.layer, inner, model.mtp_kind, model)
             duplicates += [
                 Duplicate(d.name.format(layer=prefix), d.of, d.when)
                 for d in self.duplicates
@@ -110,22 +110,20 @@ class WeightMap:
         return BoundMap(model, tuple(entries), tuple(duplicates), self.ignore)
 
     @staticmethod
-    def _layer_entries(
-        rules: Iterable[WeightRule], place: Place, kind: LayerKind, model: ModelShape
-    ) -> Iterator[Entry]:
+    def _entries(rules: Iterable[WeightRule], layer: Layer, kind: LayerKind, model: ModelShape) -> Iterator[Entry]:
         for rule in rules:
             if rule.when.test(model, kind):
-                yield from _expand(rule, model, place)
+                yield from _expand(rule, model, layer)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a layer sits: its HF prefix; on the Megatron side `{stack}.{index}.{inner}`."""
+class Layer:
+    """The names of a layer begin with `hf`, on the Megatron side with `{stack}.{index}.{inner}`; others have none."""
 
-    hf: str
-    stack: str
-    index: int
-    inner: str
+    hf: str = ""
+    stack: str | None = None
+    index: int | None = None
+    inner: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,18 +172,13 @@ class Entry:
         return sorted(found, key=lambda item: item[0])
 
 
-def _expand(rule: WeightRule, model: ModelShape, place: Place | None = None) -> Iterator[Entry]:
-    if place is None:
-        name = rule.mcore
-        stack, index = None, None
-    else:
-        name = place.inner + rule.mcore.removeprefix("{layer}.")
-        stack, index = place.stack, place.index
+def _expand(rule: WeightRule, model: ModelShape, layer: Layer) -> Iterator[Entry]:
+    name = layer.inner + rule.mcore.removeprefix("{layer}.")
     shapes = tuple(tuple(model.dim(d) for d in s.dims) for s in rule.hf)
     shape = rule.op.out_shape(shapes, model)
     for expert in range(model.experts) if rule.per_expert else (None,):
-        hf = tuple(s.name.format(layer=place.hf if place else "", expert=expert) for s in rule.hf)
-        yield Entry(name, stack, index, expert, hf, shapes, shape, rule, model)
+        hf = tuple(s.name.format(layer=layer.hf, expert=expert) for s in rule.hf)
+        yield Entry(name, layer.stack, layer.index, expert, hf, shapes, shape, rule, model)
 
 
 def clip(segments: Iterable[Segment], start: int, stop: int) -> Iterator[Segment]:

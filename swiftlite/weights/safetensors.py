@@ -34,7 +34,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class StoredTensor:
     """A tensor's spec and the place of its bytes."""
 
     spec: TensorSpec
@@ -42,7 +42,7 @@ class Located:
     offset: int
 
 
-def read_header(path: Path) -> dict[str, Located]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """Parse and check one file's header; tensors in the order of their data.
 
     Raises: CheckpointError if the header is malformed, ranges overlap or leave gaps, or the file has the wrong size.
@@ -69,7 +69,7 @@ def read_header(path: Path) -> dict[str, Located]:
             raise CheckpointError(
                 f"{path}: bytes {start} to {stop} of {name} overlap, leave a gap or do not fit its shape"
             )
-        found[name] = Located(spec, path, 8 + length + start)
+        found[name] = StoredTensor(spec, path, 8 + length + start)
         position = stop
     if 8 + length + position != size:
         raise CheckpointError(
@@ -99,7 +99,7 @@ class SafetensorsSource(WeightSource):
     def __init__(self, directory: Path) -> None:
         """Raises: CheckpointError if there is no safetensors file, or a file or name that the index lists is absent."""
         self.directory = directory
-        self.tensors: dict[str, Located] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             if not file.is_file():
                 raise CheckpointError(
@@ -110,10 +110,10 @@ class SafetensorsSource(WeightSource):
                     f"{file} is a link out of its directory, to {os.path.realpath(file)}; give the directory that "
                     "holds the weights, or put the file itself there"
                 )
-            for name, located in read_header(file).items():
+            for name, stored in read_header(file).items():
                 if name in self.tensors:
                     raise CheckpointError(f"{name} is stored twice: in {self.tensors[name].file.name} and {file.name}")
-                self.tensors[name] = located
+                self.tensors[name] = stored
         absent = [name for name, file in self._index.items() if self.tensors.get(name, _NOWHERE).file.name != file]
         if absent:
             raise CheckpointError(
@@ -168,11 +168,11 @@ class SafetensorsSource(WeightSource):
         return self.tensors[name].spec
 
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
-        located = self.tensors[name]
-        yield Extent(located.file, located.offset + start, stop - start)
+        stored = self.tensors[name]
+        yield Extent(stored.file, stored.offset + start, stop - start)
 
 
-_NOWHERE = Located(TensorSpec(torch.uint8, ()), Path(), 0)
+_NOWHERE = StoredTensor(TensorSpec(torch.uint8, ()), Path(), 0)
 
 
 @dataclass(frozen=True)

@@ -251,18 +251,20 @@ class Files:
             self._written.add(path)
         return entry
 
-    def read_into(self, extent: Extent, buffer: memoryview) -> None:
-        """Fill `buffer` (of extent.size bytes). Raises: CheckpointError if the file ends too early."""
-        done = 0
-        with self._using(extent.file) as fd:
-            while done < extent.size:
-                count = os.preadv(fd, [buffer[done:]], extent.offset + done)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{extent.file} ends at byte {extent.offset + done}, {extent.size - done} bytes too early; "
-                        "the file is truncated, download or copy it again"
-                    )
-                done += count
+    def read_into(self, buffer: memoryview, extents: Iterable[Extent]) -> None:
+        """Fill `buffer` with the bytes of the extents. Raises: CheckpointError if a file ends too early."""
+        for extent in extents:
+            done = 0
+            with self._using(extent.file) as fd:
+                while done < extent.size:
+                    count = os.preadv(fd, [buffer[done : extent.size]], extent.offset + done)
+                    if count == 0:
+                        raise CheckpointError(
+                            f"{extent.file} ends at byte {extent.offset + done}, {extent.size - done} bytes too early; "
+                            "the file is truncated, download or copy it again"
+                        )
+                    done += count
+            buffer = buffer[extent.size :]
 
     def write(self, path: Path, offset: int, buffer: memoryview) -> None:
         done = 0
@@ -303,10 +305,7 @@ def read_tensor(source: WeightSource, name: str, files: Files, rows: tuple[int, 
         shape = (rows[1] - rows[0], *shape[1:])
     tensor = torch.empty(shape, dtype=spec.dtype)
     if tensor.numel():
-        view, done = byte_view(tensor), 0
-        for extent in source.extents(name, start, stop):
-            files.read_into(extent, view[done : done + extent.size])
-            done += extent.size
+        files.read_into(byte_view(tensor), source.extents(name, start, stop))
     return tensor
 
 

@@ -113,26 +113,12 @@ class Hasher:
         return {name: _hash_input(job, source, files) for source, name in enumerate(job.inputs)}
 
 
-class _Scratch:
-    """Memory of one thread for a block: it grows to the largest, since new memory each time leaves the heap in pieces."""
-
-    def __init__(self, block_bytes: int) -> None:
-        self._block_bytes = block_bytes
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, nbytes: int) -> torch.Tensor:
-        if self._buffer.numel() < nbytes:
-            self._buffer = torch.empty(max(self._block_bytes, nbytes), dtype=torch.uint8)
-        return self._buffer
-
-
 def read_again(job: Job, block_bytes: int, files: Files) -> dict[str, str]:
     """Hash of each input of a job, read and cast as `run` does it."""
     hasher = Hasher(job)
     if job.in_order:
-        scratch = _Scratch(block_bytes)
-        for block in blocks(job, block_bytes):
-            copy_block(block, files, scratch.of(block.nbytes), hasher, set())
+        for _ in copied(job, block_bytes, files, buffer_for([job], block_bytes), hasher, set()):
+            pass
     return hasher.digests(job, files)
 
 
@@ -160,11 +146,7 @@ def check_sources(
 
 def _hash_input(job: Job, source: int, files: Files) -> str:
     rows = sum(s.size for s in job.segments if s.source == source)
-    whole = replace(job, segments=(Segment(source, 0, rows),))
-    hasher = Hasher(whole)
-    for block in blocks(whole, BLOCK_BYTES):
-        copy_block(block, files, torch.empty(block.nbytes, dtype=torch.uint8), hasher, set())
-    return hasher.digests(whole, files)[job.inputs[source]]
+    return read_again(replace(job, segments=(Segment(source, 0, rows),)), BLOCK_BYTES, files)[job.inputs[source]]
 
 
 def hash_tensor(
@@ -190,11 +172,8 @@ def hash_tensor(
     buffer = scratch[: step * spec.dtype.itemsize].view(spec.dtype)
     for first in range(0, spec.numel, step):
         block = buffer[: spec.numel - first]
-        view, done = byte_view(block), 0
-        start = first * spec.dtype.itemsize
-        for extent in source.extents(name, start, start + len(view)):
-            files.read_into(extent, view[done : done + extent.size])
-            done += extent.size
+        view, start = byte_view(block), first * spec.dtype.itemsize
+        files.read_into(view, source.extents(name, start, start + len(view)))
         values = block if decode is None else decode(name, first, block)
         digest.update(byte_view(values.to(target)))
     return digest.hexdigest()
@@ -218,37 +197,34 @@ def hash_tensors(
         pool.shutdown(cancel_futures=True)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Output rows [start, stop) of a job."""
-
-    job: Job
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return (self.stop - self.start) * self.job.row_size * self.job.dtype.itemsize
+def buffer_for(jobs: Sequence[Job], block_bytes: int) -> torch.Tensor:
+    """uint8, memory of one thread for a block of any of the jobs; new memory each time would leave the heap in pieces."""
+    return torch.empty(max([block_bytes, *(job.row_size * job.dtype.itemsize for job in jobs)]), dtype=torch.uint8)
 
 
-def blocks(job: Job, block_bytes: int) -> Iterator[Block]:
-    """Cut a job into blocks of at most block_bytes, at least one row each."""
+def copied(
+    job: Job, block_bytes: int, files: Files, buffer: torch.Tensor, hasher: Hasher, overflowed: set[str]
+) -> Iterator[tuple[int, int, memoryview]]:
+    """Output rows [start, stop) of each block of a job and their bytes, which stand in `buffer` until the next one.
+
+    Blocks have at most block_bytes while they are worked on, but at least one row. Inputs whose values the output's dtype
+    cannot hold are added to `overflowed`.
+    """
     step = max(block_bytes // max(job.row_bytes, 1), 1)
     for start in range(0, job.rows, step):
-        yield Block(job, start, min(start + step, job.rows))
+        stop = min(start + step, job.rows)
+        out = buffer[: (stop - start) * job.row_size * job.dtype.itemsize].view(job.dtype)
+        _copy_rows(job, start, stop, files, out, hasher, overflowed)
+        yield start, stop, byte_view(out)
 
 
-def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher, overflowed: set[str]) -> torch.Tensor:
-    """Read a block's rows into `buffer` (uint8, large enough) and return them in the output dtype, flat.
-
-    Inputs whose values that dtype cannot hold are added to `overflowed`.
-    """
-    job = block.job
-    numel = (block.stop - block.start) * job.row_size
-    out = buffer[: numel * job.dtype.itemsize].view(job.dtype)
+def _copy_rows(
+    job: Job, start: int, stop: int, files: Files, out: torch.Tensor, hasher: Hasher, overflowed: set[str]
+) -> None:
+    """Read output rows [start, stop) into `out`, flat."""
     view, done = byte_view(out), 0
     out_width = job.dtype.itemsize
-    for segment in clip(job.segments, block.start, block.stop):
+    for segment in clip(job.segments, start, stop):
         dtype = job.source_dtypes[segment.source]
         count = segment.size * job.row_size
         width = dtype.itemsize
@@ -256,10 +232,7 @@ def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher,
         target = view[done * out_width : (done + count) * out_width]
         raw = None if dtype == job.dtype and job.decode is None else torch.empty(count, dtype=dtype)
         into = target if raw is None else byte_view(raw)
-        position = 0
-        for extent in job.locate(segment.source, first, first + count * width):
-            files.read_into(extent, into[position : position + extent.size])
-            position += extent.size
+        files.read_into(into, job.locate(segment.source, first, first + count * width))
         if raw is not None:
             if job.decode is not None:
                 raw = job.decode(job.inputs[segment.source], segment.start * job.row_size, raw)
@@ -268,7 +241,6 @@ def copy_block(block: Block, files: Files, buffer: torch.Tensor, hasher: Hasher,
                 overflowed.add(job.inputs[segment.source])
         hasher.update(job.inputs[segment.source], target)
         done += count
-    return out
 
 
 def run(
@@ -314,7 +286,8 @@ class _Shared:
         self, jobs: Sequence[Job], block_bytes: int, files: Files, on_bytes: Callable[[int], object],
         journal: Journal | None,
     ) -> None:  # fmt: skip
-        self._pending, self._block_bytes = iter(jobs), block_bytes
+        self._jobs, self._pending = jobs, iter(jobs)
+        self._block_bytes = block_bytes
         self._files, self._on_bytes = files, on_bytes
         self._journal, self._lock = journal, threading.Lock()
         self._done = journal.done if journal is not None else {}
@@ -324,10 +297,10 @@ class _Shared:
 
     def work(self) -> None:
         """One thread: job after job, until none is left or another thread has failed."""
-        scratch = _Scratch(self._block_bytes)
+        buffer = buffer_for(self._jobs, self._block_bytes)
         while (job := self._next()) is not None:
             if not self._skip(job):
-                self._carry_out(job, scratch)
+                self._carry_out(job, buffer)
 
     def _next(self) -> Job | None:
         with self._lock:
@@ -343,17 +316,16 @@ class _Shared:
             self._on_bytes(job.nbytes)
         return True
 
-    def _carry_out(self, job: Job, scratch: _Scratch) -> None:
+    def _carry_out(self, job: Job, buffer: torch.Tensor) -> None:
         hasher, lost = Hasher(job), set[str]()
-        for block in blocks(job, self._block_bytes):
+        width = job.row_size * job.dtype.itemsize
+        for start, stop, data in copied(job, self._block_bytes, self._files, buffer, hasher, lost):
             if self.stop.is_set():
                 return
-            out = copy_block(block, self._files, scratch.of(block.nbytes), hasher, lost)
-            for low, high, file, place in job.targets(block.start, block.stop):
-                rows = slice((low - block.start) * job.row_size, (high - block.start) * job.row_size)
-                self._files.write(file, place, byte_view(out[rows]))
+            for low, high, file, offset in job.targets(start, stop):
+                self._files.write(file, offset, data[(low - start) * width : (high - start) * width])
             with self._lock:
-                self._on_bytes(block.nbytes)
+                self._on_bytes(len(data))
         self._note(job, hasher.digests(job, self._files), lost)
 
     def _note(self, job: Job, found: dict[str, str], lost: set[str]) -> None:

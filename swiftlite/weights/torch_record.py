@@ -104,10 +104,10 @@ class _Window(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class Frame:
-    """A `torch.save` record without its tensor data: pieces of bytes by position, the gap for the data, the length."""
+class Record:
+    """What `torch.save` writes of a tensor, without its data: bytes by position, where the data belongs, the length."""
 
-    pieces: tuple[tuple[int, bytes], ...]
+    written: tuple[tuple[int, bytes], ...]
     data_offset: int
     length: int
 
@@ -116,12 +116,12 @@ class _Sparse(io.RawIOBase):
     """Collects what torch.save writes, leaving out what it seeks over."""
 
     def __init__(self) -> None:
-        self.pieces: list[tuple[int, bytes]] = []
+        self.written: list[tuple[int, bytes]] = []
         self._at = self.end = 0
 
     def write(self, data: Buffer) -> int:
         data = bytes(data)
-        self.pieces.append((self._at, data))
+        self.written.append((self._at, data))
         self._at += len(data)
         self.end = max(self.end, self._at)
         return len(data)
@@ -135,17 +135,17 @@ class _Sparse(io.RawIOBase):
 
 
 @lru_cache(maxsize=4096)
-def record_frame(spec: TensorSpec) -> Frame:
+def record_of(spec: TensorSpec) -> Record:
     """What `torch.save` writes around a tensor of this type and shape."""
     sparse = _Sparse()
     with torch.serialization.skip_data():
         torch.save(torch.empty(spec.shape, dtype=spec.dtype), sparse)  # type: ignore[arg-type]
     merged: list[tuple[int, bytes]] = []
-    for position, data in sorted(sparse.pieces):
+    for position, data in sorted(sparse.written):
         if merged and merged[-1][0] + len(merged[-1][1]) == position:
             merged[-1] = (merged[-1][0], merged[-1][1] + data)
         else:
             merged.append((position, data))
     gap = merged[0][0] + len(merged[0][1]) if spec.nbytes else 0
     assert not spec.nbytes or (len(merged) == 2 and merged[1][0] - gap == spec.nbytes), "unexpected torch.save layout"
-    return Frame(tuple(merged), gap, sparse.end)
+    return Record(tuple(merged), gap, sparse.end)

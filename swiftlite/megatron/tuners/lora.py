@@ -37,8 +37,8 @@ from swiftlite.megatron.tuners.lora_plan import LINEAR, LoraPlan, plan_lora, rea
 from swiftlite.megatron.tuners.rows import add_rows
 from swiftlite.utils.errors import UsageError
 from swiftlite.weights.lora import A, B
-from swiftlite.weights.rule import BoundMap, Entry
-from swiftlite.weights.shard import Piece, Span, pieces
+from swiftlite.weights.ops import Segment
+from swiftlite.weights.rule import BoundMap, Entry, clip
 
 
 @dataclass
@@ -93,15 +93,15 @@ def _group_of(parameter: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Share:
+class PairShard:
     """This rank's part of a pair: some runs [start, stop) of rows of B, columns [start, stop) of A."""
 
     module: str
     shape: tuple[int, ...]  # [out, in] of the whole weight
     rank: int
     scale: float
-    rows: tuple[Span, ...]
-    columns: Span
+    rows: tuple[tuple[int, int], ...]
+    columns: tuple[int, int]
 
     @property
     def short(self) -> str:
@@ -263,7 +263,7 @@ class Lora(torch.nn.Module):
             found[name] = ShardedTensorFactory(first.key(letter), parameter, divide, join, shards[0].replica_id)
         return found
 
-    def _shards(self, share: Share, letter: str, data: Tensor, prefix: str = "") -> list[ShardedTensor]:
+    def _shards(self, share: PairShard, letter: str, data: Tensor, prefix: str = "") -> list[ShardedTensor]:
         """One for each run of rows or columns that this rank has of a matrix."""
         by_dp = mpu.get_expert_data_parallel_rank() if self.expert else mpu.get_data_parallel_rank(True)
         dim, size, spans = (1, share.shape[1], (share.columns,)) if letter == "A" else (0, share.shape[0], share.rows)
@@ -282,12 +282,12 @@ class Lora(torch.nn.Module):
             done += stop - start
         return shards
 
-    def _cut(self, share: Share, letter: str, key: str, data: Tensor, *_: Any) -> list[ShardedTensor]:
+    def _cut(self, share: PairShard, letter: str, key: str, data: Tensor, *_: Any) -> list[ShardedTensor]:
         """The runs of one matrix. key: its own, after a prefix if `data` is an optimizer's."""
         return self._shards(share, letter, data, key.removesuffix(share.key(letter)))
 
     def _divide(
-        self, held: Sequence[tuple[int, Share]], letter: str, key: str, data: Tensor, *_: Any
+        self, held: Sequence[tuple[int, PairShard]], letter: str, key: str, data: Tensor, *_: Any
     ) -> list[ShardedTensor]:
         """Each expert's matrix in its own rank. key: as of _cut, of the first one."""
         prefix, dim = key.removesuffix(held[0][1].key(letter)), 0 if letter == "A" else 1
@@ -297,7 +297,7 @@ class Lora(torch.nn.Module):
             for shard in self._shards(share, letter, data[place].narrow(dim, 0, share.rank).contiguous(), prefix)
         ]
 
-    def _stack(self, held: Sequence[tuple[int, Share]], dim: int, parts: Sequence[Tensor]) -> Tensor:
+    def _stack(self, held: Sequence[tuple[int, PairShard]], dim: int, parts: Sequence[Tensor]) -> Tensor:
         """The other way round."""
         found: list[Tensor | None] = [None] * len(self.shares)
         for (place, _), part in zip(held, parts, strict=True):
@@ -317,14 +317,19 @@ def _stacked(matrices: Sequence[Tensor | None], dim: int) -> Tensor:
     return whole
 
 
-def _held(linear: LiveLinear) -> list[Piece]:
-    """The pieces of Hugging Face weights of which the layer's rows on this rank consist, in their order."""
+Held = list[tuple[str, Segment]]  # of Hugging Face weights
+
+
+def _held(linear: LiveLinear) -> Held:
+    """The rows of Hugging Face weights of which the layer's rows on this rank consist, in their order."""
     return [
-        piece for entry, offset, shape in linear.shards for piece in pieces(entry, (offset[0], offset[0] + shape[0]))
+        (entry.hf[segment.source], segment)
+        for entry, offset, shape in linear.shards
+        for segment in clip(entry.segments, offset[0], offset[0] + shape[0])
     ]
 
 
-def _shares(linear: LiveLinear, plan: LoraPlan) -> dict[str, Share]:
+def _shares(linear: LiveLinear, plan: LoraPlan) -> dict[str, PairShard]:
     """Last part of the Hugging Face name -> this rank's part of the pair."""
     _, offset, shape = linear.shards[0]
     columns = (offset[1], offset[1] + shape[1])
@@ -337,34 +342,32 @@ def _shares(linear: LiveLinear, plan: LoraPlan) -> dict[str, Share]:
     return {share.short: share for share in shares}
 
 
-def _blocks(names: Sequence[str], held: Sequence[Piece]) -> tuple[list[tuple[str, int]], list[int]]:
+def _blocks(names: Sequence[str], held: Held) -> tuple[list[tuple[str, int]], list[int]]:
     """((last part of the name, rows) of each Hugging Face weight held here, where each held row is among their rows)."""
     blocks, total = [], 0
-    place = dict[Piece, int]()
+    place = dict[tuple[str, Segment], int]()
     for name in names:
         before = total
-        for piece in sorted((p for p in held if p.name == name), key=lambda p: p.hf_row):
-            place[piece] = total
-            total += piece.count
+        for segment in sorted((s for n, s in held if n == name), key=lambda s: s.start):
+            place[name, segment] = total
+            total += segment.size
         if total > before:
             blocks.append((name.removesuffix(".weight").rpartition(".")[2], total - before))
-    return blocks, [place[piece] + row for piece in held for row in range(piece.count)]
+    return blocks, [place[name, segment] + row for name, segment in held for row in range(segment.size)]
 
 
-def _share(
-    module: str, shape: tuple[int, ...], held: Sequence[Piece], columns: tuple[int, int], plan: LoraPlan
-) -> Share:
-    mine = [piece for piece in held if piece.name == f"{module}.weight"]
-    spans: list[Span] = []
-    for start, stop in sorted((piece.hf_row, piece.hf_row + piece.count) for piece in mine):
+def _share(module: str, shape: tuple[int, ...], held: Held, columns: tuple[int, int], plan: LoraPlan) -> PairShard:
+    mine = [(segment.start, segment.start + segment.size) for name, segment in held if name == f"{module}.weight"]
+    spans: list[tuple[int, int]] = []
+    for start, stop in sorted(mine):
         spans[-1:] = [(spans[-1][0], stop)] if spans and spans[-1][1] == start else [*spans[-1:], (start, stop)]
-    count = sum(piece.count for piece in mine)
+    count = sum(stop - start for start, stop in mine)
     if not count or shape[0] % count:
         raise UsageError(
             f"--tensor_model_parallel_size: its ranks would hold unequal parts of {module}, on which LoRA is not "
             "possible; take at most as many as there are key/value heads"
         )
-    return Share(module, shape, *plan.modules[module], tuple(spans), columns)
+    return PairShard(module, shape, *plan.modules[module], tuple(spans), columns)
 
 
 class Adapters(torch.nn.Module):
