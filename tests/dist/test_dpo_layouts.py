@@ -14,7 +14,7 @@ from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, ru
 
 pytestmark = pytest.mark.dist
 
-STEPS = 14
+STEPS = 8
 TOLERANCE = 1e-5  # relative, of loss and gradient norm, in fp32
 
 # Pairs of different lengths: ranks hold different numbers of tokens.
@@ -93,7 +93,7 @@ def argv(
         common = {
             "model": model(family, 0), "model_type": MODEL_TYPES[family],
             "ref_model": model(family, 1), "dataset": root / "train.jsonl",
-            "val_dataset": root / "val.jsonl", "eval_steps": 7, "output_dir": output_dir, "torch_dtype": "float32",
+            "val_dataset": root / "val.jsonl", "eval_steps": 4, "output_dir": output_dir, "torch_dtype": "float32",
             "micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS, "lr": 2e-3,
             "rpo_alpha": 0.5, "logging_steps": 1, "save_steps": 1000,
             "save_weights_only": "true", "report_to": "none", "adam_eps": 1e-5,
