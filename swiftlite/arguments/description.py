@@ -94,7 +94,7 @@ class ModelDescription:
 
     @classmethod
     def of(cls, config: Config) -> ModelDescription:
-        """From the converted config, as `convert_hf_config` returns it. Raises: ConfigError for a name that is no field."""
+        """From the converted config, as `convert_hf_config` returns it. Raises: ConfigError for unknown names."""
         hints = _hints()
         unknown = sorted(set(config) - set(hints))
         if unknown:

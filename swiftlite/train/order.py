@@ -118,7 +118,7 @@ def _is_stream(dataset: Dataset) -> TypeIs[Stream]:
 
 
 def order_of(dataset: Dataset, args: TrainArguments, global_batch_size: int) -> SampleOrder | StreamOrder:
-    """The order in which a run with these arguments sees a data set."""
+    """The order in which a run with these arguments sees a dataset."""
     if _is_stream(dataset):
         return StreamOrder()
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -127,7 +127,7 @@ def order_of(dataset: Dataset, args: TrainArguments, global_batch_size: int) -> 
 
 
 def write_data_state(dataset: Dataset, directory: Path, position: int) -> None:
-    """Beside a checkpoint: what the data was, and how to find sample `position` of a stream again without reading what is
+    """Next to a checkpoint: what the data was, and how to find sample `position` of a stream again without reading what is
     before it. The order of map-style data is a function of the position.
     """
     state = dataset.state(position) if _is_stream(dataset) else {}
@@ -155,7 +155,7 @@ def read_data_state(dataset: Dataset, directory: Path) -> None:
         raise UsageError(
             f"the training data has changed since {directory} was saved ({seen} {what} then, {is_now} now, content "
             f"{str(then['content'])[:8]} then, {now['content'][:8]} now): give the data of then, or begin another run from "
-            f"that checkpoint; to go on with the new data all the same, remove {path}"
+            f"that checkpoint; to resume with the new data all the same, remove {path}"
         )
     if _is_stream(dataset):
         if stored:

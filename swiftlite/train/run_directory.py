@@ -53,7 +53,7 @@ def _as_stored(values: Mapping[str, object]) -> Json:
 
 @contextmanager
 def held(args: A, settle: Callable[[A], Start | None]) -> Iterator[Start | None]:
-    """`args.output_dir` for this run alone, until the block ends: the checkpoint that it goes on from, or None. Collective.
+    """`args.output_dir` for this run alone, until the block ends: the checkpoint that it resumes from, or None. Collective.
 
     Args: settle: decides that, as `prepare` does. Raises: UsageError if another process is at work there.
     """
@@ -67,7 +67,7 @@ def held(args: A, settle: Callable[[A], Start | None]) -> Iterator[Start | None]
         barrier()  # the others look when that is done, and all have looked before rank 0 writes
         start = settle(args)
         barrier()
-        stack.enter_context(writing(root, "make room, and the same command goes on from the last checkpoint"))
+        stack.enter_context(writing(root, "make room, and the same command resumes from the last checkpoint"))
         yield start
 
 
@@ -75,7 +75,7 @@ def prepare(args: TrainArguments, newest: Callable[[Path], Start | None]) -> Sta
     """Decide what happens with `args.output_dir`; nothing is written.
 
     Args: newest: finds the checkpoints of the run that is there; settings may differ where their field says so.
-    Returns: the checkpoint that the run goes on from, if there is one.
+    Returns: the checkpoint that the run resumes from, if there is one.
     Raises: UsageError if the directory belongs to another run, or holds something while --resume is false.
     """
     root = Path(args.output_dir)

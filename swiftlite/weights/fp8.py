@@ -18,7 +18,7 @@ from torch import Tensor
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
 from swiftlite.utils.io import blame
 from swiftlite.utils.types import Config
-from swiftlite.weights.safetensors import StoredTensor, SafetensorsSource
+from swiftlite.weights.safetensors import SafetensorsSource, StoredTensor
 from swiftlite.weights.storage import Files, read_tensor
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

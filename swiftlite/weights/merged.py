@@ -36,7 +36,7 @@ class Extras:
 
 
 def read_extras(names: Mapping[str, str], source: WeightSource, config: Config, bound: BoundMap) -> Extras:
-    """The tensors of an adapter that are no pairs. names: name without prefix -> name in `source`.
+    """The tensors of an adapter that are not pairs. names: name without prefix -> name in `source`.
 
     Raises: MapError, ShapeError for what belongs to no base weight; ConfigError where tied weights were trained apart.
     """

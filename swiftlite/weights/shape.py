@@ -79,7 +79,7 @@ class ModelShape:
 
     @property
     def gated_q_rows(self) -> int:
-        """Rows of a q_proj that has a gate of the same size beside each query head."""
+        """Rows of a q_proj that has a gate of the same size next to each query head."""
         return 2 * self.q_rows
 
     @property

@@ -106,7 +106,7 @@ def load_dataset(
         val = [row for i, row in enumerate(train) if i in chosen]
         train = [row for i, row in enumerate(train) if i not in chosen]
     elif val and split_dataset_ratio > 0:
-        get_logger().info("--split_dataset_ratio has no effect beside --val_dataset")
+        get_logger().info("--split_dataset_ratio has no effect with --val_dataset")
     return train, val
 
 
