@@ -59,6 +59,9 @@ def test_losses_of_replays_are_those_of_eager_passes(
     losses = []
     for graph in ("true", "false"):
         main([*words, "--cuda_graph", graph, "--output_dir", str(tmp_path / graph)])
-        losses.append(torch.tensor([line["loss"] for line in read_run(tmp_path / graph) if "step_s" in line]))
+        lines = [line for line in read_run(tmp_path / graph) if "step_s" in line]
+        losses.append(torch.tensor([line["loss"] for line in lines]))
+        # Before the first update policy and reference are one model.
+        assert lines[0].get("rewards/chosen", 0) == lines[0].get("rewards/rejected", 0) == 0
     assert len(captured) == 1 and captured[0] is not None
     assert len(losses[0]) == 8 and (losses[0] - losses[1]).abs().max() <= 0.02 * losses[1].abs().max()
