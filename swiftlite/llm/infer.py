@@ -10,38 +10,59 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from swiftlite.arguments.base import BaseArguments, DataArguments
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.parser import specs
 from swiftlite.checkpoint.files import end_tokens
-from swiftlite.checkpoint.info import load_args
+from swiftlite.checkpoint.info import ModelInfo, load_args
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.encoded import place_of
-from swiftlite.llm.dataset.loader import ReadOptions, read_questions
+from swiftlite.llm.dataset.loader import Question, ReadOptions, read_questions
 from swiftlite.llm.dataset.prepare import read_rows
-from swiftlite.llm.dataset.preprocess import RowError
+from swiftlite.llm.dataset.preprocess import Row, RowError
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import printable
 from swiftlite.llm.pipeline import prepare_model_template
+from swiftlite.llm.template.messages import Tools
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar
+from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import GenerationConfig
+
+    from swiftlite.llm.template.base import Template
 
 logger = get_logger()
 
-Message = dict[str, Any]
+Message = Json
 
 HELP = "Type a message. `clear` starts a new conversation, `system TEXT` sets the system message, `exit` ends."
+
+
+class Generates(Protocol):
+    """A model of transformers that writes text."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def generation_config(self) -> GenerationConfig: ...
+
+    def generate(self, **keywords: object) -> Tensor: ...
 
 
 @dataclass
 class Generator:
     """Answers conversations with a Hugging Face model; a template writes the prompts and says what ends an answer."""
 
-    model: Any
-    template: Any
+    model: Generates
+    template: Template
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -68,7 +89,7 @@ class Generator:
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words")
         return cls(model.eval(), template, **{name: getattr(args, name) for name in names})
 
-    def _config(self, prompt_length: int) -> Any:
+    def _config(self, prompt_length: int) -> GenerationConfig:
         """The model's own generation config with the user's settings over it."""
         from transformers import GenerationConfig
 
@@ -90,19 +111,22 @@ class Generator:
         return config
 
     def _room(self, prompt_length: int) -> int:
-        longest = self.model.model_info.max_model_len if hasattr(self.model, "model_info") else None
+        info: ModelInfo | None = getattr(self.model, "model_info", None)
+        longest = info.max_model_len if info else None
         room = (longest or prompt_length + 2048) - prompt_length
         if room < 1:
             raise TemplateError(
                 f"the conversation has {prompt_length} tokens, the model holds {longest}; shorten it or type `clear`"
             )
-        return int(room)
+        return room
 
-    def check_room(self, messages: Sequence[Message], tools: Any = None) -> None:
+    def check_room(self, messages: Sequence[Message], tools: Tools | None = None) -> None:
         """Raises: TemplateError for a conversation that cannot be written, or leaves no room for an answer."""
         self._room(len(self.template.encode_prompt(list(messages), tools)))
 
-    def _inputs(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Any] | None = None) -> dict[str, Any]:
+    def _inputs(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] = ()
+    ) -> dict[str, Tensor]:
         """Prompts padded on the left: input_ids and attention_mask, int64 [B, S]."""
         import torch
 
@@ -125,7 +149,7 @@ class Generator:
         end = self._end(text)
         return text if end < 0 else text[:end]
 
-    def answer(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Any] | None = None) -> list[str]:
+    def answer(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] = ()) -> list[str]:
         """The answers to several conversations, generated as one batch.
 
         Args: conversations: lists of messages, each ending where the model is to continue. tools: the functions on offer
@@ -150,7 +174,7 @@ class Generator:
         failures: list[BaseException] = []
 
         class Abandoned(StoppingCriteria):
-            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
                 return torch.full((input_ids.shape[0],), abandoned.is_set(), device=input_ids.device)
 
         inputs = self._inputs([messages])
@@ -248,7 +272,7 @@ def write_answer(generator: Generator, messages: Sequence[Message], stream: bool
     return text
 
 
-def split_row(standard: Mapping[str, Any]) -> tuple[list[Message], str | None]:
+def split_row(standard: Json) -> tuple[list[Message], str | None]:
     """`(messages up to where the model answers, reference answer)` of a standard row."""
     messages, reference = list(standard["messages"]), None
     while messages and messages[-1]["role"] == "assistant":
@@ -256,9 +280,7 @@ def split_row(standard: Mapping[str, Any]) -> tuple[list[Message], str | None]:
     return messages, reference
 
 
-def answer_rows(
-    generator: Generator, rows: Sequence[tuple[str, Any, dict[str, Any] | RowError]], batch_size: int
-) -> Iterator[dict[str, Any]]:
+def answer_rows(generator: Generator, rows: Sequence[Question], batch_size: int) -> Iterator[Json]:
     """Each row with `response` (the model's) and `labels` (the reference, where it has one).
 
     Args: rows: what read_questions gives. A row that cannot be answered gets `response` None and `error`.
@@ -287,7 +309,7 @@ def answer_rows(
         yield from batch
 
 
-def as_line(row: dict[str, Any]) -> str:
+def as_line(row: Json) -> str:
     """A result as JSON that every reader takes: what is neither JSON nor a character in the row is written as text."""
     try:
         text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
@@ -299,7 +321,7 @@ def as_line(row: dict[str, Any]) -> str:
     return text + "\n"
 
 
-def validation_data(args: InferArguments) -> list[tuple[str, Any, dict[str, Any]]]:
+def validation_data(args: InferArguments) -> list[tuple[str, Row, Json]]:
     """What the run that wrote the adapter, or the model, was evaluated on; as read_questions gives rows.
 
     Raises: UsageError where no args.json says it, or that run had no evaluation.

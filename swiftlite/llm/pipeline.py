@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.checkpoint.vocabulary import NewTokens
-from swiftlite.llm.model.loader import get_model_tokenizer, load_tokenizer
+from swiftlite.llm.model.loader import Loaded, get_model_tokenizer, id_of, load_tokenizer
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Config
+
+if TYPE_CHECKING:
+    from swiftlite.llm.template.base import Template
 
 
-def prepare_template(args: BaseArguments) -> Any:
+def prepare_template(args: BaseArguments) -> Template:
     """The template with its tokenizer, without a model. Resolves `args` if that has not happened."""
     from swiftlite.families.templates import JINJA
     from swiftlite.llm.template.parity import check_parity
@@ -46,7 +49,7 @@ def load_model(args: BaseArguments) -> Any:
     return _load(args, load_model=True)[0]
 
 
-def prepare_model_template(args: BaseArguments) -> tuple[Any, Any]:
+def prepare_model_template(args: BaseArguments) -> tuple[Any, Template]:
     """(Hugging Face model, template with its tokenizer); the template is right before weights are read."""
     if not hasattr(args, "model_info"):
         resolve(args)
@@ -54,7 +57,7 @@ def prepare_model_template(args: BaseArguments) -> tuple[Any, Any]:
     return load_model(args), template
 
 
-def plan_tokens(args: BaseArguments, config: Mapping[str, Any]) -> NewTokens | None:
+def plan_tokens(args: BaseArguments, config: Config) -> NewTokens | None:
     """Hold --new_special_tokens against the model's tokenizer; None if there are none.
 
     Rows are added only where the vocabulary has no room. Raises: UsageError for FP8 weights that would have to grow.
@@ -67,7 +70,7 @@ def plan_tokens(args: BaseArguments, config: Mapping[str, Any]) -> NewTokens | N
         raise UsageError("--new_special_tokens: config.json does not say vocab_size; add it there")
     known = set(tokenizer.get_vocab())
     tokenizer.add_tokens(tokens, special_tokens=True)
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+    ids = {token: id_of(tokenizer, token) for token in tokens}
     added = [number for token, number in ids.items() if token not in known]
     old, new = config["vocab_size"], resized_vocab_size(config["vocab_size"], len(tokenizer))
     get_logger().info(
@@ -80,7 +83,7 @@ def plan_tokens(args: BaseArguments, config: Mapping[str, Any]) -> NewTokens | N
     return NewTokens(ids, new, added)
 
 
-def _load(args: BaseArguments, load_model: bool) -> tuple[Any | None, Any]:
+def _load(args: BaseArguments, load_model: bool) -> Loaded:
     return get_model_tokenizer(
         args.model_info.model_dir,
         args.model_info.torch_dtype,

@@ -8,11 +8,10 @@ from __future__ import annotations
 import html
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from swiftlite.arguments.preview import PreviewArguments
 from swiftlite.checkpoint.resolve import as_arguments, resolve
@@ -30,6 +29,7 @@ from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 _STREAMED_ROWS = 1000
 _BINS = 12
@@ -58,7 +58,7 @@ class Preview:
     notes: list[str] = field(default_factory=list)
 
 
-def tokens_of(template: Template, sample: dict[str, Any], text: str | None = None) -> list[Token]:
+def tokens_of(template: Template, sample: Json, text: str | None = None) -> list[Token]:
     """The tokens of an encoded sample. text: what it was encoded from; it gives divided characters their text."""
     ids = sample["input_ids"]
     weights = sample.get("loss_scale") or [float(label != IGNORE_INDEX) for label in sample["labels"]]
@@ -71,7 +71,7 @@ def tokens_of(template: Template, sample: dict[str, Any], text: str | None = Non
                 texts.append(text[reached : max(reached, end)])
                 reached = max(reached, end)
     if texts is None:
-        texts = [template.tokenizer.decode([token]) for token in ids]
+        texts = [str(template.tokenizer.decode([token])) for token in ids]
     return [Token(*values) for values in zip(ids, texts, weights, strict=True)]
 
 
@@ -113,7 +113,7 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
     return Preview(", ".join(args.dataset), facts, report.table().splitlines(), dropped, shown, samples.lengths, notes)
 
 
-def _first_rows(args: PreviewArguments, rejects: RejectsFile) -> Iterator[Any]:
+def _first_rows(args: PreviewArguments, rejects: RejectsFile) -> Iterator[PlacedRow]:
     for file in args.dataset_info:
         register_dataset_info(file)
     options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author)
@@ -186,7 +186,7 @@ def _runs(tokens: Sequence[Token]) -> Iterator[tuple[str, float]]:
     yield text, weight
 
 
-def _run(text: str, weight: float, color: bool, paint: Any) -> str:
+def _run(text: str, weight: float, color: bool, paint: Callable[[str, str], str]) -> str:
     if color:
         code = _DIM if not weight else _GREEN if weight == 1 else _YELLOW
         # Colours end at line breaks in some terminals.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -34,7 +35,7 @@ class SampleOrder:
         num_samples: int,
         seed: int,
         shuffle: bool = True,
-        lengths: list[int] | None = None,
+        lengths: Sequence[int] | None = None,
         batch_size: int = 1,
     ) -> None:
         self.num_samples, self.seed = num_samples, seed
@@ -88,7 +89,8 @@ class StreamOrder:
 class Samples(Protocol):
     """Data of a known length."""
 
-    lengths: list[int]
+    @property
+    def lengths(self) -> Sequence[int]: ...
 
     def __len__(self) -> int: ...
 
@@ -111,6 +113,7 @@ class Stream(Protocol):
 
 
 Dataset: TypeAlias = Samples | Stream
+Data: TypeAlias = tuple[Dataset, Samples | None]  # to train on, to evaluate with
 
 
 def _is_stream(dataset: Dataset) -> TypeIs[Stream]:

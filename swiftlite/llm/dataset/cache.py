@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swiftlite import __version__
 from swiftlite.llm.dataset.encoded import EncodedDataset, place_of
@@ -24,6 +24,10 @@ from swiftlite.llm.template.base import Template
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.io import write_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FACTS_FILE = "cached_dataset.json"
 _DROPPED_FILE = "dropped.json"
@@ -39,9 +43,9 @@ _FORMAT = 2
 _OF_RELEASE = ("version", "code")
 
 
-def fingerprint(template: Template) -> dict[str, Any]:
+def fingerprint(template: Template) -> Json:
     """What decides how rows are encoded, as plain values; equal ones give equal tokens and labels."""
-    facts: dict[str, Any] = {"template": template.template_type, "tokenizer": _tokenizer_hash(template.tokenizer)}
+    facts: Json = {"template": template.template_type, "tokenizer": _tokenizer_hash(template.tokenizer)}
     facts.update({name: getattr(template, name, None) for name in _SETTINGS})
     facts["weights"] = [dict(scale) for scale in template.weights]
     facts["special_tokens"] = dict(template.special_tokens)
@@ -64,7 +68,7 @@ def _source(thing: Any) -> str:
         return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', thing)}"
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     added = {str(i): repr(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
     parts = [type(tokenizer).__name__, json.dumps(added, sort_keys=True)]
     if getattr(tokenizer, "is_fast", False):
@@ -98,7 +102,7 @@ def cache_root() -> Path:
 
 
 def encode_cached(
-    rows: list[dict[str, Any]],
+    rows: list[Json],
     template: Template,
     *,
     max_drop_ratio: float,
@@ -162,7 +166,7 @@ def _write_cache(dataset: EncodedDataset, num_rows: int, directory: Path) -> Non
     write_json(directory / _DROPPED_FILE, {**facts, "hash": _hash([json.dumps(facts)])})
 
 
-def _from_cache(directory: Path, rows: list[dict[str, Any]], rejects: RejectsFile | None) -> EncodedDataset:
+def _from_cache(directory: Path, rows: list[Json], rejects: RejectsFile | None) -> EncodedDataset:
     """Raises: DatasetError for one that is not as it was written."""
     dataset = EncodedDataset.load(directory)
     path = directory / _DROPPED_FILE
@@ -186,7 +190,7 @@ def write_cached_dataset(
     directory: Path, template: Template, parts: Mapping[str, EncodedDataset | PackedDataset]
 ) -> None:
     """Write tokenised, perhaps packed data: `cached_dataset.json`, one folder per part. The directory exists."""
-    facts: dict[str, Any] = {"format": 1, "encoding": fingerprint(template), "packing_length": None}
+    facts: Json = {"format": 1, "encoding": fingerprint(template), "packing_length": None}
     for name, part in parts.items():
         source = part.dataset if isinstance(part, PackedDataset) else part
         source.save(directory / name)
@@ -266,6 +270,6 @@ def _read_sequences(path: Path, count: int, num_samples: int) -> list[list[int]]
     return [flat[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

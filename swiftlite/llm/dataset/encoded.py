@@ -14,17 +14,17 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import TokenStore, type_of
-from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Template
+from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Outcome, Template
 from swiftlite.utils.errors import DatasetError, TemplateError
 from swiftlite.utils.processes import end_with_parent
+from swiftlite.utils.types import Json
 
 _BATCH = 256
 
-Sample = dict[str, Any]
+Sample = Json
 
 
 class EncodedDataset:
@@ -41,7 +41,7 @@ class EncodedDataset:
 
     def __init__(
         self,
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[Json],
         template: Template,
         *,
         max_drop_ratio: float = 0.05,
@@ -90,12 +90,12 @@ class EncodedDataset:
         return iter(self.store)
 
 
-def place_of(row: Any, index: int) -> str:
+def place_of(row: object, index: int) -> str:
     """Where a row stands: "file:line" where its reader said so, else its number."""
     return getattr(row, "place", f"row {index}")
 
 
-def samples_of(encoded: Any, report: DropReport, place: str, row: Any) -> list[Sample]:
+def samples_of(encoded: Outcome, report: DropReport, place: str, row: object) -> list[Sample]:
     """The samples of one row's encoding; a row without any is counted with its reason."""
     report.total += 1
     if isinstance(encoded, MaxLengthError):
@@ -126,12 +126,12 @@ class RowEncoder:
     def __enter__(self) -> RowEncoder:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for child in self._children:
             child.process.kill()
             child.process.join()
 
-    def __call__(self, rows: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    def __call__(self, rows: Iterable[Json]) -> Iterator[Outcome]:
         """`template.encode_batch` of all rows, in order. Raises: DatasetError if a process that encodes is killed."""
         if not self._children:
             for batch in _batches(rows):
@@ -170,9 +170,9 @@ class _Child:
         self.process = context.Process(target=_encode_batches, args=(template, theirs, os.getpid()), daemon=True)
         self.process.start()
         theirs.close()  # then the pipe ends when the child does
-        self._results: dict[int, Any] = {}  # of other callers, who may take turns
+        self._results: dict[int, list[Outcome] | Exception] = {}  # of other callers, who may take turns
 
-    def result(self, number: int) -> list[Any]:
+    def result(self, number: int) -> list[Outcome]:
         """What the child made of batch `number`. Raises: EOFError or OSError if it is gone, what encoding raised."""
         while number not in self._results:
             made, value = self.connection.recv()
@@ -191,7 +191,7 @@ def _encode_batches(template: Template, connection: Connection, parent: int) -> 
         signal.signal(sent, signal.SIG_IGN)
     # The processes are the threads: a tokenizer that makes its own ones besides would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    batches: SimpleQueue[tuple[int, list[dict[str, Any]]]] = SimpleQueue()
+    batches: SimpleQueue[tuple[int, list[Json]]] = SimpleQueue()
 
     def receive() -> None:  # always, so that the parent never waits to send while this process waits to send
         with suppress(EOFError):
@@ -203,23 +203,24 @@ def _encode_batches(template: Template, connection: Connection, parent: int) -> 
     while True:
         number, rows = batches.get()
         try:
-            value: Any = [
-                [_flat(part) for part in encoded] if isinstance(encoded, list) else _flat(encoded)
-                for encoded in template.encode_batch(rows)
-            ]
+            value: list[Outcome] | Exception = [_flat(encoded) for encoded in template.encode_batch(rows)]
         except Exception as error:
             value = error
         connection.send((number, value))
 
 
-def _flat(encoded: Any) -> Any:
-    if not isinstance(encoded, dict):
-        return encoded
+def _flat(encoded: Outcome) -> Outcome:
+    if isinstance(encoded, list):
+        return [_flat_sample(part) for part in encoded]
+    return encoded if isinstance(encoded, TemplateError) else _flat_sample(encoded)
+
+
+def _flat_sample(encoded: Sample) -> Sample:
     return {name: array(code, value) if (code := type_of(name)) else value for name, value in encoded.items()}
 
 
-def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
+def _batches(rows: Iterable[Json]) -> Iterator[list[Json]]:
+    batch: list[Json] = []
     for row in rows:
         batch.append(row)
         if len(batch) == _BATCH:

@@ -16,8 +16,9 @@ from typing import Any
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
-Item = tuple[str, Any]
+Item = tuple[str, object]
 Reader = Callable[[int], Iterator[Item]]  # read(start): rows from the start-th on
 
 # A longer line is skipped without being read as a whole: parsing takes several times its size.
@@ -74,7 +75,7 @@ def one_split(loaded: Any, name: str, split: str) -> Any:
     )
 
 
-def processes(streaming: bool, num_proc: int) -> dict[str, Any]:
+def processes(streaming: bool, num_proc: int) -> Json:
     return {} if streaming or num_proc <= 1 else {"num_proc": num_proc}
 
 
@@ -104,7 +105,7 @@ def table_reader(name: str, load: Callable[[], Any]) -> Reader:
     return read
 
 
-def iterable_reader(name: str, load: Callable[[], Iterable[Any]]) -> Reader:
+def iterable_reader(name: str, load: Callable[[], Iterable[object]]) -> Reader:
     """Rows that a registered function makes; it may return a `datasets` object too."""
 
     def read(start: int) -> Iterator[Item]:
@@ -116,7 +117,7 @@ def iterable_reader(name: str, load: Callable[[], Iterable[Any]]) -> Reader:
     return read
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> object:
     """A value from Arrow without the keys that are null: Arrow gives each object the keys of all others.
 
     A null inside a list stays: lists are not filled.
@@ -157,7 +158,7 @@ def _read_jsonl(path: Path) -> Iterator[Item]:
         yield place, _too_long() if line is None else _parse_line(line)
 
 
-def _parse_line(line: bytes) -> Any:
+def _parse_line(line: bytes) -> object:
     """The value of a line, or the RowError that says why there is none."""
     try:
         return json.loads(line.decode("utf-8-sig"))

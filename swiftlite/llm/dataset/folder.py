@@ -15,6 +15,7 @@ from typing import Any
 from swiftlite.llm.dataset.files import ENDINGS
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -125,7 +126,7 @@ def _of_one_kind(files: Sequence[Path]) -> list[Path]:
 # ---- README.md ----
 
 
-def _configs(folder: Path) -> dict[str, dict[str, Any]]:
+def _configs(folder: Path) -> dict[str, Json]:
     """`configs` of README.md's header by name, {} where it names none."""
     path = folder / "README.md"
     if not path.is_file():
@@ -147,7 +148,7 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
         ) from None
 
 
-def _choose(folder: Path, configs: Mapping[str, dict[str, Any]], subset: str | None) -> dict[str, Any] | None:
+def _choose(folder: Path, configs: Mapping[str, Json], subset: str | None) -> Json | None:
     if subset is not None:
         return configs.get(subset)
     if len(configs) <= 1:

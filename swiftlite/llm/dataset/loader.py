@@ -6,23 +6,26 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from swiftlite.llm.dataset.preprocess import Row, RowError, preprocess
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.sources import Item, Source, Spec, open_spec, parse_spec
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 T = TypeVar("T")
+Placed: TypeAlias = tuple[str, object, Source]  # where a raw row stands, the row, and how its source reads it
+Question: TypeAlias = tuple[str, object, Row | RowError]  # where a raw row stands, the row, its standard form
 
 
-class PlacedRow(dict[str, Any]):
+class PlacedRow(Json):
     """A standard row that knows where it stands ("file:line"), for those who drop it later."""
 
     __slots__ = ("place",)
 
-    def __init__(self, row: Mapping[str, Any], place: str) -> None:
+    def __init__(self, row: Mapping[str, object], place: str) -> None:
         super().__init__(row)
         self.place = place
 
@@ -131,7 +134,7 @@ def _load_one(
     return rows
 
 
-def _items(spec: Spec, options: ReadOptions) -> Iterator[tuple[str, Any, Source]]:
+def _items(spec: Spec, options: ReadOptions) -> Iterator[Placed]:
     for source in open_spec(spec, use_hf=options.use_hf, num_proc=options.num_proc, hub_token=options.hub_token):
         for place, item in source.read(0):
             yield place, item, source
@@ -145,15 +148,13 @@ def _counted(rows: list[T], spec: Spec, seed: str) -> list[T]:
     return rows * whole + [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), rest))]
 
 
-def read_questions(
-    datasets: Sequence[str], options: ReadOptions, seed: int = 42
-) -> list[tuple[str, Any, Row | RowError]]:
+def read_questions(datasets: Sequence[str], options: ReadOptions, seed: int = 42) -> list[Question]:
     """(place, raw row, standard row or why there is none) of datasets that a model is to answer.
 
     Read as load_dataset reads, but a row may end with a question, and rows that cannot be used keep their place.
     Raises: DatasetError for what cannot be read.
     """
-    found: list[tuple[str, Any, Row | RowError]] = []
+    found: list[Question] = []
     for number, text in enumerate(datasets):
         spec = parse_spec(text)
         part = [
@@ -269,7 +270,7 @@ class RowStream:
         interleave_prob: Sequence[float] | None = None,
         stopping_strategy: str = "first_exhausted",
         seed: str = "42",
-        state: dict[str, Any] | None = None,
+        state: Json | None = None,
     ) -> None:
         self.options, self.strategy = options, stopping_strategy
         if interleave_prob:
@@ -294,7 +295,7 @@ class RowStream:
         """The local files that the rows are in."""
         return [file for part in self.parts for source in part.sources for file in source.files]
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         return {
             "drawn": self.drawn,
             "current": self.current,
@@ -310,7 +311,7 @@ class RowStream:
             place, item, source = found
             yield place, standard_row(item, source, self.options)
 
-    def _next_in_turn(self) -> tuple[str, Any, Source] | None:
+    def _next_in_turn(self) -> Placed | None:
         while self.current < len(self.parts):
             found = self.parts[self.current].next()
             if found is not None:
@@ -318,7 +319,7 @@ class RowStream:
             self.current += 1
         return None
 
-    def _next_mixed(self) -> tuple[str, Any, Source] | None:
+    def _next_mixed(self) -> Placed | None:
         assert self.draws is not None
         while True:
             if any(self.ended) if self.strategy == "first_exhausted" else all(self.ended):
@@ -350,7 +351,7 @@ class _Part:
         self.row, self.taken = state["row"], state["taken"]
         self._rows: Iterator[Item] | None = None
 
-    def next(self) -> tuple[str, Any, Source] | None:
+    def next(self) -> Placed | None:
         if self.count is not None and self.taken >= self.count:
             return None
         while True:
@@ -375,7 +376,7 @@ class _Part:
 # ---- names ----
 
 
-def _fill(row: Row, item: Any, fill: Mapping[str, Sequence[str]]) -> Row:
+def _fill(row: Row, item: object, fill: Mapping[str, Sequence[str]]) -> Row:
     """Put names into {{NAME}} and {{AUTHOR}} of a self-cognition row."""
     if not any(fill.values()):
         return row

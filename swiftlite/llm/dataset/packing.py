@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.template.collate import join_rows
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 WINDOW = 10_000
 
@@ -51,7 +52,7 @@ def pack_windows(lengths: Sequence[int], capacity: int, seed: int, window: int =
     return sequences
 
 
-def joined(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def joined(samples: Sequence[Json]) -> Json:
     """One sequence of samples end to end: positions start anew in each, `sample_lengths` are their tokens."""
     row = join_rows(samples)
     row["sample_lengths"] = [len(sample["input_ids"]) for sample in samples]
@@ -69,7 +70,7 @@ class PackedDataset:
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: EncodedDataset,
         capacity: int,
         seed: int = 42,
         sequences: list[list[int]] | None = None,
@@ -89,14 +90,13 @@ class PackedDataset:
         return sum(self.lengths) / max(1, len(self.lengths) * self.capacity)
 
     def content_hash(self) -> str:
-        found: str = self.dataset.store.content_hash(self.sequences)
-        return found
+        return self.dataset.store.content_hash(self.sequences)
 
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Json:
         return joined([self.dataset[i] for i in self.sequences[index]])
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Json]:
         return (self[i] for i in range(len(self)))

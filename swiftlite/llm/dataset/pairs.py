@@ -16,6 +16,7 @@ from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Template
 from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 SIDES = ("chosen", "rejected")
 
@@ -35,7 +36,7 @@ class PairDataset:
 
     def __init__(
         self,
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[Json],
         template: Template,
         *,
         capacity: int | None = None,
@@ -64,7 +65,7 @@ class PairDataset:
                 "%s: %d pairs packed into %d sequences of %d tokens", name, self.pairs, len(self), capacity
             )
 
-    def _add(self, pair: tuple[Any, Any], place: str, row: dict[str, Any]) -> None:
+    def _add(self, pair: tuple[Any, Any], place: str, row: Json) -> None:
         self.report.total += 1
         if not row.get("rejected_messages"):
             return self.report.drop("no rejected answer", place, "give rejected_messages or rejected_response", row)
@@ -90,11 +91,9 @@ class PairDataset:
     def pairs(self) -> int:
         return len(self.store)
 
-    def pair(self, index: int) -> dict[str, Any]:
+    def pair(self, index: int) -> Json:
         columns = self.store[index]
-        pair: dict[str, Any] = {
-            side: {name: columns[f"{side}_{name}"] for name in ("input_ids", "labels")} for side in SIDES
-        }
+        pair: Json = {side: {name: columns[f"{side}_{name}"] for name in ("input_ids", "labels")} for side in SIDES}
         if self.reference is not None:
             pair["reference"] = tuple(self.reference[index])
         return pair
@@ -115,28 +114,28 @@ class PairDataset:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Json:
         return {
             "pairs": [self.pair(i) for i in self.items[index]],
             "length": sum(self.sizes[i] for i in self.items[index]),
         }
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Json]:
         return (self[i] for i in range(len(self)))
 
 
-def _sides(row: dict[str, Any]) -> tuple[Sample, Sample]:
+def _sides(row: Json) -> tuple[Sample, Sample]:
     common = {"tools": row["tools"]} if "tools" in row else {}
     chosen = {"messages": row["messages"], **common}
     return chosen, {"messages": row.get("rejected_messages") or row["messages"], **common}
 
 
-def sequences_of(items: Sequence[dict[str, Any]]) -> list[Sample]:
+def sequences_of(items: Sequence[Json]) -> list[Sample]:
     """The answers of a batch in the order that losses expect: all chosen ones, then all rejected ones."""
     return [pair[side] for side in SIDES for item in items for pair in item["pairs"]]
 
 
-def load_pairs(args: DpoArguments, template: Any) -> tuple[PairDataset, PairDataset | None]:
+def load_pairs(args: DpoArguments, template: Template) -> tuple[PairDataset, PairDataset | None]:
     """(training pairs, validation pairs or None). Raises: UsageError without data; DatasetError."""
     if not args.dataset:
         raise UsageError("give the training pairs with --dataset FILE")
@@ -144,7 +143,7 @@ def load_pairs(args: DpoArguments, template: Any) -> tuple[PairDataset, PairData
         template.padding_free = True
     rejects = RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
     train_rows, val_rows = read_rows(args, rejects)
-    options: dict[str, Any] = {
+    options: Json = {
         "capacity": packing_capacity(args), "seed": args.data_seed, "max_drop_ratio": args.max_drop_ratio,
         "num_proc": args.dataset_num_proc, "rejects": rejects,
     }  # fmt: skip

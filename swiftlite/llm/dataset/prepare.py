@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.llm.dataset.cache import FACTS_FILE, encode_cached, load_cached_dataset
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
 from swiftlite.llm.dataset.packing import PackedDataset
+from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.dataset.sources import open_spec, parse_spec
 from swiftlite.llm.dataset.store import facts_of_files
 from swiftlite.llm.dataset.streaming import StreamedDataset
+from swiftlite.train.order import Data
 from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    from swiftlite.llm.template.base import Template
 
 Dataset = EncodedDataset | PackedDataset | StreamedDataset
 
 
-def load_data(args: BaseArguments, template: Any) -> tuple[Any, Any]:
+def load_data(args: BaseArguments, template: Template) -> Data:
     """(training set, validation set or None): map-style, packed, from a tokenised directory, or streamed.
 
     A packed set's items are whole sequences; the template then joins rows instead of padding them. Rows that cannot be
@@ -90,7 +96,7 @@ def packing_capacity(args: BaseArguments) -> int | None:
     return int(capacity)
 
 
-def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Any], list[Any]]:
+def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Row], list[Row]]:
     """(training rows, validation rows) in the standard form, see load_dataset."""
     for file in args.dataset_info:
         register_dataset_info(file)
@@ -113,7 +119,7 @@ def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[
 
 
 def encode_and_pack(
-    rows: list[Any], args: BaseArguments, template: Any, rejects: RejectsFile | None, name: str
+    rows: list[Row], args: BaseArguments, template: Template, rejects: RejectsFile | None, name: str
 ) -> EncodedDataset | PackedDataset:
     make = encode_cached if args.load_from_cache_file else EncodedDataset
     dataset = make(
@@ -123,14 +129,12 @@ def encode_and_pack(
     return dataset if capacity is None else PackedDataset(dataset, capacity, args.data_seed or 0, name=name)
 
 
-def _streamed(
-    args: BaseArguments, template: Any, capacity: int | None, rejects: RejectsFile | None
-) -> tuple[StreamedDataset, Any]:
+def _streamed(args: BaseArguments, template: Template, capacity: int | None, rejects: RejectsFile | None) -> Data:
     for file in args.dataset_info:
         register_dataset_info(file)
     options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author)
 
-    def open_rows(state: dict[str, Any] | None) -> RowStream:
+    def open_rows(state: Json | None) -> RowStream:
         return RowStream(
             args.dataset,
             options,

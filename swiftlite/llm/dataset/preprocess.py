@@ -12,14 +12,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-Row = dict[str, Any]
-Message = dict[str, Any]
+from swiftlite.llm.template.messages import Tools
+from swiftlite.utils.types import Json
+
+Row = Json
+Message = Json
 
 
 class RowError(ValueError):
     """Why a row cannot be used. `reason` groups rows, the message adds what was seen. row: its text, if it has no value."""
 
-    def __init__(self, reason: str, seen: str = "", row: Any = None) -> None:
+    def __init__(self, reason: str, seen: str = "", row: object = None) -> None:
         super().__init__(f"{reason}: {seen}" if seen else reason)
         self.reason = reason
         self.seen = seen
@@ -56,7 +59,7 @@ _MAX_DEPTH = 64
 _LARGEST = 1e308  # Python prints no whole number that is much longer
 
 
-def preprocess(row: Any, columns: Mapping[str, str] | None = None, answered: bool = True) -> Row:
+def preprocess(row: object, columns: Mapping[str, str] | None = None, answered: bool = True) -> Row:
     """Bring a row into the standard form.
 
     Args: columns: old column name -> new one, applied first. answered: False for questions to a model: the answer may
@@ -85,7 +88,7 @@ def preprocess(row: Any, columns: Mapping[str, str] | None = None, answered: boo
     return out
 
 
-def _is_missing(value: Any) -> bool:
+def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
@@ -117,7 +120,7 @@ def _find_messages(row: Row, answered: bool) -> list[Message]:
     raise RowError("no known format", f"columns {columns}; use messages, conversations, query/response or --columns")
 
 
-def _chosen(row: Row) -> Any:
+def _chosen(row: Row) -> object:
     """The better answer to a conversation that ends with a question, None where the row ranks nothing."""
     return row.get("chosen") if any(key in row for key in _REJECTED) else None
 
@@ -166,7 +169,7 @@ def _text(row: Row, names: tuple[str, ...]) -> str | None:
     raise RowError("column is not text", f"{next(n for n in names if n in row)} is {type(value).__name__}")
 
 
-def _history(history: Any) -> list[Message]:
+def _history(history: object) -> list[Message]:
     """[[question, answer], ...] as messages."""
     if not history:
         return []
@@ -179,7 +182,7 @@ def _history(history: Any) -> list[Message]:
     ]
 
 
-def _conversation(messages: Any, system: str | None) -> list[Message]:
+def _conversation(messages: object, system: str | None) -> list[Message]:
     if isinstance(messages, str):
         messages = _from_json(messages, "messages is text but not JSON")
     if not isinstance(messages, (list, tuple)):
@@ -206,7 +209,7 @@ def _check_answers(messages: list[Message], answered: bool = True) -> None:
         raise RowError("the last answer is empty")
 
 
-def _messages_of(message: Any) -> list[Message]:
+def _messages_of(message: object) -> list[Message]:
     """One message of any dialect as standard ones (a pair {"human", "assistant"} gives two)."""
     if not isinstance(message, Mapping):
         raise RowError("a message is not an object", type(message).__name__)
@@ -226,7 +229,7 @@ def _messages_of(message: Any) -> list[Message]:
         calls = call if isinstance(call, list) and call else [call]
         return [{"role": "assistant", "content": "", "tool_calls": [_call(call) for call in calls]}]
     out: Message = {"role": standard}
-    called: Any = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else None)
+    called = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else None)
     if called and standard == "assistant":
         if not isinstance(called, (list, tuple)):
             raise RowError("tool_calls is not a list", type(called).__name__)
@@ -243,7 +246,7 @@ def _messages_of(message: Any) -> list[Message]:
     return [out]
 
 
-def _weight(message: Mapping[str, Any]) -> Message:
+def _weight(message: Mapping[str, object]) -> Message:
     """How much a message counts: `loss` (true, false or a number), `loss_scale`, or OpenAI's `weight`."""
     found: Message = {}
     for key in _WEIGHTS:
@@ -268,7 +271,7 @@ def _append(out: list[Message], message: Message) -> None:
         out.append(message)
 
 
-def _content(content: Any) -> str:
+def _content(content: object) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, (list, tuple)):
@@ -281,7 +284,7 @@ def _content(content: Any) -> str:
     raise RowError("content is not text", "null" if content is None else type(content).__name__)
 
 
-def _call(call: Any) -> dict[str, Any]:
+def _call(call: object) -> Json:
     """A tool call in OpenAI's form, its arguments an object: chat templates print a JSON string quoted once more."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -292,11 +295,12 @@ def _call(call: Any) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise RowError("tool call arguments are not an object", type(arguments).__name__)
     plain = _plain(arguments, "tool call")
-    out: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": plain}}
-    return {"id": _plain(call["id"], "tool call"), **out} if call.get("id") else out
+    out: Json = {"type": "function", "function": {"name": function["name"], "arguments": plain}}
+    identity = call.get("id") if isinstance(call, Mapping) else None
+    return {"id": _plain(identity, "tool call"), **out} if identity else out
 
 
-def _tools(tools: Any) -> list[Any]:
+def _tools(tools: object) -> Tools:
     """Tool schemas: a list or its JSON; bare function schemas get OpenAI's envelope."""
     if isinstance(tools, str):
         tools = _from_json(tools, "tools is text but not JSON")
@@ -316,7 +320,7 @@ def _tools(tools: Any) -> list[Any]:
     return out
 
 
-def _plain(value: Any, what: str, depth: int = 0) -> Any:
+def _plain(value: object, what: str, depth: int = 0) -> Any:
     """A copy that any chat template can print: texts, finite numbers, true, false, null, lists, objects.
 
     Raises: RowError naming what is none of these.
@@ -338,7 +342,7 @@ def _plain(value: Any, what: str, depth: int = 0) -> Any:
     raise RowError(f"{what} holds a value that JSON cannot", type(value).__name__)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
-Row = dict[str, Any]
+Row = Json
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,8 @@ def register_dataset_info(file: str) -> list[str]:
     return names
 
 
-def _register_entry(entry: Mapping[str, Any], file: Path) -> str:
-    values: dict[str, Any] = {
-        key: next((entry[name] for name in names if entry.get(name)), None) for key, names in _KEYS.items()
-    }
+def _register_entry(entry: Json, file: Path) -> str:
+    values: Json = {key: next((entry[name] for name in names if entry.get(name)), None) for key, names in _KEYS.items()}
     name = str(entry.get("dataset_name") or values["ms_id"] or values["hf_id"] or values["path"])
     if values["path"]:
         values["path"] = str(file.parent / Path(values["path"]).expanduser())
@@ -145,7 +144,7 @@ def _tag_reader(tags: Mapping[str, str]) -> Callable[[Row], Row]:
     roles = {tags[tag]: role for tag, role in _ROLE_TAGS.items()}
     role_key, content_key = tags["role_tag"], tags["content_tag"]
 
-    def message(value: Any) -> Any:
+    def message(value: object) -> object:
         if not isinstance(value, Mapping) or role_key not in value:
             return value
         rest = {key: inner for key, inner in value.items() if key not in (role_key, content_key)}

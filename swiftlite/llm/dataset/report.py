@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import DatasetError
@@ -29,7 +29,7 @@ class RejectsFile:
         if self.path is not None and is_main_process():
             self.path.unlink(missing_ok=True)
 
-    def write(self, place: str, reason: str, detail: str, row: Any) -> None:
+    def write(self, place: str, reason: str, detail: str, row: object) -> None:
         self.report.drop(reason, place, detail)
         if self.path is None or not is_main_process():
             return
@@ -74,7 +74,7 @@ class DropReport:
     def kept(self) -> int:
         return self.total - self.dropped
 
-    def drop(self, reason: str, place: str, detail: str = "", row: Any = None) -> None:
+    def drop(self, reason: str, place: str, detail: str = "", row: object = None) -> None:
         """Count a dropped row (already in `total`) under its reason."""
         detail = printable(detail)
         self.reasons[reason] += 1

@@ -21,6 +21,7 @@ from swiftlite.llm.dataset.files import (
 from swiftlite.llm.dataset.folder import split_files
 from swiftlite.llm.dataset.register import DATASET_MAPPING, DatasetMeta
 from swiftlite.utils.errors import DatasetError, UsageError
+from swiftlite.utils.types import Json
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -32,7 +33,7 @@ class Source:
     name: str
     read: Callable[[int], Iterator[Item]]
     columns: Mapping[str, str] = field(default_factory=dict)
-    preprocess: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    preprocess: Callable[[Json], Json | None] | None = None
     files: tuple[Path, ...] = ()
 
 

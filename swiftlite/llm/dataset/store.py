@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import mmap
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from swiftlite.utils.errors import DatasetError
+from swiftlite.utils.types import Json
 
 STORE_FILE = "store.json"
 _HASHED_BYTES, _BLOCK_BYTES = 256 << 20, 1 << 20
@@ -31,15 +32,15 @@ class TokenStore:
     """Samples as `Template.encode` makes them; `store[i]` gives an equal one back (weights in single precision)."""
 
     def __init__(self) -> None:
-        self._values: dict[str, Any] = {}  # name -> flat array or mapped memory
-        self._offsets: dict[str, Any] = {}
-        self._extras: dict[int, dict[str, Any]] = {}  # of the samples that have any
+        self._values: Json = {}  # name -> flat array or mapped memory
+        self._offsets: Json = {}
+        self._extras: dict[int, Json] = {}  # of the samples that have any
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def append(self, sample: Mapping[str, Any]) -> None:
+    def append(self, sample: Json) -> None:
         extras = {}
         for name, value in sample.items():
             code = type_of(name)
@@ -56,12 +57,12 @@ class TokenStore:
             self._extras[self._count] = extras
         self._count += 1
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Json:
         if index < 0:
             index += self._count
         if not 0 <= index < self._count:
             raise IndexError(f"sample {index} of {self._count}")
-        sample: dict[str, Any] = {}
+        sample: Json = {}
         for name, offsets in self._offsets.items():
             start, end = offsets[index], offsets[index + 1]
             if end > start:
@@ -70,7 +71,7 @@ class TokenStore:
             sample["length"] = len(sample["input_ids"])
         return {**sample, **self._extras.get(index, {})}
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Json]:
         return (self[i] for i in range(self._count))
 
     def content_hash(self, order: Sequence[Sequence[int]] = ()) -> str:
@@ -146,7 +147,7 @@ def hash_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def facts_of_files(files: Sequence[Path]) -> dict[str, Any]:
+def facts_of_files(files: Sequence[Path]) -> Json:
     """What tells the content of files, for data that nobody reads as a whole: their bytes together and an xxh3_128.
 
     Above 256 MB it is of blocks at even distances and of each file's end: another size, and nearly every edit, is seen.
@@ -164,7 +165,7 @@ def facts_of_files(files: Sequence[Path]) -> dict[str, Any]:
     return {"bytes": sum(sizes), "content": digest.hexdigest()}
 
 
-def _mapped(path: Path, code: Any) -> Any:
+def _mapped(path: Path, code: Any) -> memoryview[float]:
     if not path.stat().st_size:
         return memoryview(array(code))
     with path.open("rb") as file:

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from swiftlite.llm.dataset.encoded import RowEncoder, samples_of
 from swiftlite.llm.dataset.loader import RowStream
@@ -21,8 +20,9 @@ from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import TokenStore
 from swiftlite.llm.template.base import Template
 from swiftlite.utils.errors import DatasetError
+from swiftlite.utils.types import Json
 
-State = dict[str, Any]
+State = Json
 # A window's first sample, its epoch and number, and the state of the rows (None: at their beginning).
 _BEGINNING: State = {"first": 0, "epoch": 0, "number": 0, "rows": None}
 
@@ -63,7 +63,7 @@ class StreamedDataset:
         max_drop_ratio: float = 0.05,
         rejects: RejectsFile | None = None,
         name: str = "training data",
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, object] | None = None,
     ) -> None:
         self.open_rows, self.seed = open_rows, seed
         self.shuffle = shuffle
@@ -105,7 +105,7 @@ class StreamedDataset:
         self._rows = None
         self._begins.clear()
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> Json:
         """Raises: DatasetError where the data holds no usable row."""
         if position < (self._windows[0].first if self._windows else self._start["first"]):
             self.load_state(self.state(position))  # back
@@ -138,7 +138,7 @@ class StreamedDataset:
         if self._rows is None or self._rows[0] != begin:
             self._rows = (begin, self.open_rows(begin["rows"]))
         stream = self._rows[1]
-        rows: list[Any] = []
+        rows: list[Json] = []
         places: list[str] = []
         ended = True
         for place, row in stream:

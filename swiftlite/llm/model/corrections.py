@@ -8,7 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 def _yarn_softmax_scale(model: Any) -> None:
@@ -30,7 +35,7 @@ def _experts_of_the_best_groups(model: Any) -> None:
             module.get_topk_indices = partial(_indices_of_the_best_groups, module)
 
 
-def _indices_of_the_best_groups(router: Any, scores: Any) -> Any:
+def _indices_of_the_best_groups(router: Any, scores: Tensor) -> Tensor:
     """Scores [T, E] -> [T, K]. Source: DeepSeek-V3's inference/model.py, Gate.forward."""
     choice = scores.detach().view(-1, router.n_routed_experts) + router.e_score_correction_bias
     groups = choice.unflatten(-1, (router.n_group, -1))
@@ -39,7 +44,7 @@ def _indices_of_the_best_groups(router: Any, scores: Any) -> Any:
     return groups.masked_fill(others, float("-inf")).flatten(1).topk(router.top_k, dim=-1, sorted=False)[1]
 
 
-def _experts_in_autocast(model: Any) -> None:
+def _experts_in_autocast(model: PreTrainedModel) -> None:
     """Under autocast products of experts held in one tensor [E, ...] take the dtype of autocast, as all other ones do.
 
     transformers 5 computes them in the dtype of their weights: fp32 weights made them ten times slower than bf16, and
@@ -50,7 +55,7 @@ def _experts_in_autocast(model: Any) -> None:
             module.forward = partial(_forward_in_autocast, module)
 
 
-def _forward_in_autocast(module: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward_in_autocast(module: torch.nn.Module, *args: object, **kwargs: object) -> object:
     import torch
 
     own = dict(module.named_parameters(recurse=False))
@@ -77,7 +82,7 @@ CORRECTIONS: Mapping[str, Callable[[Any], None]] = {
 }
 
 
-def correct(model: Any) -> Any:
+def correct(model: PreTrainedModel) -> PreTrainedModel:
     """Return `model`, corrected in place where its class needs it. Safe to call twice."""
     _experts_in_autocast(model)
     correction = CORRECTIONS.get(type(model).__name__)

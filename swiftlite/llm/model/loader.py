@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from swiftlite.arguments.base import ATTENTION
 from swiftlite.checkpoint.files import check_side_files
@@ -21,6 +21,15 @@ from swiftlite.families.records import ModelMeta
 from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError, reason
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Config, Json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Loaded: TypeAlias = (
+    "tuple[Any, PreTrainedTokenizerBase]"  # (model, None where only the tokenizer is asked for; tokenizer)
+)
 
 logger = get_logger()
 
@@ -34,20 +43,22 @@ def resolve_function(path: str) -> Any:
         raise ConfigError(f"{path} cannot be imported ({error}); write it as package.module:function") from error
 
 
-def add_special_tokens(tokenizer: Any, model: Any | None, tokens: Sequence[str]) -> list[int]:
+def add_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None, tokens: Sequence[str]
+) -> list[int]:
     """Add `tokens` to the tokenizer and, where the model has no room for them, rows to its embedding and output.
 
     Returns: the ids of those that were new.
     """
     known = set(tokenizer.get_vocab())
     tokenizer.add_tokens(list(tokens), special_tokens=True)
-    added = [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens if token not in known]
+    added = [id_of(tokenizer, token) for token in tokens if token not in known]
     if added and model is not None:
         grow_vocabulary(model, resized_vocab_size(vocab_size_of(model), len(tokenizer)))
     return added
 
 
-def grow_vocabulary(model: Any, rows: int) -> None:
+def grow_vocabulary(model: PreTrainedModel, rows: int) -> None:
     """Give embedding and output layer `rows` rows, if they have fewer.
 
     New rows are the mean of the old ones, so that an untrained token is neither favoured nor impossible.
@@ -59,19 +70,30 @@ def grow_vocabulary(model: Any, rows: int) -> None:
 
     logger.info("vocabulary grows from %d to %d rows", old, rows)
     model.resize_token_embeddings(rows, mean_resizing=False)  # and the configs
-    matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
     with torch.no_grad():
-        for weight in matrices.values():
+        for weight in {
+            cast("torch.nn.Embedding", module).weight for module in modules if module
+        }:  # one if they are tied
             weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
     model.config.get_text_config().vocab_size = rows
 
 
-def vocab_size_of(model: Any) -> int:
+def id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    return cast("int", tokenizer.convert_tokens_to_ids(token))
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding that a model holds."""
+    return cast("torch.nn.Embedding", model.get_input_embeddings()).weight.shape[0]
+
+
+def vocab_size_of(model: PreTrainedModel) -> int:
     """Rows of the vocabulary, also of a model that reads images too, whose text part has a config of its own."""
     return int(model.config.get_text_config().vocab_size)
 
 
-def repair_pad_eos(tokenizer: Any, model: Any | None = None) -> None:
+def repair_pad_eos(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:
     """Let pad and eos stand in for each other where one is missing, and tell the model's configs the pad id.
 
     Raises: ConfigError where the tokenizer has neither.
@@ -91,13 +113,15 @@ def repair_pad_eos(tokenizer: Any, model: Any | None = None) -> None:
         tokenizer.pad_token = token
     if model is None:
         return
-    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
+    configs: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None
+    }
     for config in (*configs.values(), getattr(model, "generation_config", None)):
         if getattr(config, "pad_token_id", pad_id) not in (None, pad_id):
             config.pad_token_id = pad_id
 
 
-def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """AutoTokenizer of a local directory. Raises CheckpointError where there is none that loads."""
     from transformers import AutoTokenizer
 
@@ -111,7 +135,7 @@ def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | None, **kwargs: Any) -> Any:
+def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: type | None, **kwargs: object) -> Any:
     """`from_pretrained`, for files that hold exactly this model. Raises: CheckpointError naming what is amiss."""
     from swiftlite.llm.model.names import Others, check_names, keep_declared_frozen
 
@@ -139,7 +163,7 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: Any | No
     return model
 
 
-def auto_class(config: Mapping[str, Any]) -> Any:
+def auto_class(config: Config) -> Any:
     """The class of transformers that builds the whole model of a config.json: of text, or of images and text."""
     import transformers
     from transformers.models.auto import modeling_auto
@@ -154,7 +178,7 @@ def auto_class(config: Mapping[str, Any]) -> Any:
     return getattr(transformers, list(AUTO_CLASSES)[reads_images])
 
 
-def _freeze_other_parts(model: Any) -> None:
+def _freeze_other_parts(model: PreTrainedModel) -> None:
     """Train nothing of a model that reads images too but its text part."""
     config = model.config
     if config.get_text_config() is config or not hasattr(model, "get_decoder"):
@@ -169,12 +193,12 @@ def _freeze_other_parts(model: Any) -> None:
 def get_model_tokenizer_from_local(
     model_dir: str,
     model_info: ModelInfo,
-    model_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Json | None = None,
     load_model: bool = True,
     *,
-    automodel_class: Any | None = None,
+    automodel_class: type | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Any | None, Any]:
+) -> Loaded:
     """Tokenizer, and with `load_model` the model, of a local directory; pad and eos are repaired on both."""
     tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     model = None
@@ -191,12 +215,12 @@ def get_model_tokenizer_from_local(
 def get_model_tokenizer_with_flash_attn(
     model_dir: str,
     model_info: ModelInfo,
-    model_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Json | None = None,
     load_model: bool = True,
     *,
     attn_impl: str | None = None,
     **kwargs: Any,
-) -> tuple[Any | None, Any]:
+) -> Loaded:
     """The usual loader: `get_model_tokenizer_from_local` with the attention implementation of `--attn_impl`."""
     model_kwargs = dict(model_kwargs or {})
     if attn_impl is not None:
@@ -208,7 +232,7 @@ def get_model_tokenizer_with_flash_attn(
     return get_model_tokenizer_from_local(model_dir, model_info, model_kwargs, load_model, **kwargs)
 
 
-def _check_cast(model: Any, model_info: ModelInfo, allow_overflow: bool) -> None:
+def _check_cast(model: PreTrainedModel, model_info: ModelInfo, allow_overflow: bool) -> None:
     """Raises: CheckpointError naming weights that are infinite since they were cast to another dtype."""
     import torch
 
@@ -220,7 +244,7 @@ def _check_cast(model: Any, model_info: ModelInfo, allow_overflow: bool) -> None
         check_overflow(found, dtype, allow_overflow)
 
 
-def _for_quantised(model_info: ModelInfo) -> dict[str, Any]:
+def _for_quantised(model_info: ModelInfo) -> Json:
     """Keywords of from_pretrained for weights of this kind. Raises: SwiftliteError for a kind that nothing is done with."""
     method = model_info.quant_method
     if method in ("gptq", "awq"):
@@ -235,9 +259,7 @@ def _for_quantised(model_info: ModelInfo) -> dict[str, Any]:
     return {}
 
 
-def _type_loader(
-    meta: ModelMeta, attn_impl: str | None, trust_remote_code: bool
-) -> Callable[..., tuple[Any | None, Any]]:
+def _type_loader(meta: ModelMeta, attn_impl: str | None, trust_remote_code: bool) -> Callable[..., Loaded]:
     """The function that loads models of a type, with the options that it takes only if they are given."""
     get_function = resolve_function(meta.get_function)
     given: dict[str, object] = {} if attn_impl is None else {"attn_impl": attn_impl}
@@ -248,8 +270,8 @@ def _type_loader(
 
 def get_model_tokenizer(
     model_id_or_path: str,
-    torch_dtype: Any = None,
-    device_map: Any = None,
+    torch_dtype: str | torch.dtype | None = None,
+    device_map: object = None,
     *,
     load_model: bool = True,
     use_hf: bool = False,
@@ -262,10 +284,10 @@ def get_model_tokenizer(
     ignore_requirements: bool = False,
     download_model: bool | None = None,
     hub_token: str | None = None,
-    model_kwargs: dict[str, Any] | None = None,
+    model_kwargs: Json | None = None,
     allow_overflow: bool = False,
     **kwargs: Any,
-) -> tuple[Any | None, Any]:
+) -> Loaded:
     """Load a model and its tokenizer from a local directory, ModelScope (default hub) or Hugging Face (`use_hf`).
 
     Args:
@@ -308,16 +330,16 @@ def get_model_tokenizer(
     return model, tokenizer
 
 
-def _describe(model: Any, tokenizer: Any) -> None:
+def _describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let a model carry what its tokenizer does, and tell both of the rows of its vocabulary, which may have grown."""
     info: ModelInfo = tokenizer.model_info
-    model.model_info, model.model_meta = info, tokenizer.model_meta
-    model.model_dir, model.new_token_ids = info.model_dir, tokenizer.new_token_ids
+    told = {name: getattr(tokenizer, name) for name in ("model_info", "model_meta", "new_token_ids")}
+    vars(model).update(told, model_dir=info.model_dir)
     if info.config is not None and vocab_size_of(model) != info.config.get("vocab_size"):
         info.config = {**info.config, "vocab_size": vocab_size_of(model)}
 
 
-def get_model_processor(model_id_or_path: str, *args: Any, **kwargs: Any) -> tuple[Any | None, Any]:
+def get_model_processor(model_id_or_path: str, *args: Any, **kwargs: Any) -> Loaded:
     """`get_model_tokenizer` under the name that covers models whose tokenizer is part of a processor."""
     return get_model_tokenizer(model_id_or_path, *args, **kwargs)
 

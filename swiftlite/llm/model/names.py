@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,8 +19,12 @@ from torch import Tensor
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of
 from swiftlite.utils.errors import CheckpointError, ConfigError
+from swiftlite.utils.types import Config
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Stored:
     view: Tensor
 
 
-def checkpoint_tensors(model: Any) -> dict[str, Stored]:
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Stored]:
     """Every tensor that a checkpoint of `model` holds, under its name there. Tied weights come under each name.
 
     Raises: ConfigError for a model whose parameters are not rows of the checkpoint's tensors.
@@ -79,7 +83,7 @@ class Others:
     ignored: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Others:
+    def of(cls, config: Config) -> Others:
         """By the model family's rules; without a family only what old releases of transformers wrote besides."""
         try:
             family = family_of(architecture_of(config))
@@ -134,7 +138,7 @@ def check_names(missing: Iterable[str], unexpected: Iterable[str], where: str | 
         )
 
 
-def load_tensors(model: Any, directory: Path, others: Others) -> None:
+def load_tensors(model: PreTrainedModel, directory: Path, others: Others) -> None:
     """Fill `model` with the safetensors files of a checkpoint that was saved from one like it.
 
     Raises: CheckpointError naming tensors that are missing, unknown or of another shape.
@@ -161,7 +165,7 @@ def _is_alias(stored: Stored, held: set[int]) -> bool:
     return stored.view.shape == stored.owner.shape and id(stored.owner) in held
 
 
-def keep_declared_frozen(model: Any) -> None:
+def keep_declared_frozen(model: PreTrainedModel) -> None:
     """Let parameters that the model's class declares without gradient have none: transformers 5 forgets it on loading.
 
     That release has built the class on the meta device before, as is done here.

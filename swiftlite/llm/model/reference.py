@@ -7,11 +7,18 @@ only with --trust_remote_code true. Tensor names are those of the published chec
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -54,7 +61,7 @@ class DeepseekConfig(LlamaConfig):
 
 
 class _Gate(nn.Module):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(config.initializer_range * torch.randn(config.n_routed_experts, config.hidden_size))
 
@@ -62,7 +69,7 @@ class _Gate(nn.Module):
 class DeepseekMoE(nn.Module):
     """Softmax over all experts in fp32, top k, optionally normalised, plus shared experts."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
         self.experts = nn.ModuleList(_mlp(config, config.moe_intermediate_size) for _ in range(config.n_routed_experts))
@@ -87,7 +94,7 @@ class DeepseekMoE(nn.Module):
         return out.view_as(hidden_states)
 
 
-def _mlp(config: Any, width: int) -> LlamaMLP:
+def _mlp(config: PretrainedConfig, width: int) -> LlamaMLP:
     from copy import copy
 
     sized = copy(config)
@@ -99,7 +106,7 @@ class DeepseekForCausalLM(LlamaForCausalLM):
     config_class = DeepseekConfig
     config: DeepseekConfig
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.model.layers):
             if config.n_routed_experts and index >= config.first_k_dense_replace and index % config.moe_layer_freq == 0:
@@ -109,7 +116,10 @@ class DeepseekForCausalLM(LlamaForCausalLM):
 
 def register() -> None:
     """Make AutoConfig and AutoModelForCausalLM build these classes. Safe to call twice."""
-    classes: list[tuple[Any, Any]] = [(MiMoConfig, MiMoForCausalLM), (DeepseekConfig, DeepseekForCausalLM)]
+    classes: list[tuple[type[PretrainedConfig], type[PreTrainedModel]]] = [
+        (MiMoConfig, MiMoForCausalLM),
+        (DeepseekConfig, DeepseekForCausalLM),
+    ]
     # transformers 5 has a config of its own for InternLM3, with LLaMA's model behind it.
     if "internlm3" not in CONFIG_MAPPING:
         classes.append((InternLM3Config, InternLM3ForCausalLM))

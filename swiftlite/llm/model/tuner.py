@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,13 @@ from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Config
 from swiftlite.weights.lora import PEFT_PREFIX, check_beginning, check_stated, initial_a
 from swiftlite.weights.safetensors import read_header
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 logger = get_logger()
 
@@ -106,7 +111,7 @@ def _height(name: str) -> tuple[int, int, int, str]:
     return 1, int(layer[1]), part, name
 
 
-def prepare_model(model: Any, args: SftArguments) -> Any:
+def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     """Freeze what is not trained, or add LoRA; trained weights are held in fp32 whatever the model's dtype.
 
     Half precision cannot hold what an optimizer step adds to a weight. The matrices still run in the model's dtype, by
@@ -131,7 +136,7 @@ def prepare_model(model: Any, args: SftArguments) -> Any:
     return model
 
 
-def freeze(model: Any, args: SftArguments) -> None:
+def freeze(model: PreTrainedModel, args: SftArguments) -> None:
     """Let only what `trainable_names` says require gradients. Experts that part company become modules of their own.
 
     What the model declares as not trainable stays so, and has no name here. Raises: UsageError as trainable_names; also
@@ -151,7 +156,7 @@ def freeze(model: Any, args: SftArguments) -> None:
         stored.owner.requires_grad_(name in trained)
 
 
-def trainable_tensors(model: Any) -> dict[str, Stored]:
+def trainable_tensors(model: PreTrainedModel) -> dict[str, Stored]:
     """The tensors of a checkpoint that can be trained, tied ones once: a tied head is the embedding."""
     found: dict[str, Stored] = {}
     whole: set[int] = set()
@@ -188,7 +193,7 @@ def check_settings(args: SftArguments) -> None:
         prepare_model(auto_class(args.model_info.config).from_config(config, trust_remote_code=code), args)
 
 
-def held_in_fp32(model: Any) -> set[str]:
+def held_in_fp32(model: PreTrainedModel) -> set[str]:
     """Names of the parameters whose dtype `prepare_model` raised."""
     return getattr(model, _HELD, set())
 
@@ -218,7 +223,7 @@ def lora_targets(linear: set[str], args: TunerArguments) -> set[str] | str:
 NO_PROJECTIONS = {"lm_head", "embed_out", "gate", "router", "shared_expert_gate"}
 
 
-def linear_layers(model: Any) -> list[str]:
+def linear_layers(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers; of a model that reads images too, those of its text part."""
     whole = model.config.get_text_config() is model.config or not hasattr(model, "get_decoder")
     inside = None if whole else {id(module) for module in model.get_decoder().modules()}
@@ -226,14 +231,14 @@ def linear_layers(model: Any) -> list[str]:
     return [name for name, module in linear if inside is None or id(module) in inside]
 
 
-def _of_other_parts(model: Any, linear: list[str]) -> list[str]:
+def _of_other_parts(model: PreTrainedModel, linear: list[str]) -> list[str]:
     """Linear layers that would get adapters by their last name, though they are not among `linear`."""
     last = {name.rpartition(".")[2] for name in linear}
     others = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - set(linear)
     return sorted(name for name in others if name.rpartition(".")[2] in last)
 
 
-def lora_model(model: Any, args: SftArguments) -> Any:
+def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
     """The model with LoRA: new, or resumed from `--adapters DIR`. Names are those of the checkpoint's weights."""
     from peft import LoraConfig
 
@@ -272,7 +277,7 @@ def lora_model(model: Any, args: SftArguments) -> Any:
     return adapted
 
 
-def attach_adapter(model: Any, directory: Path, trainable: bool = False) -> Any:
+def attach_adapter(model: PreTrainedModel, directory: Path, trainable: bool = False) -> Any:
     """The model with an adapter from `directory`, one pair per expert or packed as peft writes fused experts.
 
     peft itself loses the shared experts' adapters of such models under transformers 5.
@@ -297,7 +302,7 @@ def attach_adapter(model: Any, directory: Path, trainable: bool = False) -> Any:
     return adapted
 
 
-def _check_rank(stated: Mapping[str, Any], weights: Path) -> None:
+def _check_rank(stated: Config, weights: Path) -> None:
     """Before matrices of the stated ranks are made. Raises: ConfigError for one that no matrix of the file has."""
     if not weights.is_file():
         return  # which is told where they are read
@@ -309,7 +314,7 @@ def _check_rank(stated: Mapping[str, Any], weights: Path) -> None:
             )
 
 
-def _with_lora(model: Any, config: Any) -> Any:
+def _with_lora(model: PreTrainedModel, config: LoraConfig) -> Any:
     from peft import get_peft_model
 
     try:
@@ -320,9 +325,10 @@ def _with_lora(model: Any, config: Any) -> Any:
 
 
 @contextmanager
-def _no_conversion(model: Any) -> Iterator[None]:
+def _no_conversion(model: PreTrainedModel) -> Iterator[None]:
     """peft rewrites targets of types that transformers 5 fuses experts of; ours are split again, so nothing is to do."""
-    config, kind = model.config, model.config.model_type
+    config: Any = model.config
+    kind = config.model_type
     config.model_type = f"{kind}_split"
     try:
         yield
@@ -380,7 +386,7 @@ class SplitExperts(nn.ModuleList):
 
 
 class _Expert(nn.Module):
-    def __init__(self, gate_up: Tensor, down: Tensor, act_fn: Any) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, act_fn: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         gate, up = gate_up.chunk(2)
         self.gate_proj, self.up_proj = _linear(gate), _linear(up)
@@ -411,7 +417,7 @@ def _is_divisible(fused: Any) -> bool:
     )
 
 
-def split_experts(model: Any, trainable: bool = False) -> int:
+def split_experts(model: PreTrainedModel, trainable: bool = False) -> int:
     """Replace fused experts by SplitExperts, in place. Returns: how many layers; 0 with transformers 4, where none are."""
     count = 0
     stored: Mapping[str, Stored] = {}
@@ -431,7 +437,7 @@ def split_experts(model: Any, trainable: bool = False) -> int:
 # ---- facts of the trained parameters ----
 
 
-def trained_weights(model: Any, flops: ModelFlops) -> dict[str, float | None]:
+def trained_weights(model: PreTrainedModel, flops: ModelFlops) -> dict[str, float | None]:
     """`trained` and `adapters` for ModelFlops.training: the matrices' numbers that a token meets."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     lookup = embedding if head is None or head.weight is not embedding else None

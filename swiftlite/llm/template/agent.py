@@ -7,9 +7,8 @@ whose own chat template prints tools keep to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from swiftlite.llm.template.messages import Message, function_of, role_of, to_json
+from swiftlite.llm.template.messages import Message, Tools, function_of, role_of, to_json
 
 AGENT_FORMATS = ("hermes",)
 
@@ -25,7 +24,7 @@ HERMES_TAIL = (
 )
 
 
-def as_plain(messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[Message], list[int]]:
+def as_plain(messages: Sequence[Message], tools: Tools | None) -> tuple[list[Message], list[int]]:
     """The conversation without tools, calls and tool messages, in the hermes format.
 
     The list of tools follows the system message; results in a row make one user message.
@@ -61,7 +60,7 @@ def _shown(message: Message) -> str:
     return str(message.get("content", ""))
 
 
-def _call(call: Any) -> str:
+def _call(call: object) -> str:
     function = function_of(call)
     arguments = function.get("arguments")
     shown = arguments if isinstance(arguments, str) else to_json(arguments)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from swiftlite.llm.template.messages import Message, function_of, role_of
+from swiftlite.llm.template.messages import Message, Tools, function_of, role_of
 from swiftlite.utils.errors import TemplateError
 
 Found = list[list[int]]  # start, end, index of the message; characters of the text
@@ -41,13 +40,13 @@ class AnswerFinder:
         tokenizer's own end token.
     """
 
-    def __init__(self, write: Callable[..., str], options: Mapping[str, Any], ends: Sequence[str], eos: str) -> None:
+    def __init__(self, write: Callable[..., str], options: Mapping[str, object], ends: Sequence[str], eos: str) -> None:
         self._write, self._options = write, options
         self._ends, self._eos = ends, eos
         self._rows = 0
         self.headers: Headers | None = None
 
-    def find(self, messages: Sequence[Message], tools: Any) -> tuple[str, Found]:
+    def find(self, messages: Sequence[Message], tools: Tools | None) -> tuple[str, Found]:
         """The text and its answers. Raises: TemplateError if it cannot be written, or they cannot be settled."""
         text = self._write(messages, tools, False, self._options)
         found = self.headers.find(text, messages) if self.headers is not None else None
@@ -59,11 +58,11 @@ class AnswerFinder:
             found = sure
         return text, found
 
-    def _surely(self, text: str, messages: Sequence[Message], tools: Any) -> Found:
+    def _surely(self, text: str, messages: Sequence[Message], tools: Tools | None) -> Found:
         finder = _Finder(self._writers(tools), list(messages), text, self._ends, self._eos)
         return [finder.span(i) for i, message in enumerate(messages) if role_of(message) == "assistant"]
 
-    def _writers(self, tools: Any) -> list[Write]:
+    def _writers(self, tools: Tools | None) -> list[Write]:
         plain = {key: value for key, value in self._options.items() if key != "enable_thinking"}
         return [
             lambda part, generation, options=options: self._write(part, tools, generation, options)  # type: ignore[misc]

@@ -29,15 +29,17 @@ from swiftlite.llm.template.limits import (
     told_as_template_error,
 )
 from swiftlite.llm.template.loss_scale import parse_loss_scale, weigh
-from swiftlite.llm.template.messages import Message, role_of, with_arguments
+from swiftlite.llm.template.messages import Message, Tools, role_of, with_arguments
 from swiftlite.llm.template.options import TemplateOptions
 from swiftlite.llm.template.registered import source_of
 from swiftlite.llm.template.traits import Traits, traits_of
 from swiftlite.utils.errors import TemplateError, UsageError
 from swiftlite.utils.logger import warn_once
+from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -46,13 +48,14 @@ _TAGS = {f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") 
 # How templates mark an answer without thoughts.
 _EMPTY_THOUGHTS = ("<think>\n\n</think>\n\n", "\n<think></think>")
 
-Encoded = dict[str, Any]
+Encoded = Json
+Outcome = Encoded | list[Encoded] | TemplateError  # of one row
 
 
 class Template(TemplateOptions):
     """How one model's conversations are written. Made by `get_template`."""
 
-    def __init__(self, meta: TemplateMeta, tokenizer: Any, **options: Any) -> None:
+    def __init__(self, meta: TemplateMeta, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
         super().__init__(**options)
         self.meta, self.tokenizer = meta, tokenizer
         agent_template = self.agent_template
@@ -137,7 +140,7 @@ class Template(TemplateOptions):
     def render(
         self,
         messages: Sequence[Message],
-        tools: list[Any] | None = None,
+        tools: Tools | None = None,
         add_generation_prompt: bool = False,
         **kwargs: Any,
     ) -> str:
@@ -155,7 +158,7 @@ class Template(TemplateOptions):
         whole, tools, _ = self._prepared(messages, tools)
         return self.chat.bounded(lambda: self.chat.write(whole, tools, add_generation_prompt, self._options(kwargs)))
 
-    def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None, **kwargs: Any) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools | None = None, **kwargs: Any) -> list[int]:
         """Token ids of the conversation up to where the model answers, for generation."""
         if not self.use_chat_template:
             return self.tokenize(_contents(messages))
@@ -186,7 +189,7 @@ class Template(TemplateOptions):
         encoded = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return list(encoded["input_ids"])
 
-    def encode(self, row: dict[str, Any]) -> dict[str, Any]:
+    def encode(self, row: Json) -> Json:
         """One conversation for training.
 
         Args: row: {"messages": [...], "tools": [...] or absent}. A message may carry `loss` (bool) or `loss_scale`
@@ -205,12 +208,12 @@ class Template(TemplateOptions):
             raise MaxLengthError(sum(part["length"] for part in encoded), self.max_length or 0)
         return encoded
 
-    def encode_batch(self, rows: Sequence[dict[str, Any]]) -> list[Encoded | list[Encoded] | TemplateError]:
+    def encode_batch(self, rows: Sequence[Json]) -> list[Outcome]:
         """`encode` of many rows with one call of the tokenizer (which uses all cores). Errors take a row's place.
 
         With truncation_strategy 'split', a row that is too long becomes a list of samples.
         """
-        encoded: list[Encoded | list[Encoded] | TemplateError] = []
+        encoded: list[Outcome] = []
         for scripts in self._scripts(rows):
             tokenized = iter(self._tokenize_batch([s for s in scripts if not isinstance(s, TemplateError)]))
             for script in scripts:
@@ -221,11 +224,11 @@ class Template(TemplateOptions):
                     encoded.append(error)
         return encoded
 
-    def _scripts(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[str, list[Span]] | TemplateError]]:
+    def _scripts(self, rows: Sequence[Json]) -> Iterator[list[tuple[str, list[Span]] | TemplateError]]:
         """`training_text` of rows, in lists of some, as far as it can be needed; errors take a row's place."""
         limits = (self.max_length, self._max_token_chars, self.truncation_strategy)
 
-        def script(row: dict[str, Any]) -> tuple[str, list[Span]] | TemplateError:
+        def script(row: Json) -> tuple[str, list[Span]] | TemplateError:
             try:
                 with told_as_template_error():
                     text, spans = self._training_text(row)
@@ -240,7 +243,7 @@ class Template(TemplateOptions):
         self._learn()
         yield from self.chat.bounded_rows(script, rows)
 
-    def training_text(self, row: dict[str, Any]) -> tuple[str, list[Span]]:
+    def training_text(self, row: Json) -> tuple[str, list[Span]]:
         """The text of a training row and its spans with loss: (start, end, weight), ascending, in characters.
 
         Raises: TemplateError where the conversation cannot be written, also within bounds.
@@ -256,7 +259,7 @@ class Template(TemplateOptions):
             _ = self.suffix, self.traits
             self.chat.learn(self._options({}))
 
-    def _training_text(self, row: dict[str, Any]) -> tuple[str, list[Span]]:
+    def _training_text(self, row: Json) -> tuple[str, list[Span]]:
         messages, tools = row.get("messages"), row.get("tools")
         if not isinstance(messages, (list, tuple)) or not messages:
             raise TemplateError("a row has no messages; give 'messages': [{'role': ..., 'content': ...}, ...]")
@@ -286,7 +289,7 @@ class Template(TemplateOptions):
                 spans.append([start, len(text), i])
         return text, spans
 
-    def _chat_text(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[list[int]]]:
+    def _chat_text(self, messages: Sequence[Message], tools: Tools | None) -> tuple[str, list[list[int]]]:
         """Text by the chat template, and [start, end, index of the message] of what assistants wrote."""
         self._warn_of_lost_tools(messages, tools)
         whole, tools, origin = self._prepared(self._with_arguments(messages), tools)
@@ -313,8 +316,8 @@ class Template(TemplateOptions):
                 yield from weigh(text, start, end, weight, self.weights)
 
     def _prepared(
-        self, messages: Sequence[Message], tools: list[Any] | None
-    ) -> tuple[list[Message], list[Any] | None, list[int]]:
+        self, messages: Sequence[Message], tools: Tools | None
+    ) -> tuple[list[Message], Tools | None, list[int]]:
         """What the chat template is given, and for each message the index of the one it comes from (-1: none)."""
         whole = list(messages)
         if self.default_system and (not messages or role_of(messages[0]) != "system"):
@@ -330,13 +333,13 @@ class Template(TemplateOptions):
         with_specials, plain = self.tokenizer("a")["input_ids"], self.tokenize("a")
         return str(self.tokenizer.decode(with_specials[: with_specials.index(plain[0])]))
 
-    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        own: dict[str, Any] = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+    def _options(self, kwargs: Json) -> Json:
+        own: Json = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         if self.default_system == "" and self.template_backend == "swift":  # not the template's either
             own["default_system"] = ""
         return {**own, **kwargs}
 
-    def _warn_of_lost_tools(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
+    def _warn_of_lost_tools(self, messages: Sequence[Message], tools: Tools | None) -> None:
         if self._plain_tools:
             return
         if tools and not self.chat.prints_tools():
@@ -375,7 +378,7 @@ class Template(TemplateOptions):
     def _max_token_chars(self) -> int:
         return max_token_chars(self.tokenizer)
 
-    def _finish(self, row: dict[str, Any], ids: list[int], spans: list[Span]) -> Encoded | list[Encoded]:
+    def _finish(self, row: Json, ids: list[int], spans: list[Span]) -> Encoded | list[Encoded]:
         if self.max_length is not None and len(ids) > self.max_length:
             if self.truncation_strategy in ("raise", "delete"):
                 raise MaxLengthError(len(ids), self.max_length)
@@ -386,7 +389,7 @@ class Template(TemplateOptions):
             return self._sample(row, ids, spans, cut)
         return self._sample(row, ids, spans)
 
-    def _sample(self, row: dict[str, Any], ids: list[int], spans: list[Span], cut: slice | None = None) -> Encoded:
+    def _sample(self, row: Json, ids: list[int], spans: list[Span], cut: slice | None = None) -> Encoded:
         labels = [IGNORE_INDEX] * len(ids)
         weights = [0.0] * len(ids) if any(weight != 1.0 for _, _, weight in spans) else None
         for first, last, weight in spans:
@@ -397,7 +400,7 @@ class Template(TemplateOptions):
             ids = ids[cut]
             labels = labels[cut]
             weights = weights and weights[cut]
-        encoded: dict[str, Any] = {"input_ids": ids, "labels": labels, "length": len(ids)}
+        encoded: Json = {"input_ids": ids, "labels": labels, "length": len(ids)}
         if weights is not None and any(weight not in (0.0, 1.0) for weight in weights):
             encoded["loss_scale"] = weights
         if not self.remove_unused_columns:
@@ -407,7 +410,7 @@ class Template(TemplateOptions):
     # -- batches ------------------------------------------------------------------------------------------------
 
     def data_collator(
-        self, batch: Sequence[dict[str, Any]], pad_to_multiple_of: int | None = None, pad_to: int | None = None
+        self, batch: Sequence[Json], pad_to_multiple_of: int | None = None, pad_to: int | None = None
     ) -> dict[str, Tensor]:
         """Pad encoded rows to one length and stack them.
 
@@ -426,7 +429,7 @@ class Template(TemplateOptions):
         return tensors
 
 
-def _special_tokens(tokenizer: Any) -> dict[str, str]:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     tokens = {name: getattr(tokenizer, name, None) for name in _SPECIAL_TOKENS}
     return {name: str(token) for name, token in tokens.items() if token is not None}
 
@@ -458,7 +461,7 @@ def _has_thoughts(message: Message) -> bool:
     return bool(message.get("reasoning_content")) or "<think>" in str(message.get("content"))
 
 
-def _parse_tools(text: str) -> list[Any] | None:
+def _parse_tools(text: str) -> Tools | None:
     try:
         tools = json.loads(text)
     except ValueError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,7 +14,7 @@ IGNORE_INDEX = -100  # a label without a loss
 
 
 def pad_rows(
-    rows: Sequence[dict[str, Any]], pad_token: int, multiple: int, at_least: int, padding_side: str
+    rows: Sequence[Json], pad_token: int, multiple: int, at_least: int, padding_side: str
 ) -> dict[str, Tensor]:
     """int64 tensors [B, S] input_ids, labels, position_ids and attention_mask; loss_scale float32 where a row has one.
 
@@ -24,7 +26,7 @@ def pad_rows(
     length = max(max(len(row["input_ids"]) for row in rows), at_least)
     length = -(-length // multiple) * multiple
 
-    def padded(values: Iterable[Sequence[Any]], fill: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+    def padded(values: Iterable[Sequence[float]], fill: float, dtype: torch.dtype = torch.int64) -> Tensor:
         out = torch.full((len(rows), length), fill, dtype=dtype)
         for i, row in enumerate(values):
             at = slice(len(row)) if padding_side == "right" else slice(length - len(row), length)
@@ -42,9 +44,9 @@ def pad_rows(
     return tensors
 
 
-def join_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def join_rows(rows: Sequence[Json]) -> Json:
     """Rows end to end. The first token of each has no label: what precedes it is another row."""
-    out: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": []}
+    out: Json = {"input_ids": [], "labels": [], "position_ids": []}
     for row in rows:
         out["input_ids"] += row["input_ids"]
         out["labels"] += [IGNORE_INDEX, *row["labels"][1:]]
@@ -54,5 +56,5 @@ def join_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _weights_of(row: dict[str, Any]) -> list[float]:
+def _weights_of(row: Json) -> list[float]:
     return row.get("loss_scale") or [float(label != IGNORE_INDEX) for label in row["labels"]]

@@ -13,12 +13,19 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from swiftlite.llm.template.answers import AnswerFinder, Found
-from swiftlite.llm.template.messages import Message, role_of
+from swiftlite.llm.template.messages import Message, Tools, role_of
 from swiftlite.utils.bounded import SECONDS, LimitError, run_bounded, run_each_bounded
 from swiftlite.utils.errors import TemplateError, UsageError
+from swiftlite.utils.types import Json, Settings
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from jinja2 import Template as JinjaTemplate
+    from jinja2.parser import Parser
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -38,7 +45,12 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: Any, registered: str | None, name: str, tokens: Mapping[str, str], ends: Sequence[str]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        registered: str | None,
+        name: str,
+        tokens: Mapping[str, str],
+        ends: Sequence[str],
     ) -> None:
         self.tokenizer, self.registered = tokenizer, registered
         self.name = name
@@ -50,11 +62,11 @@ class ChatTemplate:
         """Whether it is the checkpoint's, whose text may do anything that Jinja can."""
         return self.registered is None
 
-    def source(self, tools: Any = None) -> str:
+    def source(self, tools: Tools | None = None) -> str:
         """The Jinja. Raises: UsageError if the tokenizer has none."""
         return self.registered if self.registered is not None else chat_template_of(self.tokenizer, tools)
 
-    def is_tagged(self, tools: Any = None) -> bool:
+    def is_tagged(self, tools: Tools | None = None) -> bool:
         """Whether it has generation tags, which may hold the end token of an answer too."""
         return _has_generation_tags(self.source(tools))
 
@@ -64,20 +76,17 @@ class ChatTemplate:
     def prints_calls(self) -> bool:
         return "arguments" in _names_read(self.source())
 
-    def write(self, messages: Sequence[Message], tools: Any, generation: bool, options: Mapping[str, Any]) -> str:
+    def write(self, messages: Sequence[Message], tools: Tools | None, generation: bool, options: Settings) -> str:
         """The conversation as text; generation: with what opens the next answer. Raises: TemplateError."""
         try:
             if self.registered is not None:
                 return str(self._written(messages, tools, options, generation).replace(_BEGIN, "").replace(_END, ""))
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages), tools=tools, add_generation_prompt=generation, tokenize=False, **options
-                )
-            )
+            keywords: Settings = {**options, "tools": tools, "add_generation_prompt": generation}
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **keywords))
         except Exception as error:  # whatever a template raises or trips over
             raise self._refused(error) from None
 
-    def write_answers(self, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]) -> tuple[str, Found]:
+    def write_answers(self, messages: Sequence[Message], tools: Tools | None, options: Settings) -> tuple[str, Found]:
         """The conversation as text, and [start, end, index] of each assistant message in it.
 
         Raises: TemplateError if it cannot be written, or where its answers lie cannot be settled.
@@ -86,28 +95,29 @@ class ChatTemplate:
             return self._tagged(messages, tools, options)
         return self._finder(options).find(messages, tools)
 
-    def learn(self, options: Mapping[str, Any]) -> None:
+    def learn(self, options: Settings) -> None:
         """Find out, within bounds, what helps `write_answers` with these options; before children need it."""
         if not self.is_tagged():
             finder = self._finder(options)
             finder.headers = self.bounded(finder.learn)
 
-    def _finder(self, options: Mapping[str, Any]) -> AnswerFinder:
+    def _finder(self, options: Settings) -> AnswerFinder:
         key = json.dumps(options, sort_keys=True, default=str)
         if key not in self._finders:
             self._finders[key] = AnswerFinder(self.write, options, self.ends, self.tokens.get("eos_token", ""))
         return self._finders[key]
 
-    def _tagged(self, messages: Sequence[Message], tools: Any, options: Mapping[str, Any]) -> tuple[str, Found]:
+    def _tagged(self, messages: Sequence[Message], tools: Tools | None, options: Settings) -> tuple[str, Found]:
         try:
             if self.registered is not None:
                 text, found = _without_marks(self._written(messages, tools, options))
             else:
                 from transformers.utils.chat_template_utils import render_jinja_template
 
+                names: Settings = {**self.tokenizer.special_tokens_map, **options, "tools": tools}
                 rendered: Any = render_jinja_template(
-                    conversations=[list(messages)], tools=tools, chat_template=self.source(tools),
-                    return_assistant_tokens_mask=True, **{**self.tokenizer.special_tokens_map, **options},
+                    conversations=[list(messages)], chat_template=self.source(tools), return_assistant_tokens_mask=True,
+                    **names,
                 )  # fmt: skip
                 (text,), (found,) = rendered
         except Exception as error:  # as in write
@@ -121,7 +131,7 @@ class ChatTemplate:
         return text, [[start, end, index] for (start, end), index in zip(found, answers, strict=True)]
 
     def _written(
-        self, messages: Sequence[Message], tools: Any, options: Mapping[str, Any], generation: bool = False
+        self, messages: Sequence[Message], tools: Tools | None, options: Settings, generation: bool = False
     ) -> str:
         """The text of a registered template, its answers between marks."""
         names = {"documents": None, **self.tokens, **options}
@@ -141,7 +151,7 @@ class ChatTemplate:
         except LimitError as error:
             raise TemplateError(f"{self.name} cannot write the conversation: {error}") from None
 
-    def bounded_rows(self, write: Callable[[Any], T], rows: Sequence[Any]) -> Iterator[list[T | TemplateError]]:
+    def bounded_rows(self, write: Callable[[Json], T], rows: Sequence[Json]) -> Iterator[list[T | TemplateError]]:
         """`write(row)` of all rows, in lists of some, within bounds if the template is the checkpoint's.
 
         They are written in a child, which continues while the caller works on a list. If that is beyond bounds, the rows
@@ -164,7 +174,7 @@ class ChatTemplate:
                 done += 1
                 yield self._one_by_one(write, parts[done - 1])
 
-    def _one_by_one(self, write: Callable[[Any], T], rows: Sequence[Any]) -> list[T | TemplateError]:
+    def _one_by_one(self, write: Callable[[Json], T], rows: Sequence[Json]) -> list[T | TemplateError]:
         found: list[T | TemplateError] = []
         failed = 0
         for row in rows:
@@ -205,7 +215,7 @@ _BEGIN, _END = f"\ue000{secrets.token_hex(8)}\ue001", f"\ue002{secrets.token_hex
 
 
 @cache
-def _environment() -> Any:
+def _environment() -> Environment:
     """Jinja for registered templates, which are part of the program: what transformers offers, without its sandbox."""
     import jinja2
     from jinja2 import nodes
@@ -214,7 +224,7 @@ def _environment() -> Any:
     class Generation(Extension):
         tags = {"generation"}
 
-        def parse(self, parser: Any) -> list[nodes.Node]:
+        def parse(self, parser: Parser) -> list[nodes.Node]:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             begin, end = (nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in (_BEGIN, _END))
@@ -223,7 +233,7 @@ def _environment() -> Any:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
@@ -234,7 +244,7 @@ def _environment() -> Any:
 
 
 @cache
-def _compiled(source: str) -> Any:
+def _compiled(source: str) -> JinjaTemplate:
     return _environment().from_string(source)
 
 
@@ -248,7 +258,7 @@ def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
     return text, found
 
 
-def chat_template_of(tokenizer: Any, tools: Any = None) -> str:
+def chat_template_of(tokenizer: PreTrainedTokenizerBase, tools: Tools | None = None) -> str:
     """Source of a tokenizer's chat template. Raises: UsageError if it has none."""
     try:
         source = tokenizer.get_chat_template(tools=tools)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from swiftlite.utils.errors import SwiftliteError, TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Longer texts are refused before they are tokenised, which takes up to 250 bytes a character.
 MAX_CHARS = 4_000_000
@@ -31,17 +34,17 @@ class MaxLengthError(TemplateError):
         self.length, self.max_length = length, max_length
         self.chars = chars
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[MaxLengthError], tuple[int, int, int | None]]:
         return MaxLengthError, (self.length, self.max_length, self.chars)
 
 
-def max_token_chars(tokenizer: Any) -> int:
+def max_token_chars(tokenizer: PreTrainedTokenizerBase) -> int:
     """Characters of a text that one token may stand for.
 
     Tokens are as long as they are stored: byte-level ones have one character a byte, others a mark for a blank. A
     normaliser may shorten the text first, in Unicode's composition to a third at the most.
     """
-    vocab: dict[Any, int] = getattr(tokenizer, "get_vocab", dict)()
+    vocab: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     return 3 * max(16, *map(len, vocab)) if vocab else MAX_CHARS
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 from swiftlite.utils.errors import TemplateError
+from swiftlite.utils.types import Json
 
-Message = dict[str, Any]
+Message: TypeAlias = Json
+Tools: TypeAlias = list[Json]  # schemas of the functions on offer
 
 
 def role_of(message: Message) -> str:
@@ -18,7 +20,7 @@ def role_of(message: Message) -> str:
     return role
 
 
-def function_of(call: Any) -> dict[str, Any]:
+def function_of(call: object) -> Json:
     """The function of a tool call, with or without the OpenAI envelope."""
     function = call.get("function") or call if isinstance(call, dict) else call
     if not isinstance(function, dict) or "name" not in function:
@@ -41,9 +43,9 @@ def with_arguments(messages: Sequence[Message], kind: type) -> list[Message]:
     ]
 
 
-def _with_arguments(call: Any, kind: type) -> Any:
+def _with_arguments(call: Json, kind: type) -> Json:
     function = function_of(call)
-    arguments: Any = function.get("arguments")
+    arguments = function.get("arguments")
     if kind is dict and isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
@@ -57,7 +59,7 @@ def _with_arguments(call: Any, kind: type) -> Any:
     return {**call, "function": function} if call.get("function") else function
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """JSON as chat templates print it: non-ASCII kept, default separators."""
     return json.dumps(value, ensure_ascii=False)
 
@@ -70,6 +72,6 @@ def split_thinking(content: str) -> tuple[str, str]:
     return thoughts, content.split("</think>")[-1].lstrip("\n")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

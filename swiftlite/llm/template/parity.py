@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.jinja import ChatTemplate
+from swiftlite.llm.template.messages import Tools
 from swiftlite.utils.errors import TemplateError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
-_ASKED: dict[str, Any] = {"role": "user", "content": "What is 2 + 2?"}
+_ASKED: Json = {"role": "user", "content": "What is 2 + 2?"}
 _THOUGHT = "<think>\nTwo and two.\n</think>\n\nIt is 4."
 _CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-_TOOL: dict[str, Any] = {
+_TOOL: Json = {
     "type": "function",
     "function": {"name": "add", "description": "Add", "parameters": {"type": "object", "properties": {}}},
 }
 _SYSTEM = {"role": "system", "content": "Be brief."}
-_ROUNDS: list[dict[str, Any]] = [
+_ROUNDS: list[Json] = [
     _ASKED,
     {"role": "assistant", "content": "It is 4."},
     {"role": "user", "content": "Sure?"},
 ]
 _ANSWERED = [*_ROUNDS, {"role": "assistant", "content": "Yes, 4."}]
-_CALLED: list[dict[str, Any]] = [
+_CALLED: list[Json] = [
     _ASKED,
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "content": "4"},
@@ -33,7 +34,7 @@ _CALLED: list[dict[str, Any]] = [
 ]
 
 # name, messages, tools, generation prompt, options
-Probe = tuple[str, list[dict[str, Any]], Any, bool, dict[str, Any]]
+Probe = tuple[str, list[Json], Tools | None, bool, Json]
 PROBES: tuple[Probe, ...] = (
     ("question", [_ASKED], None, True, {}),
     ("system message", [_SYSTEM, _ASKED], None, True, {}),

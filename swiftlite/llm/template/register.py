@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swiftlite.families.templates import JINJA, get_template_meta
 from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.thinking import ThinkingTemplate
 from swiftlite.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_CLASSES: dict[str, type[Template]] = {"Template": Template, "ThinkingTemplate": ThinkingTemplate}
 
@@ -17,7 +20,7 @@ def register_template_class(name: str, template_class: type[Template]) -> None:
     TEMPLATE_CLASSES[name] = template_class
 
 
-def get_template(template_type: str, tokenizer: Any, **options: Any) -> Template:
+def get_template(template_type: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Template:
     """Make the template of a type for a tokenizer. options: see TemplateOptions.
 
     Raises: UsageError for an unknown type (the nearest is named) or value.

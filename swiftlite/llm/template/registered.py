@@ -6,7 +6,6 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from swiftlite.families.records import Part, TemplateMeta
 from swiftlite.llm.template.agent import HERMES_HEAD, HERMES_TAIL
@@ -34,7 +33,7 @@ def _file(name: str) -> str:
     return (Path(__file__).parent / "registered" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -6,6 +6,7 @@ A base model taught to chat has neither; its checkpoint gets both.
 from __future__ import annotations
 
 from swiftlite.checkpoint.chat import Chat
+from swiftlite.llm.model.loader import id_of
 from swiftlite.llm.template.base import Template
 from swiftlite.utils.logger import get_logger
 
@@ -15,7 +16,7 @@ def trained_chat(template: Template) -> Chat | None:
     if not template.use_chat_template:
         return None
     if template.traits.end:
-        end = template.tokenizer.convert_tokens_to_ids(template.traits.end)
+        end: int | None = id_of(template.tokenizer, template.traits.end)
     else:
         end = template.tokenizer.eos_token_id if template.suffix == template.tokenizer.eos_token else None
     if end is None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from swiftlite.llm.template.jinja import ChatTemplate
-from swiftlite.llm.template.messages import Message, to_json
+from swiftlite.llm.template.messages import Message, Tools, to_json
 from swiftlite.utils.errors import TemplateError
+from swiftlite.utils.types import Json
 
 _ASKED: Message = {"role": "user", "content": "a"}
 _ROUNDS: list[Message] = [_ASKED, {"role": "assistant", "content": "b"}] * 2
@@ -18,7 +18,7 @@ _TOOL = {
 _ARGUMENTS = {"x": "y"}
 
 
-def _calling(arguments: Any) -> list[Message]:
+def _calling(arguments: Json | str) -> list[Message]:
     call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
     result = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "r"}
     return [_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}, result, _ROUNDS[1]]
@@ -38,10 +38,10 @@ class Traits:
     arguments: type | None
 
 
-def traits_of(chat: ChatTemplate, options: dict[str, Any]) -> Traits:
+def traits_of(chat: ChatTemplate, options: Json) -> Traits:
     """Try a chat template out with small conversations. options: what each text of it is written with."""
 
-    def end(messages: list[Message], tools: list[Any] | None) -> str:
+    def end(messages: list[Message], tools: Tools | None) -> str:
         try:
             text, spans = chat.write_answers(messages, tools, options)
         except TemplateError:
@@ -51,7 +51,7 @@ def traits_of(chat: ChatTemplate, options: dict[str, Any]) -> Traits:
         inside = (e for e in chat.ends if tagged and text[first:last].rstrip().endswith(e))
         return next(inside, "") or next((e for e in chat.ends if text.startswith(e, last)), "")
 
-    def write(messages: list[Message], tools: list[Any] | None, generation: bool = False) -> str | None:
+    def write(messages: list[Message], tools: Tools | None, generation: bool = False) -> str | None:
         try:
             return chat.write(messages, tools, generation, options)
         except TemplateError:

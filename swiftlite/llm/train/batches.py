@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from swiftlite.train.objective import Batch, Objective
+from swiftlite.utils.types import Json
 
 # In this order, before an objective's own counts.
 COUNTS = ("tokens", "padded_tokens", "samples", "pairs_attended")
 
-Collate = Callable[[Sequence[Any]], Batch]
+Collate = Callable[[Sequence[Json]], Batch]
 
 
 def counting(
     collate: Collate,
     objective: Objective,
-    lengths: Callable[[Any], Sequence[int]],
+    lengths: Callable[[Json], Sequence[int]],
     pairs: Callable[[Iterable[int]], float],
 ) -> Collate:
     """`collate` with a tensor `counts` next to the batch: COUNTS and the objective's.
@@ -26,7 +26,7 @@ def counting(
     lengths: tokens of a row's samples. pairs: those of samples of these lengths, as `pairs_of` gives them.
     """
 
-    def counted(rows: Sequence[Any]) -> Batch:
+    def counted(rows: Sequence[Json]) -> Batch:
         batch = collate(rows)
         sizes = [n for row in rows for n in lengths(row)]
         counts = [sum(sizes), batch["input_ids"].numel(), len(rows), pairs(sizes), *objective.count(batch)]
@@ -36,6 +36,6 @@ def counting(
     return counted
 
 
-def sample_lengths(row: Mapping[str, Any]) -> Sequence[int]:
+def sample_lengths(row: Json) -> Sequence[int]:
     """Tokens of the samples in a row: one, or those of a packed sequence."""
     return row.get("sample_lengths") or [len(row["input_ids"])]

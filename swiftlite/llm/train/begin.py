@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from swiftlite.llm.pipeline import load_model, prepare_template
 from swiftlite.llm.train.saving import FP32_FILE, OPTIMIZER, PREFIX, SCHEDULER, STATE, rng_file
 from swiftlite.train import run_directory
 from swiftlite.train.checkpoints import Start, finished
+from swiftlite.train.order import Data
 from swiftlite.utils.dist import get_local_rank, get_world_size
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import read_json
@@ -24,7 +25,13 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.weights.safetensors import read_header
 from swiftlite.weights.unpickle import check_saved
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from swiftlite.llm.template.base import Template
+
 logger = get_logger()
+A = TypeVar("A", bound=SftArguments)
 
 UNREAD = "training_args.bin"  # transformers' own arguments: objects, which nothing here reads
 
@@ -48,8 +55,8 @@ def process_group(timeout: int) -> Iterator[None]:
 
 @contextmanager
 def started(
-    args: SftArguments, load: Callable[[Any, Any], tuple[Any, Any]]
-) -> Iterator[tuple[Any, Any, tuple[Any, Any], Start | None]]:
+    args: A, load: Callable[[A, Template], Data]
+) -> Iterator[tuple[PreTrainedModel, Template, Data, Start | None]]:
     """What every command does before it prepares the model: (model, template, data, checkpoint to resume from).
 
     Weights come last: everything else that can be wrong is known by then.

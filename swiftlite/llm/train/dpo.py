@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -17,6 +17,7 @@ from torch import Tensor
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.pairs import SIDES, PairDataset, load_pairs, sequences_of
+from swiftlite.llm.model.loader import embedding_rows
 from swiftlite.llm.model.tuner import prepare_model
 from swiftlite.llm.train.begin import started
 from swiftlite.llm.train.trainer import HfTrainer, run
@@ -26,6 +27,13 @@ from swiftlite.train.objective import Batch
 from swiftlite.train.reference import check_reference, reference_kind
 from swiftlite.utils.dist import all_gather, get_rank, get_world_size
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from swiftlite.llm.template.base import Template
 
 logger = get_logger()
 
@@ -40,10 +48,10 @@ class PairCollator:
     answer a position belongs to, int64 of the same shape; reference [2P], where it was computed before.
     """
 
-    def __init__(self, template: Any) -> None:
+    def __init__(self, template: Template) -> None:
         self.template = template
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> Batch:
+    def __call__(self, items: Sequence[Json]) -> Batch:
         rows = sequences_of(items)
         batch: Batch = self.template.data_collator(rows)
         if self.template.padding_free:
@@ -57,12 +65,12 @@ class PairCollator:
         return batch
 
 
-def pair_lengths(item: dict[str, Any]) -> list[int]:
+def pair_lengths(item: Json) -> list[int]:
     """Tokens of each answer with its prompt."""
     return [len(pair[side]["input_ids"]) for pair in item["pairs"] for side in SIDES]
 
 
-def log_probs(model: Any, batch: Batch) -> LogProbs:
+def log_probs(model: torch.nn.Module, batch: Batch) -> LogProbs:
     """Of the answers in a batch under a model."""
     logits = model(**{name: value for name, value in batch.items() if name not in _NOT_INPUTS}).logits
     return answer_log_probs(logits, batch["labels"], batch["sequence_ids"], int(batch["sequence_ids"].max()) + 1)
@@ -73,7 +81,7 @@ class Preference:
 
     counts: tuple[str, ...] = ("pairs", "chosen_tokens")
 
-    def __init__(self, loss: PairLoss, policy: Any, reference: Any | None) -> None:
+    def __init__(self, loss: PairLoss, policy: Any, reference: PreTrainedModel | None) -> None:
         self.pair_loss, self.policy = loss, policy
         self.reference = reference
 
@@ -82,7 +90,7 @@ class Preference:
         answered = batch["labels"][:, 1:] != -100
         return [pairs, int((answered & (batch["sequence_ids"][:, 1:] < pairs)).sum())]
 
-    def sums(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+    def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         policy = log_probs(model, batch)
         known = batch.get("reference")
         reference = LogProbs(known, policy.tokens) if known is not None else self.reference_log_probs(batch)
@@ -98,12 +106,12 @@ class Preference:
     def reference_log_probs(self, batch: Batch) -> LogProbs:
         if self.reference is not None:
             return log_probs(self.reference, batch)
-        with _frozen(self.policy):
+        with _frozen(cast("PeftModel", self.policy)):
             return log_probs(self.policy, batch)
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def _frozen(model: PeftModel) -> Iterator[None]:
     """A LoRA model without its adapters and without dropout."""
     training = model.training
     model.eval()
@@ -114,7 +122,7 @@ def _frozen(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def reference_model(args: DpoArguments, model: Any) -> Any | None:
+def reference_model(args: DpoArguments, model: PreTrainedModel) -> PreTrainedModel | None:
     """The frozen reference before `model` is changed; None where adapters are switched off instead.
 
     Raises: UsageError as reference_kind, check_reference.
@@ -122,7 +130,7 @@ def reference_model(args: DpoArguments, model: Any) -> Any | None:
     kind = reference_kind(args)
     if kind == "adapters off":
         return None
-    reference: Any
+    reference: PreTrainedModel
     if kind == "start":
         reference = copy.deepcopy(model)
     else:
@@ -133,7 +141,7 @@ def reference_model(args: DpoArguments, model: Any) -> Any | None:
             attn_impl=args.hf_attn_implementation, trust_remote_code=args.trust_remote_code, hub_token=args.hub_token,
             ignore_requirements=args.ignore_requirements, new_special_tokens=args.new_special_tokens,
         )  # fmt: skip
-        check_reference(args, *(m.get_input_embeddings().weight.shape[0] for m in (reference, model)))
+        check_reference(args, embedding_rows(reference), embedding_rows(model))
     if args.train_type != "lora":
         _round_like_trained(reference)
     for config in (reference.config, reference.config.get_text_config()):
@@ -141,7 +149,7 @@ def reference_model(args: DpoArguments, model: Any) -> Any | None:
     return reference.requires_grad_(False).eval()
 
 
-def _round_like_trained(reference: Any) -> None:
+def _round_like_trained(reference: PreTrainedModel) -> None:
     """The policy's weights are held in fp32 and its matrices run by autocast; equal weights must give equal numbers here.
 
     So everything but the matrices is held in fp32 as well; those are rounded to what autocast makes of the policy's.
@@ -165,7 +173,7 @@ class DpoTrainer(HfTrainer):
     def load(self, start: Start | None) -> int:
         done = super().load(start)
         if self.objective.reference is not None:
-            self.objective.reference = self.objective.reference.to(self.device)
+            self.objective.reference.to(self.device)  # type: ignore[arg-type]  # as in trainer.py
         if self.args.precompute_ref_log_probs:
             for dataset in (self.run.train_set, self.run.val_set):
                 if isinstance(dataset, PairDataset):
@@ -192,7 +200,7 @@ class DpoTrainer(HfTrainer):
         logger.info("the reference answered %d pairs", dataset.pairs)
 
 
-def dpo_main(args: DpoArguments | Sequence[str]) -> dict[str, Any]:
+def dpo_main(args: DpoArguments | Sequence[str]) -> Json:
     """Train on preference pairs; the same command again resumes where it stopped. Called on every rank.
 
     Args: args: an arguments object, or words as typed.

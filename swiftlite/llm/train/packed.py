@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from swiftlite.llm.model.loader import embedding_rows
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HALF = 8  # tokens of each of the two probe samples
 
@@ -30,10 +34,10 @@ def block_diagonal_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def _leak(model: Any, with_mask: bool, joined: bool) -> float:
+def _leak(model: PreTrainedModel, with_mask: bool, joined: bool) -> float:
     """How much the second half's logits move when the first half's tokens change."""
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(model)
     tokens = torch.arange(2 * _HALF, device=device).remainder(vocabulary).unsqueeze(0)
     changed = tokens.clone()
     changed[:, :_HALF] = (tokens[:, :_HALF] + vocabulary // 2) % vocabulary
@@ -46,7 +50,7 @@ def _leak(model: Any, with_mask: bool, joined: bool) -> float:
     return float((first - second).abs().max())
 
 
-def needs_mask(model: Any) -> bool:
+def needs_mask(model: PreTrainedModel) -> bool:
     """True if the model must be given block_diagonal_mask to keep joined samples apart; tried with a few tokens.
 
     Newer models of transformers find the borders in position_ids. Raises: UsageError if neither keeps them apart.

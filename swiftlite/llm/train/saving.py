@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_pt_utils import safe_globals
 
+from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.files import CONFIG, copy_side_files
 from swiftlite.checkpoint.new_tokens import copy_tokenizer, enter_tokens
 from swiftlite.llm.model import tuner
+from swiftlite.llm.model.loader import embedding_rows, id_of
 from swiftlite.llm.model.names import Others, check_names, load_tensors
 from swiftlite.llm.template.trained import Chat
 from swiftlite.utils.dist import get_rank, get_world_size
 from swiftlite.utils.io import read_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 from swiftlite.weights.storage import check_overflow, overflows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a checkpoint is called, and its files besides the model's.
 PREFIX = "checkpoint-"
@@ -33,10 +39,12 @@ def rng_file() -> str:
     return f"rng_state_{get_rank()}.pth" if get_world_size() > 1 else "rng_state.pth"
 
 
-def save_model(model: Any, directory: Path, args: Any, tokenizer: Any, chat: Chat | None) -> None:
+def save_model(
+    model: PreTrainedModel, directory: Path, args: SftArguments, tokenizer: PreTrainedTokenizerBase, chat: Chat | None
+) -> None:
     """Weights or adapters, next to the files of the model that they come from. Rank 0 only."""
     base = Path(args.model_info.model_dir)
-    new_tokens = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in args.new_special_tokens}
+    new_tokens = {token: id_of(tokenizer, token) for token in args.new_special_tokens}
     if args.train_type == "lora":
         # peft would write the whole embedding of a vocabulary that has grown.
         model.save_pretrained(directory, save_embedding_layers=False)
@@ -50,7 +58,7 @@ def save_model(model: Any, directory: Path, args: Any, tokenizer: Any, chat: Cha
         chat.write(directory, base)
 
 
-def _save_weights(model: Any, directory: Path, args: Any) -> None:
+def _save_weights(model: PreTrainedModel, directory: Path, args: SftArguments) -> None:
     info, dtype = args.model_info, args.model_info.torch_dtype
     source = Path(info.model_dir)
     held = {n: p.detach() for n, p in model.named_parameters() if n in tuner.held_in_fp32(model)}
@@ -63,14 +71,14 @@ def _save_weights(model: Any, directory: Path, args: Any) -> None:
         get_logger().info("%d tensors of MTP blocks, which transformers does not train, are carried over", len(carried))
     model.save_pretrained(directory, state_dict={**state, **carried})
     # transformers would write them anew in its own release's form, which other releases and tools may not read.
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     grown = read_json(source / CONFIG).get("vocab_size") not in (None, rows)
     copy_side_files(source, directory, {"vocab_size": rows} if grown else {}, dtype)
     if held and not args.save_weights_only:
         save_file({name: value.contiguous() for name, value in held.items()}, directory / FP32_FILE)
 
 
-def load_model(model: Any, directory: Path, args: Any) -> None:
+def load_model(model: PreTrainedModel, directory: Path, args: SftArguments) -> None:
     """What save_model wrote. Raises: CheckpointError if it does not fit."""
     if args.train_type == "lora":
         tuner.load_adapter(model, directory)
@@ -100,7 +108,7 @@ def load_rng_state(directory: Path) -> None:
     if not path.is_file():
         return
     with safe_globals():
-        states: dict[str, Any] = torch.load(path, weights_only=True)
+        states: Json = torch.load(path, weights_only=True)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["cpu"])

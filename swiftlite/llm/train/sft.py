@@ -6,7 +6,6 @@ The same arguments, samples, order, schedule and loss (a mean over the tokens of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import transformers
 
@@ -18,9 +17,10 @@ from swiftlite.llm.train.batches import sample_lengths
 from swiftlite.llm.train.begin import started
 from swiftlite.llm.train.trainer import HfTrainer, run
 from swiftlite.train.objective import LanguageModeling
+from swiftlite.utils.types import Json
 
 
-def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
+def sft_main(args: SftArguments | Sequence[str]) -> Json:
     """Train; the same command again resumes where it stopped. Called on every rank.
 
     Args: args: an arguments object, or words as typed (`["--model", "DIR", "--dataset", "FILE"]`).
@@ -35,6 +35,6 @@ def sft_main(args: SftArguments | Sequence[str]) -> dict[str, Any]:
         return run(trainer, data, start)
 
 
-def pt_main(args: PtArguments | Sequence[str]) -> dict[str, Any]:
+def pt_main(args: PtArguments | Sequence[str]) -> Json:
     """Continued pre-training: plain `text` rows, each ended by the end token, packed; all tokens are trained on."""
     return sft_main(as_arguments(PtArguments, args))

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
+from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.model.tuner import trained_weights
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.llm.train.batches import COUNTS, Collate, counting
@@ -41,11 +42,18 @@ from swiftlite.train.flops import ModelFlops, pairs_of
 from swiftlite.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE
 from swiftlite.train.loop import Run, Step, train
 from swiftlite.train.objective import Batch, Objective
+from swiftlite.train.order import Data
 from swiftlite.train.router_loss import RouterWatch
 from swiftlite.train.schedule import build_optimizer, lr_schedule
 from swiftlite.utils.dist import barrier, get_rank, get_world_size
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from swiftlite.llm.template.base import Template
 
 logger = get_logger()
 
@@ -64,12 +72,12 @@ class HfTrainer:
 
     def __init__(
         self,
-        args: Any,
-        model: Any,
-        template: Any,
+        args: SftArguments,
+        model: PreTrainedModel,
+        template: Template,
         objective: Objective,
         collate: Collate,
-        lengths: Callable[[Any], Sequence[int]],
+        lengths: Callable[[Json], Sequence[int]],
     ) -> None:
         self.args, self.model = args, model
         self.tokenizer, self.objective = template.tokenizer, objective
@@ -89,7 +97,7 @@ class HfTrainer:
         self.run, args = run, self.args
         set_recompute(args, self.model)
         if not self.accelerator.verify_device_map(self.model):
-            self.model.to(self.device)
+            self.model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides the method's own type
         self.masked = self.padding_free and needs_mask(self.model)
         if args.use_liger_kernel:
             add_liger(self.model)
@@ -163,7 +171,7 @@ class HfTrainer:
         skipped = self.state.global_step - self.scheduler.last_epoch  # the schedule waits in steps that overflow
         return Step({**sums, "data_s": data_seconds}, lr, length if updated else None, stop, scale, skipped)
 
-    def compute_loss(self, model: Any, inputs: Batch) -> Tensor:
+    def compute_loss(self, model: PreTrainedModel, inputs: Batch) -> Tensor:
         """This micro batch's share of the global batch's loss; ranks' gradients are averaged, hence the factor."""
         if self.routers is not None:
             self.routers.begin(inputs)
@@ -250,7 +258,7 @@ class HfTrainer:
         if self.accelerator.scaler is not None:
             torch.save(self.accelerator.scaler.state_dict(), directory / SCALER)
 
-    def _load_from_checkpoint(self, directory: Path, model: Any = None) -> None:
+    def _load_from_checkpoint(self, directory: Path, model: PreTrainedModel | None = None) -> None:
         """Weights or adapters. model: default: the one in training."""
         load_model(self.model if model is None else model, directory, self.args)
 
@@ -287,7 +295,7 @@ class HfTrainer:
         self.accelerator.free_memory()
 
 
-def accelerator_of(args: Any) -> Accelerator:
+def accelerator_of(args: SftArguments) -> Accelerator:
     """Device, precision and gradients over ranks of a run."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a run before this one in the process had its own
     GradientState._reset_state()
@@ -312,7 +320,7 @@ def accelerator_of(args: Any) -> Accelerator:
     return accelerator
 
 
-def set_recompute(args: Any, model: Any) -> None:
+def set_recompute(args: SftArguments, model: PreTrainedModel) -> None:
     """`full` recomputes whole layers; `selective` attention alone, which all kernels but the plain one do anyway."""
     if args.recompute == "selective" and model.config._attn_implementation == "eager":
         logger.warning("--recompute selective: plain attention (eager) keeps its scores; use --attn_impl sdpa, or full")
@@ -322,12 +330,12 @@ def set_recompute(args: Any, model: Any) -> None:
         enable({"use_reentrant": False})
 
 
-def run(trainer: HfTrainer, data: tuple[Any, Any], start: Start | None) -> dict[str, Any]:
+def run(trainer: HfTrainer, data: Data, start: Start | None) -> Json:
     """Train on `data`, training and validation set. Returns: as swiftlite.train.loop.train. Collective."""
     return train(Run(trainer.args, *data, get_rank(), get_world_size(), trainer.metrics), trainer, start)
 
 
-def add_liger(model: Any) -> None:
+def add_liger(model: PreTrainedModel) -> None:
     """liger-kernel's layers in place of transformers'; the loss stays ours."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -335,10 +343,10 @@ def add_liger(model: Any) -> None:
     _apply_liger_kernel_to_instance(base, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def add_noise(model: Any, alpha: float) -> None:
+def add_noise(model: PreTrainedModel, alpha: float) -> None:
     """NEFTune (arXiv 2310.05914): while training, embeddings [B, S, H] get uniform noise up to alpha / sqrt(S H)."""
 
-    def noisy(module: torch.nn.Module, _: Any, embedded: Tensor) -> Tensor:
+    def noisy(module: torch.nn.Module, _: object, embedded: Tensor) -> Tensor:
         if not module.training:
             return embedded
         limit = alpha / math.sqrt(embedded.shape[1] * embedded.shape[2])
