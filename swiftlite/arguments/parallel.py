@@ -221,6 +221,13 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             setattr(self, name, getattr(model, name))
         if self.apply_rope_fusion and (model.multi_latent_attention or model.rotary_interleaved):
             self.apply_rope_fusion = False
+        if model.num_experts and not model.disable_bias_linear:
+            if self.expert_tensor_parallel_size not in (None, 1):
+                raise UsageError(
+                    f"--expert_tensor_parallel_size {self.expert_tensor_parallel_size}: must be 1 for experts with biases, "
+                    "as megatron-core divides none; leave it out"
+                )
+            self.expert_tensor_parallel_size = 1
         if self.seq_length is None:
             self.seq_length = getattr(self, "max_length", None) or model.max_position_embeddings
         self._check_model(model)

@@ -264,11 +264,17 @@ class TrainingModel:
                     continue
                 dp = gpus // (tp * pp)
                 for ep in _divisors(gpus // pp) if m.experts else [1]:
-                    for etp in {1, tp} if m.experts else {tp}:
+                    for etp in self._expert_parts(tp):
                         if m.experts and (m.experts % ep or (gpus // pp) % (ep * etp) or m.moe_ffn % etp):
                             continue
                         for mode in MODES:
                             yield Layout(tp, pp, ep, etp, dp, stages, mode)
+
+    def _expert_parts(self, tp: int) -> set[int]:
+        """Over how many ranks an expert may be divided; one with biases over none."""
+        if not self.bound.model.experts:
+            return {tp}
+        return {1, tp} if self.args.description.disable_bias_linear else {1}
 
     def fitting(
         self, gpus: int, gpu_memory: int, micro_batch_size: int, seq_length: int, global_batch_size: int

@@ -42,6 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
     "moonlight:default": MLA,
     "ernie:default": {**WIDE, "head_dim": None},
     "deepseek_v2:grouped_ratio2": MLA,
+    "mistral:window": WIDE,
+    "ministral:default": WIDE,
+    "ministral3:default": WIDE,
 }
 IDS = torch.randint(0, 500, (2, 192), generator=torch.Generator().manual_seed(3))
 

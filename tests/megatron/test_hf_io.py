@@ -29,6 +29,7 @@ KINDS = [
     "qwen2_5:default", "llama3_2:default", "qwen3:default", "qwen2_moe:default", "qwen3_moe:mlp_only", "glm4_5:default",
     "glm4_5:qk_norm", "moonlight:default", "deepseek_v2:grouped_ratio2", "deepseek_r1:default", "dots1:default",
     "ernie:default", "deepseek_moe:default", "mimo:default",
+    "mistral:window", "ministral:default", "ministral3:default",
 ]  # fmt: skip
 IDS = torch.randint(0, 300, (2, 160), generator=torch.Generator().manual_seed(3))
 

@@ -43,6 +43,8 @@ RULES: Mapping[str, Rule] = {
     "activation_func": lambda a: activation(a.activation) if a.swiglu else torch.nn.functional.gelu,
     # Of GELU by tanh there is no fused form; --bias_swiglu_fusion stands for the others, too.
     "bias_activation_fusion": lambda a: a.bias_swiglu_fusion and a.activation != "gelu_pytorch_tanh",
+    # Of experts with biases there is none, either.
+    "bias_dropout_fusion": lambda a: a.bias_dropout_fusion and (a.disable_bias_linear or not a.num_experts),
     "window_size": lambda a: None if a.window_size is None else (a.window_size, 0),
     "window_attn_skip_freq": lambda a: layers_of(a.window_attn_skip_freq, a),
     "no_rope_freq": lambda a: layers_of(a.no_rope_freq, a),

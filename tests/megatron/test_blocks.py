@@ -1,0 +1,51 @@
+"""Models with unusual layers: packed samples do not see each other, recomputed layers give the same gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from swiftlite.arguments.megatron_export import conversion_arguments
+from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.megatron import hf_io
+from swiftlite.megatron.distributed import parallel_groups
+from swiftlite.megatron.model.provider import build_models
+from tests.families.cases import build_hf, config_of
+from tests.megatron.test_hf_io import assert_close, logits
+
+CASES = ("mistral:window", "ministral:default", "ministral3:default")
+LENGTHS = (70, 1, 101)
+IDS = torch.randint(0, 300, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+
+
+def packed_logits(model: Any) -> torch.Tensor:
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    packed = PackedSeqParams("thd", bounds, bounds, None, None, max(LENGTHS), max(LENGTHS))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    return model(IDS, positions, None, packed_seq_params=packed)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_samples_and_recomputation(case: str, tmp_path: Path) -> None:
+    build_hf(config_of(case), tmp_path / "hf")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    args = conversion_arguments(convert_hf_config(config_of(case)), str(tmp_path / "hf"), "float32")
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    with parallel_groups(args):
+        for name, overrides in (("kept", {}), ("recomputed", full)):
+            models = build_models(args, **overrides)
+            hf_io.load_weights(models, tmp_path / "hf")
+            model = models[0].train()
+            packed = packed_logits(model)
+            if name == "kept":
+                alone = torch.cat([logits(model, ids) for ids in IDS.split(LENGTHS, 1)], 1)
+                assert_close(packed.detach(), alone.detach())
+            torch.nn.functional.cross_entropy(packed[0, :-1], IDS[0, 1:]).backward()
+            found[name] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found["kept"].keys() == found["recomputed"].keys()
+    for name, gradient in found["kept"].items():
+        torch.testing.assert_close(found["recomputed"][name], gradient)
