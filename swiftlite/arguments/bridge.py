@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.arguments.description import Described
+from swiftlite.families import family_of
 from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
@@ -143,6 +144,14 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
+# Blocks of families without which stock Megatron-LM computes something else.
+STOCK_LACKS = {
+    "post_norms": "norms behind attention and MLP",
+    "full_qk_norm": "norms of queries and keys over all heads together",
+    "qk_norm_after_rope": "norms of queries and keys after their rotation",
+}
+
+
 def _stock_limit(args: Described) -> str | None:
     """Why stock Megatron-LM cannot compute this model, or None. Judged by settings, not by model type."""
     scaling, rope = args.rope_scaling or {}, args.rope_type
@@ -154,6 +163,12 @@ def _stock_limit(args: Described) -> str | None:
         return "it has no argument for caps on attention scores or logits"
     if args.activation == "gelu_pytorch_tanh":
         return f"it has no argument for MLPs that are gated by {args.activation}"
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+        if getattr(args, name) != 1:
+            return f"it has no {name}; this model has {getattr(args, name)}"
+    for block in family_of(args.architectures).blocks if args.architectures else ():
+        if block in STOCK_LACKS:
+            return f"it has no {STOCK_LACKS[block]}"
     if args.rotary_base and args.rotary_base != int(args.rotary_base):
         return f"its --rotary-base takes whole numbers; this model has rope_theta {args.rotary_base}"
     if rope in ("llama3", "linear") and _is_mla(args):

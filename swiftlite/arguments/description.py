@@ -28,7 +28,8 @@ class ModelDescription:
     window_size: tokens before its own that one sees in the layers of window_attn_skip_freq, a pattern like that of
     moe_layer_freq; without it in all. window_rope: rope settings of these, where they have others, rope_theta among them.
     activation: on the gate of a gated MLP. glu_linear_offset: added to its other half. activation_func_clamp_value: bound
-    of both.
+    of both. embedding_multiplier, residual_multiplier: factors on embeddings and on what layers add; logits_scaling: what
+    logits are divided by.
     rotary_interleaved: rotary pairs are neighbours instead of halves. partial_rotary_factor: share of a head that
     rotates. no_rope_freq: layers that do not rotate, a pattern. rope_scaling: as config.json spells it.
     moe_layer_freq: which layers have experts, every N-th, or like [0]*1+[1]*45. moe_router_topk: experts of a token.
@@ -53,6 +54,9 @@ class ModelDescription:
     softmax_type: str = "vanilla"
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     swiglu: bool = True
     activation: str = "silu"
     glu_linear_offset: float = 0.0

@@ -75,22 +75,45 @@ def decoder(*layer: tuple[WeightRule, ...], duplicates: tuple[Duplicate, ...] = 
     return WeightMap(top=EMBED, layer=sum(layer, ()), duplicates=STORED_TIED_HEAD + duplicates, **mtp)
 
 
-ATTENTION = (
-    copy("{layer}.self_attention.linear_qkv.layer_norm_weight", "{layer}.input_layernorm.weight", "hidden"),
+ATTENTION_LINEAR = (
     *qkv(
         "{layer}.self_attention.linear_qkv",
         q="{layer}.self_attn.q_proj", k="{layer}.self_attn.k_proj", v="{layer}.self_attn.v_proj",
     ),
     copy("{layer}.self_attention.linear_proj.weight", "{layer}.self_attn.o_proj.weight", "hidden", "attn_cols"),
 )  # fmt: skip
+ATTENTION = (
+    copy("{layer}.self_attention.linear_qkv.layer_norm_weight", "{layer}.input_layernorm.weight", "hidden"),
+    *ATTENTION_LINEAR,
+)
 QK_NORM = (
     copy("{layer}.self_attention.q_layernorm.weight", "{layer}.self_attn.q_norm.weight", "head_dim", when=HAS_QK_NORM),
     copy("{layer}.self_attention.k_layernorm.weight", "{layer}.self_attn.k_norm.weight", "head_dim", when=HAS_QK_NORM),
 )
-MLP = (
-    copy("{layer}.mlp.linear_fc1.layer_norm_weight", "{layer}.post_attention_layernorm.weight", "hidden", when=DENSE),
-    *gated_mlp("{layer}.mlp", "{layer}.mlp", "ffn", DENSE),
+# Of block full_qk_norm: one norm over all heads.
+FULL_QK_NORM = (
+    copy("{layer}.self_attention.q_layernorm.weight", "{layer}.self_attn.q_norm.weight", "q_rows"),
+    copy("{layer}.self_attention.k_layernorm.weight", "{layer}.self_attn.k_norm.weight", "kv_rows"),
 )
+MLP_NORM = (
+    copy("{layer}.mlp.linear_fc1.layer_norm_weight", "{layer}.post_attention_layernorm.weight", "hidden", when=DENSE),
+)
+MLP_LINEAR = gated_mlp("{layer}.mlp", "{layer}.mlp", "ffn", DENSE)
+FUSED_MLP = (
+    copy("{layer}.mlp.linear_fc1.weight", "{layer}.mlp.gate_up_proj.weight", "ffn2", "hidden", when=DENSE),
+    copy("{layer}.mlp.linear_fc2.weight", "{layer}.mlp.down_proj.weight", "hidden", "ffn", when=DENSE),
+)
+MLP = (*MLP_NORM, *MLP_LINEAR)
+
+
+def post_norms(attention: str, mlp: str) -> tuple[WeightRule, ...]:
+    """Norms of block post_norms, by their Hugging Face names."""
+    return (
+        copy("{layer}.post_self_attn_layernorm.weight", f"{{layer}}.{attention}.weight", "hidden"),
+        copy("{layer}.post_mlp_layernorm.weight", f"{{layer}}.{mlp}.weight", "hidden"),
+    )
+
+
 ROUTER = (
     copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
     copy("{layer}.mlp.router.weight", "{layer}.mlp.gate.weight", "experts", "hidden", when=MOE),
@@ -102,6 +125,14 @@ ROUTER_BIAS = (
     ),
 )  # fmt: skip
 EXPERTS = gated_mlp("{layer}.mlp.experts.experts", "{layer}.mlp.experts.{expert}", "moe_ffn", MOE)
+# Mixtral's names, router included.
+MIXTRAL_EXPERTS = (
+    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
+    copy("{layer}.mlp.router.weight", "{layer}.block_sparse_moe.gate.weight", "experts", "hidden", when=MOE),
+    *gated_mlp(
+        "{layer}.mlp.experts.experts", "{layer}.block_sparse_moe.experts.{expert}", "moe_ffn", MOE, "w1", "w3", "w2"
+    ),
+)
 SHARED_EXPERTS = gated_mlp("{layer}.mlp.shared_experts", "{layer}.mlp.shared_experts", "shared_ffn", SHARED)
 
 _SELF, _HF_SELF = "{layer}.self_attention", "{layer}.self_attn"
@@ -260,6 +291,14 @@ REFUSE_OUTPUT_BIAS = Refuse(
     "attention_bias true puts a bias on o_proj, which Megatron's attention does not have",
 )
 
+
+# Granite's factors, of block multipliers. Its classes' factor on attention scores is 1, not one over the root of a head.
+MULTIPLIERS: Rules = (
+    ConfigRule("softmax_scale", ("attention_multiplier",), default=1.0),
+    ConfigRule("embedding_multiplier", ("embedding_multiplier",)),
+    ConfigRule("residual_multiplier", ("residual_multiplier",)),
+    ConfigRule("logits_scaling", ("logits_scaling",)),
+)
 
 # ---- DeepSeek and Ernie ----
 

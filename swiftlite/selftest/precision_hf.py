@@ -30,8 +30,8 @@ class Rounding:
 
 @dataclass
 class HfRun:
-    """Outputs of the Hugging Face model, on the CPU: embedding, each layer and norm [1, S, H], the model's logits
-    [1, S, V], which are those of its head, capped where it caps them.
+    """Outputs of the Hugging Face model, on the CPU: its embeddings as the first layer gets them, each layer and norm
+    [1, S, H], the model's logits [1, S, V], which are those of its head, capped or scaled where it does so.
     """
 
     embedding: Tensor
@@ -152,9 +152,13 @@ def run_hf(
             outputs[module] = (output[0] if isinstance(output, tuple) else output).detach().cpu()
             weights.drop(module)
 
+        def embedded(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            outputs[inner.embed_tokens] = (args or (kwargs["hidden_states"],))[0].detach().cpu()
+
         for part in (inner.embed_tokens, *inner.layers, inner.norm, model.lm_head):
             part.register_forward_pre_hook(lambda module, _: weights.load(module))
             part.register_forward_hook(done)
+        inner.layers[0].register_forward_pre_hook(embedded, with_kwargs=True)
         logits = model(input_ids=ids.to(device), use_cache=False).logits.cpu()
     layers = [outputs[layer] for layer in inner.layers]
     return HfRun(outputs[inner.embed_tokens], layers, outputs[inner.norm], logits)

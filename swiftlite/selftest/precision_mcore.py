@@ -125,6 +125,7 @@ class _Run:
     def __init__(self, model: Any, hf: HfRun, weights: _McoreWeights, device: torch.device) -> None:
         self.weights, self.device = weights, device
         self.parts: list[Part] = []
+        self.feeding = False
         weights.release(model)
         for name, buffer in model.named_buffers():
             parent, _, leaf = name.rpartition(".")
@@ -157,18 +158,22 @@ class _Run:
         """
 
         def before(module: nn.Module, _: Any) -> None:
-            if prefix is not None:
+            if prefix is not None and not self.feeding:
                 self.weights.load(module, prefix, offsets)
 
         def after(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
+            if self.feeding:
+                return
             expected, free = reference.to(self.device), _batch_first(output)
             forced = free
             if fed is not None:
                 hidden = fed.to(self.device).transpose(0, 1).contiguous()  # [1, S, H] -> [S, 1, H]
+                self.feeding = True  # hooks of the model's own run again, these do not
                 if "hidden_states" in kwargs:
-                    forced = _batch_first(module.forward(*inputs, **{**kwargs, "hidden_states": hidden}))
+                    forced = _batch_first(module(*inputs, **{**kwargs, "hidden_states": hidden}))
                 else:
-                    forced = _batch_first(module.forward(hidden, *inputs[1:], **kwargs))
+                    forced = _batch_first(module(hidden, *inputs[1:], **kwargs))
+                self.feeding = False
             self.parts.append(Part(name, relative_error(forced, expected), relative_error(free, expected)))
             if not keep:
                 self.weights.release(module)

@@ -118,6 +118,10 @@ class ModelShape:
         return 2 * self.linear_keys + self.linear_values
 
     @property
+    def ffn2(self) -> int:
+        return 2 * self.ffn
+
+    @property
     def homogeneous(self) -> bool:
         """All layers dense with full attention: Megatron stacks the layers of such a model into one tensor per name."""
         return not any(self.moe_layers) and not any(self.linear_layers)

@@ -34,6 +34,15 @@ class RMSNorm(torch.nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps, self.zero_centered_gamma)
 
 
+def layer_norm(config: Any) -> torch.nn.Module:
+    """A norm of hidden states, of the kind that the model's other norms are."""
+    if backend.setup().spec == "local":
+        return RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm(config, config.hidden_size, config.layernorm_epsilon)  # type: ignore[no-any-return]
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
     """x [..., W] over its root mean square, times weight [W] or 1 + weight; in the dtype of x."""
     if zero_centered:

@@ -1,0 +1,51 @@
+"""MiniMax-M2 to M2.7: q/k norm over all heads together, partial rotation, sigmoid router with correction bias."""
+
+from __future__ import annotations
+
+from swiftlite.families.blocks import (
+    ATTENTION,
+    EXPERT_BIAS,
+    EXPERT_BIAS_ON,
+    FULL_QK_NORM,
+    MIXTRAL_EXPERTS,
+    PARTIAL_ROTARY_CONFIG,
+    SIGMOID_ROUTER,
+    constant,
+    copy,
+    decoder,
+    rotary_base,
+)
+from swiftlite.families.records import Derived, Family, Refuse
+
+BIAS = (
+    copy(
+        "{layer}.mlp.router.expert_bias", "{layer}.block_sparse_moe.e_score_correction_bias", "experts",
+        when=EXPERT_BIAS, keep_dtype=True, is_buffer=True,
+    ),
+)  # fmt: skip
+
+FAMILY = Family(
+    "minimax_m2",
+    architectures=("MiniMaxM2ForCausalLM",),
+    config=PARTIAL_ROTARY_CONFIG,
+    patches=(
+        Refuse(lambda c: 0 in (c.get("attn_type_list") or ()), "attn_type_list has layers of linear attention"),
+        Refuse(lambda c: c.get("use_qk_norm") is False, "use_qk_norm false: its layers have no q/k norm"),
+        Refuse(
+            lambda c: c.get("shared_intermediate_size"), "shared_intermediate_size {shared_intermediate_size} is not 0"
+        ),
+        rotary_base(5000000),
+        Derived(
+            "partial_rotary_factor",
+            lambda c: (
+                c.get("partial_rotary_factor") or (c["rotary_dim"] / c["head_dim"] if c.get("rotary_dim") else None)
+            ),
+        ),
+        constant("qk_layernorm", True),
+        *SIGMOID_ROUTER,
+        EXPERT_BIAS_ON,
+        Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"]),
+    ),
+    blocks=("full_qk_norm",),
+    weights=decoder(ATTENTION, FULL_QK_NORM, MIXTRAL_EXPERTS, BIAS),
+)
