@@ -14,7 +14,7 @@ import inspect
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from swiftlite.megatron.shims import SHIMS
 from swiftlite.utils.dist import get_local_rank
 from swiftlite.utils.errors import SwiftliteError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Settings
 
 logger = get_logger()
 
@@ -118,7 +119,7 @@ class Adjustment:
     """`field` becomes `value` in a situation ('cpu', 'local', 'no_wgrad_kernel'), because of `reason`."""
 
     field: str
-    value: Any
+    value: object
     when: str
     reason: str
 
@@ -147,7 +148,7 @@ TE_DEFAULTS = {
 }
 
 
-def adjust_config(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Adjustment]]:
+def adjust_config(fields: Settings) -> tuple[Settings, list[Adjustment]]:
     """Return `fields` as this machine can run them, and the adjustments that changed something."""
     backend = setup()
     situation = {
@@ -238,7 +239,7 @@ class _ResultsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def put(self, item: Any) -> None:
+    def put(self, item: object) -> None:
         self._path.write_bytes(pickle.dumps(item))
 
     def get_nowait(self) -> Any:
@@ -249,7 +250,7 @@ class _ResultsFile:
     get = get_nowait
 
 
-def async_save_options() -> dict[str, Any]:
+def async_save_options() -> Settings:
     """For dist_checkpointing.save: megatron-core's own requests; 0.19 asks for those of another package by default."""
     save = importlib.import_module("megatron.core.dist_checkpointing").save
     return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}

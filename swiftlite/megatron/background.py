@@ -47,7 +47,7 @@ class Write:
 class BackgroundWriter:
     """The snapshot that is being written, if any. All methods are collective."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._process: Any = None
         self._finish: list[Callable[[], None]] = []
@@ -93,7 +93,7 @@ class BackgroundWriter:
         for step in todo:
             step()
 
-    def _agree(self, value: bool, op: Any) -> bool:
+    def _agree(self, value: bool, op: torch.distributed.ReduceOp.RedOpType) -> bool:
         flag = torch.tensor(float(value), device=self._device)
         torch.distributed.all_reduce(flag, op=op)
         return bool(flag.item())

@@ -50,10 +50,10 @@ def core_modules() -> list[types.ModuleType]:
 class _NullStream:
     """Stands for CUDA streams and events: on a CPU everything is already in order."""
 
-    def record_event(self, *_: Any) -> _NullStream:
+    def record_event(self, *_: object) -> _NullStream:
         return self
 
-    def _nothing(self, *_: Any, **__: Any) -> None:
+    def _nothing(self, *_: object, **__: object) -> None:
         return None
 
     wait_stream = wait_event = synchronize = record = wait = _nothing
@@ -76,25 +76,25 @@ class _CpuForCuda:
     def device_count(self) -> int:
         return 0
 
-    def Stream(self, *_: Any, **__: Any) -> _NullStream:  # noqa: N802 (torch's name)
+    def Stream(self, *_: object, **__: object) -> _NullStream:  # noqa: N802 (torch's name)
         return self._stream
 
     Event = Stream
 
-    def current_stream(self, *_: Any) -> _NullStream:
+    def current_stream(self, *_: object) -> _NullStream:
         return self._stream
 
     default_stream = current_stream
 
-    def stream(self, *_: Any) -> contextlib.AbstractContextManager[None]:
+    def stream(self, *_: object) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def _nothing(self, *_: Any, **__: Any) -> None:
+    def _nothing(self, *_: object, **__: object) -> None:
         return None
 
     synchronize = empty_cache = set_device = _nothing
 
-    def memory_allocated(self, *_: Any) -> int:
+    def memory_allocated(self, *_: object) -> int:
         return 0
 
     memory_reserved = max_memory_allocated = memory_allocated
@@ -105,10 +105,10 @@ class _CpuForCuda:
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def get_rng_state(self, *_: Any, **__: Any) -> Tensor:
+    def get_rng_state(self, *_: object, **__: object) -> Tensor:
         return torch.get_rng_state()
 
-    def set_rng_state(self, state: Tensor, *_: Any, **__: Any) -> None:
+    def set_rng_state(self, state: Tensor, *_: object, **__: object) -> None:
         torch.set_rng_state(state)
 
     nvtx = types.SimpleNamespace(range_push=lambda *_: None, range_pop=lambda *_: None)
@@ -136,7 +136,7 @@ _CPU_NAMES = {
 }
 
 
-def _retarget_constant(value: Any) -> Any:
+def _retarget_constant(value: object) -> Any:
     if isinstance(value, str):
         return _CPU_NAMES.get(value, value)
     if isinstance(value, tuple):

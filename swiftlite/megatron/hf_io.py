@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
 
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.convert.targets import HfPlan, copy_job
@@ -22,6 +23,7 @@ from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
 from swiftlite.utils.errors import MapError
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Settings
 from swiftlite.weights import stream
 from swiftlite.weights.dcp_file import is_state
 from swiftlite.weights.fp8 import FP8
@@ -36,19 +38,20 @@ def iter_shards(models: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
 
     Gated MLPs come as two shards, one in each half of the global tensor.
     """
-    metadata: dict[str, Any] = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    metadata: Settings = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     for model in models:
         yield from flatten_shards(unwrap(model).sharded_state_dict(metadata=metadata))
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: torch.nn.Module) -> MegatronModule:
     """The GPTModel inside Float16Module and DDP."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
 
 
-def flatten_shards(value: Any) -> Iterator[ShardedTensor]:
+def flatten_shards(value: object) -> Iterator[ShardedTensor]:
     """The weight shards in a sharded state dict, factories built; `data` are views of the tensors it was made from."""
     if isinstance(value, Mapping):
         for item in value.values():
@@ -127,7 +130,7 @@ def prepare_hf_weights(
     output_dir: str | Path,
     origin: str | Path | Checkpoint,
     max_shard_bytes: int = 5 * 10**9,
-    record: Callable[[Path], Any] | None = None,
+    record: Callable[[Path], object] | None = None,
 ) -> tuple[list[str], Write]:
     """Decide what goes where and which rank writes it; see save_hf_weights. record: writes args.json. Collective."""
     output_dir, origin = Path(output_dir), origin if isinstance(origin, Checkpoint) else Checkpoint.open(origin)
@@ -188,15 +191,15 @@ def divide(shards: Sequence[ShardedTensor], jobs: Sequence[stream.Job]) -> tuple
     """
     keys = [(shard.key, tuple(shard.global_offset), tuple(shard.local_shape)) for shard in shards]
     sizes = [shard.data.nbytes for shard in shards]
-    holders: dict[Any, list[int]] = {}
-    nbytes: dict[Any, int] = {}
+    holders: dict[object, list[int]] = {}
+    nbytes: dict[object, int] = {}
     for rank, part in enumerate(all_gather(list(zip(keys, sizes, strict=True)))):
-        for key, size in part:
-            holders.setdefault(key, []).append(rank)
-            nbytes[key] = size
+        for shard_key, size in part:
+            holders.setdefault(shard_key, []).append(rank)
+            nbytes[shard_key] = size
     for number, job in enumerate(jobs):
         holders[number], nbytes[number] = list(range(get_world_size())), job.nbytes
-    loads, owner = [0] * get_world_size(), {}
+    loads, owner = [0] * get_world_size(), dict[object, int]()
     # What only one rank has comes first, then the largest.
     for key in sorted(holders, key=lambda k: (len(holders[k]), -nbytes[k], str(k))):
         owner[key] = min(holders[key], key=lambda rank: (loads[rank], rank))

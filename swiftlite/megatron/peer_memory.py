@@ -16,6 +16,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from swiftlite.utils.logger import get_logger
 
@@ -72,7 +73,7 @@ class _Work:
     def __init__(self, event: torch.cuda.Event, *kept: Tensor) -> None:
         self._event, self._kept = event, kept  # their memory must not be given to others before
 
-    def wait(self, *_: Any) -> bool:
+    def wait(self, *_: object) -> bool:
         torch.cuda.current_stream().wait_event(self._event)
         self._kept = ()
         return True
@@ -84,7 +85,7 @@ class _Work:
 class PeerGroup:
     """The collectives of a group of two."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self.group, self.rank = group, group.rank()
         self.room = 0
         self.parts: list[tuple[Tensor, ...]] = []  # memory here and there, epochs; graphs may still use earlier ones
@@ -148,13 +149,13 @@ class PeerGroup:
         return _Work(event, *given)
 
 
-_groups: dict[Any, PeerGroup] = {}
+_groups: dict[ProcessGroup, PeerGroup] = {}
 _all_gather, _reduce_scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
 
 def all_gather_into_tensor(
-    output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
-) -> Any:
+    output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | _Work | None:
     """As torch.distributed's."""
     peer = _peer(group, output_tensor, input_tensor, input_tensor.nbytes)
     if peer is None:
@@ -163,8 +164,12 @@ def all_gather_into_tensor(
 
 
 def reduce_scatter_tensor(
-    output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
-) -> Any:
+    output: Tensor,
+    input: Tensor,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+) -> dist.Work | _Work | None:
     """As torch.distributed's."""
     adds = op == dist.ReduceOp.SUM and input.is_floating_point()
     peer = _peer(group, output, input, output.nbytes) if adds else None
@@ -173,9 +178,9 @@ def reduce_scatter_tensor(
     return _ended(peer.reduce_scatter(output, input), async_op)
 
 
-def _peer(group: Any, out: Tensor, sent: Tensor, nbytes: int) -> PeerGroup | None:
+def _peer(group: ProcessGroup | None, out: Tensor, sent: Tensor, nbytes: int) -> PeerGroup | None:
     """What exchanges `nbytes` of `sent` in the place of NCCL. Several that are to be NCCL's one are left to it."""
-    peer = _groups.get(group)
+    peer = None if group is None else _groups.get(group)
     if peer is None or group in dist.distributed_c10d._world.pg_coalesce_state:
         return None
     fits = out.is_contiguous() and sent.is_contiguous() and out.dtype == sent.dtype
@@ -189,7 +194,7 @@ def _ended(work: _Work, async_op: bool) -> _Work | None:
     return None
 
 
-def serve(groups: list[Any]) -> None:
+def serve(groups: list[ProcessGroup]) -> None:
     """Take over the collectives of those groups that are two GPUs of this host. Collective."""
     from megatron.core.tensor_parallel import layers, mappings
 

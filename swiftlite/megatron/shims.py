@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.megatron import cpu
+from swiftlite.utils.types import Json
 from swiftlite.weights.unpickle import guard_checkpoint_reader
 
 
@@ -61,7 +64,9 @@ def _split_sizes_as_lists() -> None:
     mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
     original = mappings._AllToAll.forward
 
-    def forward(ctx: Any, group: Any, tokens: Tensor, output_splits: Any, input_splits: Any, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, group: ProcessGroup, tokens: Tensor, output_splits: Any, input_splits: Any, *rest: Any
+    ) -> Tensor:
         def plain(sizes: Any) -> list[int] | None:
             return None if sizes is None else [int(n) for n in sizes]
 
@@ -76,7 +81,9 @@ def _uneven_parts_over_gloo() -> None:
     mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
-    def gather_parts(input_: Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    def gather_parts(
+        input_: Tensor, group: ProcessGroup, output_split_sizes: Any = None, *args: MegatronSftArguments, **kwargs: Any
+    ) -> Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather(input_, group, output_split_sizes, *args, **kwargs)  # type: ignore[no-any-return]
         longest = max(output_split_sizes)
@@ -86,7 +93,9 @@ def _uneven_parts_over_gloo() -> None:
         torch.distributed.all_gather(parts, padded, group=group)
         return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
 
-    def reduce_parts(input_: Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    def reduce_parts(
+        input_: Tensor, group: ProcessGroup, input_split_sizes: Any = None, *args: MegatronSftArguments, **kwargs: Any
+    ) -> Tensor:
         if input_split_sizes is None or group.size() == 1:
             return reduce_scatter(input_, group, input_split_sizes, *args, **kwargs)  # type: ignore[no-any-return]
         total = input_.contiguous().clone()
@@ -102,7 +111,7 @@ def _keep_adam_step() -> None:
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     original = optimizer._set_main_param_and_optimizer_states
 
-    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+    def set_states(self: Any, model_param: Any, tensors: Json) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         if "step" in state:
@@ -116,7 +125,7 @@ def _keep_adam_step() -> None:
 def _keep_bucket_padding() -> None:
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
 
-    def get_parameter_state(self: Any, empty_data: bool = False, **_: Any) -> dict[Any, Any]:
+    def get_parameter_state(self: Any, empty_data: bool = False, **_: object) -> dict[Any, Any]:
         """{buffer number: {dtypes: {state: [numel of the buffer] fp32}}}, on every rank of the data-parallel group."""
         group = self.data_parallel_group
         state: dict[Any, Any] = {"buckets_coalesced": True}
@@ -161,7 +170,7 @@ def _recompute_in_context() -> None:
     function: Any = importlib.import_module("megatron.core.tensor_parallel.random").CheckpointFunction
     original = function.forward
 
-    def forward(ctx: Any, run_function: Callable[..., Any], distribute: bool, *args: Any) -> Any:
+    def forward(ctx: Any, run_function: Callable[..., Any], distribute: bool, *args: MegatronSftArguments) -> Any:
         context = contextvars.copy_context()
 
         def run(*inputs: Any) -> Any:
@@ -191,7 +200,7 @@ def _cross_entropy_in_place() -> None:
         return
     original = language.te_parallel_cross_entropy
 
-    def cross_entropy(logits: Tensor, labels: Tensor, group: Any, *args: Any) -> Any:
+    def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup, *args: MegatronSftArguments) -> Any:
         if not (logits.requires_grad and logits.is_contiguous()):
             return original(logits, labels, group, *args)
         return kernels.parallel_cross_entropy(logits, labels, dist_process_group=group, overwrite_input=True)

@@ -14,16 +14,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron import backend
 from swiftlite.megatron.background import Write
@@ -33,11 +38,15 @@ from swiftlite.utils.dist import all_gather
 from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import replace_directory, write_text_atomic
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json, Settings
 from swiftlite.weights.dcp_file import common_state, load_common
 from swiftlite.weights.shard import read_shard
 from swiftlite.weights.storage import Files
 from swiftlite.weights.torch_dist import slot_of
 from swiftlite.weights.unpickle import check_saved
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 logger = get_logger()
 
@@ -53,7 +62,7 @@ class Position:
     consumed_samples: int = 0
 
 
-def checkpoint_metadata() -> dict[str, Any]:
+def checkpoint_metadata() -> Settings:
     """How optimizer states are laid out on disk: per parameter, whole, independent of any parallel layout.
 
     One format exists because the distributed optimizer is used at every size.
@@ -73,12 +82,12 @@ def iteration_name(iteration: int) -> str:
 # ---- state dicts ----
 
 
-def _model_states(models: Sequence[torch.nn.Module], metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _model_states(models: Sequence[torch.nn.Module], metadata: Settings) -> ShardedStateDict:
     """{'model': ...}, or {'model0': ..., 'model1': ...} for virtual pipeline stages, as Megatron-LM names them."""
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
     states = {}
     for name, model in zip(names, models, strict=True):
-        inner: Any = _saved_part(model)
+        inner = _saved_part(model)
         state = inner.shards() if inner is not unwrap(model) else inner.sharded_state_dict(metadata=dict(metadata))
         states[name] = {key: value for key, value in state.items() if "_extra_state" not in key}
     return states
@@ -89,13 +98,13 @@ def _leaves_out_layers(models: Sequence[torch.nn.Module]) -> bool:
     return any(not p.requires_grad for model in models for p in _saved_part(model).parameters())
 
 
-def _saved_part(model: Any) -> Any:
+def _saved_part(model: MegatronModule) -> MegatronModule:
     """What checkpoints hold of a model: its adapters if it has some, all of it otherwise."""
     inner = unwrap(model)
     return getattr(inner, "adapters", inner)
 
 
-def _rng_state() -> list[dict[str, Any]]:
+def _rng_state() -> list[Json]:
     return [
         {
             "random_rng_state": random.getstate(),
@@ -122,7 +131,7 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _tensors(state: Any) -> Iterator[tuple[dict[Any, Any] | list[Any], Any, ShardedTensor]]:
+def _tensors(state: ShardedStateDict | list[Any]) -> Iterator[tuple[ShardedStateDict | list[Any], Any, ShardedTensor]]:
     """(container, key, tensor) of every ShardedTensor in a nested state dict."""
     items: Any = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
     for key, value in list(items):
@@ -132,12 +141,12 @@ def _tensors(state: Any) -> Iterator[tuple[dict[Any, Any] | list[Any], Any, Shar
             yield from _tensors(value)
 
 
-def _optimizer_parts(state: dict[Any, Any]) -> list[dict[str, Any]]:
+def _optimizer_parts(state: ShardedStateDict) -> list[ShardedStateDict]:
     """The states of the optimizers that a chained one consists of; a chain of one has no level of its own."""
     return [state] if "param_state" in state else [state[index] for index in sorted(state)]
 
 
-def _allocate_optimizer_state(optimizer: Any) -> None:
+def _allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Give torch's Adam its state before the first step: only what exists can be loaded into."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
@@ -160,7 +169,7 @@ def _give_step(inner: Any, step: int) -> None:
         inner.state["step"] = {"step": torch.tensor(float(step))}
 
 
-def _agree_on_step(optimizer: Any) -> None:
+def _agree_on_step(optimizer: MegatronOptimizer) -> None:
     """Tell torch optimizers without parameters the step of those that have some. Collective."""
     parts = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
     adams = [inner for inner in parts if isinstance(inner, torch.optim.Adam | torch.optim.AdamW)]
@@ -170,7 +179,7 @@ def _agree_on_step(optimizer: Any) -> None:
         _give_step(inner, step)
 
 
-def _cut_vocabulary(state: dict[str, Any], vocab_size: int) -> None:
+def _cut_vocabulary(state: ShardedStateDict, vocab_size: int) -> None:
     """Leave out the rows that pad the live vocabulary, in weights and optimizer states: on disk it is Hugging Face's."""
     removed = []
     for container, key, tensor in _tensors(state):
@@ -227,11 +236,11 @@ def carried_tensors(models: Sequence[torch.nn.Module], origin: Checkpoint) -> di
 def _contents(
     position: Position,
     models: Sequence[torch.nn.Module],
-    args: Any,
-    optimizer: Any,
-    scheduler: Any,
+    args: MegatronSftArguments,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
     carried: Mapping[str, ShardedTensor] | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Json, ShardedStateDict]:
     """(what common.pt holds, sharded states) of a checkpoint. Collective."""
     # Layers in one tensor need an optimizer state of every layer.
     metadata = {**checkpoint_metadata(), "non_homogeneous_layers": any(all_gather(_leaves_out_layers(models)))}
@@ -239,7 +248,7 @@ def _contents(
     common = common_state({**args.checkpoint_args(), **progress}, position.iteration)
     common["content_metadata"] = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     common[_STATE] = {"consumed_samples": position.consumed_samples, "layout": _layout(), "has_optimizer": False}
-    state: dict[str, Any] = _model_states(models, metadata)
+    state = _model_states(models, metadata)
     weights = dict(state)
     if carried:
         state["carried"] = dict(carried)
@@ -255,7 +264,8 @@ def _contents(
         common[_STATE].update(
             has_optimizer=True, has_rng=not args.no_save_rng, step=int(step), grad_scaler=first.get("grad_scaler")
         )
-    _cut_vocabulary(state, int(args.description.padded_vocab_size))
+    assert args.description.padded_vocab_size is not None
+    _cut_vocabulary(state, args.description.padded_vocab_size)
     return common, state
 
 
@@ -263,9 +273,9 @@ def prepare_checkpoint(
     root: Path,
     position: Position,
     models: Sequence[torch.nn.Module],
-    args: Any,
-    optimizer: Any,
-    scheduler: Any,
+    args: MegatronSftArguments,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
     carried: Mapping[str, ShardedTensor] | None = None,
     complete: Callable[[Path], None] | None = None,
     beside: Callable[[Path], None] | None = None,
@@ -309,7 +319,7 @@ def prepare_checkpoint(
     return final, Write(nbytes, lambda: _stage(request)(), lambda: _stage(request), [*request.finalize_fns, publish])
 
 
-def _stage(request: Any) -> Callable[[], None]:
+def _stage(request: AsyncRequest) -> Callable[[], None]:
     """What megatron-core's AsyncCallsQueue does before it starts a process."""
     if request.async_fn is None:  # nothing to write on this rank
         return lambda: None
@@ -319,7 +329,7 @@ def _stage(request: Any) -> Callable[[], None]:
     return partial(request.async_fn, *arguments, **request.async_fn_kwargs)
 
 
-def _write_common(path: Path, common: Mapping[str, Any]) -> None:
+def _write_common(path: Path, common: Mapping[str, object]) -> None:
     """Write common.pt. Some releases of megatron-core write none, others make a plain dict of `args`, which
     Megatron-LM reads by attribute (see common_state)."""
     written = torch.load(path, weights_only=True) if path.is_file() else {}
@@ -336,7 +346,7 @@ def check_file(path: Path) -> None:
     if not (path.parent / "common.pt").is_file():
         raise CheckpointError(f"{path.parent / 'common.pt'} is missing")
     ends: dict[str, int] = {}
-    objects: dict[str, list[Any]] = {}  # of the random generators, the only ones that are loaded
+    objects: dict[str, list[_StorageInfo]] = {}  # of the random generators, the only ones that are loaded
     for index, info in FileSystemReader(path.parent).read_metadata().storage_data.items():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         if index.fqn.startswith("rng_state"):
@@ -354,7 +364,11 @@ def check_file(path: Path) -> None:
 
 
 def load_checkpoint(
-    directory: Path, models: Sequence[torch.nn.Module], args: Any, optimizer: Any = None, scheduler: Any = None
+    directory: Path,
+    models: Sequence[torch.nn.Module],
+    args: MegatronSftArguments,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
 ) -> Position:
     """Load an `iter_*` directory of a run into live models, optimizer and scheduler, under any parallel layout.
 
@@ -364,10 +378,10 @@ def load_checkpoint(
     common = load_common(directory)
     metadata = {**checkpoint_metadata(), **(common.get("content_metadata") or {})}
     mine = common.get(_STATE) or {}
-    state: dict[str, Any] = _model_states(models, metadata)
+    state = _model_states(models, metadata)
     has_optimizer = optimizer is not None and bool(mine.get("has_optimizer")) and not args.no_load_optim
-    optimizer_state: Any = {}
-    if has_optimizer:
+    optimizer_state: ShardedStateDict = {}
+    if optimizer is not None and has_optimizer:
         _allocate_optimizer_state(optimizer)
         optimizer_state = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
         # Only the tensors are asked for. Parameter groups differ by layout (experts have their own only with EP) and
@@ -383,7 +397,7 @@ def load_checkpoint(
     except (Exception, CheckpointException) as error:  # the latter is not an Exception
         raise CheckpointError(f"{directory} cannot be loaded: {reason(error)}") from error
     _load_models(models, loaded)
-    if has_optimizer:
+    if optimizer is not None and has_optimizer:
         for i, part in enumerate(parts):
             part["param_state"] = loaded.get("optimizer_tensors", {}).get(i, {})
             for group in part["optimizer"]["param_groups"]:
@@ -408,7 +422,7 @@ def load_checkpoint(
     return Position(int(common["iteration"]), consumed)
 
 
-def _load_models(models: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
+def _load_models(models: Sequence[torch.nn.Module], loaded: ShardedStateDict) -> None:
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
     for name, model in zip(names, models, strict=True):
         result = _saved_part(model).load_state_dict(loaded[name], strict=False)
@@ -419,7 +433,7 @@ def _load_models(models: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -
             )
 
 
-def _set_rng_state(state: Mapping[str, Any]) -> None:
+def _set_rng_state(state: Json) -> None:
     random.setstate(state["random_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
     backend.set_device_rng_state(state["cuda_rng_state"])

@@ -10,11 +10,11 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +30,7 @@ from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import UsageError, VerifyError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.text import nearest, some
+from swiftlite.utils.types import Config, Json
 from swiftlite.weights.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 GRADIENT_TOLERANCE = 1e-4
 
 
-def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def shrink_config(config: Config) -> Json:
     """A config of the same shape class: same keys and traits, small sizes.
 
     Kept: tied or not, biases, norms, rope type and factor, ratio of query to key/value heads, uneven counts, dense and
@@ -70,7 +71,7 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**small, "initializer_range": 0.05}
 
 
-def write_random_model(config: Mapping[str, Any], directory: Path, seed: int = 0) -> None:
+def write_random_model(config: Config, directory: Path, seed: int = 0) -> None:
     """A checkpoint of this config with random fp32 weights under the names of the weight map, MTP blocks included.
 
     Norms scatter around 1 and biases around 0, so that a norm or bias in the wrong place shows.
@@ -108,7 +109,7 @@ class CheckResult:
     seconds: float
 
 
-def check_config(name: str, config: Mapping[str, Any], code: Path | None = None) -> CheckResult:
+def check_config(name: str, config: Config, code: Path | None = None) -> CheckResult:
     """Convert a random model of this config there and back and compare logits.
 
     Args: code: directory whose Python files are the Hugging Face model, trusted; None: transformers or ours.
@@ -212,7 +213,7 @@ def model_directory(args: CheckArguments) -> Path | None:
     return directory
 
 
-def _configs(args: CheckArguments, directory: Path | None) -> dict[str, dict[str, Any]]:
+def _configs(args: CheckArguments, directory: Path | None) -> dict[str, Json]:
     if directory is not None:
         return {str(args.model): shrink_config(read_config(directory))}
     known = tiny_configs()

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +110,7 @@ def groups_of_check(hf_dir: Path) -> Iterator[None]:
 
 
 def check_precision(
-    hf: Checkpoint | Path, mcore_dir: Path, args: Any = None, cast_to: torch.dtype | None = None
+    hf: Checkpoint | Path, mcore_dir: Path, args: object = None, cast_to: torch.dtype | None = None
 ) -> PrecisionReport:
     """Run both models on one conversation and compare every part and the logits.
 
@@ -171,7 +170,7 @@ def _log(report: PrecisionReport) -> None:
     )  # fmt: skip
 
 
-def _token_ids(hf_dir: Path, args: Any) -> Tensor:
+def _token_ids(hf_dir: Path, args: object) -> Tensor:
     """[1, NUM_TOKENS]: a conversation in the model's template where there is a tokenizer, then arbitrary ids."""
     config = read_config(hf_dir)
     generator = torch.Generator().manual_seed(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from swiftlite.families.hf_config import architecture_of
 from swiftlite.llm.model.names import Stored, checkpoint_tensors
 from swiftlite.utils.errors import ConfigError
 from swiftlite.weights.storage import Files, WeightSource, decoder, read_tensor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class HfRun:
     logits: Tensor
 
 
-def hf_config(hf_dir: Path, trust_remote_code: bool = False) -> Any:
+def hf_config(hf_dir: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config object of a directory: of the code that it brings if that is trusted, else transformers' or ours."""
     from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -59,7 +62,7 @@ def hf_config(hf_dir: Path, trust_remote_code: bool = False) -> Any:
     return AutoConfig.from_pretrained(hf_dir, trust_remote_code=False)
 
 
-def build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_size: int | None) -> nn.Module:
+def build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_size: int | None) -> PreTrainedModel:
     """The Hugging Face model without weights. Raises: ConfigError if transformers cannot build it."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -87,7 +90,7 @@ class _Weights:
     """Puts the weights of one part of a model in place, and takes them out again."""
 
     def __init__(
-        self, model: Any, source: WeightSource, files: Files, dtype: torch.dtype, device: torch.device,
+        self, model: PreTrainedModel, source: WeightSource, files: Files, dtype: torch.dtype, device: torch.device,
         rounding: Rounding,
     ) -> None:  # fmt: skip
         self.source, self.files = source, files
@@ -136,7 +139,12 @@ class _Weights:
 
 
 def run_hf(
-    model: Any, source: WeightSource, ids: Tensor, dtype: torch.dtype, device: torch.device, rounding: Rounding
+    model: PreTrainedModel,
+    source: WeightSource,
+    ids: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounding: Rounding,
 ) -> HfRun:
     """One forward pass of `ids` [1, S] through the model of `build_hf`, its weights read from `source`."""
     for module in model.modules():
@@ -148,7 +156,7 @@ def run_hf(
     with Files() as files, torch.no_grad():
         weights = _Weights(model, source, files, dtype, device, rounding)
 
-        def done(module: nn.Module, _: Any, output: Any) -> None:
+        def done(module: nn.Module, _: object, output: Tensor | tuple[Tensor, ...]) -> None:
             outputs[module] = (output[0] if isinstance(output, tuple) else output).detach().cpu()
             weights.drop(module)
 

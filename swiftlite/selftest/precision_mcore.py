@@ -4,14 +4,13 @@ Hugging Face's own input of each part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -20,6 +19,11 @@ from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.megatron.hf_io import flatten_shards
 from swiftlite.selftest.precision_hf import HfRun, Rounding
 from swiftlite.utils.errors import VerifyError
+from swiftlite.utils.types import Config, Settings
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.transformer.module import MegatronModule
 
 
 class _McoreWeights:
@@ -38,7 +42,7 @@ class _McoreWeights:
             self._shapes.setdefault(parameter, parameter.shape)
             parameter.data = torch.empty(0, dtype=parameter.dtype)
 
-    def load(self, part: nn.Module, prefix: str, offsets: tuple[Any, ...] = ()) -> None:
+    def load(self, part: nn.Module, prefix: str, offsets: tuple[tuple[int, int, int], ...] = ()) -> None:
         """Fill `part` from the checkpoint through torch's reader, by the module's own sharded_state_dict.
 
         Raises: VerifyError naming a tensor that the checkpoint does not hold or that nothing was read into.
@@ -59,7 +63,7 @@ class _McoreWeights:
         for parameter in part.parameters():
             parameter.data = parameter.data.to(self.device)
 
-    def _read(self, shard: Any) -> None:
+    def _read(self, shard: ShardedTensor) -> None:
         """Read one shard into its tensor, with torch.distributed.checkpoint's own reader."""
         stored = self.metadata.state_dict_metadata.get(shard.key)
         if not isinstance(stored, TensorStorageMetadata):
@@ -78,12 +82,12 @@ class _IntoTensor:
     def __init__(self, target: Tensor) -> None:
         self.target = target
 
-    def resolve_tensor(self, item: Any) -> Tensor:
+    def resolve_tensor(self, item: ReadItem) -> Tensor:
         for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
             self = _IntoTensor(self.target.narrow(dim, start, length))
         return self.target
 
-    def commit_tensor(self, item: Any, tensor: Tensor) -> None:
+    def commit_tensor(self, item: object, tensor: Tensor) -> None:
         pass
 
 
@@ -97,7 +101,7 @@ class Part:
 
 
 def run_mcore(
-    iteration: Path, config: Mapping[str, Any], ids: Tensor, dtype: torch.dtype, hf: HfRun, rounding: Rounding
+    iteration: Path, config: Config, ids: Tensor, dtype: torch.dtype, hf: HfRun, rounding: Rounding
 ) -> tuple[list[Part], Tensor]:
     """Run the Megatron model of a checkpoint, free and fed with `hf`.
 
@@ -122,7 +126,7 @@ def run_mcore(
 class _Run:
     """Hooks of a GPTModel: weights of a part come before it runs; afterwards it is held against Hugging Face's."""
 
-    def __init__(self, model: Any, hf: HfRun, weights: _McoreWeights, device: torch.device) -> None:
+    def __init__(self, model: MegatronModule, hf: HfRun, weights: _McoreWeights, device: torch.device) -> None:
         self.weights, self.device = weights, device
         self.parts: list[Part] = []
         self.feeding = False
@@ -150,18 +154,20 @@ class _Run:
         fed: Tensor | None,
         reference: Tensor,
         prefix: str | None,
-        offsets: tuple[Any, ...] = (),
+        offsets: tuple[tuple[int, int, int], ...] = (),
         keep: bool = False,
     ) -> None:
         """fed: Hugging Face's input of the part [1, S, H], None where it is the ids. reference: its output.
         prefix: of its tensors in the checkpoint, None where another part has brought them. keep: they stay.
         """
 
-        def before(module: nn.Module, _: Any) -> None:
+        def before(module: nn.Module, _: object) -> None:
             if prefix is not None and not self.feeding:
                 self.weights.load(module, prefix, offsets)
 
-        def after(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
+        def after(
+            module: nn.Module, inputs: tuple[object, ...], kwargs: Settings, output: Tensor | tuple[Tensor, ...]
+        ) -> None:
             if self.feeding:
                 return
             expected, free = reference.to(self.device), _batch_first(output)
@@ -182,7 +188,7 @@ class _Run:
         part.register_forward_hook(after, with_kwargs=True)
 
 
-def _batch_first(output: Any) -> Tensor:
+def _batch_first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """[S, B, ...], or the first of several results -> [B, S, ...]."""
     return (output[0] if isinstance(output, tuple) else output).transpose(0, 1)  # type: ignore[no-any-return]
 

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from swiftlite.arguments.description import Described
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron import backend
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 from swiftlite.weights.shape import layer_pattern
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 logger = get_logger()
 
 # What no argument decides: every model here is a plain decoder with RMSNorm, trained with variable-length batches.
-FIXED: Mapping[str, Any] = {
+FIXED: Mapping[str, object] = {
     "normalization": "RMSNorm",
     "deallocate_pipeline_outputs": True,
     "persist_layer_norm": True,
@@ -32,7 +38,7 @@ FIXED: Mapping[str, Any] = {
     "cpu_offloading_weights": True,
 }
 
-Rule = Callable[[Any], Any]
+Rule = Callable[[Any], object]
 
 # TransformerConfig field <- argument of another name or another form. Fields of the same name need no row.
 RULES: Mapping[str, Rule] = {
@@ -93,7 +99,7 @@ MLA_RULES: Mapping[str, Rule] = {
 _MAY_BE_NONE = ("q_lora_rank",)
 
 
-def torch_dtype(args: Any) -> torch.dtype:
+def torch_dtype(args: MegatronArguments) -> torch.dtype:
     """dtype of the weights, float32 where nothing was said."""
     dtype = args.torch_dtype
     if isinstance(dtype, torch.dtype):
@@ -101,7 +107,7 @@ def torch_dtype(args: Any) -> torch.dtype:
     return torch.float32 if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
 
 
-def moe_layers(args: Any) -> list[int] | None:
+def moe_layers(args: MegatronArguments) -> list[int] | None:
     """1 per layer with experts, 0 per dense layer; None for a dense model.
 
     Always the list, also where all entries are 1: it decides whether a checkpoint's layers are stacked.
@@ -111,7 +117,7 @@ def moe_layers(args: Any) -> list[int] | None:
     return [int(moe) for moe in layer_pattern(args.moe_layer_freq, args.num_layers)]
 
 
-def layers_of(pattern: str | None, args: Any) -> list[int] | None:
+def layers_of(pattern: str | None, args: MegatronArguments) -> list[int] | None:
     """1 per layer that a pattern marks, 0 per other layer; None for no pattern."""
     return None if pattern is None else [int(marked) for marked in layer_pattern(pattern, args.num_layers)]
 
@@ -129,18 +135,18 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def virtual_stages(args: Any) -> int | None:
+def virtual_stages(args: MegatronArguments) -> int | None:
     stages = args.num_virtual_stages_per_pipeline_rank
     return stages if stages and stages > 1 else None
 
 
-def attention_backend(name: str | None) -> Any:
+def attention_backend(name: str | None) -> AttnBackend:
     from megatron.core.transformer.enums import AttnBackend
 
     return AttnBackend[name or "auto"]
 
 
-def config_class(args: Any) -> type:
+def config_class(args: MegatronArguments) -> type:
     """TransformerConfig, or MLATransformerConfig for multi-latent attention."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -148,7 +154,7 @@ def config_class(args: Any) -> type:
     return chosen
 
 
-def config_fields(args: Any) -> dict[str, Any]:
+def config_fields(args: MegatronArguments) -> Json:
     """Keywords of `config_class(args)` as the arguments say them, before this machine has its say.
 
     Fields whose argument is None are absent: megatron-core's default holds.
@@ -157,7 +163,7 @@ def config_fields(args: Any) -> dict[str, Any]:
     both = Described(args.description, args)
     known = {f.name for f in dataclasses.fields(config_class(args)) if f.init}
     rules: dict[str, Rule] = {**RULES, **(MLA_RULES if both.multi_latent_attention else {})}
-    fields: dict[str, Any] = {k: v for k, v in FIXED.items() if k in known}
+    fields: Json = {k: v for k, v in FIXED.items() if k in known}
     for name in sorted(known):
         if name in rules:
             value = rules[name](both)
@@ -173,7 +179,7 @@ def config_fields(args: Any) -> dict[str, Any]:
     return fields
 
 
-def to_transformer_config(args: Any, **overrides: Any) -> Any:
+def to_transformer_config(args: MegatronArguments, **overrides: object) -> TransformerConfig:
     """The TransformerConfig (or MLATransformerConfig) that a model is built with on this machine.
 
     Args: overrides: fields that a caller sets over everything else.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
@@ -27,11 +28,14 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron import backend
+from swiftlite.megatron.model.layers import Offsets
 from swiftlite.utils.errors import ConfigError
+from swiftlite.utils.types import Json, Settings
 
 
 class GroupedLinear(torch.nn.Module):
@@ -42,9 +46,9 @@ class GroupedLinear(torch.nn.Module):
         experts: int,
         shape: tuple[int, int],
         divided: int,
-        config: Any,
+        config: TransformerConfig,
         groups: Any,
-        init: Callable[[Tensor], Any],
+        init: Callable[[Tensor], object],
     ) -> None:
         super().__init__()
         self.experts, self.divided = experts, divided
@@ -76,8 +80,8 @@ class GroupedLinear(torch.nn.Module):
         return F.grouped_mm(x, self.weight.transpose(1, 2), offs=ends), None
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Settings | None = None
+    ) -> Json:
         """One shard an expert, two for gate and up, under the name that a linear layer of a single expert has."""
         factory = ShardedTensorFactory(
             f"{prefix}weight",
@@ -89,7 +93,7 @@ class GroupedLinear(torch.nn.Module):
         return {f"{prefix}weight": factory}
 
     def _shards(
-        self, offsets: tuple[Any, ...], key: str, weight: Tensor, replica_id: Any, _: Any = None
+        self, offsets: Offsets, key: str, weight: Tensor, replica_id: tuple[int, ...], _: object = None
     ) -> list[ShardedTensor]:
         total, first = self.ep_group.size() * self.experts, self.ep_group.rank() * self.experts
         rank = self.tp_group.rank()
@@ -121,7 +125,12 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
     """Experts of a MoELayer, in the place of SequentialMLP and TEGroupedMLP."""
 
     def __init__(
-        self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None, **_: Any
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: object = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
     ) -> None:
         super().__init__(config=config)
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size
@@ -148,8 +157,8 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         return (config.activation_func(inner) * probs).to(inner.dtype)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Settings | None = None
+    ) -> Json:
         """Keys on disk are those of megatron-core's experts: `experts.` once more before the layer."""
         found = {}
         for name, layer in self.named_children():
@@ -174,14 +183,14 @@ class LocalDispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
     def combine_preprocess(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def token_combine(self, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+    def token_combine(self, tokens: Tensor, *_: object, **__: object) -> Tensor:
         return tokens
 
     def _maybe_dtoh_and_synchronize(self, point: str, counts: Tensor | None = None) -> Tensor | None:
         return counts
 
 
-def implementation(args: MegatronArguments, config: Any) -> str:
+def implementation(args: MegatronArguments, config: TransformerConfig) -> str:
     """Whose products compute the experts: 'torch', 'te' (Transformer Engine's) or 'one by one'.
 
     Raises: ConfigError if --moe_grouped_impl asks for what cannot compute this model or is not there.
@@ -203,7 +212,7 @@ def implementation(args: MegatronArguments, config: Any) -> str:
     return "torch" if has_kernel and not lacks and args.moe_grouped_gemm is not False else usual
 
 
-def replacements(args: MegatronArguments, config: Any) -> Mapping[Any, Any]:
+def replacements(args: MegatronArguments, config: TransformerConfig) -> Mapping[type, type]:
     """Classes of a layer spec -> those that compute the experts of this model."""
     if not config.num_moe_experts or implementation(args, config) != "torch":
         return {}
@@ -246,14 +255,14 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
             routing_map=self.routing_map, fused=self.config.moe_permute_fusion,
         )  # fmt: skip
 
-    def token_combine(self, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+    def token_combine(self, tokens: Tensor, *_: object, **__: object) -> Tensor:
         return reduce_scatter_to_sequence_parallel_region(tokens, group=self.ep_group)  # type: ignore[no-any-return]
 
     def combine_postprocess(self, tokens: Tensor) -> Tensor:
         return tokens.view(self.hidden_shape)
 
 
-def _dispatcher(config: Any) -> type | None:
+def _dispatcher(config: TransformerConfig) -> type | None:
     """What exchanges tokens of GroupedExperts without waiting for the host; None where megatron-core's own has to."""
     plain = config.moe_token_dispatcher_type == "alltoall" and not config.moe_shared_expert_overlap
     if not plain or config.moe_expert_capacity_factor is not None or config.expert_tensor_parallel_size > 1:
@@ -263,7 +272,7 @@ def _dispatcher(config: Any) -> type | None:
     return {1: LocalDispatcher, 2: GatheringDispatcher}.get(config.expert_model_parallel_size)
 
 
-def gathers(args: MegatronArguments, config: Any) -> bool:
+def gathers(args: MegatronArguments, config: TransformerConfig) -> bool:
     """True if ranks that share experts gather each other's tokens, so that all must have equally many."""
     grouped = config.num_moe_experts and implementation(args, config) == "torch"
     return bool(grouped) and _dispatcher(config) is GatheringDispatcher
@@ -280,7 +289,7 @@ def keep_counts_on_device(model: torch.nn.Module) -> None:
                 vars(layer.token_dispatcher).update(vars(old))
 
 
-def counts_stay_on_device(models: Sequence[Any]) -> bool:
+def counts_stay_on_device(models: Sequence[MegatronModule]) -> bool:
     """True if no layer with experts waits for the host in a pass."""
     layers = [layer for model in models for layer in model.modules() if isinstance(layer, MoELayer)]
     return all(isinstance(layer.token_dispatcher, LocalDispatcher | GatheringDispatcher) for layer in layers)

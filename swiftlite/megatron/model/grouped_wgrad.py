@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swiftlite.utils.types import Json
+
 
 @triton.autotune(
     configs=[
@@ -65,7 +67,7 @@ def add_grouped_products(gradients: Tensor, inputs: Tensor, ends: Tensor, total:
     experts, rows, columns = total.shape
     gradients, inputs = gradients.contiguous(), inputs.contiguous()
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
+    def grid(meta: Json) -> tuple[int]:
         return (experts * triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
 
     _add_kernel[grid](gradients, inputs, ends, total, rows, columns, experts)

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swiftlite.megatron import backend
 from swiftlite.utils.errors import ConfigError
+
+Offsets = tuple[tuple[int, int, int], ...]  # of sharded state dicts: (axis, index, number of pieces)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -20,7 +23,7 @@ class RMSNorm(torch.nn.RMSNorm):
     A zero-centred one multiplies with 1 + weight, computed in fp32.
     """
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         if config.normalization != "RMSNorm":
             raise ConfigError(f"normalization {config.normalization!r} is not supported by the local spec; RMSNorm is")
         super().__init__(hidden_size, eps=eps)

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer.moe import router as core_router
 from torch import Tensor
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.families import family_of
 from swiftlite.megatron import backend
 from swiftlite.megatron.model import experts, rope
@@ -39,7 +40,11 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 def model_provider(
-    args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **overrides: Any
+    args: MegatronArguments,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    **overrides: Any,
 ) -> GPTModel:
     """Build one model chunk of this rank on the CPU or the rank's GPU, without weights.
 
@@ -63,7 +68,8 @@ def model_provider(
     for change in (block.change_layer for block in blocks if hasattr(block, "change_layer")):
         for layer in spec.layer_specs:
             change(layer, args)
-    vocab_size = int(description.padded_vocab_size)
+    vocab_size = description.padded_vocab_size
+    assert vocab_size is not None
     live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)
     with backend.choosing_attention():
         model = GPTModel(
@@ -94,7 +100,7 @@ def model_provider(
     return model
 
 
-def build_models(args: Any, **overrides: Any) -> list[GPTModel]:
+def build_models(args: MegatronArguments, **overrides: Any) -> list[GPTModel]:
     """All model chunks of this rank, one per virtual pipeline stage, before Float16Module and DDP. See model_provider."""
     stages = virtual_stages(args)
     first = mpu.get_pipeline_model_parallel_rank() == 0
@@ -152,7 +158,7 @@ def _join_latents(model: GPTModel) -> None:
     if tp_size == 1 or not model.config.sequence_parallel:
         return
 
-    def join(_: Any, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def join(_: object, __: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         latents, bias = output  # [S, B, columns / TP]
         part = latents.shape[0] // tp_size
         return all_gather_last_dim_from_tensor_parallel_region(latents)[tp_rank * part : (tp_rank + 1) * part], bias
@@ -174,7 +180,7 @@ def _mask_padded_vocabulary(model: GPTModel, vocab_size: int, live_vocab_size: i
         if getattr(model, "output_layer", None) is not None and model.output_layer.weight is not None:
             model.output_layer.weight[used:].zero_()
 
-    def mask(_: Any, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def mask(_: object, __: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         logits, bias = output  # [S, B, rows], or [S, B, V] where the layer gathers
         start = used if logits.shape[-1] == rows else vocab_size
         if start == logits.shape[-1]:

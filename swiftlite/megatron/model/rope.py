@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding as CoreRotaryEmbedding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swiftlite.arguments.description import ModelDescription
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.utils.errors import ConfigError
 
 
@@ -92,7 +95,7 @@ class Rope:
             config.original_max_position_embeddings = self.original_length
         return config
 
-    def set_attention_factor(self, config: Any) -> None:
+    def set_attention_factor(self, config: TransformerConfig) -> None:
         """Put the factor into `config`, through the three attributes that GQA layers of megatron-core read.
 
         They compute 0.1 * mscale * ln(scaling) + 1, which is the factor for scaling = e, mscale = 10 (factor - 1).
@@ -125,13 +128,13 @@ class RotaryEmbedding(CoreRotaryEmbedding):  # type: ignore[misc]
         positions = torch.arange(max_seq_len, device=inv_freq.device, dtype=inv_freq.dtype) + offset
         return torch.outer(positions, inv_freq)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: MegatronArguments, **kwargs: Any) -> Any:
         """Angles [S, 1, 1, rotated width]."""
         angles = super().forward(*args, **kwargs)
         return (angles, self.rope.attention_factor) if self.with_factor else angles
 
 
-def install(model: Any, rope: Rope) -> None:
+def install(model: MegatronModule, rope: Rope) -> None:
     """Replace every rotary embedding of a GPTModel: its own one, or those of its MLA layers."""
     if hasattr(model, "rotary_pos_emb"):
         model.rotary_pos_emb = RotaryEmbedding(rope, model.rotary_pos_emb)

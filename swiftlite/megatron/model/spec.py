@@ -8,6 +8,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 from swiftlite.megatron import backend
 from swiftlite.megatron.model.blocks.attention import SdpaAttention
 from swiftlite.megatron.model.layers import CompiledRMSNorm, RMSNorm
@@ -50,7 +52,7 @@ def disk_names(is_moe: bool, is_mla: bool) -> dict[str, str]:
     return names
 
 
-def block_spec(config: Any, vp_stage: int | None = None, replace: Mapping[Any, Any] | None = None) -> Any:
+def block_spec(config: TransformerConfig, vp_stage: int | None = None, replace: Mapping[Any, Any] | None = None) -> Any:
     """Return the TransformerBlockSubmodules of this rank's pipeline stage.
 
     replace: classes of megatron-core -> a family's own ones (unusual routers, for one).
@@ -80,7 +82,7 @@ def block_spec(config: Any, vp_stage: int | None = None, replace: Mapping[Any, A
     return spec
 
 
-def mtp_spec(config: Any, spec: Any, vp_stage: int | None = None) -> Any:
+def mtp_spec(config: TransformerConfig, spec: Any, vp_stage: int | None = None) -> Any:
     """Return the multi-token-prediction block spec for this stage, or None. `spec` is `block_spec`'s result."""
     if not config.mtp_num_layers:
         return None

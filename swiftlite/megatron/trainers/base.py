@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -30,7 +32,7 @@ from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch
 from swiftlite.megatron.trainers.build import build, variable_lengths
 from swiftlite.megatron.trainers.graphs import StepGraphs, own_stream
 from swiftlite.megatron.trainers.graphs import obstacle as graph_obstacle
-from swiftlite.megatron.trainers.loss import reduce_over_ranks
+from swiftlite.megatron.trainers.loss import LossFunction, reduce_over_ranks
 from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, leave_headroom
 from swiftlite.megatron.trainers.saving import RunFiles
 from swiftlite.train.batches import StepBatches, evaluation_samples
@@ -41,6 +43,9 @@ from swiftlite.train.loop import Run, Step
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
+
+# What megatron-core's schedules call: (output of the model, loss function of that output) of the next batch.
+ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
 
 
 class Trainer:
@@ -64,7 +69,7 @@ class Trainer:
         self.origin_dir, self.chat = Path(origin), chat
         self.device = backend.setup().device
         self.position = Position()
-        self.models: list[Any] = []
+        self.models: list[MegatronModule] = []
         # Losses are sums over tokens, so a first scale that fits depends on the batch: its first step is tried again.
         self.scale_is_found = False
         self.writer = BackgroundWriter(self.device)
@@ -85,7 +90,7 @@ class Trainer:
         """A log line's values from sums over any number of batches; `loss` is one of them."""
         raise NotImplementedError
 
-    def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """(output of the model, loss function of that output), as megatron-core's schedules call it."""
         raise NotImplementedError
 
@@ -101,16 +106,18 @@ class Trainer:
         self.models, self.optimizer = self.built.models, self.built.optimizer
         self.scheduler = self.built.scheduler
         self.files = RunFiles(args, self.built.origin, self.built.lora, self.chat)
-        self.train_loader, self.val_loader = (
-            self.loader.of(data, args, self.parallel, micro, self.pad_token_id, self.device)
-            for data in (run.train_set, run.val_set)
-        )
+        loader = partial(
+            self.loader.of, args=args, parallel=self.parallel, micro_batch_size=micro, pad_token_id=self.pad_token_id,
+            device=self.device,
+        )  # fmt: skip
+        self.train_loader = loader(run.train_set)
+        self.val_loader = loader(run.val_set) if run.val_set is not None else None
         self.batches = StepBatches(run.plan, run.order, run.steps, self.train_loader.load, self.device)
-        self.config: Any = get_model_config(self.models[0])
+        self.config: TransformerConfig = get_model_config(self.models[0])
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
         if args.overlap_grad_reduce:
-            no_sync: list[Any] = [model.no_sync for model in self.models]
+            no_sync = [model.no_sync for model in self.models]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.forward_backward = get_forward_backward_func()
         self.graphs = StepGraphs(graph_obstacle(args, self.models, self.device))
@@ -175,7 +182,7 @@ class Trainer:
                 batch.router_weight = weight
 
     def passes(
-        self, models: list[Any], batches: list[MicroBatch], forward_step: Any, forward_only: bool
+        self, models: list[MegatronModule], batches: list[MicroBatch], forward_step: ForwardStep, forward_only: bool
     ) -> list[dict[str, Tensor]]:
         """What the loss function reports of each micro batch; nothing on all but the last pipeline stage."""
         iterators: Any = [iter(batches) for _ in models]
@@ -257,7 +264,7 @@ class Trainer:
         for model in self.models:
             model.eval()
         total = torch.zeros(len(self.sums), device=self.device)
-        assert self.run.val_set is not None
+        assert self.run.val_set is not None and self.val_loader is not None
         with torch.no_grad():
             for samples in evaluation_samples(len(self.run.val_set), self.run.global_batch, self.args.eval_iters):
                 batches = self.val_loader.load(self.run.plan.micro_batches(samples))

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.llm.template.collate import join_rows
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.model.blocks.router import BatchTokens
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
 from swiftlite.megatron.model.experts import gathers
 from swiftlite.train.batches import DUMMY, to_device
+from swiftlite.train.order import Samples, Stream
 from swiftlite.train.router_loss import PADDING
+from swiftlite.utils.types import Json
 
 IGNORE_INDEX = -100
 _SAMPLES = 64  # a joined sequence has so many samples or a multiple of it, where shapes are to stay the same
@@ -68,13 +71,11 @@ class MicroBatch:
         )
 
     def to(self, device: torch.device) -> Self:
-        moved: dict[str, Any] = {n: to_device(v, device) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: Json = {n: to_device(v, device) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
-def collate(
-    rows: Sequence[dict[str, Any]], pad_token_id: int = 0, multiple_of: int = 1, at_least: int = 0
-) -> MicroBatch:
+def collate(rows: Sequence[Json], pad_token_id: int = 0, multiple_of: int = 1, at_least: int = 0) -> MicroBatch:
     """Pad rows {"input_ids", "labels", "loss_scale"?} on the right to one length, a multiple of `multiple_of`.
 
     at_least: shortest length.
@@ -103,9 +104,7 @@ def collate(
     )
 
 
-def collate_joined(
-    rows: Sequence[dict[str, Any]], pad_token_id: int = 0, multiple_of: int = 1, at_least: int = 0
-) -> MicroBatch:
+def collate_joined(rows: Sequence[Json], pad_token_id: int = 0, multiple_of: int = 1, at_least: int = 0) -> MicroBatch:
     """Join rows, packed sequences or samples, to one sequence [1, S]; padding is a sample of its own."""
     lengths = [n for row in rows for n in row.get("sample_lengths") or [len(row["input_ids"])]]
     batch = collate([join_rows(rows)], pad_token_id, multiple_of, at_least)
@@ -144,7 +143,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Samples | Stream,
         pad_token_id: int,
         multiple_of: int,
         device: torch.device,
@@ -161,8 +160,8 @@ class BatchLoader:
     @classmethod
     def of(
         cls,
-        dataset: Any,
-        args: Any,
+        dataset: Samples | Stream,
+        args: MegatronSftArguments,
         parallel: ParallelState,
         micro_batch_size: int,
         pad_token_id: int,
@@ -179,7 +178,7 @@ class BatchLoader:
             one_length=virtual_stages(args) is not None,
             join=bool(args.packing or args.padding_free),
             group=mpu.get_data_parallel_group_gloo() if even and parallel.ep_size > 1 else None,
-            room=args.max_length * micro_batch_size if fills else 0,
+            room=(args.max_length or 0) * micro_batch_size if fills else 0,
         )  # fmt: skip
 
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
@@ -193,7 +192,7 @@ class BatchLoader:
             _same_shapes(batches)
         return [batch.to(self.device) for batch in batches]
 
-    def _lengths(self, passes: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
+    def _lengths(self, passes: Sequence[Sequence[Json]]) -> list[int]:
         """The length that each pass has at least."""
         measure = sum if self.join else max
         lengths = [max(measure(len(row["input_ids"]) for row in rows), self.room) for rows in passes]
@@ -205,7 +204,7 @@ class BatchLoader:
             lengths = agreed.tolist()
         return lengths
 
-    def rows(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+    def rows(self, samples: Sequence[int]) -> list[Json]:
         """What one pass runs through the model."""
         dummy = {"input_ids": [self.pad_token_id] * 2, "labels": [IGNORE_INDEX] * 2}
         return [dummy if i == DUMMY else self.dataset[i] for i in samples]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import load_weights
@@ -32,9 +36,9 @@ class Built:
     """
 
     origin: Checkpoint
-    models: list[Any]
-    optimizer: Any
-    scheduler: Any
+    models: list[MegatronModule]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
     lora: LoraPlan | None
     trained: set[str] | None
     router_losses: bool
@@ -53,12 +57,14 @@ class Built:
         return {"trained": trained_weights(bound, self.trained, share) if self.trained else None}
 
 
-def variable_lengths(args: Any, parallel: ParallelState) -> bool:
+def variable_lengths(args: MegatronSftArguments, parallel: ParallelState) -> bool:
     """Stages tell each other the shapes of what they send, but not in an interleaved pipeline: one length there."""
     return parallel.pp_size > 1 and virtual_stages(args) is None
 
 
-def build(args: Any, parallel: ParallelState, origin_dir: Path, steps: int, passes: int, global_batch: int) -> Built:
+def build(
+    args: MegatronSftArguments, parallel: ParallelState, origin_dir: Path, steps: int, passes: int, global_batch: int
+) -> Built:
     """Models without the origin's weights, their optimizer and its schedule. Collective.
 
     Args: passes: micro batches of a step on each rank. Raises: UsageError for settings that do not fit together.

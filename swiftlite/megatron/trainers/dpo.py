@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from swiftlite.arguments.megatron_preference import MegatronDpoArguments
@@ -25,12 +26,12 @@ from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.checkpoint.vocabulary import grown
-from swiftlite.llm.dataset.pairs import load_pairs, sequences_of
+from swiftlite.llm.dataset.pairs import PairDataset, load_pairs, sequences_of
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch
-from swiftlite.megatron.trainers.loss import LossResult, reduce_over_ranks, token_losses
+from swiftlite.megatron.trainers.loss import LossFunction, LossResult, reduce_over_ranks, token_losses
 from swiftlite.megatron.trainers.sft import run
 from swiftlite.megatron.trainers.wrapping import in_precision
 from swiftlite.megatron.tuners.lora import adapters_disabled
@@ -40,6 +41,7 @@ from swiftlite.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
 from swiftlite.train.reference import check_reference, reference_kind
 from swiftlite.utils.directories import Directory
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 logger = get_logger()
 
@@ -71,11 +73,13 @@ class PairBatch(MicroBatch):
 class PairLoader(BatchLoader):
     """Makes the micro batches of a step from a PairDataset."""
 
+    dataset: PairDataset
+
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         batches = super().load(micro_batches)
         return [self._pairs(samples, batch) for samples, batch in zip(micro_batches, batches, strict=True)]
 
-    def rows(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+    def rows(self, samples: Sequence[int]) -> list[Json]:
         there = [self.dataset[i] for i in samples if i >= 0]
         return sequences_of(there) + 2 * super().rows([i for i in samples if i < 0])
 
@@ -99,13 +103,17 @@ class DpoTrainer(Trainer):
 
     loader = PairLoader
     sums = SUMS
+    train_loader: PairLoader
+    val_loader: PairLoader | None
 
     def __init__(self, args: MegatronDpoArguments, *rest: Any) -> None:
         super().__init__(args, *rest)
         self.pair_loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
         self.references = 0 if args.precompute_ref_log_probs else 1
         self.reference_dir, self.reference_args = reference_of(args, self.origin_dir)
-        self.reference: list[Any] = []  # its model chunks; none where adapters are switched off, or all is known
+        self.reference: list[
+            MegatronModule
+        ] = []  # its model chunks; none where adapters are switched off, or all is known
         self.global_counts: Tensor
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -123,13 +131,13 @@ class DpoTrainer(Trainer):
         logger.info("the reference is %s", self.reference_dir)
         if self.args.precompute_ref_log_probs:
             self.precompute(self.train_loader)
-            if self.run.val_set is not None:
+            if self.val_loader is not None:
                 self.precompute(self.val_loader)
             self.reference = []
         return done
 
     @contextmanager
-    def answering(self) -> Iterator[list[Any]]:
+    def answering(self) -> Iterator[list[MegatronModule]]:
         """The reference's model chunks: its own, or the policy's without adapters and dropout."""
         if self.reference:
             yield self.reference
@@ -145,7 +153,7 @@ class DpoTrainer(Trainer):
                     model.train(training)
 
     @torch.no_grad()
-    def answer(self, batches: Sequence[Any]) -> None:
+    def answer(self, batches: Sequence[PairBatch]) -> None:
         """Fill in the reference's log-probabilities, on the last stage, unless they are known. Collective."""
         if batches[0].reference is None:
             with self.answering() as models:
@@ -154,7 +162,7 @@ class DpoTrainer(Trainer):
                 batch.reference = result["log_probs"]
 
     @staticmethod
-    def reference_step(batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def reference_step(batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
 
         def report(losses: Tensor) -> LossResult:
@@ -163,7 +171,7 @@ class DpoTrainer(Trainer):
 
         return token_losses(model, batch), report
 
-    def precompute(self, loader: BatchLoader) -> None:
+    def precompute(self, loader: PairLoader) -> None:
         """Keep the reference's log-probabilities of a whole dataset; data-parallel ranks share the work. Collective."""
         pairs = loader.dataset.pairs
         single = copy.copy(loader)
@@ -197,7 +205,7 @@ class DpoTrainer(Trainer):
         torch.distributed.all_reduce(counts, group=mpu.get_data_parallel_group())
         return counts
 
-    def forward_step(self, batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(self, batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
         return token_losses(model, batch), partial(self.loss, batch)
 
@@ -211,7 +219,7 @@ class DpoTrainer(Trainer):
         return share * pairs, sums["pairs"].int(), {name: value.detach() for name, value in sums.items()}
 
 
-def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Any]:
+def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, MegatronDpoArguments | None]:
     """(directory of the reference's weights, arguments that build its model; None: the policy without adapters).
 
     Raises: UsageError if --ref_model has another vocabulary, or if the policy begins with adapters and it is missing.
@@ -235,7 +243,7 @@ def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Any]:
     return directory, other
 
 
-def megatron_dpo_main(args: MegatronDpoArguments | Sequence[str]) -> dict[str, Any]:
+def megatron_dpo_main(args: MegatronDpoArguments | Sequence[str]) -> Json:
     """Train on preference pairs; the same command again resumes where it stopped. Called on every rank.
 
     Args: args: an arguments object, or words as typed.

@@ -15,13 +15,17 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.model.experts import counts_stay_on_device
+from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Settings
 
 logger = get_logger()
 
@@ -30,17 +34,18 @@ WARM_UP = 2
 # Each graph keeps the memory that its passes need, so data of many lengths stays without.
 MOST_GRAPHS = 2
 
-Passes = Callable[[Sequence[Any]], Tensor]
+Shapes = tuple[tuple[tuple[str, torch.Size, torch.dtype], ...], ...]  # of each batch's tensors, by name
+Passes = Callable[[list[MicroBatch]], Tensor]
 
 
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    batches: list[Any]
+    batches: list[MicroBatch]
     names: list[list[str]]
     result: Tensor
 
-    def replay(self, batches: Sequence[Any]) -> Tensor:
+    def replay(self, batches: list[MicroBatch]) -> Tensor:
         for mine, new, names in zip(self.batches, batches, self.names, strict=True):
             for name in names:
                 getattr(mine, name).copy_(getattr(new, name), non_blocking=True)
@@ -56,15 +61,15 @@ class StepGraphs:
 
     def __init__(self, obstacle: str | None) -> None:
         self.obstacle = obstacle
-        self._seen: Counter[Any] = Counter()
-        self._captured: dict[Any, _Captured] = {}
+        self._seen: Counter[Shapes] = Counter()
+        self._captured: dict[Shapes, _Captured] = {}
         self._pool: Any = None
 
-    def run(self, batches: Sequence[Any], passes: Passes) -> Tensor:
+    def run(self, batches: list[MicroBatch], passes: Passes) -> Tensor:
         """`passes(batches)`; batches are dataclasses of tensors. passes: reads nothing else that changes."""
         if self.obstacle is not None:
             return passes(batches)
-        key = tuple(_shapes(batch) for batch in batches)
+        key = _shapes(batches)
         found = self._captured.get(key)
         if found is None:
             self._seen[key] += 1
@@ -75,8 +80,8 @@ class StepGraphs:
                 return passes(batches)
         return found.replay(batches)
 
-    def _capture(self, key: Any, batches: Sequence[Any], passes: Passes) -> _Captured | None:
-        static = [replace(batch, **{n: v.clone() for n, v in _tensors(batch).items()}) for batch in batches]
+    def _capture(self, key: Shapes, batches: list[MicroBatch], passes: Passes) -> _Captured | None:
+        static = [_copied(batch) for batch in batches]
         names = [list(_tensors(batch)) for batch in static]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -121,12 +126,17 @@ def _one_generator() -> Iterator[None]:
         del tracker.fork
 
 
-def _tensors(batch: Any) -> dict[str, Tensor]:
+def _tensors(batch: MicroBatch) -> dict[str, Tensor]:
     return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
 
 
-def _shapes(batch: Any) -> Any:
-    return tuple((name, value.shape, value.dtype) for name, value in _tensors(batch).items())
+def _copied(batch: MicroBatch) -> MicroBatch:
+    tensors: Settings = {name: value.clone() for name, value in _tensors(batch).items()}
+    return replace(batch, **tensors)
+
+
+def _shapes(batches: list[MicroBatch]) -> Shapes:
+    return tuple(tuple((n, t.shape, t.dtype) for n, t in _tensors(batch).items()) for batch in batches)
 
 
 @contextmanager
@@ -142,9 +152,9 @@ def own_stream(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def obstacle(args: MegatronArguments, models: Sequence[Any], device: torch.device) -> str | None:
+def obstacle(args: MegatronArguments, models: Sequence[MegatronModule], device: torch.device) -> str | None:
     """Why the passes of this run cannot be captured, None if they can."""
-    config: Any = get_model_config(models[0])
+    config: TransformerConfig = get_model_config(models[0])
     dropout = config.attention_dropout or config.hidden_dropout
     reasons = {
         "the device is not a GPU": device.type != "cuda",

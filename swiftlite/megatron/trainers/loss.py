@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
@@ -10,6 +12,7 @@ from swiftlite.megatron.model.blocks.router import routing_of
 from swiftlite.megatron.trainers.batch import MicroBatch
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
+LossFunction = Callable[[Tensor], LossResult]
 
 
 def token_losses(model: torch.nn.Module, batch: MicroBatch) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from swiftlite.arguments.parallel import MegatronArguments
@@ -15,7 +14,7 @@ from swiftlite.train.fp16 import GROWTH_INTERVAL, HEADROOM, INITIAL_SCALE, LOWES
 from swiftlite.train.schedule import warmup_and_decay, wsd_steps
 
 
-def build_optimizer(models: Sequence[torch.nn.Module], args: MegatronArguments) -> Any:
+def build_optimizer(models: Sequence[torch.nn.Module], args: MegatronArguments) -> MegatronOptimizer:
     """Adam with fp32 main parameters, always as the distributed optimizer: so one checkpoint format exists."""
     dtype = torch_dtype(args)
     config = OptimizerConfig(
@@ -41,7 +40,7 @@ def build_optimizer(models: Sequence[torch.nn.Module], args: MegatronArguments) 
 
 
 def build_scheduler(
-    optimizer: Any, args: MegatronArguments, train_iters: int, global_batch_size: int
+    optimizer: MegatronOptimizer, args: MegatronArguments, train_iters: int, global_batch_size: int
 ) -> OptimizerParamScheduler:
     """Warm-up, then decay to min_lr; counted in samples, as megatron-core does. Raises: as warmup_and_decay."""
     warmup, decay = warmup_and_decay(args, train_iters)
@@ -65,7 +64,7 @@ def build_scheduler(
     )
 
 
-def agree_on_loss_scale(optimizer: Any) -> None:
+def agree_on_loss_scale(optimizer: MegatronOptimizer) -> None:
     """Let the optimizers of a chain (experts have their own) continue with one loss scale, the lowest.
 
     An overflow in one of them lowers only its scale, while the loss is multiplied by that of the first.
@@ -77,7 +76,7 @@ def agree_on_loss_scale(optimizer: Any) -> None:
             scaler.load_state_dict(lowest.state_dict())
 
 
-def leave_headroom(optimizer: Any) -> None:
+def leave_headroom(optimizer: MegatronOptimizer) -> None:
     """Lower a loss scale that the first batch just allows: the gradients of the next ones may be larger."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         scale = (part.grad_scaler.scale / HEADROOM).clamp(min=LOWEST_SCALE)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron.core.transformer.module import MegatronModule
+
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.adapter import Adapter
 from swiftlite.checkpoint.chat import Chat
 from swiftlite.checkpoint.checkpoint import Checkpoint
@@ -33,10 +35,12 @@ _RUN_FILES = ".run-files.saving"  # of a run's own directory, while they are mad
 class RunFiles:
     """Args: origin: what the run starts from. chat: what directories tell of it, on rank 0."""
 
-    def __init__(self, args: Any, origin: Checkpoint, lora: LoraPlan | None, chat: Chat | None) -> None:
+    def __init__(
+        self, args: MegatronSftArguments, origin: Checkpoint, lora: LoraPlan | None, chat: Chat | None
+    ) -> None:
         self.args, self.origin = args, origin
         self.lora, self.chat = lora, chat
-        self.root = Path(args.output_dir)
+        self.root = Path(str(args.output_dir))
 
     def write(self) -> None:
         """Config, tokenizer, manifest and arguments next to the checkpoints, before the first one. Rank 0 only."""
@@ -79,7 +83,7 @@ class RunFiles:
             copy_tokenizer(self.origin.root, directory, self.origin.new_tokens.ids)
         self.record(directory, self.origin.root)
 
-    def prepare_hf(self, models: Sequence[Any], path: Path) -> tuple[list[Path], list[Write]]:
+    def prepare_hf(self, models: Sequence[MegatronModule], path: Path) -> tuple[list[Path], list[Write]]:
         """The Hugging Face directory of a checkpoint, if it is asked for. Collective."""
         if self.lora or not self.args.save_safetensors:
             return [], []

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -21,24 +21,28 @@ from swiftlite.checkpoint.resolve import as_arguments, resolve
 from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.llm.dataset.prepare import check_sources, load_data
 from swiftlite.llm.pipeline import plan_tokens, prepare_template
+from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.state import check_file, iteration_name
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
-from swiftlite.megatron.trainers.loss import language_model_loss, token_losses
+from swiftlite.megatron.trainers.loss import LossFunction, language_model_loss, token_losses
 from swiftlite.megatron.trainers.saving import HF_SUFFIX
 from swiftlite.megatron.tuners.freeze import plan_freeze
 from swiftlite.megatron.tuners.lora_plan import plan_lora
 from swiftlite.plan.report import print_training
 from swiftlite.train.loop import Run, train
+from swiftlite.train.order import Data
 from swiftlite.train.run_directory import default_output_dir, name_version
 from swiftlite.train.run_directory import held as hold_directory
 from swiftlite.utils.dist import get_rank
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
 
 logger = get_logger()
+A = TypeVar("A", bound=MegatronSftArguments)
 
 
 class SftTrainer(Trainer):
@@ -46,7 +50,7 @@ class SftTrainer(Trainer):
 
     sums = ("loss", "trained_tokens")
 
-    def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
         per_token = self.args.calculate_per_token_loss or not model.training
         return token_losses(model, batch), partial(language_model_loss, batch.loss_mask, per_token=per_token)
@@ -60,7 +64,7 @@ class SftTrainer(Trainer):
         return {"loss": sums["loss"] / max(sums["trained_tokens"], 1.0)}
 
 
-def settle(args: Any) -> str:
+def settle(args: MegatronSftArguments) -> str:
     """Find model, weights and template, fill in the model's fields and what follows from them. Collective-free.
 
     Returns: the directory that the weights come from.
@@ -69,7 +73,7 @@ def settle(args: Any) -> str:
         resolve(args)
     origin = os.path.expanduser(args.mcore_model) if args.mcore_model else args.model_info.model_dir
     config = read_config(checkpoint_root(origin))
-    args.new_tokens = plan_tokens(args, config)
+    args.new_tokens = plan_tokens(args, config)  # type: ignore[attr-defined]
     args.apply_model_config(convert_hf_config(grown(config, args.new_tokens)))
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         if args.description.num_experts or args.description.multi_latent_attention:
@@ -80,7 +84,7 @@ def settle(args: Any) -> str:
     return origin
 
 
-def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> dict[str, Any]:
+def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> Json:
     """Train; the same command again resumes where it stopped. Called on every rank.
 
     Args: args: an arguments object, or words as typed (`["--model", "DIR", "--dataset", "FILE"]`).
@@ -90,12 +94,12 @@ def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> dict[str, A
     return run(as_arguments(MegatronSftArguments, args), SftTrainer, load_data)
 
 
-def megatron_pt_main(args: MegatronPtArguments | Sequence[str]) -> dict[str, Any]:
+def megatron_pt_main(args: MegatronPtArguments | Sequence[str]) -> Json:
     """Continued pre-training: plain `text` rows, each ended by the end token, packed; all tokens are trained on."""
     return run(as_arguments(MegatronPtArguments, args), SftTrainer, load_data)
 
 
-def run(args: Any, trainer_class: type[Trainer], load: Callable[[Any, Any], tuple[Any, Any]]) -> dict[str, Any]:
+def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Data]) -> Json:
     """One run of any trainer. Called on every rank.
 
     Args: load: (args, template) -> training set, validation set or None.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from torch import Tensor
 
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron import backend
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.model.layers import accumulate_in_place
 
 
-def choose_overlap(args: Any, parallel: ParallelState) -> None:
+def choose_overlap(args: MegatronArguments, parallel: ParallelState) -> None:
     """Collectives of data parallelism run during the passes by default where they have streams of their own.
 
     Adapters are gathered at once: they are small, and those of grouped experts are read outside their own modules,
@@ -26,7 +27,7 @@ def choose_overlap(args: Any, parallel: ParallelState) -> None:
         args.overlap_param_gather = beside and args.overlap_grad_reduce and args.train_type != "lora"
 
 
-def in_precision(model: Any) -> Any:
+def in_precision(model: MegatronModule) -> MegatronModule:
     """Move to the device, wrap in Float16Module for half precision. Router biases stay fp32: it would round them."""
     config = model.config
     model.to(backend.setup().device)
@@ -41,7 +42,7 @@ def in_precision(model: Any) -> Any:
 class OwnGradients(DistributedDataParallel):  # type: ignore[misc]
     """DDP of models whose optimizer reads a rank's own part of the reduced gradients only."""
 
-    def scale_gradients(self, scaling_factor: Any) -> None:
+    def scale_gradients(self, scaling_factor: float | Tensor) -> None:
         """Of that part: what lies around it has not been summed up and is read by nobody."""
         for group in (*self.bucket_groups, *self.expert_parallel_bucket_groups):
             size, rank = (
@@ -52,7 +53,7 @@ class OwnGradients(DistributedDataParallel):  # type: ignore[misc]
                 bucket.grad_data.view(size, -1)[rank].mul_(scaling_factor)
 
 
-def wrap_models(models: Sequence[Any], args: Any) -> list[Any]:
+def wrap_models(models: Sequence[MegatronModule], args: MegatronArguments) -> list[MegatronModule]:
     """Models in their precision, in DDP with one buffer layout for every DP size."""
     wrapped = []
     for index, model in enumerate(models):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
@@ -27,7 +27,7 @@ def plan_freeze(bound: BoundMap, args: MegatronArguments) -> set[str] | None:
     return None if len(trained) == len(sizes) else trained
 
 
-def freeze_parameters(models: Sequence[Any], bound: BoundMap, args: MegatronArguments) -> set[str] | None:
+def freeze_parameters(models: Sequence[MegatronModule], bound: BoundMap, args: MegatronArguments) -> set[str] | None:
     """Freeze what `plan_freeze` leaves out, before DDP. Returns: what plan_freeze does.
 
     Raises: UsageError as plan_freeze; also where weights that Megatron keeps in one matrix are to be parted.
@@ -76,7 +76,7 @@ def trained_weights(bound: BoundMap, trained: set[str], expert_share: float) -> 
     return total
 
 
-def let_gradients_through(model: Any) -> None:
+def let_gradients_through(model: MegatronModule) -> None:
     """Make the first activations of a model with frozen parts require gradients, where something needs that.
 
     Recomputation and pipelines ask for a gradient of what goes into a layer or a stage, also if all below is frozen.
@@ -85,7 +85,7 @@ def let_gradients_through(model: Any) -> None:
     if not model.pre_process or not (config.recompute_granularity or mpu.get_pipeline_model_parallel_world_size() > 1):
         return
 
-    def require(_: Any, __: Any, output: Tensor) -> Tensor:
+    def require(_: object, __: object, output: Tensor) -> Tensor:
         return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
     model.embedding.register_forward_hook(require)

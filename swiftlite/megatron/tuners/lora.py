@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
@@ -27,8 +27,11 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.model.layers import rms_norm
@@ -36,6 +39,7 @@ from swiftlite.megatron.tuners.freeze import let_gradients_through
 from swiftlite.megatron.tuners.lora_plan import LINEAR, LoraPlan, plan_lora, read_lora, with_new_rows
 from swiftlite.megatron.tuners.rows import add_rows
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.types import Json
 from swiftlite.weights.lora import A, B
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Entry, clip
@@ -67,7 +71,7 @@ class LiveLinear:
         return list(dict.fromkeys(name for entry in self.entries for name in entry.hf))
 
 
-def live_linears(model: Any, bound: BoundMap) -> list[LiveLinear]:
+def live_linears(model: MegatronModule, bound: BoundMap) -> list[LiveLinear]:
     """The linear layers of a model chunk on this rank, before DDP."""
     owners = {
         p.untyped_storage().data_ptr(): (path, module, p, _group_of(name))
@@ -121,7 +125,9 @@ class Lora(torch.nn.Module):
 
     order: Tensor | None  # where each row of the layer's output is among the blocks' rows; None: at the same place
 
-    def __init__(self, linears: Sequence[LiveLinear], plan: LoraPlan, dropout: float, config: Any) -> None:
+    def __init__(
+        self, linears: Sequence[LiveLinear], plan: LoraPlan, dropout: float, config: TransformerConfig
+    ) -> None:
         """linears: one, or those of the layer's experts in their order.
 
         Raises: UsageError where TP ranks hold unequal parts of a weight.
@@ -247,9 +253,9 @@ class Lora(torch.nn.Module):
             return reduce_scatter_to_sequence_parallel_region(low, group=self.group)
         return reduce_from_tensor_model_parallel_region(low, group=self.group)
 
-    def shards(self) -> dict[str, Any]:
+    def shards(self) -> ShardedStateDict:
         """Parameter -> what it is of the global tensors that have its Hugging Face names, one for each expert."""
-        found: dict[str, Any] = {}
+        found: Json = {}
         for name, parameter in self.named_parameters():
             short, letter = name[:-2], name[-1]
             held = [(place, shares[short]) for place, shares in enumerate(self.shares) if short in shares]
@@ -282,12 +288,12 @@ class Lora(torch.nn.Module):
             done += stop - start
         return shards
 
-    def _cut(self, share: PairShard, letter: str, key: str, data: Tensor, *_: Any) -> list[ShardedTensor]:
+    def _cut(self, share: PairShard, letter: str, key: str, data: Tensor, *_: object) -> list[ShardedTensor]:
         """The runs of one matrix. key: its own, after a prefix if `data` is an optimizer's."""
         return self._shards(share, letter, data, key.removesuffix(share.key(letter)))
 
     def _divide(
-        self, held: Sequence[tuple[int, PairShard]], letter: str, key: str, data: Tensor, *_: Any
+        self, held: Sequence[tuple[int, PairShard]], letter: str, key: str, data: Tensor, *_: object
     ) -> list[ShardedTensor]:
         """Each expert's matrix in its own rank. key: as of _cut, of the first one."""
         prefix, dim = key.removesuffix(held[0][1].key(letter)), 0 if letter == "A" else 1
@@ -394,11 +400,11 @@ class Adapters(torch.nn.Module):
         # Before hooks that exchange outputs between ranks.
         linear.module.register_forward_hook(add, prepend=True)
 
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, *_: object, **__: object) -> ShardedStateDict:
         """Nothing: the model's own state is that of the base."""
         return {}
 
-    def shards(self) -> dict[str, Any]:
+    def shards(self) -> ShardedStateDict:
         """This rank's part of the adapters, for `state_dict` names; keys are Hugging Face names."""
         return {
             f"{name}.{parameter}": shard
@@ -407,7 +413,7 @@ class Adapters(torch.nn.Module):
         }
 
 
-def add_adapters(models: Sequence[Any], bound: BoundMap, plan: LoraPlan, dropout: float) -> None:
+def add_adapters(models: Sequence[MegatronModule], bound: BoundMap, plan: LoraPlan, dropout: float) -> None:
     """Freeze the model chunks and give them adapters, as their child `adapters`. Before Float16Module and DDP."""
     for model in models:
         model.requires_grad_(False)
@@ -424,7 +430,7 @@ def add_adapters(models: Sequence[Any], bound: BoundMap, plan: LoraPlan, dropout
         let_gradients_through(model)
 
 
-def prepare_lora(models: Sequence[Any], origin: Checkpoint, args: Any) -> LoraPlan:
+def prepare_lora(models: Sequence[MegatronModule], origin: Checkpoint, args: MegatronSftArguments) -> LoraPlan:
     """Freeze the model chunks and add the adapters that `args` ask for: new ones, or those of `--adapters`.
 
     Returns: the plan; its `values` are used up.
@@ -437,7 +443,7 @@ def prepare_lora(models: Sequence[Any], origin: Checkpoint, args: Any) -> LoraPl
 
 
 @contextmanager
-def adapters_disabled(models: Sequence[Any]) -> Iterator[None]:
+def adapters_disabled(models: Sequence[MegatronModule]) -> Iterator[None]:
     """The models without their adapters inside the block: what a preference reference is, for one."""
     found = [unwrap(model).adapters for model in models]
     before = [adapters.enabled for adapters in found]

@@ -6,17 +6,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.adapter import Adapter
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.resolve import the_adapter
 from swiftlite.llm.model.tuner import lora_targets
 from swiftlite.megatron.tuners.rows import Rows
 from swiftlite.utils.errors import MapError, UsageError
+from swiftlite.utils.types import Config
 from swiftlite.weights.lora import A, B, LoraConfig, initial_a
 from swiftlite.weights.merged import EMBEDDING, HEAD
 from swiftlite.weights.rule import BoundMap
@@ -35,7 +36,7 @@ class LoraPlan:
     """
 
     modules: Mapping[str, tuple[int, float]]
-    peft_config: Mapping[str, Any]
+    peft_config: Config
     values: Callable[[str], tuple[Tensor, Tensor]]
     rows: Rows = field(default_factory=dict)
 
@@ -58,7 +59,7 @@ def _linear_modules(bound: BoundMap) -> list[str]:
     return list(dict.fromkeys(name.removesuffix(".weight") for entry in entries for name in entry.hf))
 
 
-def plan_lora(bound: BoundMap, args: Any) -> LoraPlan:
+def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
     """New adapters on what `--target_modules` or `--target_regex` say; names are matched as peft does.
 
     Raises: UsageError for a name that no linear layer has.
@@ -89,7 +90,7 @@ def plan_lora(bound: BoundMap, args: Any) -> LoraPlan:
 
 
 @contextmanager
-def read_lora(bound: BoundMap, args: Any) -> Iterator[LoraPlan]:
+def read_lora(bound: BoundMap, args: MegatronSftArguments) -> Iterator[LoraPlan]:
     """The adapter that `--adapters DIR` or `--mcore_adapter DIR` names, of either format, open inside the block.
 
     Raises: as Adapter.open; UsageError for several adapters; MapError for one on layers that are not trained.

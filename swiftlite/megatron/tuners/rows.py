@@ -18,9 +18,12 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.types import Json
 from swiftlite.weights.merged import EMBEDDING, HEAD, TOKENS
 
 Rows = Mapping[
@@ -35,7 +38,9 @@ class TokenRows(torch.nn.Module):
     mine: Tensor  # which of them are scored on this rank
     columns: Tensor  # and where among its logits
 
-    def __init__(self, weight: str, ids: Sequence[int], values: Tensor, adapters: Any, config: Any) -> None:
+    def __init__(
+        self, weight: str, ids: Sequence[int], values: Tensor, adapters: Any, config: TransformerConfig
+    ) -> None:
         super().__init__()
         self.key = weight.removesuffix(".weight") + TOKENS
         self.owner = weakref.ref(adapters)  # says whether adapters are in use
@@ -58,7 +63,7 @@ class TokenRows(torch.nn.Module):
         """The rows, for a computation of which each rank does a part: their gradient is the sum of the ranks'."""
         return copy_to_tensor_model_parallel_region(self.delta, group=self.group)  # type: ignore[no-any-return]
 
-    def _embed(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def _embed(self, _: object, args: tuple[Any, ...], kwargs: Json, output: Tensor) -> Tensor:
         """output [S, B, H] of tokens [B, S]; under sequence parallelism it is this rank's part of S."""
         if not self.owner().enabled:  # type: ignore[union-attr]
             return output
@@ -86,7 +91,7 @@ class TokenRows(torch.nn.Module):
         return {"delta": ShardedTensor.from_rank_offsets(self.key, self.delta, replica_id=replica)}
 
 
-def add_rows(model: Any, adapters: Any, rows: Rows) -> None:
+def add_rows(model: MegatronModule, adapters: Any, rows: Rows) -> None:
     """Have a model chunk train rows as a part of its adapters.
 
     Raises: UsageError where the rows of one matrix would be on two pipeline stages.

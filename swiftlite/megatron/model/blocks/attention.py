@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from swiftlite.megatron import backend
+from swiftlite.megatron.model.layers import Offsets
 from swiftlite.utils.errors import ConfigError
+from swiftlite.utils.types import Json, Settings
 
 # Queries whose scores are in memory at once, where they are computed without a fused kernel.
 CHUNK = 1024
@@ -49,7 +52,7 @@ class SdpaAttention(torch.nn.Module):
 
     def __init__(
         self,
-        config: Any,
+        config: TransformerConfig,
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
@@ -57,7 +60,7 @@ class SdpaAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         k_channels: int | None = None,
         v_channels: int | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         super().__init__()
         if config.context_parallel_size > 1:
@@ -91,7 +94,7 @@ class SdpaAttention(torch.nn.Module):
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
-        **_: Any,
+        **_: object,
     ) -> Tensor:
         """query [S, B, N, D], key [S, B, G, D], value [S, B, G, Dv] -> [S, B, N*Dv]; packed: [T, N, D] -> [T, N*Dv].
 
@@ -167,8 +170,8 @@ class SdpaAttention(torch.nn.Module):
         return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Settings | None = None
+    ) -> Json:
         """The sinks, divided as the heads are."""
         if self.softmax_offset is None:
             return {}

@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.utils.errors import ConfigError
+from swiftlite.utils.types import Json
 
 
-def adapt(model: Any, args: MegatronArguments) -> None:
+def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     settings = args.description.rope_scaling or {}
     beta, original = settings["llama_4_scaling_beta"], settings["original_max_position_embeddings"]
     if args.context_parallel_size > 1:
         raise ConfigError("queries are scaled by position here, which context parallelism does not do; set "
                           "--context_parallel_size 1")  # fmt: skip
 
-    def scale(_: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def scale(_: object, inputs: tuple[Any, ...], kwargs: Json) -> tuple[tuple[Any, ...], Json]:
         query, *rest = inputs  # [S, B, N, D], packed [T, N, D]
         packed = kwargs.get("packed_seq_params")
         where = positions(len(query), None if packed is None else packed.cu_seqlens_q, query.device)

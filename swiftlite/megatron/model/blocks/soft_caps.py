@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
@@ -23,7 +24,7 @@ def replacements(args: MegatronArguments) -> dict[Any, Any]:
     return {TEDotProductAttention: SdpaAttention}
 
 
-def adapt(model: Any, args: MegatronArguments) -> None:
+def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     for module in model.modules():
         if isinstance(module, SdpaAttention):
             module.cap = args.description.attn_logit_softcapping
@@ -31,7 +32,7 @@ def adapt(model: Any, args: MegatronArguments) -> None:
     if cap is None or not hasattr(model, "output_layer"):
         return
 
-    def hook(_: Any, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def hook(_: object, __: object, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         logits, bias = output
         return cap * torch.tanh(logits / cap), bias
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from swiftlite.arguments.description import ModelDescription
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.model.rope import Rope, RotaryEmbedding
+from swiftlite.utils.types import Json
 
 _FACTOR = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
 
@@ -29,7 +31,7 @@ class TwoRotaryEmbeddings(RotaryEmbedding):
         super().__init__(rope, replaced)
         self.window = RotaryEmbedding(window_rope, replaced)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: MegatronArguments, **kwargs: Any) -> Tensor:
         return torch.cat([super().forward(*args, **kwargs), self.window(*args, **kwargs)], -1)
 
 
@@ -40,7 +42,7 @@ def description_of_windows(model: ModelDescription) -> ModelDescription:
     return replace(model, rotary_base=base, rope_scaling=settings or None)
 
 
-def adapt(model: Any, args: MegatronArguments) -> None:
+def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     if args.description.window_rope is None:
         return
     rope, window_rope = Rope(args.description), Rope(description_of_windows(args.description))
@@ -64,7 +66,7 @@ def adapt(model: Any, args: MegatronArguments) -> None:
 
 
 def _taking(part: slice) -> Any:
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(_: object, args: tuple[Any, ...], kwargs: Json) -> tuple[tuple[Any, ...], Json]:
         return args, {**kwargs, "rotary_pos_emb": kwargs["rotary_pos_emb"][..., part].contiguous()}
 
     return hook
