@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from swiftlite.families import tiny_configs
 from swiftlite.train.metrics import Metrics
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,69 +24,23 @@ CORPUS = [
     "Weights are read from the file, one tensor at a time.",
 ]
 
-# Small configs as hubs write them: rope_theta at the top level, no transformers version.
-_DENSE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "initializer_range": 0.05,
-    "attention_dropout": 0.0,
-    "use_cache": True,
-    "rope_theta": 10000.0,
-}
+# Of the self-tests' small configs, what tests of commands change to be faster. Tests of one setting say it themselves.
+_CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_hidden_layers": 2, "rms_norm_eps": 1e-6}),
+    "qwen2": ("qwen2", {"num_hidden_layers": 2, "rope_theta": 10000.0}),
+    "qwen3": ("qwen3", {"num_hidden_layers": 2, "rope_theta": 10000.0}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_hidden_layers": 2, "rope_theta": 10000.0, "num_experts": 4, "router_aux_loss_coef": 0.0},
+    ),
+    "glm4_moe": (
+        "glm4_5",
+        {"num_hidden_layers": 3, "rope_theta": 10000.0, "n_routed_experts": 4, "head_dim": 16, "rms_norm_eps": 1e-6,
+         "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 0},
+    ),
+}  # fmt: skip
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {**_DENSE, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False},
-    "qwen2": {**_DENSE, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
-    "qwen3": {
-        **_DENSE,
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "head_dim": 32,
-        "attention_bias": False,
-        "use_sliding_window": False,
-    },
-    "qwen3_moe": {
-        **_DENSE,
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "head_dim": 32,
-        "attention_bias": False,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "router_aux_loss_coef": 0.0,
-    },
-    "glm4_moe": {
-        **_DENSE,
-        "model_type": "glm4_moe",
-        "architectures": ["Glm4MoeForCausalLM"],
-        "num_hidden_layers": 3,
-        "head_dim": 16,
-        "attention_bias": True,
-        "partial_rotary_factor": 0.5,
-        "use_qk_norm": False,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.5,
-    },
+    family: {**tiny_configs()[model_type]["default"], **changes} for family, (model_type, changes) in _CHANGES.items()
 }
 
 

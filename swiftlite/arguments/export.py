@@ -105,10 +105,11 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
 
     NOTES: ClassVar[Mapping[str, Note]] = {
         **EXPORT_NOTES,
-        "cached_dataset": Note("rejected", "export writes one, with --to_cached_dataset true"),
-        "cached_val_dataset": Note("rejected", "export writes one, with --to_cached_dataset true"),
-        "streaming": Note("rejected", "export reads whole datasets"),
-        "shuffle_buffer_size": Note("rejected", "export reads whole datasets"),
+        **dict.fromkeys(
+            ("cached_dataset", "cached_val_dataset"),
+            Note("rejected", "export writes one, with --to_cached_dataset true"),
+        ),
+        **dict.fromkeys(("streaming", "shuffle_buffer_size"), Note("rejected", "export reads whole datasets")),
         "group_by_length": Note("rejected", "has no effect on export"),
     }
 

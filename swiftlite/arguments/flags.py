@@ -44,16 +44,15 @@ COMMON_NOTES: dict[str, Note] = {
     "exp_avg_sq_dtype": NO_OFFLOAD_NEEDED,
     "strict": Note("default", "--max_drop_ratio says how many rows may be unusable; 0: none", allowed=("false",)),
     "freeze_llm": Note("default", _TEXT_ONLY, allowed=("false",)),
-    "freeze_vit": Note("default", _TEXT_ONLY),
-    "freeze_aligner": Note("default", _TEXT_ONLY),
+    **dict.fromkeys(
+        ("freeze_vit", "freeze_aligner", "vit_lr", "aligner_lr", "vit_gradient_checkpointing"),
+        Note("default", _TEXT_ONLY),
+    ),
     "linear_decoupled_in_proj": Note("rejected", "belongs to hybrid attention models, which are not supported"),
     **dict.fromkeys(
         ("quant_method", "quant_bits", "quant_n_samples", "quant_batch_size", "group_size"),
         Note("rejected", "quantising is not supported; export bf16 and quantise with the tool of choice"),
     ),
-    "vit_lr": Note("default", _TEXT_ONLY),
-    "aligner_lr": Note("default", _TEXT_ONLY),
-    "vit_gradient_checkpointing": Note("default", _TEXT_ONLY),
     "model_kwargs": Note("rejected", "a text model has none; images' settings (max_pixels) have no effect here"),
     "dataset_dir": Note("rejected", "name the files themselves with --dataset DIR/FILE.jsonl"),
     "max_samples": Note("rejected", "write the number behind the dataset: --dataset FILE#1000"),
@@ -69,30 +68,29 @@ COMMON_NOTES: dict[str, Note] = {
 }
 
 EXPORT_NOTES: dict[str, Note] = {
-    "tensor_model_parallel_size": Note("default", _NO_PARALLEL),
-    "pipeline_model_parallel_size": Note("default", _NO_PARALLEL),
-    "expert_model_parallel_size": Note("default", _NO_PARALLEL),
-    "expert_tensor_parallel_size": Note("default", _NO_PARALLEL),
-    "context_parallel_size": Note("default", _NO_PARALLEL),
-    "sequence_parallel": Note("default", _NO_PARALLEL),
-    "decoder_first_pipeline_num_layers": Note("default", _NO_PARALLEL),
-    "decoder_last_pipeline_num_layers": Note("default", _NO_PARALLEL),
+    **dict.fromkeys(
+        ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+         "expert_tensor_parallel_size", "context_parallel_size", "sequence_parallel", "decoder_first_pipeline_num_layers",
+         "decoder_last_pipeline_num_layers"),
+        Note("default", _NO_PARALLEL),
+    ),
     "mtp_num_layers": Note("default", "MTP layers of the checkpoint are always converted"),
     "save_missing_weights": Note("default", "every tensor of the source is accounted for, or the command fails"),
-    "fp8_format": Note("rejected", "writing FP8 weights is not supported; export bf16"),
-    "fp8_recipe": Note("rejected", "writing FP8 weights is not supported; export bf16"),
-    "fp8_param_gather": Note("rejected", "writing FP8 weights is not supported; export bf16"),
-}
+    **dict.fromkeys(
+        ("fp8_format", "fp8_recipe", "fp8_param_gather"),
+        Note("rejected", "writing FP8 weights is not supported; export bf16"),
+    ),
+}  # fmt: skip
 
 _BATCHES = "samples are token ids before training begins, so a batch takes no time worth dividing (see data_s)"
 TRAIN_NOTES: dict[str, Note] = {
-    "dataloader_num_workers": Note("default", _BATCHES),
-    "num_workers": Note("default", _BATCHES),
-    "dataloader_persistent_workers": Note("default", _BATCHES),
-    "dataloader_prefetch_factor": Note("default", _BATCHES),
+    **dict.fromkeys(
+        ("dataloader_num_workers", "num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+         "dataloader_pin_memory"),
+        Note("default", _BATCHES),
+    ),
     "per_device_eval_batch_size": Note("default", "evaluation takes --micro_batch_size; its values are means over tokens"),
     "dataloader_drop_last": Note("default", "every step has a whole global batch; the last one continues in the next epoch"),
-    "dataloader_pin_memory": Note("default", _BATCHES),
     "gradient_checkpointing_kwargs": Note(
         "default", "recomputation is never re-entrant", allowed=('{"use_reentrant": false}', "{'use_reentrant': false}")
     ),
@@ -109,20 +107,20 @@ TRAIN_NOTES: dict[str, Note] = {
         "default", "each GPU holds the whole model: same result, more memory. " + _MORE_GPUS,
         allowed=("zero0", "zero1", "zero2", "zero3", "none"),
     ),
-    "fsdp": Note("rejected", _MORE_GPUS),
-    "fsdp_config": Note("rejected", _MORE_GPUS),
+    **dict.fromkeys(("fsdp", "fsdp_config"), Note("rejected", _MORE_GPUS)),
     "sequence_parallel_size": Note("default", "sequences are not divided here; " + _MORE_GPUS, allowed=("1",)),
     "tuner_backend": Note("default", "adapters are PEFT's", allowed=("peft",)),
     "init_weights": Note("default", "LoRA begins as PEFT's default: A random, B zero", allowed=("true",)),
     **dict.fromkeys(
         ("use_galore", "galore_quantization", "galore_optim_per_parameter", "galore_rank", "lisa_activated_layers",
          "lisa_step_interval", "llamapro_num_new_blocks", "lora_ga_batch_size", "lora_ga_iters", "lora_ga_max_length",
-         "lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma", "use_dora", "lorap_lr_ratio", "loraplus_lr_ratio"),
+         "lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma", "use_dora", "lorap_lr_ratio", "loraplus_lr_ratio",
+         "shift_attn", "use_badam", "pissa_init", "freeze_extra_modules"),
         Note("rejected", _OTHER_TUNER),
     ),
     **dict.fromkeys(
         ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage",
-         "quant_bits", "quant_method", "quantization_bit", "quantization_method"),
+         "quant_bits", "quant_method", "quantization_bit", "quantization_method", "double_quantization"),
         Note("rejected", _NO_QUANT),
     ),
     "problem_type": Note("rejected", NO_CLASSES),
@@ -130,11 +128,10 @@ TRAIN_NOTES: dict[str, Note] = {
     "optim_args": Note("rejected", "AdamW is set by --adam_beta1, --adam_beta2, --adam_eps and --weight_decay"),
     "lr_scheduler_kwargs": Note("rejected", "schedules are set by --min_lr, --lr_decay_iters and --lr_wsd_decay_iters"),
     **dict.fromkeys(
-        ("eval_use_evalscope", "eval_dataset", "eval_dataset_args", "eval_limit"), Note("rejected", _BENCHMARKS)
+        ("eval_use_evalscope", "eval_dataset", "eval_dataset_args", "eval_limit", "compute_accuracy"),
+        Note("rejected", _BENCHMARKS),
     ),
     "predict_with_generate": Note("rejected", "answers to a dataset: `swiftlite infer --val_dataset FILE`"),
-    "double_quantization": Note("rejected", _NO_QUANT),
-    **dict.fromkeys(("shift_attn", "use_badam", "pissa_init", "freeze_extra_modules"), Note("rejected", _OTHER_TUNER)),
     "rope_scaling": Note("rejected", "positions are scaled as config.json says; write it there"),
     "resize_vocab": Note("rejected", "new tokens come with --new_special_tokens"),
     "create_new_adapter": Note("rejected", "merge the first one (`swiftlite export --merge_lora true`) and train on"),
@@ -145,7 +142,6 @@ TRAIN_NOTES: dict[str, Note] = {
     "load_best_model_at_end": Note("default", "the best checkpoint stays on disk and is named at the end"),
     "disable_gradient_checkpointing": Note("rejected", "say it with --recompute none"),
     "upcast_layernorm": Note("default", "norms compute in fp32", allowed=("false",)),
-    "compute_accuracy": Note("rejected", _BENCHMARKS),
     "torch_compile": Note("default", "not compiled", allowed=("false",)),
     "plot_loss": Note("default", "a plot is always written next to the log", allowed=("true",)),
     "include_num_input_tokens_seen": Note("default", "log lines tell tokens"),
@@ -155,17 +151,13 @@ TRAIN_NOTES: dict[str, Note] = {
     "use_unsloth": Note("default", "not used", allowed=("false",)),
     "stage": Note("default", "the command says it: sft, pt or dpo", allowed=("sft", "pt")),
     "finetune": Note("default", "a first start loads weights only, and the same command resumes its own run"),
-    "rlhf_type": Note("rejected", _DPO),
-    "pref_beta": Note("rejected", _DPO),
-    "pref_loss": Note("rejected", _DPO),
-    "beta": Note("rejected", _DPO),
+    **dict.fromkeys(
+        ("rlhf_type", "pref_beta", "pref_loss", "beta", "rpo_alpha", "ref_model", "mcore_ref_model", "ref_adapters"),
+        Note("rejected", _DPO),
+    ),
     "loss_type": Note(
         "rejected", _DPO + "; losses of embedding, reranking and classifying models are not supported"
     ),
-    "rpo_alpha": Note("rejected", _DPO),
-    "ref_model": Note("rejected", _DPO),
-    "mcore_ref_model": Note("rejected", _DPO),
-    "ref_adapters": Note("rejected", _DPO),
     "use_distributed_optimizer": Note(
         "default", "the optimizer is always the distributed one, so that one checkpoint format serves every layout",
         allowed=("true",),

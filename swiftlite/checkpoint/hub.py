@@ -16,6 +16,7 @@ from pathlib import Path
 from swiftlite.checkpoint.files import published_files
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import one_line
 
 logger = get_logger()
 
@@ -106,7 +107,7 @@ def fetch(
     try:
         directory = _download(path, use_hf, revision, ignore, token, local_only=False)
     except Exception as error:  # the clients raise anything from OSError to their own types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         try:  # a machine without network still uses what an earlier run has downloaded
             directory = _download(path, use_hf, revision, ignore, token, local_only=True)
         except Exception:
@@ -153,7 +154,7 @@ def push(
             api.upload_file(path_or_fileobj=str(file), path_in_repo=file.name, repo_id=model_id, token=token,
                             commit_message=f"Upload {file.name}")  # fmt: skip
     except Exception as error:  # the clients raise anything from OSError to their own types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         flags = f"{' --use_hf true' if use_hf else ''}{' --hub_private_repo true' if private else ''}"
         raise CheckpointError(
             f"could not {step} in {model_id} on {hub}: {reason}; {directory} is complete, push it again with `swiftlite "

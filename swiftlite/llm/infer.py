@@ -20,9 +20,8 @@ from swiftlite.checkpoint.info import ModelInfo, load_args
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.encoded import place_of
 from swiftlite.llm.dataset.loader import Question, ReadOptions, read_questions
-from swiftlite.llm.dataset.prepare import read_rows
+from swiftlite.llm.dataset.prepare import read_rows, register_named
 from swiftlite.llm.dataset.preprocess import Row, RowError
-from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import printable
 from swiftlite.llm.pipeline import prepare_model_template
 from swiftlite.llm.template.messages import Tools
@@ -341,8 +340,7 @@ def infer_dataset(generator: Generator, args: InferArguments) -> None:
 
     Raises: DatasetError where no row could be answered; the file says why of each.
     """
-    for file in args.dataset_info:
-        register_dataset_info(file)
+    register_named(args)
     options = ReadOptions(args.columns, args.use_hf, False, 1, args.hub_token)
     rows = validation_data(args) if args.load_data_args else read_questions(args.val_dataset, options, args.seed)
     answered = progress_bar(answer_rows(generator, rows, args.max_batch_size), total=len(rows), desc="rows")

@@ -16,11 +16,10 @@ from pathlib import Path
 from swiftlite.arguments.preview import PreviewArguments
 from swiftlite.checkpoint.resolve import as_arguments, resolve
 from swiftlite.llm.dataset.encoded import EncodedDataset
-from swiftlite.llm.dataset.loader import PlacedRow, ReadOptions, RowStream
+from swiftlite.llm.dataset.loader import PlacedRow
 from swiftlite.llm.dataset.packing import pack_windows
-from swiftlite.llm.dataset.prepare import read_rows
+from swiftlite.llm.dataset.prepare import open_stream, read_rows
 from swiftlite.llm.dataset.preprocess import RowError
-from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.pipeline import prepare_template
 from swiftlite.llm.template.base import IGNORE_INDEX, Template
@@ -114,14 +113,7 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
 
 
 def _first_rows(args: PreviewArguments, rejects: RejectsFile) -> Iterator[PlacedRow]:
-    for file in args.dataset_info:
-        register_dataset_info(file)
-    options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author)
-    stream = RowStream(
-        args.dataset, options, interleave_prob=args.interleave_prob or None, stopping_strategy=args.stopping_strategy,
-        seed=str(args.data_seed),
-    )  # fmt: skip
-    for place, row in islice(stream, _STREAMED_ROWS):
+    for place, row in islice(open_stream(args), _STREAMED_ROWS):
         if isinstance(row, RowError):
             rejects.write(place, row.reason, row.seen, row.row)
         else:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from swiftlite.utils.errors import SwiftliteError
+from swiftlite.utils.text import one_line
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def _run_child(functions: Iterable[Callable[[], object]], writer: int, seconds: 
             except SwiftliteError as error:
                 payload = pickle.dumps((False, error))
             except Exception as error:  # whatever it is: the parent says it in one line
-                payload = pickle.dumps((False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
+                payload = pickle.dumps((False, f"{type(error).__name__}: {one_line(error)}"))
             payload = len(payload).to_bytes(_SIZE_BYTES, "big") + payload
             while payload:
                 payload = payload[os.write(writer, payload) :]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from swiftlite.utils.text import one_line
+
 
 class SwiftliteError(ValueError):
     """A mistake in the input that the user can fix. `exit_code` is what the command ends with."""
@@ -70,4 +72,4 @@ def reason(error: BaseException) -> str:
         if code:
             return f"refers to {code[1]}, which is code, not data; refusing to load it"
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error, 300)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MAX_WORD, MAX_TEXT = 400, 4000
 _WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
@@ -34,6 +34,20 @@ def some(names: Iterable[str], count: int = 8) -> str:
     """The first names of a list that may be long, and how many more there are."""
     listed = list(names)
     return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
+
+
+def listing(what: str, names: Sequence[str], count: int = 5) -> str:
+    """`2 missing tensors: a, b`, nothing without names. what: `missing`."""
+    return f"{len(names)} {what} tensor{'s' if len(names) > 1 else ''}: {some(names, count)}" if names else ""
+
+
+def short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error says; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

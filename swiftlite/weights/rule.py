@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from swiftlite.utils.errors import MapError, ShapeError
+from swiftlite.utils.text import listing
 from swiftlite.weights.ops import COPY, Op, Segment, Shape
 from swiftlite.weights.shape import NO_LAYER, LayerKind, ModelShape
 
@@ -273,8 +274,8 @@ class BoundMap:
                 unknown.append(name)
         missing = [name for name in self.by_hf if name not in shapes]
         if missing or unknown:
-            raise MapError(f"{where} does not match its config.json: {_listing('missing', missing)}"
-                           f"{'; ' if missing and unknown else ''}{_listing('unknown', unknown)}. Check that all files "
+            raise MapError(f"{where} does not match its config.json: {listing('missing', missing)}"
+                           f"{'; ' if missing and unknown else ''}{listing('unknown', unknown)}. Check that all files "
                            "of the model are there and that the model type is right (--model_type)")  # fmt: skip
         for name, (entry, position) in self.by_hf.items():
             if tuple(shapes[name]) != entry.hf_shapes[position]:
@@ -283,13 +284,6 @@ class BoundMap:
                     f"{list(entry.hf_shapes[position])}; the two files do not belong together"
                 )
         return Coverage(tuple(ignored), tuple(present))
-
-
-def _listing(what: str, names: list[str], limit: int = 5) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} {what} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:limit])}{more}"
 
 
 def _check_rows(name: str, uses: Sequence[tuple[Entry, int]]) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import some
 from swiftlite.weights.ops import Shape
 
 
@@ -166,9 +167,8 @@ def check_overflow(names: Iterable[str], dtype: torch.dtype, allow: bool) -> Non
     found = sorted(set(names))
     if not found:
         return
-    shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     name = str(dtype).removeprefix("torch.")
-    message = f"{shown}: finite values are infinite in {name}, which ends at {torch.finfo(dtype).max:.5g}"
+    message = f"{some(found, 5)}: finite values are infinite in {name}, which ends at {torch.finfo(dtype).max:.5g}"
     if not allow:
         raise CheckpointError(f"{message}; use --torch_dtype bfloat16 or float32, or --allow_overflow true")
     get_logger().warning("%s", message)

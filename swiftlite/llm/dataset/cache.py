@@ -24,6 +24,7 @@ from swiftlite.llm.template.base import Template
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.io import write_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import short
 from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
@@ -227,9 +228,10 @@ def load_cached_dataset(
     encoding = facts["encoding"]
     for name in (*wanted, *(name for name in encoding if name not in wanted)):
         if name not in _OF_RELEASE and wanted.get(name) != encoding.get(name):
+            then, now = (short(json.dumps(facts.get(name), ensure_ascii=False)) for facts in (encoding, wanted))
             raise DatasetError(
-                f"--cached_dataset {path}: was written with {name} {_short(encoding.get(name))}, this run has "
-                f"{_short(wanted.get(name))}; use the same setting or write it again"
+                f"--cached_dataset {path}: was written with {name} {then}, this run has {now}; use the same setting or "
+                "write it again"
             )
     if facts["packing_length"] not in (None, packing_length):
         raise DatasetError(
@@ -268,8 +270,3 @@ def _read_sequences(path: Path, count: int, num_samples: int) -> list[list[int]]
         raise DatasetError(f"{path}: is not a whole list of packed sequences ({error}); write it again") from None
     starts = [0, *numbers[: count - 1]] if count else []
     return [flat[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -16,6 +16,7 @@ from typing import Any
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import one_line
 from swiftlite.utils.types import Json
 
 Item = tuple[str, object]
@@ -41,7 +42,7 @@ def file_reader(path: Path, streaming: bool = False, num_proc: int = 1) -> Reade
                 "parquet", data_files=str(path), split="train", streaming=streaming, **processes(streaming, num_proc)
             )
         except Exception as error:  # datasets raises many kinds; all mean that the file is not what its ending says
-            raise DatasetError(f"{path}: cannot be read as parquet ({one_line(error)}); check the file") from error
+            raise DatasetError(f"{path}: cannot be read as parquet ({cause(error)}); check the file") from error
 
     return table_reader(str(path), load)
 
@@ -55,7 +56,7 @@ def saved_reader(path: Path, split: str = "train") -> Reader:
         try:
             return one_split(datasets.load_from_disk(str(path)), str(path), split)
         except (OSError, ValueError) as error:
-            raise DatasetError(f"{path}: cannot be read as a saved dataset ({one_line(error)})") from error
+            raise DatasetError(f"{path}: cannot be read as a saved dataset ({cause(error)})") from error
 
     return table_reader(str(path), load)
 
@@ -79,9 +80,8 @@ def processes(streaming: bool, num_proc: int) -> Json:
     return {} if streaming or num_proc <= 1 else {"num_proc": num_proc}
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error.__cause__ or error).split())
-    return text[:200]
+def cause(error: BaseException) -> str:
+    return one_line(error.__cause__ or error)
 
 
 # ---- tables ----
@@ -100,7 +100,7 @@ def table_reader(name: str, load: Callable[[], Any]) -> Reader:
         except DatasetError:
             raise
         except Exception as error:  # streamed files are parsed on the way
-            raise DatasetError(f"{name}: cannot be read on ({one_line(error)}); check the file") from error
+            raise DatasetError(f"{name}: cannot be read on ({cause(error)}); check the file") from error
 
     return read
 

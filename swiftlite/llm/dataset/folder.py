@@ -15,6 +15,7 @@ from typing import Any
 from swiftlite.llm.dataset.files import ENDINGS
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import one_line, some
 from swiftlite.utils.types import Json
 
 _KEYWORDS = {
@@ -78,8 +79,7 @@ def split_files(folder: Path, subset: str | None = None, split: str = "train") -
 
 
 def _names(root: Path, files: Sequence[Path]) -> str:
-    names = [ascii(file.relative_to(root).as_posix())[1:-1][:80] for file in sorted(files)]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return some((ascii(file.relative_to(root).as_posix())[1:-1][:80] for file in sorted(files)), 5)
 
 
 def _data_files(root: Path) -> Iterator[Path]:
@@ -142,9 +142,8 @@ def _configs(folder: Path) -> dict[str, Json]:
         configs = facts.get("configs") if isinstance(facts, dict) else None
         return {str(config["config_name"]): dict(config) for config in configs or ()}
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
-        line = " ".join(str(error).split())[:200]
         raise DatasetError(
-            f"{path}: its header cannot be read ({line}); fix it, or name the files that are to be read"
+            f"{path}: its header cannot be read ({one_line(error)}); fix it, or name the files that are to be read"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,7 @@ def load_data(args: BaseArguments, template: Template) -> Data:
 
 def check_sources(args: BaseArguments) -> None:
     """Find the data without reading rows or asking a hub. Raises: UsageError, DatasetError for what is not there."""
-    for file in args.dataset_info:
-        register_dataset_info(file)
+    register_named(args)
     for text in (*args.dataset, *args.val_dataset):
         open_spec(parse_spec(text), use_hf=args.use_hf, hub_token=args.hub_token)
     for flag in ("cached_dataset", "cached_val_dataset"):
@@ -96,10 +96,28 @@ def packing_capacity(args: BaseArguments) -> int | None:
     return int(capacity)
 
 
-def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Row], list[Row]]:
-    """(training rows, validation rows) in the standard form, see load_dataset."""
+def register_named(args: BaseArguments) -> None:
+    """Register what --dataset_info names."""
     for file in args.dataset_info:
         register_dataset_info(file)
+
+
+def open_stream(args: BaseArguments, state: Json | None = None) -> RowStream:
+    """The training rows one by one, from `state` on."""
+    register_named(args)
+    return RowStream(
+        args.dataset,
+        ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author),
+        interleave_prob=args.interleave_prob or None,
+        stopping_strategy=args.stopping_strategy,
+        seed=str(args.data_seed),
+        state=state,
+    )
+
+
+def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Row], list[Row]]:
+    """(training rows, validation rows) in the standard form, see load_dataset."""
+    register_named(args)
     return load_dataset(
         args.dataset,
         val_datasets=args.val_dataset,
@@ -130,21 +148,7 @@ def encode_and_pack(
 
 
 def _streamed(args: BaseArguments, template: Template, capacity: int | None, rejects: RejectsFile | None) -> Data:
-    for file in args.dataset_info:
-        register_dataset_info(file)
-    options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author)
-
-    def open_rows(state: Json | None) -> RowStream:
-        return RowStream(
-            args.dataset,
-            options,
-            interleave_prob=args.interleave_prob or None,
-            stopping_strategy=args.stopping_strategy,
-            seed=str(args.data_seed),
-            state=state,
-        )
-
-    files = open_rows(None).files  # names that are wrong are told before the model is built
+    files = open_stream(args).files  # names that are wrong are told before the model is built
     val_set = None
     if args.val_dataset:
         val_rows, _ = load_dataset(
@@ -154,7 +158,7 @@ def _streamed(args: BaseArguments, template: Template, capacity: int | None, rej
         )  # fmt: skip
         val_set = encode_and_pack(val_rows, args, template, rejects, "validation data")
     train_set = StreamedDataset(
-        open_rows,
+        partial(open_stream, args),
         template,
         seed=args.data_seed or 0,
         shuffle=args.dataset_shuffle,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from swiftlite.llm.template.messages import Tools
+from swiftlite.utils.text import short
 from swiftlite.utils.types import Json
 
 Row = Json
@@ -218,10 +219,10 @@ def _messages_of(message: object) -> list[Message]:
         pair = (("user", message["human"]), ("assistant", message["assistant"]))
         return [{"role": name, "content": _content(text)} for name, text in pair]
     if role is None:
-        raise RowError("a message has no role", f"keys {_short(list(message))}")
+        raise RowError("a message has no role", f"keys {short(ascii(list(message)))}")
     standard = _ROLES.get(role) if isinstance(role, str) else None
     if standard is None:
-        raise RowError("unknown role", f"{_short(role)}; use system, user, assistant or tool")
+        raise RowError("unknown role", f"{short(ascii(role))}; use system, user, assistant or tool")
     content = message["content"] if "content" in message else message.get("value")
     if standard == "tool_call":
         # A call written as its own message: {"name": ..., "arguments": ...}.
@@ -254,7 +255,7 @@ def _weight(message: Mapping[str, object]) -> Message:
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
-            raise RowError(f"{key} is not a number", f"{_short(value)}; use true, false or a number, 0 or more")
+            raise RowError(f"{key} is not a number", f"{short(ascii(value))}; use true, false or a number, 0 or more")
         found[key] = value
     weight = found.pop("weight", 1)
     # 1 is what a message weighs anyway, where the strategy of --loss_scale says nothing else.
@@ -340,11 +341,6 @@ def _plain(value: object, what: str, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(inner, what, depth + 1) for inner in value]
     raise RowError(f"{what} holds a value that JSON cannot", type(value).__name__)
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _from_json(text: str, reason: str) -> Any:

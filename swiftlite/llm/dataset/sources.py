@@ -10,9 +10,9 @@ from typing import Any
 
 from swiftlite.llm.dataset.files import (
     Item,
+    cause,
     file_reader,
     iterable_reader,
-    one_line,
     one_split,
     processes,
     saved_reader,
@@ -167,7 +167,7 @@ def hub_source(
         except Exception as error:  # the hubs' clients raise many kinds
             other = "ms::" if hub == "hf" else "hf::"
             raise DatasetError(
-                f"--dataset {name}: cannot be fetched ({one_line(error)}); check the id, the subset and the network, or "
+                f"--dataset {name}: cannot be fetched ({cause(error)}); check the id, the subset and the network, or "
                 f"try {other}{hub_id}"
             ) from error
 

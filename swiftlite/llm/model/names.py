@@ -19,6 +19,7 @@ from torch import Tensor
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of
 from swiftlite.utils.errors import CheckpointError, ConfigError
+from swiftlite.utils.text import listing
 from swiftlite.utils.types import Config
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor
@@ -126,15 +127,11 @@ class Others:
 
 def check_names(missing: Iterable[str], unexpected: Iterable[str], where: str | Path) -> None:
     """Raises: CheckpointError if there is a name in either."""
-    parts = []
-    for what, names in (("missing", sorted(missing)), ("unknown", sorted(unexpected))):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{len(names)} {what} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:3])}{more}")
-    if parts:
+    parts = listing("missing", sorted(missing), 3), listing("unknown", sorted(unexpected), 3)
+    if any(parts):
         raise CheckpointError(
-            f"{where} does not hold this model's weights: {'; '.join(parts)}. Check that all of its files are there and "
-            "that config.json is theirs"
+            f"{where} does not hold this model's weights: {'; '.join(filter(None, parts))}. Check that all of its files "
+            "are there and that config.json is theirs"
         )
 
 

@@ -18,6 +18,7 @@ from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import one_line
 from swiftlite.utils.types import Config
 from swiftlite.weights.lora import PEFT_PREFIX, check_beginning, check_stated, initial_a
 from swiftlite.weights.safetensors import read_header
@@ -321,7 +322,7 @@ def _with_lora(model: PreTrainedModel, config: LoraConfig) -> Any:
         with nullcontext() if config.target_parameters else _no_conversion(model):
             return get_peft_model(model, config)
     except ValueError as error:
-        raise UsageError(f"LoRA cannot be added: {' '.join(str(error).split())[:200]}") from None
+        raise UsageError(f"LoRA cannot be added: {one_line(error)}") from None
 
 
 @contextmanager
@@ -352,7 +353,7 @@ def load_adapter(model: Any, directory: Path) -> None:
                 raise CheckpointError(f"{path}: {damaged} has values that are NaN or infinite; train or copy it again")
             result: Any = set_peft_model_state_dict(model, tensors)
         except RuntimeError as error:  # shapes
-            raise CheckpointError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
+            raise CheckpointError(f"{path}: does not fit the model: {one_line(error)}") from None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # The rows of a tied output layer are those of the embedding, and have its name.
     found = {id(parameter) for name, parameter in parameters.items() if name not in result.missing_keys}

@@ -19,6 +19,7 @@ from swiftlite.llm.template.answers import AnswerFinder, Found
 from swiftlite.llm.template.messages import Message, Tools, role_of
 from swiftlite.utils.bounded import SECONDS, LimitError, run_bounded, run_each_bounded
 from swiftlite.utils.errors import TemplateError, UsageError
+from swiftlite.utils.text import one_line
 from swiftlite.utils.types import Json, Settings
 
 if TYPE_CHECKING:
@@ -139,8 +140,7 @@ class ChatTemplate:
         return str(template.render(messages=list(messages), tools=tools, add_generation_prompt=generation, **names))
 
     def _refused(self, error: Exception) -> TemplateError:
-        line = " ".join(str(error).split())[:200]
-        return TemplateError(f"{self.name} cannot write the conversation ({line})")
+        return TemplateError(f"{self.name} cannot write the conversation ({one_line(error)})")
 
     def bounded(self, write: Callable[[], T]) -> T:
         """What `write` makes with this template, within bounds if that is the checkpoint's. Raises: TemplateError."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from swiftlite.utils.errors import SwiftliteError, TemplateError
+from swiftlite.utils.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,12 +92,11 @@ def told_as_template_error() -> Iterator[None]:
     try:
         yield
     except (TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise TemplateError(f"the template cannot write it ({type(error).__name__}: {line})") from None
+        raise TemplateError(f"the template cannot write it ({type(error).__name__}: {one_line(error)})") from None
     except ValueError as error:
         if isinstance(error, SwiftliteError):
             raise
-        raise TemplateError(f"the template cannot write it ({' '.join(str(error).split())[:200]})") from None
+        raise TemplateError(f"the template cannot write it ({one_line(error)})") from None
 
 
 def in_parts(scripts: Sequence[tuple[str, list[Span]]]) -> Iterator[list[tuple[str, list[Span]]]]:

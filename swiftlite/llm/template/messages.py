@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from swiftlite.utils.errors import TemplateError
+from swiftlite.utils.text import short
 from swiftlite.utils.types import Json
 
 Message: TypeAlias = Json
@@ -16,7 +17,7 @@ Tools: TypeAlias = list[Json]  # schemas of the functions on offer
 def role_of(message: Message) -> str:
     role = message.get("role")
     if not isinstance(role, str):
-        raise TemplateError(f"a message has role {_short(role)}; use 'system', 'user', 'assistant' or 'tool'")
+        raise TemplateError(f"a message has role {short(repr(role))}; use 'system', 'user', 'assistant' or 'tool'")
     return role
 
 
@@ -25,7 +26,7 @@ def function_of(call: object) -> Json:
     function = call.get("function") or call if isinstance(call, dict) else call
     if not isinstance(function, dict) or "name" not in function:
         raise TemplateError(
-            f"tool call {_short(call)} has no function name; use {{'function': {{'name', 'arguments'}}}}"
+            f"tool call {short(repr(call))} has no function name; use {{'function': {{'name', 'arguments'}}}}"
         )
     return function
 
@@ -70,8 +71,3 @@ def split_thinking(content: str) -> tuple[str, str]:
         return "", content
     thoughts = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
     return thoughts, content.split("</think>")[-1].lstrip("\n")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
