@@ -9,18 +9,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from swiftlite import __version__
 from swiftlite.arguments.flags import COMMON_NOTES, NO_CLASSES, NO_WEIGHTS, ONLY_ADAPTERS
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.io import write_json
 from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
 from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 DTYPES = {
@@ -400,6 +400,10 @@ class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArgumen
         Access tokens are written as null, those in addresses as ***, values that JSON does not know as their text.
         Returns: the file.
         """
+        from pathlib import Path  # what shows help starts without these
+
+        from swiftlite.utils.io import write_json
+
         values = {**without_secrets(self.to_dict()), **dict.fromkeys(SETTINGS, None)}
         info = getattr(self, "model_info", None)
         if info is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
@@ -49,7 +48,9 @@ def write_config_file(path: str, values: Mapping[str, object]) -> None:
         import yaml
 
         text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
-    from swiftlite.utils.io import write_text_atomic  # commands that write none start without it
+    from pathlib import Path  # commands that write none start without these
+
+    from swiftlite.utils.io import write_text_atomic
 
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -196,9 +196,9 @@ def _name_dtype(config: Json, name: str) -> None:
             _name_dtype(value, name)
 
 
-def end_tokens(value: int | Sequence[int] | None) -> list[int]:
+def end_tokens(value: int | list[int] | None) -> list[int]:
     """Ids under `eos_token_id`, which is absent, one id or a list of them."""
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def main_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:

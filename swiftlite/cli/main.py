@@ -11,19 +11,18 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swiftlite import __version__
-from swiftlite.arguments.config_file import write_config_file
-from swiftlite.arguments.parser import Arguments, format_help, given_values, parse
 from swiftlite.cli.routes import ELSEWHERE, ROUTES, Route
 from swiftlite.utils.dist import is_main_process
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.processes import end_with_parent
-from swiftlite.utils.quiet import quiet
 from swiftlite.utils.secrets import SETTINGS, redact, remember_words
 from swiftlite.utils.text import nearest, printable
+
+if TYPE_CHECKING:
+    from swiftlite.arguments.parser import Arguments
 
 _TRUE = ("true", "1", "yes", "on")
 
@@ -84,10 +83,13 @@ def run(argv: Sequence[str]) -> int:
     arguments = _load(route.arguments)
     asked = {"-h", "--help", "--help_all", "--help-all"} & set(rest)
     if asked:
+        from swiftlite.arguments.parser import format_help
+
         everything = bool(asked - {"-h", "--help"})
         sys.stdout.write(format_help(arguments, f"swiftlite {' '.join(words)}", everything) + "\n")
         return 0
     from swiftlite.cli.launcher import SHUTDOWN_SECONDS, launch, torchrun_args
+    from swiftlite.utils.processes import end_with_parent
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker
         end_with_parent(patience=SHUTDOWN_SECONDS)
@@ -110,6 +112,9 @@ def run(argv: Sequence[str]) -> int:
 
 def _parse(arguments: Any, words: Sequence[str]) -> Any:
     """The arguments, as far as they can be checked without torch."""
+    from swiftlite.arguments.config_file import write_config_file
+    from swiftlite.arguments.parser import given_values, parse
+
     args = parse(arguments, words)
     _load("swiftlite.checkpoint.preflight:check_command")(args)
     if getattr(args, "save_config", None) and "TORCHELASTIC_RUN_ID" not in os.environ:  # not each worker once more
@@ -118,6 +123,8 @@ def _parse(arguments: Any, words: Sequence[str]) -> Any:
 
 
 def _handle(route: Route, args: Arguments) -> int:
+    from swiftlite.utils.quiet import quiet
+
     if not getattr(args, "debug", False):  # deprecations inside libraries are nothing that a user can act on
         quiet()
     result = _load(route.handler)(args)

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TypeVar
 
 from swiftlite.utils.errors import UsageError
@@ -55,6 +54,8 @@ def host_group() -> Iterator[None]:
     if get_world_size() == 1:
         yield
         return
+    from datetime import timedelta
+
     import torch.distributed
 
     if torch.distributed.is_initialized():

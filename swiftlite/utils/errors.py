@@ -58,7 +58,7 @@ class VerifyError(SwiftliteError):
     """Two models that should agree do not."""
 
 
-_CODE = re.compile(r"unsupported global:?(?: GLOBAL)? ([\w.]+)", re.IGNORECASE)
+_CODE = r"(?i)unsupported global:?(?: GLOBAL)? ([\w.]+)"
 
 
 def reason(error: BaseException) -> str:
@@ -68,7 +68,7 @@ def reason(error: BaseException) -> str:
     """
     cause = None if isinstance(error, SwiftliteError) else error  # our own say all there is to say
     while cause is not None:
-        code = _CODE.search(" ".join(str(cause).split()))
+        code = re.search(_CODE, " ".join(str(cause).split()))
         if code:
             return f"refers to {code[1]}, which is code, not data; refusing to load it"
         cause = cause.__cause__ or cause.__context__

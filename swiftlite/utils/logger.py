@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 from typing import TextIO
 
@@ -49,6 +48,8 @@ def get_logger() -> logging.Logger:
 
 def log_next(*words: object) -> None:
     """`next: COMMAND`, ready to be typed."""
+    import shlex
+
     get_logger().info("next: %s", shlex.join(map(str, words)))
 
 

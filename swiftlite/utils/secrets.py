@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from swiftlite.utils.types import Json
 
 SETTINGS = frozenset({"hub_token"})
-_VARIABLES = re.compile(r"(TOKEN|API_KEY|SECRET|PASSWORD)$")
+_VARIABLES = r"(TOKEN|API_KEY|SECRET|PASSWORD)$"
 _SHORTEST = 8  # characters; shorter values are words, not secrets
-_FORMS = re.compile(
+_FORMS = (
     r"\bhf_[A-Za-z0-9]{16,}"
     r"|\bms-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in an address
@@ -49,7 +49,7 @@ def remember_words(words: Sequence[str]) -> None:
 
 def redact(text: str) -> str:
     """`text` with *** for every secret."""
-    variables = {value for name, value in os.environ.items() if _VARIABLES.search(name) and len(value) >= _SHORTEST}
+    variables = {value for name, value in os.environ.items() if re.search(_VARIABLES, name) and len(value) >= _SHORTEST}
     for value in sorted(_told | variables, key=len, reverse=True):
         text = text.replace(value, "***")
-    return _FORMS.sub("***", text)
+    return re.sub(_FORMS, "***", text)

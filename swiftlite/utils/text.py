@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
 MAX_WORD, MAX_TEXT = 400, 4000
-_WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
+_WORD = rf"\S{{{MAX_WORD + 1},}}"
 
 
 def printable(text: str) -> str:
     """`text` with control characters escaped (line ends and tabs stay), very long words and texts cut in the middle."""
     if len(text) > MAX_WORD:
-        text = _WORD.sub(lambda match: _cut(match[0], MAX_WORD), text[: 1 << 20])
+        text = re.sub(_WORD, lambda match: _cut(match[0], MAX_WORD), text[: 1 << 20])
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in _cut(text, MAX_TEXT)
     )
@@ -52,6 +51,8 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """`; did you mean --a or --b?`, or nothing if no known name is close."""
+    import difflib  # of a mistake only
+
     spelled = {item.lstrip("-"): item for item in sorted(known)}
     close = [spelled[n] for n in difflib.get_close_matches(name.lstrip("-"), spelled, n=count, cutoff=0.75)]
     return f"; did you mean {' or '.join(close)}?" if close else ""
