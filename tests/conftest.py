@@ -96,7 +96,8 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Callable[..., Path]:
-    """`tiny_model("qwen3", vocab_size=333)` -> directory with random fp32 weights, config and tokenizer.
+    """`tiny_model("qwen3", vocab_size=333)` -> directory with random fp32 weights, config and tokenizer; the name is one of
+    TINY_CONFIGS or a model type.
 
     1-D parameters and expert biases are randomised too: they start at 1 or 0, where mistakes in their mapping hide.
     The same arguments give the same directory, so tests must not write into it.
@@ -110,7 +111,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Pat
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = {**TINY_CONFIGS[family], **overrides}
+        from swiftlite.families import tiny_configs
+
+        config = {**(TINY_CONFIGS.get(family) or tiny_configs()[family]["default"]), **overrides}
         directory = tmp_path_factory.mktemp(f"{family}-model")
         (directory / "config.json").write_text(json.dumps(config, indent=2))
         torch.manual_seed(seed)

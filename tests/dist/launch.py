@@ -29,6 +29,11 @@ _FORKS.set_forkserver_preload(worker.IMPORTED)
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "tie_word_embeddings": True, "initializer_range": 0.02},
     "glm4_moe": {"vocab_size": 333, "initializer_range": 0.02},
+    # Blocks of their own. One key head of OLMo 2, which TP ranks both hold.
+    "glm4_0414": {"initializer_range": 0.02, "num_key_value_heads": 2},
+    "olmo2": {"initializer_range": 0.02, "num_key_value_heads": 1},
+    "granite": {"initializer_range": 0.02, "num_key_value_heads": 2},
+    "hunyuan_v1_moe": {"initializer_range": 0.02, "num_key_value_heads": 2},
 }
 MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "moonlight": "moonlight"}
 

@@ -23,6 +23,8 @@ ROWS = [
     for i in range(8)
 ]  # fmt: skip
 
+_TP2_SP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
+_PP2 = ["--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "1"]
 # family, world size, flags besides the common ones, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "dense-dp2": ("qwen3", 2, [], None),
@@ -45,6 +47,15 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
         None,
     ),
     "moe-tp2-ep2": ("glm4_moe", 4, ["--tensor_model_parallel_size", "2", "--expert_model_parallel_size", "2"], None),
+    "post-norms-tp2-sp": ("glm4_0414", 2, _TP2_SP, None),
+    "post-norms-pp2": ("glm4_0414", 2, _PP2, None),
+    "full-qk-norm-tp2-sp": ("olmo2", 2, _TP2_SP, None),
+    "full-qk-norm-tp2": ("olmo2", 2, ["--tensor_model_parallel_size", "2"], None),
+    "full-qk-norm-pp2": ("olmo2", 2, _PP2, None),
+    "multipliers-tp2-sp": ("granite", 2, _TP2_SP, None),
+    "multipliers-pp2": ("granite", 2, _PP2, None),
+    "norm-after-rope-ep2": ("hunyuan_v1_moe", 2, ["--expert_model_parallel_size", "2"], None),
+    "norm-after-rope-tp2-sp": ("hunyuan_v1_moe", 2, _TP2_SP, None),
     "control-double-layer": ("qwen3", 2, [], "double_layer"),
     "control-skip-norm-reduce": (
         "qwen3", 2, ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"], "skip_norm_reduce",
@@ -90,7 +101,7 @@ def argv(tiny_model: Callable[..., Path], data: Path) -> Callable[..., list[str]
 
     def make(family: str, output_dir: Path, *flags: str) -> list[str]:
         common = {
-            "model": tiny_model(family, **MODELS[family]), "model_type": MODEL_TYPES[family], "dataset": data,
+            "model": tiny_model(family, **MODELS[family]), "model_type": MODEL_TYPES.get(family, family), "dataset": data,
             "output_dir": output_dir, "torch_dtype": "float32", "micro_batch_size": 2, "global_batch_size": 8,
             "train_iters": STEPS, "lr": 4e-3, "lr_decay_style": "constant", "logging_steps": 1, "save_steps": 1000,
             "save_weights_only": "true", "report_to": "none",

@@ -45,6 +45,13 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral:window": WIDE,
     "ministral:default": WIDE,
     "ministral3:default": WIDE,
+    "glm4_0414:default": WIDE,
+    "olmo2:default": {**WIDE, "head_dim": None},
+    "olmoe:default": {**WIDE, "head_dim": None},
+    "minimax_m2:default": {**WIDE, "rotary_dim": 32},
+    "granite:default": {**WIDE, "head_dim": None},
+    "hunyuan_v1_dense:default": WIDE,
+    "hunyuan_v1_moe:default": WIDE,
 }
 IDS = torch.randint(0, 500, (2, 192), generator=torch.Generator().manual_seed(3))
 

@@ -17,7 +17,10 @@ from swiftlite.megatron.model.provider import build_models
 from tests.families.cases import build_hf, config_of
 from tests.megatron.test_hf_io import assert_close, logits
 
-CASES = ("mistral:window", "ministral:default", "ministral3:default")
+CASES = (
+    "mistral:window", "ministral:default", "ministral3:default", "glm4_0414:default", "olmo2:default", "granite:default",
+    "hunyuan_v1_dense:default",
+)  # fmt: skip
 LENGTHS = (70, 1, 101)
 IDS = torch.randint(0, 300, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from swiftlite.arguments.description import ModelDescription
 from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
@@ -128,6 +131,39 @@ def test_a_mutation_fails_and_its_place_is_named(mutation: str, converted: Path,
     change(Mutable(tmp_path / "mcore"))
     with pytest.raises(VerifyError, match=f"{place} is off: relative error"):
         check_precision(converted / "hf", tmp_path / "mcore")
+
+
+def _per_head(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=norm.eps) * norm.weight.view(x.shape[-2:])
+
+
+# What is left out or changed of a model's own blocks, under `swiftlite.megatron.model.blocks`.
+TWINS: dict[str, tuple[str, str, Any, str]] = {
+    "a norm behind attention left out": (
+        "glm4_0414", "post_norms._normalise", lambda part, norm: None, "layer 0"),
+    "q/k norm of each head": ("olmo2", "full_qk_norm.FullNorm.forward", _per_head, "layer 0"),
+    "q/k norm before rotation": ("hunyuan_v1_dense", "qk_norm_after_rope.adapt", lambda model, args: None, "layer 0"),
+    "residual multiplier 1": ("granite", "residual_multiplier", 1.0, "layer 0"),
+    "embedding multiplier 1": ("granite", "embedding_multiplier", 1.0, "embedding"),
+    "logits not scaled": ("granite", "logits_scaling", 1.0, "output_layer"),
+    "scale of attention scores": ("granite", "softmax_scale", 0.25, "layer 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_damaged_block_fails_and_its_place_is_named(
+    twin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_type, name, value, place = TWINS[twin]
+    build_hf(config_of(f"{model_type}:default"), tmp_path / "hf")
+    to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    if "." in name:
+        monkeypatch.setattr(f"swiftlite.megatron.model.blocks.{name}", value)
+    else:
+        of = ModelDescription.of
+        monkeypatch.setattr(ModelDescription, "of", lambda config: replace(of(config), **{name: value}))
+    with pytest.raises(VerifyError, match=f"{place} is off: relative error"):
+        check_precision(tmp_path / "hf", tmp_path / "mcore")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
