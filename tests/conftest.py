@@ -111,8 +111,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Pat
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from swiftlite.families import tiny_configs
-
         config = {**(TINY_CONFIGS.get(family) or tiny_configs()[family]["default"]), **overrides}
         directory = tmp_path_factory.mktemp(f"{family}-model")
         (directory / "config.json").write_text(json.dumps(config, indent=2))

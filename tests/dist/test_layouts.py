@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from swiftlite.families import MODEL_MAPPING
 from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_cases, run_layouts
 
 pytestmark = pytest.mark.dist
@@ -108,6 +109,8 @@ def argv(tiny_model: Callable[..., Path], data: Path) -> Callable[..., list[str]
             # Adam divides gradients of 1e-8 by themselves, so rounding in them would grow to whole steps.
             "adam_eps": 1e-5,
         }  # fmt: skip
+        if MODEL_MAPPING[common["model_type"]].template is None:
+            common["template"] = "qwen3"
         return [word for name, value in common.items() for word in (f"--{name}", str(value))] + list(flags)
 
     return make
