@@ -108,7 +108,7 @@ def main() -> None:
 
     shutil.rmtree(args.directory, ignore_errors=True)
     total = make_checkpoint(args.directory / "hf", "moe", args.gigabytes)
-    # Random bytes are no numbers: what is compared after loading must not be NaN.
+    # Random bytes are not numbers: what is compared after loading must not be NaN.
     for shard in (args.directory / "hf").glob("*.safetensors"):
         _plain_numbers(shard)
     export = [sys.executable, "-m", "swiftlite", "export", "--model", str(args.directory / "hf"), "--to_mcore", "true"]

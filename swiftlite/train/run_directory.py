@@ -52,10 +52,10 @@ def _as_stored(values: Mapping[str, object]) -> Json:
 
 
 @contextmanager
-def held(args: A, settle: Callable[[A], Start | None]) -> Iterator[Start | None]:
+def held(args: A, decide: Callable[[A], Start | None]) -> Iterator[Start | None]:
     """`args.output_dir` for this run alone, until the block ends: the checkpoint that it resumes from, or None. Collective.
 
-    Args: settle: decides that, as `prepare` does. Raises: UsageError if another process is at work there.
+    Args: decide: says which, as `prepare` does. Raises: UsageError if another process is at work there.
     """
     root = Path(args.output_dir or "").expanduser()
     with ExitStack() as stack:
@@ -65,7 +65,7 @@ def held(args: A, settle: Callable[[A], Start | None]) -> Iterator[Start | None]
             if (root / ARGS_FILE).is_file():
                 clear_unfinished(root)
         barrier()  # the others look when that is done, and all have looked before rank 0 writes
-        start = settle(args)
+        start = decide(args)
         barrier()
         stack.enter_context(writing(root, "make room, and the same command resumes from the last checkpoint"))
         yield start

@@ -294,7 +294,7 @@ def test_new_special_tokens_that_fit_change_no_weight(tiny_model: Callable[..., 
 def test_the_iteration_that_is_named(converted: Path, model: Path, tmp_path: Path) -> None:
     """`RUN/iter_1` is not the newest one: training, export and verify take it."""
     from swiftlite.arguments.megatron_train import MegatronSftArguments
-    from swiftlite.megatron.trainers.sft import settle
+    from swiftlite.megatron.trainers.sft import resolve_run
 
     first, second = converted / "iter_0000001", converted / "iter_0000002"
     shutil.copytree(first, second)
@@ -306,5 +306,5 @@ def test_the_iteration_that_is_named(converted: Path, model: Path, tmp_path: Pat
     assert export("--mcore_model", first, "--to_hf", "true", "--output_dir", tmp_path / "back") == 0
     assert (tmp_path / "back/model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     args = MegatronSftArguments(mcore_model=str(first), dataset=["FILE"], output_dir=str(tmp_path / "run"))
-    assert find_iteration(Path(settle(args))) == first
+    assert find_iteration(Path(resolve_run(args))) == first
     assert Path(args.model_info.model_dir) == converted

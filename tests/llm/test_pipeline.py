@@ -13,7 +13,7 @@ from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.info import load_args
 from swiftlite.checkpoint.resolve import as_arguments, register_custom, resolve
 from swiftlite.llm import pipeline
-from swiftlite.megatron.trainers.sft import settle
+from swiftlite.megatron.trainers.sft import resolve_run
 from swiftlite.utils.errors import CheckpointError, UsageError
 
 
@@ -51,7 +51,7 @@ def test_what_the_user_says_holds(tiny_model):
 @pytest.mark.parametrize("inside", ["", "iter_0000001"])
 def test_converted_checkpoint_alone_knows_its_model(mcore_dir, inside):
     args = MegatronSftArguments(mcore_model=str(mcore_dir / inside), max_length=128)
-    settle(args)
+    resolve_run(args)
     assert (args.model_type, args.template, args.description.padded_vocab_size) == ("glm4_5", "glm4_5", 320)
     assert (args.description.num_layers, args.description.moe_layer_pattern, args.seq_length) == (3, [0, 1, 1], 128)
     assert args.model_info.model_dir == str(mcore_dir)
@@ -106,7 +106,7 @@ def test_args_json_round_trip(mcore_dir):
 
 def test_layout_is_judged_against_the_model(mcore_dir):
     with pytest.raises(UsageError, match="3 layers cannot be divided over 2 stages"):
-        settle(MegatronSftArguments(mcore_model=str(mcore_dir), pipeline_model_parallel_size=2))
+        resolve_run(MegatronSftArguments(mcore_model=str(mcore_dir), pipeline_model_parallel_size=2))
 
 
 def test_custom_registration_runs_once(tmp_path, tiny_model):

@@ -71,7 +71,7 @@ def started(
         if args.output_dir is None:
             args.output_dir = run_directory.default_output_dir(args, "output")
         run_directory.name_version(args)
-        with run_directory.held(args, settle_output) as start:
+        with run_directory.held(args, resolve_output) as start:
             data = load(args, template)
             tuner.check_settings(args)
             model = load_model(args)
@@ -80,7 +80,7 @@ def started(
             yield model, template, data, start
 
 
-def settle_output(args: SftArguments) -> Start | None:
+def resolve_output(args: SftArguments) -> Start | None:
     """Decide what happens with the output directory, the same on all ranks.
 
     Returns: the checkpoint to resume from, or None. Raises: UsageError, see run_directory.prepare; CheckpointError if the

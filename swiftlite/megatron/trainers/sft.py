@@ -64,7 +64,7 @@ class SftTrainer(Trainer):
         return {"loss": sums["loss"] / max(sums["trained_tokens"], 1.0)}
 
 
-def settle(args: MegatronSftArguments) -> str:
+def resolve_run(args: MegatronSftArguments) -> str:
     """Find model, weights and template, fill in the model's fields and what follows from them. Collective-free.
 
     Returns: the directory that the weights come from.
@@ -107,7 +107,7 @@ def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Dat
     """
     if args.push_to_hub:
         check_hub_id(args.hub_model_id)
-    origin = settle(args)
+    origin = resolve_run(args)
     if args.dry_run:
         check_sources(args)
         lora = args.train_type == "lora"
