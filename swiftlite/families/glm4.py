@@ -19,6 +19,7 @@ FAMILY = Family(
     config=PARTIAL_ROTARY_CONFIG,
     patches=(
         ConfigRule("add_qkv_bias", ("attention_bias",), default=True),
+        ConfigRule("kv_channels", ("head_dim",), default=128),
         ConfigRule("partial_rotary_factor", ("partial_rotary_factor",), default=0.5),
         constant("rotary_interleaved", True),
     ),

@@ -15,7 +15,7 @@ from swiftlite.families.blocks import (
     decoder,
     rotary_base,
 )
-from swiftlite.families.records import Derived, Family, Refuse
+from swiftlite.families.records import Config, ConfigRule, Derived, Family, Refuse
 
 BIAS = (
     copy(
@@ -23,6 +23,13 @@ BIAS = (
         when=EXPERT_BIAS, keep_dtype=True, is_buffer=True,
     ),
 )  # fmt: skip
+
+
+def _rotated(config: Config) -> float | None:
+    """Releases give the rotated width, transformers writes a share of the head."""
+    width = config.get("rotary_dim")
+    return config.get("partial_rotary_factor") or (width / config.get("head_dim", 128) if width else None)
+
 
 FAMILY = Family(
     "minimax_m2",
@@ -35,12 +42,8 @@ FAMILY = Family(
             lambda c: c.get("shared_intermediate_size"), "shared_intermediate_size {shared_intermediate_size} is not 0"
         ),
         rotary_base(5000000),
-        Derived(
-            "partial_rotary_factor",
-            lambda c: (
-                c.get("partial_rotary_factor") or (c["rotary_dim"] / c["head_dim"] if c.get("rotary_dim") else None)
-            ),
-        ),
+        ConfigRule("kv_channels", ("head_dim",), default=128),
+        Derived("partial_rotary_factor", _rotated, {"rotary_dim": 16}),
         constant("qk_layernorm", True),
         *SIGMOID_ROUTER,
         EXPERT_BIAS_ON,

@@ -20,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "glm4_5:default": {"num_hidden_layers": 4},  # MoE with MTP
     "deepseek_r1:default": {"num_hidden_layers": 4},  # MLA with MTP
     "ernie:default": {},
+    "glm4_0414:default": {"num_key_value_heads": 2},  # post norms, gate and up in one matrix
+    "olmo2:default": {"num_key_value_heads": 2},  # no input norms, q/k norms over all heads
 }
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -32,6 +34,8 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
         "glm4_5:default": [{}, TP2, EP2, PP2, {**TP2, "mtp_num_layers": 1}],  # {}: two data-parallel ranks
         "deepseek_r1:default": [TP2, EP2, PP2, {**EP2, "mtp_num_layers": 1}],
         "ernie:default": [TP2, EP2],
+        "glm4_0414:default": [TP2, {**PP2, "decoder_first_pipeline_num_layers": 1}],
+        "olmo2:default": [TP2, {**PP2, "decoder_first_pipeline_num_layers": 1}],
     },
     4: {
         "llama3_1:default": [{**TP2, **PP2}],

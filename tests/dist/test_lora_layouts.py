@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "moe-rows": ("glm4_moe", ["--lr", "8e-3", "--new_special_tokens", "Paris", "What"]),
     "mla": ("moonlight", []),
     "mla-full": ("moonlight", ["--train_type", "full", "--lr", "1e-3"]),
+    "fused": ("glm4_0414", ["--template", "qwen3", "--lr", "6e-3"]),
     "freeze": ("qwen3", ["--train_type", "freeze", "--trainable_parameters", "model.layers.2.", "model.layers.3."]),
 }  # fmt: skip
 # kind, world size, flags, fault
@@ -56,6 +57,7 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "mla-tp2": ("mla", 2, TP, None),
     "mla-ep2": ("mla", 2, EP, None),
     "mla-full-tp2": ("mla-full", 2, TP, None),
+    "fused-tp2-sp": ("fused", 2, TP, None),
     "freeze-pp2": ("freeze", 2, PP, None),  # nothing of the first stage is trained
     "freeze-tp2-sp": ("freeze", 2, TP, None),
     "dense-tp2-pp2": ("dense", 4, [*TP, *PP], None),
@@ -74,6 +76,7 @@ def models(tiny_model: Callable[..., Path], tiny_mla: Callable[[int], Path]) -> 
     return {
         "qwen3": tiny_model("qwen3", num_hidden_layers=4, tie_word_embeddings=True, **changes),
         "glm4_moe": tiny_model("glm4_moe", **changes),
+        "glm4_0414": tiny_model("glm4_0414", num_key_value_heads=2),
         "moonlight": tiny_mla(0),
     }
 
@@ -87,7 +90,8 @@ def argv(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> C
     def make(kind: str, output_dir: Path, *flags: str) -> list[str]:
         family, own = KINDS[kind]
         common = {
-            "model": models[family], "model_type": MODEL_TYPES[family], "dataset": data, "output_dir": output_dir,
+            "model": models[family], "model_type": MODEL_TYPES.get(family, family), "dataset": data,
+            "output_dir": output_dir,
             "torch_dtype": "float32", "micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS, "lr": 4e-3,
             "lr_decay_style": "constant", "logging_steps": 1, "save_steps": 1000, "train_type": "lora",
             "lora_rank": 16, "lora_alpha": 16, "lora_dropout": 0, "adam_eps": 1e-5, "report_to": "none",

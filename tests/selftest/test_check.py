@@ -25,14 +25,45 @@ DEEPSEEK_V3: dict[str, Any] = {
     "attention_bias": False, "vocab_size": 129280, "num_nextn_predict_layers": 1, "tie_word_embeddings": False,
 }  # fmt: skip
 
+GLM4: dict[str, Any] = {  # its class's pad token is beyond a small vocabulary
+    "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "attention_bias": True, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 13696, "max_position_embeddings": 32768,
+    "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2, "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "vocab_size": 151552,
+}  # fmt: skip
+MINIMAX_M2: dict[str, Any] = {
+    "architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "attn_type_list": [1] * 62, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 1536, "max_position_embeddings": 196608,
+    "num_attention_heads": 48, "num_experts_per_tok": 8, "num_hidden_layers": 62, "num_key_value_heads": 8,
+    "num_local_experts": 256, "num_mtp_modules": 3, "qk_norm_type": "per_layer", "rms_norm_eps": 1e-6,
+    "rope_theta": 5000000, "rotary_dim": 64, "scoring_func": "sigmoid", "shared_intermediate_size": 0,
+    "tie_word_embeddings": False, "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True, "vocab_size": 200064,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}  # fmt: skip
+HUNYUAN: dict[str, Any] = {  # with dropout, and lists of each layer's numbers
+    "architectures": ["HunYuanMoEV1ForCausalLM"], "model_type": "hunyuan_v1_moe", "attention_bias": False,
+    "attention_dropout": 0.1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 3072,
+    "max_position_embeddings": 32768, "mlp_bias": False, "moe_intermediate_size": [3072] * 32, "moe_topk": [8] * 32,
+    "num_attention_heads": 32, "num_experts": 64, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "num_shared_expert": [1] * 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
+                     "mscale_all_dim": 1.0, "type": "dynamic"},
+    "use_cla": False, "use_qk_norm": True, "vocab_size": 128167,
+}  # fmt: skip
 
-@pytest.mark.parametrize("config", [AIR, DEEPSEEK_V3], ids=["GLM-4.5-Air", "DeepSeek-V3"])
+
+@pytest.mark.parametrize(
+    "config",
+    [AIR, DEEPSEEK_V3, GLM4, MINIMAX_M2, HUNYUAN],
+    ids=["GLM-4.5-Air", "DeepSeek-V3", "GLM-4-9B-0414", "MiniMax-M2", "Hunyuan-A13B"],
+)
 def test_real_configs_shrink_and_pass(config: dict[str, Any]) -> None:
     small = check.shrink_config(config)
     before, after = convert_hf_config(config), convert_hf_config(small)
     assert set(before) == set(after)
     sizes = {"num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "num_experts"}
-    assert all(after[k] < before[k] for k in sizes)
+    assert all(after[k] < before[k] for k in sizes & set(before))
     kept = {k: v for k, v in before.items() if isinstance(v, bool | str) and k != "moe_layer_freq"}
     assert kept == {k: after[k] for k in kept}
     result = check.check_config("small", small)
