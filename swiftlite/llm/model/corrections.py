@@ -44,6 +44,16 @@ def _indices_of_the_best_groups(router: Any, scores: Tensor) -> Tensor:
     return groups.masked_fill(others, float("-inf")).flatten(1).topk(router.top_k, dim=-1, sorted=False)[1]
 
 
+def _static_alpha(model: Any) -> None:
+    """Hunyuan's rope of type 'dynamic' has an alpha that stretches its base at any length; transformers took it for the
+    usual one at first, whose frequencies change beyond max_position_embeddings.
+    """
+    scaling = getattr(model.config, "rope_scaling", None) or {}
+    rope = model.model.rotary_emb
+    if rope.rope_type == "dynamic" and scaling.get("alpha"):
+        rope.rope_type = "ntk_alpha"  # as transformers calls it since
+
+
 def _experts_in_autocast(model: PreTrainedModel) -> None:
     """Under autocast products of experts held in one tensor [E, ...] take the dtype of autocast, as all other ones do.
 
@@ -79,6 +89,9 @@ CORRECTIONS: Mapping[str, Callable[[Any], None]] = {
     "DeepseekV3ForCausalLM": _experts_of_the_best_groups,
     "Dots1ForCausalLM": _experts_of_the_best_groups,
     "Glm4MoeForCausalLM": _experts_of_the_best_groups,
+    # 4.57
+    "HunYuanDenseV1ForCausalLM": _static_alpha,
+    "HunYuanMoEV1ForCausalLM": _static_alpha,
 }
 
 
