@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import resource
 import select
 import signal
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 from swiftlite.utils.errors import SwiftliteError
 from swiftlite.utils.text import one_line
@@ -36,63 +40,104 @@ def run_bounded(function: Callable[[], T], seconds: float | None = None) -> T:
     Raises: SwiftliteError as `function` does; LimitError where it does not end in time, needs more than 1 GiB, or ends in
         any other way.
     """
-    (result,) = run_each_bounded([function], seconds)
-    return result
-
-
-def run_each_bounded(functions: Sequence[Callable[[], T]], seconds: float | None = None) -> Iterator[T]:
-    """The results of several functions, as run_bounded, from one child: it continues while the caller uses a result.
-
-    Raises: as run_bounded, at the function to blame; those after it are not run.
-    """
-    limit = SECONDS if seconds is None else seconds
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        # Python 3.12 warns where there are threads. The child runs plain Python and takes none of their locks.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _run_child(functions, writer, limit)
-    os.close(writer)
+    child = BoundedChild(lambda _: function())
     try:
-        for _ in functions:
-            deadline = time.monotonic() + _PATIENCE * max(1.0, limit)
-            size = int.from_bytes(_read(reader, _SIZE_BYTES, deadline), "big")
-            payload = _read(reader, size, deadline) if 0 < size <= _RESULT_BYTES else b""
-            if not payload:
-                raise LimitError(f"it takes more than {limit:g} s or {_MEMORY_BYTES // 2**30} GiB")
-            is_result, value = pickle.loads(payload)
-            if not is_result:
-                raise value if isinstance(value, SwiftliteError) else LimitError(value)
-            yield value
+        return next(child.ask([None], seconds))
     finally:
-        os.close(reader)
-        _end(child)
+        child.end()
 
 
-def _run_child(functions: Iterable[Callable[[], object]], writer: int, seconds: float) -> None:
+class BoundedChild(Generic[T]):
+    """A child process that answers requests by one function, each within bounds, as run_bounded.
+
+    It is a fork, of what this process is now. Many requests cost it less than a fork each. It ends with `end`, with the
+    object, with this process, and by a request that is out of bounds.
+    """
+
+    def __init__(self, function: Callable[[Any], T]) -> None:
+        requests, self._requests = os.pipe()
+        self._answers, answers = os.pipe()
+        with warnings.catch_warnings():
+            # Python 3.12 warns where there are threads. The child runs plain Python and takes none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            _run_child(function, requests, answers)
+        os.close(requests)
+        os.close(answers)
+        self._left = 0  # answers that nobody has taken
+        self.end = weakref.finalize(self, _end, os.getpid(), child, (self._requests, self._answers))
+
+    @property
+    def is_ready(self) -> bool:
+        return self.end.alive and not self._left
+
+    def ask(self, requests: Sequence[Any], seconds: float | None = None) -> Iterator[T]:
+        """The answers in order; the child continues while the caller uses one.
+
+        Args: seconds: as run_bounded, for each request.
+        Raises: as run_bounded, at the request to blame. The child is gone then, and also where not all answers are taken:
+            what is left of them must not answer other requests.
+        """
+        limit = SECONDS if seconds is None else seconds
+        self._left = len(requests)
+        try:
+            for request in requests:  # it always reads, so this does not wait for it
+                _write(self._requests, (limit, request))
+            for _ in requests:
+                deadline = time.monotonic() + _PATIENCE * max(1.0, limit)
+                size = int.from_bytes(_read(self._answers, _SIZE_BYTES, deadline), "big")
+                payload = _read(self._answers, size, deadline) if 0 < size <= _RESULT_BYTES else b""
+                if not payload:
+                    raise LimitError(f"it takes more than {limit:g} s or {_MEMORY_BYTES // 2**30} GiB")
+                is_result, value = pickle.loads(payload)
+                if not is_result:
+                    raise value if isinstance(value, SwiftliteError) else LimitError(value)
+                self._left -= 1
+                yield value
+        except BrokenPipeError:
+            raise LimitError("its process was ended") from None
+        finally:
+            if self._left:
+                self.end()
+
+
+def _run_child(function: Callable[[Any], Any], requests: int, answers: int) -> None:
     """Never returns: nothing of the parent's clean-up may run here."""
     try:
-        _limit(seconds)
-        for function in functions:
+        low, high = sorted((requests, answers))
+        for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
+            os.closerange(first, last)  # pipes of others would not end while this process holds them too
+        gc.freeze()  # what it has from the parent is not looked through: that would copy it
+        asked: SimpleQueue[Any] = SimpleQueue()
+
+        def receive() -> None:  # always, so that the parent never waits to send while this process waits to send
+            while header := _read(requests, _SIZE_BYTES):
+                asked.put(_read(requests, int.from_bytes(header, "big")))
+            os._exit(0)
+
+        threading.Thread(target=receive, daemon=True).start()
+        _limit()
+        while True:
+            seconds, request = pickle.loads(asked.get())
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
-                payload = pickle.dumps((True, function()))
+                answer = (True, function(request))
             except SwiftliteError as error:
-                payload = pickle.dumps((False, error))
+                answer = (False, error)
             except Exception as error:  # whatever it is: the parent says it in one line
-                payload = pickle.dumps((False, f"{type(error).__name__}: {one_line(error)}"))
-            payload = len(payload).to_bytes(_SIZE_BYTES, "big") + payload
-            while payload:
-                payload = payload[os.write(writer, payload) :]
+                answer = (False, f"{type(error).__name__}: {one_line(error)}")
+            _write(answers, answer)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     finally:
         os._exit(0)
 
 
-def _limit(seconds: float) -> None:
-    for name in (signal.SIGPROF, signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+def _limit() -> None:
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for sent in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to all processes: the parent decides
+        signal.signal(sent, signal.SIG_IGN)
     with open("/proc/self/statm", "rb") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -100,11 +145,19 @@ def _limit(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def _read(reader: int, size: int, deadline: float) -> bytes:
-    """The next `size` bytes that the child writes; nothing if it ends before, or they come too late."""
+def _write(pipe: int, value: Any) -> None:
+    payload = pickle.dumps(value)
+    left = memoryview(len(payload).to_bytes(_SIZE_BYTES, "big") + payload)
+    while left:
+        left = left[os.write(pipe, left) :]
+
+
+def _read(reader: int, size: int, deadline: float | None = None) -> bytes:
+    """The next `size` bytes of a pipe; nothing if it ends before, or they come too late."""
     found = bytearray()
     while len(found) < size:
-        ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+        wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready, _, _ = select.select([reader], [], [], wait)
         part = os.read(reader, min(size - len(found), 2**20)) if ready else b""
         if not part:
             return b""
@@ -112,7 +165,11 @@ def _read(reader: int, size: int, deadline: float) -> bytes:
     return bytes(found)
 
 
-def _end(child: int) -> None:
+def _end(parent: int, child: int, pipes: Iterable[int]) -> None:
+    if os.getpid() != parent:  # a fork of the parent
+        return
+    for pipe in pipes:
+        os.close(pipe)
     try:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -17,7 +17,8 @@ from queue import SimpleQueue
 
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import TokenStore, type_of
-from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Outcome, Template
+from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Outcome, Script, Template
+from swiftlite.llm.template.jinja import RowWriter
 from swiftlite.utils.errors import DatasetError, TemplateError
 from swiftlite.utils.processes import end_with_parent
 from swiftlite.utils.types import Json
@@ -122,20 +123,23 @@ class RowEncoder:
         self.template, self.num_proc = template, num_proc
         self._numbers = itertools.count()
         self._children = [_Child(template) for _ in range(num_proc)] if num_proc > 1 else []
+        self._writer = None if self._children else template.writer()
 
     def __enter__(self) -> RowEncoder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
         for child in self._children:
             child.process.kill()
             child.process.join()
 
     def __call__(self, rows: Iterable[Json]) -> Iterator[Outcome]:
         """`template.encode_batch` of all rows, in order. Raises: DatasetError if a process that encodes is killed."""
-        if not self._children:
+        if self._writer is not None:
             for batch in _batches(rows):
-                yield from self.template.encode_batch(batch)
+                yield from self.template.encode_batch(batch, self._writer)
             return
         waiting: deque[tuple[_Child, int]] = deque()
         try:
@@ -200,10 +204,12 @@ def _encode_batches(template: Template, connection: Connection, parent: int) -> 
         os._exit(0)
 
     threading.Thread(target=receive, daemon=True).start()
+    writer: RowWriter[Script] | None = None
     while True:
         number, rows = batches.get()
         try:
-            value: list[Outcome] | Exception = [_flat(encoded) for encoded in template.encode_batch(rows)]
+            writer = writer or template.writer()
+            value: list[Outcome] | Exception = [_flat(encoded) for encoded in template.encode_batch(rows, writer)]
         except Exception as error:
             value = error
         connection.send((number, value))

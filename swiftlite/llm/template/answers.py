@@ -112,7 +112,7 @@ class Headers:
     def find(self, text: str, messages: Sequence[Message]) -> Found | None:
         """The answers, None where something in the conversation makes them doubtful."""
         answers = [i for i, message in enumerate(messages) if role_of(message) == "assistant"]
-        if text.count(self.header) != len(answers) or any(self._has_marks(message) for message in messages):
+        if text.count(self.header) != len(answers) or self._have_marks(messages):
             return None
         found, at = [], 0
         for place, index in enumerate(answers):
@@ -135,8 +135,11 @@ class Headers:
             at = start
         return found
 
-    def _has_marks(self, message: Message) -> bool:
-        said = f"{message.get('content')}{message.get('reasoning_content', '')}{message.get('tool_calls', '')}"
+    def _have_marks(self, messages: Sequence[Message]) -> bool:
+        said = "\n".join(
+            f"{message.get('content')}{message.get('reasoning_content', '')}{message.get('tool_calls', '')}"
+            for message in messages
+        )
         return any(mark in said for mark in (self.header, *self.ends))
 
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from functools import cached_property
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.families.records import TemplateMeta
 from swiftlite.llm.template.agent import AGENT_FORMATS, as_plain
 from swiftlite.llm.template.collate import IGNORE_INDEX, join_rows, pad_rows
-from swiftlite.llm.template.jinja import ChatTemplate
+from swiftlite.llm.template.jinja import ChatTemplate, RowWriter
 from swiftlite.llm.template.limits import (
     MaxLengthError,
     Span,
@@ -50,6 +50,7 @@ _EMPTY_THOUGHTS = ("<think>\n\n</think>\n\n", "\n<think></think>")
 
 Encoded = Json
 Outcome = Encoded | list[Encoded] | TemplateError  # of one row
+Script = tuple[str, list[Span]] | TemplateError  # a row's text and its spans with loss
 
 
 class Template(TemplateOptions):
@@ -208,13 +209,17 @@ class Template(TemplateOptions):
             raise MaxLengthError(sum(part["length"] for part in encoded), self.max_length or 0)
         return encoded
 
-    def encode_batch(self, rows: Sequence[Json]) -> list[Outcome]:
+    def encode_batch(self, rows: Sequence[Json], writer: RowWriter[Script] | None = None) -> list[Outcome]:
         """`encode` of many rows with one call of the tokenizer (which uses all cores). Errors take a row's place.
 
-        With truncation_strategy 'split', a row that is too long becomes a list of samples.
+        Args: writer: `self.writer()`, for many batches. With truncation_strategy 'split', a row that is too long becomes a
+            list of samples.
         """
+        if writer is None:
+            with closing(self.writer()) as writer:
+                return self.encode_batch(rows, writer)
         encoded: list[Outcome] = []
-        for scripts in self._scripts(rows):
+        for scripts in writer(rows):
             tokenized = iter(self._tokenize_batch([s for s in scripts if not isinstance(s, TemplateError)]))
             for script in scripts:
                 row = rows[len(encoded)]
@@ -224,11 +229,14 @@ class Template(TemplateOptions):
                     encoded.append(error)
         return encoded
 
-    def _scripts(self, rows: Sequence[Json]) -> Iterator[list[tuple[str, list[Span]] | TemplateError]]:
-        """`training_text` of rows, in lists of some, as far as it can be needed; errors take a row's place."""
+    def writer(self) -> RowWriter[Script]:
+        """What writes the training text of rows, as far as it can be needed; errors take a row's place.
+
+        Later changes of this template do not reach it. `close` ends it.
+        """
         limits = (self.max_length, self._max_token_chars, self.truncation_strategy)
 
-        def script(row: Json) -> tuple[str, list[Span]] | TemplateError:
+        def script(row: Json) -> Script:
             try:
                 with told_as_template_error():
                     text, spans = self._training_text(row)
@@ -237,11 +245,9 @@ class Template(TemplateOptions):
             except TemplateError as error:
                 return error
 
-        if not self.use_chat_template:
-            yield [script(row) for row in rows]
-            return
-        self._learn()
-        yield from self.chat.bounded_rows(script, rows)
+        if self.use_chat_template:
+            self._learn()
+        return RowWriter(script, is_bounded=self.use_chat_template and self.chat.is_own, name=self.chat.name)
 
     def training_text(self, row: Json) -> tuple[str, list[Span]]:
         """The text of a training row and its spans with loss: (start, end, weight), ascending, in characters.
@@ -269,9 +275,9 @@ class Template(TemplateOptions):
         stopped, holds_ends = False, self.use_chat_template and self.chat.is_tagged(tools)
         for span in spans:
             stopped = holds_ends and text[span[0] : span[1]].rstrip().endswith(self.chat.ends)
-            stop = next((s for s in self.chat.ends if not stopped and text.startswith(s, span[1])), None)
-            span[1] += len(stop or "")
-            stopped = stopped or stop is not None
+            stop = "" if stopped else self.chat.end_at(text, span[1])
+            span[1] += len(stop)
+            stopped = stopped or bool(stop)
         if spans and not stopped and role_of(messages[-1]) == "assistant" and spans[-1][1] == len(text):
             calls = self.use_chat_template and messages[-1].get("tool_calls")
             text += self.traits.call_end or self.suffix if calls else self.suffix
@@ -312,7 +318,9 @@ class Template(TemplateOptions):
                 weight = float(message["loss"])
             if message.get("loss_scale") is not None:
                 weight = float(message["loss_scale"])
-            if weight:
+            if weight and not self.weights and start < end:
+                yield start, end, weight
+            elif weight:
                 yield from weigh(text, start, end, weight, self.weights)
 
     def _prepared(
@@ -358,11 +366,10 @@ class Template(TemplateOptions):
                     add_special_tokens=False,
                     return_attention_mask=False,
                     return_token_type_ids=False,
-                    return_offsets_mapping=True,
                     verbose=False,
                 )
-                for (_, spans), ids, offsets in zip(part, batch["input_ids"], batch["offset_mapping"], strict=True):
-                    yield ids, list(_token_spans(offsets, spans))
+                for (_, spans), ids, encoding in zip(part, batch["input_ids"], batch.encodings, strict=True):
+                    yield ids, list(_token_spans(encoding.token_to_chars, len(ids), spans))
         else:
             # Without offsets: a boundary lies where the ids of the text before it stop agreeing. Blanks of the header
             # that are tokenised differently once text follows are then trained on too.
@@ -469,22 +476,23 @@ def _parse_tools(text: str) -> Tools | None:
     return tools if isinstance(tools, list) or tools is None else [tools]
 
 
-def _token_spans(offsets: Sequence[tuple[int, int]], spans: Iterable[Span]) -> Iterable[Span]:
+def _token_spans(chars_of: Callable[[int], tuple[int, int]], count: int, spans: Iterable[Span]) -> Iterable[Span]:
     """Spans in tokens: a token belongs to the span it shares a character with.
 
     A token reaches from the end of the one before it to its own end: byte-level tokenizers leave leading blanks out of
-    offsets, and give every piece of a character that is split over tokens the whole character.
+    offsets, and give every piece of a character that is split over tokens the whole character. Offsets are asked for one
+    by one: lists of all of them take longer than the rest.
     """
-    count = len(offsets)
+
+    def end_of(index: int) -> int:
+        return chars_of(index)[1]
+
     for start, end, weight in spans:
-        first = bisect_right(offsets, start, key=_end_of)
-        last = bisect_left(offsets, end, key=_end_of)
-        while last < count and (last == 0 or min(offsets[last][0], offsets[last - 1][1]) < end):
+        first = bisect_right(range(count), start, key=end_of)
+        last = bisect_left(range(count), end, first, key=end_of)
+        while last < count and (last == 0 or min(chars_of(last)[0], end_of(last - 1)) < end):
             last += 1
         yield first, last, weight
-
-
-_end_of = itemgetter(1)
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:

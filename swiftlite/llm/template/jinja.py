@@ -9,31 +9,26 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cache, cached_property, partial
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from swiftlite.llm.template.answers import AnswerFinder, Found
-from swiftlite.llm.template.messages import Message, Tools, role_of
-from swiftlite.utils.bounded import SECONDS, LimitError, run_bounded, run_each_bounded
+from swiftlite.llm.template.messages import Message, Tools, is_plain, role_of
+from swiftlite.utils.bounded import SECONDS, BoundedChild, LimitError, run_bounded
 from swiftlite.utils.errors import TemplateError, UsageError
 from swiftlite.utils.text import one_line
 from swiftlite.utils.types import Json, Settings
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
-    from jinja2 import Template as JinjaTemplate
-    from jinja2.parser import Parser
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Rows whose text is out of bounds before the template itself is to blame.
 _MAX_UNBOUNDED = 3
 _ROWS_AT_ONCE = 32
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatTemplate:
@@ -56,7 +51,9 @@ class ChatTemplate:
         self.tokenizer, self.registered = tokenizer, registered
         self.name = name
         self.tokens, self.ends = dict(tokens), tuple(ends)
+        self._end = re.compile("|".join(map(re.escape, ends)) or "(?!)")  # an alternative that is first is taken
         self._finders: dict[str, AnswerFinder] = {}
+        self._read: dict[str, frozenset[str]] = {}
 
     @property
     def is_own(self) -> bool:
@@ -69,23 +66,19 @@ class ChatTemplate:
 
     def is_tagged(self, tools: Tools | None = None) -> bool:
         """Whether it has generation tags, which may hold the end token of an answer too."""
-        return _has_generation_tags(self.source(tools))
+        return has_generation_tags(self.source(tools))
 
     def prints_tools(self) -> bool:
-        return "tools" in _names_read(self.source())
+        return "tools" in self._names()
 
     def prints_calls(self) -> bool:
-        return "arguments" in _names_read(self.source())
+        return "arguments" in self._names()
 
     def write(self, messages: Sequence[Message], tools: Tools | None, generation: bool, options: Settings) -> str:
         """The conversation as text; generation: with what opens the next answer. Raises: TemplateError."""
-        try:
-            if self.registered is not None:
-                return str(self._written(messages, tools, options, generation).replace(_BEGIN, "").replace(_END, ""))
-            keywords: Settings = {**options, "tools": tools, "add_generation_prompt": generation}
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **keywords))
-        except Exception as error:  # whatever a template raises or trips over
-            raise self._refused(error) from None
+        from swiftlite.llm.template.environment import without_marks
+
+        return without_marks(self._written(messages, tools, options, generation))[0]
 
     def write_answers(self, messages: Sequence[Message], tools: Tools | None, options: Settings) -> tuple[str, Found]:
         """The conversation as text, and [start, end, index] of each assistant message in it.
@@ -96,6 +89,11 @@ class ChatTemplate:
             return self._tagged(messages, tools, options)
         return self._finder(options).find(messages, tools)
 
+    def end_at(self, text: str, position: int) -> str:
+        """The token that may end an answer there, else nothing."""
+        found = self._end.match(text, position)
+        return found[0] if found else ""
+
     def learn(self, options: Settings) -> None:
         """Find out, within bounds, what helps `write_answers` with these options; before children need it."""
         if not self.is_tagged():
@@ -103,26 +101,15 @@ class ChatTemplate:
             finder.headers = self.bounded(finder.learn)
 
     def _finder(self, options: Settings) -> AnswerFinder:
-        key = json.dumps(options, sort_keys=True, default=str)
+        key = repr(sorted(options.items()))
         if key not in self._finders:
             self._finders[key] = AnswerFinder(self.write, options, self.ends, self.tokens.get("eos_token", ""))
         return self._finders[key]
 
     def _tagged(self, messages: Sequence[Message], tools: Tools | None, options: Settings) -> tuple[str, Found]:
-        try:
-            if self.registered is not None:
-                text, found = _without_marks(self._written(messages, tools, options))
-            else:
-                from transformers.utils.chat_template_utils import render_jinja_template
+        from swiftlite.llm.template.environment import without_marks
 
-                names: Settings = {**self.tokenizer.special_tokens_map, **options, "tools": tools}
-                rendered: Any = render_jinja_template(
-                    conversations=[list(messages)], chat_template=self.source(tools), return_assistant_tokens_mask=True,
-                    **names,
-                )  # fmt: skip
-                (text,), (found,) = rendered
-        except Exception as error:  # as in write
-            raise self._refused(error) from None
+        text, found = without_marks(self._written(messages, tools, options))
         answers = [i for i, message in enumerate(messages) if role_of(message) == "assistant"]
         if len(found) != len(answers):
             raise TemplateError(
@@ -134,128 +121,139 @@ class ChatTemplate:
     def _written(
         self, messages: Sequence[Message], tools: Tools | None, options: Settings, generation: bool = False
     ) -> str:
-        """The text of a registered template, its answers between marks."""
-        names = {"documents": None, **self.tokens, **options}
-        template = _compiled(str(self.registered))
-        return str(template.render(messages=list(messages), tools=tools, add_generation_prompt=generation, **names))
+        """The text, what generation tags hold between marks. Raises: TemplateError."""
+        from swiftlite.llm.template.environment import write_marked
+
+        try:
+            if self.registered is not None:
+                names = {**self.tokens, **options, "messages": list(messages), "tools": tools}
+            elif self._has_stock_method:
+                messages, tools = self._as_given(messages, tools)
+                names = {**self._special_tokens, **options, "messages": messages, "tools": tools}
+            else:
+                keywords: Settings = {**options, "tools": tools, "add_generation_prompt": generation}
+                return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **keywords))
+            names = {**names, "documents": None, "add_generation_prompt": generation}
+            return write_marked(self.source(tools), self.is_own, names)
+        except Exception as error:  # whatever a template raises or trips over
+            raise self._refused(error) from None
+
+    @cached_property
+    def _has_stock_method(self) -> bool:
+        """Whether the tokenizer writes conversations as transformers does, by its Jinja."""
+        from transformers import PreTrainedTokenizerBase
+
+        return type(self.tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+
+    @cached_property
+    def _special_tokens(self) -> Settings:
+        return dict(self.tokenizer.special_tokens_map)
+
+    def _as_given(self, messages: Sequence[Message], tools: Tools | None) -> tuple[list[Message], Tools | None]:
+        """Messages and tools as transformers gives them to a template: what it makes of them depends on its version."""
+        if not messages:
+            raise ValueError("no messages")
+        if tools is None and all(map(is_plain, messages)):
+            return list(messages), None
+        show: Settings = {"tools": tools, "chat_template": "{{ [messages, tools] | tojson }}", "tokenize": False}
+        messages, tools = json.loads(str(self.tokenizer.apply_chat_template(list(messages), **show)))
+        return list(messages), tools
 
     def _refused(self, error: Exception) -> TemplateError:
         return TemplateError(f"{self.name} cannot write the conversation ({one_line(error)})")
+
+    def _names(self, tools: Tools | None = None) -> frozenset[str]:
+        """Variables and attributes that the template reads; nothing where it is not Jinja.
+
+        Its code is at hand afterwards: each child would compile it anew.
+        """
+        source = self.source(tools)
+        if source not in self._read:
+            from jinja2 import TemplateSyntaxError
+
+            from swiftlite.llm.template.environment import keep, read_template
+
+            work = partial(read_template, source, self.is_own)
+            try:
+                read = run_bounded(work) if self.is_own else work()
+                keep(source, self.is_own, read)
+                self._read[source] = read.names
+            except (LimitError, TemplateSyntaxError, RecursionError):  # told by what is written with it
+                self._read[source] = frozenset()
+        return self._read[source]
 
     def bounded(self, write: Callable[[], T]) -> T:
         """What `write` makes with this template, within bounds if that is the checkpoint's. Raises: TemplateError."""
         if not self.is_own:
             return write()
+        _ = self._names(), self._names([]), self._has_stock_method, self._special_tokens
         try:
             return run_bounded(write)
         except LimitError as error:
             raise TemplateError(f"{self.name} cannot write the conversation: {error}") from None
 
-    def bounded_rows(self, write: Callable[[Json], T], rows: Sequence[Json]) -> Iterator[list[T | TemplateError]]:
-        """`write(row)` of all rows, in lists of some, within bounds if the template is the checkpoint's.
 
-        They are written in a child, which continues while the caller works on a list. If that is beyond bounds, the rows
-        of a list are written in a child each, where such a row gets a TemplateError.
-        Raises: UsageError where the template itself is to blame, which row after row shows.
-        """
+class RowWriter(Generic[T]):
+    """`write(row)` of many rows; is_bounded: within bounds, in a child that is made now. name: of the template.
+
+    The child continues while the caller works on a list. If a list is beyond bounds, its rows are written one by one, where
+    such a row gets a TemplateError.
+    """
+
+    def __init__(self, write: Callable[[Json], T], is_bounded: bool, name: str) -> None:
+        self._write, self._is_bounded, self._name, self._failed = write, is_bounded, name, 0
+        self._child = self._start()
+
+    def _start(self) -> BoundedChild[list[T]] | None:
+        return BoundedChild(self._write_all) if self._is_bounded else None
+
+    def _write_all(self, rows: Sequence[Json]) -> list[T]:
+        return [self._write(row) for row in rows]
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.end()
+
+    def __call__(self, rows: Sequence[Json]) -> Iterator[list[T | TemplateError]]:
+        """In lists of some. Raises: UsageError where the template itself is to blame, which row after row shows."""
         parts = [rows[i : i + _ROWS_AT_ONCE] for i in range(0, len(rows), _ROWS_AT_ONCE)]
-        if not self.is_own:
+        if self._child is None:
             for part in parts:
-                yield [write(row) for row in part]
+                yield [*self._write_all(part)]
             return
+        if not self._child.is_ready:  # the caller left the last rows in the middle
+            self._child.end()
+            self._child = self._start()
         done = 0
+        self._failed = 0
         while done < len(parts):
-            works = [lambda part=part: [write(row) for row in part] for part in parts[done:]]  # type: ignore[misc]
+            assert self._child is not None
             try:
-                for written in run_each_bounded(works, SECONDS + 0.1 * len(rows)):
+                for written in self._child.ask(parts[done:], SECONDS + 0.1 * len(rows)):
                     done += 1
                     yield [*written]
             except LimitError:  # a row, which is found in there
+                self._child = self._start()
                 done += 1
-                yield self._one_by_one(write, parts[done - 1])
+                yield [self._alone(row) for row in parts[done - 1]]
 
-    def _one_by_one(self, write: Callable[[Json], T], rows: Sequence[Json]) -> list[T | TemplateError]:
-        found: list[T | TemplateError] = []
-        failed = 0
-        for row in rows:
-            try:
-                found.append(run_bounded(lambda row=row: write(row)))  # type: ignore[misc]
-            except LimitError as error:
-                failed += 1
-                if failed > _MAX_UNBOUNDED:
-                    raise UsageError(
-                        f"{self.name} cannot be used: {error}; choose a registered one with --template NAME"
-                    ) from None
-                found.append(TemplateError(f"{self.name} cannot write it: {error}"))
-        return found
+    def _alone(self, row: Json) -> T | TemplateError:
+        assert self._child is not None
+        try:
+            return next(self._child.ask([[row]]))[0]
+        except LimitError as error:
+            self._child = self._start()
+            self._failed += 1
+            if self._failed > _MAX_UNBOUNDED:
+                raise UsageError(
+                    f"{self._name} cannot be used: {error}; choose a registered one with --template NAME"
+                ) from None
+            return TemplateError(f"{self._name} cannot write it: {error}")
 
 
 @cache  # asked of every row
-def _has_generation_tags(source: str) -> bool:
+def has_generation_tags(source: str) -> bool:
     return bool(_GENERATION_TAG.search(source))
-
-
-@cache
-def _names_read(source: str) -> frozenset[str]:
-    """Variables and attributes that a template reads. It is parsed, not run; nothing where it is not Jinja."""
-    from jinja2 import TemplateSyntaxError, meta, nodes
-
-    try:
-        tree = _environment().parse(source)
-    except (TemplateSyntaxError, RecursionError):
-        return frozenset()
-    names = {node.attr for node in tree.find_all(nodes.Getattr)} | {
-        node.arg.value for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const)
-    }
-    return frozenset(map(str, meta.find_undeclared_variables(tree) | names))
-
-
-# Around what generation tags hold, in the text of a registered template. No data holds them but on purpose.
-_BEGIN, _END = f"\ue000{secrets.token_hex(8)}\ue001", f"\ue002{secrets.token_hex(8)}\ue003"
-
-
-@cache
-def _environment() -> Environment:
-    """Jinja for registered templates, which are part of the program: what transformers offers, without its sandbox."""
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-
-    class Generation(Extension):
-        tags = {"generation"}
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            begin, end = (nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in (_BEGIN, _END))
-            return [begin, *body, end]
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-@cache
-def _compiled(source: str) -> JinjaTemplate:
-    return _environment().from_string(source)
-
-
-def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    text, *answers = marked.split(_BEGIN)
-    found = []
-    for part in answers:
-        answer, _, rest = part.partition(_END)
-        found.append((len(text), len(text) + len(answer)))
-        text += answer + rest
-    return text, found
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, tools: Tools | None = None) -> str:

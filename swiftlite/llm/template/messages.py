@@ -21,6 +21,16 @@ def role_of(message: Message) -> str:
     return role
 
 
+def is_plain(message: Message) -> bool:
+    """Whether every version of transformers gives it to a template as it is."""
+    return type(message) is dict and all(
+        type(value) is str and name not in _THOUGHTS for name, value in message.items()
+    )
+
+
+_THOUGHTS = {"reasoning_content", "reasoning", "thinking"}  # transformers 5 copies each to the other names
+
+
 def function_of(call: object) -> Json:
     """The function of a tool call, with or without the OpenAI envelope."""
     function = call.get("function") or call if isinstance(call, dict) else call

@@ -49,7 +49,7 @@ def traits_of(chat: ChatTemplate, options: Json) -> Traits:
         first, last, _ = spans[0]
         tagged = chat.is_tagged(tools)
         inside = (e for e in chat.ends if tagged and text[first:last].rstrip().endswith(e))
-        return next(inside, "") or next((e for e in chat.ends if text.startswith(e, last)), "")
+        return next(inside, "") or chat.end_at(text, last)
 
     def write(messages: list[Message], tools: Tools | None, generation: bool = False) -> str | None:
         try:

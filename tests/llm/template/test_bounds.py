@@ -9,7 +9,7 @@ import pytest
 from swiftlite.llm.template import get_template
 from swiftlite.llm.template.parity import differences
 from swiftlite.utils import bounded
-from swiftlite.utils.bounded import LimitError, run_bounded
+from swiftlite.utils.bounded import BoundedChild, LimitError, run_bounded
 from swiftlite.utils.errors import TemplateError, UsageError
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -23,6 +23,10 @@ HOSTILE = {
     "division": "{{ 1 // 0 }}",
     "syntax": "{% for",
 }
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 QA = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
@@ -83,3 +87,46 @@ def test_a_row_that_makes_the_template_loop_costs_itself(make_tokenizer):
         assert template.encode(rows[0]) == first
     with pytest.raises(UsageError, match="chat template cannot be used"):
         template.encode_batch([rows[1]] * 5)
+
+
+def test_a_child_answers_many_requests_and_is_made_anew_after_one_out_of_bounds():
+    child = BoundedChild(lambda n: [n] * n if n < 1000 else [None for _ in iter(int, 1)])
+    assert list(child.ask([1, 2, 100])) == [[1], [2] * 2, [100] * 100]
+    assert list(child.ask([0])) == [[]]
+    answers = child.ask([3, 1000, 4])
+    assert next(answers) == [3] * 3
+    with pytest.raises(LimitError, match="more than 0.3 s"):
+        next(answers)
+    assert not child.is_ready
+    half = BoundedChild(lambda n: n)
+    left = half.ask([1, 2])
+    assert next(left) == 1 and not half.is_ready  # what is left must not answer another request
+    left.close()
+    assert not half.end.alive
+    with pytest.raises(LimitError, match="more than 0.2 s"):
+        list(BoundedChild(lambda _: [None for _ in iter(int, 1)]).ask([None], 0.2))
+
+
+def test_constants_of_a_hostile_template_are_computed_in_a_child(make_tokenizer):
+    """Jinja computes them when it compiles, and when it looks for the names that a template reads."""
+    tokenizer = make_tokenizer(eos_token="<|im_end|>")
+    tokenizer.chat_template = "{{ 'x' * 10 ** 12 }}{{ 10 ** (10 ** 9) }}"
+    began = time.process_time()
+    template = get_template("jinja", tokenizer)
+    assert not template.chat.prints_tools() and not template.chat.prints_calls()
+    with pytest.raises(TemplateError, match="cannot write the conversation"):
+        template.render(QA)
+    assert time.process_time() - began < 0.5
+
+
+def test_rows_after_a_failure_in_the_middle_are_their_own(make_tokenizer, monkeypatch):
+    tokenizer = make_tokenizer(eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    template = get_template("jinja", tokenizer)
+    rows = [{"messages": [QA[0], {"role": "assistant", "content": f"number {n}"}]} for n in range(100)]
+    wanted = [template.training_text(row)[0] for row in rows[98:]]
+    writer = template.writer()
+    parts = writer(rows)
+    assert len(next(parts)) == 32
+    assert [text for part in writer(rows[98:]) for text, _ in part] == wanted
+    writer.close()

@@ -218,3 +218,34 @@ def test_arguments_of_calls_may_be_objects_or_text(make_tokenizer):
                                      {"role": "tool", "content": "r"}, QA[1]], "tools": [official._TOOL]}  # fmt: skip
 
             assert template.encode(row({"city": "Zürich"})) == template.encode(row('{"city": "Zürich"}')), official_id
+
+
+def test_the_own_template_is_given_what_transformers_gives_it(make_tokenizer):
+    """Null contents, thoughts under other names, tools and values inside of generation tags: as apply_chat_template."""
+    tokenizer = make_tokenizer(eos_token="<|im_end|>", bos_token="<s>")
+    for tag, end in (("", ""), ("{% generation %}", "{% endgeneration %}")):
+        tokenizer.chat_template = (
+            "{{ bos_token }}{{ tools | tojson(indent=1) }}{% set n = namespace(x=0) %}{% set text = 'outside' %}"
+            "{% for m in messages %}{% set n.x = n.x + loop.index0 %}{{ m.role }}{{ n.x }}{{ m | tojson }}"
+            "{% if m.role == 'assistant' %}A:" + tag + "{% set text = m.content %}{{ text }}<|im_end|>" + end + "{% endif %}"
+            "{{ m.items() | list | length }}{{ m.missing }}{{ text }}{{ m.thinking }}{{ 'a b'.split()[-1].upper() }}\n"
+            "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+        )  # fmt: skip
+        chat = get_template("jinja", tokenizer).chat
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, None]}}}
+        for messages in (
+            QA,
+            [*QA, {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "r"}],
+            [
+                {"role": "user", "content": "Q", "name": None},
+                {"role": "assistant", "content": "A", "reasoning_content": "r"},
+            ],
+        ):
+            for tools in (None, [], [{"type": "function", "function": {"name": "f", "parameters": {}}}]):
+                for generation in (False, True):
+                    wanted = tokenizer.apply_chat_template(
+                        messages, tools=tools, add_generation_prompt=generation, tokenize=False
+                    )
+                    assert chat.write(messages, tools, generation, {}) == wanted
+                    if tag and not generation:
+                        assert chat.write_answers(messages, tools, {})[0] == wanted
