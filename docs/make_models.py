@@ -41,7 +41,10 @@ def main() -> None:
     for model_type in MODEL_MAPPING:
         meta = MODEL_MAPPING[model_type]
         assert all(family_of(a) for a in meta.architectures)
-        lines += [f"| {model_type} | {meta.template or 'its own'} | {' | '.join(release.ids)} |\n" for release in meta.releases]
+        lines += [
+            f"| {model_type} | {meta.template or 'its own'} | {' | '.join(release.ids)} |\n"
+            for release in meta.releases
+        ]
     Path(__file__).with_name("models.md").write_text("".join(lines), encoding="utf-8")
 
 
