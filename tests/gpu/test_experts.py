@@ -55,19 +55,22 @@ def test_gradients_of_grouped_products() -> None:
     assert not mine[1][1].any()
 
 
-def test_compiled_norm() -> None:
+@pytest.mark.parametrize("zero_centred", [False, True])
+def test_compiled_norm(zero_centred: bool) -> None:
     from types import SimpleNamespace
 
     from swiftlite.megatron.model.layers import CompiledRMSNorm
 
-    config = SimpleNamespace(normalization="RMSNorm", layernorm_zero_centered_gamma=False, sequence_parallel=False)
+    config = SimpleNamespace(
+        normalization="RMSNorm", layernorm_zero_centered_gamma=zero_centred, sequence_parallel=False
+    )
     norm = CompiledRMSNorm(config, 128, eps=1e-6).cuda().bfloat16()
     norm.weight.data.normal_()
     x = torch.randn(700, 2, 8, 128, device="cuda").bfloat16().requires_grad_()
     gradient = torch.randn_like(x)
     mine = torch.autograd.grad(norm(x), (x, norm.weight), gradient)
     wide = x.double()
-    wanted = torch.nn.functional.rms_norm(wide, (128,), norm.weight.double(), 1e-6)
+    wanted = torch.nn.functional.rms_norm(wide, (128,), norm.weight.double() + zero_centred, 1e-6)
     assert (norm(x) - wanted).norm() <= 5e-3 * wanted.norm()
     for a, b in zip(mine, torch.autograd.grad(wanted, (x, norm.weight), gradient.double()), strict=True):
         assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm()

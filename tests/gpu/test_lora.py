@@ -33,7 +33,9 @@ def step(
     return logits.detach().float(), {name: gradient.float() for name, gradient in gradients().items()}
 
 
-@pytest.mark.parametrize("case", ["qwen3:default", "glm4_5:default", "moonlight:default"])
+@pytest.mark.parametrize(
+    "case", ["qwen3:default", "glm4_5:default", "moonlight:default", "glm4_0414:default", "olmo2:default"]
+)
 def test_logits_and_gradients_are_pefts(case: str, tmp_path: Path) -> None:
     """bf16 may be at most twice as far from peft's fp32 as peft's own bf16 is."""
     args = lora_args()
