@@ -69,10 +69,7 @@ def _bind(family: Family, shape: ModelShape, config: Config, names: Iterable[str
     num_mtp = family.num_mtp(config)
     if num_mtp:
         with_mtp = family.weights.bind(replace(shape, num_mtp=num_mtp))
-        if always:
-            return with_mtp
-        plain = set(family.weights.bind(shape).by_hf)
-        blocks = {name for name in with_mtp.by_hf if name not in plain}
-        if any(name in blocks or name.startswith("mtp.") for name in names):
+        blocks = {n for n, uses in with_mtp.uses.items() if all(entry.stack == "mtp.layers" for entry, _ in uses)}
+        if always or any(name in blocks or name.startswith("mtp.") for name in names):
             return with_mtp
     return family.weights.bind(shape)

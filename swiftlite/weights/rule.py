@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from swiftlite.utils.errors import MapError, ShapeError
 from swiftlite.utils.text import listing
@@ -92,6 +92,9 @@ class WeightMap:
 
     def bind(self, model: ModelShape) -> BoundMap:
         """Write the rules out for one model. Raises: MapError if two rules claim one name."""
+        return _bind(self, model)
+
+    def _bound(self, model: ModelShape) -> BoundMap:
         entries = list(self._entries(self.top, Layer(), NO_LAYER, model))
         for index, kind in enumerate(model.layer_kinds):
             layer = Layer(self.hf_layer.format(index=index), "decoder.layers", index)
@@ -115,6 +118,11 @@ class WeightMap:
         for rule in rules:
             if rule.when.test(model, kind):
                 yield from _expand(rule, model, layer)
+
+
+@lru_cache(maxsize=2)  # a command asks several times, with MTP blocks and without
+def _bind(rules: WeightMap, model: ModelShape) -> BoundMap:
+    return rules._bound(model)
 
 
 @dataclass(frozen=True)
@@ -213,14 +221,22 @@ class BoundMap:
 
     def __post_init__(self) -> None:
         mcore = set[str]()
+        checked = set[tuple[int, tuple[Shape, ...], int | None]]()  # experts and layers of one kind are all alike
         for entry in self.entries:
             if entry.label in mcore:
                 raise MapError(f"{entry.label} is made by two rules")
             mcore.add(entry.label)
-            rows, size = sum(segment.size for segment in entry.segments), math.prod(entry.shape)
-            assert rows * entry.row_size == size, f"{entry.label}: {rows} rows for shape {entry.shape}"
+            if (kind := (id(entry.rule), entry.hf_shapes, None)) not in checked:
+                checked.add(kind)
+                rows, size = sum(segment.size for segment in entry.segments), math.prod(entry.shape)
+                assert rows * entry.row_size == size, f"{entry.label}: {rows} rows for shape {entry.shape}"
         for name, uses in self.uses.items():
-            _check_rows(name, uses)
+            entry, position = uses[0]
+            use = (id(entry.rule), entry.hf_shapes, position)
+            if len(uses) > 1 or use not in checked:
+                _check_rows(name, uses)
+            if len(uses) == 1:
+                checked.add(use)
 
     @cached_property
     def uses(self) -> Mapping[str, Sequence[tuple[Entry, int]]]:

@@ -201,7 +201,8 @@ class RowWriter(Generic[T]):
     """
 
     def __init__(self, write: Callable[[Json], T], is_bounded: bool, name: str) -> None:
-        self._write, self._is_bounded, self._name, self._failed = write, is_bounded, name, 0
+        self._write, self._is_bounded = write, is_bounded
+        self._name, self._failed = name, 0
         self._child = self._start()
 
     def _start(self) -> BoundedChild[list[T]] | None:
