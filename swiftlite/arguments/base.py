@@ -311,7 +311,7 @@ class TunerArguments(Arguments):
 
     train_type: str = field(
         "full", "all parameters, adapters added to them, or some of them", aliases=["tuner_type", "finetuning_type"],
-        choices=["full", "lora", "freeze"], common=True,
+        choices=["full", "lora", "freeze", "lora_llm"], common=True,
     )  # fmt: skip
     freeze_parameters: list[str] = field([], "prefixes of parameters that stay as they are")
     freeze_parameters_regex: str | None = field(None, "regular expression of parameters that stay as they are")
@@ -347,6 +347,8 @@ class TunerArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train_type == "lora_llm":  # text has no gradient in a vision tower, which that would train fully
+            self.train_type = "lora"
         for name in ("target_regex", "freeze_parameters_regex", "trainable_parameters_regex"):
             try:
                 re.compile(getattr(self, name) or "")

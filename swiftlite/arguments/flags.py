@@ -102,14 +102,20 @@ TRAIN_NOTES: dict[str, Note] = {
     "logging_first_step": Note("default", "the first step is always logged", allowed=("true",)),
     "logging_strategy": Note("default", "--logging_steps says when", allowed=("steps",)),
     "label_names": Note("default", "the labels are `labels`", allowed=("labels",)),
-    "use_logits_to_keep": Note("default", "the loss is computed from all positions that have labels"),
+    "use_logits_to_keep": Note(
+        "default", "the loss is of the positions that have labels, whether or not logits of the others are made"
+    ),
     "deepspeed": Note(
         "default", "each GPU holds the whole model: same result, more memory. " + _MORE_GPUS,
         allowed=("zero0", "zero1", "zero2", "zero3", "none"),
     ),
-    **dict.fromkeys(("fsdp", "fsdp_config"), Note("rejected", _MORE_GPUS)),
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config"), Note("default", "each GPU holds the whole model: same result, more memory. " + _MORE_GPUS)
+    ),
     "sequence_parallel_size": Note("default", "sequences are not divided here; " + _MORE_GPUS, allowed=("1",)),
-    "tuner_backend": Note("default", "adapters are PEFT's", allowed=("peft",)),
+    "tuner_backend": Note(
+        "default", "adapters are PEFT's; Unsloth's kernels compute the same, faster on one GPU", allowed=("peft", "unsloth")
+    ),
     "init_weights": Note("default", "LoRA begins as PEFT's default: A random, B zero", allowed=("true",)),
     **dict.fromkeys(
         ("use_galore", "galore_quantization", "galore_optim_per_parameter", "galore_rank", "lisa_activated_layers",
@@ -126,7 +132,6 @@ TRAIN_NOTES: dict[str, Note] = {
     "problem_type": Note("rejected", NO_CLASSES),
     "enable_dft_loss": Note("rejected", "the loss is cross entropy; --loss_scale weights tokens"),
     "optim_args": Note("rejected", "AdamW is set by --adam_beta1, --adam_beta2, --adam_eps and --weight_decay"),
-    "lr_scheduler_kwargs": Note("rejected", "schedules are set by --min_lr, --lr_decay_iters and --lr_wsd_decay_iters"),
     **dict.fromkeys(
         ("eval_use_evalscope", "eval_dataset", "eval_dataset_args", "eval_limit", "compute_accuracy"),
         Note("rejected", _BENCHMARKS),
@@ -141,7 +146,9 @@ TRAIN_NOTES: dict[str, Note] = {
     "mix_strategy": Note("default", "datasets are joined; with --interleave_prob, see --stopping_strategy", ("concat",)),
     "load_best_model_at_end": Note("default", "the best checkpoint stays on disk and is named at the end"),
     "disable_gradient_checkpointing": Note("rejected", "say it with --recompute none"),
-    "upcast_layernorm": Note("default", "norms compute in fp32", allowed=("false",)),
+    "upcast_layernorm": Note(
+        "default", "weights that are trained are held in fp32, others keep the checkpoint's dtype", allowed=("false",)
+    ),
     "torch_compile": Note("default", "not compiled", allowed=("false",)),
     "plot_loss": Note("default", "a plot is always written next to the log", allowed=("true",)),
     "include_num_input_tokens_seen": Note("default", "log lines tell tokens"),
@@ -156,7 +163,8 @@ TRAIN_NOTES: dict[str, Note] = {
         Note("rejected", _DPO),
     ),
     "loss_type": Note(
-        "rejected", _DPO + "; losses of embedding, reranking and classifying models are not supported"
+        "default", "the loss is cross entropy, weighted by --loss_scale; preference losses belong to `swiftlite dpo`, those "
+        "of embedding, reranking and classifying models are not supported", allowed=("cross_entropy", "loss_scale"),
     ),
     "use_distributed_optimizer": Note(
         "default", "the optimizer is always the distributed one, so that one checkpoint format serves every layout",

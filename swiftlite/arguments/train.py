@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from swiftlite.arguments.base import BaseArguments, TunerArguments
 from swiftlite.arguments.flags import ONLY_TRANSFORMERS, TRAIN_NOTES
-from swiftlite.arguments.parser import Arguments, Note, arguments, field, run_setting
+from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
 from swiftlite.utils.errors import UsageError
 
 # transformers' names of schedules -> ours. Where a name has settings, this is what their defaults come to.
@@ -43,6 +43,10 @@ class TrainArguments(Arguments):
     lr_decay_style: str = field(
         "cosine", "shape of the schedule", aliases=["lr_scheduler_type"],
         choices=["constant", "linear", "cosine", "inverse-square-root", "WSD", *SCHEDULES_CALLED],
+    )  # fmt: skip
+    lr_scheduler_kwargs: dict[str, float | str] = field(
+        {}, 'settings of transformers\' schedules: \'{"min_lr": 1e-6}\' or min_lr_rate with cosine; num_decay_steps, '
+        "min_lr_ratio and decay_type with warmup_stable_decay",
     )  # fmt: skip
     lr_wsd_decay_style: str = field(
         "exponential", "shape of the end of --lr_decay_style WSD",
@@ -148,7 +152,7 @@ class TrainArguments(Arguments):
             )
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:
             raise UsageError(f"--num_train_epochs {self.num_train_epochs}: must be more than 0")
-        self.lr_decay_style = SCHEDULES_CALLED.get(self.lr_decay_style, self.lr_decay_style)
+        self._settle_schedule()
         if self.lr_decay_style == "inverse-square-root" and not (self.lr_warmup_fraction or self.lr_warmup_iters):
             raise UsageError(
                 "--lr_decay_style inverse-square-root: falls from the end of the warm-up; give --warmup_ratio"
@@ -159,6 +163,9 @@ class TrainArguments(Arguments):
             raise UsageError("--lr_warmup_fraction and --lr_warmup_iters: give one of them")
         if self.lr is None:
             self.lr = 1e-5 if getattr(self, "train_type", "full") == "full" else 1e-4
+        for name in ("min_lr_rate", "min_lr_ratio"):
+            if name in self.lr_scheduler_kwargs:
+                self.min_lr = self.lr * float(self.lr_scheduler_kwargs[name])
         if self.min_lr > self.lr:
             raise UsageError(f"--min_lr {self.min_lr}: must not be above --lr {self.lr}")
         if self.recompute is not None:
@@ -174,6 +181,29 @@ class TrainArguments(Arguments):
     @property
     def trains(self) -> bool:
         return True
+
+    def _settle_schedule(self) -> None:
+        """transformers' names of schedules and of their settings become ours."""
+        if self.lr_decay_style == "warmup_stable_decay" and "lr_wsd_decay_style" not in self.given:
+            self.lr_wsd_decay_style = "cosine"  # transformers' default
+        self.lr_decay_style = SCHEDULES_CALLED.get(self.lr_decay_style, self.lr_decay_style)
+        known = {"cosine": ("min_lr", "min_lr_rate"), "WSD": ("min_lr_ratio", "num_decay_steps", "decay_type")}
+        for name, value in self.lr_scheduler_kwargs.items():
+            if name not in known.get(self.lr_decay_style, ()):
+                others = ", ".join(known.get(self.lr_decay_style, ())) or "none"
+                raise UsageError(
+                    f"--lr_scheduler_kwargs {name}: --lr_decay_style {self.lr_decay_style} takes {others}; see also "
+                    "--min_lr, --lr_decay_iters and --lr_wsd_decay_iters"
+                )
+            if name == "min_lr":
+                self.min_lr = convert(value, float, "lr_scheduler_kwargs min_lr")
+            elif name == "num_decay_steps":
+                self.lr_wsd_decay_iters = convert(value, int, "lr_scheduler_kwargs num_decay_steps")
+            elif name == "decay_type":
+                style = "minus_sqrt" if value == "1-sqrt" else str(value)
+                if style not in ("linear", "cosine", "minus_sqrt"):
+                    raise UsageError(f"--lr_scheduler_kwargs decay_type {value}: must be linear, cosine or 1-sqrt")
+                self.lr_wsd_decay_style = style
 
     def _settle_precision(self) -> None:
         by_flag = {"bfloat16": self.bf16, "float16": self.fp16}

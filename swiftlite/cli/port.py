@@ -20,7 +20,17 @@ from swiftlite.cli.routes import ELSEWHERE, ROUTES
 from swiftlite.utils.errors import SwiftliteError, UsageError
 
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?[-=]([^}]*))?\}|(\w+))")
+_ARRAY = re.compile(r"\s*(?:(?:declare|local|readonly|export|typeset)\s+(?:-\w+\s+)*)?([A-Za-z_]\w*)(\+?)=\(")
+_ALL_OF_ARRAY = re.compile(r'"?\$\{(\w+)\[[@*]\]\}"?')
+_HERE = re.compile(r"<<-?\s*['\"]?([A-Za-z_]\w*)['\"]?")
+# Other ways to start swift: its files and modules, by python, torchrun and the like.
+_LAUNCHERS = re.compile(r"(?:.*/)?(?:python[\d.]*|torchrun|accelerate|deepspeed|uv)")
+_FILE_OR_MODULE = re.compile(r"(?:.*/)?swift/cli/(_megatron/)?(\w+)\.py|swift\.cli\.(_megatron\.)?(\w+)")
+_WHICH = re.compile(r"(?:\$\(|`)(?:which|command -v) (\w+)(?:\)|`)")
+_PROCESSES = {"nproc_per_node": "NPROC_PER_NODE", "num_processes": "NPROC_PER_NODE", "num_gpus": "NPROC_PER_NODE",
+              "nnodes": "NNODES", "node_rank": "NODE_RANK", "master_addr": "MASTER_ADDR",
+              "master_port": "MASTER_PORT"}  # fmt: skip
 _SUBSTITUTED = re.compile(r"\$\(\((.*?)\)\)|\$\(expr (.*?)\)|`expr (.*?)`")
 _ARITHMETIC = re.compile(r"[\d\s+*/()-]+")
 _PROGRAMS = {"swift", "megatron", "swiftlite"}
@@ -81,46 +91,85 @@ def _open(word: str) -> bool:
 def find_commands(text: str) -> Iterator[Found]:
     """The commands of a script whose program is swift or megatron. Raises: UsageError for quotes that do not end."""
     variables: dict[str, str] = {}
+    arrays: dict[str, list[str]] = {}
     for number, line in _lines(text):
         try:
-            lexer = shlex.shlex(_fill(line, variables), posix=True, punctuation_chars=";&|()<>")
-            lexer.whitespace_split, lexer.commenters = True, "#"
-            words = list(lexer)
+            words = _split(_fill(line, variables, arrays))
         except ValueError as error:
             if not _PROGRAMS & set(line.split()):
                 continue
             raise UsageError(f"line {number}: {str(error).lower()}") from None
+        array = _ARRAY.match(line)
+        if array:
+            begin = next(i for i, word in enumerate(words) if word.startswith("("))
+            items = [word for word in words[begin + 1 :] if word not in ("(", ")")]
+            arrays[array[1]] = [*(arrays.get(array[1], []) if array[2] else []), *items]
+            continue
         environment: list[str] = []
         while words:
             word = words.pop(0)
             assigned = _ASSIGNED.fullmatch(word)
             if word in _ENDS or word == "export":
                 environment = environment if word in ("nohup", "exec", "time", "sudo", "env") else []
-            elif assigned:
+                continue
+            if assigned:
                 variables[assigned[1]] = assigned[2]
                 environment.append(f"{assigned[1]}={shlex.quote(assigned[2])}")
-            elif Path(word).name in _PROGRAMS:
-                end = next((i for i, w in enumerate(words) if set(w) <= set(";&|()<>")), len(words))
-                end -= end < len(words) and words[end][0] in "<>" and words[end - 1].isdigit()  # 2>&1
-                megatron = ["megatron"] if Path(word).name == "megatron" else []
-                yield Found(number, environment, [*megatron, *words[:end]])
-                words, environment = words[end:], []
-            else:  # another program: its words are not commands
+                continue
+            end = next((i for i, w in enumerate(words) if set(w) <= set(";&|()<>")), len(words))
+            is_function = end == 0 and words[:1] == ["()"]
+            end -= 0 < end < len(words) and words[end][0] in "<>" and words[end - 1].isdigit()  # 2>&1
+            found = None if is_function else _command([word, *words[:end]])
+            if found is not None:
+                yield Found(number, [*environment, *found[0]], found[1])
+            else:  # another program: its words are no commands
                 end = next((i for i, w in enumerate(words) if w in _ENDS), len(words))
-                words, environment = words[end:], []
+            words, environment = words[end:], []
+
+
+def _split(line: str) -> list[str]:
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|()<>")
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    return list(lexer)
+
+
+def _command(words: list[str]) -> tuple[list[str], list[str]] | None:
+    """(what a launcher says as environment, swift's own words) if these are a command of swift."""
+    program = Path(words[0]).name
+    if program in _PROGRAMS:
+        return [], ["megatron", *words[1:]] if program == "megatron" else words[1:]
+    if not _LAUNCHERS.fullmatch(words[0]):
+        return None
+    environment = []
+    for i, word in enumerate(words[1:], 1):
+        name, equals, value = word.lstrip("-").replace("-", "_").partition("=")
+        if word.startswith("--") and name in _PROCESSES:
+            value = word.partition("=")[2] if equals else "".join(words[i + 1 : i + 2])
+            environment.append(f"{_PROCESSES[name]}={_quote(value)}")
+        file, which = _FILE_OR_MODULE.fullmatch(word), _WHICH.fullmatch(word)
+        if file:
+            name = (file[2] or file[4]).replace("merge_lora", "merge-lora")
+            side = ["megatron"] if file[1] or file[3] else []
+            return environment, [*side, *([] if name == "main" else [name]), *words[i + 1 :]]
+        if which or Path(word).name in _PROGRAMS and "/" in word:
+            return environment, _command([which[1] if which else word, *words[i + 1 :]])[1]  # type: ignore[index]
+    return None
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """(number of its first line, line) with continuations and open quotes joined."""
-    held, began = "", 0
+    held, began, here = "", 0, ""
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
+        if here:  # text that the shell passes on
+            here = "" if line.strip() == here else here
+            continue
         if not held:
             began = number
         bare = line.rstrip()
         if held and bare.lstrip().startswith("#"):  # ends a command, unless more of its flags follow
             following = lines[number].lstrip() if number < len(lines) else ""
-            if not following.startswith(("--", "#")):
+            if not following.startswith(("--", "#")) and not _ARRAY.match(held):
                 yield began, held
                 held = ""
             continue
@@ -128,20 +177,31 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             held += bare[:-1] + " "
             continue
         held += bare
-        try:
-            shlex.split(held, comments=True)
-        except ValueError:
-            if number < len(lines):
-                held += "\n"
-                continue
+        if number < len(lines) and _is_open_text(held):
+            held += "\n"
+            continue
+        opened = _HERE.search(held)
+        here = opened[1] if opened and "<<<" not in held else ""
         yield began, held
         held = ""
     if held:
         yield began, held
 
 
-def _fill(line: str, variables: dict[str, str]) -> str:
+def _is_open_text(line: str) -> bool:
+    """Does a quote or an array go on in the next line?"""
+    try:
+        words = _split(line)
+    except ValueError:
+        return True
+    return bool(_ARRAY.match(line)) and not any(set(word) <= set(";&|()<>") and ")" in word for word in words)
+
+
+def _fill(line: str, variables: dict[str, str], arrays: dict[str, list[str]]) -> str:
     """Variables that the script has set, and sums of whole numbers, filled in; single quotes are not looked at."""
+    line = _ALL_OF_ARRAY.sub(
+        lambda found: " ".join(map(_quote, arrays[found[1]])) if found[1] in arrays else found[0], line
+    )
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[3]

@@ -52,6 +52,7 @@ VALUES = {
     "label_smoothing": "0.1", "recompute_granularity": "full", "min_lr": "1e-5", "lr": "1e-4",
     "moe_token_dispatcher_type": "allgather", "columns": '{"text1": "query"}',
     "task_type": "causal_lm", "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
+    "lr_scheduler_kwargs": '{"min_lr": 1e-6}',
 }  # fmt: skip
 ALL = [(cls, flag) for _, cls, other in SECTIONS for flag in rows(cls, other)]
 
@@ -127,6 +128,7 @@ def test_docs_are_what_the_generator_writes():
 
 # Fields that the arguments themselves turn into another setting, and that setting.
 TURNED_INTO = {
+    "lr_scheduler_kwargs": "min_lr",
     "debug": "--debug",
     "gradient_accumulation_steps": "batch_sizes",
     "global_batch_size": "batch_sizes",
@@ -246,6 +248,15 @@ def test_table_of_scripts():
         (["--bf16", "true"], "torch_dtype", "bfloat16"),
         (["--flash_attn", "fa2"], "attention_backend", "flash"),
         (["--save_total_limit", "-1"], "save_total_limit", None),
+        (["--tuner_type", "lora_llm"], "train_type", "lora"),
+        (["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-7}'], "min_lr", 1e-7),
+        (["--lr", "1e-4", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.5}'], "min_lr", 5e-5),
+        (
+            ["--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 7}'],
+            "lr_wsd_decay_iters",
+            7,
+        ),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "lr_wsd_decay_style", "cosine"),
     ],
 )
 def test_other_libraries_words(words, name, value):
@@ -253,8 +264,15 @@ def test_other_libraries_words(words, name, value):
         assert getattr(parse(cls, ["--model_name_or_path", "A/B", *words]), name) == value
 
 
+def test_losses_that_mean_cross_entropy():
+    parse(SftArguments, ["--model", "A/B", "--loss_type", "loss_scale"])
+    with pytest.raises(UsageError, match="infonce: only cross_entropy or loss_scale .*not supported"):
+        parse(SftArguments, ["--model", "A/B", "--loss_type", "infonce"])
+
+
 def test_what_is_refused_names_what_does_the_job():
     for words, said in [
+        (["--lr_scheduler_kwargs", '{"power": 2}'], "power: --lr_decay_style cosine takes min_lr, min_lr_rate"),
         (["--rlhf_type", "grpo"], "TRL or ms-swift"),
         (["--use_vllm", "true"], "TRL or ms-swift"),
         (["--no_such_flag", "1", "--rlhf_type", "grpo"], "--rlhf_type grpo: .*TRL or ms-swift"),

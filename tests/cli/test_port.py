@@ -100,3 +100,35 @@ def test_scripts_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "empty.sh").write_text("echo swift\n")
     assert main(["port", str(tmp_path / "empty.sh")]) == 2 and "holds no `swift" in capsys.readouterr().err
     assert main(["port", str(tmp_path / "none.sh")]) == 2 and main(["port"]) == 2
+
+
+def test_arrays_launchers_functions_and_here_documents() -> None:
+    text = r"""
+ARGS=(
+    --lora_rank 8
+    # a comment
+    --lora_alpha 32  # another
+)
+ARGS+=(--dataset "my file.jsonl")
+swift sft "${ARGS[@]}" --lr ${LR:=1e-4}
+torchrun --nproc_per_node 8 --master_port=29501 \
+    swift/cli/sft.py --model m
+python -m swift.cli.main pt --model m
+torchrun --nnodes=2 $(which megatron) sft --model m
+python examples/swift/cli.py --model m
+swift/cli/_megatron/sft.py
+cat <<EOF > config.json
+swift sft --no command
+EOF
+swift() { echo no; }
+python /x/swift/cli/_megatron/sft.py --model m
+"""
+    found = list(find_commands(text))
+    assert [each.words for each in found] == [
+        ["sft", "--lora_rank", "8", "--lora_alpha", "32", "--dataset", "my file.jsonl", "--lr", "1e-4"],
+        ["sft", "--model", "m"],
+        ["pt", "--model", "m"],
+        ["megatron", "sft", "--model", "m"],
+        ["megatron", "sft", "--model", "m"],
+    ]
+    assert found[1].environment == ["NPROC_PER_NODE=8", "MASTER_PORT=29501"] and found[3].environment == ["NNODES=2"]
