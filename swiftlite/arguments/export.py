@@ -162,7 +162,8 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:
         reads = self.to_mcore or self.merge_lora or self.push_to_hub
-        adapter = (self.adapters or self.mcore_adapter) and not self.merge_lora  # its base's config is enough
+        # An adapter's base is read for its config only, unless both sides are computed.
+        adapter = (self.adapters or self.mcore_adapter) and not (self.merge_lora or self.test_convert_precision)
         return megatron_kinds(self, bool(reads and not adapter and self.mcore_model is None and not self.dry_run))
 
     @property

@@ -5,6 +5,7 @@ Neither megatron-core nor transformers is imported, unless the precision check, 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def convert_hf2mcore(args: Any) -> Path:
     everything, including the precision check if asked for, has succeeded.
     """
     args = _ready(args)
-    source = _base(args)
+    source = _base(args, the_adapter(args) if args.merge_lora else None)
     output_dir = Path(args.output_dir or default_output_dir(args.model or source.root, "mcore"))
     target = McoreTarget(_dtype(args), args.thread_count, _dtype(args) or args.model_info.torch_dtype)
     _convert(args, source, target, output_dir, lambda written: _check_precision(args, written, source, written))
@@ -67,30 +68,43 @@ def _export_adapter(args: Any) -> Path:
     path = the_adapter(args)
     if args.merge_lora and args.to_mcore:
         return convert_hf2mcore(args)
-    if args.test_convert_precision:
+    if args.test_convert_precision and args.merge_lora:
         raise UsageError(
-            "--test_convert_precision true: compares two whole models; with an adapter give it together with "
-            "--to_mcore true --merge_lora true"
+            "--test_convert_precision true: a merged Hugging Face directory has no other side to be compared with; add "
+            "--to_mcore true"
         )
     if not args.merge_lora and args.to_mcore == args.to_hf:
         raise UsageError("an adapter: give --to_mcore true, --to_hf true, or --merge_lora true")
     suffix = "merged" if args.merge_lora else "mcore" if args.to_mcore else "hf"
     output_dir = Path(args.output_dir or default_output_dir(path, suffix))
     if args.merge_lora:
-        _convert(args, _base(args), HfTarget(_dtype(args), args.max_shard_bytes), output_dir)
+        _convert(args, _base(args, path), HfTarget(_dtype(args), args.max_shard_bytes), output_dir)
         return _done(args, output_dir, "infer", "--model", output_dir, *args.loading_words(hub=False))
     config = read_config(Path(args.model_info.model_dir))  # of its base model: the weights are not needed
     adapter = Adapter.open(path, bind_map(grown(config, plan_tokens(args, config)), with_mtp=True))
     target: Target[Adapter] = McoreTarget() if args.to_mcore else PeftTarget()
-    _convert(args, adapter, target, output_dir)
+    _convert(args, adapter, target, output_dir, lambda written: _check_adapter(args, path, written))
     return output_dir
 
 
-def _base(args: Any) -> Checkpoint:
+def _check_adapter(args: Any, given: Path, written: Path) -> None:
+    """The model with the adapter that was given, by transformers, and with the one that was written, by megatron-core."""
+    if not args.test_convert_precision:
+        return
+    scratch = written.with_name(f"{written.name}.check")
+    try:
+        convert(_base(args, written), McoreTarget(), scratch, Options(exist_ok=True, quiet=True))
+        _check_precision(args, written, _base(args, given), scratch)
+    finally:
+        barrier()
+        if get_rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _base(args: Any, adapter: Path | None) -> Checkpoint:
     """The model of --mcore_model or --model, with new tokens and the adapter that is to be merged."""
     base = Path(args.mcore_model or args.model_info.model_dir)
     new_tokens = plan_tokens(args, read_config(checkpoint_root(base)))
-    adapter = the_adapter(args) if args.merge_lora else None
     planned = args.dry_run and new_tokens is None and adapter is None and not any(base.glob("*.safetensors"))
     source = Checkpoint.open(base, new_tokens=new_tokens, weights=not planned)
     return source if adapter is None else source.merged(Adapter.open(adapter, source.bound, plain=False))
@@ -161,7 +175,7 @@ def _ready(args: Any) -> Any:
     """ExportArguments with the model's facts, from such an object or from words as typed."""
     args = as_arguments(ExportArguments, args)
     if not hasattr(args, "model_info"):
-        resolve(args, need_template=args.test_convert_precision)
+        resolve(args, need_template=False)
     return args
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from swiftlite.checkpoint.info import read_config
 from swiftlite.selftest.precision_hf import Rounding, build_hf, run_hf
 from swiftlite.selftest.precision_mcore import Part, relative_error, run_mcore
 from swiftlite.utils.directories import find_iteration
-from swiftlite.utils.errors import VerifyError
+from swiftlite.utils.errors import TemplateError, VerifyError
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.storage import WeightSource
@@ -179,13 +179,14 @@ def _token_ids(hf_dir: Path, args: object) -> Tensor:
         from swiftlite.llm.model.loader import load_tokenizer
 
         tokenizer = load_tokenizer(str(hf_dir), trust_remote_code=getattr(args, "trust_remote_code", False))
-        template = getattr(args, "template", None)
-        if template:
+        given = "template" in getattr(args, "given", ())
+        text = "\n".join(m["content"] for m in MESSAGES)
+        if given or getattr(tokenizer, "chat_template", None):
             from swiftlite.llm.template.register import get_template
 
-            text = get_template(template, tokenizer).render(MESSAGES)
-        else:
-            text = "\n".join(m["content"] for m in MESSAGES)
+            name = str(getattr(args, "template", "")) if given else "jinja"
+            with suppress(TemplateError):  # which text it is does not matter
+                text = get_template(name, tokenizer, template_backend="swift" if given else "jinja").render(MESSAGES)
         encoded = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i < config["vocab_size"]]
         count = min(len(encoded), NUM_TOKENS)
         ids[0, :count] = torch.tensor(encoded[:count], dtype=ids.dtype)

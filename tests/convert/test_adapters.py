@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from swiftlite.checkpoint.bind import bind_map
+from swiftlite.cli import export as cli_export
 from swiftlite.cli.main import main
 from swiftlite.weights.lora import ALL_LINEAR, LoraConfig
 from tests.families.cases import build_hf, config_of
@@ -182,6 +183,32 @@ def test_bf16_merge_is_rounded_once(tmp_path: Path) -> None:
     assert export(*words, "--output_dir", tmp_path / "mcore") == 0
 
 
+def test_an_adapter_that_is_converted_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_hf(config_of("qwen3:default"), tmp_path / "hf")
+    make_adapter(tmp_path / "hf", tmp_path / "peft", "qwen3:default")
+    words = ("--model", tmp_path / "hf", "--model_type", "qwen3", "--test_convert_precision", "true")
+    there = ("--adapters", tmp_path / "peft", "--to_mcore", "true", "--output_dir", tmp_path / "mcore")
+    assert export(*words, *there) == 0
+    back = ("--mcore_adapter", tmp_path / "mcore", "--to_hf", "true", "--output_dir")
+    assert export(*words, *back, tmp_path / "back") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "mcore", "peft"]
+    check = cli_export._check_adapter
+
+    def damaged(args: Any, given: Path, written: Path) -> None:
+        file = written / "adapter_model.safetensors"
+        tensors = load_file(file)
+        name = next(n for n in tensors if "layers.1.self_attn.v_proj.lora_B" in n)
+        save_file({**tensors, name: 2 * tensors[name]}, file)
+        check(args, given, written)
+
+    monkeypatch.setattr(cli_export, "_check_adapter", damaged)
+    capsys.readouterr()
+    assert export(*words, *back, tmp_path / "wrong") == 1
+    assert "layer 1" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+
+
 def test_dry_run_writes_nothing_and_whole_models_are_compared_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,8 +218,8 @@ def test_dry_run_writes_nothing_and_whole_models_are_compared_only(
     for what in ("--merge_lora", "--to_mcore", "--to_hf"):
         assert export(*words, what, "true", "--dry_run", "true", "--output_dir", tmp_path / "out") == 0
         assert not (tmp_path / "out").exists()
-    assert export(*words, "--to_mcore", "true", "--test_convert_precision", "true") == 2
-    assert "compares two whole models" in capsys.readouterr().err
+    assert export(*words, "--merge_lora", "true", "--test_convert_precision", "true") == 2
+    assert "no other side" in capsys.readouterr().err
     assert export(*words, "--mcore_adapter", tmp_path / "x", "--merge_lora", "true") == 2
     assert "one adapter at a time" in capsys.readouterr().err
 

@@ -308,3 +308,17 @@ def test_the_iteration_that_is_named(converted: Path, model: Path, tmp_path: Pat
     args = MegatronSftArguments(mcore_model=str(first), dataset=["FILE"], output_dir=str(tmp_path / "run"))
     assert find_iteration(Path(resolve_run(args))) == first
     assert Path(args.model_info.model_dir) == converted
+
+
+def test_the_precision_check_needs_no_decision_about_a_chat_template(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Several types of LlamaForCausalLM differ in nothing else."""
+    from tests.families.cases import build_hf, config_of
+
+    build_hf(config_of("llama:default"), tmp_path / "hf")
+    for file in tiny_tokenizer_dir.iterdir():
+        shutil.copy(file, tmp_path / "hf")
+    flags = ("--model", tmp_path / "hf", "--to_mcore", "true", "--test_convert_precision", "true", "--output_dir")
+    assert export(*flags, tmp_path / "plain") == 0
+    for number, source in enumerate(("{{ messages[0].content }}", "{{ raise_exception('no') }}")):
+        (tmp_path / "hf" / "chat_template.jinja").write_text(source)
+        assert export(*flags, tmp_path / f"own{number}") == 0
