@@ -28,6 +28,12 @@ def converted(case: str, **change: Any) -> tuple[Any, Any]:
         ("mistral:default", {"sliding_window": ABSENT}, (4095, None)),  # what transformers assumes
         ("mistral:window", {"layer_types": ["full_attention"] * 3}, (36, None)),  # which its class ignores
         ("mixtral:default", {"sliding_window": 64}, (63, None)),
+        ("gemma2:default", {}, (32, "[1,0,1]")),
+        ("gemma3_text:default", {}, (32, "[1,1,0,1]")),
+        ("gemma3_text:default", {"sliding_window_pattern": ABSENT}, (32, None)),  # every sixth layer sees all
+        ("olmo3:default", {}, (32, "[1,1,1,0,1]")),
+        ("exaone4:default", {"layer_types": ABSENT}, (32, "[1,1,0]")),
+        ("exaone4:full", {}, (None, None)),
         ("ministral:default", {}, (28, "[0,1,1]")),
         ("ministral:default", {"layer_types": ABSENT}, (28, None)),
         ("ministral:default", {"layer_types": ["full_attention"] * 3}, (None, None)),

@@ -52,6 +52,10 @@ CASES: dict[str, dict[str, Any]] = {
     "granite:default": {**WIDE, "head_dim": None},
     "hunyuan_v1_dense:default": WIDE,
     "hunyuan_v1_moe:default": WIDE,
+    "gemma2:default": WIDE,
+    "gemma3_text:default": WIDE,
+    "olmo3:default": {**WIDE, "head_dim": None},
+    "exaone4:default": WIDE,
 }
 IDS = torch.randint(0, 500, (2, 192), generator=torch.Generator().manual_seed(3))
 

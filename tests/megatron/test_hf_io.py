@@ -31,6 +31,7 @@ KINDS = [
     "ernie:default", "deepseek_moe:default", "mimo:default",
     "mistral:window", "ministral:default", "ministral3:default",
     "glm4_0414:default", "olmo2:default", "olmoe:default", "granite:default", "hunyuan_v1_moe:default",
+    "gemma2:default", "gemma3_text:default", "olmo3:default", "exaone4:default",
 ]  # fmt: skip
 IDS = torch.randint(0, 300, (2, 160), generator=torch.Generator().manual_seed(3))
 

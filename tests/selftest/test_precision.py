@@ -139,6 +139,7 @@ def _per_head(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 # What is left out or changed of a model's own blocks, under `swiftlite.megatron.model.blocks`.
 TWINS: dict[str, tuple[str, str, Any, str]] = {
+    "norms not zero-centred": ("gemma2", "layernorm_zero_centered_gamma", False, "layer 0"),
     "a norm behind attention left out": (
         "glm4_0414", "post_norms._normalise", lambda part, norm: None, "layer 0"),
     "q/k norm of each head": ("olmo2", "full_qk_norm.FullNorm.forward", _per_head, "layer 0"),

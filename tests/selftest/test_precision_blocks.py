@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from swiftlite.megatron.model.blocks import scaled_embedding
 from swiftlite.selftest.precision import check_precision
 from swiftlite.utils.errors import VerifyError
 from tests.families.cases import build_hf, config_of
@@ -33,6 +34,14 @@ DAMAGES: dict[str, tuple[str, Callable[[Mutable], None], str]] = {
     "window too long by one": ("mistral:window", setting(sliding_window=38), "layer 0"),
     "no window": ("mistral:window", setting(sliding_window=None), "layer 0"),
     "windows in other layers": ("ministral:default", setting(layer_types=KINDS[::-1]), "layer 0"),
+    "scores without a cap": ("gemma2:default", setting(attn_logit_softcapping=None), "layer 0"),
+    "logits without a cap": ("gemma2:default", setting(final_logit_softcapping=None), "output_layer"),
+    "another scale of scores": ("gemma2:default", setting(query_pre_attn_scalar=24), "layer 0"),
+    "gates by SiLU": ("gemma2:default", setting(hidden_activation="silu"), "layer 0"),
+    "another base in windows": ("gemma3_text:default", setting(rope_local_base_freq=20000), "layer 0"),
+    "another base without a window": ("gemma3_text:default", setting(rope_theta=500000), "layer 2"),
+    "rotation not scaled": ("olmo3:default", setting(rope_scaling=None), "layer 3"),
+    "a layer rotates": ("exaone4:default", setting(layer_types=["sliding_attention"] * 3), "layer 2"),
     "another position factor": ("ministral3:default", setting(rope_parameters=OTHER_FACTOR), "layer 0"),
 }
 
@@ -44,4 +53,12 @@ def test_a_damaged_block_is_named(name: str, tmp_path: Path) -> None:
     to_mcore(tmp_path / "hf", tmp_path / "mcore")
     damage(Mutable(tmp_path / "mcore"))
     with pytest.raises(VerifyError, match=f"{place} is off: relative error"):
+        check_precision(tmp_path / "hf", tmp_path / "mcore")
+
+
+def test_an_embedding_without_its_factor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_hf(config_of("gemma3_text:default"), tmp_path / "hf")
+    to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    monkeypatch.setattr(scaled_embedding, "adapt", lambda *_: None)
+    with pytest.raises(VerifyError, match="embedding is off: relative error"):
         check_precision(tmp_path / "hf", tmp_path / "mcore")
