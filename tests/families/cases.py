@@ -17,16 +17,21 @@ from swiftlite.utils.errors import SwiftliteError
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = tiny_configs()
 
 
-def _built_here(model_type: str) -> bool:
-    """Whether the installed transformers has the type's class; commands refuse the others, naming the release they need."""
+def _built_here(model_type: str, variant: str) -> bool:
+    """Whether the installed transformers has the type's class; commands refuse the others, naming the release they need.
+
+    Rope settings by kind of layer are read since 5.0.
+    """
+    rope = CONFIGS[model_type][variant].get("rope_parameters") or {}
+    by_kind = ("transformers>=5.0",) if any(isinstance(value, dict) for value in rope.values()) else ()
     try:
-        registry._check_requirements(model_type, MODEL_MAPPING[model_type].requires, ignore=False)
+        registry._check_requirements(model_type, (*MODEL_MAPPING[model_type].requires, *by_kind), ignore=False)
     except SwiftliteError:
         return False
     return True
 
 
-CASES = [f"{t}:{variant}" for t, variants in CONFIGS.items() if _built_here(t) for variant in variants]
+CASES = [f"{t}:{variant}" for t, variants in CONFIGS.items() for variant in variants if _built_here(t, variant)]
 
 
 def config_of(case: str) -> dict[str, Any]:

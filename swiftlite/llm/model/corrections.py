@@ -44,6 +44,12 @@ def _indices_of_the_best_groups(router: Any, scores: Tensor) -> Tensor:
     return groups.masked_fill(others, float("-inf")).flatten(1).topk(router.top_k, dim=-1, sorted=False)[1]
 
 
+def _capped_scores(model: Any) -> None:
+    """Gemma 2 caps the scores of its attention, which torch's kernel cannot; at first transformers took that kernel."""
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = "eager"
+
+
 def _static_alpha(model: Any) -> None:
     """Hunyuan's rope of type 'dynamic' has an alpha that stretches its base at any length; transformers took it for the
     usual one at first, whose frequencies change beyond max_position_embeddings.
@@ -90,6 +96,7 @@ CORRECTIONS: Mapping[str, Callable[[Any], None]] = {
     "Dots1ForCausalLM": _experts_of_the_best_groups,
     "Glm4MoeForCausalLM": _experts_of_the_best_groups,
     # 4.57
+    "Gemma2ForCausalLM": _capped_scores,
     "HunYuanDenseV1ForCausalLM": _static_alpha,
     "HunYuanMoEV1ForCausalLM": _static_alpha,
 }
