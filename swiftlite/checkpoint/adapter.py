@@ -120,16 +120,31 @@ _Opened = tuple[WeightSource, Sequence[Path], Mapping[str, object]]  # source, f
 class _PeftSource(Renamed):
     """A PEFT file without its prefix. folder: of unpacked experts, which lives as long as this."""
 
-    def __init__(self, base: SafetensorsSource, folder: tempfile.TemporaryDirectory[str]) -> None:
-        super().__init__(base, {name.removeprefix(PEFT_PREFIX): name for name in base.names})
+    def __init__(self, base: SafetensorsSource, bound: BoundMap, folder: tempfile.TemporaryDirectory[str]) -> None:
+        begins = _text_part(bound)
+        named = {name.removeprefix(PEFT_PREFIX): name for name in base.names}
+        super().__init__(
+            base, {begins + n.removeprefix(_TEXT_PART) if n.startswith(_TEXT_PART) else n: s for n, s in named.items()}
+        )
         self.folder = folder
+
+
+# How names in the text part of a model that reads images begin: in transformers' models, and in files.
+_TEXT_PART = "model.language_model."
+_TEXT_PART_IN_FILES = (_TEXT_PART, "language_model.model.", "model.")
+
+
+def _text_part(bound: BoundMap) -> str:
+    return next(
+        p for p in (*_TEXT_PART_IN_FILES, "") if any(name.startswith(f"{p}layers.") for name in bound.by_hf) or not p
+    )
 
 
 def _open_peft(directory: Path, bound: BoundMap, lora: LoraConfig) -> _Opened:
     stored, folder = SafetensorsSource(directory), tempfile.TemporaryDirectory()
     file = directory / ADAPTER_WEIGHTS
     facts = unpack_experts(file, bound.model, lora, Path(folder.name) / ADAPTER_WEIGHTS)
-    source = _PeftSource(SafetensorsSource(Path(folder.name)) if facts else stored, folder)
+    source = _PeftSource(SafetensorsSource(Path(folder.name)) if facts else stored, bound, folder)
     return source, [file], describe(facts) if facts else {}
 
 

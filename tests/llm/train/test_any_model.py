@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from swiftlite.cli.main import main
+from swiftlite.families import has_family
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -85,7 +86,8 @@ def test_a_model_without_a_family_trains_answers_and_merges(
     words = [*base, "--dataset", str(rows), *FLAGS]
     routers = ["--moe_aux_loss_coeff", "0.01"] if kind == "gpt_oss" else []
     assert main(["sft", *words, *routers, "--output_dir", str(tmp_path / "full")]) == 0
-    assert f"{architecture} has no Megatron mapping, transformers only" in capsys.readouterr().err
+    said = f"{architecture} has no Megatron mapping, transformers only" in capsys.readouterr().err
+    assert said != has_family(architecture)  # with transformers those that have one by now do the same
     before, after = tensors(directory), tensors(tmp_path / "full/checkpoint-2")
     assert before.keys() == after.keys(), "the names of the checkpoint"
     assert all(not before[name].equal(after[name]) for name in before if name.endswith("q_proj.weight"))
@@ -178,3 +180,59 @@ def test_rows_with_images_are_refused_by_name(made: Any, tmp_path: Path, capsys:
         == 1
     )
     assert "images" in capsys.readouterr().err
+
+
+IMAGE_TEXT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {"model_type": "gemma3_text", **_SLIDING, "query_pre_attn_scalar": 8},
+        {
+            "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32,
+                              "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+            "image_token_index": 300, "image_token_id": 300, "boi_token_index": 301, "eoi_token_index": 302,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        {"model_type": "qwen2_5_vl_text",
+         "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}},
+        {
+            "vision_config": {"model_type": "qwen2_5_vl", "depth": 1, "hidden_size": 16, "intermediate_size": 32,
+                              "num_heads": 2, "out_hidden_size": 32, "patch_size": 14},
+            "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IMAGE_TEXT)
+def test_a_model_that_reads_images_learns_text(
+    kind: str, tmp_path: Path, tiny_tokenizer_dir: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its text part is trained, merged and asked; its other parts stay as they are; rows with images are refused."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    architecture, text, other = IMAGE_TEXT[kind]
+    model, out, merged = tmp_path / "model", tmp_path / "out", tmp_path / "merged"
+    shutil.copytree(tiny_tokenizer_dir, model)
+    config = AutoConfig.for_model(kind, text_config={**_SIZES, **text}, architectures=[architecture], **other)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(model)
+    (model / "chat_template.jinja").write_text(CHAT)
+    words = ["sft", "--model", str(model), *FLAGS, "--output_dir"]
+    assert main([*words, str(out), "--dataset", str(rows), "--train_type", "lora"]) == 0
+    merge = ["export", "--model", str(model), "--adapters", str(out / "checkpoint-2"), "--merge_lora", "true"]
+    assert main([*merge, "--output_dir", str(merged)]) == 0
+    before, after = tensors(model), tensors(merged)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if re.search(r"(?<!vision_model)\.layers\.\d+\..*_proj\.weight", name)
+                       and "visi" not in name}  # fmt: skip
+    assert main(["infer", "--model", str(merged), "--prompt", "Who are you?", "--max_new_tokens", "2"]) == 0
+    images = tmp_path / "images.jsonl"
+    images.write_text(json.dumps({"messages": [{"role": "user", "content": "<image>Q"},
+                                               {"role": "assistant", "content": "A"}], "images": ["a.png"]}))  # fmt: skip
+    assert main([*words, str(tmp_path / "no"), "--dataset", str(images)]) != 0
+    assert "has images" in capsys.readouterr().err
