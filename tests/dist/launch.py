@@ -33,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4_0414": {"initializer_range": 0.02, "num_key_value_heads": 2},
     "olmo2": {"initializer_range": 0.02, "num_key_value_heads": 1},
     "granite": {"initializer_range": 0.02, "num_key_value_heads": 2, "logits_scaling": 0.5},
+    "gemma3_text": {"initializer_range": 0.02, "num_attention_heads": 4, "num_key_value_heads": 2},
     "hunyuan_v1_moe": {"initializer_range": 0.02, "num_key_value_heads": 2},
 }
 MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "moonlight": "moonlight"}

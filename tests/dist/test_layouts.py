@@ -55,6 +55,8 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "full-qk-norm-pp2": ("olmo2", 2, _PP2, None),
     "multipliers-tp2-sp": ("granite", 2, _TP2_SP, None),
     "multipliers-pp2": ("granite", 2, _PP2, None),
+    "zero-centred-tp2-sp": ("gemma3_text", 2, _TP2_SP, None),
+    "zero-centred-pp2": ("gemma3_text", 2, _PP2, None),
     "norm-after-rope-ep2": ("hunyuan_v1_moe", 2, ["--expert_model_parallel_size", "2"], None),
     "norm-after-rope-tp2-sp": ("hunyuan_v1_moe", 2, _TP2_SP, None),
     "control-double-layer": ("qwen3", 2, [], "double_layer"),
