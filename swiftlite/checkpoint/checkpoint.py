@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,7 @@ from swiftlite.utils.types import Config, Json
 from swiftlite.weights import stream
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.fp8 import open_source
+from swiftlite.weights.joined import Joined, Parts
 from swiftlite.weights.lora import A, B
 from swiftlite.weights.merged import Merged
 from swiftlite.weights.rule import BoundMap
@@ -44,10 +46,10 @@ class Checkpoint:
     """A model on disk, with what was asked to be added to it.
 
     directory: of the weights, as given; root: where config and tokenizer lie. config: config.json with `changes`, the
-    keys that differ from the file. names: all tensors, in the order of the Hugging Face checkpoint. copies: tensors
-    that are stored a second time under another name -> the tensor they repeat. dtypes: of the values, as the Hugging
-    Face checkpoint has (had) them. files: the Hugging Face shard of each tensor, {} where that is not known. ignored:
-    names in the files that are not weights.
+    keys that differ from the file. source: single experts, whatever the files hold. names: all tensors, as and in the
+    order that the Hugging Face checkpoint has them. copies: tensors that are stored a second time under another name ->
+    the tensor they repeat. dtypes: of the values, as the Hugging Face checkpoint has (had) them. files: the Hugging Face
+    shard of each tensor, {} where that is not known. ignored: names in the files that are not weights.
     """
 
     kind: Literal["hf", "mcore"]
@@ -89,6 +91,11 @@ class Checkpoint:
     @property
     def shape(self) -> ModelShape:
         return self.bound.model
+
+    @cached_property
+    def stored(self) -> WeightSource:
+        """`source` with the tensors of `names` too, of which some may hold many experts."""
+        return Joined(self.source, self.bound.fused.values()) if self.bound.fused else self.source
 
     @property
     def inputs(self) -> Sequence[Path]:
@@ -157,8 +164,8 @@ class Checkpoint:
             return
         tensors = {}
         for name in self.names:
-            entry, position = self.bound.by_hf[self.copies.get(name, name)]
-            dtype, shape = str(self.dtypes[name]).removeprefix("torch."), list(entry.hf_shapes[position])
+            shape = list(self.bound.shape(self.copies.get(name, name)))
+            dtype = str(self.dtypes[name]).removeprefix("torch.")
             tensors[name] = {"dtype": dtype, "shape": shape, "file": self.files[name]}
         write_json(directory / MANIFEST, {"ignored": list(self.ignored), "tensors": tensors})
 
@@ -168,8 +175,9 @@ def _open_hf(directory: Path, root: Path, config: Json, weights: bool) -> Checkp
     bound = _bound(config, source, source.tensors)
     coverage = bound.check({name: t.spec.shape for name, t in source.tensors.items()}, str(directory))
     names = [name for name in source.tensors if name not in coverage.ignored]
+    joined = [bound.fused[name] for name in names if name in bound.fused]
     return Checkpoint(
-        "hf", directory, root, config, bound, source, names,
+        "hf", directory, root, config, bound, Parts(source, joined) if joined else source, names,
         dtypes={name: source.value_dtype(name) for name in names},
         copies={copy.name: resolve_copy(copy, bound) for copy in coverage.duplicates},
         files={name: source.tensors[name].file.name for name in names},
@@ -192,11 +200,12 @@ def _open_mcore(directory: Path, root: Path, config: Json, weights: bool) -> Che
     manifest = read_manifest(iteration.parent) or {}
     original = manifest.get("tensors", {})
     copies = {d.name: resolve_copy(d, bound) for d in bound.duplicates if d.name in original}
-    names = [name for name in original if name in bound.by_hf or name in copies]
-    if set(names) != {*bound.by_hf, *copies}:
-        names = [*bound.by_hf, *copies]
+    names = [name for name in original if name in bound.by_hf or name in bound.fused or name in copies]
+    if {part for name in names for part in bound.parts(name)} != {*bound.by_hf, *copies}:
+        names = [*bound.stored_names, *copies]
     known = set(names) <= original.keys()
-    dtypes = {n: getattr(torch, original[n]["dtype"]) if n in original else source.spec(n).dtype for n in names}
+    dtypes = {n: getattr(torch, original[n]["dtype"]) if n in original else source.spec(bound.parts(n)[0]).dtype
+              for n in names}  # fmt: skip
     files = {name: original[name]["file"] for name in names} if known else {}
     return Checkpoint("mcore", directory, root, config, bound, source, names, dtypes, copies, files,
                       manifest.get("ignored", ()))  # fmt: skip

@@ -21,8 +21,9 @@ class PlannedSource(SafetensorsSource):
         """Without an index: all tensors that the config describes, MTP blocks too."""
         self.directory = directory
         bound = bind_map(config, self._index, with_mtp=not self._index)
-        shapes = {name: entry.hf_shapes[i] for name, (entry, i) in bound.by_hf.items()}
-        kept = {name for name, (entry, _) in bound.by_hf.items() if entry.rule.keep_dtype}
+        fused = [name for name in self._index if name in bound.fused]
+        shapes = {name: bound.shape(name) for name in (*(fused if self._index else bound.stored_names), *bound.by_hf)}
+        kept = {name for name in shapes if bound.rule(name).keep_dtype}
         for copy in bound.duplicates:
             if copy.name in self._index:
                 shapes[copy.name] = shapes[resolve_copy(copy, bound)]
@@ -32,7 +33,7 @@ class PlannedSource(SafetensorsSource):
         self.tensors = {
             name: StoredTensor(TensorSpec(torch.float32 if name in kept else dtype, shape), self._file(name), 0)
             for name, shape in {**shapes, **unknown}.items()
-            if not self._index or name in self._index
+            if name in (self._index or bound.stored_names)
         }
 
     def _file(self, name: str) -> Path:

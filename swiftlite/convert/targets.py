@@ -11,7 +11,7 @@ A target lays the output out before the first weight is read (`plan`). The plan 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ from swiftlite.weights.lora import EXPERT, PEFT_PREFIX
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import Entry
 from swiftlite.weights.safetensors import SafetensorsSource, ShardPlan, create_shards, plan_shards, write_index
-from swiftlite.weights.storage import Extent, Renamed, TensorSpec, WeightSource, decoder, place_of
+from swiftlite.weights.storage import Renamed, TensorSpec, WeightSource, place_of
 from swiftlite.weights.torch_dist import HfNames, McoreView, plan_torch_dist
 
 ITERATION = "iter_0000001"
@@ -85,14 +85,11 @@ class HfPlan:
         max_shard_bytes: int | None = None,
     ) -> HfPlan:  # fmt: skip
         """held: dtypes of tensors that are not read from the source but from a live model."""
-        specs = {}
+        specs, bound = {}, source.bound
         for name in source.names:
             of = source.copies.get(name, name)
-            entry, position = source.bound.by_hf[of]
-            target = held.get(of) or dtype or source.source.value_dtype(of)
-            specs[name] = TensorSpec(
-                source.dtypes[name] if entry.rule.keep_dtype else target, entry.hf_shapes[position]
-            )
+            target = held.get(bound.parts(of)[0]) or dtype or source.stored.value_dtype(of)
+            specs[name] = TensorSpec(source.dtypes[name] if bound.rule(of).keep_dtype else target, bound.shape(of))
         layout = source.files if source.files and max_shard_bytes is None else None
         shards = plan_shards(specs, max_shard_bytes or SHARD_BYTES, layout)
         return cls(source, specs, shards, ["to_hf", str(dtype), source.changes, [[s.file, s.size] for s in shards]])
@@ -113,7 +110,7 @@ class HfPlan:
         create_shards(directory, self.shards)
 
     def jobs(self, directory: Path) -> list[stream.Job]:
-        source, places = self.source.source, self.places(directory)
+        source, places = self.source.stored, self.places(directory)
         of = {name: self.source.copies.get(name, name) for name in self.specs}
         ordered = sorted(self.specs, key=lambda name: place_of(source, of[name]))
         return [copy_job(source, of[name], *places[name], self.specs[name].dtype) for name in ordered]
@@ -129,18 +126,9 @@ class HfPlan:
 def copy_job(source: WeightSource, name: str, file: Path, offset: int, dtype: torch.dtype) -> stream.Job:
     """Copy one tensor as it is, but for its dtype."""
     spec = source.spec(name)
-    num_rows = spec.shape[0] if spec.shape else 1
-    row_size = spec.numel // max(num_rows, 1)
-    rows = (Segment(0, 0, num_rows),) if spec.numel else ()
-    locate = _locate(source, (name,))
-    return stream.Job(name, (name,), rows, row_size, locate, (spec.dtype,), dtype, file, offset, decoder(source))
-
-
-def _locate(source: WeightSource, names: Sequence[str]) -> stream.Locate:
-    def locate(index: int, start: int, stop: int) -> Iterator[Extent]:
-        return source.extents(names[index], start, stop)
-
-    return locate
+    row_size = spec.shape[-1] if len(spec.shape) > 1 else 1
+    rows = (Segment(0, 0, spec.numel // row_size),) if spec.numel else ()
+    return stream.Job(name, (name,), rows, row_size, source, dtype, file, offset)
 
 
 # ---- Megatron ----
@@ -237,9 +225,8 @@ class McorePlan:
                 segments.append(replace(segment, source=names.index(entry.hf[segment.source])))
                 row += segment.size
         return stream.Job(
-            first.label, names, tuple(segments), first.row_size, _locate(source, names),
-            tuple(source.spec(n).dtype for n in names), self.dtypes[first.mcore, first.expert], *places[0][1:],
-            decoder(source), tuple(places[1:]),
+            first.label, names, tuple(segments), first.row_size, source, self.dtypes[first.mcore, first.expert],
+            *places[0][1:], tuple(places[1:]),
         )  # fmt: skip
 
     def publish(self, directory: Path, hashes: Mapping[str, str]) -> None:

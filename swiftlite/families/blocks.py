@@ -6,7 +6,7 @@ from typing import Any
 
 from swiftlite.families.records import Config, ConfigRule, Derived, Refuse, Rules
 from swiftlite.weights.ops import CONCAT, QKV
-from swiftlite.weights.rule import Condition, Duplicate, Source, WeightMap, WeightRule
+from swiftlite.weights.rule import Condition, Duplicate, Fused, Source, WeightMap, WeightRule
 
 DENSE = Condition("dense layer", lambda m, kind: not kind.moe)
 MOE = Condition("MoE layer", lambda m, kind: kind.moe)
@@ -32,6 +32,26 @@ def qkv(mcore: str, *, q: str, k: str, v: str) -> tuple[WeightRule, ...]:
     return (
         WeightRule(f"{mcore}.weight", tuple(Source(f"{name}.weight", (dim, "hidden")) for name, dim in rows), QKV),
         WeightRule(f"{mcore}.bias", tuple(Source(f"{name}.bias", (dim,)) for name, dim in rows), QKV, QKV_BIAS),
+    )
+
+
+def fused_experts(
+    hf: str = "{layer}.mlp.experts", *, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    gate_up: str = "gate_up_proj", down: str = "down_proj", transposed: bool = False, interleaved: bool = False,
+    bias: bool = False,
+) -> tuple[Fused, ...]:  # fmt: skip
+    """Files with all experts of a layer in two tensors, [E, 2I, H] and [E, H, I]; transposed: [E, H, 2I] and [E, I, H].
+
+    interleaved: gate and up take turns, row by row or column by column. bias: the same of biases, [E, 2I] and [E, H].
+    """
+    gate_part, up_part, down_part = (f"{hf}.{{expert}}.{part}" for part in parts)
+    return tuple(
+        fused
+        for stored, part in (("", ".weight"), ("_bias", ".bias"))[: 1 + bias]
+        for fused in (
+            Fused(f"{hf}.{gate_up}{stored}", (f"{gate_part}{part}", f"{up_part}{part}"), transposed, interleaved),
+            Fused(f"{hf}.{down}{stored}", (f"{down_part}{part}",), transposed),
+        )
     )
 
 
@@ -70,7 +90,7 @@ STORED_TIED_HEAD = (Duplicate("lm_head.weight", of="model.embed_tokens.weight", 
 def decoder(*layer: tuple[WeightRule, ...], duplicates: tuple[Duplicate, ...] = (), **mtp: Any) -> WeightMap:
     """The map of a model with the usual embedding, final norm and head, and layers of these blocks.
 
-    mtp: `mtp` and `mtp_layer` of WeightMap.
+    mtp: `mtp`, `mtp_layer` and `fused` of WeightMap.
     """
     return WeightMap(top=EMBED, layer=sum(layer, ()), duplicates=STORED_TIED_HEAD + duplicates, **mtp)
 

@@ -27,9 +27,12 @@ from swiftlite.utils.types import Settings
 from swiftlite.weights import stream
 from swiftlite.weights.dcp_file import is_state
 from swiftlite.weights.fp8 import FP8
+from swiftlite.weights.fused import FusedTensor
+from swiftlite.weights.joined import Joined
 from swiftlite.weights.rule import BoundMap, Entry
+from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards
 from swiftlite.weights.shard import read_shard, write_shard
-from swiftlite.weights.storage import Files, check_overflow, overflows
+from swiftlite.weights.storage import Files, TensorSpec, check_overflow, overflows
 from swiftlite.weights.torch_dist import slot_of
 
 
@@ -139,21 +142,21 @@ def prepare_hf_weights(
     held: dict[str, torch.dtype] = {}
     for part in all_gather({name: shard.data.dtype for shard, entry, _ in shards for name in entry.hf}):
         held.update(part)
-    carried = [name for name in origin.names if origin.copies.get(name, name) not in held]
+    bound, stored = origin.bound, [(name, origin.copies.get(name, name)) for name in origin.names]
+    carried = [name for name, of in stored if bound.parts(of)[0] not in held]
     plan = HfPlan.of(origin, held, None, max_shard_bytes)
     directory = output_dir.with_name(f".{output_dir.name}.saving")
+    output = _Output(directory, plan, [bound.fused[n] for n in plan.specs if n in bound.fused and n not in carried])
     main = get_rank() == 0
     if main:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        plan.prepare(directory)
+        output.prepare()
     barrier()
-    places = plan.places(directory)
+    targets = output.targets()
 
     def place(name: str, _: str | None = None) -> tuple[Path, int, torch.dtype]:
-        return (*places[name], plan.specs[name].dtype)
+        return targets[name]
 
-    jobs = [copy_job(origin.source, name, *places[name], plan.specs[name].dtype) for name in carried]
+    jobs = [copy_job(origin.stored, name, *targets[name]) for name in carried]
     mine, my_jobs = divide([shard for shard, _, _ in shards], jobs)
     owned = [item for item, is_mine in zip(shards, mine, strict=True) if is_mine]
 
@@ -171,6 +174,7 @@ def prepare_hf_weights(
         stream.run(my_jobs)
 
     def publish() -> None:
+        output.join()
         if carried:
             get_logger().info("%d tensors that training does not hold are carried over unchanged", len(carried))
         if main:
@@ -182,6 +186,50 @@ def prepare_hf_weights(
 
     nbytes = sum(shard.data.nbytes for shard, _, _ in owned)
     return carried, Write(nbytes, lambda: write(slices()), lambda: partial(write, list(slices())), [publish])
+
+
+class _Output:
+    """The files that are written. Ranks write their slices where they belong; those of experts that are saved in one
+    tensor and do not lie together there go to a file beside, which `join` makes the tensor of when all are there."""
+
+    def __init__(self, directory: Path, plan: HfPlan, fused: Sequence[FusedTensor]) -> None:
+        """fused: the tensors that are made of live experts."""
+        self.directory, self.plan, self.fused = directory, plan, fused
+        self.beside = directory / "parts"
+        self.loose = [tensor for tensor in fused if any(tensor.offset(part) is None for part in tensor.views)]
+        specs = {p: TensorSpec(plan.specs[t.name].dtype, t.part_shape(p)) for t in self.loose for p in t.views}
+        self.shard = plan_shards(specs, 1 << 62)[0]
+
+    def prepare(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        self.plan.prepare(self.directory)
+        if self.loose:
+            self.beside.mkdir()
+            create_shards(self.beside, [self.shard])
+
+    def targets(self) -> dict[str, tuple[Path, int, torch.dtype]]:
+        """tensor, or part of one -> file, offset of its data there, dtype."""
+        places = self.plan.places(self.directory)
+        found = {name: (*places[name], spec.dtype) for name, spec in self.plan.specs.items()}
+        for tensor in self.fused:
+            file, start, dtype = found[tensor.name]
+            for part in tensor.views:
+                offset = tensor.offset(part)
+                beside = self.beside / self.shard.file, self.shard.offsets.get(part, 0), dtype
+                found[part] = beside if offset is None else (file, start + offset * dtype.itemsize, dtype)
+        return found
+
+    def join(self) -> None:
+        """Collective."""
+        if not self.loose:
+            return
+        source, targets = Joined(SafetensorsSource(self.beside), self.loose), self.targets()
+        jobs = [copy_job(source, tensor.name, *targets[tensor.name]) for tensor in self.loose]
+        stream.run(divide([], jobs)[1])
+        barrier()
+        if get_rank() == 0:
+            shutil.rmtree(self.beside)
 
 
 def divide(shards: Sequence[ShardedTensor], jobs: Sequence[stream.Job]) -> tuple[list[bool], list[stream.Job]]:

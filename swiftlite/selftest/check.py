@@ -32,6 +32,7 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.utils.text import nearest, some
 from swiftlite.utils.types import Config, Json
 from swiftlite.weights.shape import ModelShape
+from swiftlite.weights.storage import Files, read_tensor
 
 if TYPE_CHECKING:
     from swiftlite.selftest.parity import ParityResult
@@ -86,8 +87,8 @@ def write_random_model(config: Config, directory: Path, seed: int = 0) -> None:
     bound = family.weights.bind(ModelShape.from_config(convert_hf_config(config), family.num_mtp(config)))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, (entry, position) in bound.by_hf.items():
-        shape = entry.hf_shapes[position]
+    for name in bound.stored_names:
+        shape = bound.shape(name)
         noise = torch.randn(shape, generator=generator)
         is_norm = len(shape) == 1 and not name.endswith("bias")
         tensors[name] = 1 + 0.1 * noise if is_norm else 0.05 * noise
@@ -188,7 +189,9 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
             hf_io.load_weights(models, hf_dir)
             step(models[0].train(), models[0](ids, torch.arange(ids.shape[1]).expand_as(ids), None))
             hf_io.save_hf_weights(models, mine, hf_dir)
-        expected, found = load_file(theirs / "model.safetensors"), load_file(mine / "model.safetensors")
+        expected, saved = load_file(theirs / "model.safetensors"), Checkpoint.open(mine).stored
+        with Files() as files:
+            found = {name: read_tensor(saved, name, files) for name in expected}
     everything = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
     worst = 0.0
     buffers = {name for entry in bind_map(config).entries if entry.rule.is_buffer for name in entry.hf}

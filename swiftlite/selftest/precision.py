@@ -136,7 +136,7 @@ def check_precision(
     )  # fmt: skip
     model = build_hf(hf.root, dtype, getattr(args, "trust_remote_code", False), hf.config["vocab_size"])
     rounding = Rounding(cast_to, {n for e in hf.bound.entries if e.rule.keep_dtype for n in (*e.hf, slot_of(e).key)})
-    run = run_hf(model, hf.source, ids, dtype, backend.setup().device, rounding)
+    run = run_hf(model, hf.stored, ids, dtype, backend.setup().device, rounding)
     config_dir = iteration.parent if (iteration.parent / "config.json").is_file() else hf.root
     report.parts, logits = run_mcore(iteration, read_config(config_dir), ids, dtype, run, rounding)
     report.compare(logits, run.logits)

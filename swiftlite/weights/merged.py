@@ -139,6 +139,11 @@ class Merged(Wrapped):
         source, name = (self.base, name) if whole is None else (self.adapter, whole)
         return source.extents(name, start, stop)
 
+    def read(self, name: str, first: int, out: Tensor, files: Files) -> None:
+        whole = self.extras.whole.get(name)
+        source, name = (self.base, name) if whole is None else (self.adapter, whole)
+        source.read(name, first, out, files)
+
     def _read_small(self, name: str) -> Tensor:
         with Files() as files:
             return read_tensor(self.adapter, name, files).float()

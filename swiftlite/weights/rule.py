@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 
 from swiftlite.utils.errors import MapError, ShapeError
 from swiftlite.utils.text import listing
+from swiftlite.weights.fused import FusedTensor
 from swiftlite.weights.ops import COPY, Op, Segment, Shape
 from swiftlite.weights.shape import NO_LAYER, LayerKind, ModelShape
 
@@ -73,13 +74,27 @@ class Duplicate:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Checkpoints keep the tensors `parts` of all experts in one, `name`: [E, out, in], `transposed` [E, in, out].
+
+    parts: HF names with {expert}, the out of one after that of the other; interleaved: taking turns. The rules are about
+    the parts. A checkpoint may hold either; where nothing says which, it gets the fused one.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    transposed: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class WeightMap:
     """All rules of a family.
 
     top: rules without a layer. layer: rules for each decoder layer, also for the layer inside an MTP block.
     mtp: rules of an MTP block itself, {layer} being the block's prefix. mtp_layer: HF prefix of MTP block {index},
     where {number} counts on after the decoder layers; None = the family has none.
-    ignore: patterns of tensors that are derived, never weights.
+    ignore: patterns of tensors that are derived, never weights. fused: what files may keep joined, in any layer.
     """
 
     top: tuple[WeightRule, ...]
@@ -89,6 +104,7 @@ class WeightMap:
     duplicates: tuple[Duplicate, ...] = ()
     ignore: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     hf_layer: str = "model.layers.{index}"
+    fused: tuple[Fused, ...] = ()
 
     def bind(self, model: ModelShape) -> BoundMap:
         """Write the rules out for one model. Raises: MapError if two rules claim one name."""
@@ -96,6 +112,7 @@ class WeightMap:
 
     def _bound(self, model: ModelShape) -> BoundMap:
         entries = list(self._entries(self.top, Layer(), NO_LAYER, model))
+        layers = [self.hf_layer.format(index=index) for index in range(model.num_layers)]
         for index, kind in enumerate(model.layer_kinds):
             layer = Layer(self.hf_layer.format(index=index), "decoder.layers", index)
             entries += self._entries(self.layer, layer, kind, model)
@@ -103,6 +120,7 @@ class WeightMap:
         for index in range(model.num_mtp if self.mtp_layer else 0):
             assert self.mtp_layer is not None
             prefix = self.mtp_layer.format(index=index, number=model.num_layers + index)
+            layers.append(prefix)
             entries += self._entries(self.mtp, Layer(prefix, "mtp.layers", index), NO_LAYER, model)
             inner = Layer(prefix, "mtp.layers", index, "transformer_layer.")
             entries += self._entries(self.layer, inner, model.mtp_kind, model)
@@ -111,7 +129,9 @@ class WeightMap:
                 for d in self.duplicates
                 if d.when.test(model, NO_LAYER) and "{layer}" in d.name
             ]
-        return BoundMap(model, tuple(entries), tuple(duplicates), self.ignore)
+        shapes = {name: shape for e in entries for name, shape in zip(e.hf, e.hf_shapes, strict=True)}
+        fused = [tensor for layer in layers for rule in self.fused for tensor in _join(rule, layer, model, shapes)]
+        return BoundMap(model, tuple(entries), tuple(duplicates), self.ignore, {t.name: t for t in fused})
 
     @staticmethod
     def _entries(rules: Iterable[WeightRule], layer: Layer, kind: LayerKind, model: ModelShape) -> Iterator[Entry]:
@@ -190,6 +210,13 @@ def _expand(rule: WeightRule, model: ModelShape, layer: Layer) -> Iterator[Entry
         yield Entry(name, layer.stack, layer.index, expert, hf, shapes, shape, rule, model)
 
 
+def _join(rule: Fused, layer: str, model: ModelShape, shapes: Mapping[str, Shape]) -> Iterator[FusedTensor]:
+    """The fused tensor of a layer, if it has the parts."""
+    parts = [[part.format(layer=layer, expert=expert) for part in rule.parts] for expert in range(model.experts)]
+    if parts and parts[0][0] in shapes:
+        yield FusedTensor.of(rule.name.format(layer=layer), parts, shapes, rule.transposed, rule.interleaved)
+
+
 def clip(segments: Iterable[Segment], start: int, stop: int) -> Iterator[Segment]:
     """The part of a gather that lands on output rows [start, stop)."""
     row = 0
@@ -212,12 +239,13 @@ class Coverage:
 
 @dataclass(frozen=True)
 class BoundMap:
-    """The rules written out for one model."""
+    """The rules written out for one model. fused: tensors that may stand for those of single experts, by name."""
 
     model: ModelShape
     entries: tuple[Entry, ...]
     duplicates: tuple[Duplicate, ...]
     ignore: tuple[str, ...]
+    fused: Mapping[str, FusedTensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         mcore = set[str]()
@@ -265,6 +293,27 @@ class BoundMap:
             found.update(dict.fromkeys(entry.hf, group))
         return list({id(group): group for group in found.values()}.values())
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The names in `by_hf` that a tensor of a checkpoint stands for: itself, or a fused one's parts."""
+        return tuple(self.fused[name].views) if name in self.fused else (name,)
+
+    def shape(self, name: str) -> Shape:
+        """Of a tensor of a checkpoint."""
+        if name in self.fused:
+            return self.fused[name].shape
+        entry, position = self.by_hf[name]
+        return entry.hf_shapes[position]
+
+    def rule(self, name: str) -> WeightRule:
+        """Of a tensor of a checkpoint."""
+        return self.by_hf[self.parts(name)[0]][0].rule
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """The tensors of a checkpoint, experts joined where the family's files have them so."""
+        joined = {part: name for name, tensor in self.fused.items() for part in tensor.views}
+        return tuple(dict.fromkeys(joined.get(name, name) for name in self.by_hf))
+
     @cached_property
     def by_mcore(self) -> Mapping[tuple[str, int | None], Entry]:
         """(canonical name, expert) -> entry."""
@@ -279,8 +328,12 @@ class BoundMap:
         duplicates = {d.name: d for d in self.duplicates}
         ignored = []
         present, unknown = [], []
+        held: dict[str, str] = {}
         for name in shapes:
-            if name in self.by_hf:
+            for part in self.parts(name):
+                if held.setdefault(part, name) != name:
+                    raise MapError(f"{where} holds {part} twice: in {held[part]} and in {name}")
+            if name in self.by_hf or name in self.fused:
                 continue
             if name in duplicates:
                 present.append(duplicates[name])
@@ -288,16 +341,16 @@ class BoundMap:
                 ignored.append(name)
             else:
                 unknown.append(name)
-        missing = [name for name in self.by_hf if name not in shapes]
+        missing = [name for name in self.by_hf if name not in held]
         if missing or unknown:
             raise MapError(f"{where} does not match its config.json: {listing('missing', missing)}"
                            f"{'; ' if missing and unknown else ''}{listing('unknown', unknown)}. Check that all files "
                            "of the model are there and that the model type is right (--model_type)")  # fmt: skip
-        for name, (entry, position) in self.by_hf.items():
-            if tuple(shapes[name]) != entry.hf_shapes[position]:
+        for name in dict.fromkeys(held[part] for part in self.by_hf):
+            if tuple(shapes[name]) != self.shape(name):
                 raise ShapeError(
                     f"{name} in {where} has shape {list(shapes[name])}, but config.json makes it "
-                    f"{list(entry.hf_shapes[position])}; the two files do not belong together"
+                    f"{list(self.shape(name))}; the two files do not belong together"
                 )
         return Coverage(tuple(ignored), tuple(present))
 

@@ -61,15 +61,11 @@ def read_shard(
     for name, segment, place in _gathered(entry, rows, size):
         stored, target = source.spec(name).dtype, flat[place]
         raw = target if stored == dtype and decode is None else torch.empty(len(target), dtype=stored)
-        view, width = byte_view(raw), stored.itemsize
-        runs = _runs(segment, entry.row_size, columns)
-        for number, (first, count) in enumerate(runs):
-            part = view[number * count * width : (number + 1) * count * width]
-            files.read_into(part, source.extents(name, first * width, (first + count) * width))
+        first = segment.start * entry.row_size + columns[0]
+        wanted = raw if size == entry.row_size else raw.view(segment.size, size)
+        source.read(name, first, wanted, files)
         if raw is not target:
-            if decode is not None:
-                raw = decode(name, runs[0][0], raw if len(runs) == 1 else raw.view(len(runs), size))
-            target.copy_(raw)
+            target.copy_(raw if decode is None else decode(name, first, wanted))
     return out
 
 

@@ -74,13 +74,40 @@ class WeightSource(Protocol):
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         """Where bytes [start, stop) of the row-major tensor `name` lie, in order."""
 
+    def read(self, name: str, first: int, out: torch.Tensor, files: Files) -> None:
+        """Fill `out`, contiguous and of the stored dtype, with stored elements from element `first` on.
+
+        out: a run [N] that is whole rows or lies within one, or a rectangle [R, C] of the rows. A row is the last
+            dimension.
+        """
+        shape, width = self.spec(name).shape, out.element_size()
+        last = (shape[-1] if shape else 1) * width
+        start, view = first * width, byte_view(out)
+        count, size = (out.shape[0], out.shape[1] * width) if out.dim() == 2 else (1, len(view))
+        if count * size == 0:
+            return
+        extents = list(self.extents(name, start, start + (count - 1) * last + size))
+        if len(extents) == 1:
+            files.read_lines(extents[0], last, size, view)
+            return
+        for number in range(count):
+            line = start + number * last
+            files.read_into(view[number * size : (number + 1) * size], self.extents(name, line, line + size))
+
+    def scattered(self, name: str) -> bool:
+        """Whether neighbours in the tensor `name` lie apart in the files, so that reading goes faster in large blocks."""
+        return False
+
     def decode(self, name: str, row: int, column: int, raw: torch.Tensor) -> torch.Tensor:
-        """Values of raw [R, C], which are the stored rows from `row` and columns from `column`."""
+        """Values of raw [R, C], which are the stored rows from `row` and columns from `column`.
+
+        Rows are runs of the last dimension: those of a tensor [E, A, B] are numbered through.
+        """
         return raw
 
 
 class Wrapped(WeightSource):
-    """Another source as it is; what differs is overridden."""
+    """Another source as it is; what differs is overridden: both `extents` and `read`."""
 
     def __init__(self, base: WeightSource) -> None:
         self.base = base
@@ -102,6 +129,12 @@ class Wrapped(WeightSource):
 
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         return self.base.extents(name, start, stop)
+
+    def read(self, name: str, first: int, out: torch.Tensor, files: Files) -> None:
+        self.base.read(name, first, out, files)
+
+    def scattered(self, name: str) -> bool:
+        return self.base.scattered(name)
 
     def decode(self, name: str, row: int, column: int, raw: torch.Tensor) -> torch.Tensor:
         return self.base.decode(name, row, column, raw)
@@ -127,6 +160,12 @@ class Renamed(Wrapped):
     def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
         return self.base.extents(self.stored[name], start, stop)
 
+    def read(self, name: str, first: int, out: torch.Tensor, files: Files) -> None:
+        self.base.read(self.stored[name], first, out, files)
+
+    def scattered(self, name: str) -> bool:
+        return self.base.scattered(self.stored[name])
+
 
 Decode = Callable[[str, int, torch.Tensor], torch.Tensor]
 
@@ -134,7 +173,7 @@ Decode = Callable[[str, int, torch.Tensor], torch.Tensor]
 def decoder(source: WeightSource) -> Decode | None:
     """(name, first element, stored elements) -> their values, flat; None where values are what is stored.
 
-    The elements are a rectangle [R, C], or a run [N] that is whole rows or lies within one.
+    The elements are as `WeightSource.read` gives them.
     """
     if not source.decodes:
         return None
@@ -144,12 +183,12 @@ def decoder(source: WeightSource) -> Decode | None:
         shape = source.spec(name).shape
         if len(shape) == 1:
             return decode(name, 0, first, raw.reshape(1, -1)).reshape(-1)
-        if len(shape) != 2:
+        if not shape:
             return raw
-        row, column = divmod(first, shape[1])
+        row, column = divmod(first, shape[-1])
         if raw.dim() == 1:
-            raw = raw.view(-1, min(shape[1], len(raw)))
-        assert column + raw.shape[1] <= shape[1], f"{name}: elements from {first} on are not a rectangle"
+            raw = raw.view(-1, min(shape[-1], len(raw)))
+        assert column + raw.shape[1] <= shape[-1], f"{name}: elements from {first} on are not a rectangle"
         return decode(name, row, column, raw).reshape(-1)
 
     return values
@@ -266,6 +305,17 @@ class Files:
                     done += count
             buffer = buffer[extent.size :]
 
+    def read_lines(self, extent: Extent, stride: int, size: int, buffer: memoryview) -> None:
+        """Fill `buffer` with runs of `size` bytes, the first at the extent's offset, each `stride` after the last."""
+        if stride == size:
+            self.read_into(buffer, [extent])
+            return
+        with self._using(extent.file) as fd:
+            for number, done in enumerate(range(0, len(buffer), size)):
+                offset = extent.offset + number * stride
+                if os.preadv(fd, [buffer[done : done + size]], offset) < size:  # rarely: interrupted, or the end
+                    self.read_into(buffer[done : done + size], [Extent(extent.file, offset, size)])
+
     def write(self, path: Path, offset: int, buffer: memoryview) -> None:
         done = 0
         with self._using(path, writable=True) as fd:
@@ -293,19 +343,22 @@ def place_of(source: WeightSource, name: str) -> tuple[str, int]:
     return (first.file.name, first.offset) if first else ("", 0)
 
 
+def files_of(source: WeightSource, name: str) -> set[Path]:
+    """The file in which a tensor's first byte lies, if it has any."""
+    return {extent.file for extent in source.extents(name, 0, 1)} if source.spec(name).numel else set()
+
+
 def read_tensor(source: WeightSource, name: str, files: Files, rows: tuple[int, int] | None = None) -> torch.Tensor:
     """Read a tensor, or rows [start, stop) of its first dimension."""
     spec = source.spec(name)
     shape = spec.shape
-    start, stop = 0, spec.nbytes
+    first = 0
     if rows is not None:
-        row_bytes = spec.nbytes // max(shape[0], 1)
-        start = rows[0] * row_bytes
-        stop = rows[1] * row_bytes
+        first = rows[0] * (spec.numel // max(shape[0], 1))
         shape = (rows[1] - rows[0], *shape[1:])
     tensor = torch.empty(shape, dtype=spec.dtype)
     if tensor.numel():
-        files.read_into(byte_view(tensor), source.extents(name, start, stop))
+        source.read(name, first, tensor.view(-1), files)
     return tensor
 
 

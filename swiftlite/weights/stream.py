@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -25,42 +25,47 @@ from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import clip
 from swiftlite.weights.storage import (
     Decode,
-    Extent,
     Files,
     WeightSource,
     byte_view,
     check_overflow,
     decoder,
+    files_of,
     overflows,
     place_of,
 )
 
 BLOCK_BYTES = 1 << 20  # read, hashed and written while it is in the processor's cache
+SCATTERED_BYTES = 1 << 22  # of an input that is read in short runs, whose number falls with the size of a block
 MIN_WORKERS, MAX_WORKERS = 4, 16
-
-Locate = Callable[[int, int, int], Iterator[Extent]]
 
 
 @dataclass(frozen=True)
 class Job:
     """One output tensor, or several: gather `segments` of the inputs, cast, and write at `offset` of `file`.
 
-    inputs: names of the inputs, for hashes and messages. locate(source, start, stop) gives the extents of bytes
-    [start, stop) of an input. row_size is in elements. source_dtypes: dtype of each input as stored; dtype: of the
-    output. decode: see storage.decoder. more: where further outputs begin, (row, file, offset), by row.
+    inputs: names of the inputs in `source`. row_size is in elements. dtype: of the output. more: where further outputs
+    begin, (row, file, offset), by row.
     """
 
     name: str
     inputs: tuple[str, ...]
     segments: tuple[Segment, ...]
     row_size: int
-    locate: Locate
-    source_dtypes: tuple[torch.dtype, ...]
+    source: WeightSource
     dtype: torch.dtype
     file: Path
     offset: int
-    decode: Decode | None = None
     more: tuple[tuple[int, Path, int], ...] = ()
+
+    @cached_property
+    def source_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of each input as stored."""
+        return tuple(self.source.spec(name).dtype for name in self.inputs)
+
+    @cached_property
+    def decode(self) -> Decode | None:
+        return decoder(self.source)
 
     @property
     def rows(self) -> int:
@@ -128,7 +133,7 @@ def check_sources(
     """Read the inputs of all jobs again. Raises: VerifyError naming the first whose hash is not the one in `hashes`."""
     block_bytes, workers = fit_budget(jobs, max_memory)
     with Files() as files, ThreadPoolExecutor(workers) as pool:
-        for file in {extent.file for job in jobs for i in range(len(job.inputs)) for extent in job.locate(i, 0, 1)}:
+        for file in {path for job in jobs for name in job.inputs for path in files_of(job.source, name)}:
             files.forget(file)
         try:
             for job, found in zip(jobs, pool.map(lambda job: read_again(job, block_bytes, files), jobs), strict=True):
@@ -165,15 +170,14 @@ def hash_tensor(
     digest = xxhash.xxh3_128()
     target = dtype or spec.dtype
     plain = target == spec.dtype and decode is None
-    row = max(spec.shape[1], 1) if len(spec.shape) == 2 else 1
+    row = max(spec.shape[-1], 1) if len(spec.shape) > 1 else 1
     step = max(BLOCK_BYTES // (row * (spec.dtype.itemsize if plain else 4)), 1) * row
     if scratch is None or scratch.numel() < step * spec.dtype.itemsize:
         scratch = torch.empty(min(step, spec.numel) * spec.dtype.itemsize, dtype=torch.uint8)
     buffer = scratch[: step * spec.dtype.itemsize].view(spec.dtype)
     for first in range(0, spec.numel, step):
         block = buffer[: spec.numel - first]
-        view, start = byte_view(block), first * spec.dtype.itemsize
-        files.read_into(view, source.extents(name, start, start + len(view)))
+        source.read(name, first, block, files)
         values = block if decode is None else decode(name, first, block)
         digest.update(byte_view(values.to(target)))
     return digest.hexdigest()
@@ -227,19 +231,17 @@ def _copy_rows(
     for segment in clip(job.segments, start, stop):
         dtype = job.source_dtypes[segment.source]
         count = segment.size * job.row_size
-        width = dtype.itemsize
-        first = segment.start * job.row_size * width
-        target = view[done * out_width : (done + count) * out_width]
+        name, first = job.inputs[segment.source], segment.start * job.row_size
         raw = None if dtype == job.dtype and job.decode is None else torch.empty(count, dtype=dtype)
-        into = target if raw is None else byte_view(raw)
-        files.read_into(into, job.locate(segment.source, first, first + count * width))
+        into = out[done : done + count] if raw is None else raw
+        job.source.read(name, first, into, files)
         if raw is not None:
             if job.decode is not None:
-                raw = job.decode(job.inputs[segment.source], segment.start * job.row_size, raw)
+                raw = job.decode(name, first, raw)
             out[done : done + count].copy_(raw)
             if overflows(raw, out[done : done + count]):
-                overflowed.add(job.inputs[segment.source])
-        hasher.update(job.inputs[segment.source], target)
+                overflowed.add(name)
+        hasher.update(name, view[done * out_width : (done + count) * out_width])
         done += count
 
 
@@ -358,14 +360,17 @@ def planned_bytes(max_memory: int | None) -> int:
 
 def fit_budget(jobs: Sequence[Job], max_memory: int | None) -> tuple[int, int]:
     """Block size in bytes and number of threads under a budget; a block may need its bytes twice, for a cast."""
-    most = workers_here()
-    if max_memory is None:
-        return BLOCK_BYTES, most
-    largest_row = max((job.row_bytes for job in jobs), default=1)
-    if 3 * largest_row > max_memory:
+    most, largest_row = workers_here(), max((job.row_bytes for job in jobs), default=1)
+    if max_memory is not None and 3 * largest_row > max_memory:
         raise BudgetError(
             f"--max_memory of {format_bytes(max_memory)} is too small: one row of a tensor takes "
             f"{format_bytes(3 * largest_row)} while it is converted; allow at least that"
         )
+    planned = planned_bytes(max_memory)
+    if planned > 3 * BLOCK_BYTES and any(job.source.scattered(name) for job in jobs for name in job.inputs):
+        block = min(SCATTERED_BYTES, planned // 3)
+        return block, planned // (3 * block)
+    if max_memory is None:
+        return BLOCK_BYTES, most
     workers = max(1, min(most, max_memory // (3 * max(largest_row, 1 << 20))))
     return max(min(BLOCK_BYTES, max_memory // (3 * workers)), 1), workers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from swiftlite.utils.errors import BudgetError, CheckpointError
 from swiftlite.weights import stream
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards
-from swiftlite.weights.storage import Extent, TensorSpec
+from swiftlite.weights.storage import TensorSpec
 
 A, B = torch.randn(12, 5), torch.randn(6, 5).bfloat16()
 SEGMENTS = (Segment(1, 0, 3), Segment(0, 4, 8), Segment(1, 3, 3), Segment(0, 0, 4))
@@ -23,13 +22,9 @@ SEGMENTS = (Segment(1, 0, 3), Segment(0, 4, 8), Segment(1, 3, 3), Segment(0, 0, 
 def job(tmp_path: Path, dtype: torch.dtype) -> stream.Job:
     save_file({"a": A, "b": B}, tmp_path / "model.safetensors")
     source = SafetensorsSource(tmp_path)
-
-    def locate(index: int, start: int, stop: int) -> Iterator[Extent]:
-        return source.extents("ab"[index], start, stop)
-
     out = tmp_path / "out"
     out.write_bytes(bytes(7 + 18 * 5 * dtype.itemsize))
-    return stream.Job("t", ("a", "b"), SEGMENTS, 5, locate, (A.dtype, B.dtype), dtype, out, 7)
+    return stream.Job("t", ("a", "b"), SEGMENTS, 5, source, dtype, out, 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
