@@ -216,8 +216,10 @@ class _Output:
             file, start, dtype = found[tensor.name]
             for part in tensor.views:
                 offset = tensor.offset(part)
-                beside = self.beside / self.shard.file, self.shard.offsets.get(part, 0), dtype
-                found[part] = beside if offset is None else (file, start + offset * dtype.itemsize, dtype)
+                if offset is None:
+                    found[part] = (self.beside / self.shard.file, self.shard.offsets[part], dtype)
+                else:
+                    found[part] = (file, start + offset * dtype.itemsize, dtype)
         return found
 
     def join(self) -> None:
