@@ -194,8 +194,8 @@ class _Output:
 
     def __init__(self, directory: Path, plan: HfPlan, fused: Sequence[FusedTensor]) -> None:
         """fused: the tensors that are made of live experts."""
-        self.directory, self.plan, self.fused = directory, plan, fused
-        self.beside = directory / "parts"
+        self.directory, self.beside = directory, directory / "parts"
+        self.plan, self.fused = plan, fused
         self.loose = [tensor for tensor in fused if any(tensor.offset(part) is None for part in tensor.views)]
         specs = {p: TensorSpec(plan.specs[t.name].dtype, t.part_shape(p)) for t in self.loose for p in t.views}
         self.shard = plan_shards(specs, 1 << 62)[0]
