@@ -80,7 +80,7 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     missing = mtp_tensors(config, tensors, dtype)
     if missing:
         save_file({**tensors, **missing}, path, {"format": "pt"})
-    assert set(bind_map(config, {**tensors, **missing}).by_hf) <= {*tensors, *missing}
+    assert set(bind_map(config, {**tensors, **missing}).stored_names) <= {*tensors, *missing}
     return correct(model)
 
 

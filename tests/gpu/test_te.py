@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "olmoe:default": {**WIDE, "head_dim": None},
     "minimax_m2:default": {**WIDE, "rotary_dim": 32},
     "granite:default": {**WIDE, "head_dim": None},
+    "granitemoe:default": {**WIDE, "head_dim": None},
     "hunyuan_v1_dense:default": WIDE,
     "hunyuan_v1_moe:default": WIDE,
     "gemma2:default": WIDE,

@@ -30,7 +30,8 @@ KINDS = [
     "glm4_5:qk_norm", "moonlight:default", "deepseek_v2:grouped_ratio2", "deepseek_r1:default", "dots1:default",
     "ernie:default", "deepseek_moe:default", "mimo:default",
     "mistral:window", "ministral:default", "ministral3:default",
-    "glm4_0414:default", "olmo2:default", "olmoe:default", "granite:default", "hunyuan_v1_moe:default",
+    "glm4_0414:default", "olmo2:default", "olmoe:default", "granite:default", "granitemoe:default",
+    "hunyuan_v1_moe:default",
     "gemma2:default", "gemma3_text:default", "olmo3:default", "exaone4:default",
 ]  # fmt: skip
 IDS = torch.randint(0, 300, (2, 160), generator=torch.Generator().manual_seed(3))

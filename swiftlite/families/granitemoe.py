@@ -1,0 +1,43 @@
+"""Granite MoE: Granite's multipliers; experts of a layer in two tensors, a softmax router that normalises its choice."""
+
+from __future__ import annotations
+
+from swiftlite.families.blocks import (
+    ATTENTION,
+    GPT_CONFIG,
+    MOE,
+    MULTIPLIERS,
+    REFUSE_OUTPUT_BIAS,
+    constant,
+    copy,
+    decoder,
+    gated_mlp,
+)
+from swiftlite.families.records import Derived, Family
+from swiftlite.weights.rule import Fused
+
+_HF = "{layer}.block_sparse_moe"
+_EXPERT = f"{_HF}.experts.{{expert}}"
+EXPERTS = (
+    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
+    copy("{layer}.mlp.router.weight", f"{_HF}.router.layer.weight", "experts", "hidden", when=MOE),
+    *gated_mlp("{layer}.mlp.experts.experts", _EXPERT, "moe_ffn", MOE),
+)
+FUSED = (
+    Fused(f"{_HF}.input_linear.weight", (f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight")),
+    Fused(f"{_HF}.output_linear.weight", (f"{_EXPERT}.down_proj.weight",)),
+)
+
+FAMILY = Family(
+    "granitemoe",
+    architectures=("GraniteMoeForCausalLM",),
+    config=GPT_CONFIG,
+    patches=(
+        REFUSE_OUTPUT_BIAS,
+        *MULTIPLIERS,
+        Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"]),
+        constant("moe_router_pre_softmax", False),
+    ),
+    blocks=("multipliers",),
+    weights=decoder(ATTENTION, EXPERTS, fused=FUSED),
+)
