@@ -35,7 +35,12 @@ class ParallelArguments(Arguments):
         1,
         "ranks that share each sequence (CP)",
         aliases=["sequence_parallel_size"],
-        unavailable="context parallelism is not available yet",
+        common=True,
+    )
+    cp_comm_type: str = field(
+        "p2p",
+        "how those ranks exchange keys and values with Transformer Engine; without it they gather them",
+        choices=["p2p", "all_gather", "a2a"],
     )
     sequence_parallel: bool = field(False, "also divide norms and dropout over the TP ranks", common=True)
     expert_model_parallel_size: int = field(1, "ranks that hold different experts (EP)", common=True)

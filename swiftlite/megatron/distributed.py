@@ -39,6 +39,7 @@ class ParallelState:
     ep_size: int
     ep_rank: int
     cp_size: int
+    cp_rank: int
     vpp_size: int | None
 
     @property
@@ -115,6 +116,7 @@ def get_parallel_state() -> ParallelState:
         ep_size=mpu.get_expert_model_parallel_world_size(),
         ep_rank=mpu.get_expert_model_parallel_rank(),
         cp_size=mpu.get_context_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
         vpp_size=mpu.get_virtual_pipeline_model_parallel_world_size(),
     )
 

@@ -28,6 +28,7 @@ TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
 PP = ["--pipeline_model_parallel_size", "2"]
 UNEVEN = [*PP, "--decoder_first_pipeline_num_layers", "1"]
 EP = ["--expert_model_parallel_size", "2"]
+CP = ["--context_parallel_size", "2"]
 KNOWN = ["--precompute_ref_log_probs", "true"]
 PACKED = ["--packing", "true", "--max_length", "250", "--global_batch_size", "2", "--micro_batch_size", "1"]
 LORA = ["--ref_model", "none", "--train_type", "lora", "--lora_rank", "16", "--lora_dropout", "0", "--lr", "4e-3",
@@ -49,6 +50,10 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "dense-dp2": ("dense", 2, [], None),
     "dense-dp2-known": ("dense", 2, KNOWN, None),
     "dense-tp2-sp": ("dense", 2, TP, None),
+    "dense-cp2": ("dense", 2, CP, None),
+    "dense-cp2-known": ("dense", 2, [*CP, *KNOWN], None),
+    "packed-cp2": ("packed", 2, [*PACKED, *CP], None),
+    "packed-cp2-tp2": ("packed", 4, [*PACKED, *CP, *TP], None),
     "dense-pp2": ("dense", 2, UNEVEN, None),
     "dense-pp2-known": ("dense", 2, [*PP, *KNOWN], None),
     "dense-vpp2": ("dense", 2, [*PP, "--num_virtual_stages_per_pipeline_rank", "2"], None),

@@ -26,6 +26,7 @@ ROWS = [
 
 _TP2_SP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
 _PP2 = ["--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "1"]
+_CP2 = ["--context_parallel_size", "2"]
 # family, world size, flags besides the common ones, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "dense-dp2": ("qwen3", 2, [], None),
@@ -42,6 +43,12 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "moe-pp2": (
         "glm4_moe", 2, ["--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "1"], None,
     ),
+    "dense-cp2": ("qwen3", 2, _CP2, None),
+    "moe-cp2-ep2": ("glm4_moe", 2, [*_CP2, "--expert_model_parallel_size", "2"], None),
+    "dense-tp2-cp2": (
+        "qwen3", 4, [*_CP2, "--tensor_model_parallel_size", "2", "--sequence_parallel", "true"], None,
+    ),
+    "dense-cp2-pp2": ("qwen3", 4, [*_CP2, "--pipeline_model_parallel_size", "2"], None),
     "dense-tp2-pp2": (
         "qwen3", 4,
         ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true", "--pipeline_model_parallel_size", "2"],
@@ -60,6 +67,8 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "norm-after-rope-ep2": ("hunyuan_v1_moe", 2, ["--expert_model_parallel_size", "2"], None),
     "norm-after-rope-tp2-sp": ("hunyuan_v1_moe", 2, _TP2_SP, None),
     "control-double-layer": ("qwen3", 2, [], "double_layer"),
+    "control-cp2-in-order": ("qwen3", 2, _CP2, "places_in_order"),
+    "control-cp2-one-rank": ("qwen3", 2, _CP2, "loss_of_one_rank"),
     "control-skip-norm-reduce": (
         "qwen3", 2, ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"], "skip_norm_reduce",
     ),
@@ -77,6 +86,7 @@ ROUTERS: dict[str, tuple[str, int, list[str], str | None]] = {
     "router-dp2": ("glm4_moe", 2, _ROUTER, None),
     "router-ep2-allgather": ("glm4_moe", 2, [*_ROUTER, *_EP2, "--moe_token_dispatcher_type", "allgather"], None),
     "router-tp2": ("glm4_moe", 2, [*_ROUTER, "--tensor_model_parallel_size", "2"], None),
+    "router-cp2": ("glm4_moe", 2, [*_ROUTER, *_CP2], None),
     "router-pp2-recompute": (
         "glm4_moe", 2,
         [*_ROUTER, "--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "2", "--recompute", "full"],
@@ -85,6 +95,7 @@ ROUTERS: dict[str, tuple[str, int, list[str], str | None]] = {
     "capacity": ("glm4_moe", 1, _CAPACITY, None),
     "capacity-ep2": ("glm4_moe", 2, [*_CAPACITY, *_EP2], None),
     "mean": ("glm4_moe", 1, [*_ROUTER, "--calculate_per_token_loss", "false"], None),
+    "mean-cp2": ("glm4_moe", 2, [*_ROUTER, *_CP2, "--calculate_per_token_loss", "false"], None),
     "mean-ep2": ("glm4_moe", 2, [*_ROUTER, *_EP2, "--calculate_per_token_loss", "false"], None),
 }  # fmt: skip
 EQUAL = [name for name in LAYOUTS if not name.startswith("control-")]

@@ -20,6 +20,7 @@ TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
 TP_ONLY = ["--tensor_model_parallel_size", "2"]
 PP = ["--pipeline_model_parallel_size", "2"]
 EP = ["--expert_model_parallel_size", "2"]
+CP = ["--context_parallel_size", "2"]
 UNEVEN = ["--decoder_first_pipeline_num_layers", "1"]
 
 # What is trained, by name: family and flags.
@@ -39,6 +40,10 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "dense-dp2": ("dense", 2, [], None),
     "dense-dp2-overlap": ("dense", 2, ["--overlap_grad_reduce", "true", "--overlap_param_gather", "true"], None),
     "dense-tp2-sp": ("dense", 2, TP, None),
+    "dense-cp2": ("dense", 2, CP, None),
+    "moe-cp2": ("moe", 2, CP, None),
+    "rows-cp2": ("rows", 2, CP, None),
+    "mla-cp2": ("mla", 2, CP, None),
     "dense-tp2": ("dense", 2, TP_ONLY, None),
     "dense-pp2": ("dense", 2, [*PP, *UNEVEN], None),
     "dense-vpp2": ("dense", 2, [*PP, "--num_virtual_stages_per_pipeline_rank", "2"], None),

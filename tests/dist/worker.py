@@ -6,7 +6,8 @@ or none.
 Faults: 'double_layer' doubles one layer's gradients, 'skip_norm_reduce' leaves out the all-reduce of norm gradients,
 'end_after_6' ends the run after step 6 as if it had been killed there, 'kill_in_save' kills the process after the second
 checkpoint is written, before it is renamed, 'kill_in_background' from the process that begins to write the second
-checkpoint, 'own_counts' weighs preference losses by the pairs and tokens of this rank alone.
+checkpoint, 'own_counts' weighs preference losses by the pairs and tokens of this rank alone, 'places_in_order' gives
+ranks of context parallelism successive parts of a text, 'loss_of_one_rank' counts the tokens of the first of them only.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def fault(name: str | None) -> Iterator[None]:
 
     from swiftlite.megatron import background
     from swiftlite.megatron import state as checkpoint
-    from swiftlite.megatron.trainers import base
+    from swiftlite.megatron.trainers import base, batch
     from swiftlite.megatron.trainers.dpo import DpoTrainer
     from swiftlite.train.metrics import Metrics
 
@@ -100,7 +101,20 @@ def fault(name: str | None) -> Iterator[None]:
 
         return changed
 
+    def places_in_order(_: Any) -> Any:
+        return lambda bounds, size, rank: torch.arange(int(bounds[-1])).chunk(size)[rank]
+
+    def loss_of_one_rank(original: Any) -> Any:
+        def changed(self: Any, size: int, rank: int) -> Any:
+            part = original(self, size, rank)
+            part.loss_mask = part.loss_mask * (rank == 0)
+            return part
+
+        return changed
+
     places = {
+        "places_in_order": (batch, "places", places_in_order),
+        "loss_of_one_rank": (batch.MicroBatch, "part", loss_of_one_rank),
         "double_layer": (base, "finalize_model_grads", double_layer),
         "skip_norm_reduce": (
             sys.modules[finalize.__module__],

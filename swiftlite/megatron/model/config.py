@@ -32,7 +32,6 @@ FIXED: Mapping[str, object] = {
     "normalization": "RMSNorm",
     "deallocate_pipeline_outputs": True,
     "persist_layer_norm": True,
-    "cp_comm_type": "p2p",
     "fp8_amax_history_len": 1024,
     "fp8_amax_compute_algo": "max",
     "cpu_offloading_weights": True,

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding as CoreRotaryEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swiftlite.arguments.description import ModelDescription
-from swiftlite.arguments.parallel import MegatronArguments
+from swiftlite.megatron.context import my_places
 from swiftlite.utils.errors import ConfigError
 
 
@@ -119,7 +120,7 @@ class RotaryEmbedding(CoreRotaryEmbedding):  # type: ignore[misc]
         self.inv_freq = rope.inv_freq
         self.rotary_interleaved = getattr(replaced, "rotary_interleaved", False)
         self.seq_len_interpolation_factor = None
-        self.cp_group = replaced.cp_group
+        self.cp_group = None  # a rank's share of the angles is taken below: megatron-core's way needs a GPU
         self.with_factor = with_factor
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> Tensor:
@@ -128,9 +129,11 @@ class RotaryEmbedding(CoreRotaryEmbedding):  # type: ignore[misc]
         positions = torch.arange(max_seq_len, device=inv_freq.device, dtype=inv_freq.dtype) + offset
         return torch.outer(positions, inv_freq)
 
-    def forward(self, *args: MegatronArguments, **kwargs: Any) -> Any:
-        """Angles [S, 1, 1, rotated width]."""
-        angles = super().forward(*args, **kwargs)
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, **_: Any) -> Any:
+        """Angles [S, 1, 1, rotated width]; of this rank's positions, unless sequences are packed."""
+        angles = super().forward(max_seq_len, offset, packed_seq)
+        if not packed_seq and mpu.get_context_parallel_world_size() > 1:
+            angles = angles[my_places(torch.tensor([0, len(angles)], device=angles.device))]
         return (angles, self.rope.attention_factor) if self.with_factor else angles
 
 

@@ -194,7 +194,7 @@ class Trainer:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=models if len(models) > 1 else models[0],
             num_microbatches=len(batches),
-            seq_length=max(batch.tokens.shape[1] for batch in batches),
+            seq_length=max(batch.tokens.shape[1] for batch in batches) * self.parallel.cp_size,
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
@@ -249,10 +249,11 @@ class Trainer:
     def _add_up(self, total: Tensor, batches: list[MicroBatch]) -> tuple[dict[str, float], bool]:
         """Sums over the global batch, and whether any rank was asked to stop: one exchange of all ranks. Collective."""
         attended = sum(self.pairs(b.sample_lengths) for b in batches)
-        counts = [sum(b.num_tokens for b in batches), sum(b.tokens.numel() for b in batches), attended]
-        # Every stage sees the same samples, and so does every rank of tensor parallelism.
+        padded = sum(b.tokens.numel() for b in batches) * self.parallel.cp_size
+        counts = [sum(b.num_tokens for b in batches), padded, attended]
+        # Every stage sees the same samples, and so does every rank of tensor parallelism and of context parallelism.
         counts_here = self.parallel.is_last_stage and self.parallel.tp_rank == 0
-        mine = [*(counts if counts_here else [0, 0, 0]), self.run.stop.requested]
+        mine = [*(counts if counts_here and self.parallel.cp_rank == 0 else [0, 0, 0]), self.run.stop.requested]
         sums = total if counts_here else torch.zeros_like(total)
         values = torch.cat([sums.double(), torch.tensor(mine, dtype=torch.float64, device=self.device)])
         torch.distributed.all_reduce(values)

@@ -5,8 +5,11 @@ Shapes: B samples of a micro batch, S sequence length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.llm.template.collate import join_rows
+from swiftlite.megatron.context import places
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.model.blocks.router import BatchTokens
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
@@ -38,6 +42,7 @@ class MicroBatch:
     each sample of a joined sequence begins and the last one ends (B is 1 then); None where each row is one sample.
     longest: no sample of a joined sequence is longer; known on the host, so that nobody waits for the device to say so.
     sequences, lengths, router_weight: see BatchTokens.
+    Under context parallelism tensors [B, S] are this rank's part; the other fields are of whole samples.
     """
 
     tokens: Tensor
@@ -66,9 +71,20 @@ class MicroBatch:
             qkv_format="thd",
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_kv=self.cu_seqlens,
+            cu_seqlens_q_padded=self.cu_seqlens,  # Transformer Engine asks for them under context parallelism
+            cu_seqlens_kv_padded=self.cu_seqlens,
             max_seqlen_q=self.longest,
             max_seqlen_kv=self.longest,
         )
+
+    def part(self, size: int, rank: int) -> Self:
+        """What one of `size` ranks of context parallelism holds."""
+        shape = self.tokens.shape
+        bounds = self.cu_seqlens if self.cu_seqlens is not None else torch.tensor([0, shape[1]])
+        mine = places(bounds, size, rank)
+        whole = {name: v for name, v in vars(self).items() if isinstance(v, Tensor) and v.shape == shape}
+        changes: dict[str, Any] = {name: v[:, mine] for name, v in whole.items()}
+        return replace(self, **changes)
 
     def to(self, device: torch.device) -> Self:
         moved: Json = {n: to_device(v, device) for n, v in vars(self).items() if isinstance(v, Tensor)}
@@ -104,22 +120,50 @@ def collate(rows: Sequence[Json], pad_token_id: int = 0, multiple_of: int = 1, a
     )
 
 
-def collate_joined(rows: Sequence[Json], pad_token_id: int = 0, multiple_of: int = 1, at_least: int = 0) -> MicroBatch:
-    """Join rows, packed sequences or samples, to one sequence [1, S]; padding is a sample of its own."""
-    lengths = [n for row in rows for n in row.get("sample_lengths") or [len(row["input_ids"])]]
-    batch = collate([join_rows(rows)], pad_token_id, multiple_of, at_least)
-    size = batch.tokens.shape[1]
-    used = sum(lengths)
-    batch.sample_lengths = tuple(lengths)
-    batch.lengths = torch.tensor(lengths)
-    batch.sequences = torch.full_like(batch.tokens, PADDING)
-    batch.sequences[0, :used] = torch.repeat_interleave(torch.arange(len(lengths)), batch.lengths)
-    if size > used:
-        lengths.append(size - used)
+def collate_joined(
+    rows: Sequence[Json],
+    pad_token_id: int = 0,
+    multiple_of: int = 1,
+    at_least: int = 0,
+    sample_multiple: int = 1,
+) -> MicroBatch:
+    """Join rows, packed sequences or samples, to one sequence [1, S]; padding behind them is a sample of its own.
+
+    sample_multiple: samples are padded to a multiple of it, which divides `multiple_of`.
+    """
+    samples = [one for row in rows for one in _samples(row)]
+    real = [len(one["input_ids"]) for one in samples]
+    lengths = [-(-n // sample_multiple) * sample_multiple for n in real]
+    joined = join_rows([_filled(one, n, pad_token_id) for one, n in zip(samples, lengths, strict=True)])
+    batch = collate([joined], pad_token_id, multiple_of, at_least)
+    batch.num_tokens, batch.sample_lengths, batch.lengths = sum(real), tuple(real), torch.tensor(real)
+    if (rest := batch.tokens.shape[1] - sum(lengths)) > 0:
+        lengths.append(rest)
+    positions = [torch.arange(n) for n in lengths]
+    batch.position_ids = torch.cat(positions).unsqueeze(0)
+    numbers = [
+        torch.where(place < n, i, PADDING) for i, (place, n) in enumerate(zip(positions, [*real, 0], strict=False))
+    ]
+    batch.sequences = torch.cat(numbers).unsqueeze(0)
     batch.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     batch.longest = max(lengths)
-    batch.position_ids = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
     return batch
+
+
+_ROW = ("input_ids", "labels", "loss_scale")
+
+
+def _samples(row: Json) -> list[Json]:
+    """The samples of a packed row; any other row is one."""
+    ends = list(accumulate(row.get("sample_lengths") or [len(row["input_ids"])]))
+    fields = [name for name in _ROW if row.get(name) is not None]
+    return [{name: row[name][start:end] for name in fields} for start, end in pairwise([0, *ends])]
+
+
+def _filled(sample: Json, length: int, pad_token_id: int) -> Json:
+    missing = length - len(sample["input_ids"])
+    fill: Json = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "loss_scale": 0.0}
+    return {name: [*values, *[fill[name]] * missing] for name, values in sample.items()}
 
 
 def _same_shapes(batches: Sequence[MicroBatch]) -> None:
@@ -139,6 +183,7 @@ class BatchLoader:
     one_length: all of a step have the longest one's length. join: a micro batch is one sequence without padding.
     group: ranks whose micro batches of one pass have one length, over gloo; loading is collective then.
     room: tokens that every joined sequence is filled up to, so that all steps have the same shapes; 0: none.
+    context: ranks that share samples, and which of them this one is.
     """
 
     def __init__(
@@ -151,11 +196,13 @@ class BatchLoader:
         join: bool = False,
         group: torch.distributed.ProcessGroup | None = None,
         room: int = 0,
+        context: tuple[int, int] = (1, 0),
     ) -> None:
         self.dataset, self.pad_token_id = dataset, pad_token_id
         self.multiple_of, self.device = multiple_of, device
         self.one_length, self.join = one_length, join
         self.group, self.room = group, room
+        self.context = context
 
     @classmethod
     def of(
@@ -173,29 +220,46 @@ class BatchLoader:
         even = even or (parallel.ep_size > 1 and gathers(args, to_transformer_config(args)))
         # Packed sequences are nearly full; filled up they have one shape, which can be captured.
         fills = args.packing and device.type == "cuda" and args.cuda_graph is not False
+        multiple = parallel.tp_size if args.sequence_parallel else 1
+        if parallel.cp_size > 1:
+            multiple = parallel.cp_size * math.lcm(2, multiple)
         return cls(
-            dataset, pad_token_id, parallel.tp_size if args.sequence_parallel else 1, device,
+            dataset, pad_token_id, multiple, device,
             one_length=virtual_stages(args) is not None,
             join=bool(args.packing or args.padding_free),
             group=mpu.get_data_parallel_group_gloo() if even and parallel.ep_size > 1 else None,
             room=(args.max_length or 0) * micro_batch_size if fills else 0,
+            context=(parallel.cp_size, parallel.cp_rank),
         )  # fmt: skip
 
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
         passes = [self.rows(samples) for samples in micro_batches]
-        join = collate_joined if self.join else collate
+        size, rank = self.context
+        sample_multiple = 2 * size if size > 1 else 1
+        join = partial(collate_joined, sample_multiple=sample_multiple) if self.join else collate
         batches = [
             join(rows, self.pad_token_id, self.multiple_of, length)
-            for rows, length in zip(passes, self._lengths(passes), strict=True)
+            for rows, length in zip(passes, self._lengths(passes, sample_multiple), strict=True)
         ]
         if self.room:
             _same_shapes(batches)
-        return [batch.to(self.device) for batch in batches]
+        batches = [self.complete(s, batch) for s, batch in zip(micro_batches, batches, strict=True)]
+        return [(batch.part(size, rank) if size > 1 else batch).to(self.device) for batch in batches]
 
-    def _lengths(self, passes: Sequence[Sequence[Json]]) -> list[int]:
+    def complete(self, samples: Sequence[int], batch: MicroBatch) -> MicroBatch:
+        """What else a pass over these samples needs, before the batch is divided."""
+        return batch
+
+    def _lengths(self, passes: Sequence[Sequence[Json]], sample_multiple: int) -> list[int]:
         """The length that each pass has at least."""
-        measure = sum if self.join else max
-        lengths = [max(measure(len(row["input_ids"]) for row in rows), self.room) for rows in passes]
+
+        def measure(rows: Sequence[Json]) -> int:
+            if not self.join:
+                return max(len(row["input_ids"]) for row in rows)
+            sizes = (n for row in rows for n in row.get("sample_lengths") or [len(row["input_ids"])])
+            return sum(-(-n // sample_multiple) * sample_multiple for n in sizes)
+
+        lengths = [max(measure(rows), self.room) for rows in passes]
         if self.one_length:
             lengths = [max(lengths)] * len(lengths)
         if self.group is not None:

@@ -27,6 +27,7 @@ from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.llm.dataset.pairs import PairDataset, load_pairs, sequences_of
+from swiftlite.megatron.context import add_up
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.base import Trainer
@@ -39,6 +40,7 @@ from swiftlite.train.batches import evaluation_samples
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
 from swiftlite.train.reference import check_reference, reference_kind
+from swiftlite.train.router_loss import PADDING
 from swiftlite.utils.directories import Directory
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
@@ -61,13 +63,13 @@ class PairBatch(MicroBatch):
     def log_probs(self, losses: Tensor) -> LogProbs:
         """Of the answers, from the cross entropy of each position [B, S]."""
         found = sum_log_probs(losses, self.loss_mask, self.sequence_ids, self.num_answers + 1)
-        return LogProbs(found.sums[:-1], found.tokens[:-1])
+        return LogProbs(add_up(found.sums[:-1]), add_up(found.tokens[:-1]))
 
     def counts(self) -> Tensor:
-        """[pairs, tokens of the chosen answers]."""
+        """[pairs, tokens of the chosen answers]: this rank's share, of ranks that hold parts of the same samples."""
         pairs = self.num_answers // 2
         chosen = (self.loss_mask * (self.sequence_ids < pairs)).sum()
-        return torch.stack([chosen.new_full((), float(pairs)), chosen])
+        return torch.stack([chosen.new_full((), pairs / mpu.get_context_parallel_world_size()), chosen])
 
 
 class PairLoader(BatchLoader):
@@ -75,27 +77,17 @@ class PairLoader(BatchLoader):
 
     dataset: PairDataset
 
-    def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
-        batches = super().load(micro_batches)
-        return [self._pairs(samples, batch) for samples, batch in zip(micro_batches, batches, strict=True)]
-
     def rows(self, samples: Sequence[int]) -> list[Json]:
         there = [self.dataset[i] for i in samples if i >= 0]
         return sequences_of(there) + 2 * super().rows([i for i in samples if i < 0])
 
-    def _pairs(self, samples: Sequence[int], batch: MicroBatch) -> PairBatch:
+    def complete(self, samples: Sequence[int], batch: MicroBatch) -> PairBatch:
         pairs = [pair for i in samples if i >= 0 for pair in self.dataset.items[i]]
-        ids = torch.arange(len(batch.sample_lengths)).clamp(max=2 * len(pairs))
-        if batch.cu_seqlens is None:
-            ids = ids[:, None].expand(batch.tokens.shape).contiguous()
-        else:
-            sizes = torch.tensor(batch.sample_lengths)
-            padding = torch.full((batch.tokens.shape[1] - int(sizes.sum()),), 2 * len(pairs))
-            ids = torch.cat([torch.repeat_interleave(ids, sizes), padding])[None]
+        assert batch.sequences is not None
+        ids = torch.where(batch.sequences == PADDING, 2 * len(pairs), batch.sequences).clamp(max=2 * len(pairs))
         known = self.dataset.reference
         reference = None if known is None else torch.tensor([known[p][side] for side in (0, 1) for p in pairs])
-        found = PairBatch(**vars(batch), num_answers=2 * len(pairs), sequence_ids=ids, reference=reference)
-        return found.to(self.device)
+        return PairBatch(**vars(batch), num_answers=2 * len(pairs), sequence_ids=ids, reference=reference)
 
 
 class DpoTrainer(Trainer):
@@ -183,7 +175,7 @@ class DpoTrainer(Trainer):
             self.answer(batches)
             for indices, batch in zip(mine, batches, strict=True):
                 there = [i for i in indices if i >= 0]
-                if batch.reference is not None:
+                if batch.reference is not None and self.parallel.cp_rank == 0:
                     values[:, there] = batch.reference.view(2, len(there))
         chosen, rejected = reduce_over_ranks(values).tolist()
         loader.dataset.reference = list(zip(chosen, rejected, strict=True))
@@ -202,7 +194,7 @@ class DpoTrainer(Trainer):
     def count(self, batches: list[Any]) -> Tensor:
         """[pairs, tokens of the chosen answers] of the global batch. Collective."""
         counts = torch.stack([batch.counts() for batch in batches]).sum(0)
-        torch.distributed.all_reduce(counts, group=mpu.get_data_parallel_group())
+        torch.distributed.all_reduce(counts, group=mpu.get_data_parallel_group(with_context_parallel=True))
         return counts
 
     def forward_step(self, batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
@@ -216,7 +208,10 @@ class DpoTrainer(Trainer):
         sums = self.pair_loss.sums(policy, LogProbs(batch.reference, policy.tokens))
         pairs, chosen_tokens = self.global_counts
         share = self.pair_loss.total(sums["loss"], pairs, sums["nll"], chosen_tokens)
-        return share * pairs, sums["pairs"].int(), {name: value.detach() for name, value in sums.items()}
+        # Ranks that share samples compute one loss, so one of them counts its pairs.
+        counted = sums["pairs"] if self.parallel.cp_rank == 0 else torch.zeros_like(sums["pairs"])
+        ranks = self.parallel.cp_size
+        return share * pairs, counted.int(), {name: value.detach() / ranks for name, value in sums.items()}
 
 
 def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, MegatronDpoArguments | None]:

@@ -161,6 +161,7 @@ def obstacle(args: MegatronArguments, models: Sequence[MegatronModule], device: 
         "--cuda_graph false": args.cuda_graph is False,
         "recomputation sets the random generators": config.recompute_granularity is not None,
         "fp16 changes its loss scale": config.fp16,
+        "context parallelism has not been tried with one": config.context_parallel_size > 1,
         "fp8 changes its scales": bool(getattr(config, "fp8", None)),
         "dropout of divided layers has generators of its own": bool(dropout) or (
             config.tensor_model_parallel_size > 1 and args.train_type == "lora" and bool(args.lora_dropout)

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from swiftlite.megatron.context import add_up
 from swiftlite.megatron.model.blocks.router import routing_of
 from swiftlite.megatron.trainers.batch import MicroBatch
 
@@ -45,8 +46,11 @@ def language_model_loss(loss_mask: Tensor, losses: Tensor, per_token: bool = Tru
     count = (mask != 0).sum().int()
     if per_token:
         return total, count, {"loss": total.detach().clone(), "trained_tokens": count}
+    count = add_up(count)
     mean = total.detach() / count.clamp(min=1)
-    return total, count, {"loss": mean, "trained_tokens": torch.ones_like(count)}
+    ranks = mpu.get_context_parallel_world_size()  # each reports its part of one mean
+    # The gradients are averaged over these ranks as well, though each has a part of the mean only.
+    return total * ranks, count, {"loss": mean, "trained_tokens": torch.ones_like(mean) / ranks}
 
 
 def reduce_over_ranks(values: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class SftTrainer(Trainer):
 
     def divisor(self, batches: list[MicroBatch]) -> Tensor:
         trained = torch.stack([(batch.loss_mask != 0).sum() for batch in batches]).sum()
-        torch.distributed.all_reduce(trained, group=mpu.get_data_parallel_group())
+        torch.distributed.all_reduce(trained, group=mpu.get_data_parallel_group(with_context_parallel=True))
         return trained
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ Shapes: S sequence, B batch, N heads, G key/value heads, D head width, T packed 
 from __future__ import annotations
 
 import contextlib
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from swiftlite.megatron import backend
+from swiftlite.megatron.context import gather, my_places
 from swiftlite.megatron.model.layers import Offsets
-from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.types import Json, Settings
 
 # Queries whose scores are in memory at once, where they are computed without a fused kernel.
@@ -28,16 +29,17 @@ CHUNK = 1024
 _masks: dict[tuple[torch.device, int | None], Tensor] = {}
 
 
-def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+def causal_mask(length: int, window: int | None, device: torch.device, rows: Tensor | None = None) -> Tensor:
     """True where a token (row) sees another one (column): [length, length] of the one mask that is kept for all lengths.
 
-    window: tokens that one sees, itself included; None: all before it.
+    window: tokens that one sees, itself included; None: all before it. rows: those wanted, None: all.
     """
     mask = _masks.get((device, window))
     if mask is None or len(mask) < length:
         mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         _masks[device, window] = mask = mask if window is None else mask.triu(1 - window)
-    return mask[:length, :length]
+    mask = mask[:length, :length]
+    return mask if rows is None else mask[rows]
 
 
 class SdpaAttention(torch.nn.Module):
@@ -63,11 +65,6 @@ class SdpaAttention(torch.nn.Module):
         **_: object,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ConfigError(
-                "context parallelism needs Transformer Engine, and a model without capped scores; set "
-                "--context_parallel_size 1"
-            )
         self.config = config
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale if softmax_scale is not None else (k_channels or config.kv_channels) ** -0.5
@@ -101,54 +98,65 @@ class SdpaAttention(torch.nn.Module):
         The mask is causal by construction, so `attention_mask` is not read: padding stands after the real tokens.
         """
         assert attention_bias is None, "no model here passes an attention bias"
+        ranks = self.config.context_parallel_size
         if packed_seq_params is None:
-            return self._attend(query, key, value)
+            bounds = torch.tensor([0, len(query) * ranks], device=query.device)
+            return self._attend(query, *(gather(x, bounds) for x in (key, value)))
+        key, value = (gather(x, packed_seq_params.cu_seqlens_q) for x in (key, value))
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         parts = [
-            self._attend(*(x[start:end].unsqueeze(1) for x in (query, key, value))).squeeze(1)
-            for start, end in zip(bounds, bounds[1:], strict=False)
+            self._attend(
+                query[start // ranks : end // ranks].unsqueeze(1), *(x[start:end].unsqueeze(1) for x in (key, value))
+            ).squeeze(1)
+            for start, end in pairwise(bounds)
             if end > start
         ]
-        used = bounds[-1]
+        used = bounds[-1] // ranks
         if used < query.shape[0]:  # padding behind the last sample
             parts.append(query.new_zeros(query.shape[0] - used, parts[0].shape[-1]))
         return torch.cat(parts)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        length = len(query)
+        """Of one sample's queries on this rank and all its keys and values."""
+        length = len(key)
         window = self.window if self.window is not None and self.window < length else None
+        rows = my_places(torch.tensor([0, length], device=key.device)) if len(query) < length else None
         dropout = self.dropout if self.training else 0.0
         with self._dropout_generator(dropout):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, width]
             if self.cap is not None or self.softmax_offset is not None:
-                out = self._by_scores(q, k, v, window, dropout)
+                out = self._by_scores(q, k, v, window, rows, dropout)
             else:
                 out = torch.nn.functional.scaled_dot_product_attention(
                     q,
                     k,
                     v,
-                    attn_mask=None if window is None else causal_mask(length, window, q.device),
+                    attn_mask=None if window is rows is None else causal_mask(length, window, q.device, rows),
                     dropout_p=dropout,
-                    is_causal=window is None,
+                    is_causal=window is rows is None,
                     scale=self.softmax_scale,
                     enable_gqa=query.shape[-2] != key.shape[-2],
                 )
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _by_scores(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float) -> Tensor:
+    def _by_scores(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, rows: Tensor | None, dropout: float
+    ) -> Tensor:
         """[B, N, S, D] of queries, keys, values -> [B, N, S, Dv]. Of long texts, the scores of a chunk are computed anew in
-        the backward pass.
+        the backward pass. rows: places of the queries, None: those of the keys.
         """
-        length, repeats = q.shape[2], q.shape[1] // k.shape[1]
+        length, repeats = k.shape[2], q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+        mask = causal_mask(length, window, q.device, rows)
         if length <= CHUNK:
-            return self._chunk(q, k, v, causal_mask(length, window, q.device), dropout)
+            return self._chunk(q, k, v, mask, dropout)
         parts = []
-        for start in range(0, length, CHUNK):
-            end = min(start + CHUNK, length)
-            first = 0 if window is None else max(start + 1 - window, 0)  # the first key that the chunk sees
-            mask = causal_mask(length, window, q.device)[start:end, first:end]
-            part = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask, dropout)
+        for start in range(0, q.shape[2], CHUNK):
+            end = min(start + CHUNK, q.shape[2])
+            seen = slice(0, length)
+            if rows is None:
+                seen = slice(0 if window is None else max(start + 1 - window, 0), end)
+            part = (q[:, :, start:end], k[:, :, seen], v[:, :, seen], mask[start:end, seen], dropout)
             parts.append(checkpoint(self._chunk, *part, use_reentrant=False))
         return torch.cat(parts, 2)
 

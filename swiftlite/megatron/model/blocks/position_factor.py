@@ -10,36 +10,24 @@ from typing import Any
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
-from swiftlite.utils.errors import ConfigError
+from swiftlite.megatron.context import positions
 from swiftlite.utils.types import Json
 
 
 def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     settings = args.description.rope_scaling or {}
     beta, original = settings["llama_4_scaling_beta"], settings["original_max_position_embeddings"]
-    if args.context_parallel_size > 1:
-        raise ConfigError("queries are scaled by position here, which context parallelism does not do; set "
-                          "--context_parallel_size 1")  # fmt: skip
 
     def scale(_: object, inputs: tuple[Any, ...], kwargs: Json) -> tuple[tuple[Any, ...], Json]:
         query, *rest = inputs  # [S, B, N, D], packed [T, N, D]
         packed = kwargs.get("packed_seq_params")
-        where = positions(len(query), None if packed is None else packed.cu_seqlens_q, query.device)
+        whole = torch.tensor([0, len(query) * args.context_parallel_size], device=query.device)
+        where = positions(whole if packed is None else packed.cu_seqlens_q)
         factor = 1 + beta * torch.log(1 + torch.floor(where / original))
         return (query * factor.view(-1, *[1] * (query.dim() - 1)).to(query.dtype), *rest), kwargs
 
     for attention in model.modules():
         if isinstance(attention, SelfAttention):
             attention.core_attention.register_forward_pre_hook(scale, with_kwargs=True)
-
-
-def positions(length: int, bounds: Tensor | None, device: torch.device) -> Tensor:
-    """[length]: places of tokens in their samples, which begin at `bounds`, [samples + 1] with the end; None: one sample."""
-    places = torch.arange(length, device=device)
-    if bounds is None:
-        return places
-    sample = torch.searchsorted(bounds[1:].contiguous(), places, right=True)
-    return places - bounds[sample.clamp_max(len(bounds) - 1)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.transformer.moe import router
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
 from torch import Tensor
@@ -104,6 +105,8 @@ class TopKRouter(router.TopKRouter):  # type: ignore[misc]
     def _add_up(self, counts: Tensor) -> Tensor:
         if self._parts() > 1:
             torch.distributed.all_reduce(counts, group=self.tp_group)
+        if self.config.context_parallel_size > 1:
+            torch.distributed.all_reduce(counts, group=mpu.get_context_parallel_group())
         return counts
 
     def _within_capacity(self, probs: Tensor, chosen: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,9 @@ class TwoRotaryEmbeddings(RotaryEmbedding):
         super().__init__(rope, replaced)
         self.window = RotaryEmbedding(window_rope, replaced)
 
-    def forward(self, *args: MegatronArguments, **kwargs: Any) -> Tensor:
-        return torch.cat([super().forward(*args, **kwargs), self.window(*args, **kwargs)], -1)
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, **_: Any) -> Tensor:
+        both = (super().forward(max_seq_len, offset, packed_seq), self.window(max_seq_len, offset, packed_seq))
+        return torch.cat(both, -1)
 
 
 def description_of_windows(model: ModelDescription) -> ModelDescription:
