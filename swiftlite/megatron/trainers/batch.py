@@ -83,7 +83,7 @@ class MicroBatch:
         bounds = self.cu_seqlens if self.cu_seqlens is not None else torch.tensor([0, shape[1]])
         mine = places(bounds, size, rank)
         whole = {name: v for name, v in vars(self).items() if isinstance(v, Tensor) and v.shape == shape}
-        changes: dict[str, Any] = {name: v[:, mine] for name, v in whole.items()}
+        changes: Json = {name: v[:, mine] for name, v in whole.items()}
         return replace(self, **changes)
 
     def to(self, device: torch.device) -> Self:
