@@ -57,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma3_text:default": WIDE,
     "olmo3:default": {**WIDE, "head_dim": None},
     "exaone4:default": WIDE,
+    "gpt_oss:default": {**WIDE, "intermediate_size": 128},
 }
 IDS = torch.randint(0, 500, (2, 192), generator=torch.Generator().manual_seed(3))
 

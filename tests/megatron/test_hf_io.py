@@ -32,7 +32,7 @@ KINDS = [
     "mistral:window", "ministral:default", "ministral3:default",
     "glm4_0414:default", "olmo2:default", "olmoe:default", "granite:default", "granitemoe:default",
     "hunyuan_v1_moe:default",
-    "gemma2:default", "gemma3_text:default", "olmo3:default", "exaone4:default",
+    "gemma2:default", "gemma3_text:default", "olmo3:default", "exaone4:default", "gpt_oss:default",
 ]  # fmt: skip
 IDS = torch.randint(0, 300, (2, 160), generator=torch.Generator().manual_seed(3))
 

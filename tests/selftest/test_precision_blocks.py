@@ -42,6 +42,17 @@ DAMAGES: dict[str, tuple[str, Callable[[Mutable], None], str]] = {
     "another base without a window": ("gemma3_text:default", setting(rope_theta=500000), "layer 2"),
     "rotation not scaled": ("olmo3:default", setting(rope_scaling=None), "layer 3"),
     "a layer rotates": ("exaone4:default", setting(layer_types=["sliding_attention"] * 3), "layer 2"),
+    "sinks left out": (
+        "gpt_oss:default",
+        lambda m: m.edit("model.layers.1.self_attn.sinks", lambda x: x - 1e4),
+        "layer 1",
+    ),
+    "gates clamped elsewhere": ("gpt_oss:square", setting(swiglu_limit=7.0), "layer 0"),
+    "a router bias zeroed": (
+        "gpt_oss:default",
+        lambda m: m.edit("model.layers.2.mlp.router.bias", lambda x: 0 * x),
+        "layer 2",
+    ),
     "another position factor": ("ministral3:default", setting(rope_parameters=OTHER_FACTOR), "layer 0"),
 }
 

@@ -44,6 +44,12 @@ def _indices_of_the_best_groups(router: Any, scores: Tensor) -> Tensor:
     return groups.masked_fill(others, float("-inf")).flatten(1).topk(router.top_k, dim=-1, sorted=False)[1]
 
 
+def _clamped_gates(model: Any) -> None:
+    """gpt-oss bounds the gates of its experts by config.json's swiglu_limit; at first transformers had 7 for all."""
+    for layer in model.model.layers:
+        layer.mlp.experts.limit = getattr(model.config, "swiglu_limit", layer.mlp.experts.limit)
+
+
 def _capped_scores(model: Any) -> None:
     """Gemma 2 caps the scores of its attention, which torch's kernel cannot; at first transformers took that kernel."""
     if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
@@ -97,6 +103,7 @@ CORRECTIONS: Mapping[str, Callable[[Any], None]] = {
     "Glm4MoeForCausalLM": _experts_of_the_best_groups,
     # 4.57
     "Gemma2ForCausalLM": _capped_scores,
+    "GptOssForCausalLM": _clamped_gates,
     "HunYuanDenseV1ForCausalLM": _static_alpha,
     "HunYuanMoEV1ForCausalLM": _static_alpha,
 }
