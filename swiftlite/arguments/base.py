@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from swiftlite import __version__
 from swiftlite.arguments.flags import COMMON_NOTES, NO_CLASSES, NO_WEIGHTS, ONLY_ADAPTERS
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
+from swiftlite.families.hf_config import text_config
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
 from swiftlite.utils.types import Json
@@ -410,7 +411,7 @@ class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArgumen
         info = getattr(self, "model_info", None)
         if info is not None:
             values.update(model_dir=info.model_dir, max_model_len=info.max_model_len, is_moe_model=info.is_moe_model)
-            values["vocab_size"] = (info.config or {}).get("vocab_size")
+            values["vocab_size"] = text_config(info.config or {}).get("vocab_size")
         values.update(swiftlite_version=__version__, given=sorted(self.given - {"save_config"}))
         path = Path(directory) / "args.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from swiftlite.weights.lora import (
     unpack_experts,
 )
 from swiftlite.weights.merged import TOKENS, Extras, read_extras
-from swiftlite.weights.rule import BoundMap
+from swiftlite.weights.rule import NAMINGS, BoundMap, Naming, text_name
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Renamed, WeightSource
 
@@ -37,7 +37,7 @@ class Adapter:
 
     root: where adapter_config.json lies. source: all it holds. names: pairs of matrices and rows of tokens. extras: what
     it holds besides pairs. described: what adapter_config.json should say, None where the file does already. inputs:
-    the files that were read.
+    the files that were read. naming: of the base model, where that is the text part of a larger one.
     """
 
     directory: Path
@@ -48,6 +48,7 @@ class Adapter:
     extras: Extras
     described: Mapping[str, object] | None
     inputs: Sequence[Path]
+    naming: Naming | None = None
 
     @classmethod
     def open(cls, directory: Path, bound: BoundMap, plain: bool = True) -> Adapter:
@@ -66,6 +67,8 @@ class Adapter:
             lora = LoraConfig.from_dict(config)
         source, files, changes = (_open_peft if is_peft else _open_mcore)(directory, bound, lora)
         described = {**config, **changes} if changes else None
+        if bound.naming is not None:
+            source = Renamed(source, {bound.own_name(name): name for name in source.names})
         everything = {name: name for name in source.names}
         extras = read_extras(everything, source, config, bound)
         if plain and (extras.whole or extras.biases):
@@ -81,7 +84,11 @@ class Adapter:
         check_adapter(bound, {name: source.spec(name).shape for name in pairs}, str(directory))
         check_values(source, everything, lora, str(directory))
         names = [*pairs, *(name for name in everything if name.endswith(TOKENS))]
-        return cls(directory, root, source, names, lora, extras, described, [*files, config_file])
+        return cls(directory, root, source, names, lora, extras, described, [*files, config_file], bound.naming)
+
+    def peft_name(self, name: str) -> str:
+        """What peft calls one of `names`: by the modules of the model that transformers builds."""
+        return PEFT_PREFIX + (name if self.naming is None else NAMINGS[0](text_name(name)))
 
     @property
     def config(self) -> Mapping[str, object]:
@@ -150,7 +157,9 @@ def _open_peft(directory: Path, bound: BoundMap, lora: LoraConfig) -> _Opened:
 
 def _open_mcore(directory: Path, bound: BoundMap, _: LoraConfig) -> _Opened:
     stored = TorchDistSource(find_iteration(directory))
-    ours = (f"{_module(name)}.weight" in bound.by_hf for name in stored.names if not name.endswith(TOKENS))
+    ours = (
+        bound.own_name(f"{_module(name)}.weight") in bound.by_hf for name in stored.names if not name.endswith(TOKENS)
+    )
     if all(ours):
         return stored, stored.files, {}
     source = ForeignAdapter(stored, bound)

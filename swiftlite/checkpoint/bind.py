@@ -8,35 +8,49 @@ from dataclasses import replace
 
 from swiftlite.checkpoint.info import check_counts
 from swiftlite.families import family_of
-from swiftlite.families.hf_config import architecture_of, convert_hf_config
+from swiftlite.families.hf_config import architecture_of, convert_hf_config, text_config, wrapped_family
 from swiftlite.families.records import Family
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.io import blame
 from swiftlite.utils.types import Config
-from swiftlite.weights.rule import BoundMap, Duplicate, Source, WeightMap, WeightRule
+from swiftlite.weights.rule import NAMINGS, BoundMap, Duplicate, Naming, Source, WeightMap, WeightRule
 from swiftlite.weights.shape import ModelShape
 from swiftlite.weights.storage import TensorSpec
 
-__all__ = ["architecture_of", "bind_map", "convert_hf_config", "flatten_config"]
+__all__ = ["architecture_of", "bind_map", "convert_hf_config", "flatten_config", "text_config", "wrapped_family"]
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
-def bind_map(config: Config, names: Iterable[str] = (), *, with_mtp: bool = False) -> BoundMap:
-    """The weight map of the model that a config.json describes.
+def naming_of(config: Config, names: Iterable[str]) -> Naming | None:
+    """How the tensors of the text part of a larger model are called among `names`, those of the Hugging Face checkpoint;
+    as transformers calls them where that is not known. None for a model that is all text."""
+    if wrapped_family(config) is None:
+        return None
+    held = set(names)
+    return next((naming for naming in NAMINGS if naming(EMBEDDING) in held), NAMINGS[0])
+
+
+def bind_map(
+    config: Config, names: Iterable[str] = (), *, with_mtp: bool = False, naming: Naming | None = None
+) -> BoundMap:
+    """The weight map of the model that a config.json describes, of one that is more than text that of its text part.
 
     Args: names: tensors of the checkpoint, under Hugging Face or Megatron names. config.json may announce MTP blocks
         that the files do not have (transformers drops them when it saves); such a model is bound without them.
-        with_mtp: with these blocks, whatever the names.
+        with_mtp: with these blocks, whatever the names. naming: see naming_of; default, by the names.
     """
     family = family_of(architecture_of(config))
     check_counts(config, _held(names), "the checkpoint")
     converted = convert_hf_config(config, family)
     with blame("config.json"):
-        return _bind(family, ModelShape.from_config(converted), config, names, with_mtp)
+        shape, naming = ModelShape.from_config(converted), naming or naming_of(config, names)
+        return _bind(family, shape, text_config(config), names, with_mtp, naming)
 
 
 def resolve_copy(duplicate: Duplicate, bound: BoundMap) -> str:
     """The tensor that holds the bytes of a stored copy; a tied model's head is its embedding."""
-    return duplicate.of if duplicate.of in bound.by_hf else "model.embed_tokens.weight"
+    return duplicate.of if duplicate.of in bound.by_hf else bound.own_name(EMBEDDING)
 
 
 def plain_map(config: Config, specs: Mapping[str, TensorSpec]) -> BoundMap:
@@ -65,11 +79,13 @@ def _held(names: Iterable[str]) -> int | None:
     return count or None
 
 
-def _bind(family: Family, shape: ModelShape, config: Config, names: Iterable[str], always: bool) -> BoundMap:
+def _bind(
+    family: Family, shape: ModelShape, config: Config, names: Iterable[str], always: bool, naming: Naming | None
+) -> BoundMap:
     num_mtp = family.num_mtp(config)
     if num_mtp:
-        with_mtp = family.weights.bind(replace(shape, num_mtp=num_mtp))
+        with_mtp = family.weights.bind(replace(shape, num_mtp=num_mtp)).named(naming)
         blocks = {n for n, uses in with_mtp.uses.items() if all(entry.stack == "mtp.layers" for entry, _ in uses)}
         if always or any(name in blocks or name.startswith("mtp.") for name in names):
             return with_mtp
-    return family.weights.bind(shape)
+    return family.weights.bind(shape).named(naming)

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swiftlite.checkpoint.info import with_changes
 from swiftlite.utils.errors import CheckpointError, ConfigError
 from swiftlite.utils.io import blame, is_inside, read_json, write_json
 from swiftlite.utils.logger import warn_once
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 SIDE_FILES = (
-    CONFIG, "generation_config.json", "configuration.json", "preprocessor_config.json", "processor_config.json",
+    CONFIG, "generation_config.json", "configuration.json", "*preprocessor_config.json", "processor_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json", "README.md",
-    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+    "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 BIN_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
@@ -174,11 +175,7 @@ def update_config(path: Path, changes: Mapping[str, object], dtype: torch.dtype 
     """
     config = read_json(path)
     before = json.dumps(config)
-    for key, value in changes.items():
-        if value is None:
-            config.pop(key, None)
-        else:
-            config[key] = value
+    config = with_changes(config, changes)
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         if not {"dtype", "torch_dtype"} & config.keys() and name != "float32":  # which is what none means

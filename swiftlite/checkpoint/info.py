@@ -142,7 +142,8 @@ def _held(directory: Path) -> tuple[int | None, int | None]:
             with blame(directory / index):
                 named = dict(read_json(directory / index)["weight_map"])
                 count = len(named)
-                files = [f for f in files if f.name == named.get("model.embed_tokens.weight")] + files[:1] + files[-1:]
+                embedding = {file for name, file in named.items() if name.endswith(".embed_tokens.weight")}
+                files = [f for f in files if f.name in embedding] + files[:1] + files[-1:]
             break
     if not files:
         return count, None
@@ -181,6 +182,21 @@ def first_of(config: Config, *keys: str) -> Any:
                 if part.get(key) is not None:
                     return part[key]
     return None
+
+
+def with_changes(config: Config, changes: Mapping[str, object]) -> Json:
+    """A config.json with other values, None removes a key; each where it stands, in its text part too, else at the top."""
+    changed, text = dict(config), config.get("text_config")
+    if isinstance(text, Mapping):
+        changed["text_config"] = text = dict(text)
+    for key, value in changes.items():
+        places = [part for part in (changed, text) if isinstance(part, dict) and key in part] or [changed]
+        for part in places:
+            if value is None:
+                part.pop(key, None)
+            else:
+                part[key] = value
+    return changed
 
 
 def to_torch_dtype(value: str | torch.dtype | None) -> torch.dtype | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from swiftlite.checkpoint import hub, info
 from swiftlite.checkpoint.model_type import Facts, choose
 from swiftlite.families import MODEL_MAPPING, families
+from swiftlite.families.hf_config import text_config
 from swiftlite.families.records import ModelMeta, Release, TemplateMeta
 from swiftlite.families.rope import check_agreement
 from swiftlite.families.templates import TEMPLATE_MAPPING
@@ -295,7 +296,7 @@ def get_model_info_meta(
         check_model_type(model_type, registry)
     model_dir = _fetch(model_id_or_path, registry, use_hf, revision, download_model, hub_token)
     config = info.read_config(model_dir)
-    check_agreement(config)
+    check_agreement(text_config(config))
     info.check_against_weights(config, model_dir)
     resolved: str | None = model_type
     if model_type is not None:

@@ -6,10 +6,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from swiftlite.checkpoint.info import first_of, with_changes
+from swiftlite.families.hf_config import text_config
 from swiftlite.utils.types import Config, Json
+from swiftlite.weights.rule import text_name
 from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, Wrapped, byte_view, read_tensor
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -25,7 +29,7 @@ class GrownSource(Wrapped):
         self.rows = rows
         self._means: dict[str, tuple[int, Extent]] = {}
         self._folder = tempfile.TemporaryDirectory()
-        grown = [n for n in names if n in VOCABULARY or n.endswith((".embed_tokens.weight", ".head.weight"))]
+        grown = [n for n in names if text_name(n) in VOCABULARY or n.endswith((".embed_tokens.weight", ".head.weight"))]
         with Files() as files:
             for name in grown:
                 path = Path(self._folder.name) / f"{len(self._means)}.row"
@@ -75,4 +79,9 @@ class NewTokens:
 
 def grown(config: Config, new_tokens: NewTokens | None) -> Json:
     """config.json of the model with the rows that new tokens need."""
-    return {**config, "vocab_size": new_tokens.rows} if new_tokens is not None else dict(config)
+    return with_changes(config, {"vocab_size": new_tokens.rows} if new_tokens is not None else {})
+
+
+def rows_of(config: Config) -> Any:
+    """Rows of the vocabulary, as config.json says; None where it does not."""
+    return first_of(text_config(config), "vocab_size")

@@ -32,9 +32,7 @@ def verify_main(args: VerifyArguments | Sequence[str]) -> None:
     paths = [Path(d) for d in args.directories]
     a, b = (Checkpoint.open(path) for path in paths)
     known = [read_hashes(checkpoint_root(path)) if args.quick else {} for path in paths]
-    names, others = (
-        [part for name in o.names for part in o.bound.parts(name) if part in o.bound.by_hf] for o in (a, b)
-    )
+    names, others = ([part for name in o.names if name not in o.copies for part in o.bound.parts(name)] for o in (a, b))
     for here, there, missing in ((0, 1, set(others) - set(names)), (1, 0, set(names) - set(others))):
         if missing:
             raise VerifyError(

@@ -23,7 +23,7 @@ from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
 from swiftlite.checkpoint.bind import architecture_of, convert_hf_config
-from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.checkpoint import CARRIED, Checkpoint
 from swiftlite.checkpoint.files import main_dtype
 from swiftlite.checkpoint.side_files import write_hashes, write_megatron_lm_args
 from swiftlite.families import family_of
@@ -34,11 +34,11 @@ from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import warn_once
 from swiftlite.weights import dcp_file, stream
 from swiftlite.weights.dcp_file import DistPlan, TorchDistSource
-from swiftlite.weights.lora import EXPERT, PEFT_PREFIX
+from swiftlite.weights.lora import EXPERT
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import Entry
 from swiftlite.weights.safetensors import SafetensorsSource, ShardPlan, create_shards, plan_shards, write_index
-from swiftlite.weights.storage import Renamed, TensorSpec, WeightSource, place_of
+from swiftlite.weights.storage import Beside, Renamed, TensorSpec, WeightSource, place_of
 from swiftlite.weights.torch_dist import HfNames, McoreView, plan_torch_dist
 
 ITERATION = "iter_0000001"
@@ -85,11 +85,13 @@ class HfPlan:
         max_shard_bytes: int | None = None,
     ) -> HfPlan:  # fmt: skip
         """held: dtypes of tensors that are not read from the source but from a live model."""
+        source.check_whole()
         specs, bound = {}, source.bound
         for name in source.names:
             of = source.copies.get(name, name)
             target = held.get(bound.parts(of)[0]) or dtype or source.stored.value_dtype(of)
-            specs[name] = TensorSpec(source.dtypes[name] if bound.rule(of).keep_dtype else target, bound.shape(of))
+            kept = name in source.carried or bound.rule(of).keep_dtype
+            specs[name] = TensorSpec(source.dtypes[name] if kept else target, source.shape_of(name))
         layout = source.files if source.files and max_shard_bytes is None else None
         shards = plan_shards(specs, max_shard_bytes or SHARD_BYTES, layout)
         return cls(source, specs, shards, ["to_hf", str(dtype), source.changes, [[s.file, s.size] for s in shards]])
@@ -152,7 +154,7 @@ class McoreTarget:
         total = sum(TensorSpec(dtype, e.shape).nbytes for group in groups for e, dtype in group)
         files = self.num_files or max(default_num_files(total), num_processes())
         options = ["to_mcore", str(self.dtype), files, source.changes, source.adapter is not None]
-        return McorePlan(source, plan_torch_dist(groups, files), dtypes, options, self.trained_in)
+        return McorePlan(source, plan_torch_dist(groups, files), CarriedPlan(source), dtypes, options, self.trained_in)
 
     def _dtype(self, source: Checkpoint, group: Sequence[Entry]) -> torch.dtype:
         if self.dtype is not None and not group[0].rule.keep_dtype:
@@ -173,23 +175,54 @@ def default_num_files(total_bytes: int) -> int:
 
 
 @dataclass(frozen=True)
+class CarriedPlan:
+    """The files of tensors that belong to other parts than the text model, beside a Megatron checkpoint; none for a model
+    that is all text."""
+
+    source: Checkpoint
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        held, carried = self.source.source, self.source.carried
+        return {n: TensorSpec(held.value_dtype(n), held.spec(n).shape) for n in self.source.names if n in carried}
+
+    @cached_property
+    def shards(self) -> Sequence[ShardPlan]:
+        is_part = self.source.bound.naming is not None and self.source.whole
+        return plan_shards(self.specs, SHARD_BYTES) if is_part else ()
+
+    def prepare(self, directory: Path) -> None:
+        if self.shards:
+            (directory / CARRIED).mkdir()
+            create_shards(directory / CARRIED, self.shards)
+            write_index(directory / CARRIED, self.shards, sum(spec.nbytes for spec in self.specs.values()))
+
+    def jobs(self, directory: Path) -> list[stream.Job]:
+        source = self.source.source
+        places = {n: (directory / CARRIED / s.file, offset) for s in self.shards for n, offset in s.offsets.items()}
+        ordered = sorted(places, key=lambda name: place_of(source, name))
+        return [copy_job(source, name, *places[name], self.specs[name].dtype) for name in ordered]
+
+
+@dataclass(frozen=True)
 class McorePlan:
-    """dtypes: (Megatron name, expert) -> dtype in the checkpoint."""
+    """carried: see there. dtypes: (Megatron name, expert) -> dtype in the checkpoint."""
 
     kind = "Megatron checkpoint"
     source: Checkpoint
     dist: DistPlan
+    carried: CarriedPlan
     dtypes: Mapping[tuple[str, int | None], torch.dtype]
     options: Sequence[object]
     trained_in: torch.dtype | None = None
 
     @property
     def sizes(self) -> Sequence[int]:
-        return list(self.dist.sizes.values())
+        return [*self.dist.sizes.values(), *(shard.size for shard in self.carried.shards)]
 
     @property
     def total_bytes(self) -> int:
-        return self.dist.total_bytes
+        return self.dist.total_bytes + sum(spec.nbytes for spec in self.carried.specs.values())
 
     @cached_property
     def main_dtype(self) -> torch.dtype:
@@ -204,13 +237,12 @@ class McorePlan:
     def prepare(self, directory: Path) -> None:
         (directory / ITERATION).mkdir(parents=True)
         dcp_file.create_files(directory / ITERATION, self.dist)
+        self.carried.prepare(directory)
 
     def jobs(self, directory: Path) -> list[stream.Job]:
         groups = self.source.bound.groups
-        return [
-            self._job(group, directory / ITERATION)
-            for group in sorted(groups, key=lambda group: place_of(self.source.source, group[0].hf[0]))
-        ]
+        ordered = sorted(groups, key=lambda group: place_of(self.source.source, group[0].hf[0]))
+        return [*self.carried.jobs(directory), *(self._job(group, directory / ITERATION) for group in ordered)]
 
     def _job(self, group: Sequence[Entry], directory: Path) -> stream.Job:
         """Write entries that share Hugging Face tensors, so that each of these is read once."""
@@ -238,7 +270,8 @@ class McorePlan:
         write_text_atomic(directory / TRACKER, "1")
 
     def written(self, directory: Path) -> WeightSource:
-        return HfNames(McoreView.open(TorchDistSource(directory / ITERATION), self.source.bound))
+        written = HfNames(McoreView.open(TorchDistSource(directory / ITERATION), self.source.bound))
+        return Beside(written, SafetensorsSource(directory / CARRIED)) if self.carried.shards else written
 
 
 # ---- adapters ----
@@ -277,7 +310,7 @@ class AdapterPlan:
 
     @cached_property
     def shard(self) -> ShardPlan:
-        return plan_shards({PEFT_PREFIX + name: spec for name, spec in self.specs.items()}, 1 << 62)[0]
+        return plan_shards({self.source.peft_name(name): spec for name, spec in self.specs.items()}, 1 << 62)[0]
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -297,7 +330,7 @@ class AdapterPlan:
 
     def _place(self, directory: Path, name: str) -> tuple[Path, int]:
         if not self.to_mcore:
-            return directory / ADAPTER_WEIGHTS, self.shard.offsets[PEFT_PREFIX + name]
+            return directory / ADAPTER_WEIGHTS, self.shard.offsets[self.source.peft_name(name)]
         file, offset = self.dist.data[name, None]
         return directory / ITERATION / file, offset
 
@@ -322,7 +355,7 @@ class AdapterPlan:
     def written(self, directory: Path) -> WeightSource:
         if self.to_mcore:
             return TorchDistSource(directory / ITERATION)
-        return Renamed(SafetensorsSource(directory), {n: PEFT_PREFIX + n for n in self.specs})
+        return Renamed(SafetensorsSource(directory), {n: self.source.peft_name(n) for n in self.specs})
 
 
 Plan = HfPlan | McorePlan | AdapterPlan

@@ -32,6 +32,9 @@ GROUP_RATIO = Refuse(
 FAMILY = Family(
     "deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
+    wrappers=dict.fromkeys(
+        ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"), ("kimi_k2", "deepseek_v3")
+    ),
     aliases={"kimi_k2": "deepseek_v3"},
     config=GPT_CONFIG,
     patches=(

@@ -23,6 +23,7 @@ from swiftlite.families.records import ConfigRule, Family
 FAMILY = Family(
     "glm4_moe",
     architectures=("Glm4MoeForCausalLM",),
+    wrappers={"Glm4vMoeForConditionalGeneration": ("glm4v_moe_text",)},
     config=PARTIAL_ROTARY_CONFIG,
     patches=(
         *SIGMOID_ROUTER,

@@ -5,19 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from swiftlite.families import family_of
+from swiftlite.families import families, family_of
 from swiftlite.families.records import Derived, Family, Refuse, Rules
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.io import blame
 
 
+def wrapped_family(config: Mapping[str, Any]) -> Family | None:
+    """The family of the text part of a model that is more than that; None where config.json describes no such model."""
+    name = str((config.get("architectures") or [""])[0])
+    kind = str((config.get("text_config") or config).get("model_type"))
+    return next((family for family in families() if kind in family.wrappers.get(name, ())), None)
+
+
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """Raises: ConfigError if config.json names no architecture."""
+    """The class of the model, or of its text part. Raises: ConfigError if config.json names no architecture."""
     names = config.get("architectures")
     if not names:
         raise ConfigError("config.json has no 'architectures'; add the model class, such as [\"Qwen3ForCausalLM\"]")
-    return str(names[0])
+    family = wrapped_family(config)
+    return str(names[0]) if family is None else family.architectures[0]
+
+
+# Keys that may stand at the top of config.json for its text part; where they stand in both places the top's holds, as in
+# transformers 5.
+_TOP_KEYS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the text model alone, as if it were no part of another one; the whole of any other model."""
+    family = wrapped_family(config)
+    if family is None:
+        return dict(config)
+    inner = config.get("text_config") or config
+    top = {key: config[key] for key in _TOP_KEYS if config.get(key) is not None}
+    return {**inner, **top, "architectures": [family.architectures[0]]}
 
 
 def convert_hf_config(
@@ -31,7 +54,7 @@ def convert_hf_config(
     architecture = architecture_of(config)
     family = family or family_of(architecture)
     with blame("config.json"):
-        flat = flatten_config(config)
+        flat = flatten_config(text_config(config))
         result = _apply(family.config, flat, {})
         if patched:
             result = _apply(family.patches, flat, result)

@@ -9,6 +9,7 @@ from swiftlite.families.windows import everywhere, windowed
 FAMILY = Family(
     "mistral",
     architectures=("MistralForCausalLM",),
+    wrappers={"Mistral3ForConditionalGeneration": ("mistral",)},
     config=windowed(GPT_CONFIG, everywhere, default=4096, by_types=False),
     weights=decoder(ATTENTION, MLP),
 )

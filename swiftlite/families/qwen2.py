@@ -8,6 +8,7 @@ from swiftlite.families.records import Family
 FAMILY = Family(
     "qwen2",
     architectures=("Qwen2ForCausalLM",),
+    wrappers={"Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl_text", "qwen2_5_vl")},
     config=GPT_CONFIG,
     patches=(constant("add_qkv_bias", True),),
     weights=decoder(ATTENTION, MLP),

@@ -8,6 +8,7 @@ from swiftlite.families.records import Family
 FAMILY = Family(
     "qwen3",
     architectures=("Qwen3ForCausalLM",),
+    wrappers={"Qwen3VLForConditionalGeneration": ("qwen3_vl_text",)},
     config=GPT_CONFIG,
     patches=(REFUSE_OUTPUT_BIAS, constant("qk_layernorm", True)),
     weights=decoder(ATTENTION, QK_NORM, MLP),

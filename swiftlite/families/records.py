@@ -141,6 +141,8 @@ class Family:
     blocks: modules under megatron/model/blocks/ that supply unusual layers.
     mtp_key: key of config.json with the number of MTP blocks, where the weight map has them.
     aliases: model_type in config.json that transformers does not know -> the one it knows the same model under.
+    wrappers: classes of which this model is the text part -> model_type of their `text_config`; of config.json itself
+        where the text part's keys stand at its top.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Family:
     blocks: tuple[str, ...] = ()
     mtp_key: str = "num_nextn_predict_layers"
     aliases: Mapping[str, str] = field(default_factory=dict)
+    wrappers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     models: tuple[ModelMeta, ...] = ()
     templates: tuple[TemplateMeta, ...] = ()
 

@@ -85,6 +85,9 @@ def _rope_settings(value: Any) -> dict[str, Any]:
     settings = dict(value)
     if settings.get("rope_type") is None:
         settings["rope_type"] = settings.get("type") or "default"
+    # Positions of images have three numbers, those of text three equal ones: plain rope.
+    if settings["rope_type"] == "mrope":
+        settings["rope_type"] = "default"
     return settings
 
 

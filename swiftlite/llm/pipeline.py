@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.arguments.base import BaseArguments
+from swiftlite.checkpoint.info import first_of
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.resolve import resolve
-from swiftlite.checkpoint.vocabulary import NewTokens
+from swiftlite.checkpoint.vocabulary import NewTokens, rows_of
 from swiftlite.llm.model.loader import Loaded, get_model_tokenizer, id_of, load_tokenizer
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
@@ -66,17 +67,18 @@ def plan_tokens(args: BaseArguments, config: Config) -> NewTokens | None:
     if not tokens:
         return None
     tokenizer = load_tokenizer(str(args.model_info.model_dir), trust_remote_code=args.trust_remote_code)
-    if config.get("vocab_size") is None:
+    old = rows_of(config)
+    if old is None:
         raise UsageError("--new_special_tokens: config.json does not say vocab_size; add it there")
     known = set(tokenizer.get_vocab())
     tokenizer.add_tokens(tokens, special_tokens=True)
     ids = {token: id_of(tokenizer, token) for token in tokens}
     added = [number for token, number in ids.items() if token not in known]
-    old, new = config["vocab_size"], resized_vocab_size(config["vocab_size"], len(tokenizer))
+    new = resized_vocab_size(old, len(tokenizer))
     get_logger().info(
         "%d new tokens; vocabulary of %d rows%s", len(added), old, f" grows to {new}" if new > old else " has room"
     )
-    if new > old and config.get("quantization_config"):
+    if new > old and first_of(config, "quantization_config"):
         raise UsageError(
             "--new_special_tokens: not with FP8 weights; convert without it, then add tokens to the result"
         )

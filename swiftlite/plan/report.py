@@ -59,6 +59,14 @@ def print_coverage(plan: McorePlan) -> None:
             f"{list(entry.shape)} {str(dtype).removeprefix('torch.')} {format_bytes(spec.nbytes)}"
             f"{f', and so {experts - 1} more experts' if experts > 1 else ''}"
         )
+    for name in plan.source.names:
+        if name in plan.source.carried:
+            spec = plan.carried.specs[name]
+            print(
+                printable(
+                    f"carried: {name} {list(spec.shape)} {str(spec.dtype).removeprefix('torch.')} (no text model's)"
+                )
+            )
     for name in plan.source.ignored:
         print(printable(f"ignored: {name} (not a weight)"))
     for name, of in plan.source.copies.items():

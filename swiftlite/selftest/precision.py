@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
+from swiftlite.checkpoint.vocabulary import rows_of
 from swiftlite.selftest.precision_hf import Rounding, build_hf, run_hf
 from swiftlite.selftest.precision_mcore import Part, relative_error, run_mcore
 from swiftlite.utils.directories import find_iteration
@@ -129,14 +130,16 @@ def check_precision(
     iteration = find_iteration(Path(mcore_dir))
     hf = hf if isinstance(hf, Checkpoint) else Checkpoint.open(hf)
     ids = _token_ids(hf.root, args)
-    report = PrecisionReport(dtype, ids.shape[1], *_size(hf.source), *_size(TorchDistSource(iteration)))
+    stored = TorchDistSource(iteration)
+    sizes = *_size(hf.source, set(hf.source.names) - set(hf.carried)), *_size(stored, stored.names)
+    report = PrecisionReport(dtype, ids.shape[1], *sizes)
     log.info(
         "precision check: %d tokens in %s, one layer of each model at a time%s", report.num_tokens, dtype,
         "; Hugging Face's side has the same weights dequantised or merged" if hf.source.decodes else "",
     )  # fmt: skip
-    model = build_hf(hf.root, dtype, getattr(args, "trust_remote_code", False), hf.config["vocab_size"])
+    model = build_hf(hf, dtype, getattr(args, "trust_remote_code", False))
     rounding = Rounding(cast_to, {n for e in hf.bound.entries if e.rule.keep_dtype for n in (*e.hf, slot_of(e).key)})
-    run = run_hf(model, hf.stored, ids, dtype, backend.setup().device, rounding)
+    run = run_hf(model, hf, ids, dtype, backend.setup().device, rounding)
     config_dir = iteration.parent if (iteration.parent / "config.json").is_file() else hf.root
     report.parts, logits = run_mcore(iteration, read_config(config_dir), ids, dtype, run, rounding)
     report.compare(logits, run.logits)
@@ -150,9 +153,9 @@ def check_precision(
     return report
 
 
-def _size(source: WeightSource) -> tuple[int, int]:
+def _size(source: WeightSource, names: Collection[str]) -> tuple[int, int]:
     """Tensors, and numbers in them."""
-    return len(source.names), sum(source.spec(name).numel for name in source.names)
+    return len(names), sum(source.spec(name).numel for name in names)
 
 
 def _log(report: PrecisionReport) -> None:
@@ -172,9 +175,9 @@ def _log(report: PrecisionReport) -> None:
 
 def _token_ids(hf_dir: Path, args: object) -> Tensor:
     """[1, NUM_TOKENS]: a conversation in the model's template where there is a tokenizer, then arbitrary ids."""
-    config = read_config(hf_dir)
+    rows = rows_of(read_config(hf_dir))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config["vocab_size"], (1, NUM_TOKENS), generator=generator)
+    ids = torch.randint(0, rows, (1, NUM_TOKENS), generator=generator)
     if any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         from swiftlite.llm.model.loader import load_tokenizer
 
@@ -187,7 +190,7 @@ def _token_ids(hf_dir: Path, args: object) -> Tensor:
             name = str(getattr(args, "template", "")) if given else "jinja"
             with suppress(TemplateError):  # which text it is does not matter
                 text = get_template(name, tokenizer, template_backend="swift" if given else "jinja").render(MESSAGES)
-        encoded = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i < config["vocab_size"]]
+        encoded = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i < rows]
         count = min(len(encoded), NUM_TOKENS)
         ids[0, :count] = torch.tensor(encoded[:count], dtype=ids.dtype)
     return ids

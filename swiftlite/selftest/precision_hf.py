@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
 from swiftlite.families import family_of
-from swiftlite.families.hf_config import architecture_of
+from swiftlite.families.hf_config import architecture_of, wrapped_family
 from swiftlite.llm.model.names import Stored, checkpoint_tensors
 from swiftlite.utils.errors import ConfigError
-from swiftlite.weights.storage import Files, WeightSource, decoder, read_tensor
+from swiftlite.weights.storage import Files, decoder, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -56,26 +57,32 @@ def hf_config(hf_dir: Path, trust_remote_code: bool = False) -> PretrainedConfig
         config_class: Any = get_class_from_dynamic_module(own, str(hf_dir))
         return config_class.from_pretrained(hf_dir, name_or_path=str(hf_dir))  # where the model's class is looked for
     reference.register()
-    alias = family_of(architecture_of(raw)).aliases.get(str(raw.get("model_type")))
+    is_part = wrapped_family(raw) is not None
+    alias = None if is_part else family_of(architecture_of(raw)).aliases.get(str(raw.get("model_type")))
     if alias:
         return AutoConfig.for_model(**{**raw, "model_type": alias})
     return AutoConfig.from_pretrained(hf_dir, trust_remote_code=False)
 
 
-def build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_size: int | None) -> PreTrainedModel:
+def build_hf(hf: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """The Hugging Face model without weights. Raises: ConfigError if transformers cannot build it."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     from swiftlite.llm.model.corrections import correct
+    from swiftlite.llm.model.loader import auto_class
 
+    hf_dir = hf.root
     try:
         config = hf_config(hf_dir, trust_remote_code)
-        config.vocab_size = vocab_size or config.vocab_size
-        if hasattr(config, "quantization_config"):  # the weights come dequantised
-            del config.quantization_config
+        for part in (config, config.get_text_config()):
+            part.vocab_size = hf.shape.vocab
+            if hf.bound.naming is not None:  # whose default differs by release
+                part.tie_word_embeddings = hf.shape.tied
+            if hasattr(part, "quantization_config"):  # the weights come dequantised
+                del part.quantization_config
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            built = auto_class(read_config(hf_dir))
+            model = built.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         model.tie_weights()  # each place got a parameter of its own
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise ConfigError(
@@ -86,28 +93,35 @@ def build_hf(hf_dir: Path, dtype: torch.dtype, trust_remote_code: bool, vocab_si
     return correct(model).eval()  # type: ignore[no-any-return]
 
 
+def text_model(model: Any) -> Any:
+    """Embedding, layers and final norm of a causal language model, or of the text part of one that reads images too."""
+    is_part = model.config.get_text_config() is not model.config
+    return model.get_decoder() if is_part else model.model
+
+
 class _Weights:
     """Puts the weights of one part of a model in place, and takes them out again."""
 
     def __init__(
-        self, model: PreTrainedModel, source: WeightSource, files: Files, dtype: torch.dtype, device: torch.device,
+        self, model: PreTrainedModel, hf: Checkpoint, files: Files, dtype: torch.dtype, device: torch.device,
         rounding: Rounding,
     ) -> None:  # fmt: skip
-        self.source, self.files = source, files
+        self.source, self.own_name, self.files = hf.stored, hf.bound.own_name, files
         self.rounding = rounding
         self.dtype, self.device = dtype, device
-        self.decode = decoder(source)
+        self.decode = decoder(hf.stored)
         self.stored: dict[int, list[tuple[str, Stored]]] = {}
-        for name, stored in checkpoint_tensors(model).items():
+        for name, stored in checkpoint_tensors(model, [text_model(model), model.lm_head]).items():
             self.stored.setdefault(id(stored.owner), []).append((name, stored))
         self.empty = {(m, name): p for m in model.modules() for name, p in m._parameters.items() if p is not None}
 
     def _fill(self, owner: Tensor, target: Tensor) -> None:
         """Read what lies in `owner`, which is in the shape of the model, into `target`."""
         places = self.stored[id(owner)]
-        held = [(name, stored.view) for name, stored in places if name in self.source.names]
+        named = [(self.own_name(name), stored.view) for name, stored in places]
+        held = [(name, view) for name, view in named if name in self.source.names]
         if sum(view.numel() for _, view in held) < owner.numel():
-            missing = next(name for name, _ in places if name not in self.source.names)
+            missing = next(name for name, _ in named if name not in self.source.names)
             raise ConfigError(f"{missing} of the Hugging Face model is not in {self.source.files[0].parent}")
         for name, view in held:
             place = target.as_strided(view.shape, view.stride(), view.storage_offset())
@@ -139,22 +153,17 @@ class _Weights:
 
 
 def run_hf(
-    model: PreTrainedModel,
-    source: WeightSource,
-    ids: Tensor,
-    dtype: torch.dtype,
-    device: torch.device,
-    rounding: Rounding,
+    model: PreTrainedModel, hf: Checkpoint, ids: Tensor, dtype: torch.dtype, device: torch.device, rounding: Rounding
 ) -> HfRun:
-    """One forward pass of `ids` [1, S] through the model of `build_hf`, its weights read from `source`."""
+    """One forward pass of `ids` [1, S] through the model of `build_hf`, its weights read from `hf`."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    inner = model.model
+    inner = text_model(model)
     outputs: dict[nn.Module, Tensor] = {}
     with Files() as files, torch.no_grad():
-        weights = _Weights(model, source, files, dtype, device, rounding)
+        weights = _Weights(model, hf, files, dtype, device, rounding)
 
         def done(module: nn.Module, _: object, output: Tensor | tuple[Tensor, ...]) -> None:
             outputs[module] = (output[0] if isinstance(output, tuple) else output).detach().cpu()

@@ -21,7 +21,7 @@ from swiftlite.utils.errors import CheckpointError, ConfigError, MapError, Shape
 from swiftlite.utils.types import Config, Json
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.ops import Shape
-from swiftlite.weights.rule import BoundMap, Entry, clip
+from swiftlite.weights.rule import BoundMap, Entry, clip, text_name
 from swiftlite.weights.shape import ModelShape
 from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, read_tensor
 from swiftlite.weights.torch_dist import candidates
@@ -114,7 +114,7 @@ def initial_a(module: str, rank: int, into: int, seed: int) -> Tensor:
 
     It depends on seed and Hugging Face name alone, so it is the same on both sides and under every parallel layout.
     """
-    digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {text_name(module)}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     bound = 1 / math.sqrt(into)
     return torch.empty(rank, into).uniform_(-bound, bound, generator=generator)

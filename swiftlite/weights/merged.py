@@ -60,8 +60,8 @@ def read_extras(names: Mapping[str, str], source: WeightSource, config: Config, 
             rows[target] = stored, numbers
         else:
             target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            tied = bound.model.tied and target == HEAD
-            wanted = _shape(bound, EMBEDDING if tied else target, name)
+            tied = bound.model.tied and target == bound.own_name(HEAD)
+            wanted = _shape(bound, bound.own_name(EMBEDDING) if tied else target, name)
             whole[target] = stored
         if tuple(shape) != wanted:
             raise ShapeError(f"{name} has shape {list(shape)}, the base model needs {list(wanted)}")
@@ -98,19 +98,20 @@ def _modules(config: Config, key: str) -> list[str]:
 
 def _check_tied(whole: dict[str, str], source: WeightSource, config: Config, bound: BoundMap) -> None:
     """Embedding and head of a tied model are one weight: both must have been trained as one, and the head's copy goes."""
-    if not bound.model.tied or not (whole.keys() & {EMBEDDING, HEAD}):
+    embedding, head = bound.own_name(EMBEDDING), bound.own_name(HEAD)
+    if not bound.model.tied or not (whole.keys() & {embedding, head}):
         return
-    if {EMBEDDING, HEAD} <= whole.keys():
+    if {embedding, head} <= whole.keys():
         with Files() as files:
-            equal = torch.equal(*(read_tensor(source, whole[name], files) for name in (EMBEDDING, HEAD)))
+            equal = torch.equal(*(read_tensor(source, whole[name], files) for name in (embedding, head)))
     else:
-        equal = EMBEDDING in whole and bool(config.get("ensure_weight_tying"))
+        equal = embedding in whole and bool(config.get("ensure_weight_tying"))
     if not equal:
         raise ConfigError(
             f"adapter_config.json: modules_to_save {config.get('modules_to_save')} trained embedding and output layer "
             "apart, which are one weight in the base model; train with ensure_weight_tying, or without modules_to_save"
         )
-    whole.pop(HEAD, None)
+    whole.pop(head, None)
 
 
 class Merged(Wrapped):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from swiftlite.utils.errors import MapError, ShapeError
@@ -15,6 +15,41 @@ from swiftlite.weights.ops import COPY, Op, Segment, Shape
 from swiftlite.weights.shape import NO_LAYER, LayerKind, ModelShape
 
 Dims = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How files name the tensors of a text model that is a part of a larger one: the text model's own names begin with
+    `plain`, which stands as `stored` in the files. The head and MTP blocks are beside the model proper.
+    """
+
+    plain: str
+    stored: str
+
+    def __call__(self, name: str) -> str:
+        """The name in the files of one of the text model's own names."""
+        return self.stored + name.removeprefix(self.plain) if name.startswith(self.plain) else name
+
+    def is_text(self, name: str) -> bool:
+        """Whether a name in the files is a tensor of the text model; what is not is another part's."""
+        return name.startswith(tuple(self(part) for part in _TEXT_PARTS))
+
+
+_TEXT_PARTS = ("model.", "lm_head.", "mtp.")
+NAMINGS = (
+    Naming("model.", "model.language_model."),  # releases of transformers since 4.52, and modules of the live model
+    Naming("", "language_model."),  # files that are older, and those of LLaVA's descendants
+    Naming("", ""),  # Qwen2.5-VL on the hubs: the other parts are beside `model`
+)
+
+
+def text_name(name: str) -> str:
+    """The text model's own name for what any of NAMINGS, or the text model itself, calls `name`."""
+    for naming in NAMINGS[:2]:
+        if name.startswith(naming.stored):
+            name = naming.plain + name.removeprefix(naming.stored)
+            return name.replace("model.blocks.", "model.layers.", 1)  # Kimi-K2.5's, in transformers 5.24
+    return name
 
 
 @dataclass(frozen=True)
@@ -231,21 +266,25 @@ def clip(segments: Iterable[Segment], start: int, stop: int) -> Iterator[Segment
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a checkpoint holds besides the mapped tensors, by decision."""
+    """What a checkpoint holds besides the mapped tensors, by decision. carried: of other parts than the text model."""
 
     ignored: tuple[str, ...]
     duplicates: tuple[Duplicate, ...]
+    carried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BoundMap:
-    """The rules written out for one model. fused: tensors that may stand for those of single experts, by name."""
+    """The rules written out for one model. fused: tensors that may stand for those of single experts, by name. naming: of
+    the text part of a larger model, whose other tensors are carried.
+    """
 
     model: ModelShape
     entries: tuple[Entry, ...]
     duplicates: tuple[Duplicate, ...]
     ignore: tuple[str, ...]
     fused: Mapping[str, FusedTensor] = field(default_factory=dict)
+    naming: Naming | None = None
 
     def __post_init__(self) -> None:
         mcore = set[str]()
@@ -274,6 +313,28 @@ class BoundMap:
             for position, name in enumerate(entry.hf):
                 found.setdefault(name, []).append((entry, position))
         return found
+
+    def named(self, naming: Naming | None) -> BoundMap:
+        """The same under the names that files have."""
+        if naming is None:
+            return self
+        entries = tuple(replace(entry, hf=tuple(map(naming, entry.hf))) for entry in self.entries)
+        copies = tuple(replace(copy, name=naming(copy.name), of=naming(copy.of)) for copy in self.duplicates)
+        fused = {
+            naming(name): replace(
+                tensor, name=naming(name), views={naming(part): view for part, view in tensor.views.items()}
+            )
+            for name, tensor in self.fused.items()
+        }
+        return replace(self, entries=entries, duplicates=copies, fused=fused, naming=naming)
+
+    def own_name(self, name: str) -> str:
+        """The map's name for a tensor, or a module, that another release or tool names otherwise."""
+        return name if self.naming is None else self.naming(text_name(name))
+
+    def is_carried(self, name: str) -> bool:
+        """Whether a name in the files belongs to a part of the model that is no text model's."""
+        return self.naming is not None and not self.naming.is_text(name)
 
     @cached_property
     def by_hf(self) -> Mapping[str, tuple[Entry, int]]:
@@ -326,7 +387,7 @@ class BoundMap:
         Raises: MapError naming missing and unknown tensors; ShapeError naming the first wrong shape.
         """
         duplicates = {d.name: d for d in self.duplicates}
-        ignored = []
+        ignored, carried = [], []
         present, unknown = [], []
         held: dict[str, str] = {}
         for name in shapes:
@@ -335,7 +396,9 @@ class BoundMap:
                     raise MapError(f"{where} holds {part} twice: in {held[part]} and in {name}")
             if name in self.by_hf or name in self.fused:
                 continue
-            if name in duplicates:
+            if self.is_carried(name):
+                carried.append(name)
+            elif name in duplicates:
                 present.append(duplicates[name])
             elif any(fnmatch.fnmatch(name, pattern) for pattern in self.ignore):
                 ignored.append(name)
@@ -352,7 +415,7 @@ class BoundMap:
                     f"{name} in {where} has shape {list(shapes[name])}, but config.json makes it "
                     f"{list(self.shape(name))}; the two files do not belong together"
                 )
-        return Coverage(tuple(ignored), tuple(present))
+        return Coverage(tuple(ignored), tuple(present), tuple(carried))
 
 
 def _check_rows(name: str, uses: Sequence[tuple[Entry, int]]) -> None:

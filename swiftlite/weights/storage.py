@@ -167,6 +167,43 @@ class Renamed(Wrapped):
         return self.base.scattered(self.stored[name])
 
 
+class Beside(Wrapped):
+    """A source, and beside it the tensors of a plain one."""
+
+    def __init__(self, base: WeightSource, other: WeightSource) -> None:
+        super().__init__(base)
+        self.other = other
+
+    def _of(self, name: str) -> WeightSource:
+        return self.other if name in self.other.names else self.base
+
+    @property
+    def names(self) -> Collection[str]:
+        return {*self.base.names, *self.other.names}
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [*self.base.files, *self.other.files]
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._of(name).spec(name)
+
+    def value_dtype(self, name: str) -> torch.dtype:
+        return self._of(name).value_dtype(name)
+
+    def extents(self, name: str, start: int, stop: int) -> Iterator[Extent]:
+        return self._of(name).extents(name, start, stop)
+
+    def read(self, name: str, first: int, out: torch.Tensor, files: Files) -> None:
+        self._of(name).read(name, first, out, files)
+
+    def scattered(self, name: str) -> bool:
+        return self._of(name).scattered(name)
+
+    def decode(self, name: str, row: int, column: int, raw: torch.Tensor) -> torch.Tensor:
+        return self._of(name).decode(name, row, column, raw)
+
+
 Decode = Callable[[str, int, torch.Tensor], torch.Tensor]
 
 

@@ -54,9 +54,10 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     where mistakes in their mapping hide. MTP tensors, which transformers leaves out, are added to the files.
     """
     from safetensors.torch import load_file, save_file
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     from swiftlite.checkpoint.bind import bind_map
+    from swiftlite.llm.model.loader import auto_class
 
     directory.mkdir(parents=True, exist_ok=True)
     aliases = family_of(config["architectures"][0]).aliases
@@ -65,7 +66,7 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
         pytest.skip(f"transformers {__version__} has no model of type {known['model_type']}")
     (directory / "config.json").write_text(json.dumps(known))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
+    model = auto_class(config).from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -77,6 +78,13 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     path = directory / "model.safetensors"
     tensors = load_file(path)
+    # transformers 5.24 writes Kimi-K2.5's text layers so; the published files do not.
+    hub = {
+        name.replace("language_model.model.blocks.", "language_model.model.layers."): t for name, t in tensors.items()
+    }
+    if hub.keys() != tensors.keys():
+        tensors = hub
+        save_file(tensors, path, {"format": "pt"})
     missing = mtp_tensors(config, tensors, dtype)
     if missing:
         save_file({**tensors, **missing}, path, {"format": "pt"})

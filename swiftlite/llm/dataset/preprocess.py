@@ -51,6 +51,7 @@ _RESPONSE = ("response", "answer", "output", "completion", "solution", "chosen")
 _SYSTEM = ("system", "system_prompt")
 _REJECTED = ("rejected_response", "rejected")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_SEES_NOTHING = "has images, video or sound, which are not trained on"
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # What a message may carry besides role and content: texts and numbers.
 _MESSAGE_EXTRAS = ("name", "tool_call_id")
@@ -74,7 +75,7 @@ def preprocess(row: object, columns: Mapping[str, str] | None = None, answered: 
     named = {(columns or {}).get(key, key): value for key, value in row.items() if not _is_missing(value)}
     media = next((key for key in _MEDIA if named.get(key)), None)
     if media:
-        raise RowError("has images, video or sound, which a text model cannot see", f"column {media}")
+        raise RowError(_SEES_NOTHING, f"column {media}")
     out: Row = {"messages": _find_messages(named, answered)}
     _check_answers(out["messages"], answered)
     rejected = _find_rejected(named, out["messages"])
@@ -282,6 +283,10 @@ def _content(content: object) -> str:
         words = [text for text in texts if isinstance(text, str)]
         if len(words) == len(texts):
             return "".join(words)
+        kinds = (str(item.get("type")) for item in content if isinstance(item, Mapping))
+        media = next((kind for kind in kinds if kind.startswith(("image", "video", "audio", "input_"))), None)
+        if media:
+            raise RowError(_SEES_NOTHING, f"a message's part of type {media}")
     raise RowError("content is not text", "null" if content is None else type(content).__name__)
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from swiftlite.arguments.base import ATTENTION
 from swiftlite.checkpoint.files import check_side_files
-from swiftlite.checkpoint.info import ModelInfo, config_dtype
+from swiftlite.checkpoint.info import ModelInfo, config_dtype, with_changes
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.registry import AUTO_CLASSES, get_model_info_meta
+from swiftlite.checkpoint.vocabulary import rows_of
 from swiftlite.families.records import ModelMeta
 from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError, reason
@@ -335,8 +336,8 @@ def _describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
     info: ModelInfo = tokenizer.model_info
     told = {name: getattr(tokenizer, name) for name in ("model_info", "model_meta", "new_token_ids")}
     vars(model).update(told, model_dir=info.model_dir)
-    if info.config is not None and vocab_size_of(model) != info.config.get("vocab_size"):
-        info.config = {**info.config, "vocab_size": vocab_size_of(model)}
+    if info.config is not None and vocab_size_of(model) != rows_of(info.config):
+        info.config = with_changes(info.config, {"vocab_size": vocab_size_of(model)})
 
 
 def get_model_processor(model_id_or_path: str, *args: Any, **kwargs: Any) -> Loaded:

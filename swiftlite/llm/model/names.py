@@ -8,19 +8,20 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swiftlite.families import family_of
-from swiftlite.families.hf_config import architecture_of
+from swiftlite.families.hf_config import architecture_of, text_config, wrapped_family
 from swiftlite.utils.errors import CheckpointError, ConfigError
 from swiftlite.utils.text import listing
 from swiftlite.utils.types import Config
+from swiftlite.weights.rule import NAMINGS
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Files, read_tensor
 
@@ -36,12 +37,16 @@ class Stored:
     view: Tensor
 
 
-def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Stored]:
+def checkpoint_tensors(model: PreTrainedModel, parts: Sequence[nn.Module] = ()) -> dict[str, Stored]:
     """Every tensor that a checkpoint of `model` holds, under its name there. Tied weights come under each name.
 
+    Args: parts: of these modules alone.
     Raises: ConfigError for a model whose parameters are not rows of the checkpoint's tensors.
     """
     live: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if parts:
+        held = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+        live = {name: tensor for name, tensor in live.items() if id(tensor) in held}
     if not _joins():
         return {name: Stored(tensor, tensor.data) for name, tensor in live.items()}
     from transformers.core_model_loading import revert_weight_conversion
@@ -90,15 +95,18 @@ class Others:
             family = family_of(architecture_of(config))
         except ConfigError:
             return cls(ignored=("*.rotary_emb.inv_freq",))
-        weights = family.weights
-        tied = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
-        first = int(config.get("num_hidden_layers") or 0)
-        blocks = [str(weights.mtp_layer).format(index=i, number=first + i) for i in range(family.num_mtp(config))]
+        weights, text = family.weights, text_config(config)
+        tied = "model.embed_tokens.weight" if text.get("tie_word_embeddings") else "lm_head.weight"
+        first = int(text.get("num_hidden_layers") or 0)
+        blocks = [str(weights.mtp_layer).format(index=i, number=first + i) for i in range(family.num_mtp(text))]
         copies = {}
         for duplicate in weights.duplicates:
             of = tied if duplicate.of == "lm_head.weight" else duplicate.of
             for block in blocks if "{layer}" in duplicate.name else ("",):
                 copies[duplicate.name.format(layer=block)] = of
+        if wrapped_family(config) is not None:  # as any release of transformers calls them
+            blocks = [naming(block) for naming in NAMINGS for block in blocks]
+            copies = {naming(name): naming(of) for naming in NAMINGS for name, of in copies.items()}
         return cls(tuple(f"{block}." for block in blocks), copies, weights.ignore)
 
     def has(self, name: str) -> bool:

@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import safe_globals
 from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.files import CONFIG, copy_side_files
 from swiftlite.checkpoint.new_tokens import copy_tokenizer, enter_tokens
+from swiftlite.checkpoint.vocabulary import rows_of
 from swiftlite.llm.model import tuner
 from swiftlite.llm.model.loader import embedding_rows, id_of
 from swiftlite.llm.model.names import Others, check_names, load_tensors
@@ -72,7 +73,7 @@ def _save_weights(model: PreTrainedModel, directory: Path, args: SftArguments) -
     model.save_pretrained(directory, state_dict={**state, **carried})
     # transformers would write them anew in its own release's form, which other releases and tools may not read.
     rows = embedding_rows(model)
-    grown = read_json(source / CONFIG).get("vocab_size") not in (None, rows)
+    grown = rows_of(read_json(source / CONFIG)) not in (None, rows)
     copy_side_files(source, directory, {"vocab_size": rows} if grown else {}, dtype)
     if held and not args.save_weights_only:
         save_file({name: value.contiguous() for name, value in held.items()}, directory / FP32_FILE)

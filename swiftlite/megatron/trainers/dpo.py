@@ -25,7 +25,7 @@ from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
 from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.checkpoint.resolve import as_arguments
-from swiftlite.checkpoint.vocabulary import grown
+from swiftlite.checkpoint.vocabulary import grown, rows_of
 from swiftlite.llm.dataset.pairs import PairDataset, load_pairs, sequences_of
 from swiftlite.megatron.context import add_up
 from swiftlite.megatron.hf_io import load_weights
@@ -230,7 +230,7 @@ def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Megatr
         )  # fmt: skip
         directory = Path(info.model_dir)
     stated, model = read_config(checkpoint_root(directory)), read_config(checkpoint_root(origin))
-    same = stated["vocab_size"] == model["vocab_size"]
+    same = rows_of(stated) == rows_of(model)
     config = convert_hf_config(grown(stated, args.new_tokens if same else None))
     check_reference(args, config["padded_vocab_size"], args.description.padded_vocab_size)
     other = copy.copy(args)  # the same run of another model

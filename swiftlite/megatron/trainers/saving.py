@@ -11,11 +11,11 @@ from megatron.core.transformer.module import MegatronModule
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.adapter import Adapter
 from swiftlite.checkpoint.chat import Chat
-from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.checkpoint import CARRIED, Checkpoint
 from swiftlite.checkpoint.new_tokens import copy_tokenizer
 from swiftlite.checkpoint.side_files import write_megatron_lm_args
 from swiftlite.convert.conversion import Options, convert
-from swiftlite.convert.targets import SHARD_BYTES, HfTarget, PeftTarget
+from swiftlite.convert.targets import SHARD_BYTES, CarriedPlan, HfTarget, PeftTarget
 from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import prepare_hf_weights
@@ -50,6 +50,10 @@ class RunFiles:
         self.origin.write_side_files(beside, None if self.lora else torch_dtype(self.args))
         self.origin.write_manifest(beside)
         write_megatron_lm_args(beside, self.args.megatron_lm_args())
+        if not self.lora and not (self.root / CARRIED).is_dir():
+            carried = CarriedPlan(self.origin)
+            carried.prepare(beside)
+            stream.run(carried.jobs(beside))
         if self.lora:
             write_json(beside / ADAPTER_CONFIG, self.lora.peft_config)
         self.record(beside)
@@ -74,6 +78,7 @@ class RunFiles:
             Extras(),
             config,
             source.files,
+            self.origin.bound.naming,
         )
         plan = PeftTarget().plan(adapter)
         plan.prepare(directory)

@@ -20,7 +20,7 @@ from swiftlite.utils.errors import MapError, UsageError
 from swiftlite.utils.types import Config
 from swiftlite.weights.lora import A, B, LoraConfig, initial_a
 from swiftlite.weights.merged import EMBEDDING, HEAD
-from swiftlite.weights.rule import BoundMap
+from swiftlite.weights.rule import NAMINGS, BoundMap
 from swiftlite.weights.storage import Files, read_tensor
 
 # Neither routers nor gates of shared experts; linear attention keeps its projections as parts of one matrix.
@@ -80,6 +80,8 @@ def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
         "target_modules": targets if isinstance(targets, str) else sorted(targets), "bias": "none",
         "inference_mode": True,
     }  # fmt: skip
+    if bound.naming is not None:  # other parts have layers of the same names
+        config["exclude_modules"] = rf"(?!{re.escape(NAMINGS[0].stored)}).*"
 
     def values(module: str) -> tuple[Tensor, Tensor]:
         entry, position = bound.by_hf[f"{module}.weight"]
@@ -115,7 +117,8 @@ def with_new_rows(plan: LoraPlan, origin: Checkpoint) -> LoraPlan:
     ids = origin.new_tokens.added if origin.new_tokens is not None else ()
     if not ids:
         return plan
-    weights = [weight for weight in (EMBEDDING, HEAD) if weight in origin.bound.by_hf]
+    named = (origin.bound.own_name(weight) for weight in (EMBEDDING, HEAD))
+    weights = [weight for weight in named if weight in origin.bound.by_hf]
     with Files() as files:
         rows = {
             weight: (ids, torch.cat([read_tensor(origin.source, weight, files, rows=(i, i + 1)) for i in ids]))

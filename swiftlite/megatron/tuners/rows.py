@@ -25,6 +25,7 @@ from torch import Tensor
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.types import Json
 from swiftlite.weights.merged import EMBEDDING, HEAD, TOKENS
+from swiftlite.weights.rule import text_name
 
 Rows = Mapping[
     str, tuple[Sequence[int], Tensor]
@@ -105,7 +106,7 @@ def add_rows(model: MegatronModule, adapters: Any, rows: Rows) -> None:
         )
     embedding, head = getattr(model, "embedding", None), model.output_layer if model.post_process else None
     for weight, (ids, values) in rows.items():
-        is_read, is_scored = weight == EMBEDDING and embedding is not None, weight == HEAD or tied
+        is_read, is_scored = text_name(weight) == EMBEDDING and embedding is not None, text_name(weight) == HEAD or tied
         if is_read or (is_scored and head is not None):
             trained = TokenRows(weight, ids, values, adapters, config)
             adapters.add_module(weight.split(".")[-2], trained)

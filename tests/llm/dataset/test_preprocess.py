@@ -154,7 +154,7 @@ def test_columns_are_renamed():
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
         ({"messages": QA[:1]}, "no assistant message"),
         ({"messages": [QA[0], {"role": "assistant", "content": None}]}, "content is not text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, QA[1]]}, "content is not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, QA[1]]}, "has images"),
         ({"query": "Q", "response": "  "}, "the last answer is empty"),
         ({"query": "Q", "response": ["A"]}, "column is not text"),
         ({"query": "Q", "response": "A", "history": ["q"]}, "history is not a list"),
