@@ -191,7 +191,7 @@ class TrainingModel:
 
     def need(self, layout: Layout, micro_batch_size: int, seq_length: int, num_microbatches: int) -> MemoryUse:
         """Bytes on the GPU of the pipeline stage that takes most."""
-        tokens = micro_batch_size * self.sequences * seq_length
+        tokens = micro_batch_size * self.sequences * seq_length // self.args.context_parallel_size
         return max((self._stage_need(layout, rank, tokens, num_microbatches) for rank in range(layout.pp)),
                    key=lambda need: need.total)  # fmt: skip
 
