@@ -16,6 +16,11 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 
+def ranks() -> int:
+    """That share each sample; one where no parallel groups are."""
+    return mpu.get_context_parallel_world_size() if mpu.model_parallel_is_initialized() else 1  # type: ignore[no-any-return]
+
+
 def owners(bounds: Tensor, size: int) -> Tensor:
     """[T]: the rank that holds each token.
 
@@ -35,7 +40,7 @@ def places(bounds: Tensor, size: int, rank: int) -> Tensor:
 
 def my_places(bounds: Tensor) -> Tensor:
     """`places` of this process."""
-    return places(bounds, mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank())
+    return places(bounds, ranks(), mpu.get_context_parallel_rank())
 
 
 def positions(bounds: Tensor) -> Tensor:
@@ -46,7 +51,7 @@ def positions(bounds: Tensor) -> Tensor:
 
 def gather(x: Tensor, bounds: Tensor) -> Tensor:
     """[T / N, ...] of this rank -> [T, ...] in the order of the text. Gradients of all ranks are summed. Collective."""
-    size = mpu.get_context_parallel_world_size()
+    size = ranks()
     if size == 1:
         return x
     whole = gather_from_sequence_parallel_region(x, True, group=mpu.get_context_parallel_group())
@@ -56,6 +61,6 @@ def gather(x: Tensor, bounds: Tensor) -> Tensor:
 
 def add_up(x: Tensor) -> Tensor:
     """Sum over the ranks that share samples; each keeps the gradient of its own part. Collective."""
-    if mpu.get_context_parallel_world_size() == 1:
+    if ranks() == 1:
         return x
     return reduce_from_tensor_model_parallel_region(x, group=mpu.get_context_parallel_group())  # type: ignore[no-any-return]

@@ -98,7 +98,6 @@ def test_partial_rotary() -> None:
     ("config", "words"),
     [
         ({"rope_scaling": {"rope_type": "spiral"}}, "'spiral' is not known; supported: default, linear"),
-        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "'mrope' is not known"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
         ({"rope_scaling": {**LONGROPE, "long_factor": None}}, "needs long_factor"),
         ({"rope_scaling": {**LONGROPE, "short_factor": [1.0, float("nan")]}}, "short_factor nan must be a number"),

@@ -11,14 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding as CoreRotaryEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swiftlite.arguments.description import ModelDescription
-from swiftlite.megatron.context import my_places
+from swiftlite.megatron.context import my_places, ranks
 from swiftlite.utils.errors import ConfigError
 
 
@@ -132,7 +131,7 @@ class RotaryEmbedding(CoreRotaryEmbedding):  # type: ignore[misc]
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, **_: Any) -> Any:
         """Angles [S, 1, 1, rotated width]; of this rank's positions, unless sequences are packed."""
         angles = super().forward(max_seq_len, offset, packed_seq)
-        if not packed_seq and mpu.get_context_parallel_world_size() > 1:
+        if not packed_seq and ranks() > 1:
             angles = angles[my_places(torch.tensor([0, len(angles)], device=angles.device))]
         return (angles, self.rope.attention_factor) if self.with_factor else angles
 

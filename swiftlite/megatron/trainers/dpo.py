@@ -27,7 +27,7 @@ from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.checkpoint.vocabulary import grown, rows_of
 from swiftlite.llm.dataset.pairs import PairDataset, load_pairs, sequences_of
-from swiftlite.megatron.context import add_up
+from swiftlite.megatron.context import add_up, ranks
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.base import Trainer
@@ -69,7 +69,7 @@ class PairBatch(MicroBatch):
         """[pairs, tokens of the chosen answers]: this rank's share, of ranks that hold parts of the same samples."""
         pairs = self.num_answers // 2
         chosen = (self.loss_mask * (self.sequence_ids < pairs)).sum()
-        return torch.stack([chosen.new_full((), pairs / mpu.get_context_parallel_world_size()), chosen])
+        return torch.stack([chosen.new_full((), pairs / ranks()), chosen])
 
 
 class PairLoader(BatchLoader):
@@ -210,8 +210,8 @@ class DpoTrainer(Trainer):
         share = self.pair_loss.total(sums["loss"], pairs, sums["nll"], chosen_tokens)
         # Ranks that share samples compute one loss, so one of them counts its pairs.
         counted = sums["pairs"] if self.parallel.cp_rank == 0 else torch.zeros_like(sums["pairs"])
-        ranks = self.parallel.cp_size
-        return share * pairs, counted.int(), {name: value.detach() / ranks for name, value in sums.items()}
+        parts = self.parallel.cp_size
+        return share * pairs, counted.int(), {name: value.detach() / parts for name, value in sums.items()}
 
 
 def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, MegatronDpoArguments | None]:

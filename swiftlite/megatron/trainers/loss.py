@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from swiftlite.megatron.context import add_up
+from swiftlite.megatron.context import add_up, ranks
 from swiftlite.megatron.model.blocks.router import routing_of
 from swiftlite.megatron.trainers.batch import MicroBatch
 
@@ -48,9 +48,9 @@ def language_model_loss(loss_mask: Tensor, losses: Tensor, per_token: bool = Tru
         return total, count, {"loss": total.detach().clone(), "trained_tokens": count}
     count = add_up(count)
     mean = total.detach() / count.clamp(min=1)
-    ranks = mpu.get_context_parallel_world_size()  # each reports its part of one mean
+    parts = ranks()  # each reports its part of one mean
     # The gradients are averaged over these ranks as well, though each has a part of the mean only.
-    return total * ranks, count, {"loss": mean, "trained_tokens": torch.ones_like(mean) / ranks}
+    return total * parts, count, {"loss": mean, "trained_tokens": torch.ones_like(mean) / parts}
 
 
 def reduce_over_ranks(values: Tensor) -> Tensor:
