@@ -50,5 +50,6 @@ FAMILY = Family(
         Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"]),
     ),
     blocks=("full_qk_norm",),
+    local_only=True,
     weights=decoder(ATTENTION, FULL_QK_NORM, MIXTRAL_EXPERTS, BIAS),
 )

@@ -29,6 +29,7 @@ from swiftlite.megatron.model.blocks import load_blocks
 from swiftlite.megatron.model.blocks.router import TopKRouter
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
 from swiftlite.megatron.model.spec import block_spec, mtp_spec
+from swiftlite.utils.errors import ConfigError
 
 # Hugging Face builds MLA's latent norms with this epsilon, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -60,7 +61,13 @@ def model_provider(
     frequencies = rope.Rope(description)
     if not description.multi_latent_attention:
         frequencies.set_attention_factor(config)
-    blocks = load_blocks(family_of(description.architectures).blocks if description.architectures else ())
+    family = family_of(description.architectures) if description.architectures else None
+    if family is not None and family.local_only and backend.setup().spec == "te":
+        raise ConfigError(
+            f"{family.name}: with Transformer Engine this model gives other logits than transformers does; train it with "
+            "`swiftlite sft`, or on Megatron where Transformer Engine is not installed"
+        )
+    blocks = load_blocks(family.blocks if family else ())
     replaced = {core_router.TopKRouter: TopKRouter, **experts.replacements(args, config)}
     for block in blocks:
         replaced |= block.replacements(args) if hasattr(block, "replacements") else {}
