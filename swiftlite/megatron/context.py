@@ -35,6 +35,8 @@ def owners(bounds: Tensor, size: int) -> Tensor:
 
 def places(bounds: Tensor, size: int, rank: int) -> Tensor:
     """[T / size]: where the tokens of this rank stand among all, in the order in which it holds them."""
+    if size == 1:  # any lengths
+        return torch.arange(int(bounds[-1]), device=bounds.device)
     return (owners(bounds, size) == rank).nonzero().squeeze(1)
 
 
