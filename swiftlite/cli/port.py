@@ -158,7 +158,8 @@ def _command(words: list[str]) -> tuple[list[str], list[str]] | None:
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """(number of its first line, line) with continuations and open quotes joined."""
-    held, began, here = "", 0, ""
+    held, here = "", ""
+    began = 0
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         if here:  # text that the shell passes on

@@ -106,7 +106,8 @@ class _Weights:
         self, model: PreTrainedModel, hf: Checkpoint, files: Files, dtype: torch.dtype, device: torch.device,
         rounding: Rounding,
     ) -> None:  # fmt: skip
-        self.source, self.own_name, self.files = hf.stored, hf.bound.own_name, files
+        self.source, self.own_name = hf.stored, hf.bound.own_name
+        self.files = files
         self.rounding = rounding
         self.dtype, self.device = dtype, device
         self.decode = decoder(hf.stored)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.megatron.context import places
 from swiftlite.megatron.model.blocks import attention as block
 from swiftlite.megatron.model.blocks.attention import SdpaAttention
-from swiftlite.utils.errors import ConfigError
 
 CONFIG: dict[str, Any] = {
     "sequence_parallel": True, "context_parallel_size": 1, "tensor_model_parallel_size": 1, "num_attention_heads": 4,
@@ -120,6 +120,11 @@ def test_one_mask_is_kept_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> No
     assert [int(row.sum()) for row in block.causal_mask(5, 4, cpu)] == [1, 2, 3, 4, 4]
 
 
-def test_context_parallelism_is_refused() -> None:
-    with pytest.raises(ConfigError):
-        attention(config={"context_parallel_size": 2})
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_parts_of_context_parallelism(size: int) -> None:
+    """Each rank has a piece of the front and one of the end of every sample; together they have all tokens once."""
+    bounds = torch.tensor([0, 16, 16, 24])
+    parts = [places(bounds, size, rank).tolist() for rank in range(size)]
+    assert sorted(sum(parts, [])) == list(range(24))
+    if size == 2:
+        assert parts[0] == [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 22, 23]

@@ -136,7 +136,8 @@ def collate_joined(
     lengths = [-(-n // sample_multiple) * sample_multiple for n in real]
     joined = join_rows([_filled(one, n, pad_token_id) for one, n in zip(samples, lengths, strict=True)])
     batch = collate([joined], pad_token_id, multiple_of, at_least)
-    batch.num_tokens, batch.sample_lengths, batch.lengths = sum(real), tuple(real), torch.tensor(real)
+    batch.num_tokens, batch.sample_lengths = sum(real), tuple(real)
+    batch.lengths = torch.tensor(real)
     if (rest := batch.tokens.shape[1] - sum(lengths)) > 0:
         lengths.append(rest)
     positions = [torch.arange(n) for n in lengths]
