@@ -21,44 +21,54 @@ def ranks() -> int:
     return mpu.get_context_parallel_world_size() if mpu.model_parallel_is_initialized() else 1  # type: ignore[no-any-return]
 
 
-def owners(bounds: Tensor, size: int) -> Tensor:
-    """[T]: the rank that holds each token.
+def places(total: int, bounds: Tensor | None, size: int, rank: int, device: torch.device | str | None = None) -> Tensor:
+    """[T / size]: where the tokens of one rank stand among all, in the order in which it holds them.
 
-    Args: bounds: int [samples + 1], where each sample begins and the last one ends; lengths are multiples of 2 `size`.
+    Args: total: T. bounds: int [samples + 1], where each sample begins and the last one ends; None: there is one. Lengths
+        are multiples of 2 `size`, unless that is 1. device: of the result. Waits for no GPU where `size` is 1.
     """
-    places = torch.arange(int(bounds[-1]), device=bounds.device)
-    sample = torch.searchsorted(bounds[1:].contiguous(), places, right=True)
-    piece = (bounds.diff()[sample] // (2 * size)).clamp(min=1)
-    number = (places - bounds[sample]) // piece
+    everything = torch.arange(total, device=device)
+    if size == 1:
+        return everything
+    return (_owners(everything, bounds, size) == rank).nonzero().squeeze(1)
+
+
+def _owners(places: Tensor, bounds: Tensor | None, size: int) -> Tensor:
+    """The rank that holds the token at each place."""
+    if bounds is None:
+        number = places // (len(places) // (2 * size))
+    else:
+        sample = _samples(places, bounds)
+        number = (places - bounds[sample]) // (bounds.diff()[sample] // (2 * size))
     return torch.minimum(number, 2 * size - 1 - number)
 
 
-def places(bounds: Tensor, size: int, rank: int) -> Tensor:
-    """[T / size]: where the tokens of this rank stand among all, in the order in which it holds them."""
-    if size == 1:  # any lengths
-        return torch.arange(int(bounds[-1]), device=bounds.device)
-    return (owners(bounds, size) == rank).nonzero().squeeze(1)
+def _samples(places: Tensor, bounds: Tensor) -> Tensor:
+    """The sample of each place; what stands behind the last one counts as a further one."""
+    return torch.searchsorted(bounds[1:].contiguous(), places, right=True)
 
 
-def my_places(bounds: Tensor) -> Tensor:
+def my_places(total: int, bounds: Tensor | None = None, device: torch.device | None = None) -> Tensor:
     """`places` of this process."""
-    return places(bounds, ranks(), mpu.get_context_parallel_rank())
+    return places(total, bounds, ranks(), mpu.get_context_parallel_rank(), device)
 
 
-def positions(bounds: Tensor) -> Tensor:
+def positions(total: int, bounds: Tensor | None, device: torch.device) -> Tensor:
     """[T / N]: how many tokens of its sample precede each token of this rank."""
-    mine = my_places(bounds)
-    return mine - bounds[torch.searchsorted(bounds[1:].contiguous(), mine, right=True)]
+    mine = my_places(total, bounds, device)
+    return mine if bounds is None else mine - bounds[_samples(mine, bounds)]
 
 
-def gather(x: Tensor, bounds: Tensor) -> Tensor:
-    """[T / N, ...] of this rank -> [T, ...] in the order of the text. Gradients of all ranks are summed. Collective."""
+def gather(bounds: Tensor | None, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Each [T / N, ...] of this rank -> [T, ...] in the order of the text. Gradients of all ranks are summed. Collective."""
     size = ranks()
     if size == 1:
-        return x
-    whole = gather_from_sequence_parallel_region(x, True, group=mpu.get_context_parallel_group())
-    order = torch.cat([places(bounds, size, rank) for rank in range(size)])
-    return whole.index_select(0, order.argsort())  # type: ignore[no-any-return]
+        return parts
+    everything = torch.arange(len(parts[0]) * size, device=parts[0].device)
+    order = _owners(everything, bounds, size).argsort(stable=True).argsort()
+    group = mpu.get_context_parallel_group()
+    wholes = (gather_from_sequence_parallel_region(part, True, group=group) for part in parts)
+    return tuple(whole.index_select(0, order) for whole in wholes)
 
 
 def add_up(x: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def fault(name: str | None) -> Iterator[None]:
         return changed
 
     def places_in_order(_: Any) -> Any:
-        return lambda bounds, size, rank: torch.arange(int(bounds[-1])).chunk(size)[rank]
+        return lambda total, bounds, size, rank: torch.arange(total).chunk(size)[rank]
 
     def loss_of_one_rank(original: Any) -> Any:
         def changed(self: Any, size: int, rank: int) -> Any:

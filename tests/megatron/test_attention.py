@@ -124,7 +124,7 @@ def test_one_mask_is_kept_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> No
 def test_parts_of_context_parallelism(size: int) -> None:
     """Each rank has a piece of the front and one of the end of every sample; together they have all tokens once."""
     bounds = torch.tensor([0, 16, 16, 24])
-    parts = [places(bounds, size, rank).tolist() for rank in range(size)]
+    parts = [places(24, bounds, size, rank).tolist() for rank in range(size)]
     assert sorted(sum(parts, [])) == list(range(24))
     if size == 2:
         assert parts[0] == [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 22, 23]

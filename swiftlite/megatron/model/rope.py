@@ -132,7 +132,7 @@ class RotaryEmbedding(CoreRotaryEmbedding):  # type: ignore[misc]
         """Angles [S, 1, 1, rotated width]; of this rank's positions, unless sequences are packed."""
         angles = super().forward(max_seq_len, offset, packed_seq)
         if not packed_seq and ranks() > 1:
-            angles = angles[my_places(torch.tensor([0, len(angles)], device=angles.device))]
+            angles = angles[my_places(len(angles), device=angles.device)]
         return (angles, self.rope.attention_factor) if self.with_factor else angles
 
 

@@ -80,8 +80,7 @@ class MicroBatch:
     def part(self, size: int, rank: int) -> Self:
         """What one of `size` ranks of context parallelism holds."""
         shape = self.tokens.shape
-        bounds = self.cu_seqlens if self.cu_seqlens is not None else torch.tensor([0, shape[1]])
-        mine = places(bounds, size, rank)
+        mine = places(shape[1], self.cu_seqlens, size, rank)
         whole = {name: v for name, v in vars(self).items() if isinstance(v, Tensor) and v.shape == shape}
         changes: Json = {name: v[:, mine] for name, v in whole.items()}
         return replace(self, **changes)

@@ -100,9 +100,8 @@ class SdpaAttention(torch.nn.Module):
         assert attention_bias is None, "no model here passes an attention bias"
         ranks = self.config.context_parallel_size
         if packed_seq_params is None:
-            bounds = torch.tensor([0, len(query) * ranks], device=query.device)
-            return self._attend(query, *(gather(x, bounds) for x in (key, value)))
-        key, value = (gather(x, packed_seq_params.cu_seqlens_q) for x in (key, value))
+            return self._attend(query, *gather(None, key, value))
+        key, value = gather(packed_seq_params.cu_seqlens_q, key, value)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         parts = [
             self._attend(
@@ -120,7 +119,8 @@ class SdpaAttention(torch.nn.Module):
         """Of one sample's queries on this rank and all its keys and values."""
         length = len(key)
         window = self.window if self.window is not None and self.window < length else None
-        rows = my_places(torch.tensor([0, length], device=key.device)) if len(query) < length else None
+        rows = my_places(length, device=key.device) if len(query) < length else None
+        plain = window is None and rows is None
         dropout = self.dropout if self.training else 0.0
         with self._dropout_generator(dropout):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, width]
@@ -131,9 +131,9 @@ class SdpaAttention(torch.nn.Module):
                     q,
                     k,
                     v,
-                    attn_mask=None if window is rows is None else causal_mask(length, window, q.device, rows),
+                    attn_mask=None if plain else causal_mask(length, window, q.device, rows),
                     dropout_p=dropout,
-                    is_causal=window is rows is None,
+                    is_causal=plain,
                     scale=self.softmax_scale,
                     enable_gqa=query.shape[-2] != key.shape[-2],
                 )

@@ -23,12 +23,8 @@ def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     def scale(_: object, inputs: tuple[Any, ...], kwargs: Json) -> tuple[tuple[Any, ...], Json]:
         query, *rest = inputs  # [S, B, N, D], packed [T, N, D]
         packed = kwargs.get("packed_seq_params")
-        bounds = torch.tensor([0, len(query) * args.context_parallel_size], device=query.device)
-        if packed is not None:
-            bounds = torch.cat(
-                [packed.cu_seqlens_q, bounds[1:].to(packed.cu_seqlens_q.dtype)]
-            )  # and what stands behind
-        where = positions(bounds)
+        bounds = None if packed is None else packed.cu_seqlens_q
+        where = positions(len(query) * args.context_parallel_size, bounds, query.device)
         factor = 1 + beta * torch.log(1 + torch.floor(where / original))
         return (query * factor.view(-1, *[1] * (query.dim() - 1)).to(query.dtype), *rest), kwargs
 
