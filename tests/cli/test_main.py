@@ -187,7 +187,8 @@ def start(tmp_path, word, **variables):
     """Launch two workers from another process, with a module `swiftlite_worker` in place of `swiftlite`."""
     (tmp_path / "swiftlite_worker.py").write_text(WORKER)
     code = (
-        "import os, sys, subprocess\nfrom swiftlite.cli import launcher\n"
+        "import os, signal, sys, subprocess\nfrom swiftlite.cli import launcher\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # what nohup started ignores it
         "popen = subprocess.Popen\n"
         "def swap(command, **kw):\n"
         "    return popen(['swiftlite_worker' if w == 'swiftlite' else w for w in command], **kw)\n"
