@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.megatron import cpu
 from swiftlite.utils.types import Json
 from swiftlite.weights.unpickle import guard_checkpoint_reader
@@ -82,7 +81,7 @@ def _uneven_parts_over_gloo() -> None:
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather_parts(
-        input_: Tensor, group: ProcessGroup, output_split_sizes: Any = None, *args: MegatronSftArguments, **kwargs: Any
+        input_: Tensor, group: ProcessGroup, output_split_sizes: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather(input_, group, output_split_sizes, *args, **kwargs)  # type: ignore[no-any-return]
@@ -94,7 +93,7 @@ def _uneven_parts_over_gloo() -> None:
         return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
 
     def reduce_parts(
-        input_: Tensor, group: ProcessGroup, input_split_sizes: Any = None, *args: MegatronSftArguments, **kwargs: Any
+        input_: Tensor, group: ProcessGroup, input_split_sizes: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         if input_split_sizes is None or group.size() == 1:
             return reduce_scatter(input_, group, input_split_sizes, *args, **kwargs)  # type: ignore[no-any-return]
@@ -170,7 +169,7 @@ def _recompute_in_context() -> None:
     function: Any = importlib.import_module("megatron.core.tensor_parallel.random").CheckpointFunction
     original = function.forward
 
-    def forward(ctx: Any, run_function: Callable[..., Any], distribute: bool, *args: MegatronSftArguments) -> Any:
+    def forward(ctx: Any, run_function: Callable[..., Any], distribute: bool, *args: Any) -> Any:
         context = contextvars.copy_context()
 
         def run(*inputs: Any) -> Any:
@@ -200,7 +199,7 @@ def _cross_entropy_in_place() -> None:
         return
     original = language.te_parallel_cross_entropy
 
-    def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup, *args: MegatronSftArguments) -> Any:
+    def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup, *args: Any) -> Any:
         if not (logits.requires_grad and logits.is_contiguous()):
             return original(logits, labels, group, *args)
         return kernels.parallel_cross_entropy(logits, labels, dist_process_group=group, overwrite_input=True)

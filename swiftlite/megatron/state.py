@@ -207,13 +207,8 @@ def carried_tensors(models: Sequence[torch.nn.Module], origin: Checkpoint) -> di
     They go unchanged into every checkpoint of the run.
     """
     live = LiveMap(origin.bound)
-    held: set[tuple[str, int | None]] = set()
     entries = (live.entry(shard)[0] for shard in iter_shards(models))
-    mine = {(entry.mcore, entry.expert) for entry in entries}
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, mine)
-    for part in gathered:
-        held.update(part)
+    held = set[tuple[str, int | None]]().union(*all_gather({(entry.mcore, entry.expert) for entry in entries}))
     tensors: dict[str, ShardedTensor] = {}
     if torch.distributed.get_rank() == 0:
         with Files() as files:
@@ -237,7 +232,7 @@ def _contents(
     position: Position,
     models: Sequence[torch.nn.Module],
     args: MegatronSftArguments,
-    optimizer: MegatronOptimizer,
+    optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler,
     carried: Mapping[str, ShardedTensor] | None,
 ) -> tuple[Json, ShardedStateDict]:
@@ -252,8 +247,7 @@ def _contents(
     weights = dict(state)
     if carried:
         state["carried"] = dict(carried)
-    if scheduler is not None:
-        common["opt_param_scheduler"] = scheduler.state_dict()
+    common["opt_param_scheduler"] = scheduler.state_dict()
     if optimizer is not None:
         _agree_on_step(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
@@ -274,7 +268,7 @@ def prepare_checkpoint(
     position: Position,
     models: Sequence[torch.nn.Module],
     args: MegatronSftArguments,
-    optimizer: MegatronOptimizer,
+    optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler,
     carried: Mapping[str, ShardedTensor] | None = None,
     complete: Callable[[Path], None] | None = None,
@@ -367,8 +361,8 @@ def load_checkpoint(
     directory: Path,
     models: Sequence[torch.nn.Module],
     args: MegatronSftArguments,
-    optimizer: MegatronOptimizer | None = None,
-    scheduler: OptimizerParamScheduler | None = None,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
 ) -> Position:
     """Load an `iter_*` directory of a run into live models, optimizer and scheduler, under any parallel layout.
 
@@ -379,9 +373,9 @@ def load_checkpoint(
     metadata = {**checkpoint_metadata(), **(common.get("content_metadata") or {})}
     mine = common.get(_STATE) or {}
     state = _model_states(models, metadata)
-    has_optimizer = optimizer is not None and bool(mine.get("has_optimizer")) and not args.no_load_optim
+    has_optimizer = bool(mine.get("has_optimizer")) and not args.no_load_optim
     optimizer_state: ShardedStateDict = {}
-    if optimizer is not None and has_optimizer:
+    if has_optimizer:
         _allocate_optimizer_state(optimizer)
         optimizer_state = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=metadata)
         # Only the tensors are asked for. Parameter groups differ by layout (experts have their own only with EP) and
@@ -397,7 +391,7 @@ def load_checkpoint(
     except (Exception, CheckpointException) as error:  # the latter is not an Exception
         raise CheckpointError(f"{directory} cannot be loaded: {reason(error)}") from error
     _load_models(models, loaded)
-    if optimizer is not None and has_optimizer:
+    if has_optimizer:
         for i, part in enumerate(parts):
             part["param_state"] = loaded.get("optimizer_tensors", {}).get(i, {})
             for group in part["optimizer"]["param_groups"]:
@@ -405,15 +399,15 @@ def load_checkpoint(
             if mine.get("grad_scaler") is not None:
                 part["grad_scaler"] = mine["grad_scaler"]
         optimizer.load_state_dict(optimizer_state)
-    elif optimizer is not None:
+    else:
         optimizer.reload_model_params()
         logger.warning(
             "%s: only the weights are taken, the optimizer begins anew at the step's learning rate", directory
         )
     consumed = int(mine.get("consumed_samples", common["args"].get("consumed_train_samples", 0)))
-    if scheduler is not None and "opt_param_scheduler" in common:
+    if "opt_param_scheduler" in common:
         scheduler.load_state_dict(copy.deepcopy(common["opt_param_scheduler"]))
-    elif scheduler is not None:
+    else:
         scheduler.step(increment=consumed)
     if has_rng:
         _set_rng_state(loaded["rng_state"][0])

@@ -109,7 +109,7 @@ def test_what_megatron_core_refuses_is_a_config_error() -> None:
 
 
 def test_layer_pattern_of_another_length_is_an_error() -> None:
-    from swiftlite.megatron.model.config import moe_layers
+    from swiftlite.megatron.model.config import layers_of
 
     with pytest.raises(ConfigError, match="describes 2 layers, not 3"):
-        moe_layers(SimpleNamespace(num_experts=4, moe_layer_freq="[0]*1+[1]*1", num_layers=3))
+        layers_of("[0]*1+[1]*1", SimpleNamespace(num_layers=3))

@@ -23,8 +23,7 @@ def pad_rows(
     import torch
 
     rows = [{**row, "labels": [IGNORE_INDEX, *row["labels"][1:]]} for row in rows]  # nothing predicts a first token
-    length = max(max(len(row["input_ids"]) for row in rows), at_least)
-    length = -(-length // multiple) * multiple
+    length = round_up(max(max(len(row["input_ids"]) for row in rows), at_least), multiple)
 
     def padded(values: Iterable[Sequence[float]], fill: float, dtype: torch.dtype = torch.int64) -> Tensor:
         out = torch.full((len(rows), length), fill, dtype=dtype)
@@ -42,6 +41,16 @@ def pad_rows(
     if any("loss_scale" in row for row in rows):
         tensors["loss_scale"] = padded(map(_weights_of, rows), 0.0, torch.float32)
     return tensors
+
+
+def round_up(length: int, multiple: int) -> int:
+    """The next multiple of `multiple`, or `length` where it is one."""
+    return -(-length // multiple) * multiple
+
+
+def sample_lengths(row: Json) -> Sequence[int]:
+    """Tokens of the samples in a row: one, or those of a packed sequence."""
+    return row.get("sample_lengths") or [len(row["input_ids"])]
 
 
 def join_rows(rows: Sequence[Json]) -> Json:

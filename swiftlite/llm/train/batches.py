@@ -34,8 +34,3 @@ def counting(
         return batch
 
     return counted
-
-
-def sample_lengths(row: Json) -> Sequence[int]:
-    """Tokens of the samples in a row: one, or those of a packed sequence."""
-    return row.get("sample_lengths") or [len(row["input_ids"])]

@@ -13,7 +13,7 @@ from swiftlite.arguments.train import PtArguments, SftArguments
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.prepare import load_data
 from swiftlite.llm.model.tuner import prepare_model
-from swiftlite.llm.train.batches import sample_lengths
+from swiftlite.llm.template.collate import sample_lengths
 from swiftlite.llm.train.begin import started
 from swiftlite.llm.train.trainer import HfTrainer, run
 from swiftlite.train.objective import LanguageModeling

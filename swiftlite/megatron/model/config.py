@@ -54,7 +54,8 @@ RULES: Mapping[str, Rule] = {
     "window_attn_skip_freq": lambda a: layers_of(a.window_attn_skip_freq, a),
     "no_rope_freq": lambda a: layers_of(a.no_rope_freq, a),
     "perform_initialization": lambda a: getattr(a, "perform_initialization", False),
-    "moe_layer_freq": lambda a: moe_layers(a),
+    # Always the list, also where all entries are 1: it decides whether a checkpoint's layers are stacked.
+    "moe_layer_freq": lambda a: a.moe_layer_pattern if a.num_experts else None,
     "moe_shared_expert_gate": lambda a: a.use_shared_expert_gate,
     # Other routers with a bias (ernie) keep it in a block of their own: megatron-core allows it with sigmoid only.
     "moe_router_enable_expert_bias": lambda a: (
@@ -106,17 +107,7 @@ def torch_dtype(args: MegatronArguments) -> torch.dtype:
     return torch.float32 if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
 
 
-def moe_layers(args: MegatronArguments) -> list[int] | None:
-    """1 per layer with experts, 0 per dense layer; None for a dense model.
-
-    Always the list, also where all entries are 1: it decides whether a checkpoint's layers are stacked.
-    """
-    if not args.num_experts:
-        return None
-    return [int(moe) for moe in layer_pattern(args.moe_layer_freq, args.num_layers)]
-
-
-def layers_of(pattern: str | None, args: MegatronArguments) -> list[int] | None:
+def layers_of(pattern: str | None, args: Described) -> list[int] | None:
     """1 per layer that a pattern marks, 0 per other layer; None for no pattern."""
     return None if pattern is None else [int(marked) for marked in layer_pattern(pattern, args.num_layers)]
 

@@ -49,13 +49,14 @@ def layer_norm(config: Any) -> torch.nn.Module:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
     """x [..., W] over its root mean square, times weight [W] or 1 + weight; in the dtype of x."""
     if zero_centered:
-        return _rms_norm(x, weight.float() + 1, eps)
+        return _rms_norm(x, weight, eps, zero_centered)
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    factor = weight.float() + 1 if zero_centered else weight.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * factor).to(x.dtype)
 
 
 class CompiledRMSNorm(RMSNorm):
@@ -63,8 +64,7 @@ class CompiledRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
-        weight = self.weight.float() + 1 if self.zero_centered_gamma else self.weight
-        return _compiled(_rms_norm)(x, weight, self.eps)  # type: ignore[no-any-return]
+        return _compiled(_rms_norm)(x, self.weight, self.eps, self.zero_centered_gamma)  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
@@ -18,7 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
-from swiftlite.llm.template.collate import join_rows
+from swiftlite.llm.template.collate import join_rows, round_up, sample_lengths
 from swiftlite.megatron.context import places
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.model.blocks.router import BatchTokens
@@ -27,7 +26,7 @@ from swiftlite.megatron.model.experts import gathers
 from swiftlite.train.batches import DUMMY, to_device
 from swiftlite.train.order import Samples, Stream
 from swiftlite.train.router_loss import PADDING
-from swiftlite.utils.types import Json
+from swiftlite.utils.types import Json, Settings
 
 IGNORE_INDEX = -100
 _SAMPLES = 64  # a joined sequence has so many samples or a multiple of it, where shapes are to stay the same
@@ -82,11 +81,11 @@ class MicroBatch:
         shape = self.tokens.shape
         mine = places(shape[1], self.cu_seqlens, size, rank)
         whole = {name: v for name, v in vars(self).items() if isinstance(v, Tensor) and v.shape == shape}
-        changes: Json = {name: v[:, mine] for name, v in whole.items()}
+        changes: Settings = {name: v[:, mine] for name, v in whole.items()}
         return replace(self, **changes)
 
     def to(self, device: torch.device) -> Self:
-        moved: Json = {n: to_device(v, device) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: Settings = {n: to_device(v, device) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
@@ -98,7 +97,7 @@ def collate(rows: Sequence[Json], pad_token_id: int = 0, multiple_of: int = 1, a
     Padding stands behind the text, so causal attention never reads it.
     """
     longest = max(at_least, *(len(row["input_ids"]) for row in rows))
-    length = -(-longest // multiple_of) * multiple_of
+    length = round_up(longest, multiple_of)
     tokens = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
     weights = torch.ones(len(rows), length)
@@ -130,46 +129,40 @@ def collate_joined(
 
     sample_multiple: samples are padded to a multiple of it, which divides `multiple_of`.
     """
-    samples = [one for row in rows for one in _samples(row)]
-    real = [len(one["input_ids"]) for one in samples]
-    lengths = [-(-n // sample_multiple) * sample_multiple for n in real]
-    joined = join_rows([_filled(one, n, pad_token_id) for one, n in zip(samples, lengths, strict=True)])
-    batch = collate([joined], pad_token_id, multiple_of, at_least)
-    batch.num_tokens, batch.sample_lengths = sum(real), tuple(real)
-    batch.lengths = torch.tensor(real)
-    if (rest := batch.tokens.shape[1] - sum(lengths)) > 0:
-        lengths.append(rest)
-    positions = [torch.arange(n) for n in lengths]
-    batch.position_ids = torch.cat(positions).unsqueeze(0)
-    numbers = [
-        torch.where(place < n, i, PADDING) for i, (place, n) in enumerate(zip(positions, [*real, 0], strict=False))
-    ]
-    batch.sequences = torch.cat(numbers).unsqueeze(0)
-    batch.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    batch.longest = max(lengths)
-    return batch
+    real = [n for row in rows for n in sample_lengths(row)]
+    lengths = [round_up(n, sample_multiple) for n in real]
+    total = round_up(max(sum(lengths), at_least), multiple_of)
+    if total > sum(lengths):
+        lengths.append(total - sum(lengths))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    sample = torch.arange(len(lengths)).repeat_interleave(bounds.diff())  # of each place
+    positions = torch.arange(total) - bounds[sample]
+    there = positions < torch.tensor([*real, 0])[sample]
+    text = collate([join_rows(rows)], pad_token_id)
 
+    def spread(values: Tensor, fill: int) -> Tensor:
+        whole = values.new_full((1, total), fill)
+        whole[0, there] = values[0]
+        return whole
 
-_ROW = ("input_ids", "labels", "loss_scale")
-
-
-def _samples(row: Json) -> list[Json]:
-    """The samples of a packed row; any other row is one."""
-    ends = list(accumulate(row.get("sample_lengths") or [len(row["input_ids"])]))
-    fields = [name for name in _ROW if row.get(name) is not None]
-    return [{name: row[name][start:end] for name in fields} for start, end in pairwise([0, *ends])]
-
-
-def _filled(sample: Json, length: int, pad_token_id: int) -> Json:
-    missing = length - len(sample["input_ids"])
-    fill: Json = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "loss_scale": 0.0}
-    return {name: [*values, *[fill[name]] * missing] for name, values in sample.items()}
+    return MicroBatch(
+        tokens=spread(text.tokens, pad_token_id),
+        labels=spread(text.labels, 0),
+        position_ids=positions.unsqueeze(0),
+        loss_mask=spread(text.loss_mask, 0),
+        num_tokens=sum(real),
+        cu_seqlens=bounds.to(torch.int32),
+        sample_lengths=tuple(real),
+        longest=max(lengths),
+        sequences=torch.where(there, sample, PADDING).unsqueeze(0),
+        lengths=torch.tensor(real),
+    )
 
 
 def _same_shapes(batches: Sequence[MicroBatch]) -> None:
     """Let joined sequences have equally many samples, of which the last ones are empty, and one bound of their length."""
     bounds = [batch.cu_seqlens for batch in batches if batch.cu_seqlens is not None]
-    count = -(-max(len(found) for found in bounds) // _SAMPLES) * _SAMPLES
+    count = round_up(max(len(found) for found in bounds), _SAMPLES)
     for batch, found in zip(batches, bounds, strict=True):
         batch.cu_seqlens = torch.cat([found, found[-1:].expand(count - len(found))])
         assert batch.lengths is not None
@@ -256,8 +249,7 @@ class BatchLoader:
         def measure(rows: Sequence[Json]) -> int:
             if not self.join:
                 return max(len(row["input_ids"]) for row in rows)
-            sizes = (n for row in rows for n in row.get("sample_lengths") or [len(row["input_ids"])])
-            return sum(-(-n // sample_multiple) * sample_multiple for n in sizes)
+            return sum(round_up(n, sample_multiple) for row in rows for n in sample_lengths(row))
 
         lengths = [max(measure(rows), self.room) for rows in passes]
         if self.one_length:

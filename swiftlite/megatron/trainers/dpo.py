@@ -208,10 +208,9 @@ class DpoTrainer(Trainer):
         sums = self.pair_loss.sums(policy, LogProbs(batch.reference, policy.tokens))
         pairs, chosen_tokens = self.global_counts
         share = self.pair_loss.total(sums["loss"], pairs, sums["nll"], chosen_tokens)
-        # Ranks that share samples compute one loss, so one of them counts its pairs.
-        counted = sums["pairs"] if self.parallel.cp_rank == 0 else torch.zeros_like(sums["pairs"])
-        parts = self.parallel.cp_size
-        return share * pairs, counted.int(), {name: value.detach() / parts for name, value in sums.items()}
+        if self.parallel.cp_rank:  # of ranks that share samples, and compute one loss, the first one reports it
+            sums = {name: torch.zeros_like(value) for name, value in sums.items()}
+        return share * pairs, sums["pairs"].int(), {name: value.detach() for name, value in sums.items()}
 
 
 def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, MegatronDpoArguments | None]:

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.types import Json
+from swiftlite.utils.types import Settings
 from swiftlite.weights.merged import EMBEDDING, HEAD, TOKENS
 from swiftlite.weights.rule import text_name
 
@@ -64,7 +64,7 @@ class TokenRows(torch.nn.Module):
         """The rows, for a computation of which each rank does a part: their gradient is the sum of the ranks'."""
         return copy_to_tensor_model_parallel_region(self.delta, group=self.group)  # type: ignore[no-any-return]
 
-    def _embed(self, _: object, args: tuple[Any, ...], kwargs: Json, output: Tensor) -> Tensor:
+    def _embed(self, _: object, args: tuple[Any, ...], kwargs: Settings, output: Tensor) -> Tensor:
         """output [S, B, H] of tokens [B, S]; under sequence parallelism it is this rank's part of S."""
         if not self.owner().enabled:  # type: ignore[union-attr]
             return output

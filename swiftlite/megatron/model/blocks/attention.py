@@ -157,7 +157,7 @@ class SdpaAttention(torch.nn.Module):
             if rows is None:
                 seen = slice(0 if window is None else max(start + 1 - window, 0), end)
             part = (q[:, :, start:end], k[:, :, seen], v[:, :, seen], mask[start:end, seen], dropout)
-            parts.append(checkpoint(self._chunk, *part, use_reentrant=False))
+            parts.append(checkpoint(self._chunk, *part, use_reentrant=False, preserve_rng_state=bool(dropout)))
         return torch.cat(parts, 2)
 
     def _chunk(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:

@@ -13,14 +13,14 @@ from megatron.core.transformer.module import MegatronModule
 
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.context import positions
-from swiftlite.utils.types import Json
+from swiftlite.utils.types import Settings
 
 
 def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     settings = args.description.rope_scaling or {}
     beta, original = settings["llama_4_scaling_beta"], settings["original_max_position_embeddings"]
 
-    def scale(_: object, inputs: tuple[Any, ...], kwargs: Json) -> tuple[tuple[Any, ...], Json]:
+    def scale(_: object, inputs: tuple[Any, ...], kwargs: Settings) -> tuple[tuple[Any, ...], Settings]:
         query, *rest = inputs  # [S, B, N, D], packed [T, N, D]
         packed = kwargs.get("packed_seq_params")
         bounds = None if packed is None else packed.cu_seqlens_q

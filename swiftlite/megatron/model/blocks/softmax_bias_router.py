@@ -20,7 +20,7 @@ class SoftmaxBiasRouter(ChoosingRouter):
 
     normalise = True
 
-    def __init__(self, *args: MegatronArguments, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         del self.expert_bias
         self.register_buffer(

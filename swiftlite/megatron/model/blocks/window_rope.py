@@ -19,7 +19,7 @@ from torch import Tensor
 from swiftlite.arguments.description import ModelDescription
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.model.rope import Rope, RotaryEmbedding
-from swiftlite.utils.types import Json
+from swiftlite.utils.types import Settings
 
 _FACTOR = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
 
@@ -67,7 +67,7 @@ def adapt(model: MegatronModule, args: MegatronArguments) -> None:
 
 
 def _taking(part: slice) -> Any:
-    def hook(_: object, args: tuple[Any, ...], kwargs: Json) -> tuple[tuple[Any, ...], Json]:
+    def hook(_: object, args: tuple[Any, ...], kwargs: Settings) -> tuple[tuple[Any, ...], Settings]:
         return args, {**kwargs, "rotary_pos_emb": kwargs["rotary_pos_emb"][..., part].contiguous()}
 
     return hook
