@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.trainer_pt_utils import safe_globals
 
 from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.files import CONFIG, copy_side_files
@@ -108,7 +107,9 @@ def load_rng_state(directory: Path) -> None:
     path = directory / rng_file()
     if not path.is_file():
         return
-    with safe_globals():
+    # What a state of numpy's generator is pickled as; releases of transformers have this list in different modules.
+    numpy_state: list[Any] = [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    with torch.serialization.safe_globals(numpy_state):
         states: Json = torch.load(path, weights_only=True)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
