@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar
 from swiftlite import __version__
 from swiftlite.arguments.flags import COMMON_NOTES, NO_CLASSES, NO_WEIGHTS, ONLY_ADAPTERS
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
-from swiftlite.families.hf_config import text_config
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
 from swiftlite.utils.types import Json
@@ -405,6 +404,7 @@ class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArgumen
         """
         from pathlib import Path  # what shows help starts without these
 
+        from swiftlite.families.hf_config import text_config
         from swiftlite.utils.io import write_json
 
         values = {**without_secrets(self.to_dict()), **dict.fromkeys(SETTINGS, None)}

@@ -149,11 +149,12 @@ STOCK_LACKS = {
     "post_norms": "norms behind attention and MLP",
     "full_qk_norm": "norms of queries and keys over all heads together",
     "qk_norm_after_rope": "norms of queries and keys after their rotation",
+    "position_factor": "queries that grow with the position",
 }
 
 
 def _stock_limit(args: Described) -> str | None:
-    """Why stock Megatron-LM cannot compute this model, or None. Judged by settings, not by model type."""
+    """Why stock Megatron-LM cannot compute this model, or None. Judged by settings and blocks."""
     scaling, rope = args.rope_scaling or {}, args.rope_type
     if args.softmax_scale is not None:
         return f"it has no argument for the scale of attention scores; this model has {args.softmax_scale}"

@@ -165,7 +165,7 @@ class TrainArguments(Arguments):
             self.lr = 1e-5 if getattr(self, "train_type", "full") == "full" else 1e-4
         for name in ("min_lr_rate", "min_lr_ratio"):
             if name in self.lr_scheduler_kwargs:
-                self.min_lr = self.lr * float(self.lr_scheduler_kwargs[name])
+                self.min_lr = self.lr * convert(self.lr_scheduler_kwargs[name], float, f"lr_scheduler_kwargs {name}")
         if self.min_lr > self.lr:
             raise UsageError(f"--min_lr {self.min_lr}: must not be above --lr {self.lr}")
         if self.recompute is not None:
@@ -185,7 +185,8 @@ class TrainArguments(Arguments):
     def _settle_schedule(self) -> None:
         """transformers' names of schedules and of their settings become ours."""
         if self.lr_decay_style == "warmup_stable_decay" and "lr_wsd_decay_style" not in self.given:
-            self.lr_wsd_decay_style = "cosine"  # transformers' default
+            self.lr_wsd_decay_style = "cosine"  # transformers' default, which Megatron's name does not say
+            self.__dict__["_given"] = self.given | {"lr_wsd_decay_style"}
         self.lr_decay_style = SCHEDULES_CALLED.get(self.lr_decay_style, self.lr_decay_style)
         known = {"cosine": ("min_lr", "min_lr_rate"), "WSD": ("min_lr_ratio", "num_decay_steps", "decay_type")}
         for name, value in self.lr_scheduler_kwargs.items():

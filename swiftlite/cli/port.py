@@ -152,7 +152,8 @@ def _command(words: list[str]) -> tuple[list[str], list[str]] | None:
             side = ["megatron"] if file[1] or file[3] else []
             return environment, [*side, *([] if name == "main" else [name]), *words[i + 1 :]]
         if which or Path(word).name in _PROGRAMS and "/" in word:
-            return environment, _command([which[1] if which else word, *words[i + 1 :]])[1]  # type: ignore[index]
+            inner = _command([which[1] if which else word, *words[i + 1 :]])
+            return inner and ([*environment, *inner[0]], inner[1])
     return None
 
 

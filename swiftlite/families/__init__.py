@@ -89,15 +89,13 @@ def families() -> tuple[Family, ...]:
 
 def has_family(architecture: str) -> bool:
     """Whether models of this architecture have a Megatron mapping."""
-    return any(architecture in (*family.architectures, *family.wrappers) for family in families())
+    return any(architecture in family.architectures for family in families())
 
 
 def family_of(architecture: str) -> Family:
-    """The family that a config.json's `architectures[0]` belongs to, or its text part. Raises: ConfigError saying what
-    to do where there is none.
-    """
+    """The family of what hf_config.architecture_of names. Raises: ConfigError saying what to do where there is none."""
     for family in families():
-        if architecture in (*family.architectures, *family.wrappers):
+        if architecture in family.architectures:
             return family
     raise ConfigError(
         f"architecture {architecture} has no Megatron mapping yet; train and merge it with transformers (swiftlite sft, pt, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from swiftlite.families.records import Config, ConfigRule, Derived, Refuse, Rules
@@ -276,11 +277,18 @@ def _dense_first(config: Config) -> str | None:
     return None if dense is None else f"[0]*{dense}+[1]*{config['num_hidden_layers'] - dense}"
 
 
+def layer_list(marked: Iterable[bool]) -> str:
+    """A list with 1 for each layer that is marked and 0 for others, in the form of Megatron's arguments."""
+    return f"[{','.join(str(int(layer)) for layer in marked)}]"
+
+
 def _sparse_step(config: Config) -> str:
     """Qwen's pattern: experts where (layer + 1) % decoder_sparse_step == 0, except mlp_only_layers."""
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-    pattern = [int((i + 1) % step == 0 and i not in dense) for i in range(config["num_hidden_layers"])]
-    return f"[{','.join(map(str, pattern))}]"
+    return layer_list((i + 1) % step == 0 and i not in dense for i in range(config["num_hidden_layers"]))
+
+
+EXPERTS_HAVE_THE_WIDTH = Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"])
 
 
 def constant(field: str, value: Any) -> Derived:
@@ -344,8 +352,7 @@ def _dense_first_every(config: Config) -> str | None:
     if every == 1:
         return _dense_first(config)
     dense = config.get("first_k_dense_replace") or 0
-    pattern = [int(i >= dense and i % every == 0) for i in range(config["num_hidden_layers"])]
-    return f"[{','.join(map(str, pattern))}]"
+    return layer_list(i >= dense and i % every == 0 for i in range(config["num_hidden_layers"]))
 
 
 DENSE_FIRST_EVERY = Derived("moe_layer_freq", _dense_first_every, _FIRST_DENSE)

@@ -16,6 +16,7 @@ from swiftlite.families.blocks import (
     constant,
     copy,
     decoder,
+    layer_list,
     rotary_base,
 )
 from swiftlite.families.records import Config, Derived, Family, Refuse
@@ -50,7 +51,7 @@ def _moe_layers(config: Config) -> str | None:
     start, end = config.get("moe_layer_start_index", 0), config.get("moe_layer_end_index")
     end = layers - 1 if end in (None, -1) else end
     every = config.get("moe_layer_interval", 1)
-    return f"[{','.join(str(int(start <= i <= end and (i + 1) % every == 0)) for i in range(layers))}]"
+    return layer_list(start <= i <= end and (i + 1) % every == 0 for i in range(layers))
 
 
 def _if_moe(value: Any) -> Callable[[Config], Any]:

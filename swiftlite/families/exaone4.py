@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from swiftlite.families.blocks import ATTENTION_LINEAR, GPT_CONFIG, MLP_LINEAR, QK_NORM, constant, decoder, post_norms
+from swiftlite.families.blocks import (
+    ATTENTION_LINEAR,
+    GPT_CONFIG,
+    MLP_LINEAR,
+    QK_NORM,
+    constant,
+    decoder,
+    layer_list,
+    post_norms,
+)
 from swiftlite.families.records import Config, ConfigRule, Derived, Family
 from swiftlite.families.windows import windowed
 
@@ -24,7 +33,7 @@ def _without_rotation(config: Config) -> str | None:
     types = config.get("layer_types")
     layers = range(config["num_hidden_layers"])
     full = [kind == "full_attention" for kind in types] if types else [not _slides(config, layer) for layer in layers]
-    return f"[{','.join(str(int(layer)) for layer in full)}]"
+    return layer_list(full)
 
 
 FAMILY = Family(

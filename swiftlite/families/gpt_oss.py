@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from swiftlite.families.blocks import ATTENTION, GPT_CONFIG, MOE, constant, copy, decoder, gated_mlp, rotary_base
-from swiftlite.families.records import ConfigRule, Derived, Family, Refuse
+from swiftlite.families.blocks import (
+    ATTENTION,
+    EXPERTS_HAVE_THE_WIDTH,
+    GPT_CONFIG,
+    MOE,
+    constant,
+    copy,
+    decoder,
+    fused_experts,
+    gated_mlp,
+    rotary_base,
+)
+from swiftlite.families.records import ConfigRule, Family, Refuse
 from swiftlite.families.windows import all_but_every, windowed
 from swiftlite.weights.ops import CONCAT
-from swiftlite.weights.rule import Fused, Source, WeightRule
+from swiftlite.weights.rule import Source, WeightRule
 
 _EXPERT = "{layer}.mlp.experts.{expert}"
 
@@ -29,18 +40,6 @@ EXPERTS = (
     ),
     copy("{layer}.mlp.experts.experts.linear_fc2.bias", f"{_EXPERT}.down_proj.bias", "hidden", when=MOE),
 )
-# In files, the experts of a layer are one tensor, gate and up by turns.
-FUSED = tuple(
-    Fused(
-        f"{{layer}}.mlp.experts.{name}{suffix}",
-        tuple(f"{_EXPERT}.{part}.{kind}" for part in parts),
-        True,
-        len(parts) > 1,
-    )
-    for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",)))
-    for suffix, kind in (("", "weight"), ("_bias", "bias"))
-)
-
 FAMILY = Family(
     "gpt_oss",
     architectures=("GptOssForCausalLM",),
@@ -59,10 +58,12 @@ FAMILY = Family(
         constant("activation", "quick_gelu"),
         constant("glu_linear_offset", 1.0),
         ConfigRule("activation_func_clamp_value", ("swiglu_limit",), default=7.0),
-        Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"]),
+        EXPERTS_HAVE_THE_WIDTH,
         constant("moe_router_pre_softmax", False),
     ),
     blocks=("expert_biases",),
     local_only=True,
-    weights=decoder(ATTENTION, SINKS, ROUTER, EXPERTS, fused=FUSED),
+    weights=decoder(
+        ATTENTION, SINKS, ROUTER, EXPERTS, fused=fused_experts(transposed=True, interleaved=True, bias=True)
+    ),
 )

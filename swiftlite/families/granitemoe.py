@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from swiftlite.families.blocks import (
     ATTENTION,
+    EXPERTS_HAVE_THE_WIDTH,
     GPT_CONFIG,
     MOE,
     MULTIPLIERS,
@@ -13,7 +14,7 @@ from swiftlite.families.blocks import (
     decoder,
     gated_mlp,
 )
-from swiftlite.families.records import Derived, Family
+from swiftlite.families.records import Family
 from swiftlite.weights.rule import Fused
 
 _HF = "{layer}.block_sparse_moe"
@@ -35,7 +36,7 @@ FAMILY = Family(
     patches=(
         REFUSE_OUTPUT_BIAS,
         *MULTIPLIERS,
-        Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"]),
+        EXPERTS_HAVE_THE_WIDTH,
         constant("moe_router_pre_softmax", False),
     ),
     blocks=("multipliers",),

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from swiftlite.families.blocks import ATTENTION, EXPERTS, GPT_CONFIG, MOE, SHARED, copy, decoder, gated_mlp
+from swiftlite.families.blocks import (
+    ATTENTION,
+    EXPERTS,
+    EXPERTS_HAVE_THE_WIDTH,
+    GPT_CONFIG,
+    MOE,
+    SHARED,
+    constant,
+    copy,
+    decoder,
+    gated_mlp,
+)
 from swiftlite.families.hunyuan_v1_dense import PATCHES, QK_NORM
 from swiftlite.families.records import Config, Derived, Family, Refuse
 
@@ -38,9 +49,9 @@ FAMILY = Family(
         Refuse(lambda c: c.get("use_cla"), "use_cla true: its layers share keys and values"),
         Derived("num_experts", _of_layers("num_experts")),
         Derived("moe_router_topk", _of_layers("moe_topk", 1), {"moe_topk": 3}),
-        Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"]),
+        EXPERTS_HAVE_THE_WIDTH,
         Derived("moe_shared_expert_intermediate_size", lambda c: c["intermediate_size"]),
-        Derived("moe_router_pre_softmax", lambda c: False),
+        constant("moe_router_pre_softmax", False),
     ),
     blocks=("qk_norm_after_rope",),
     weights=decoder(ATTENTION, QK_NORM, ROUTER, EXPERTS, SHARED_MLP),

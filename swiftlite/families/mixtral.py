@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from swiftlite.families.blocks import (
     ATTENTION,
+    EXPERTS_HAVE_THE_WIDTH,
     GPT_CONFIG,
     MIXTRAL_EXPERTS,
     constant,
     decoder,
     rotary_base,
 )
-from swiftlite.families.records import Derived, Family
+from swiftlite.families.records import Family
 from swiftlite.families.windows import everywhere, windowed
 
 FAMILY = Family(
@@ -19,7 +20,7 @@ FAMILY = Family(
     config=windowed(GPT_CONFIG, everywhere, by_types=False),
     patches=(
         rotary_base(1000000),
-        Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"]),
+        EXPERTS_HAVE_THE_WIDTH,
         constant("moe_router_pre_softmax", False),
     ),
     weights=decoder(ATTENTION, MIXTRAL_EXPERTS),

@@ -22,7 +22,6 @@ FAMILY = Family(
         REFUSE_OUTPUT_BIAS,
         constant("qk_layernorm", True),
         ConfigRule("norm_epsilon", ("rms_norm_eps",), default=1e-5),
-        ConfigRule("untie_embeddings_and_output_weights", ("tie_word_embeddings",), lambda v: not v, default=True),
     ),
     blocks=("post_norms", "no_input_norms", "full_qk_norm"),
     weights=decoder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from swiftlite.families.blocks import (
     ATTENTION,
     EXPERTS,
+    EXPERTS_HAVE_THE_WIDTH,
     FULL_QK_NORM,
     GPT_CONFIG,
     NORM_TOPK_DEFAULT_FALSE,
@@ -13,7 +14,7 @@ from swiftlite.families.blocks import (
     constant,
     decoder,
 )
-from swiftlite.families.records import ConfigRule, Derived, Family, Refuse
+from swiftlite.families.records import ConfigRule, Family, Refuse
 
 FAMILY = Family(
     "olmoe",
@@ -24,7 +25,7 @@ FAMILY = Family(
         Refuse(lambda c: c.get("clip_qkv") is not None, "clip_qkv {clip_qkv} cuts queries, keys and values off"),
         constant("qk_layernorm", True),
         ConfigRule("norm_epsilon", ("rms_norm_eps",), default=1e-5),
-        Derived("moe_ffn_hidden_size", lambda c: c["intermediate_size"]),
+        EXPERTS_HAVE_THE_WIDTH,
         NORM_TOPK_DEFAULT_FALSE,
     ),
     blocks=("full_qk_norm",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from swiftlite.families.blocks import NO_WINDOW, ONE_ROPE
+from swiftlite.families.blocks import NO_WINDOW, ONE_ROPE, layer_list
 from swiftlite.families.records import Config, Derived, Refuse, Rules
 
 _KINDS = ("sliding_attention", "full_attention")
@@ -47,7 +47,7 @@ def windowed(
 
     def layers(config: Config) -> str | None:
         found = windows(config)
-        return None if size(config) is None or all(found) else f"[{','.join(str(int(window)) for window in found)}]"
+        return None if size(config) is None or all(found) else layer_list(found)
 
     return (
         *(rule for rule in rules if rule is not NO_WINDOW and (rule is not ONE_ROPE or rope is None)),

@@ -12,7 +12,7 @@ import pytest
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
-from swiftlite.arguments.parser import alias_table, notes, parse, specs
+from swiftlite.arguments.parser import alias_table, from_dict, given_values, notes, parse, specs
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.arguments.train import SftArguments
 from swiftlite.cli.flag_table import SECTIONS, rows, status, table
@@ -261,7 +261,10 @@ def test_table_of_scripts():
 )
 def test_other_libraries_words(words, name, value):
     for cls in (SftArguments, MegatronSftArguments):
-        assert getattr(parse(cls, ["--model_name_or_path", "A/B", *words]), name) == value
+        args = parse(cls, ["--model_name_or_path", "A/B", *words])
+        assert getattr(args, name) == value
+        again = from_dict(cls, given_values(args))  # what --save_config writes, and what args.json says
+        assert getattr(again, name) == value
 
 
 def test_losses_that_mean_cross_entropy():
@@ -272,6 +275,8 @@ def test_losses_that_mean_cross_entropy():
 
 def test_what_is_refused_names_what_does_the_job():
     for words, said in [
+        (["--lr_scheduler_kwargs", '{"min_lr_rate": "x"}'], "lr_scheduler_kwargs min_lr_rate"),
+        (["--lr_scheduler_kwargs", '{"min_lr_rate": null}'], "lr_scheduler_kwargs min_lr_rate"),
         (["--lr_scheduler_kwargs", '{"power": 2}'], "power: --lr_decay_style cosine takes min_lr, min_lr_rate"),
         (["--rlhf_type", "grpo"], "TRL or ms-swift"),
         (["--use_vllm", "true"], "TRL or ms-swift"),

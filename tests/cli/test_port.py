@@ -123,6 +123,9 @@ EOF
 swift() { echo no; }
 python /x/swift/cli/_megatron/sft.py --model m
 """
+    assert not list(find_commands("python $(which accelerate) launch train.py"))
+    (one,) = find_commands("python $(which torchrun) --nproc_per_node 8 swift/cli/sft.py --model m")
+    assert one.environment == ["NPROC_PER_NODE=8"] and one.words == ["sft", "--model", "m"]
     found = list(find_commands(text))
     assert [each.words for each in found] == [
         ["sft", "--lora_rank", "8", "--lora_alpha", "32", "--dataset", "my file.jsonl", "--lr", "1e-4"],

@@ -11,6 +11,7 @@ import torch
 
 from swiftlite.checkpoint import registry
 from swiftlite.families import MODEL_MAPPING, family_of, tiny_configs
+from swiftlite.families.hf_config import architecture_of
 from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import SwiftliteError
 
@@ -57,12 +58,15 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     from swiftlite.checkpoint.bind import bind_map
+    from swiftlite.llm.model import reference
     from swiftlite.llm.model.loader import auto_class
 
+    reference.register()
     directory.mkdir(parents=True, exist_ok=True)
-    aliases = family_of(config["architectures"][0]).aliases
+    aliases = family_of(architecture_of(config)).aliases
     known = {**config, "model_type": aliases.get(config["model_type"], config["model_type"])}
     if known["model_type"] not in CONFIG_MAPPING:
+        assert __version__.startswith("4."), f"{known['model_type']} is in no model that this release knows"
         pytest.skip(f"transformers {__version__} has no model of type {known['model_type']}")
     (directory / "config.json").write_text(json.dumps(known))
     torch.manual_seed(seed)
@@ -99,7 +103,7 @@ def mtp_tensors(
     from swiftlite.checkpoint.bind import convert_hf_config
     from swiftlite.weights.shape import ModelShape
 
-    family = family_of(config["architectures"][0])
+    family = family_of(architecture_of(config))
     weights = family.weights
     count = family.num_mtp(config)
     if not count:

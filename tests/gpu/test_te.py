@@ -128,8 +128,10 @@ def test_logits_and_the_way_back(case: str, loader: str, tmp_path: Path) -> None
 
     original, back = load_file(tmp_path / "hf/model.safetensors"), load_file(tmp_path / "back/model.safetensors")
     for name, tensor in back.items():
-        # The model was rounded as a whole, routers that files have in fp32 too.
-        assert torch.equal(tensor.bfloat16(), original[name].bfloat16()), name
+        wanted = original[name]
+        if not name.endswith("e_score_correction_bias"):  # all parameters were rounded, routers in fp32 too
+            wanted = wanted.bfloat16()
+        assert torch.equal(tensor.to(wanted.dtype), wanted), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

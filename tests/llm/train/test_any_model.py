@@ -12,6 +12,7 @@ import pytest
 
 from swiftlite.cli.main import main
 from swiftlite.families import has_family
+from swiftlite.families.hf_config import architecture_of
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -236,3 +237,9 @@ def test_a_model_that_reads_images_learns_text(
                                                {"role": "assistant", "content": "A"}], "images": ["a.png"]}))  # fmt: skip
     assert main([*words, str(tmp_path / "no"), "--dataset", str(images)]) != 0
     assert "has images" in capsys.readouterr().err
+
+
+def test_a_wrapper_of_another_text_model_has_no_family() -> None:
+    config = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
+    assert has_family(architecture_of({**config, "text_config": {"model_type": "mistral"}}))
+    assert not has_family(architecture_of({**config, "text_config": {"model_type": "other"}}))
