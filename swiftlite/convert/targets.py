@@ -106,16 +106,13 @@ class HfPlan:
 
     def places(self, directory: Path) -> dict[str, tuple[Path, int]]:
         """tensor -> (file, offset of its data)."""
-        return {name: (directory / s.file, offset) for s in self.shards for name, offset in s.offsets.items()}
+        return places_in(directory, self.shards)
 
     def prepare(self, directory: Path) -> None:
         create_shards(directory, self.shards)
 
     def jobs(self, directory: Path) -> list[stream.Job]:
-        source, places = self.source.stored, self.places(directory)
-        of = {name: self.source.copies.get(name, name) for name in self.specs}
-        ordered = sorted(self.specs, key=lambda name: place_of(source, of[name]))
-        return [copy_job(source, of[name], *places[name], self.specs[name].dtype) for name in ordered]
+        return copy_jobs(self.source.stored, self.specs, self.places(directory), self.source.copies)
 
     def publish(self, directory: Path, hashes: Mapping[str, str] | None = None) -> None:
         self.source.write_side_files(directory, main_dtype((s.dtype, s.numel) for s in self.specs.values()))
@@ -123,6 +120,21 @@ class HfPlan:
 
     def written(self, directory: Path) -> WeightSource:
         return SafetensorsSource(directory)
+
+
+def places_in(directory: Path, shards: Sequence[ShardPlan]) -> dict[str, tuple[Path, int]]:
+    """tensor -> (file, offset of its data)."""
+    return {name: (directory / shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
+
+
+def copy_jobs(
+    source: WeightSource, specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[Path, int]],
+    copies: Mapping[str, str],
+) -> list[stream.Job]:  # fmt: skip
+    """Copy tensors to their places, in the order of the source's files. copies: see Checkpoint."""
+    of = {name: copies.get(name, name) for name in places}
+    ordered = sorted(places, key=lambda name: place_of(source, of[name]))
+    return [copy_job(source, of[name], *places[name], specs[name].dtype) for name in ordered]
 
 
 def copy_job(source: WeightSource, name: str, file: Path, offset: int, dtype: torch.dtype) -> stream.Job:
@@ -198,10 +210,7 @@ class CarriedPlan:
             write_index(directory / CARRIED, self.shards, sum(spec.nbytes for spec in self.specs.values()))
 
     def jobs(self, directory: Path) -> list[stream.Job]:
-        source = self.source.source
-        places = {n: (directory / CARRIED / s.file, offset) for s in self.shards for n, offset in s.offsets.items()}
-        ordered = sorted(places, key=lambda name: place_of(source, name))
-        return [copy_job(source, name, *places[name], self.specs[name].dtype) for name in ordered]
+        return copy_jobs(self.source.source, self.specs, places_in(directory / CARRIED, self.shards), {})
 
 
 @dataclass(frozen=True)
