@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from swiftlite.families.records import Config, ConfigRule, Derived, Refuse, Rules
-from swiftlite.weights.ops import CONCAT, QKV
+from swiftlite.weights.ops import CONCAT, FUSED_QKV, QKV
 from swiftlite.weights.rule import Condition, Duplicate, Fused, Source, WeightMap, WeightRule
 
 DENSE = Condition("dense layer", lambda m, kind: not kind.moe)
@@ -33,6 +33,14 @@ def qkv(mcore: str, *, q: str, k: str, v: str) -> tuple[WeightRule, ...]:
     return (
         WeightRule(f"{mcore}.weight", tuple(Source(f"{name}.weight", (dim, "hidden")) for name, dim in rows), QKV),
         WeightRule(f"{mcore}.bias", tuple(Source(f"{name}.bias", (dim,)) for name, dim in rows), QKV, QKV_BIAS),
+    )
+
+
+def fused_qkv(mcore: str, hf: str) -> tuple[WeightRule, ...]:
+    """linear_qkv of files that have q, k and v below each other in one tensor, weight and bias."""
+    return (
+        WeightRule(f"{mcore}.weight", (Source(f"{hf}.weight", ("qkv_rows", "hidden")),), FUSED_QKV),
+        WeightRule(f"{mcore}.bias", (Source(f"{hf}.bias", ("qkv_rows",)),), FUSED_QKV, QKV_BIAS),
     )
 
 

@@ -88,6 +88,8 @@ def _rope_settings(value: Any) -> dict[str, Any]:
     # Positions of images have three numbers, those of text three equal ones: plain rope.
     if settings["rope_type"] == "mrope":
         settings["rope_type"] = "default"
+    if settings["rope_type"] == "su":  # what Phi-3 called it at first
+        settings["rope_type"] = "longrope"
     return settings
 
 

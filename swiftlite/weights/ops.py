@@ -87,6 +87,20 @@ class GatedQkvInterleave(Op):
 
 
 @dataclass(frozen=True)
+class FusedQkv(Op):
+    """[q; k; v] in one input [(N + 2G)*D, H] -> the rows of QkvInterleave."""
+
+    def segments(self, shapes: Sequence[Shape], model: ModelShape) -> tuple[Segment, ...]:
+        size, per_group = shapes[0][0] // (model.heads + 2 * model.groups), model.heads // model.groups
+        rows = ((0, per_group), (model.heads, 1), (model.heads + model.groups, 1))
+        return tuple(
+            Segment(0, (start + group * heads) * size, heads * size)
+            for group in range(model.groups)
+            for start, heads in rows
+        )
+
+
+@dataclass(frozen=True)
 class Take(Op):
     """One part of the input; other rules take the others.
 
@@ -139,5 +153,6 @@ COPY = Copy()
 CONCAT = ConcatRows()
 QKV = QkvInterleave()
 GATED_QKV = GatedQkvInterleave()
+FUSED_QKV = FusedQkv()
 SWAP_HALVES = SwapColumnHalves()
 FLATTEN = Flatten()

@@ -87,6 +87,10 @@ class ModelShape:
         return self.groups * self.head_dim
 
     @property
+    def qkv_rows(self) -> int:
+        return self.q_rows + 2 * self.kv_rows
+
+    @property
     def attn_cols(self) -> int:
         """Columns of o_proj: heads x size of one value head."""
         return self.heads * (self.v_dim if self.mla else self.head_dim)

@@ -38,6 +38,8 @@ def converted(case: str, **change: Any) -> tuple[Any, Any]:
         ("ministral:default", {"layer_types": ABSENT}, (28, None)),
         ("ministral:default", {"layer_types": ["full_attention"] * 3}, (None, None)),
         ("mixtral:default", {"sliding_window": ABSENT}, (None, None)),
+        ("phi3:default", {}, (36, None)),
+        ("phi3:default", {"sliding_window": ABSENT}, (None, None)),
     ],
 )
 def test_windows_of_a_config(case: str, change: dict[str, Any], expected: tuple[Any, Any]) -> None:

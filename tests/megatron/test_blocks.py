@@ -15,12 +15,12 @@ from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.provider import build_models
 from tests.families.cases import build_hf, config_of
-from tests.megatron.test_hf_io import assert_close, logits
+from tests.megatron.test_hf_io import assert_close, live, logits
 
 CASES = (
     "mistral:window", "ministral:default", "ministral3:default", "glm4_0414:default", "olmo2:default", "granite:default",
     "hunyuan_v1_dense:default", "gemma2:default", "gemma3_text:default", "olmo3:default", "exaone4:default",
-    "gpt_oss:default",
+    "gpt_oss:default", "phi3:default",
 )  # fmt: skip
 LENGTHS = (70, 1, 101)
 IDS = torch.randint(0, 300, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
@@ -56,3 +56,17 @@ def test_packed_samples_and_recomputation(case: str, tmp_path: Path) -> None:
         assert again.keys() == kept.keys()
         for name, gradient in kept.items():
             torch.testing.assert_close(again[name], gradient)
+
+
+@pytest.mark.parametrize("case", ["phi3:longrope", "phi4:mini"])
+def test_rotation_by_the_length_of_the_text(case: str, tmp_path: Path) -> None:
+    """Equal to transformers on both sides of the original length, 64, where other factors divide the frequencies."""
+    hf = build_hf(config_of(case), tmp_path / "hf")
+    found = {}
+    with live(tmp_path / "hf") as (models, _), torch.no_grad():
+        hf_io.load_weights(models, tmp_path / "hf")
+        for length in (64, 65, 172):
+            found[length] = logits(models[0].eval(), IDS[:, :length])
+            assert_close(found[length], hf(input_ids=IDS[:, :length], use_cache=False).logits)
+    assert (found[65][:, :64] - found[64]).abs().max() > 0.01
+    assert_close(found[172][:, :65], found[65])

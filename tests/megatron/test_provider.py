@@ -228,3 +228,5 @@ def test_models_of_one_process_choose_their_attention_kernels_independently(
         args.attention_backend = "flash"
         with pytest.raises(AssertionError, match="NVTE_FLASH_ATTN"):
             build_models(args)
+    of_old = {**LONGROPE, "type": "su", "rope_type": None}  # Phi-3's first name of it
+    assert convert_hf_config({**CONFIG, "rope_scaling": of_old})["rope_scaling"]["rope_type"] == "longrope"

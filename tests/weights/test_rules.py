@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
-from swiftlite.weights.ops import CONCAT, COPY, FLATTEN, GATED_QKV, QKV, SWAP_HALVES, Op, Take
+from swiftlite.weights.ops import CONCAT, COPY, FLATTEN, FUSED_QKV, GATED_QKV, QKV, SWAP_HALVES, Op, Take
 from swiftlite.weights.rule import BoundMap, Entry, Source, WeightMap, WeightRule, clip
 from swiftlite.weights.shape import ModelShape, layer_pattern
 
@@ -36,6 +36,8 @@ CASES = {
     "qkv": (QKV, (24, 10), (12, 10), (12, 10)),
     "qkv_bias": (QKV, (24,), (12,), (12,)),
     "qkv_lora_b": (QKV, (24, 2), (12, 2), (12, 2)),
+    "fused_qkv": (FUSED_QKV, (48, 10)),
+    "fused_qkv_lora_b": (FUSED_QKV, (48, 2)),
     "gated_qkv": (GATED_QKV, (48, 10), (12, 10), (12, 10)),
     "swap": (SWAP_HALVES, (5, 8)),
     "flatten": (FLATTEN, (1, 9)),
@@ -59,6 +61,7 @@ def test_qkv_is_grouped_as_megatron_reads_it() -> None:
     q, k, v = torch.randn(24, 10), torch.randn(12, 10), torch.randn(12, 10)
     expected = torch.cat([q.view(3, 8, 10), k.view(3, 4, 10), v.view(3, 4, 10)], dim=1).reshape(48, 10)
     assert torch.equal(gather(entry_of(QKV, (24, 10), (12, 10), (12, 10)), [q, k, v]), expected)
+    assert torch.equal(gather(entry_of(FUSED_QKV, (48, 10)), [torch.cat([q, k, v])]), expected)
 
 
 def test_gates_follow_the_queries_of_their_group() -> None:
