@@ -215,8 +215,8 @@ def test_unsupported_architectures(tmp_path: Path, change: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("architecture", "config"),
     [
-        ("Phi3ForCausalLM", {"model_type": "phi3"}),
-        ("Gemma3ForConditionalGeneration", {"model_type": "gemma3"}),  # of images and text
+        ("Starcoder2ForCausalLM", {"model_type": "starcoder2"}),
+        ("Idefics3ForConditionalGeneration", {"model_type": "idefics3"}),  # of images and text
         ("LlavaForConditionalGeneration", {"model_type": "llava"}),  # no AutoModelForCausalLM
         ("OwnForCausalLM", {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "code.OwnForCausalLM"}}),
     ],
