@@ -270,9 +270,11 @@ class DataArguments(Arguments):
         "keep tokenised data between runs, by content",
         unavailable={"DpoArguments": Note("default", "pairs are tokenised for each run")},
     )
-    cached_dataset: str | None = field(None, "directory that `export --to_cached_dataset true` wrote", path=True)
-    cached_val_dataset: str | None = field(
-        None, "directory of the same kind for evaluation, also DIR/val of one (default: the part `val` of the first)",
+    cached_dataset: list[str] = field(
+        [], "directories that `export --to_cached_dataset true` wrote, also DIR/train of one", path=True
+    )
+    cached_val_dataset: list[str] = field(
+        [], "directories of the same kind for evaluation, also DIR/val of one (default: the parts `val` of the others)",
         path=True,
     )  # fmt: skip
     dataset_num_proc: int = run_setting(

@@ -118,6 +118,10 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
     to_cached_dataset: bool = field(
         False, "write --dataset as token ids, which both trainers read by memory map", common=True
     )
+    template_mode: str = field(
+        "train", "with --to_cached_dataset true: samples of sft and pt, or preference pairs (rlhf)",
+        choices=["train", "rlhf"],
+    )  # fmt: skip
     test_convert_precision: bool = field(
         False, "run both models on one conversation and fail where they disagree", common=True
     )
@@ -140,6 +144,10 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
             raise UsageError(
                 "--to_cached_dataset true: converts no model; leave out --to_mcore, --to_hf and --merge_lora"
             )
+        if self.template_mode == "rlhf" and "loss_scale" not in self.given:
+            self.loss_scale = "last_round"  # as preference training has it
+        if self.template_mode == "rlhf" and self.packing:
+            raise UsageError("--packing true: pairs are packed where they are trained on; leave it out")
         if self.dataset and not self.to_cached_dataset:
             raise UsageError("--dataset: converting a model reads no data; --to_cached_dataset true tokenises it")
         if self.push_to_hub and (self.to_mcore or self.to_cached_dataset):

@@ -61,7 +61,7 @@ class DpoArguments(PreferenceArguments, SftArguments):
             raise UsageError(f"--loss_scale {self.loss_scale}: preference training takes default, last_round or all")
         if self.truncation_strategy == "split":
             raise UsageError("--truncation_strategy split: a pair cannot be divided; use delete, left or right")
-        if self.streaming or self.cached_dataset:
-            raise UsageError("--streaming and --cached_dataset: not available for preference pairs; leave them out")
+        if self.streaming:
+            raise UsageError("--streaming true: not available for preference pairs; leave it out")
         if self.packing and self.group_by_length:
             raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")

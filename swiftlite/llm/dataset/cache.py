@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
 from importlib.metadata import version
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from swiftlite import __version__
 from swiftlite.llm.dataset.encoded import EncodedDataset, place_of
-from swiftlite.llm.dataset.packing import PackedDataset
+from swiftlite.llm.dataset.packing import PackedDataset, pack_windows
+from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
-from swiftlite.llm.dataset.store import hash_of_file
+from swiftlite.llm.dataset.store import JoinedStore, TokenStore, hash_of_file
 from swiftlite.llm.template.base import Template
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.io import write_json
@@ -155,7 +156,7 @@ def encode_cached(
 
 
 def _write_cache(dataset: EncodedDataset, num_rows: int, directory: Path) -> None:
-    dataset.save(directory)
+    dataset.store.save(directory)
     kept = set(dataset.row_indices)
     gone = [i for i in range(num_rows) if i not in kept]
     log = [(reason, detail) for reason, _, detail in dataset.report.log or []]
@@ -188,15 +189,17 @@ def _from_cache(directory: Path, rows: list[Json], rejects: RejectsFile | None) 
 
 
 def write_cached_dataset(
-    directory: Path, template: Template, parts: Mapping[str, EncodedDataset | PackedDataset]
+    directory: Path, template: Template, parts: Mapping[str, EncodedDataset | PackedDataset | PairDataset]
 ) -> None:
     """Write tokenised, perhaps packed data: `cached_dataset.json`, one folder per part. The directory exists."""
     facts: Json = {"format": 1, "encoding": fingerprint(template), "packing_length": None}
     for name, part in parts.items():
         source = part.dataset if isinstance(part, PackedDataset) else part
-        source.save(directory / name)
+        source.store.save(directory / name)
         facts[name] = {"samples": len(source), "tokens": sum(source.lengths)}
-        if isinstance(part, PackedDataset):
+        if isinstance(part, PairDataset):
+            facts["pairs"] = True
+        elif isinstance(part, PackedDataset):
             facts["packing_length"] = part.capacity
             facts[name] |= {"sequences": len(part), "fill_rate": round(part.fill_rate, 6)}
             flat, ends = array("q"), array("q")
@@ -208,14 +211,74 @@ def write_cached_dataset(
 
 
 def load_cached_dataset(
-    path: str, template: Template, packing_length: int | None
-) -> dict[str, EncodedDataset | PackedDataset]:
-    """Map a tokenised dataset: {"train": ..., "val"?: ...}.
+    paths: Sequence[str], template: Template, packing_length: int | None, parts: Sequence[str] = ("train",)
+) -> EncodedDataset | PackedDataset | None:
+    """Parts (the first of `parts` that is there) of tokenised datasets, end to end, mapped; None if none has any.
 
-    Args: packing_length: tokens of a packed sequence, None without packing.
-    Raises: DatasetError naming the first setting that differs from this run's.
+    Args: paths: directories; DIR/train and DIR/val are parts of DIR. packing_length: tokens of a packed sequence, None
+        without packing. Raises: DatasetError naming the first setting that differs from this run's.
     """
-    directory = Path(path).expanduser()
+    stores: list[TokenStore] = []
+    sequences: list[list[int]] = []
+    for path in paths:
+        directory, name, facts = _part(path, parts, template)
+        if facts["packing_length"] not in (None, packing_length):
+            raise DatasetError(
+                f"--cached_dataset {path}: is packed to {facts['packing_length']} tokens, this run "
+                + (f"packs to {packing_length}" if packing_length else "does not pack")
+                + f"; use --packing true --packing_length {facts['packing_length']}"
+            )
+        if facts.get("pairs"):
+            raise DatasetError(f"--cached_dataset {path}: holds preference pairs; train on them with `swiftlite dpo`")
+        if name is None:
+            continue
+        store = TokenStore.load(directory / name)
+        if packing_length is not None:
+            packed = (
+                _read_sequences(directory, facts, name, len(store))
+                if facts["packing_length"]
+                else pack_windows(store.lengths(), packing_length, 42)
+            )
+            before = sum(map(len, stores))
+            sequences += [[i + before for i in sequence] for sequence in packed]
+        stores.append(store)
+    if not stores:
+        return None
+    dataset = EncodedDataset.of(_joined(stores))
+    if packing_length is None:
+        return dataset
+    return PackedDataset(dataset, packing_length, sequences=sequences, name=f"{' '.join(paths)} ({parts[0]})")
+
+
+def load_cached_pairs(paths: Sequence[str], template: Template, parts: Sequence[str] = ("train",)) -> TokenStore | None:
+    """As `load_cached_dataset`, of preference pairs that `--template_mode rlhf` wrote."""
+    stores = []
+    for path in paths:
+        directory, name, facts = _part(path, parts, template)
+        if not facts.get("pairs"):
+            raise DatasetError(
+                f"--cached_dataset {path}: holds no preference pairs; write them with `swiftlite export "
+                "--to_cached_dataset true --template_mode rlhf`"
+            )
+        if name is not None:
+            stores.append(TokenStore.load(directory / name))
+    return _joined(stores) if stores else None
+
+
+def _joined(stores: Sequence[TokenStore]) -> TokenStore:
+    return stores[0] if len(stores) == 1 else JoinedStore(stores)
+
+
+def directory_of(path: str) -> tuple[Path, str | None]:
+    """(directory of tokenised data, None), or (directory, part) of DIR/train and DIR/val."""
+    given = Path(path).expanduser()
+    inside = given.name in ("train", "val") and not (given / FACTS_FILE).is_file()
+    return (given.parent, given.name) if inside else (given, None)
+
+
+def _part(path: str, parts: Sequence[str], template: Template) -> tuple[Path, str | None, Json]:
+    """(directory, name of the part that is meant, what cached_dataset.json says). Raises: DatasetError."""
+    directory, named = directory_of(path)
     try:
         facts = json.loads((directory / FACTS_FILE).read_text(encoding="utf-8"))
         if not isinstance(facts.get("encoding"), dict) or not isinstance(facts["packing_length"], int | None):
@@ -233,32 +296,18 @@ def load_cached_dataset(
                 f"--cached_dataset {path}: was written with {name} {then}, this run has {now}; use the same setting or "
                 "write it again"
             )
-    if facts["packing_length"] not in (None, packing_length):
-        raise DatasetError(
-            f"--cached_dataset {path}: is packed to {facts['packing_length']} tokens, this run "
-            + (f"packs to {packing_length}" if packing_length else "does not pack")
-            + f"; use --packing true --packing_length {facts['packing_length']}"
-        )
-    parts: dict[str, EncodedDataset | PackedDataset] = {}
-    for name in ("train", "val"):
-        if name not in facts:
-            continue
-        dataset = EncodedDataset.load(directory / name)
-        parts[name] = dataset
-        if facts["packing_length"] is not None:
-            try:
-                count = int(facts[name]["sequences"])
-            except (KeyError, TypeError, ValueError):
-                raise DatasetError(f"{directory / FACTS_FILE}: has no number of sequences; write it again") from None
-            sequences = _read_sequences(directory / name / f"{_SEQUENCES}.bin", count, len(dataset))
-            parts[name] = PackedDataset(dataset, facts["packing_length"], sequences=sequences, name=f"{path}/{name}")
-        elif packing_length is not None:
-            parts[name] = PackedDataset(dataset, packing_length, name=f"{path}/{name}")
-    return parts
+    if named is not None and named not in facts:
+        raise DatasetError(f"{path}: {directory} has no part {named}")
+    return directory, named or next((part for part in parts if part in facts), None), facts
 
 
-def _read_sequences(path: Path, count: int, num_samples: int) -> list[list[int]]:
+def _read_sequences(directory: Path, facts: Json, name: str, num_samples: int) -> list[list[int]]:
     numbers = array("q")
+    path = directory / name / f"{_SEQUENCES}.bin"
+    try:
+        count = int(facts[name]["sequences"])
+    except (KeyError, TypeError, ValueError):
+        raise DatasetError(f"{directory / FACTS_FILE}: has no number of sequences; write it again") from None
     try:
         numbers.frombytes(path.read_bytes())
         if len(numbers) != count + (numbers[count - 1] if count else 0):

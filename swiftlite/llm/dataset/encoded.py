@@ -67,16 +67,17 @@ class EncodedDataset:
     @classmethod
     def load(cls, directory: Path) -> EncodedDataset:
         """One that `save` wrote, mapped into memory. Raises: DatasetError."""
+        return cls.of(TokenStore.load(directory))
+
+    @classmethod
+    def of(cls, store: TokenStore) -> EncodedDataset:
+        """All samples of a store."""
         dataset = cls.__new__(cls)
-        dataset.store = TokenStore.load(directory)
+        dataset.store = store
         dataset.lengths = dataset.store.lengths()
         dataset.row_indices = list(range(len(dataset.store)))
         dataset.report = DropReport(total=len(dataset.store))
         return dataset
-
-    def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.store.save(directory)
 
     def content_hash(self) -> str:
         return self.store.content_hash()

@@ -12,7 +12,7 @@ from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.parser import as_words, specs
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.dataset.cache import write_cached_dataset
-from swiftlite.llm.dataset.prepare import encode_and_pack, read_rows
+from swiftlite.llm.dataset.prepare import encode_and_pack, make_pairs, read_rows
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.pipeline import prepare_template
 from swiftlite.utils.directories import REJECTS_FILE
@@ -51,9 +51,11 @@ def export_cached_dataset(args: ExportArguments) -> Path:
     try:
         rejects = RejectsFile(scratch / REJECTS_FILE)
         train_rows, val_rows = read_rows(args, rejects)
-        parts = {"train": encode_and_pack(train_rows, args, template, rejects, "training data")}
+        pairs = args.template_mode == "rlhf"
+        make = make_pairs if pairs else encode_and_pack
+        parts = {"train": make(train_rows, args, template, rejects, "training data")}
         if val_rows:
-            parts["val"] = encode_and_pack(val_rows, args, template, rejects, "validation data")
+            parts["val"] = make(val_rows, args, template, rejects, "validation data")
         write_cached_dataset(scratch, template, parts)
         args.save(scratch)
         check()
@@ -63,7 +65,7 @@ def export_cached_dataset(args: ExportArguments) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
     tokens = sum(parts["train"].lengths)
     get_logger().info("wrote %s: %d training samples, %d tokens", output, len(parts["train"]), tokens)
-    log_next("swiftlite", "sft", "--cached_dataset", output, *_training_words(args))
+    log_next("swiftlite", "dpo" if pairs else "sft", "--cached_dataset", output, *_training_words(args))
     return output
 
 

@@ -6,15 +6,12 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from swiftlite.arguments.preference import DpoArguments
 from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
 from swiftlite.llm.dataset.packing import pack_windows
-from swiftlite.llm.dataset.prepare import packing_capacity, read_rows
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import TokenStore
 from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Template
-from swiftlite.utils.directories import REJECTS_FILE
-from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
+from swiftlite.utils.errors import DatasetError, TemplateError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
 
@@ -57,7 +54,20 @@ class PairDataset:
                 pair = next(encoded), next(encoded)
                 self._add(pair, place_of(row, i), row)
         self.report.check(max_drop_ratio, name)
-        self.sizes = [sum(len(self.store[i][f"{side}_input_ids"]) for side in SIDES) for i in range(self.pairs)]
+        self._arrange(capacity, seed, name)
+
+    @classmethod
+    def of(cls, store: TokenStore, capacity: int | None, seed: int, name: str) -> PairDataset:
+        """All pairs of a store that another one had."""
+        dataset = cls.__new__(cls)
+        dataset.report = DropReport(total=len(store))
+        dataset.store, dataset.reference = store, None
+        dataset._arrange(capacity, seed, name)
+        return dataset
+
+    def _arrange(self, capacity: int | None, seed: int, name: str) -> None:
+        lengths = [self.store.lengths(f"{side}_input_ids") for side in SIDES]
+        self.sizes = [chosen + rejected for chosen, rejected in zip(*lengths, strict=True)]
         self.items = [[i] for i in range(self.pairs)]
         if capacity is not None:
             self.items = pack_windows([min(size, capacity) for size in self.sizes], capacity, seed)
@@ -133,19 +143,3 @@ def _sides(row: Json) -> tuple[Sample, Sample]:
 def sequences_of(items: Sequence[Json]) -> list[Sample]:
     """The answers of a batch in the order that losses expect: all chosen ones, then all rejected ones."""
     return [pair[side] for side in SIDES for item in items for pair in item["pairs"]]
-
-
-def load_pairs(args: DpoArguments, template: Template) -> tuple[PairDataset, PairDataset | None]:
-    """(training pairs, validation pairs or None). Raises: UsageError without data; DatasetError."""
-    if not args.dataset:
-        raise UsageError("give the training pairs with --dataset FILE")
-    if args.packing:
-        template.padding_free = True
-    rejects = RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
-    train_rows, val_rows = read_rows(args, rejects)
-    options: Json = {
-        "capacity": packing_capacity(args), "seed": args.data_seed, "max_drop_ratio": args.max_drop_ratio,
-        "num_proc": args.dataset_num_proc, "rejects": rejects,
-    }  # fmt: skip
-    train_set = PairDataset(train_rows, template, name="training data", **options)
-    return train_set, PairDataset(val_rows, template, name="validation data", **options) if val_rows else None

@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swiftlite.arguments.base import BaseArguments
-from swiftlite.llm.dataset.cache import FACTS_FILE, encode_cached, load_cached_dataset
+from swiftlite.arguments.preference import DpoArguments
+from swiftlite.llm.dataset.cache import (
+    FACTS_FILE,
+    directory_of,
+    encode_cached,
+    load_cached_dataset,
+    load_cached_pairs,
+)
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
 from swiftlite.llm.dataset.packing import PackedDataset
+from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import RejectsFile
@@ -42,14 +50,13 @@ def load_data(args: BaseArguments, template: Template) -> Data:
         template.padding_free = True
     capacity = packing_capacity(args)
     if args.cached_dataset:
-        directory, _ = _part(args.cached_dataset)
-        parts = load_cached_dataset(directory, template, capacity)
-        get_logger().info("%s: %d samples", args.cached_dataset, len(parts["train"]))
-        if args.cached_val_dataset is None:
-            return parts["train"], parts.get("val")
-        directory, part = _part(args.cached_val_dataset)
-        others = load_cached_dataset(directory, template, capacity)
-        return parts["train"], others.get(part or "val", others["train"])
+        load = partial(load_cached_dataset, template=template, packing_length=capacity)
+        train = load(args.cached_dataset)
+        if train is None:
+            raise DatasetError(f"--cached_dataset {' '.join(args.cached_dataset)}: has no training part")
+        get_logger().info("%s: %d samples", " ".join(args.cached_dataset), len(train))
+        paths, parts = _cached_for_evaluation(args)
+        return train, load(paths, parts=parts)
     rejects = RejectsFile(Path(args.output_dir) / REJECTS_FILE) if args.output_dir else None
     if args.streaming:
         return _streamed(args, template, capacity, rejects)
@@ -66,18 +73,18 @@ def check_sources(args: BaseArguments) -> None:
     for text in (*args.dataset, *args.val_dataset):
         open_spec(parse_spec(text), use_hf=args.use_hf, hub_token=args.hub_token)
     for flag in ("cached_dataset", "cached_val_dataset"):
-        given = getattr(args, flag)
-        if given and not (Path(_part(given)[0]) / FACTS_FILE).is_file():
-            raise DatasetError(
-                f"--{flag} {given}: has no {FACTS_FILE}; write it with `swiftlite export --to_cached_dataset true`"
-            )
+        for given in getattr(args, flag):
+            if not (directory_of(given)[0] / FACTS_FILE).is_file():
+                raise DatasetError(
+                    f"--{flag} {given}: has no {FACTS_FILE}; write it with `swiftlite export --to_cached_dataset true`"
+                )
 
 
-def _part(path: str) -> tuple[str, str | None]:
-    """(directory of tokenised data, None), or (directory, part) of DIR/train and DIR/val."""
-    given = Path(path).expanduser()
-    inside = given.name in ("train", "val") and not (given / FACTS_FILE).is_file()
-    return (str(given.parent), given.name) if inside else (str(given), None)
+def _cached_for_evaluation(args: BaseArguments) -> tuple[list[str], tuple[str, ...]]:
+    """(directories, parts of them that serve): a directory of --cached_val_dataset serves as a whole without `val`."""
+    if args.cached_val_dataset:
+        return args.cached_val_dataset, ("val", "train")
+    return [str(directory_of(path)[0]) for path in args.cached_dataset], ("val",)
 
 
 def packing_capacity(args: BaseArguments) -> int | None:
@@ -170,3 +177,40 @@ def _streamed(args: BaseArguments, template: Template, capacity: int | None, rej
         facts=facts_of_files(files) if files else None,
     )
     return train_set, val_set
+
+
+def load_pairs(args: DpoArguments, template: Template) -> tuple[PairDataset, PairDataset | None]:
+    """(training pairs, validation pairs or None). Raises: UsageError without data; DatasetError."""
+    if not args.dataset and not args.cached_dataset:
+        raise UsageError("give the training pairs with --dataset FILE")
+    if args.packing:
+        template.padding_free = True
+    capacity, seed = packing_capacity(args), args.data_seed or 0
+    if args.cached_dataset:
+        load = partial(load_cached_pairs, template=template)
+        paths, parts = _cached_for_evaluation(args)
+        train, val = load(args.cached_dataset), load(paths, parts=parts)
+        if train is None:
+            raise DatasetError(f"--cached_dataset {' '.join(args.cached_dataset)}: has no training part")
+        train_set = PairDataset.of(train, capacity, seed, "training data")
+        return train_set, PairDataset.of(val, capacity, seed, "validation data") if val else None
+    rejects = RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
+    train_rows, val_rows = read_rows(args, rejects)
+    train_set = make_pairs(train_rows, args, template, rejects, "training data", capacity)
+    if not val_rows:
+        return train_set, None
+    return train_set, make_pairs(val_rows, args, template, rejects, "validation data", capacity)
+
+
+def make_pairs(
+    rows: list[Row],
+    args: BaseArguments,
+    template: Template,
+    rejects: RejectsFile | None,
+    name: str,
+    capacity: int | None = None,
+) -> PairDataset:
+    return PairDataset(
+        rows, template, capacity=capacity, seed=args.data_seed or 0, max_drop_ratio=args.max_drop_ratio, name=name,
+        num_proc=args.dataset_num_proc, rejects=rejects,
+    )  # fmt: skip

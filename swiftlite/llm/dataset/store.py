@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import mmap
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,8 @@ class TokenStore:
         return [offsets[i + 1] - offsets[i] for i in range(self._count)]
 
     def save(self, directory: Path) -> None:
-        """Write into a directory that exists; `store.json` comes last."""
+        """Write the directory; `store.json` comes last."""
+        directory.mkdir(parents=True, exist_ok=True)
         for name, values in self._values.items():
             (directory / f"{name}.bin").write_bytes(memoryview(values).cast("B") if len(values) else b"")
             (directory / f"{name}.offsets.bin").write_bytes(memoryview(self._offsets[name]).cast("B"))
@@ -134,6 +137,31 @@ class TokenStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise DatasetError(f"{directory}: is not a whole tokenised dataset ({error}); write it again") from None
         return store
+
+
+class JoinedStore(TokenStore):
+    """Stores end to end, to be read."""
+
+    def __init__(self, stores: Sequence[TokenStore]) -> None:
+        super().__init__()
+        self.stores = list(stores)
+        self.ends = list(accumulate(map(len, stores)))
+        self._count = self.ends[-1]
+
+    def __getitem__(self, index: int) -> Json:
+        which = bisect_right(self.ends, index)
+        if not 0 <= index < self._count:
+            raise IndexError(f"sample {index} of {self._count}")
+        return self.stores[which][index - self.ends[which] + len(self.stores[which])]
+
+    def content_hash(self, order: Sequence[Sequence[int]] = ()) -> str:
+        import xxhash
+
+        whole = [*(store.content_hash() for store in self.stores), list(order)]
+        return xxhash.xxh3_128(json.dumps(whole).encode()).hexdigest()
+
+    def lengths(self, name: str = "input_ids") -> list[int]:
+        return [length for store in self.stores for length in store.lengths(name)]
 
 
 def hash_of_file(path: Path) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.checkpoint.resolve import as_arguments
-from swiftlite.llm.dataset.pairs import SIDES, PairDataset, load_pairs, sequences_of
+from swiftlite.llm.dataset.pairs import SIDES, PairDataset, sequences_of
+from swiftlite.llm.dataset.prepare import load_pairs
 from swiftlite.llm.model.loader import embedding_rows
 from swiftlite.llm.model.tuner import prepare_model
 from swiftlite.llm.train.begin import started

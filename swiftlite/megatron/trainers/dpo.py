@@ -26,7 +26,8 @@ from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.checkpoint.vocabulary import grown, rows_of
-from swiftlite.llm.dataset.pairs import PairDataset, load_pairs, sequences_of
+from swiftlite.llm.dataset.pairs import PairDataset, sequences_of
+from swiftlite.llm.dataset.prepare import load_pairs
 from swiftlite.megatron.context import add_up, ranks
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.provider import build_models

@@ -32,7 +32,7 @@ def test_saved_and_mapped_samples_are_equal(make_template, tmp_path):
     rows = [dict(row) for row in ROWS]
     rows[3] = {"messages": [ROWS[3]["messages"][0], {**ROWS[3]["messages"][1], "loss_scale": 0.25}], "label": True}
     dataset = EncodedDataset(rows, make_template(remove_unused_columns=False))
-    dataset.save(tmp_path / "d")
+    dataset.store.save(tmp_path / "d")
     loaded = EncodedDataset.load(tmp_path / "d")
     assert list(loaded) == list(dataset)
     assert loaded[3]["label"] is True and set(loaded[3]["loss_scale"]) == {0.0, 0.25}
@@ -101,7 +101,7 @@ def cached(tiny_model, tmp_path, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:120], {"messages": []}]))
     model = tiny_model("qwen3")
 
-    def export(name, *flags):
+    def export(name, *flags, data=data):
         words = ["export", "--to_cached_dataset", "true", "--model", str(model), "--model_type", "qwen3", "--dataset",
                  str(data), "--output_dir", str(tmp_path / name), "--max_length", "100", *flags]  # fmt: skip
         code = main(words)
@@ -118,17 +118,29 @@ def test_export_and_read_back(cached, tmp_path, tiny_model):
     assert "messages is empty" in (directory / "rejects.jsonl").read_text()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model("qwen3"))
     template = get_template("qwen3", tokenizer, max_length=100)
-    parts = load_cached_dataset(str(directory), template, 200)
+    parts = {part: load_cached_dataset([str(directory)], template, 200, [part]) for part in ("train", "val")}
     train_rows, val_rows = load_dataset(str(tmp_path / "data.jsonl"), split_dataset_ratio=0.1)
     wanted = PackedDataset(EncodedDataset(train_rows, template), 200, seed=42)
     assert list(parts["train"]) == list(wanted) and parts["train"].sequences == wanted.sequences
     assert list(parts["val"].dataset) == list(EncodedDataset(val_rows, template))
     with pytest.raises(DatasetError, match="was written with max_length 100, this run has 50"):
-        load_cached_dataset(str(directory), get_template("qwen3", tokenizer, max_length=50), 200)
+        load_cached_dataset([str(directory)], get_template("qwen3", tokenizer, max_length=50), 200)
     with pytest.raises(DatasetError, match="is packed to 200 tokens, this run does not pack"):
-        load_cached_dataset(str(directory), template, None)
+        load_cached_dataset([str(directory)], template, None)
     with pytest.raises(DatasetError, match="has no cached_dataset.json"):
-        load_cached_dataset(str(tmp_path), template, None)
+        load_cached_dataset([str(tmp_path)], template, None)
+    # Several directories, packed or not, are one dataset; DIR/val names a part.
+    _, plain, _ = cached("c2", "--split_dataset_ratio", "0.2")
+    both = load_cached_dataset([str(directory), str(plain), f"{directory}/val"], template, 200)
+    others = EncodedDataset(load_dataset(str(tmp_path / "data.jsonl"), split_dataset_ratio=0.2)[0], template)
+    whole = [*wanted.dataset, *others, *parts["val"].dataset]
+    assert list(both.dataset) == whole
+    assert sorted(i for sequence in both.sequences for i in sequence) == list(range(len(whole)))
+    assert both.lengths[-1] == sum(len(whole[i]["input_ids"]) for i in both.sequences[-1])
+    turned = load_cached_dataset([str(plain), str(directory), f"{directory}/val"], template, 200)
+    assert turned.content_hash() != both.content_hash()
+    with pytest.raises(DatasetError, match="has no part val"):
+        load_cached_dataset([f"{cached('c3')[1]}/val"], template, None)
 
 
 def test_export_refuses(cached, tmp_path):
@@ -165,6 +177,34 @@ def test_both_trainers_read_it(cached, tiny_model, tmp_path):
     assert losses("megatron", "sft", "cache") == megatron and len(megatron) == 3
     hugging_face = losses("sft", "cache")
     assert hugging_face == losses("sft", "rows") == pytest.approx(megatron, rel=1e-5)
+
+
+def test_pairs_are_written_and_read(cached, tiny_model, tmp_path):
+    """`--template_mode rlhf`: training on two directories of pairs is training on the rows of both."""
+    code, _, err = cached("h", "--template_mode", "rlhf", "--packing", "true")
+    assert code == 2 and "pairs are packed where they are trained on" in err
+    row = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+    for name in "ab":
+        lines = [json.dumps({**row, "rejected_response": f"{name} {i}"}) for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        code, _, err = cached(f"pairs-{name}", "--template_mode", "rlhf", data=tmp_path / f"{name}.jsonl")
+        assert code == 0, err
+    code, samples, _ = cached("i")
+    given = {
+        "rows": ["--dataset", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+        "cache": ["--cached_dataset", str(tmp_path / "pairs-a"), str(tmp_path / "pairs-b/train")],
+    }
+    losses = {}
+    for name, data in given.items():
+        words = ["dpo", "--model", str(tiny_model("qwen3")), "--model_type", "qwen3", "--max_length", "100", *data,
+                 "--train_iters", "3", "--global_batch_size", "4", "--lr", "1e-3", "--logging_steps", "1",
+                 "--torch_dtype", "float32", "--output_dir", str(tmp_path / name)]  # fmt: skip
+        assert main(words) == 0
+        lines = (tmp_path / name / "logging.jsonl").read_text().splitlines()
+        losses[name] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    assert losses["cache"] == losses["rows"] and len(set(losses["rows"])) == 3
+    words[words.index("--cached_dataset") + 1] = str(samples)
+    assert main([*words[:-1], str(tmp_path / "j")]) == 1
 
 
 def test_fingerprint_holds_everything_that_decides_ids_and_labels(tiny_tokenizer_dir):
