@@ -86,6 +86,12 @@ class Adapter:
         names = [*pairs, *(name for name in everything if name.endswith(TOKENS))]
         return cls(directory, root, source, names, lora, extras, described, [*files, config_file], bound.naming)
 
+    @classmethod
+    def trained(cls, directory: Path, config: Mapping[str, object], naming: Naming | None) -> Adapter:
+        """One that a run has just written to an iteration's directory. config: what adapter_config.json is to say."""
+        source, lora = TorchDistSource(directory), LoraConfig.from_dict(config)
+        return cls(directory, directory, source, sorted(source.names), lora, Extras(), config, source.files, naming)
+
     def peft_name(self, name: str) -> str:
         """What peft calls one of `names`: by the modules of the model that transformers builds."""
         return PEFT_PREFIX + (name if self.naming is None else NAMINGS[0](text_name(name)))
@@ -99,6 +105,11 @@ class Adapter:
     def ranks(self) -> dict[str, int]:
         """Module -> rank."""
         return {name.removesuffix(A): self.source.spec(name).shape[0] for name in self.names if name.endswith(A)}
+
+    @property
+    def pairs(self) -> set[str]:
+        """Those of `names` that are matrices of pairs."""
+        return {name for name in self.names if name.endswith((A, B))}
 
     @property
     def directories(self) -> Sequence[Path]:

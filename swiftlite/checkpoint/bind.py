@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from swiftlite.checkpoint.info import check_counts
-from swiftlite.families import family_of
+from swiftlite.families import family_of, has_family
 from swiftlite.families.hf_config import architecture_of, convert_hf_config, text_config, wrapped_family
 from swiftlite.families.records import Family
 from swiftlite.families.rope import flatten_config
@@ -15,7 +15,7 @@ from swiftlite.utils.io import blame
 from swiftlite.utils.types import Config
 from swiftlite.weights.rule import NAMINGS, BoundMap, Duplicate, Naming, Source, WeightMap, WeightRule
 from swiftlite.weights.shape import ModelShape
-from swiftlite.weights.storage import TensorSpec
+from swiftlite.weights.storage import TensorSpec, WeightSource
 
 __all__ = ["architecture_of", "bind_map", "convert_hf_config", "flatten_config", "text_config", "wrapped_family"]
 
@@ -46,6 +46,13 @@ def bind_map(
     with blame("config.json"):
         shape, naming = ModelShape.from_config(converted), naming or naming_of(config, names)
         return _bind(family, shape, text_config(config), names, with_mtp, naming)
+
+
+def bind_source(config: Config, source: WeightSource, names: Iterable[str]) -> BoundMap:
+    """The map of a checkpoint that has these names; without a family its tensors are taken as they are."""
+    if has_family(architecture_of(config)):
+        return bind_map(config, names)
+    return plain_map(config, {name: source.spec(name) for name in names})
 
 
 def resolve_copy(duplicate: Duplicate, bound: BoundMap) -> str:

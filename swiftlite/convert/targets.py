@@ -23,11 +23,11 @@ from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
 from swiftlite.checkpoint.bind import architecture_of, convert_hf_config
-from swiftlite.checkpoint.checkpoint import CARRIED, Checkpoint
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.files import main_dtype
 from swiftlite.checkpoint.side_files import write_hashes, write_megatron_lm_args
 from swiftlite.families import family_of
-from swiftlite.utils.directories import TRACKER
+from swiftlite.utils.directories import CARRIED, TRACKER
 from swiftlite.utils.dist import num_processes
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import write_text_atomic

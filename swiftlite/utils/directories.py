@@ -12,6 +12,8 @@ from swiftlite.utils.errors import CheckpointError, UsageError
 TRACKER = "latest_checkpointed_iteration.txt"
 ADAPTER_CONFIG = "adapter_config.json"
 REJECTS_FILE = "rejects.jsonl"
+# Beside Megatron's checkpoints: the tensors of a model's other parts than its text model, as Hugging Face files.
+CARRIED = "carried"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)|iter_(\d+)|v(\d+)-.*")
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swiftlite.checkpoint.checkpoint import CARRIED, Checkpoint
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.cli.main import main
 from swiftlite.convert.conversion import Options, convert
 from swiftlite.convert.targets import HfTarget, McoreTarget
 from swiftlite.families.hf_config import convert_hf_config
 from swiftlite.selftest.check import text_alone
+from swiftlite.utils.directories import CARRIED
 from swiftlite.utils.errors import CheckpointError, MapError
 from swiftlite.weights.rule import NAMINGS, text_name
 from swiftlite.weights.torch_dist import HfNames

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.adapter import Adapter
 from swiftlite.checkpoint.chat import Chat
-from swiftlite.checkpoint.checkpoint import CARRIED, Checkpoint
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.new_tokens import copy_tokenizer
 from swiftlite.checkpoint.side_files import write_megatron_lm_args
 from swiftlite.convert.conversion import Options, convert
@@ -21,12 +21,9 @@ from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import prepare_hf_weights
 from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.megatron.tuners.lora_plan import LoraPlan
-from swiftlite.utils.directories import ADAPTER_CONFIG
+from swiftlite.utils.directories import ADAPTER_CONFIG, CARRIED
 from swiftlite.utils.io import move_files, write_json
 from swiftlite.weights import stream
-from swiftlite.weights.dcp_file import TorchDistSource
-from swiftlite.weights.lora import LoraConfig
-from swiftlite.weights.merged import Extras
 
 HF_SUFFIX = "-hf"
 _RUN_FILES = ".run-files.saving"  # of a run's own directory, while they are made
@@ -68,18 +65,7 @@ class RunFiles:
     def write_adapter(self, directory: Path) -> None:
         """The adapter in PEFT's format next to a checkpoint that is being written, and what it was trained with."""
         assert self.lora is not None
-        source, config = TorchDistSource(directory), self.lora.peft_config
-        adapter = Adapter(
-            directory,
-            directory,
-            source,
-            sorted(source.names),
-            LoraConfig.from_dict(config),
-            Extras(),
-            config,
-            source.files,
-            self.origin.bound.naming,
-        )
+        adapter = Adapter.trained(directory, self.lora.peft_config, self.origin.bound.naming)
         plan = PeftTarget().plan(adapter)
         plan.prepare(directory)
         stream.run(plan.jobs(directory))
