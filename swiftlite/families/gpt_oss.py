@@ -62,7 +62,6 @@ FAMILY = Family(
         constant("moe_router_pre_softmax", False),
     ),
     blocks=("expert_biases",),
-    local_only=True,
     weights=decoder(
         ATTENTION, SINKS, ROUTER, EXPERTS, fused=fused_experts(transposed=True, interleaved=True, bias=True)
     ),

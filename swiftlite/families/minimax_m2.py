@@ -51,6 +51,5 @@ FAMILY = Family(
         EXPERTS_HAVE_THE_WIDTH,
     ),
     blocks=("full_qk_norm",),
-    local_only=True,
     weights=decoder(ATTENTION, FULL_QK_NORM, MIXTRAL_EXPERTS, BIAS),
 )

@@ -26,5 +26,4 @@ FAMILY = replace(
     config=windowed(GPT_CONFIG, all_but_every(4), default=4096, rope=_window_rope),
     patches=(*OLMO2.patches, rotary_base(_BASE)),
     blocks=(*OLMO2.blocks, "window_rope"),
-    local_only=True,
 )

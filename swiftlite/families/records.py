@@ -139,7 +139,6 @@ class Family:
     weights: the declarative weight map.
     patches: rules applied after `config` (what an architecture forces).
     blocks: modules under megatron/model/blocks/ that supply unusual layers.
-    local_only: its logits with Transformer Engine were measured to differ from transformers', so it is refused there.
     mtp_key: key of config.json with the number of MTP blocks, where the weight map has them.
     aliases: model_type in config.json that transformers does not know -> the one it knows the same model under.
     wrappers: classes of which this model is the text part -> model_type of their `text_config`; of config.json itself
@@ -152,7 +151,6 @@ class Family:
     weights: WeightMap
     patches: Rules = ()
     blocks: tuple[str, ...] = ()
-    local_only: bool = False
     mtp_key: str = "num_nextn_predict_layers"
     aliases: Mapping[str, str] = field(default_factory=dict)
     wrappers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

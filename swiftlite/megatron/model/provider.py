@@ -21,7 +21,6 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer.moe import router as core_router
 from torch import Tensor
 
-from swiftlite.arguments.description import ModelDescription
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.families import family_of
 from swiftlite.megatron import backend
@@ -30,7 +29,6 @@ from swiftlite.megatron.model.blocks import load_blocks
 from swiftlite.megatron.model.blocks.router import TopKRouter
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
 from swiftlite.megatron.model.spec import block_spec, mtp_spec
-from swiftlite.utils.errors import ConfigError
 
 # Hugging Face builds MLA's latent norms with this epsilon, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -62,7 +60,7 @@ def model_provider(
     frequencies = rope.Rope(description)
     if not description.multi_latent_attention:
         frequencies.set_attention_factor(config)
-    blocks = load_blocks(_blocks_of(description))
+    blocks = load_blocks(family_of(description.architectures).blocks if description.architectures else ())
     replaced = {core_router.TopKRouter: TopKRouter, **experts.replacements(args, config)}
     for block in blocks:
         replaced |= block.replacements(args) if hasattr(block, "replacements") else {}
@@ -100,19 +98,6 @@ def model_provider(
     for adapt in (block.adapt for block in blocks if hasattr(block, "adapt")):
         adapt(model, args)
     return model
-
-
-def _blocks_of(description: ModelDescription) -> tuple[str, ...]:
-    """Unusual layers of the model. Raises: ConfigError where Transformer Engine was measured to compute another one."""
-    if not description.architectures:
-        return ()
-    family = family_of(description.architectures)
-    if family.local_only and backend.setup().spec == "te":
-        raise ConfigError(
-            f"{family.name}: with Transformer Engine this model gives other logits than transformers does; train it with "
-            "`swiftlite sft`, or on Megatron where Transformer Engine is not installed"
-        )
-    return family.blocks
 
 
 def build_models(args: MegatronArguments, **overrides: Any) -> list[GPTModel]:

@@ -19,7 +19,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.transformer.moe import router
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    router_gating_linear,
+    topk_routing_with_score_function,
+)
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
@@ -59,6 +63,17 @@ class TopKRouter(router.TopKRouter):  # type: ignore[misc]
     """
 
     loss: RouterLoss | None = None
+
+    def gating(self, tokens: Tensor) -> Tensor:
+        """Hidden states [S, B, H] -> logits [S, B, E], the bias added afterwards.
+
+        Transformer Engine's product reads a bias in bf16 as one in fp32 where the result is fp32 (2.20, measured).
+        """
+        if self.bias is None:
+            return super().gating(tokens)  # type: ignore[no-any-return]
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, tokens.dtype)
+        logits: Tensor = router_gating_linear(tokens, self.weight, None, dtype)
+        return logits + self.bias.to(dtype)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [T, E] -> weights [T, E], zero where not chosen; boolean map [T, E]."""

@@ -55,13 +55,17 @@ def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     for name in _FACTOR:
         vars(window_config).pop(name, None)
     window_rope.set_attention_factor(window_config)
+    differs = rope.attention_factor != window_rope.attention_factor
     for attention in model.modules():
         if isinstance(attention, SelfAttention):
             windowed = is_layer_window_attention(
                 config.window_size, config.window_attn_skip_freq, attention.layer_number
             )
-            if windowed and rope.attention_factor != window_rope.attention_factor:
+            if windowed and differs:
                 attention.config = window_config
+                attention._yarn_concentration_factor = (
+                    window_rope.attention_factor
+                )  # read once, from megatron-core 0.19
             part = slice(width, None) if windowed else slice(None, width)
             attention.register_forward_pre_hook(_taking(part), with_kwargs=True)
 
