@@ -39,7 +39,15 @@ setup(
         # Python 3.11 can only install 0.16.x; 3.12 and later also 0.17 to 0.19.
         "megatron": ["megatron-core>=0.16.1,<0.20", "psutil"],
         "te": ["transformer-engine[pytorch]>=2.8"],
-        "dev": ["trl>=0.24", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        "dev": [
+            "trl>=0.24",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-PyYAML",
+            "compressed-tensors>=0.15",
+        ],  # fmt: skip
     },
     entry_points={"console_scripts": ["swiftlite=swiftlite.cli.main:main"]},
     classifiers=[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from swiftlite.checkpoint.bind import bind_map, resolve_copy
 from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.types import Config
 from swiftlite.weights.fp8 import ACTIVATION_SCALES, SCALES
+from swiftlite.weights.packed import value_name
 from swiftlite.weights.safetensors import INDEX, SINGLE, SafetensorsSource, StoredTensor
 from swiftlite.weights.storage import TensorSpec
 
@@ -35,6 +38,11 @@ class PlannedSource(SafetensorsSource):
             for name, shape in {**shapes, **unknown}.items()
             if name in (self._index or bound.stored_names)
         }
+
+    @cached_property
+    def _index(self) -> Mapping[str, str]:
+        """Of the weights as they are read."""
+        return {plain: file for name, file in super()._index.items() if (plain := value_name(name))}
 
     def _file(self, name: str) -> Path:
         return self.directory / self._index.get(name, SINGLE)

@@ -15,15 +15,14 @@ from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar
-from swiftlite.weights.fp8 import FP8
-from swiftlite.weights.storage import Files, TensorSpec
+from swiftlite.weights.storage import Files, TensorSpec, WeightSource
 from swiftlite.weights.stream import hash_tensor
 
 
 def verify_main(args: VerifyArguments | Sequence[str]) -> None:
     """Compare names, dtypes, shapes and bytes; copies that only one side stores are not a difference.
 
-    FP8 weights are compared dequantised, in the dtype of the other side.
+    Quantised weights are compared dequantised, in the dtype of the other side.
 
     Raises: VerifyError naming the first tensor that differs.
     """
@@ -41,7 +40,7 @@ def verify_main(args: VerifyArguments | Sequence[str]) -> None:
     total = sum(a.source.spec(name).nbytes for name in names)
     with Files() as files, progress_bar(total=total, unit="B", unit_scale=True, desc="verify") as bar:
         for name in names:
-            specs = _comparable(*(origin.source.spec(name) for origin in (a, b)))
+            specs = _comparable(name, a.source, b.source)
             if specs[0] != specs[1]:
                 raise VerifyError(f"{name} is {specs[0]} in {paths[0]}, {specs[1]} in {paths[1]}")
             digests = [
@@ -54,8 +53,9 @@ def verify_main(args: VerifyArguments | Sequence[str]) -> None:
     get_logger().info("equal: %d tensors, %s", len(names), format_bytes(total))
 
 
-def _comparable(a: TensorSpec, b: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
-    """The specs of a tensor on both sides, an FP8 one as what it is compared in."""
-    plain = next((spec.dtype for spec in (a, b) if spec.dtype not in FP8), torch.float32)
-    first, second = (TensorSpec(plain if spec.dtype in FP8 else spec.dtype, spec.shape) for spec in (a, b))
-    return first, second
+def _comparable(name: str, *sources: WeightSource) -> list[TensorSpec]:
+    """The specs of a tensor on both sides, one that is decoded as what it is compared in."""
+    stored = [source.spec(name) for source in sources]
+    plain = [s.dtype for s, source in zip(stored, sources, strict=True) if s.dtype == source.value_dtype(name)]
+    decoded = len(plain) < len(sources)
+    return [TensorSpec((plain or [torch.float32])[0] if decoded else s.dtype, s.shape) for s in stored]

@@ -1,4 +1,4 @@
-"""FP8 checkpoints: weights with scales next to them, dequantised while they are read.
+"""Quantised checkpoints, and of them FP8: weights with scales next to them, dequantised while they are read.
 
 A scale, `weight_scale_inv` (DeepSeek-V3, Qwen3-FP8) or `weight_scale` (compressed-tensors, GLM-4.5-FP8), stands for a
 block of rows and columns, for a row or for the whole tensor; its shape says which. It is a float or, as E8M0, a power of
@@ -18,7 +18,8 @@ from torch import Tensor
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
 from swiftlite.utils.io import blame
 from swiftlite.utils.types import Config
-from swiftlite.weights.safetensors import SafetensorsSource, StoredTensor
+from swiftlite.weights.packed import PackedSource
+from swiftlite.weights.safetensors import PlainTensors, SafetensorsSource, StoredTensor
 from swiftlite.weights.storage import Files, read_tensor
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -29,7 +30,8 @@ BLOCK = (128, 128)  # where config.json does not say
 
 
 def open_source(directory: Path, config: Config) -> SafetensorsSource:
-    """The tensors of a model directory, FP8 ones decoded. Raises: ConfigError naming a quantisation that is not read."""
+    """The tensors of a model directory, quantised ones decoded. Raises: ConfigError naming what is not read."""
+    config = {**(config.get("text_config") or {}), **config}  # Kimi-K2.5 speaks of its text part alone
     quantisation = config.get("quantization_config")
     if not quantisation:
         plain = SafetensorsSource(directory)
@@ -38,17 +40,21 @@ def open_source(directory: Path, config: Config) -> SafetensorsSource:
         quantisation = {"quant_method": "fp8"}
     method = str(quantisation.get("quant_method"))
     form = str(quantisation.get("format", "float-quantized"))
-    if method in ("fp8", "fbgemm_fp8") or (method == "compressed-tensors" and form == "float-quantized"):
-        with blame(directory / "config.json"):
-            dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
-            block, dequantised = _block(quantisation), getattr(torch, dtype)
-            if min(block) < 1 or not isinstance(dequantised, torch.dtype):
-                raise ValueError(f"blocks of {block}, dtype {dtype}")
-        return Fp8Source(directory, block, dequantised)
-    raise ConfigError(
-        f"the weights are quantised with {method}{f' ({form})' if method == 'compressed-tensors' else ''}; of quantised "
-        "weights only FP8 can be read (not AWQ, GPTQ, AQLM, bitsandbytes, MXFP4): use the unquantised model"
-    )
+    is_fp8 = method in ("fp8", "fbgemm_fp8") or (method, form) == ("compressed-tensors", "float-quantized")
+    if not is_fp8 and method != "mxfp4" and (method, form) != ("compressed-tensors", "pack-quantized"):
+        raise ConfigError(
+            f"the weights are quantised with {method}{f' ({form})' if method == 'compressed-tensors' else ''}; of quantised "
+            "weights only FP8, MXFP4 and INT4 of compressed-tensors can be read (not AWQ, GPTQ, AQLM, bitsandbytes): use "
+            "the unquantised model"
+        )
+    with blame(directory / "config.json"):
+        dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
+        block, dequantised = _block(quantisation), getattr(torch, dtype)
+        if min(block) < 1 or not isinstance(dequantised, torch.dtype):
+            raise ValueError(f"blocks of {block}, dtype {dtype}")
+        if not is_fp8:
+            return PackedSource(directory, dequantised, quantisation)
+    return Fp8Source(directory, block, dequantised)
 
 
 def _block(quantisation: Config) -> tuple[int, int]:
@@ -110,7 +116,7 @@ class Fp8Source(SafetensorsSource):
 
     def _read_scale(self, scale: str) -> Tensor:
         with Files() as files:
-            stored = read_tensor(_Plain(self._all), scale, files)
+            stored = read_tensor(PlainTensors(self._all), scale, files)
         # Powers of two are stored as their exponents, by some tools as plain bytes.
         return (stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored).float()
 
@@ -132,10 +138,3 @@ class Fp8Source(SafetensorsSource):
             start, stop = max(block * width - column, 0), min((block + 1) * width - column, columns)
             values[:, start:stop].mul_(per_row[:, block : block + 1])
         return values
-
-
-class _Plain(SafetensorsSource):
-    """The files as they are, scales included."""
-
-    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
-        self.tensors = tensors

@@ -172,6 +172,13 @@ class SafetensorsSource(WeightSource):
         yield Extent(stored.file, stored.offset + start, stop - start)
 
 
+class PlainTensors(SafetensorsSource):
+    """Stored tensors as they are, whatever a source makes of them."""
+
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
+        self.tensors = tensors
+
+
 _NOWHERE = StoredTensor(TensorSpec(torch.uint8, ()), Path(), 0)
 
 

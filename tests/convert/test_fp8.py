@@ -164,7 +164,7 @@ def test_missing_and_wrong_scales(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "aqlm", "bitsandbytes", "mxfp4"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "aqlm", "bitsandbytes"])
 def test_other_quantisations_are_named(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "hf", "qwen3:default", "tensor")
     config = {**read_config(tmp_path / "hf"), "quantization_config": {"quant_method": method}}

@@ -257,6 +257,13 @@ def _for_quantised(model_info: ModelInfo) -> Json:
         from transformers.utils.quantization_config import Mxfp4Config
 
         return {"quantization_config": Mxfp4Config(dequantize=True)}
+    if method == "compressed-tensors":
+        from transformers.utils.quantization_config import CompressedTensorsConfig
+
+        try:
+            return {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+        except ImportError as error:
+            raise SwiftliteError(f"{model_info.model_dir} has packed weights: {reason(error)}") from None
     return {}
 
 
