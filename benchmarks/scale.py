@@ -20,7 +20,7 @@ import torch
 
 from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.checkpoint import Checkpoint
-from swiftlite.convert.targets import McoreTarget
+from swiftlite.convert.mcore import McoreTarget
 from swiftlite.utils.io import format_bytes, peak_memory_bytes
 from swiftlite.weights import stream
 from swiftlite.weights.safetensors import create_shards, plan_shards, write_index

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from swiftlite.arguments.base import PLUGINS, BaseArguments, normalize_dtype
 from swiftlite.arguments.flags import EXPORT_NOTES
 from swiftlite.arguments.parser import Arguments, Note, arguments, field
 from swiftlite.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -181,6 +184,11 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
     @property
     def trains(self) -> bool:
         return self.to_cached_dataset
+
+    @property
+    def written_dtype(self) -> torch.dtype | None:
+        """What all weights are converted to, None: nothing was asked for."""
+        return self.dtype if "torch_dtype" in self.given else None
 
     @property
     def max_shard_bytes(self) -> int:

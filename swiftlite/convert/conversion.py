@@ -2,6 +2,13 @@
 
 No model or GPU is involved, and neither megatron-core nor transformers is imported. Several processes share the work by
 output file; they exchange barriers and hashes, never tensor data.
+
+A target (hf.py, mcore.py, peft.py) lays the output out before the first weight is read (`plan`). The plan has a kind (what
+is written), options (what the output depends on besides the source), sizes of files and total_bytes, and
+    prepare(directory)  makes the files, at their final size
+    jobs(directory)     what is copied there, in the order of the source's files, so that reading is sequential
+    publish(directory, hashes)  writes what belongs to the weights; hashes of all tensors; on rank 0, after the jobs
+    written(directory)  what was written, under the names of the jobs' sources
 """
 
 from __future__ import annotations
@@ -11,15 +18,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
+from swiftlite.checkpoint.adapter import Adapter
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.convert.execute import run_jobs, verify_bitwise
-from swiftlite.convert.targets import Plan, Source, Target
+from swiftlite.convert.hf import CarriedPlan, HfPlan
+from swiftlite.convert.mcore import McorePlan
+from swiftlite.convert.peft import AdapterPlan
 from swiftlite.utils.dist import barrier, get_rank, host_group
 from swiftlite.utils.io import format_bytes, peak_memory_bytes
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.output import check_output
 from swiftlite.weights import stream
 from swiftlite.weights.journal import fingerprint, workspace
+
+Plan = HfPlan | McorePlan | AdapterPlan
+Source = TypeVar("Source", Checkpoint, Adapter, contravariant=True)
+
+
+class Target(Protocol[Source]):
+    def plan(self, source: Source) -> Plan:
+        """Raises: CheckpointError, MapError, ShapeError or ConfigError naming what cannot be written so."""
 
 
 def _nothing(_: Path) -> None:
@@ -90,3 +110,9 @@ def convert(
     log("wrote %s (%s) in %.1f s, %s/s, measured peak memory %s", output_dir, format_bytes(plan.total_bytes), seconds,
         format_bytes(plan.total_bytes / max(seconds, 1e-9)), format_bytes(peak_memory_bytes()))  # fmt: skip
     return plan
+
+
+def write_into(plan: CarriedPlan | AdapterPlan, directory: Path) -> None:
+    """The weights of a plan, into a directory that somebody else sees through: in this process, without a journal."""
+    plan.prepare(directory)
+    stream.run(plan.jobs(directory))

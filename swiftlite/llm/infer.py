@@ -5,220 +5,29 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
 from swiftlite.arguments.base import BaseArguments, DataArguments
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.parser import specs
-from swiftlite.checkpoint.files import end_tokens
-from swiftlite.checkpoint.info import ModelInfo, load_args
+from swiftlite.checkpoint.info import load_args
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.encoded import place_of
 from swiftlite.llm.dataset.loader import Question, ReadOptions, read_questions
-from swiftlite.llm.dataset.prepare import read_rows, register_named
 from swiftlite.llm.dataset.preprocess import Row, RowError
 from swiftlite.llm.dataset.report import printable
-from swiftlite.llm.pipeline import prepare_model_template
-from swiftlite.llm.template.messages import Tools
+from swiftlite.llm.dataset.rows import read_rows, register_named
+from swiftlite.llm.generate import Generator, Message
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar
 from swiftlite.utils.types import Json
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import GenerationConfig
-
-    from swiftlite.llm.template.base import Template
-
 logger = get_logger()
 
-Message = Json
-
 HELP = "Type a message. `clear` starts a new conversation, `system TEXT` sets the system message, `exit` ends."
-
-
-class Generates(Protocol):
-    """A model of transformers that writes text."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def generation_config(self) -> GenerationConfig: ...
-
-    def generate(self, **keywords: object) -> Tensor: ...
-
-
-@dataclass
-class Generator:
-    """Answers conversations with a Hugging Face model; a template writes the prompts and says what ends an answer."""
-
-    model: Generates
-    template: Template
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    num_beams: int = 1
-    stop_words: Sequence[str] = ()
-
-    @classmethod
-    def from_arguments(cls, args: InferArguments) -> Generator:
-        """Load what `args` names, put it on the GPU if there is one, add adapters."""
-        import torch
-
-        torch.manual_seed(args.seed)
-        model, template = prepare_model_template(args)
-        if len(args.adapters) > 1:
-            raise UsageError("--adapters: one at a time; merge the others with `swiftlite export --merge_lora true`")
-        for adapter in args.adapters:
-            from swiftlite.llm.model.tuner import attach_adapter
-
-            model = attach_adapter(model, Path(adapter))
-        if args.device_map is None and torch.cuda.is_available():
-            model = model.to("cuda")
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words")
-        return cls(model.eval(), template, **{name: getattr(args, name) for name in names})
-
-    def _config(self, prompt_length: int) -> GenerationConfig:
-        """The model's own generation config with the user's settings over it."""
-        from transformers import GenerationConfig
-
-        config = GenerationConfig.from_dict(self.model.generation_config.to_dict())
-        if self.temperature is not None:
-            config.do_sample = self.temperature > 0
-        for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(config, name, value)
-        if not config.do_sample:  # without sampling these have no meaning, and transformers warns of them
-            config.temperature = config.top_p = config.top_k = None
-        config.num_beams = self.num_beams
-        config.max_length = None
-        config.max_new_tokens = self.max_new_tokens or self._room(prompt_length)
-        config.eos_token_id = sorted({*self.template.stop_token_ids, *end_tokens(config.eos_token_id)})
-        config.pad_token_id = self.template.tokenizer.pad_token_id
-        config.stop_strings = list(self.stop_words) or None
-        return config
-
-    def _room(self, prompt_length: int) -> int:
-        info: ModelInfo | None = getattr(self.model, "model_info", None)
-        longest = info.max_model_len if info else None
-        room = (longest or prompt_length + 2048) - prompt_length
-        if room < 1:
-            raise TemplateError(
-                f"the conversation has {prompt_length} tokens, the model holds {longest}; shorten it or type `clear`"
-            )
-        return room
-
-    def check_room(self, messages: Sequence[Message], tools: Tools | None = None) -> None:
-        """Raises: TemplateError for a conversation that cannot be written, or leaves no room for an answer."""
-        self._room(len(self.template.encode_prompt(list(messages), tools)))
-
-    def _inputs(
-        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] = ()
-    ) -> dict[str, Tensor]:
-        """Prompts padded on the left: input_ids and attention_mask, int64 [B, S]."""
-        import torch
-
-        offers = tools or [None] * len(conversations)
-        prompts = [self.template.encode_prompt(list(m), t) for m, t in zip(conversations, offers, strict=True)]
-        length = max(map(len, prompts))
-        ids = torch.full((len(prompts), length), self.template.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask[row, length - len(prompt) :] = 1
-        device = self.model.device
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-    def _end(self, text: str, start: int = 0) -> int:
-        """Where the first stop word begins, from `start` on; -1: nowhere. The last token may reach beyond it."""
-        return min((at for word in self.stop_words if (at := text.find(word, start)) >= 0), default=-1)
-
-    def _cut(self, text: str) -> str:
-        end = self._end(text)
-        return text if end < 0 else text[:end]
-
-    def answer(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] = ()) -> list[str]:
-        """The answers to several conversations, generated as one batch.
-
-        Args: conversations: lists of messages, each ending where the model is to continue. tools: the functions on offer
-            in each conversation, as JSON schemas, or None.
-        """
-        import torch
-
-        inputs = self._inputs(conversations, tools)
-        length = inputs["input_ids"].shape[1]
-        tokenizer = self.template.tokenizer
-        with torch.inference_mode():
-            out = self.model.generate(**inputs, generation_config=self._config(length), tokenizer=tokenizer)
-        texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        return [self.template.answer_prefix + self._cut(text) for text in texts]
-
-    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
-        """The answer in pieces, as they are generated. Leaving the iterator early ends the generation."""
-        import torch
-        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-
-        abandoned = threading.Event()
-        failures: list[BaseException] = []
-
-        class Abandoned(StoppingCriteria):
-            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-                return torch.full((input_ids.shape[0],), abandoned.is_set(), device=input_ids.device)
-
-        inputs = self._inputs([messages])
-        tokenizer = self.template.tokenizer
-        streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        config = self._config(inputs["input_ids"].shape[1])
-
-        def generate() -> None:
-            try:
-                with torch.inference_mode():
-                    self.model.generate(
-                        **inputs,
-                        generation_config=config,
-                        streamer=streamer,
-                        tokenizer=tokenizer,
-                        stopping_criteria=StoppingCriteriaList([Abandoned()]),
-                    )
-            except BaseException as error:  # raised again below, in the caller's thread
-                failures.append(error)
-                streamer.end()
-
-        thread = threading.Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            if self.template.answer_prefix:
-                yield self.template.answer_prefix
-            held = max(map(len, self.stop_words), default=1) - 1  # what may be the beginning of a stop word
-            text, shown = "", 0
-            for piece in streamer:
-                text += piece
-                end = self._end(text, shown)
-                safe = len(text) - held if end < 0 else end
-                if safe > shown:
-                    yield text[shown:safe]
-                    shown = safe
-                if end >= 0:
-                    break
-            else:
-                if text[shown:]:
-                    yield text[shown:]
-        finally:
-            abandoned.set()
-            thread.join()
-        if failures:
-            raise failures[0]
 
 
 def chat(generator: Generator, stream: bool = True) -> None:

@@ -18,9 +18,9 @@ from swiftlite.checkpoint.resolve import as_arguments, resolve
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import PlacedRow
 from swiftlite.llm.dataset.packing import pack_windows
-from swiftlite.llm.dataset.prepare import open_stream, read_rows
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.report import RejectsFile
+from swiftlite.llm.dataset.rows import open_stream, read_rows
 from swiftlite.llm.pipeline import prepare_template
 from swiftlite.llm.template.base import IGNORE_INDEX, Template
 from swiftlite.llm.template.parity import differences

@@ -1,87 +1,30 @@
-"""Live models and Hugging Face files: each rank reads and writes exactly its own slices, through the weight map.
-
-What a rank holds is read off the modules' own `sharded_state_dict()`, so every parallel layout is covered.
-"""
+"""Live models and Hugging Face files: each rank reads and writes exactly its own slices, through the weight map."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from swiftlite.checkpoint.checkpoint import Checkpoint
-from swiftlite.convert.targets import HfPlan, copy_job
+from swiftlite.convert.hf import HfPlan, copy_job
 from swiftlite.megatron.background import Write
+from swiftlite.megatron.shards import LiveMap, iter_shards
 from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
-from swiftlite.utils.errors import MapError
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.types import Settings
 from swiftlite.weights import stream
-from swiftlite.weights.dcp_file import is_state
 from swiftlite.weights.fp8 import FP8
 from swiftlite.weights.fused import FusedTensor
 from swiftlite.weights.joined import Joined
-from swiftlite.weights.rule import BoundMap, Entry
+from swiftlite.weights.rule import Entry
 from swiftlite.weights.safetensors import SafetensorsSource, create_shards, plan_shards
 from swiftlite.weights.shard import read_shard, write_shard
 from swiftlite.weights.storage import Files, TensorSpec, check_overflow, overflows
-from swiftlite.weights.torch_dist import slot_of
-
-
-def iter_shards(models: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
-    """Every weight shard of the model chunks on this rank; `data` are views of the live tensors.
-
-    Gated MLPs come as two shards, one in each half of the global tensor.
-    """
-    metadata: Settings = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    for model in models:
-        yield from flatten_shards(unwrap(model).sharded_state_dict(metadata=metadata))
-
-
-def unwrap(model: torch.nn.Module) -> MegatronModule:
-    """The GPTModel inside Float16Module and DDP."""
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    return inner
-
-
-def flatten_shards(value: object) -> Iterator[ShardedTensor]:
-    """The weight shards in a sharded state dict, factories built; `data` are views of the tensors it was made from."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from flatten_shards(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from flatten_shards(item)
-    elif isinstance(value, ShardedTensorFactory):
-        yield from flatten_shards(value.build())
-    elif isinstance(value, ShardedTensor) and not is_state(value.key) and value.data is not None:
-        yield value
-
-
-class LiveMap:
-    """Finds the entry of a live shard."""
-
-    def __init__(self, bound: BoundMap) -> None:
-        slots = ((slot_of(entry), entry) for entry in bound.entries)
-        self._by_slot = {(slot.key, slot.index): entry for slot, entry in slots}
-
-    def entry(self, shard: ShardedTensor) -> tuple[Entry, tuple[int, ...]]:
-        """(entry, offset of the shard within it). Raises: MapError for a tensor that no rule covers."""
-        lead = shard.prepend_axis_num
-        entry = self._by_slot.get((shard.key, tuple(shard.global_offset[:lead])))
-        if entry is None:
-            raise MapError(f"the model has {shard.key}{list(shard.global_offset[:lead])}, which no weight rule covers")
-        return entry, tuple(shard.global_offset[lead:])
 
 
 def load_weights(

@@ -32,7 +32,7 @@ from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron import backend
 from swiftlite.megatron.background import Write
-from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
+from swiftlite.megatron.shards import LiveMap, iter_shards, unwrap
 from swiftlite.utils.directories import TRACKER
 from swiftlite.utils.dist import all_gather
 from swiftlite.utils.errors import CheckpointError, reason
@@ -222,6 +222,8 @@ def carried_tensors(models: Sequence[torch.nn.Module], origin: Checkpoint) -> di
                 tensors[entry.label] = ShardedTensor.from_rank_offsets(
                     slot.key, data.view(entry.shape), *offsets, prepend_axis_num=len(slot.lead)
                 )
+        if tensors:
+            logger.info("%d tensors that training does not hold go unchanged into every checkpoint", len(tensors))
     return tensors
 
 

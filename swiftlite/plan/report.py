@@ -20,7 +20,8 @@ from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.planned import PlannedSource
 from swiftlite.checkpoint.vocabulary import grown
-from swiftlite.convert.targets import McorePlan, Plan
+from swiftlite.convert.conversion import Plan
+from swiftlite.convert.mcore import McorePlan
 from swiftlite.plan.layouts import command, print_layouts
 from swiftlite.plan.memory import TrainingModel
 from swiftlite.utils.io import DiskSpeed, existing_parent, format_bytes, peak_memory_bytes, probe_disk
@@ -43,6 +44,17 @@ def _rows(rows: Iterable[tuple[str, str]]) -> None:
 
 
 # ---- conversion ----
+
+
+def print_plan(args: ExportArguments, output_dir: Path, plan: Plan) -> None:
+    """All there is to say of a conversion; of one to Megatron each rule, and the layouts that it can be trained in."""
+    if not isinstance(plan, McorePlan):
+        print_conversion(args, output_dir, plan)
+        return
+    print_coverage(plan)
+    print_conversion(args, output_dir, plan)
+    model = TrainingModel(plan.source.bound, plan.arguments, plan.trained_in or plan.main_dtype)
+    print_layouts(args, model, ["--mcore_model", str(output_dir)])
 
 
 def print_coverage(plan: McorePlan) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from swiftlite.arguments.export import CheckArguments
 from swiftlite.checkpoint.files import copy_side_files
 from swiftlite.checkpoint.info import read_config
-from swiftlite.selftest.check import model_directory, shrink_config, write_random_model
+from swiftlite.selftest.shrink import model_directory, shrink_config, write_random_model
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.logger import get_logger
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,21 +20,15 @@ from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
-from swiftlite.checkpoint.vocabulary import rows_of
 from swiftlite.selftest.precision_hf import Rounding, build_hf, run_hf
+from swiftlite.selftest.precision_input import token_ids
 from swiftlite.selftest.precision_mcore import Part, relative_error, run_mcore
 from swiftlite.utils.directories import find_iteration
-from swiftlite.utils.errors import TemplateError, VerifyError
+from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.storage import WeightSource
 from swiftlite.weights.torch_dist import slot_of
-
-NUM_TOKENS = 512
-MESSAGES = [
-    {"role": "user", "content": "What does a checkpoint converter have to preserve?"},
-    {"role": "assistant", "content": "Every weight, bit for bit, and therefore every logit."},
-]
 
 
 @dataclass(frozen=True)
@@ -129,7 +123,7 @@ def check_precision(
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     iteration = find_iteration(Path(mcore_dir))
     hf = hf if isinstance(hf, Checkpoint) else Checkpoint.open(hf)
-    ids = _token_ids(hf.root, args)
+    ids = token_ids(hf.root, args)
     stored = TorchDistSource(iteration)
     sizes = *_size(hf.source, set(hf.source.names) - set(hf.carried)), *_size(stored, stored.names)
     report = PrecisionReport(dtype, ids.shape[1], *sizes)
@@ -171,26 +165,3 @@ def _log(report: PrecisionReport) -> None:
         report.logits_max_diff, report.logits_mean_diff, report.logits_rel_error, report.scale,
         100 * report.argmax_agreement,
     )  # fmt: skip
-
-
-def _token_ids(hf_dir: Path, args: object) -> Tensor:
-    """[1, NUM_TOKENS]: a conversation in the model's template where there is a tokenizer, then arbitrary ids."""
-    rows = rows_of(read_config(hf_dir))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, rows, (1, NUM_TOKENS), generator=generator)
-    if any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        from swiftlite.llm.model.loader import load_tokenizer
-
-        tokenizer = load_tokenizer(str(hf_dir), trust_remote_code=getattr(args, "trust_remote_code", False))
-        given = "template" in getattr(args, "given", ())
-        text = "\n".join(m["content"] for m in MESSAGES)
-        if given or getattr(tokenizer, "chat_template", None):
-            from swiftlite.llm.template.register import get_template
-
-            name = str(getattr(args, "template", "")) if given else "jinja"
-            with suppress(TemplateError):  # which text it is does not matter
-                text = get_template(name, tokenizer, template_backend="swift" if given else "jinja").render(MESSAGES)
-        encoded = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i < rows]
-        count = min(len(encoded), NUM_TOKENS)
-        ids[0, :count] = torch.tensor(encoded[:count], dtype=ids.dtype)
-    return ids

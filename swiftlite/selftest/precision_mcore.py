@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.checkpoint.bind import convert_hf_config
-from swiftlite.megatron.hf_io import flatten_shards
+from swiftlite.megatron.shards import flatten_shards
 from swiftlite.selftest.precision_hf import HfRun, Rounding
 from swiftlite.utils.errors import VerifyError
 from swiftlite.utils.types import Config, Settings

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from swiftlite.utils.directories import TRACKER
 from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import blame, is_inside, plain_name, write_bytes_atomic, write_text_atomic
 from swiftlite.utils.types import Json
@@ -36,6 +37,7 @@ from swiftlite.weights.storage import Extent, TensorSpec, WeightSource
 from swiftlite.weights.torch_record import data_offset, record_of
 from swiftlite.weights.unpickle import read_metadata
 
+ITERATION = "iter_0000001"  # of a checkpoint that no run wrote
 SHARDED_BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -226,6 +228,18 @@ def plan_plain(specs: Mapping[str, TensorSpec]) -> DistPlan:
         plan.keys[name] = spec
         plan.add((name, None), name, (), spec, "__0_0.distcp")
     return plan
+
+
+def create_checkpoint(directory: Path, plan: DistPlan) -> None:
+    """A checkpoint of one iteration, with its files as create_files makes them."""
+    (directory / ITERATION).mkdir(parents=True)
+    create_files(directory / ITERATION, plan)
+
+
+def publish_checkpoint(directory: Path, plan: DistPlan, args: Mapping[str, object]) -> None:
+    """Make it a valid one, see write_metadata; the tracker comes last."""
+    write_metadata(directory / ITERATION, plan, args, iteration=1)
+    write_text_atomic(directory / TRACKER, "1")
 
 
 def create_files(directory: Path, plan: DistPlan) -> None:

@@ -194,7 +194,7 @@ def test_an_adapter_that_is_converted_computes_the_same(
     back = ("--mcore_adapter", tmp_path / "mcore", "--to_hf", "true", "--output_dir")
     assert export(*words, *back, tmp_path / "back") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "mcore", "peft"]
-    check = cli_export._check_adapter
+    check = cli_export.check_adapter
 
     def damaged(args: Any, given: Path, written: Path) -> None:
         file = written / "adapter_model.safetensors"
@@ -203,7 +203,7 @@ def test_an_adapter_that_is_converted_computes_the_same(
         save_file({**tensors, name: 2 * tensors[name]}, file)
         check(args, given, written)
 
-    monkeypatch.setattr(cli_export, "_check_adapter", damaged)
+    monkeypatch.setattr(cli_export, "check_adapter", damaged)
     capsys.readouterr()
     assert export(*words, *back, tmp_path / "wrong") == 1
     assert "layer 1" in capsys.readouterr().err and not (tmp_path / "wrong").exists()

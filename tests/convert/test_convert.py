@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swiftlite.cli.main import main
-from swiftlite.convert.targets import HfTarget
+from swiftlite.convert.hf import HfTarget
 from swiftlite.utils.directories import find_iteration
 
 
@@ -246,7 +246,7 @@ def test_offline_conversion_imports_neither_megatron_nor_transformers(model: Pat
     code = """
 import sys
 from swiftlite.cli.main import main
-from swiftlite.convert.targets import HfTarget
+from swiftlite.convert.hf import HfTarget
 model, mcore, back = sys.argv[1:]
 assert main(["export", "--model", model, "--to_mcore", "true", "--output_dir", mcore]) == 0
 assert main(["export", "--mcore_model", mcore, "--to_hf", "true", "--output_dir", back]) == 0
@@ -294,7 +294,7 @@ def test_new_special_tokens_that_fit_change_no_weight(tiny_model: Callable[..., 
 def test_the_iteration_that_is_named(converted: Path, model: Path, tmp_path: Path) -> None:
     """`RUN/iter_1` is not the newest one: training, export and verify take it."""
     from swiftlite.arguments.megatron_train import MegatronSftArguments
-    from swiftlite.megatron.trainers.sft import resolve_run
+    from swiftlite.megatron.trainers.resolve import resolve_run
 
     first, second = converted / "iter_0000001", converted / "iter_0000002"
     shutil.copytree(first, second)

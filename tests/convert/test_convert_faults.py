@@ -20,7 +20,7 @@ from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.cli.main import main
 from swiftlite.convert import conversion as convert
 from swiftlite.convert import execute
-from swiftlite.convert.targets import McoreTarget
+from swiftlite.convert.mcore import McoreTarget
 from swiftlite.weights import journal, stream
 from tests.dist.launch import run_cases
 from tests.families.cases import config_of

@@ -12,7 +12,7 @@ from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.checkpoint.bind import bind_map, convert_hf_config
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
-from swiftlite.megatron import backend, hf_io
+from swiftlite.megatron import backend, hf_io, shards
 from swiftlite.megatron.distributed import destroy, initialize
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.plan.layouts import own_layout
@@ -44,14 +44,14 @@ def check(root: Path, layout: dict[str, Any], save_to: Path) -> None:
             assert held == planned[0] + planned[1], (layout, held, planned)
         bound = Checkpoint.open(root / "hf").bound
         view = McoreView.open(TorchDistSource(root / "mcore/iter_0000001"), bound)
-        live = hf_io.LiveMap(bound)
+        live = shards.LiveMap(bound)
         for source in ("hf", "mcore"):
-            for shard in hf_io.iter_shards(models):
+            for shard in shards.iter_shards(models):
                 shard.data.detach().fill_(float("nan"))
             read = hf_io.load_weights(models, root / source)
             expected_bytes = compared = 0
             with Files() as files:
-                for shard in hf_io.iter_shards(models):
+                for shard in shards.iter_shards(models):
                     entry, offset = live.entry(shard)
                     slot = view.slots[entry.mcore, entry.expert]
                     whole = read_tensor(view.source, slot.key, files)[slot.index]
@@ -96,7 +96,7 @@ def check_writers(models: list[Any], save_to: Path, origin: Path) -> None:
     data = sum(t.spec.nbytes for t in SafetensorsSource(save_to).tensors.values())
     assert sum(size for _, _, size in spans) == data
     loads = [sum(size for _, _, size in part) for part in parts]
-    largest = max(shard.data.nbytes for shard in hf_io.iter_shards(models))
+    largest = max(shard.data.nbytes for shard in shards.iter_shards(models))
     if mpu.get_pipeline_model_parallel_world_size() == 1:  # stages hold what they hold
         assert max(loads) - min(loads) <= largest, loads
 

@@ -11,7 +11,8 @@ import torch
 
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.convert.conversion import Options, convert
-from swiftlite.convert.targets import HfTarget, McoreTarget
+from swiftlite.convert.hf import HfTarget
+from swiftlite.convert.mcore import McoreTarget
 from swiftlite.llm.model import reference
 
 from .cases import build_hf, config_of, distinct_cases

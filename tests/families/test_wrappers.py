@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.cli.main import main
 from swiftlite.convert.conversion import Options, convert
-from swiftlite.convert.targets import HfTarget, McoreTarget
+from swiftlite.convert.hf import HfTarget
+from swiftlite.convert.mcore import McoreTarget
 from swiftlite.families.hf_config import convert_hf_config
-from swiftlite.selftest.check import text_alone
+from swiftlite.selftest.shrink import text_alone
 from swiftlite.utils.directories import CARRIED
 from swiftlite.utils.errors import CheckpointError, MapError
 from swiftlite.weights.rule import NAMINGS, text_name

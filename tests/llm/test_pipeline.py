@@ -13,7 +13,7 @@ from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.info import load_args
 from swiftlite.checkpoint.resolve import as_arguments, register_custom, resolve
 from swiftlite.llm import pipeline
-from swiftlite.megatron.trainers.sft import resolve_run
+from swiftlite.megatron.trainers.resolve import resolve_run
 from swiftlite.utils.errors import CheckpointError, UsageError
 
 

@@ -13,7 +13,8 @@ import torch
 from swiftlite.cli.export import export_main
 from swiftlite.cli.main import find_route
 from swiftlite.llm.train.dpo import dpo_main
-from swiftlite.megatron.trainers.dpo import DpoTrainer, PairBatch, megatron_dpo_main
+from swiftlite.megatron.trainers.dpo import DpoTrainer, megatron_dpo_main
+from swiftlite.megatron.trainers.pairs import PairBatch
 from swiftlite.train.dpo_loss import LogProbs, PairLoss
 from swiftlite.train.meters import METERS
 from swiftlite.train.plot import read_run

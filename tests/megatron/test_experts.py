@@ -15,6 +15,7 @@ from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.experts import GroupedExperts, LocalDispatcher, counts_stay_on_device
 from swiftlite.megatron.model.provider import build_models
+from swiftlite.megatron.shards import iter_shards
 from swiftlite.megatron.tuners.lora import prepare_lora
 from tests.families.cases import build_hf, config_of
 from tests.megatron.test_hf_io import IDS, assert_close, live, logits
@@ -35,7 +36,7 @@ def grouped(directory: Path) -> Iterator[Any]:
 def shards(model: Any) -> dict[Any, Any]:
     return {
         (s.key, s.global_offset, s.local_shape, s.global_shape, s.prepend_axis_num, s.replica_id): s.data
-        for s in hf_io.iter_shards([model])
+        for s in iter_shards([model])
     }
 
 

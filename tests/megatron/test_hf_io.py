@@ -18,7 +18,8 @@ from swiftlite.llm.model import reference
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.provider import build_models
-from swiftlite.selftest.check import GRADIENT_TOLERANCE, gradient_error
+from swiftlite.selftest.check import GRADIENT_TOLERANCE
+from swiftlite.selftest.gradients import gradient_error
 from swiftlite.utils.errors import MapError
 from tests.families.cases import build_hf, config_of, distinct_cases
 from tests.families.test_round_trip import to_mcore

@@ -11,6 +11,7 @@ import pytest
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.cli.main import main
 from swiftlite.selftest import check
+from swiftlite.selftest.shrink import shrink_config
 
 AIR = json.loads((Path(__file__).parents[1] / "golden/glm4_5_air/config.json").read_text())
 DEEPSEEK_V3: dict[str, Any] = {
@@ -59,7 +60,7 @@ HUNYUAN: dict[str, Any] = {  # with dropout, and lists of each layer's numbers
     ids=["GLM-4.5-Air", "DeepSeek-V3", "GLM-4-9B-0414", "MiniMax-M2", "Hunyuan-A13B"],
 )
 def test_real_configs_shrink_and_pass(config: dict[str, Any]) -> None:
-    small = check.shrink_config(config)
+    small = shrink_config(config)
     before, after = convert_hf_config(config), convert_hf_config(small)
     assert set(before) == set(after)
     sizes = {"num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "num_experts"}

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from swiftlite import families
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.convert.conversion import Options, convert
-from swiftlite.convert.targets import HfTarget, McoreTarget, copy_job
+from swiftlite.convert.hf import HfTarget, copy_job
+from swiftlite.convert.mcore import McoreTarget
 from swiftlite.families import family_of, tiny_configs
 from swiftlite.families.blocks import fused_experts
 from swiftlite.families.hf_config import convert_hf_config
-from swiftlite.selftest.check import write_random_model
+from swiftlite.selftest.shrink import write_random_model
 from swiftlite.utils.errors import MapError, ShapeError
 from swiftlite.weights import joined as joined_module
 from swiftlite.weights import stream

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swiftlite.convert.targets import copy_job
+from swiftlite.convert.hf import copy_job
 from swiftlite.utils.errors import BudgetError, CheckpointError
 from swiftlite.weights import stream
 from swiftlite.weights.ops import Segment

@@ -12,8 +12,9 @@ from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.parser import as_words, specs
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.dataset.cache import write_cached_dataset
-from swiftlite.llm.dataset.prepare import encode_and_pack, make_pairs, read_rows
+from swiftlite.llm.dataset.prepare import encode_and_pack, make_pairs
 from swiftlite.llm.dataset.report import RejectsFile
+from swiftlite.llm.dataset.rows import read_rows
 from swiftlite.llm.pipeline import prepare_template
 from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.dist import is_main_process

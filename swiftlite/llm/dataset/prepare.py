@@ -9,27 +9,23 @@ from typing import TYPE_CHECKING
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.llm.dataset.cache import (
-    FACTS_FILE,
     directory_of,
     encode_cached,
     load_cached_dataset,
     load_cached_pairs,
 )
 from swiftlite.llm.dataset.encoded import EncodedDataset
-from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
 from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.preprocess import Row
-from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import RejectsFile
-from swiftlite.llm.dataset.sources import open_spec, parse_spec
+from swiftlite.llm.dataset.rows import open_stream, read_rows, read_validation_rows
 from swiftlite.llm.dataset.store import facts_of_files
 from swiftlite.llm.dataset.streaming import StreamedDataset
 from swiftlite.train.order import Data
 from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     from swiftlite.llm.template.base import Template
@@ -67,19 +63,6 @@ def load_data(args: BaseArguments, template: Template) -> Data:
     )
 
 
-def check_sources(args: BaseArguments) -> None:
-    """Find the data without reading rows or asking a hub. Raises: UsageError, DatasetError for what is not there."""
-    register_named(args)
-    for text in (*args.dataset, *args.val_dataset):
-        open_spec(parse_spec(text), use_hf=args.use_hf, hub_token=args.hub_token)
-    for flag in ("cached_dataset", "cached_val_dataset"):
-        for given in getattr(args, flag):
-            if not (directory_of(given)[0] / FACTS_FILE).is_file():
-                raise DatasetError(
-                    f"--{flag} {given}: has no {FACTS_FILE}; write it with `swiftlite export --to_cached_dataset true`"
-                )
-
-
 def _cached_for_evaluation(args: BaseArguments) -> tuple[list[str], tuple[str, ...]]:
     """(directories, parts of them that serve): a directory of --cached_val_dataset serves as a whole without `val`."""
     if args.cached_val_dataset:
@@ -103,46 +86,6 @@ def packing_capacity(args: BaseArguments) -> int | None:
     return int(capacity)
 
 
-def register_named(args: BaseArguments) -> None:
-    """Register what --dataset_info names."""
-    for file in args.dataset_info:
-        register_dataset_info(file)
-
-
-def open_stream(args: BaseArguments, state: Json | None = None) -> RowStream:
-    """The training rows one by one, from `state` on."""
-    register_named(args)
-    return RowStream(
-        args.dataset,
-        ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author),
-        interleave_prob=args.interleave_prob or None,
-        stopping_strategy=args.stopping_strategy,
-        seed=str(args.data_seed),
-        state=state,
-    )
-
-
-def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Row], list[Row]]:
-    """(training rows, validation rows) in the standard form, see load_dataset."""
-    register_named(args)
-    return load_dataset(
-        args.dataset,
-        val_datasets=args.val_dataset,
-        split_dataset_ratio=args.split_dataset_ratio,
-        seed=args.data_seed or 0,
-        columns=args.columns,
-        num_proc=args.dataset_num_proc,
-        max_drop_ratio=args.max_drop_ratio,
-        model_name=args.model_name,
-        model_author=args.model_author,
-        use_hf=args.use_hf,
-        hub_token=args.hub_token,
-        interleave_prob=args.interleave_prob or None,
-        stopping_strategy=args.stopping_strategy,
-        rejects=rejects,
-    )
-
-
 def encode_and_pack(
     rows: list[Row], args: BaseArguments, template: Template, rejects: RejectsFile | None, name: str
 ) -> EncodedDataset | PackedDataset:
@@ -158,11 +101,7 @@ def _streamed(args: BaseArguments, template: Template, capacity: int | None, rej
     files = open_stream(args).files  # names that are wrong are told before the model is built
     val_set = None
     if args.val_dataset:
-        val_rows, _ = load_dataset(
-            args.val_dataset, seed=args.data_seed or 0, columns=args.columns, max_drop_ratio=args.max_drop_ratio,
-            model_name=args.model_name, model_author=args.model_author, use_hf=args.use_hf, hub_token=args.hub_token,
-            rejects=rejects,
-        )  # fmt: skip
+        val_rows = read_validation_rows(args, rejects)
         val_set = encode_and_pack(val_rows, args, template, rejects, "validation data")
     train_set = StreamedDataset(
         partial(open_stream, args),

@@ -26,23 +26,18 @@ from swiftlite.megatron import backend
 from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import BackgroundWriter
 from swiftlite.megatron.distributed import ParallelState
-from swiftlite.megatron.model.experts import implementation
 from swiftlite.megatron.state import Position
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch
 from swiftlite.megatron.trainers.build import build, variable_lengths
 from swiftlite.megatron.trainers.graphs import StepGraphs, own_stream
 from swiftlite.megatron.trainers.graphs import obstacle as graph_obstacle
 from swiftlite.megatron.trainers.loss import LossFunction, reduce_over_ranks
-from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, leave_headroom
+from swiftlite.megatron.trainers.optimizer import agree_on_loss_scale, can_go_down, leave_headroom
 from swiftlite.megatron.trainers.saving import RunFiles
 from swiftlite.train.batches import StepBatches, evaluation_samples
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.flops import ModelFlops, pairs_of
-from swiftlite.train.fp16 import LOWEST_SCALE
 from swiftlite.train.loop import Run, Step
-from swiftlite.utils.logger import get_logger
-
-logger = get_logger()
 
 # What megatron-core's schedules call: (output of the model, loss function of that output) of the next batch.
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
@@ -133,22 +128,17 @@ class Trainer:
                 )
         self.scale_is_found = not self.config.fp16 or (start is not None and not self.args.no_save_optim)
         self.carried = {} if lora else checkpoint.carried_tensors(self.models, self.built.origin)
-        if self.carried:
-            logger.info("%d tensors that training does not hold go unchanged into every checkpoint", len(self.carried))
         return self.position.iteration
 
     def describe(self) -> Sequence[str]:
         config = self.config
         dtype = str(self.args.model_info.torch_dtype).removeprefix("torch.")
         dispatcher = config.moe_token_dispatcher_type if config.num_moe_experts else "none"
-        loss = f"fused ({config.cross_entropy_fusion_impl})" if config.cross_entropy_loss_fusion else "plain"
-        experts = f"; experts {implementation(self.args, config)}" if config.num_moe_experts else ""
-        obstacle = self.graphs.obstacle if self.graphs else None
-        passes = f"eager ({obstacle})" if obstacle else "a CUDA graph from the third step of one shape on"
+        assert self.graphs is not None
         return (
             backend.setup().describe(),
             f"{self.parallel.describe()}; dtype {dtype}; MoE dispatcher {dispatcher}",
-            f"cross entropy {loss}{experts}; passes {passes}",
+            self.graphs.describe(self.args, config),
         )
 
     def parameters(self) -> Iterable[Tensor]:
@@ -207,7 +197,7 @@ class Trainer:
         lr = next(group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None)
         total, updated, grad_norm, scale = self._update(batches)
         if not updated and not self.scale_is_found:
-            while not updated and scale > LOWEST_SCALE:
+            while not updated and can_go_down(scale):
                 total, updated, grad_norm, scale = self._update(batches)
             leave_headroom(self.optimizer)
         self.scale_is_found = True

@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,75 +18,22 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from swiftlite.arguments.megatron_preference import MegatronDpoArguments
-from swiftlite.checkpoint.bind import convert_hf_config
-from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
-from swiftlite.checkpoint.info import read_config
-from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.checkpoint.resolve import as_arguments
-from swiftlite.checkpoint.vocabulary import grown, rows_of
-from swiftlite.llm.dataset.pairs import PairDataset, sequences_of
 from swiftlite.llm.dataset.prepare import load_pairs
-from swiftlite.megatron.context import add_up, ranks
-from swiftlite.megatron.hf_io import load_weights
-from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.base import Trainer
-from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch
+from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import LossFunction, LossResult, reduce_over_ranks, token_losses
-from swiftlite.megatron.trainers.sft import run
-from swiftlite.megatron.trainers.wrapping import in_precision
+from swiftlite.megatron.trainers.pairs import PairBatch, PairLoader
+from swiftlite.megatron.trainers.reference import build_reference, reference_of
+from swiftlite.megatron.trainers.run import run
 from swiftlite.megatron.tuners.lora import adapters_disabled
 from swiftlite.train.batches import evaluation_samples
 from swiftlite.train.checkpoints import Start
-from swiftlite.train.dpo_loss import SUMS, LogProbs, PairLoss, sum_log_probs
-from swiftlite.train.reference import check_reference, reference_kind
-from swiftlite.train.router_loss import PADDING
-from swiftlite.utils.directories import Directory
+from swiftlite.train.dpo_loss import SUMS, LogProbs, PairLoss
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
 
 logger = get_logger()
-
-
-@dataclass(kw_only=True)
-class PairBatch(MicroBatch):
-    """All chosen answers of a micro batch, then all rejected ones.
-
-    num_answers: 2P. sequence_ids: int64 [B, S], which answer a position belongs to, 2P for none. reference: [2P]
-    log-probabilities under the reference, None while they are not known.
-    """
-
-    num_answers: int
-    sequence_ids: Tensor
-    reference: Tensor | None = None
-
-    def log_probs(self, losses: Tensor) -> LogProbs:
-        """Of the answers, from the cross entropy of each position [B, S]."""
-        found = sum_log_probs(losses, self.loss_mask, self.sequence_ids, self.num_answers + 1)
-        return LogProbs(add_up(found.sums[:-1]), add_up(found.tokens[:-1]))
-
-    def counts(self) -> Tensor:
-        """[pairs, tokens of the chosen answers]: this rank's share, of ranks that hold parts of the same samples."""
-        pairs = self.num_answers // 2
-        chosen = (self.loss_mask * (self.sequence_ids < pairs)).sum()
-        return torch.stack([chosen.new_full((), pairs / ranks()), chosen])
-
-
-class PairLoader(BatchLoader):
-    """Makes the micro batches of a step from a PairDataset."""
-
-    dataset: PairDataset
-
-    def rows(self, samples: Sequence[int]) -> list[Json]:
-        there = [self.dataset[i] for i in samples if i >= 0]
-        return sequences_of(there) + 2 * super().rows([i for i in samples if i < 0])
-
-    def complete(self, samples: Sequence[int], batch: MicroBatch) -> PairBatch:
-        pairs = [pair for i in samples if i >= 0 for pair in self.dataset.items[i]]
-        assert batch.sequences is not None
-        ids = torch.where(batch.sequences == PADDING, 2 * len(pairs), batch.sequences).clamp(max=2 * len(pairs))
-        known = self.dataset.reference
-        reference = None if known is None else torch.tensor([known[p][side] for side in (0, 1) for p in pairs])
-        return PairBatch(**vars(batch), num_answers=2 * len(pairs), sequence_ids=ids, reference=reference)
 
 
 class DpoTrainer(Trainer):
@@ -117,10 +62,7 @@ class DpoTrainer(Trainer):
     def load(self, start: Start | None) -> int:
         done = super().load(start)
         if self.reference_args is not None:
-            models = build_models(self.reference_args, variable_seq_lengths=self.variable_lengths)
-            self.reference = [in_precision(model).requires_grad_(False).eval() for model in models]
-            reference = Checkpoint.open(self.reference_dir, new_tokens=self.args.new_tokens)
-            load_weights(self.reference, reference, self.args.allow_overflow)
+            self.reference = build_reference(self.reference_args, self.reference_dir, self.variable_lengths)
         logger.info("the reference is %s", self.reference_dir)
         if self.args.precompute_ref_log_probs:
             self.precompute(self.train_loader)
@@ -212,30 +154,6 @@ class DpoTrainer(Trainer):
         if self.parallel.cp_rank:  # of ranks that share samples, and compute one loss, the first one reports it
             sums = {name: torch.zeros_like(value) for name, value in sums.items()}
         return share * pairs, sums["pairs"].int(), {name: value.detach() for name, value in sums.items()}
-
-
-def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, MegatronDpoArguments | None]:
-    """(directory of the reference's weights, arguments that build its model; None: the policy without adapters).
-
-    Raises: UsageError if --ref_model has another vocabulary, or if the policy begins with adapters and it is missing.
-    """
-    kind = reference_kind(args)
-    if kind != "named":
-        return origin, args if kind == "start" else None
-    directory = Path(str(args.ref_model)).expanduser()
-    if not Directory(directory).is_megatron:
-        info, _ = get_model_info_meta(
-            str(args.ref_model), use_hf=args.use_hf, hub_token=args.hub_token, need_template=False,
-            ignore_requirements=args.ignore_requirements,
-        )  # fmt: skip
-        directory = Path(info.model_dir)
-    stated, model = read_config(checkpoint_root(directory)), read_config(checkpoint_root(origin))
-    same = rows_of(stated) == rows_of(model)
-    config = convert_hf_config(grown(stated, args.new_tokens if same else None))
-    check_reference(args, config["padded_vocab_size"], args.description.padded_vocab_size)
-    other = copy.copy(args)  # the same run of another model
-    other.apply_model_config(config)
-    return directory, other
 
 
 def megatron_dpo_main(args: MegatronDpoArguments | Sequence[str]) -> Json:

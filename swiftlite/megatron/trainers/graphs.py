@@ -21,7 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
-from swiftlite.megatron.model.experts import counts_stay_on_device
+from swiftlite.megatron.model.experts import counts_stay_on_device, implementation
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger
@@ -109,6 +109,13 @@ class StepGraphs:
         logger.info("captured the passes of a step, %d of %s tokens, as a CUDA graph of %s", len(static), shape, used)
         self._captured[key] = _Captured(graph, static, names, result)
         return self._captured[key]
+
+    def describe(self, args: MegatronArguments, config: TransformerConfig) -> str:
+        """How loss and experts are computed, and how the passes run."""
+        loss = f"fused ({config.cross_entropy_fusion_impl})" if config.cross_entropy_loss_fusion else "plain"
+        experts = f"; experts {implementation(args, config)}" if config.num_moe_experts else ""
+        passes = f"eager ({self.obstacle})" if self.obstacle else "a CUDA graph from the third step of one shape on"
+        return f"cross entropy {loss}{experts}; passes {passes}"
 
     def release(self) -> None:
         """Let the graphs' memory go."""

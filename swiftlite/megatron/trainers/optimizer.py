@@ -76,6 +76,11 @@ def agree_on_loss_scale(optimizer: MegatronOptimizer) -> None:
             scaler.load_state_dict(lowest.state_dict())
 
 
+def can_go_down(scale: float) -> bool:
+    """Whether there is a lower loss scale to try."""
+    return scale > LOWEST_SCALE
+
+
 def leave_headroom(optimizer: MegatronOptimizer) -> None:
     """Lower a loss scale that the first batch just allows: the gradients of the next ones may be larger."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -14,8 +14,9 @@ from swiftlite.checkpoint.chat import Chat
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.new_tokens import copy_tokenizer
 from swiftlite.checkpoint.side_files import write_megatron_lm_args
-from swiftlite.convert.conversion import Options, convert
-from swiftlite.convert.targets import SHARD_BYTES, CarriedPlan, HfTarget, PeftTarget
+from swiftlite.convert.conversion import Options, convert, write_into
+from swiftlite.convert.hf import SHARD_BYTES, CarriedPlan, HfTarget
+from swiftlite.convert.peft import PeftTarget
 from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.hf_io import prepare_hf_weights
@@ -23,7 +24,6 @@ from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.megatron.tuners.lora_plan import LoraPlan
 from swiftlite.utils.directories import ADAPTER_CONFIG, CARRIED
 from swiftlite.utils.io import move_files, write_json
-from swiftlite.weights import stream
 
 HF_SUFFIX = "-hf"
 _RUN_FILES = ".run-files.saving"  # of a run's own directory, while they are made
@@ -48,9 +48,7 @@ class RunFiles:
         self.origin.write_manifest(beside)
         write_megatron_lm_args(beside, self.args.megatron_lm_args())
         if not self.lora and not (self.root / CARRIED).is_dir():
-            carried = CarriedPlan(self.origin)
-            carried.prepare(beside)
-            stream.run(carried.jobs(beside))
+            write_into(CarriedPlan(self.origin), beside)
         if self.lora:
             write_json(beside / ADAPTER_CONFIG, self.lora.peft_config)
         self.record(beside)
@@ -67,8 +65,7 @@ class RunFiles:
         assert self.lora is not None
         adapter = Adapter.trained(directory, self.lora.peft_config, self.origin.bound.naming)
         plan = PeftTarget().plan(adapter)
-        plan.prepare(directory)
-        stream.run(plan.jobs(directory))
+        write_into(plan, directory)
         plan.publish(directory, {})
         if self.origin.new_tokens is not None:
             copy_tokenizer(self.origin.root, directory, self.origin.new_tokens.ids)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.llm.model.tuner import trainable_names
-from swiftlite.megatron.hf_io import LiveMap, iter_shards
+from swiftlite.megatron.shards import LiveMap, iter_shards
 from swiftlite.utils.errors import UsageError
 from swiftlite.weights.rule import BoundMap, Entry
 

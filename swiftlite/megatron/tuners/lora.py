@@ -33,8 +33,8 @@ from torch import Tensor
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.checkpoint import Checkpoint
-from swiftlite.megatron.hf_io import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.model.layers import rms_norm
+from swiftlite.megatron.shards import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.tuners.freeze import let_gradients_through
 from swiftlite.megatron.tuners.lora_plan import LINEAR, LoraPlan, plan_lora, read_lora, with_new_rows
 from swiftlite.megatron.tuners.rows import add_rows

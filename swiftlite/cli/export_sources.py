@@ -1,0 +1,28 @@
+"""What `swiftlite export` reads: a model with all that is to become part of it, or an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from swiftlite.arguments.export import ExportArguments
+from swiftlite.checkpoint.adapter import Adapter
+from swiftlite.checkpoint.bind import bind_map
+from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
+from swiftlite.checkpoint.info import read_config
+from swiftlite.checkpoint.vocabulary import grown
+from swiftlite.llm.pipeline import plan_tokens
+
+
+def base_model(args: ExportArguments, adapter: Path | None) -> Checkpoint:
+    """The model of --mcore_model or --model, with new tokens and the adapter that is to be merged."""
+    base = Path(args.mcore_model or args.model_info.model_dir)
+    new_tokens = plan_tokens(args, read_config(checkpoint_root(base)))
+    planned = args.dry_run and new_tokens is None and adapter is None and not any(base.glob("*.safetensors"))
+    source = Checkpoint.open(base, new_tokens=new_tokens, weights=not planned)
+    return source if adapter is None else source.merged(Adapter.open(adapter, source.bound, plain=False))
+
+
+def adapter_alone(args: ExportArguments, path: Path) -> Adapter:
+    """An adapter held against its base model, of which only config.json is needed."""
+    config = read_config(Path(args.model_info.model_dir))
+    return Adapter.open(path, bind_map(grown(config, plan_tokens(args, config)), with_mtp=True))

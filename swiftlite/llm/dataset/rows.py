@@ -1,0 +1,70 @@
+"""From arguments to rows: what the flags of data name, found, registered, read."""
+
+from __future__ import annotations
+
+from swiftlite.arguments.base import BaseArguments
+from swiftlite.llm.dataset.cache import FACTS_FILE, directory_of
+from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
+from swiftlite.llm.dataset.preprocess import Row
+from swiftlite.llm.dataset.register import register_dataset_info
+from swiftlite.llm.dataset.report import RejectsFile
+from swiftlite.llm.dataset.sources import open_spec, parse_spec
+from swiftlite.utils.errors import DatasetError
+from swiftlite.utils.types import Json, Settings
+
+
+def check_sources(args: BaseArguments) -> None:
+    """Find the data without reading rows or asking a hub. Raises: UsageError, DatasetError for what is not there."""
+    register_named(args)
+    for text in (*args.dataset, *args.val_dataset):
+        open_spec(parse_spec(text), use_hf=args.use_hf, hub_token=args.hub_token)
+    for flag in ("cached_dataset", "cached_val_dataset"):
+        for given in getattr(args, flag):
+            if not (directory_of(given)[0] / FACTS_FILE).is_file():
+                raise DatasetError(
+                    f"--{flag} {given}: has no {FACTS_FILE}; write it with `swiftlite export --to_cached_dataset true`"
+                )
+
+
+def register_named(args: BaseArguments) -> None:
+    """Register what --dataset_info names."""
+    for file in args.dataset_info:
+        register_dataset_info(file)
+
+
+def open_stream(args: BaseArguments, state: Json | None = None) -> RowStream:
+    """The training rows one by one, from `state` on."""
+    register_named(args)
+    return RowStream(
+        args.dataset,
+        ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author),
+        interleave_prob=args.interleave_prob or None,
+        stopping_strategy=args.stopping_strategy,
+        seed=str(args.data_seed),
+        state=state,
+    )
+
+
+def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Row], list[Row]]:
+    """(training rows, validation rows) in the standard form, see load_dataset."""
+    register_named(args)
+    return load_dataset(
+        args.dataset,
+        val_datasets=args.val_dataset,
+        split_dataset_ratio=args.split_dataset_ratio,
+        num_proc=args.dataset_num_proc,
+        interleave_prob=args.interleave_prob or None,
+        stopping_strategy=args.stopping_strategy,
+        **_reading(args, rejects),
+    )
+
+
+def read_validation_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> list[Row]:
+    """Those of --val_dataset alone, for a run whose training rows are streamed."""
+    register_named(args)
+    return load_dataset(args.val_dataset, **_reading(args, rejects))[0]
+
+
+def _reading(args: BaseArguments, rejects: RejectsFile | None) -> Settings:
+    names = ("columns", "max_drop_ratio", "model_name", "model_author", "use_hf", "hub_token")
+    return {"seed": args.data_seed or 0, "rejects": rejects, **{name: getattr(args, name) for name in names}}

@@ -1,0 +1,52 @@
+"""From arguments to what a run on megatron-core is, and what `--dry_run true` says of it. Imports no megatron-core."""
+
+from __future__ import annotations
+
+import os
+
+from swiftlite.arguments.megatron_train import MegatronSftArguments
+from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.checkpoint import checkpoint_root
+from swiftlite.checkpoint.info import read_config
+from swiftlite.checkpoint.resolve import resolve
+from swiftlite.checkpoint.vocabulary import grown
+from swiftlite.llm.dataset.rows import check_sources
+from swiftlite.llm.pipeline import plan_tokens
+from swiftlite.megatron.tuners.freeze import plan_freeze
+from swiftlite.megatron.tuners.lora_plan import plan_lora
+from swiftlite.plan.report import print_training
+from swiftlite.train.run_directory import default_output_dir
+from swiftlite.utils.logger import get_logger
+
+logger = get_logger()
+
+
+def resolve_run(args: MegatronSftArguments) -> str:
+    """Find model, weights and template, fill in the model's fields and what follows from them. Collective-free.
+
+    Returns: the directory that the weights come from.
+    """
+    if not hasattr(args, "model_info"):
+        resolve(args)
+    origin = os.path.expanduser(args.mcore_model) if args.mcore_model else args.model_info.model_dir
+    config = read_config(checkpoint_root(origin))
+    args.new_tokens = plan_tokens(args, config)  # type: ignore[attr-defined]
+    args.apply_model_config(convert_hf_config(grown(config, args.new_tokens)))
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        if args.description.num_experts or args.description.multi_latent_attention:
+            logger.info("--sequence_parallel true: tensor-parallel training of this model needs it")
+            args.sequence_parallel = True
+    if args.output_dir is None:
+        args.output_dir = default_output_dir(args, "megatron_output")
+    return origin
+
+
+def print_run(args: MegatronSftArguments, origin: str) -> None:
+    """The plan of a run. origin: as resolve_run returns it."""
+    check_sources(args)
+    lora = args.train_type == "lora"
+    print_training(
+        args, origin,
+        adapters=lambda bound: plan_lora(bound, args).ranks if lora else None,
+        trained=lambda bound: None if lora else plan_freeze(bound, args),
+    )  # fmt: skip
