@@ -177,22 +177,25 @@ MLA_ATTENTION = (
     copy(f"{_SELF}.linear_proj.weight", f"{_HF_SELF}.o_proj.weight", "hidden", "attn_cols"),
 )
 
-# MTP blocks that follow the decoder layers under the next layer numbers (deepseek_v3, glm4_moe). Their layer has the
-# kind of the last decoder layer; embedding and head are copies of the main ones.
-_NEXT_LAYER = (
-    copy("{layer}.enorm.weight", "{layer}.enorm.weight", "hidden"),
-    copy("{layer}.hnorm.weight", "{layer}.hnorm.weight", "hidden"),
-    copy("{layer}.eh_proj.weight", "{layer}.eh_proj.weight", "hidden", "hidden2"),
-    copy("{layer}.final_layernorm.weight", "{layer}.shared_head.norm.weight", "hidden"),
-)
-NEXT_LAYER_MTP: dict[str, Any] = {
-    "mtp": _NEXT_LAYER,
-    "mtp_layer": "model.layers.{number}",
-    "duplicates": (
-        Duplicate("{layer}.embed_tokens.weight", of="model.embed_tokens.weight"),
-        Duplicate("{layer}.shared_head.head.weight", of="lm_head.weight"),
-    ),
-}
+
+def next_layer_mtp(norm: str = "shared_head.norm") -> dict[str, Any]:
+    """MTP blocks that follow the decoder layers under the next layer numbers (deepseek_v3, glm4_moe). Their layer has the
+    kind of the last decoder layer; embedding and head are copies of the main ones. norm: the name of the last one.
+    """
+    return {
+        "mtp": (
+            copy("{layer}.enorm.weight", "{layer}.enorm.weight", "hidden"),
+            copy("{layer}.hnorm.weight", "{layer}.hnorm.weight", "hidden"),
+            copy("{layer}.eh_proj.weight", "{layer}.eh_proj.weight", "hidden", "hidden2"),
+            copy("{layer}.final_layernorm.weight", f"{{layer}}.{norm}.weight", "hidden"),
+        ),
+        "mtp_layer": "model.layers.{number}",
+        "duplicates": (
+            Duplicate("{layer}.embed_tokens.weight", of="model.embed_tokens.weight"),
+            Duplicate("{layer}.shared_head.head.weight", of="lm_head.weight"),
+        ),
+    }
+
 
 # ---- config: HF key -> Megatron-LM argument, in the order in which a converted config lists them ----
 
@@ -280,8 +283,8 @@ GPT_CONFIG: Rules = (
 )
 
 
-def _dense_first(config: Config) -> str | None:
-    dense = config.get("first_k_dense_replace")
+def _dense_first(config: Config, default: int | None = None) -> str | None:
+    dense = config.get("first_k_dense_replace", default)
     return None if dense is None else f"[0]*{dense}+[1]*{config['num_hidden_layers'] - dense}"
 
 
@@ -313,13 +316,29 @@ SIGMOID_ROUTER: Rules = (
 )
 _FIRST_DENSE = {"first_k_dense_replace": 2}
 DENSE_FIRST = Derived("moe_layer_freq", _dense_first, _FIRST_DENSE)
+
+
+def _dense_by_types(config: Config) -> str | None:
+    """One dense layer, or as many as first_k_dense_replace says, or those that mlp_layer_types names."""
+    types = config.get("mlp_layer_types")
+    return layer_list(kind == "sparse" for kind in types) if types else _dense_first(config, 1)
+
+
+DENSE_BY_TYPES = Derived("moe_layer_freq", _dense_by_types, _FIRST_DENSE)
 SPARSE_STEP = Derived("moe_layer_freq", _sparse_step)
 EXPERT_BIAS_ON = constant("moe_router_enable_expert_bias", True)
-SHARED_WIDTH = Derived(
-    "moe_shared_expert_intermediate_size",
-    lambda c: (c.get("n_shared_experts") or 0) * c["moe_intermediate_size"] or None,
-    {"n_shared_experts": 2},
-)
+
+
+def shared_width(key: str, default: int = 0) -> Derived:
+    """Of all shared experts together, whose number stands under this key."""
+    return Derived(
+        "moe_shared_expert_intermediate_size",
+        lambda c: (c.get(key, default) or 0) * c["moe_intermediate_size"] or None,
+        {key: 2},
+    )
+
+
+SHARED_WIDTH = shared_width("n_shared_experts")
 # Softmax routers whose Hugging Face class does not normalise unless told to.
 NORM_TOPK_DEFAULT_FALSE = Derived("moe_router_pre_softmax", lambda c: not c.get("norm_topk_prob", False))
 REFUSE_OUTPUT_BIAS = Refuse(

@@ -42,6 +42,6 @@ FAMILY = Family(
         SHARED_WIDTH,
         SEQ_AUX_LOSS,
     ),
-    blocks=("group_max_router",),
+    blocks=("group_router",),
     weights=decoder(MLA_ATTENTION, MLP, ROUTER, EXPERTS, SHARED_EXPERTS),
 )

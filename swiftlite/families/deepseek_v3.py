@@ -11,7 +11,6 @@ from swiftlite.families.blocks import (
     MLA_ATTENTION,
     MLA_CONFIG,
     MLP,
-    NEXT_LAYER_MTP,
     ROUTER,
     ROUTER_BIAS,
     SEQ_AUX_LOSS,
@@ -19,15 +18,11 @@ from swiftlite.families.blocks import (
     SHARED_WIDTH,
     SIGMOID_ROUTER,
     decoder,
+    next_layer_mtp,
 )
-from swiftlite.families.records import Family, Refuse
+from swiftlite.families.records import Family
 
-# Hugging Face ranks a group by the sum of its two best scores, Megatron by that of its best topk // topk_group.
-GROUP_RATIO = Refuse(
-    lambda c: (c.get("n_group") or 1) > 1 and c["num_experts_per_tok"] // c["topk_group"] != 2,
-    "num_experts_per_tok {num_experts_per_tok} and topk_group {topk_group} make Megatron rank expert groups by another "
-    "number of scores than the model's two",
-)
+WEIGHTS = decoder(MLA_ATTENTION, MLP, ROUTER, ROUTER_BIAS, EXPERTS, SHARED_EXPERTS, **next_layer_mtp())
 
 FAMILY = Family(
     "deepseek_v3",
@@ -42,10 +37,10 @@ FAMILY = Family(
         *SIGMOID_ROUTER,
         DENSE_FIRST_EVERY,
         EXPERT_BIAS_ON,
-        GROUP_RATIO,
         *EXPERT_GROUPS,
         SHARED_WIDTH,
         SEQ_AUX_LOSS,
     ),
-    weights=decoder(MLA_ATTENTION, MLP, ROUTER, ROUTER_BIAS, EXPERTS, SHARED_EXPERTS, **NEXT_LAYER_MTP),
+    blocks=("group_router",),
+    weights=WEIGHTS,
 )

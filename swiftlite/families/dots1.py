@@ -6,6 +6,7 @@ from swiftlite.families.blocks import (
     ATTENTION,
     DENSE_FIRST_EVERY,
     EXPERT_BIAS_ON,
+    EXPERT_GROUPS,
     EXPERTS,
     GPT_CONFIG,
     MLP,
@@ -32,8 +33,10 @@ FAMILY = Family(
         *SIGMOID_ROUTER,
         DENSE_FIRST_EVERY,
         EXPERT_BIAS_ON,
+        *EXPERT_GROUPS,
         SHARED_WIDTH,
         SEQ_AUX_LOSS,
     ),
+    blocks=("group_router",),
     weights=decoder(ATTENTION, QK_NORM, MLP, ROUTER, ROUTER_BIAS, EXPERTS, SHARED_EXPERTS),
 )

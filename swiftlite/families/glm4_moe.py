@@ -6,9 +6,9 @@ from swiftlite.families.blocks import (
     ATTENTION,
     DENSE_FIRST,
     EXPERT_BIAS_ON,
+    EXPERT_GROUPS,
     EXPERTS,
     MLP,
-    NEXT_LAYER_MTP,
     PARTIAL_ROTARY_CONFIG,
     QK_NORM,
     ROUTER,
@@ -17,6 +17,7 @@ from swiftlite.families.blocks import (
     SHARED_WIDTH,
     SIGMOID_ROUTER,
     decoder,
+    next_layer_mtp,
 )
 from swiftlite.families.records import ConfigRule, Family
 
@@ -30,7 +31,9 @@ FAMILY = Family(
         ConfigRule("partial_rotary_factor", ("partial_rotary_factor",), default=0.5),
         DENSE_FIRST,
         EXPERT_BIAS_ON,
+        *EXPERT_GROUPS,
         SHARED_WIDTH,
     ),
-    weights=decoder(ATTENTION, QK_NORM, MLP, ROUTER, ROUTER_BIAS, EXPERTS, SHARED_EXPERTS, **NEXT_LAYER_MTP),
+    blocks=("group_router",),
+    weights=decoder(ATTENTION, QK_NORM, MLP, ROUTER, ROUTER_BIAS, EXPERTS, SHARED_EXPERTS, **next_layer_mtp()),
 )

@@ -24,7 +24,7 @@ from tests.families.cases import build_hf, config_of
 
 ROOT = Path(__file__).parents[2]
 PACKED = re.compile(r"\.experts\.(base_layer\.)?lora_")
-CASES = {"qwen3:default": "qwen3", "glm4_5:default": "glm4_5", "moonlight:default": "moonlight"}
+CASES = {"qwen3:default": "qwen3", "glm4_5:default": "glm4_5", "moonlight:default": "moonlight", "hy_v3:default": "hy_v3"}
 
 
 def make_adapter(base: Path, directory: Path, case: str, **options: Any) -> Any:

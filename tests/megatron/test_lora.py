@@ -40,7 +40,8 @@ from tests.megatron.test_hf_io import IDS, assert_close, live, logits
 
 reference.register()
 CASES = ["qwen3:default", "qwen2_5:default", "glm4_5:default", "qwen2_moe:default", "moonlight:default",
-         "deepseek_r1:default", "glm4_0414:default", "olmo2:default", "phi3:default"]  # fmt: skip
+         "deepseek_r1:default", "glm4_0414:default", "olmo2:default", "phi3:default",
+         "seed_oss:default", "glm4_moe_lite:by_types", "hy_v3:default"]  # fmt: skip
 
 
 def lora_args(**values: Any) -> SftArguments:

@@ -154,16 +154,20 @@ def _all_real(seq_length: int, batch: int, device: Any) -> BatchTokens:
 
 
 class ChoosingRouter(TopKRouter):
-    """Softmax over all experts in fp32; `choose` picks K of them; their scores, normalised or not, weigh them."""
+    """`scores` in fp32 of all experts; `choose` picks K of them; their scores, normalised or not, weigh them."""
 
     normalise = False
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits [T, E] -> scores [T, E], fp32."""
+        return torch.softmax(logits, dim=-1, dtype=torch.float32)
 
     def choose(self, scores: Tensor) -> Tensor:
         """Scores [T, E] -> indices of the chosen experts [T, K]."""
         raise NotImplementedError
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        scores = self.scores(logits)
         indices = self.choose(scores.detach())
         weights = scores.gather(1, indices)
         if self.normalise:

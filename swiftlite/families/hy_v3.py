@@ -1,0 +1,54 @@
+"""Hy3: q/k norm, sigmoid router with correction bias, shared experts, dense first layer, MTP."""
+
+from __future__ import annotations
+
+from swiftlite.families.blocks import (
+    ATTENTION,
+    DENSE_BY_TYPES,
+    EXPERT_BIAS,
+    EXPERT_BIAS_ON,
+    EXPERTS,
+    GPT_CONFIG,
+    MLP,
+    MOE,
+    QK_NORM,
+    REFUSE_OUTPUT_BIAS,
+    SHARED,
+    SIGMOID_ROUTER,
+    constant,
+    copy,
+    decoder,
+    gated_mlp,
+    next_layer_mtp,
+    rotary_base,
+    shared_width,
+)
+from swiftlite.families.records import ConfigRule, Family
+
+ROUTER = (
+    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
+    copy("{layer}.mlp.router.weight", "{layer}.mlp.router.gate.weight", "experts", "hidden", when=MOE, keep_dtype=True),
+    copy(
+        "{layer}.mlp.router.expert_bias", "{layer}.mlp.expert_bias", "experts",
+        when=EXPERT_BIAS, keep_dtype=True, is_buffer=True,
+    ),
+)  # fmt: skip
+SHARED_MLP = gated_mlp("{layer}.mlp.shared_experts", "{layer}.mlp.shared_mlp", "shared_ffn", SHARED)
+
+FAMILY = Family(
+    "hy_v3",
+    architectures=("HYV3ForCausalLM",),
+    config=GPT_CONFIG,
+    patches=(
+        REFUSE_OUTPUT_BIAS,
+        rotary_base(11158840),
+        ConfigRule("kv_channels", ("head_dim",), default=128),
+        constant("qk_layernorm", True),
+        *SIGMOID_ROUTER,
+        ConfigRule("moe_router_topk_scaling_factor", ("router_scaling_factor",), default=2.826),
+        DENSE_BY_TYPES,
+        EXPERT_BIAS_ON,
+        shared_width("num_shared_experts", default=1),
+    ),
+    weights=decoder(ATTENTION, QK_NORM, MLP, ROUTER, EXPERTS, SHARED_MLP, **next_layer_mtp("final_layernorm")),
+)
