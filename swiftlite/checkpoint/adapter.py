@@ -24,7 +24,7 @@ from swiftlite.weights.lora import (
     unpack_experts,
 )
 from swiftlite.weights.merged import TOKENS, Extras, read_extras
-from swiftlite.weights.rule import NAMINGS, BoundMap, Naming, text_name
+from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Renamed, WeightSource
 
@@ -37,7 +37,7 @@ class Adapter:
 
     root: where adapter_config.json lies. source: all it holds. names: pairs of matrices and rows of tokens. extras: what
     it holds besides pairs. described: what adapter_config.json should say, None where the file does already. inputs:
-    the files that were read. naming: of the base model, where that is the text part of a larger one.
+    the files that were read. bound: the base model's map.
     """
 
     directory: Path
@@ -48,7 +48,7 @@ class Adapter:
     extras: Extras
     described: Mapping[str, object] | None
     inputs: Sequence[Path]
-    naming: Naming | None = None
+    bound: BoundMap
 
     @classmethod
     def open(cls, directory: Path, bound: BoundMap, plain: bool = True) -> Adapter:
@@ -67,8 +67,7 @@ class Adapter:
             lora = LoraConfig.from_dict(config)
         source, files, changes = (_open_peft if is_peft else _open_mcore)(directory, bound, lora)
         described = {**config, **changes} if changes else None
-        if bound.naming is not None:
-            source = Renamed(source, {bound.own_name(name): name for name in source.names})
+        source = Renamed(source, {bound.own_name(name): name for name in source.names})
         everything = {name: name for name in source.names}
         extras = read_extras(everything, source, config, bound)
         if plain and (extras.whole or extras.biases):
@@ -84,17 +83,17 @@ class Adapter:
         check_adapter(bound, {name: source.spec(name).shape for name in pairs}, str(directory))
         check_values(source, everything, lora, str(directory))
         names = [*pairs, *(name for name in everything if name.endswith(TOKENS))]
-        return cls(directory, root, source, names, lora, extras, described, [*files, config_file], bound.naming)
+        return cls(directory, root, source, names, lora, extras, described, [*files, config_file], bound)
 
     @classmethod
-    def trained(cls, directory: Path, config: Mapping[str, object], naming: Naming | None) -> Adapter:
+    def trained(cls, directory: Path, config: Mapping[str, object], bound: BoundMap) -> Adapter:
         """One that a run has just written to an iteration's directory. config: what adapter_config.json is to say."""
         source, lora = TorchDistSource(directory), LoraConfig.from_dict(config)
-        return cls(directory, directory, source, sorted(source.names), lora, Extras(), config, source.files, naming)
+        return cls(directory, directory, source, sorted(source.names), lora, Extras(), config, source.files, bound)
 
     def peft_name(self, name: str) -> str:
         """What peft calls one of `names`: by the modules of the model that transformers builds."""
-        return PEFT_PREFIX + (name if self.naming is None else NAMINGS[0](text_name(name)))
+        return PEFT_PREFIX + self.bound.module_name(name)
 
     @property
     def config(self) -> Mapping[str, object]:

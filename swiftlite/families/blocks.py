@@ -96,12 +96,12 @@ EMBED = (
 STORED_TIED_HEAD = (Duplicate("lm_head.weight", of="model.embed_tokens.weight", when=TIED),)
 
 
-def decoder(*layer: tuple[WeightRule, ...], duplicates: tuple[Duplicate, ...] = (), **mtp: Any) -> WeightMap:
+def decoder(*layer: tuple[WeightRule, ...], duplicates: tuple[Duplicate, ...] = (), **others: Any) -> WeightMap:
     """The map of a model with the usual embedding, final norm and head, and layers of these blocks.
 
-    mtp: `mtp`, `mtp_layer` and `fused` of WeightMap.
+    others: `mtp`, `mtp_layer`, `fused` and `modules` of WeightMap.
     """
-    return WeightMap(top=EMBED, layer=sum(layer, ()), duplicates=STORED_TIED_HEAD + duplicates, **mtp)
+    return WeightMap(top=EMBED, layer=sum(layer, ()), duplicates=STORED_TIED_HEAD + duplicates, **others)
 
 
 ATTENTION_LINEAR = (

@@ -50,5 +50,14 @@ FAMILY = Family(
         EXPERT_BIAS_ON,
         shared_width("num_shared_experts", default=1),
     ),
-    weights=decoder(ATTENTION, QK_NORM, MLP, ROUTER, EXPERTS, SHARED_MLP, **next_layer_mtp("final_layernorm")),
+    weights=decoder(
+        ATTENTION,
+        QK_NORM,
+        MLP,
+        ROUTER,
+        EXPERTS,
+        SHARED_MLP,
+        modules=((".shared_mlp.", ".shared_experts."),),
+        **next_layer_mtp("final_layernorm"),
+    ),
 )

@@ -130,6 +130,7 @@ class WeightMap:
     mtp: rules of an MTP block itself, {layer} being the block's prefix. mtp_layer: HF prefix of MTP block {index},
     where {number} counts on after the decoder layers; None = the family has none.
     ignore: patterns of tensors that are derived, never weights. fused: what files may keep joined, in any layer.
+    modules: (part of the files' names, what transformers' classes call it), where adapters are concerned.
     """
 
     top: tuple[WeightRule, ...]
@@ -140,6 +141,7 @@ class WeightMap:
     ignore: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     hf_layer: str = "model.layers.{index}"
     fused: tuple[Fused, ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
 
     def bind(self, model: ModelShape) -> BoundMap:
         """Write the rules out for one model. Raises: MapError if two rules claim one name."""
@@ -166,7 +168,7 @@ class WeightMap:
             ]
         shapes = {name: shape for e in entries for name, shape in zip(e.hf, e.hf_shapes, strict=True)}
         fused = [tensor for layer in layers for rule in self.fused for tensor in _join(rule, layer, model, shapes)]
-        return BoundMap(model, tuple(entries), tuple(duplicates), self.ignore, {t.name: t for t in fused})
+        return BoundMap(model, tuple(entries), tuple(duplicates), self.ignore, {t.name: t for t in fused}, self.modules)
 
     @staticmethod
     def _entries(rules: Iterable[WeightRule], layer: Layer, kind: LayerKind, model: ModelShape) -> Iterator[Entry]:
@@ -275,8 +277,8 @@ class Coverage:
 
 @dataclass(frozen=True)
 class BoundMap:
-    """The rules written out for one model. fused: tensors that may stand for those of single experts, by name. naming: of
-    the text part of a larger model, whose other tensors are carried.
+    """The rules written out for one model. fused: tensors that may stand for those of single experts, by name. modules: see
+    WeightMap. naming: of the text part of a larger model, whose other tensors are carried.
     """
 
     model: ModelShape
@@ -284,6 +286,7 @@ class BoundMap:
     duplicates: tuple[Duplicate, ...]
     ignore: tuple[str, ...]
     fused: Mapping[str, FusedTensor] = field(default_factory=dict)
+    modules: tuple[tuple[str, str], ...] = ()
     naming: Naming | None = None
 
     def __post_init__(self) -> None:
@@ -330,7 +333,15 @@ class BoundMap:
 
     def own_name(self, name: str) -> str:
         """The map's name for a tensor, or a module, that another release or tool names otherwise."""
+        for stored, live in self.modules:
+            name = name.replace(live, stored)
         return name if self.naming is None else self.naming(text_name(name))
+
+    def module_name(self, name: str) -> str:
+        """What transformers' classes call one of the map's names, or a module of such a name."""
+        for stored, live in self.modules:
+            name = name.replace(stored, live)
+        return name if self.naming is None else NAMINGS[0](text_name(name))
 
     def is_carried(self, name: str) -> bool:
         """Whether a name in the files belongs to a part of the model that is no text model's."""

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from tests.families.cases import build_hf, config_of
 
 ROOT = Path(__file__).parents[2]
 PACKED = re.compile(r"\.experts\.(base_layer\.)?lora_")
-CASES = {"qwen3:default": "qwen3", "glm4_5:default": "glm4_5", "moonlight:default": "moonlight", "hy_v3:default": "hy_v3"}
+CASES = {"qwen3:default": "qwen3", "glm4_5:default": "glm4_5", "moonlight:default": "moonlight"}
+# Its files have another name for a module than transformers, and peft packs no experts of its type.
+NAMES = {**CASES, "hy_v3:default": "hy_v3"}
 
 
 def make_adapter(base: Path, directory: Path, case: str, **options: Any) -> Any:
@@ -71,12 +74,12 @@ def export(*words: str | Path) -> int:
     return main(["export", *map(str, words)])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NAMES)
 def test_peft_to_megatron_and_back_is_bit_exact(case: str, tmp_path: Path) -> None:
     build_hf(config_of(case), tmp_path / "hf")
     make_adapter(tmp_path / "hf", tmp_path / "peft", case)
     add_expert_adapters(tmp_path / "peft", case)
-    base = ("--model", tmp_path / "hf", "--model_type", CASES[case])
+    base = ("--model", tmp_path / "hf", "--model_type", NAMES[case])
     assert export(*base, "--adapters", tmp_path / "peft", "--to_mcore", "true", "--output_dir", tmp_path / "m") == 0
     assert export(*base, "--mcore_adapter", tmp_path / "m", "--to_hf", "true", "--output_dir", tmp_path / "back") == 0
     original, back = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("peft", "back"))
@@ -97,8 +100,7 @@ def logits_of(base: Path, adapter: Path | None = None) -> torch.Tensor:
         return model(torch.arange(1, 25)[None]).logits
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "packed"), [*product(CASES, [False, True]), ("hy_v3:default", True)])
 def test_peft_loads_what_comes_back_from_megatron(case: str, packed: bool, tmp_path: Path) -> None:
     """The merged model, the adapter in peft and the adapter that went through Megatron in peft: the same logits."""
     hf, peft, back, merged = (tmp_path / d for d in ("hf", "peft", "back", "merged"))
@@ -106,7 +108,7 @@ def test_peft_loads_what_comes_back_from_megatron(case: str, packed: bool, tmp_p
     make_adapter(hf, peft, case)
     if not packed:
         add_expert_adapters(peft, case)
-    base = ("--model", hf, "--model_type", CASES[case])
+    base = ("--model", hf, "--model_type", NAMES[case])
     assert export(*base, "--adapters", peft, "--to_mcore", "true", "--output_dir", tmp_path / "m") == 0
     assert export(*base, "--mcore_adapter", tmp_path / "m", "--to_hf", "true", "--output_dir", back) == 0
     assert export(*base, "--mcore_adapter", tmp_path / "m", "--merge_lora", "true", "--output_dir", merged) == 0
@@ -128,12 +130,12 @@ def plain_merge(
     return merged
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_merged_model_equals_pefts_own_merge(case: str, rslora: bool, tmp_path: Path) -> None:
     build_hf(config_of(case), tmp_path / "hf")
     peft = make_adapter(tmp_path / "hf", tmp_path / "peft", case, use_rslora=rslora)
-    base = ("--model", tmp_path / "hf", "--model_type", CASES[case], "--merge_lora", "true")
+    base = ("--model", tmp_path / "hf", "--model_type", NAMES[case], "--merge_lora", "true")
     assert export(*base, "--adapters", tmp_path / "peft", "--output_dir", tmp_path / "merged") == 0
     peft.merge_and_unload().save_pretrained(tmp_path / "theirs")
     mine, theirs = (load_file(tmp_path / d / "model.safetensors") for d in ("merged", "theirs"))
@@ -260,7 +262,7 @@ def test_merging_on_every_path_gives_the_same_bytes(case: str, tmp_path: Path) -
     build_hf(config_of(case), tmp_path / "hf")
     make_adapter(tmp_path / "hf", tmp_path / "peft", case)
     add_expert_adapters(tmp_path / "peft", case)
-    kind, merge = ("--model_type", CASES[case]), ("--merge_lora", "true")
+    kind, merge = ("--model_type", NAMES[case]), ("--merge_lora", "true")
     hf, peft = ("--model", tmp_path / "hf"), ("--adapters", tmp_path / "peft")
     assert export(*hf, *kind, *peft, *merge, "--output_dir", tmp_path / "a") == 0
     assert export(*hf, *kind, *peft, *merge, "--to_mcore", "true", "--output_dir", tmp_path / "b-mcore") == 0
@@ -334,7 +336,7 @@ def test_packed_experts_become_pairs_per_expert(case: str, tmp_path: Path) -> No
     make_adapter(tmp_path / "hf", tmp_path / "peft", case)
     packed = [n for n in load_file(tmp_path / "peft/adapter_model.safetensors") if PACKED.search(n)]
     assert bool(packed) == (transformers.__version__ >= "5")
-    base = ("--model", tmp_path / "hf", "--model_type", CASES[case])
+    base = ("--model", tmp_path / "hf", "--model_type", NAMES[case])
     assert export(*base, "--adapters", tmp_path / "peft", "--to_mcore", "true", "--output_dir", tmp_path / "m") == 0
     assert export(*base, "--mcore_adapter", tmp_path / "m", "--to_hf", "true", "--output_dir", tmp_path / "back") == 0
     merge = ("--merge_lora", "true", "--output_dir")

@@ -98,7 +98,8 @@ def test_logits_and_gradients_are_those_of_peft(case: str, tmp_path: Path) -> No
     args = lora_args(use_rslora=case.startswith("glm"))
     peft = tuner.lora_model(build_hf(config_of(case), tmp_path / "hf"), args)
     with adapted(tmp_path / "hf", args) as model:
-        theirs, mine = peft_names(peft), by_name(model)
+        bound = Checkpoint.open(tmp_path / "hf").bound
+        theirs, mine = peft_names(peft), {bound.module_name(name): p for name, p in by_name(model).items()}
         assert set(theirs) == set(mine)
         for name, parameter in mine.items():
             assert torch.equal(parameter, theirs[name]), f"{name} begins differently"

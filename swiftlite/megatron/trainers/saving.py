@@ -63,7 +63,7 @@ class RunFiles:
     def write_adapter(self, directory: Path) -> None:
         """The adapter in PEFT's format next to a checkpoint that is being written, and what it was trained with."""
         assert self.lora is not None
-        adapter = Adapter.trained(directory, self.lora.peft_config, self.origin.bound.naming)
+        adapter = Adapter.trained(directory, self.lora.peft_config, self.origin.bound)
         plan = PeftTarget().plan(adapter)
         write_into(plan, directory)
         plan.publish(directory, {})

@@ -86,7 +86,7 @@ def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
     def values(module: str) -> tuple[Tensor, Tensor]:
         entry, position = bound.by_hf[f"{module}.weight"]
         out, into = entry.hf_shapes[position]
-        return initial_a(module, rank, into, args.seed), torch.zeros(out, rank)
+        return initial_a(bound.module_name(module), rank, into, args.seed), torch.zeros(out, rank)
 
     return LoraPlan({name: (rank, scale) for name in chosen}, config, values)
 
