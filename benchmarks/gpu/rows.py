@@ -21,12 +21,17 @@ MOE = {
     "n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 1024, "n_group": 1, "topk_group": 1,
     "norm_topk_prob": True, "routed_scaling_factor": 1.0, "use_qk_norm": False,
 }  # fmt: skip
-CONFIGS = {"dense": (DENSE, "qwen3"), "moe": (MOE, "glm4_5")}
+# The layers of GLM-4.5-Air with fewer of them and of experts: what one GPU still trains.
+AIR = {
+    **MOE, "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 6,
+    "num_attention_heads": 96, "n_routed_experts": 24, "vocab_size": 151552,
+}  # fmt: skip
+CONFIGS = {"dense": (DENSE, "qwen3"), "moe": (MOE, "glm4_5"), "air": (AIR, "glm4_5")}
 TINY = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512,
     "num_key_value_heads": 2, "head_dim": 32, "torch_dtype": "float32",
 }  # fmt: skip
-TINY_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+TINY_MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 LENGTH, BATCH = 4096, 8  # tokens of a sample, samples of a step
 
@@ -34,7 +39,8 @@ LENGTH, BATCH = 4096, 8  # tokens of a sample, samples of a step
 @dataclass(frozen=True)
 class Row:
     """side: 'megatron', 'transformers', 'bare' (a loop of megatron-core's own pieces) or 'loop' (transformers alone).
-    beside: row that it is compared with. flags: of the command. steps: measured ones, after the warm-up.
+    beside: row that it is compared with. flags: of the command. steps: measured ones, after the warm-up. batch: samples of
+    a step.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Row:
     steps: int = 5
     warm_up: int = 4
     environment: dict[str, str] = field(default_factory=dict)
+    batch: int = BATCH
 
 
 def micro(size: int) -> list[str]:
@@ -94,6 +101,25 @@ ROWS = (
 )  # fmt: skip
 
 
+def layouts(gpus: int) -> list[Row]:
+    """Rows of the same 16 samples a step on 1, 2, 4, ... `gpus` GPUs."""
+    rows = [_layout("air dp1", 1)]
+    for count in (2**power for power in range(1, gpus.bit_length())):
+        rows += [_layout(f"air dp{count}", count), _layout(f"air ep{count}", count, ep=count)]
+        rows.append(_layout(f"air cp2 ep{count}", count, ep=count, cp=2))
+        if count >= 4:
+            rows.append(_layout(f"air tp2 pp2 ep{count // 2}", count, ep=count // 2, tp=2, pp=2))
+    return rows
+
+
+def _layout(name: str, gpus: int, **sizes: int) -> Row:
+    words = {"tp": "tensor_model", "pp": "pipeline_model", "ep": "expert_model", "cp": "context"}
+    flags = [word for kind, size in sizes.items() for word in (f"--{words[kind]}_parallel_size", str(size))]
+    if "tp" in sizes:
+        flags += ["--sequence_parallel", "true", "--expert_tensor_parallel_size", "1"]
+    return Row(name, "megatron", "air", [*micro(1), *flags], gpus, "air dp1" if gpus > 1 else None, batch=16)
+
+
 def make_model(name: str, directory: Path, tiny: bool) -> int:
     """Random weights and a tokenizer of single bytes. Returns: parameters."""
     import torch
@@ -102,7 +128,7 @@ def make_model(name: str, directory: Path, tiny: bool) -> int:
 
     config: dict[str, Any] = CONFIGS[name][0]
     if tiny:
-        config = {**config, **TINY, **(TINY_MOE if name == "moe" else {})}
+        config = {**config, **TINY, **({} if name == "dense" else TINY_MOE)}
     directory.mkdir(parents=True)
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<|im_end|>", *pre_tokenizers.ByteLevel.alphabet()])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,16 @@ def words_of(row: Row, args: argparse.Namespace, steps: int) -> list[str]:
     data = args.directory / f"{row.data}-{length}.jsonl"
     most = length // 2 if row.data == "pairs" else length
     words = ["--model", str(args.directory / row.model), "--model_type", CONFIGS[row.model][1], "--template", "chatml"]
-    words += ["--dataset", str(data), "--train_iters", str(steps), "--global_batch_size", str(BATCH), "--lr", "1e-5"]
+    words += [
+        "--dataset",
+        str(data),
+        "--train_iters",
+        str(steps),
+        "--global_batch_size",
+        str(row.batch),
+        "--lr",
+        "1e-5",
+    ]
     words += ["--max_length", str(most), "--truncation_strategy", "right", "--logging_steps", "1"]
     words += ["--save_weights_only", "true", "--report_to", "none", "--output_dir", str(args.directory / slug(row))]
     return [*words, *row.flags]
@@ -184,13 +194,13 @@ def run_all(rows: list[Row], gpus: int, args: argparse.Namespace) -> dict[str, l
     return found
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> None:
+def table(found: dict[str, list[dict[str, float]]], rows: Sequence[Row] = ROWS) -> None:
     seconds = {
         row.name: statistics.median(line["step_s"] for line in found[row.name][row.warm_up :])
-        for row in ROWS if row.name in found
+        for row in rows if row.name in found
     }  # fmt: skip
     print(f"{'':<28}{'step s':>8}{'tokens/s':>10}{'MFU %':>7}{'faster than':>22}{'GiB':>6}  losses")
-    for row in ROWS:
+    for row in rows:
         if row.name not in found:
             continue
         lines = found[row.name][row.warm_up :]
@@ -216,8 +226,8 @@ def versions() -> str:
     return ", ".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=".*", help="regular expression of row names")
     parser.add_argument(
         "--profile", nargs="?", const=".*", default="", metavar="ROWS",
@@ -232,16 +242,16 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, default=(shared if shared.is_dir() else Path("/tmp")) / "swiftlite-gpu"
     )
-    args = parser.parse_args()
-    args.deadline = time.time() + args.seconds
-    import torch
+    return parser
 
-    gpus = torch.cuda.device_count() or 1
-    rows = [row for row in ROWS if re.fullmatch(args.rows, row.name) and row.gpus <= gpus]
+
+def prepare(rows: Sequence[Row], args: argparse.Namespace) -> int:
+    """Make models and data of the rows and import what they need. Returns: tokens of a sample."""
+    args.deadline = time.time() + args.seconds
     args.directory.mkdir(parents=True, exist_ok=True)
     length = LENGTH // 16 if args.tiny else LENGTH
     for kind in {row.data for row in rows}:
-        make_data(kind, args.directory / f"{kind}-{length}.jsonl", length, 12)
+        make_data(kind, args.directory / f"{kind}-{length}.jsonl", length, 24)
     fork = multiprocessing.get_context("fork")
     makers = [
         fork.Process(target=make_model, args=(name, args.directory / name, args.tiny))
@@ -253,10 +263,28 @@ def main() -> None:
     for maker in makers:
         maker.join()
     print(f"ready after {time.time() + args.seconds - args.deadline:.0f} s", flush=True)
-    found = run_all(rows, gpus, args)
-    names = {torch.cuda.get_device_name(i) for i in range(gpus)} if torch.cuda.is_available() else {"CPU"}
-    print(f"\n{gpus} x {', '.join(names)}; {versions()}; {BATCH} samples of {length} tokens a step")
-    table(found)
+    return length
+
+
+def report(
+    found: dict[str, list[dict[str, float]]], gpus: int, batch: int, length: int, rows: Sequence[Row] = ROWS
+) -> None:
+    import torch
+
+    cards = torch.cuda.device_count()
+    names = {torch.cuda.get_device_name(i) for i in range(cards)} or {"CPU"}
+    print(f"\n{gpus} x {', '.join(names)}; {versions()}; {batch} samples of {length} tokens a step")
+    table(found, rows)
+
+
+def main() -> None:
+    args = options(__doc__).parse_args()
+    import torch
+
+    gpus = torch.cuda.device_count() or 1
+    rows = [row for row in ROWS if re.fullmatch(args.rows, row.name) and row.gpus <= gpus]
+    length = prepare(rows, args)
+    report(run_all(rows, gpus, args), gpus, BATCH, length)
 
 
 def preload() -> None:
