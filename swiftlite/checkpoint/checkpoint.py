@@ -96,7 +96,7 @@ class Checkpoint(ModelTensors):
             return replace(self, new_tokens=new_tokens)
         changes, config = {"vocab_size": new_tokens.rows}, grown(self.config, new_tokens)
         source = GrownSource(self.source, [n for n in self.names if n not in self.carried], new_tokens.rows)
-        bound = bind_source(config, source, self.names)
+        bound = bind_source(config, source, self.names).as_stored({n: self.shape_of(n) for n in self.bound.fused})
         return replace(self, config=config, bound=bound, source=source, changes=changes, new_tokens=new_tokens)
 
     def merged(self, adapter: Adapter) -> Checkpoint:

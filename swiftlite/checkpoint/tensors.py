@@ -66,8 +66,9 @@ class ModelTensors:
 def open_hf(directory: Path, config: Json, weights: bool) -> ModelTensors:
     """Of a model directory. weights: see Checkpoint.open."""
     source = open_source(directory, config) if weights else PlannedSource(directory, config)
-    bound = bind_source(config, source, source.tensors)
-    coverage = bound.check({name: t.spec.shape for name, t in source.tensors.items()}, str(directory))
+    shapes = {name: t.spec.shape for name, t in source.tensors.items()}
+    bound = bind_source(config, source, source.tensors).as_stored(shapes)
+    coverage = bound.check(shapes, str(directory))
     names = [name for name in source.tensors if name not in coverage.ignored]
     joined = [bound.fused[name] for name in names if name in bound.fused]
     return ModelTensors(
@@ -88,6 +89,7 @@ def open_mcore(directory: Path, root: Path, config: Json, weights: bool) -> Mode
     others = _open_carried(iteration.parent, root, config)
     naming = naming_of(config, original or (others.names if others else ()))
     bound = bind_map(config, stored.tensors, naming=naming)
+    bound = bound.as_stored({name: tensor["shape"] for name, tensor in original.items() if "shape" in tensor})
     source: WeightSource = HfNames(McoreView.open(stored, bound))
     carried = [name for name in others.names if bound.is_carried(name)] if others else []
     lost = [name for name in original if bound.is_carried(name) and name not in carried]

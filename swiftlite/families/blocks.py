@@ -47,19 +47,22 @@ def fused_qkv(mcore: str, hf: str) -> tuple[WeightRule, ...]:
 def fused_experts(
     hf: str = "{layer}.mlp.experts", *, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     gate_up: str = "gate_up_proj", down: str = "down_proj", transposed: bool = False, interleaved: bool = False,
-    bias: bool = False,
+    bias: bool = False, of_part: bool = False,
 ) -> tuple[Fused, ...]:  # fmt: skip
     """Files with all experts of a layer in two tensors, [E, 2I, H] and [E, H, I]; transposed: [E, H, 2I] and [E, I, H].
 
     interleaved: gate and up take turns, row by row or column by column. bias: the same of biases, [E, 2I] and [E, H].
+    of_part: as of Fused.
     """
     gate_part, up_part, down_part = (f"{hf}.{{expert}}.{part}" for part in parts)
     return tuple(
         fused
         for stored, part in (("", ".weight"), ("_bias", ".bias"))[: 1 + bias]
         for fused in (
-            Fused(f"{hf}.{gate_up}{stored}", (f"{gate_part}{part}", f"{up_part}{part}"), transposed, interleaved),
-            Fused(f"{hf}.{down}{stored}", (f"{down_part}{part}",), transposed),
+            Fused(
+                f"{hf}.{gate_up}{stored}", (f"{gate_part}{part}", f"{up_part}{part}"), transposed, interleaved, of_part
+            ),
+            Fused(f"{hf}.{down}{stored}", (f"{down_part}{part}",), transposed, of_part=of_part),
         )
     )
 

@@ -22,6 +22,14 @@ def _window_rope(config: Config) -> Mapping[str, Any]:
 FAMILY = Family(
     "gemma3",
     architectures=("Gemma3ForCausalLM",),
+    wrappers={"Gemma3ForConditionalGeneration": ("gemma3_text",)},
+    part_defaults={
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+    },
     config=windowed(GPT_CONFIG, _slides, default=4096, rope=_window_rope),
     patches=(
         *GEMMA,

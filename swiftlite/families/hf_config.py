@@ -40,7 +40,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     inner = config.get("text_config") or config
     top = {key: config[key] for key in _TOP_KEYS if config.get(key) is not None}
-    return {**inner, **top, "architectures": [family.architectures[0]]}
+    return {**family.part_defaults, **inner, **top, "architectures": [family.architectures[0]]}
 
 
 def convert_hf_config(

@@ -143,6 +143,7 @@ class Family:
     aliases: model_type in config.json that transformers does not know -> the one it knows the same model under.
     wrappers: classes of which this model is the text part -> model_type of their `text_config`; of config.json itself
         where the text part's keys stand at its top.
+    part_defaults: keys that such a `text_config` may leave out -> what transformers assumes.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Family:
     mtp_key: str = "num_nextn_predict_layers"
     aliases: Mapping[str, str] = field(default_factory=dict)
     wrappers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    part_defaults: Mapping[str, Any] = field(default_factory=dict)
     models: tuple[ModelMeta, ...] = ()
     templates: tuple[TemplateMeta, ...] = ()
 

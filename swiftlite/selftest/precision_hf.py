@@ -126,7 +126,10 @@ class _Weights:
             raise ConfigError(f"{missing} of the Hugging Face model is not in {self.source.files[0].parent}")
         for name, view in held:
             place = target.as_strided(view.shape, view.stride(), view.storage_offset())
-            place.copy_(self._values(name).view(view.shape))
+            values = self._values(name)
+            if values.dim() == 3 and values.shape != view.shape:  # matrices of experts, which files have either way
+                values = values.transpose(1, 2)
+            place.copy_(values.reshape(view.shape))
 
     def _values(self, name: str) -> Tensor:
         tensor = read_tensor(self.source, name, self.files)

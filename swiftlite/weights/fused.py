@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from swiftlite.weights.ops import Shape
@@ -25,16 +25,25 @@ class View:
 
 @dataclass(frozen=True)
 class FusedTensor:
-    """A tensor [E, A, B], or of biases [E, A], made of the experts' tensors `views`."""
+    """A tensor [E, A, B], or of biases [E, A], made of the experts' tensors `views`. of_part: see rule.Fused."""
 
     name: str
     shape: Shape
     views: Mapping[str, View]
+    of_part: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
         """A, B; 1 for B of biases."""
         return self.shape[1], (*self.shape, 1)[2]
+
+    @property
+    def turned(self) -> FusedTensor:
+        """The same with the matrices kept the other way, [E, B, A]; biases stay as they are."""
+        if len(self.shape) == 2:
+            return self
+        views = {part: replace(view, transposed=not view.transposed) for part, view in self.views.items()}
+        return replace(self, shape=(self.shape[0], self.shape[2], self.shape[1]), views=views)
 
     def part_shape(self, part: str) -> Shape:
         rows, columns = self.views[part].shape

@@ -113,13 +113,15 @@ class Fused:
     """Checkpoints keep the tensors `parts` of all experts in one, `name`: [E, out, in], `transposed` [E, in, out].
 
     parts: HF names with {expert}, the out of one after that of the other; interleaved: taking turns. The rules are about
-    the parts. A checkpoint may hold either; where nothing says which, it gets the fused one.
+    the parts. A checkpoint may hold either, and matrices kept the other way; where nothing says which, it gets this one.
+    of_part: where nothing says which, only files of a larger model, whose text part this is, get it.
     """
 
     name: str
     parts: tuple[str, ...]
     transposed: bool = False
     interleaved: bool = False
+    of_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,8 @@ def _join(rule: Fused, layer: str, model: ModelShape, shapes: Mapping[str, Shape
     """The fused tensor of a layer, if it has the parts."""
     parts = [[part.format(layer=layer, expert=expert) for part in rule.parts] for expert in range(model.experts)]
     if parts and parts[0][0] in shapes:
-        yield FusedTensor.of(rule.name.format(layer=layer), parts, shapes, rule.transposed, rule.interleaved)
+        tensor = FusedTensor.of(rule.name.format(layer=layer), parts, shapes, rule.transposed, rule.interleaved)
+        yield replace(tensor, of_part=rule.of_part)
 
 
 def clip(segments: Iterable[Segment], start: int, stop: int) -> Iterator[Segment]:
@@ -331,6 +334,15 @@ class BoundMap:
         }
         return replace(self, entries=entries, duplicates=copies, fused=fused, naming=naming)
 
+    def as_stored(self, shapes: Mapping[str, Shape]) -> BoundMap:
+        """The same for a checkpoint with these shapes, which may keep the matrices of all its fused tensors turned."""
+        held = [tensor for name, tensor in self.fused.items() if name in shapes]
+        if all(tuple(shapes[tensor.name]) == tensor.shape for tensor in held):
+            return self
+        if any(tuple(shapes[tensor.name]) != tensor.turned.shape for tensor in held):
+            return self  # `check` says what is wrong
+        return replace(self, fused={name: tensor.turned for name, tensor in self.fused.items()})
+
     def own_name(self, name: str) -> str:
         """The map's name for a tensor, or a module, that another release or tool names otherwise."""
         for stored, live in self.modules:
@@ -383,7 +395,8 @@ class BoundMap:
     @property
     def stored_names(self) -> tuple[str, ...]:
         """The tensors of a checkpoint, experts joined where the family's files have them so."""
-        joined = {part: name for name, tensor in self.fused.items() for part in tensor.views}
+        fused = [tensor for tensor in self.fused.values() if self.naming is not None or not tensor.of_part]
+        joined = {part: tensor.name for tensor in fused for part in tensor.views}
         return tuple(dict.fromkeys(joined.get(name, name) for name in self.by_hf))
 
     @cached_property

@@ -18,6 +18,7 @@ from swiftlite.convert.conversion import Options, convert
 from swiftlite.convert.hf import HfTarget
 from swiftlite.convert.mcore import McoreTarget
 from swiftlite.families.hf_config import convert_hf_config
+from swiftlite.selftest.precision import check_precision
 from swiftlite.selftest.shrink import text_alone
 from swiftlite.utils.directories import CARRIED
 from swiftlite.utils.errors import CheckpointError, MapError
@@ -25,7 +26,7 @@ from swiftlite.weights.rule import NAMINGS, text_name
 from swiftlite.weights.torch_dist import HfNames
 from tests.families.cases import build_hf, config_of
 
-TYPES = ("qwen3_vl", "qwen2_5_vl", "mistral3", "glm4_5v", "kimi_k25")
+TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "gemma3", "mistral3", "glm4_5v", "kimi_k25")
 QUIET = Options(quiet=True)
 
 
@@ -91,6 +92,24 @@ def test_names_of_every_generation(naming: Any, tmp_path: Path) -> None:
     for name, tensor in renamed.items():
         if not is_text(name):
             assert torch.equal(cast[name], tensor) and cast[name].dtype == tensor.dtype
+
+
+def test_experts_kept_either_way(tmp_path: Path) -> None:
+    """Releases of Qwen3-VL have [E, in, out], what transformers 5 saves [E, out, in]; each comes back as it was."""
+    build_hf(config_of("qwen3_vl_moe:default"), tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    tensors = load_file(tmp_path / "one/model.safetensors")
+    turned = {n: t.transpose(1, 2).contiguous() if ".experts." in n else t for n, t in tensors.items()}
+    save_file(turned, tmp_path / "two/model.safetensors", {"format": "pt"})
+    stored = []
+    for name in ("one", "two"):
+        hf, mcore, back = (tmp_path / f"{name}{step}" for step in ("", "-mcore", "-back"))
+        convert(Checkpoint.open(hf), McoreTarget(num_files=1), mcore, QUIET)
+        convert(Checkpoint.open(mcore), HfTarget(), back, QUIET)
+        assert (back / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+        check_precision(hf, mcore)
+        stored.append((mcore / "iter_0000001/__0_0.distcp").read_bytes())
+    assert stored[0] == stored[1]
 
 
 def test_what_is_amiss_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +184,7 @@ def losses(directory: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "mistral3"])
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "gemma3", "mistral3"])
 def test_text_is_trained_and_the_rest_stays(kind: str, made: Any, rows: Path, tmp_path: Path) -> None:
     """Both sides alike; a run's Megatron checkpoint becomes the whole model again without its original."""
     hf = made(kind)

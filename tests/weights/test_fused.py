@@ -65,6 +65,8 @@ def test_parts_and_the_way_back(
     assert_copies(parts, tensors, tmp_path, budget)
     assert_copies(Joined(SafetensorsSource(tmp_path / "single"), [tensor]), {"w": whole}, tmp_path, budget)
     assert_copies(Joined(parts, [tensor]), {"w": whole}, tmp_path, budget)
+    turned = whole if bias else whole.transpose(1, 2).contiguous()
+    assert_copies(Joined(parts, [tensor.turned]), {"w": turned}, tmp_path, budget)
     with Files() as files:  # rectangles, as shards of a live model are
         for name, expected in tensors.items():
             data = bytearray(expected.nbytes)

@@ -62,8 +62,14 @@ def checkpoint_tensors(model: PreTrainedModel, parts: Sequence[nn.Module] = ()) 
         starts.append(total)
         owners.append(tensor)
         total += lead.numel()
+    # Where files have matrices either way, the library looks at the shape that the model has: here that of the numbers.
+    model.get_parameter = numbers.__getitem__  # type: ignore[assignment]
+    try:
+        reverted = revert_weight_conversion(model, numbers)
+    finally:
+        del model.get_parameter
     found = {}
-    for name, numbered in revert_weight_conversion(model, numbers).items():
+    for name, numbered in reverted.items():
         rows = numbered[..., 0] if numbered.dim() else numbered
         first, count = int(rows.flatten()[0]), rows.numel()
         index = bisect.bisect_right(starts, first) - 1
