@@ -180,6 +180,8 @@ def run_hf(
             part.register_forward_pre_hook(lambda module, _: weights.load(module))
             part.register_forward_hook(done)
         inner.layers[0].register_forward_pre_hook(embedded, with_kwargs=True)
-        logits = model(input_ids=ids.to(device), use_cache=False).logits.cpu()
+        inputs = ids.to(device)
+        # Of GLM-4.5V, transformers 4.57 computes nothing without a mask.
+        logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits.cpu()
     layers = [outputs[layer] for layer in inner.layers]
     return HfRun(outputs[inner.embed_tokens], layers, outputs[inner.norm], logits)

