@@ -27,10 +27,6 @@ NO_MTP = {
     "MegatronDpoArguments": Note("rejected", "preference training has no multi-token-prediction loss; leave it out")
 }
 NO_CLASSES = "models that classify are not supported yet; leave it out to train one that writes text"
-NO_OFFLOAD_NEEDED = Note(
-    "default", "optimizer states stay on the GPUs, in fp32, divided over the data-parallel ranks: the same or a more exact "
-    "result, more GPU memory (--dry_run true says how much)",
-)  # fmt: skip
 ONLY_TRANSFORMERS = {
     "MegatronArguments": Note("rejected", "acts with transformers only (`swiftlite sft`); leave it out")
 }
@@ -40,8 +36,6 @@ AVERAGED_PAIRS = Note("default", "pairs are averaged over the global batch", all
 COMMON_NOTES: dict[str, Note] = {
     "lazy_tokenize": Note("default", "rows are tokenised before training, or while it runs with --streaming true"),
     "packing_num_proc": Note("default", "packing takes no time worth dividing; --dataset_num_proc divides tokenising"),
-    "exp_avg_dtype": NO_OFFLOAD_NEEDED,
-    "exp_avg_sq_dtype": NO_OFFLOAD_NEEDED,
     "strict": Note("default", "--max_drop_ratio says how many rows may be unusable; 0: none", allowed=("false",)),
     "freeze_llm": Note("default", _TEXT_ONLY, allowed=("false",)),
     **dict.fromkeys(

@@ -12,12 +12,16 @@ from typing import ClassVar
 from swiftlite.arguments.base import RunArguments, TunerArguments
 from swiftlite.arguments.description import OVERRIDES, ModelDescription
 from swiftlite.arguments.export import McoreArguments
-from swiftlite.arguments.flags import AVERAGED_PAIRS, FP8, NO_MTP, NO_OFFLOAD_NEEDED
+from swiftlite.arguments.flags import AVERAGED_PAIRS, FP8, NO_MTP
 from swiftlite.arguments.parser import Arguments, arguments, field, run_setting, specs
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import ConfigError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Config, Json
+
+MOMENT_DTYPES = ("fp32", "bf16", "fp16", "fp8")
+# Fields that say in which dtype the optimizer keeps what.
+OPTIMIZER_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
 @arguments
@@ -166,13 +170,18 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     apply_rope_fusion: bool = run_setting(True, "fused rotary embedding where it computes the same")
     attention_softmax_in_fp32: bool = field(True, "softmax in fp32")
     apply_query_key_layer_scaling: bool = field(False, "scale scores by the layer number")
-    optimizer_cpu_offload: bool = field(False, "keep optimizer states in host memory", unavailable=NO_OFFLOAD_NEEDED)
-    optimizer_offload_fraction: float = field(
-        1.0, "share of the optimizer that is offloaded", unavailable=NO_OFFLOAD_NEEDED
+    optimizer_cpu_offload: bool = run_setting(
+        False, "keep optimizer states and fp32 main weights in host memory and update them there"
     )
-    use_precision_aware_optimizer: bool = field(
-        False, "optimizer states in lower precision", unavailable=NO_OFFLOAD_NEEDED
+    optimizer_offload_fraction: float = run_setting(1.0, "share of the weights whose states are there", least=0, most=1)
+    overlap_cpu_optimizer_d2h_h2d: bool = run_setting(True, "update one weight while others are on their way")
+    use_precision_aware_optimizer: bool = run_setting(
+        False, "optimizer states in the dtypes that follow, main weights as what bf16 leaves out of them"
     )
+    main_grads_dtype: str = run_setting("fp32", "dtype in which gradients are added up", choices=["fp32", "bf16"])
+    main_params_dtype: str = run_setting("fp32", "dtype of the optimizer's main weights", choices=["fp32", "fp16"])
+    exp_avg_dtype: str = run_setting("fp32", "dtype of Adam's first moment", choices=MOMENT_DTYPES)
+    exp_avg_sq_dtype: str = run_setting("fp32", "dtype of Adam's second moment", choices=MOMENT_DTYPES)
     fp8_format: str | None = field(None, "FP8 training", choices=["e4m3", "hybrid"], unavailable=FP8)
     fp8_recipe: str = field(
         "delayed", "FP8 scaling", choices=["delayed", "tensorwise", "blockwise", "mxfp8"], unavailable=FP8
@@ -198,12 +207,26 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             self.recompute_num_layers = self.recompute_num_layers or 1
         elif self.recompute_method is not None or self.recompute_num_layers is not None:
             raise UsageError("--recompute_method and --recompute_num_layers: need --recompute_granularity full")
+        self._check_optimizer()
         if self.save_weights_only:
             self.no_save_optim = self.no_save_rng = True
         if self.moe_router_dtype == "none":
             self.moe_router_dtype = None
         if self.logging_dir is None and self.output_dir is not None:
             self.logging_dir = f"{self.output_dir}/runs"
+
+    def _check_optimizer(self) -> None:
+        asked = self.optimizer_cpu_offload or self.use_precision_aware_optimizer
+        if asked and self.train_type == "lora":
+            get_logger().info("the optimizer's states of adapters are few: they stay in fp32 on the GPUs")
+            self.optimizer_cpu_offload = self.use_precision_aware_optimizer = False
+        lower = [name for name in OPTIMIZER_DTYPES if getattr(self, name) != "fp32"]
+        if lower and not asked:
+            raise UsageError(f"--{lower[0]} {getattr(self, lower[0])}: needs --use_precision_aware_optimizer true")
+        if self.optimizer_cpu_offload and lower:
+            raise UsageError(
+                f"--{lower[0]} {getattr(self, lower[0])}: with --optimizer_cpu_offload true all is fp32; leave one out"
+            )
 
     def apply_model_config(self, config: Config) -> None:
         """Take the model from the converted config (Megatron names, as `convert_hf_config` returns them).

@@ -207,7 +207,80 @@ def _cross_entropy_in_place() -> None:
     language.te_parallel_cross_entropy = cross_entropy
 
 
+def _hybrid_optimizer() -> Any:
+    module = importlib.import_module("megatron.core.optimizer.cpu_offloading.hybrid_optimizer")
+    return module.HybridDeviceOptimizer
+
+
+def _allocate_without_stepping() -> None:
+    def allocate(self: Any) -> None:
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.decoupled_grad = torch.zeros_like(parameter)
+        self.step()
+        self.zero_grad()
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    _hybrid_optimizer().dummy_step = allocate
+
+
+def _no_version_of_te() -> None:
+    config = importlib.import_module("megatron.core.optimizer.optimizer_config")
+    config.is_te_min_version = lambda *_, **__: False  # type: ignore[attr-defined]
+
+
+def _offload_on_cpu() -> None:
+    def divide(self: Any, fraction: float) -> tuple[Any, ...]:
+        """As megatron-core divides what is on a GPU: main weights of the first parameters are `copies`, all are fp32."""
+        whole = sum(p.numel() for group in self.param_groups for p in group["params"])
+        offloaded: list[Json] = []
+        others: list[Json] = []
+        copies: dict[Tensor, Tensor] = {}
+        main: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            here: tuple[list[Tensor], list[Tensor]] = ([], [])
+            for parameter in group["params"]:
+                main[parameter] = parameter.detach().clone().float()
+                moves = sum(p.numel() for p in copies) < whole * fraction
+                if moves:
+                    copies[parameter] = main[parameter]
+                here[not moves].append(main[parameter])
+            for part, found in zip((offloaded, others), here, strict=True):
+                part += [{**group, "params": found}] if found else []
+        return offloaded, others, copies, {copy: p for p, copy in copies.items()}, main
+
+    _hybrid_optimizer()._get_sub_optimizer_param_groups = divide
+
+
 SHIMS = (
+    Shim(
+        "allocate_without_stepping",
+        "0.16-0.19",
+        "always",
+        "before the hybrid optimizer loads its states, it makes them by a step with random gradients, which moves the "
+        "random generators",
+        "HybridDeviceOptimizer.dummy_step takes no random numbers",
+        _allocate_without_stepping,
+    ),
+    Shim(
+        "no_version_of_te",
+        "0.16-0.19",
+        "no_te",
+        "the config of an offloaded optimizer compares the version of Transformer Engine, which is None",
+        "--optimizer_cpu_offload true trains without Transformer Engine and without it",
+        _no_version_of_te,
+    ),
+    Shim(
+        "offload_on_cpu",
+        "0.16-0.19",
+        "cpu",
+        "the hybrid optimizer offloads what is on a GPU and has no gradients for what is not",
+        "--optimizer_cpu_offload true trains on a CPU without it",
+        _offload_on_cpu,
+    ),
     Shim(
         "cross_entropy_in_place",
         "0.16-0.19",

@@ -22,6 +22,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
@@ -150,6 +151,8 @@ def _allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Give torch's Adam its state before the first step: only what exists can be loaded into."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
+        if isinstance(inner, HybridDeviceOptimizer) and not inner.state:
+            inner.dummy_step()
         if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
             continue  # fused optimizers keep no step per parameter and allocate by themselves
         _give_step(inner, 0)
@@ -255,7 +258,11 @@ def _contents(
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
         if not args.no_save_rng:
             state["rng_state"] = _rng_object()
-        first = _optimizer_parts(state["optimizer"])[0]
+        parts = _optimizer_parts(state["optimizer"])
+        for group in (group for part in parts for group in part["optimizer"]["param_groups"]):
+            for name in [name for name, value in group.items() if isinstance(value, type)]:
+                del group[name]  # optimizer classes, which common.pt cannot hold
+        first = parts[0]
         step = next(group["step"] for group in first["optimizer"]["param_groups"] if "step" in group)
         common[_STATE].update(
             has_optimizer=True, has_rng=not args.no_save_rng, step=int(step), grad_scaler=first.get("grad_scaler")

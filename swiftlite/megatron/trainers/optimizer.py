@@ -8,10 +8,13 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from swiftlite.arguments.parallel import MegatronArguments
+from swiftlite.arguments.parallel import OPTIMIZER_DTYPES, MegatronArguments
+from swiftlite.megatron import backend
 from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.train.fp16 import GROWTH_INTERVAL, HEADROOM, INITIAL_SCALE, LOWEST_SCALE
 from swiftlite.train.schedule import warmup_and_decay, wsd_steps
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 
 
 def build_optimizer(models: Sequence[torch.nn.Module], args: MegatronArguments) -> MegatronOptimizer:
@@ -34,6 +37,14 @@ def build_optimizer(models: Sequence[torch.nn.Module], args: MegatronArguments) 
         loss_scale_window=GROWTH_INTERVAL,
         hysteresis=1,
         use_distributed_optimizer=True,
+        optimizer_cpu_offload=args.optimizer_cpu_offload,
+        optimizer_offload_fraction=args.optimizer_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=args.overlap_cpu_optimizer_d2h_h2d,
+        pin_cpu_grads=backend.setup().is_cuda,
+        # The optimizer that keeps states on the host keeps main weights itself, too: so no others stay on the GPU.
+        use_precision_aware_optimizer=args.use_precision_aware_optimizer or args.optimizer_cpu_offload,
+        store_param_remainders=dtype == torch.bfloat16 and args.main_params_dtype == "fp32",
+        **{name: _DTYPES[getattr(args, name)] for name in OPTIMIZER_DTYPES},
         overlap_param_gather=bool(args.overlap_param_gather),
     )
     return get_megatron_optimizer(config, list(models))

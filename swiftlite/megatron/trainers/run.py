@@ -15,6 +15,7 @@ from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.state import check_file, iteration_name
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
+from swiftlite.megatron.trainers.build import check_machine
 from swiftlite.megatron.trainers.resolve import print_run, resolve_run
 from swiftlite.megatron.trainers.saving import HF_SUFFIX
 from swiftlite.train.loop import Run, train
@@ -39,6 +40,7 @@ def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Dat
     if args.dry_run:
         print_run(args, origin)
         return {"output_dir": args.output_dir}
+    check_machine(args)
     template = prepare_template(args)
     with ExitStack() as held:
         parallel = held.enter_context(parallel_groups(args))

@@ -58,7 +58,7 @@ def wrap_models(models: Sequence[MegatronModule], args: MegatronArguments) -> li
     wrapped = []
     for index, model in enumerate(models):
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=args.main_grads_dtype == "fp32",
             overlap_grad_reduce=bool(args.overlap_grad_reduce),
             overlap_param_gather=bool(args.overlap_param_gather),
             use_distributed_optimizer=True,

@@ -1,0 +1,69 @@
+"""Options that save memory compute what they compute without them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swiftlite.megatron.trainers.sft import megatron_sft_main
+from swiftlite.train.plot import read_run
+from swiftlite.utils.errors import UsageError
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
+                  {"role": "assistant", "content": f"It is {2 * i}. " + "Paris is nice. " * (i % 3)}]}
+    for i in range(8)
+]  # fmt: skip
+
+
+@pytest.fixture
+def train(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., list[tuple[float, float]]]:
+    """`train("name", flag=value, ...)` -> (loss, gradient norm) of each step."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def run(output: str, family: str = "qwen3", **flags: Any) -> list[tuple[float, float]]:
+        settings = {
+            "model": tiny_model(family, vocab_size=333), "model_type": {"glm4_moe": "glm4_5"}.get(family, family),
+            "dataset": data, "output_dir": tmp_path / output, "torch_dtype": "bfloat16", "micro_batch_size": 2,
+            "global_batch_size": 4, "train_iters": 6, "lr": 1e-3, "logging_steps": 1, "save_steps": 3, **flags,
+        }  # fmt: skip
+        megatron_sft_main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+        lines = read_run(tmp_path / output / "logging.jsonl")
+        return [(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
+
+    return run
+
+
+@pytest.mark.parametrize("fraction", [1, 0.5])
+def test_offloaded_optimizer(fraction: float, train: Callable[..., Any], tmp_path: Path) -> None:
+    """The same curve, also when a run resumes with states on the other side."""
+    offload = {"optimizer_cpu_offload": "true", "optimizer_offload_fraction": fraction}
+    plain, there = train("plain"), train("there", **offload)
+    assert plain[-1][0] < 0.9 * plain[0][0]
+    assert there == [pytest.approx(step, rel=2e-3) for step in plain]
+    for before, after, flags in (("plain", "back", offload), ("there", "forth", {})):
+        shutil.copytree(tmp_path / before, tmp_path / after)
+        shutil.rmtree(tmp_path / after / "iter_0000006")
+        (tmp_path / after / "latest_checkpointed_iteration.txt").write_text("3")
+        assert train(after, **flags) == [pytest.approx(step, rel=2e-3) for step in plain]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"use_precision_aware_optimizer": "true"}, "needs a GPU and Transformer Engine"),
+        ({"optimizer_cpu_offload": "true", "torch_dtype": "float32"}, "train in --torch_dtype bfloat16"),
+        ({"exp_avg_dtype": "bf16"}, "needs --use_precision_aware_optimizer true"),
+        ({"exp_avg_dtype": "bf16", "optimizer_cpu_offload": "true"}, "all is fp32"),
+    ],
+)
+def test_what_cannot_be_is_said(flags: dict[str, str], said: str, train: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        train("run", **flags)
+    assert not (tmp_path / "run").exists()
