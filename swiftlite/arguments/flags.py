@@ -21,7 +21,10 @@ _BENCHMARKS = "no benchmarks are run; give the written checkpoint to lm-evaluati
 _DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite megatron dpo`"
 
 # Why a field does not act, for the fields' records.
-FP8 = "training in FP8 is not available yet"
+BF16_WEIGHTS = Note(
+    "default",
+    "weights are kept and gathered in bf16 and made FP8 once a step: the same numbers, two bytes more a weight",
+)
 ONLY_ADAPTERS = {"MegatronSftArguments": "with LoRA on Megatron nothing but adapters is trained"}
 NO_MTP = {
     "MegatronDpoArguments": Note("rejected", "preference training has no multi-token-prediction loss; leave it out")

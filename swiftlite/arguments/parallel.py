@@ -12,7 +12,7 @@ from typing import ClassVar
 from swiftlite.arguments.base import RunArguments, TunerArguments
 from swiftlite.arguments.description import OVERRIDES, ModelDescription
 from swiftlite.arguments.export import McoreArguments
-from swiftlite.arguments.flags import AVERAGED_PAIRS, FP8, NO_MTP
+from swiftlite.arguments.flags import AVERAGED_PAIRS, BF16_WEIGHTS, NO_MTP
 from swiftlite.arguments.parser import Arguments, arguments, field, run_setting, specs
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import ConfigError, UsageError
@@ -182,11 +182,13 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     main_params_dtype: str = run_setting("fp32", "dtype of the optimizer's main weights", choices=["fp32", "fp16"])
     exp_avg_dtype: str = run_setting("fp32", "dtype of Adam's first moment", choices=MOMENT_DTYPES)
     exp_avg_sq_dtype: str = run_setting("fp32", "dtype of Adam's second moment", choices=MOMENT_DTYPES)
-    fp8_format: str | None = field(None, "FP8 training", choices=["e4m3", "hybrid"], unavailable=FP8)
-    fp8_recipe: str = field(
-        "delayed", "FP8 scaling", choices=["delayed", "tensorwise", "blockwise", "mxfp8"], unavailable=FP8
+    fp8_format: str | None = field(
+        None, "products of linear layers in FP8; hybrid: gradients as e5m2 (default: none)", choices=["e4m3", "hybrid"]
     )
-    fp8_param_gather: bool = field(False, "gather parameters in FP8", unavailable=FP8)
+    fp8_recipe: str = field(
+        "delayed", "what has a scale, and when it is found", choices=["delayed", "tensorwise", "blockwise", "mxfp8"]
+    )
+    fp8_param_gather: bool = run_setting(False, "gather parameters in FP8", unavailable=BF16_WEIGHTS)
     deterministic_mode: bool = run_setting(False, "only kernels that give the same bits each time")
 
     async_save: bool = run_setting(False, "write checkpoints in the background while training continues")
@@ -208,6 +210,8 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         elif self.recompute_method is not None or self.recompute_num_layers is not None:
             raise UsageError("--recompute_method and --recompute_num_layers: need --recompute_granularity full")
         self._check_optimizer()
+        if "fp8_recipe" in self.given and self.fp8_format is None:
+            raise UsageError(f"--fp8_recipe {self.fp8_recipe}: say which numbers with --fp8_format e4m3 or hybrid")
         if self.save_weights_only:
             self.no_save_optim = self.no_save_rng = True
         if self.moe_router_dtype == "none":
@@ -223,10 +227,12 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         lower = [name for name in OPTIMIZER_DTYPES if getattr(self, name) != "fp32"]
         if lower and not asked:
             raise UsageError(f"--{lower[0]} {getattr(self, lower[0])}: needs --use_precision_aware_optimizer true")
-        if self.optimizer_cpu_offload and lower:
-            raise UsageError(
-                f"--{lower[0]} {getattr(self, lower[0])}: with --optimizer_cpu_offload true all is fp32; leave one out"
-            )
+        for name in lower if self.optimizer_cpu_offload else ():
+            if name != "main_grads_dtype":
+                get_logger().info(
+                    f"--{name} {getattr(self, name)}: fp32, as all states with --optimizer_cpu_offload true"
+                )
+                setattr(self, name, "fp32")
 
     def apply_model_config(self, config: Config) -> None:
         """Take the model from the converted config (Megatron names, as `convert_hf_config` returns them).
@@ -285,6 +291,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             self._check_flex()
         self._check_capacity(model)
         self._check_recompute(model)
+        self._check_fp8(model)
 
     def _check_flex(self) -> None:
         parts = self.expert_model_parallel_size * (self.expert_tensor_parallel_size or self.tensor_model_parallel_size)
@@ -313,6 +320,25 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         for module in self.recompute_modules:
             if not there.get(module, True):
                 raise UsageError(f"--recompute_modules {module}: the model has none; leave it out")
+
+    def _check_fp8(self, model: ModelDescription) -> None:
+        if self.fp8_format is None:
+            return
+        tp = self.tensor_model_parallel_size
+        sizes = {"hidden_size": model.hidden_size, "ffn_hidden_size": model.ffn_hidden_size / tp}
+        if model.num_experts:
+            parts = self.expert_tensor_parallel_size or tp
+            sizes["moe_ffn_hidden_size"] = (model.moe_ffn_hidden_size or 0) / parts
+        for name, size in sizes.items():
+            if size % 16:
+                raise UsageError(
+                    f"--fp8_format {self.fp8_format}: the {name} of each rank must be a multiple of 16, not {size:g}"
+                )
+
+    @property
+    def length_unit(self) -> int:
+        """Tokens of which a rank must have a multiple, for its kernels."""
+        return 1 if self.fp8_format is None else 128 if self.fp8_recipe == "blockwise" else 32
 
     def _check_capacity(self, model: ModelDescription) -> None:
         factor, pad = self.moe_expert_capacity_factor, self.moe_pad_expert_input_to_capacity

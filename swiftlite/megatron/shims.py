@@ -180,6 +180,17 @@ def _recompute_in_context() -> None:
     function.forward = staticmethod(forward)
 
 
+def _recompute_in_context_in_fp8() -> None:
+    engine: Any = importlib.import_module("transformer_engine.pytorch.distributed")
+    original = engine.checkpoint
+
+    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context = contextvars.copy_context()
+        return original(lambda *inputs, **named: context.run(function, *inputs, **named), *args, **kwargs)
+
+    engine.checkpoint = checkpoint
+
+
 def _plain_q_projection() -> None:
     if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is None:
         return
@@ -400,6 +411,14 @@ SHIMS = (
         "have been run: routers would look at the wrong one's padding (blocks/router.py)",
         "megatron-core hands a micro batch's padding and sequences to every router, MTP's too",
         _recompute_in_context,
+    ),
+    Shim(
+        "recompute_context_in_fp8",
+        "0.16-0.19",
+        "te",
+        "the same of what Transformer Engine recomputes, in FP8",
+        "as above",
+        _recompute_in_context_in_fp8,
     ),
     Shim(
         "results_queue",

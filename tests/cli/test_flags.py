@@ -12,6 +12,7 @@ import pytest
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
+from swiftlite.arguments.parallel import OPTIMIZER_DTYPES
 from swiftlite.arguments.parser import alias_table, from_dict, given_values, notes, parse, specs
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.arguments.train import SftArguments
@@ -31,6 +32,8 @@ COMPANIONS = {
     "recompute_num_layers": ["--recompute_granularity", "full"],
     "recompute_modules": ["--recompute_granularity", "selective"],
     "min_lr": ["--lr", "0.1"],
+    "fp8_recipe": ["--fp8_format", "e4m3"],
+    **dict.fromkeys(OPTIMIZER_DTYPES, ["--use_precision_aware_optimizer", "true"]),
     "push_to_hub": PUSH[2:],
     "hub_model_id": PUSH[:2],
     "hub_private_repo": PUSH,

@@ -84,7 +84,7 @@ def test_a_script_that_runs_unchanged(
             "swift sft --model A/B --warmup_ratio 0.1 --warmup_steps 3",
             "| (together) | refused | --lr_warmup_fraction and",
         ),
-        ("megatron sft --model A/B --fp8_format e4m3", "| --fp8_format e4m3 | refused | training in FP8"),
+        ("megatron sft --model A/B --fp8_recipe delayed", "| (together) | refused | --fp8_recipe delayed: say which"),
         ("swift deploy --model A/B", "| deploy | is not a command here | serve the directory with vLLM"),
     ],
 )

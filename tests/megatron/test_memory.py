@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from swiftlite.arguments.megatron_train import MegatronSftArguments
+from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.info import read_config
 from swiftlite.megatron.trainers.sft import megatron_sft_main
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import UsageError
@@ -60,10 +63,17 @@ def test_offloaded_optimizer(fraction: float, train: Callable[..., Any], tmp_pat
         ({"use_precision_aware_optimizer": "true"}, "needs a GPU and Transformer Engine"),
         ({"optimizer_cpu_offload": "true", "torch_dtype": "float32"}, "train in --torch_dtype bfloat16"),
         ({"exp_avg_dtype": "bf16"}, "needs --use_precision_aware_optimizer true"),
-        ({"exp_avg_dtype": "bf16", "optimizer_cpu_offload": "true"}, "all is fp32"),
+        ({"fp8_format": "e4m3"}, "needs Transformer Engine and a GPU of compute capability 8.9"),
     ],
 )
 def test_what_cannot_be_is_said(flags: dict[str, str], said: str, train: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=said):
         train("run", **flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_fp8_wants_even_sizes(tiny_model: Callable[..., Path]) -> None:
+    args = MegatronSftArguments(model="DIR", fp8_format="e4m3", tensor_model_parallel_size=2)
+    config = convert_hf_config(read_config(tiny_model("qwen3")))
+    with pytest.raises(UsageError, match="ffn_hidden_size of each rank must be a multiple of 16, not 24"):
+        args.apply_model_config({**config, "ffn_hidden_size": 48})

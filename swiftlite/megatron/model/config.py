@@ -79,7 +79,6 @@ RULES: Mapping[str, Rule] = {
     "autocast_dtype": lambda a: torch_dtype(a),
     "attention_backend": lambda a: attention_backend(a.attention_backend),
     "fp8": lambda a: a.fp8_format,
-    "fp8_param": lambda a: a.fp8_param_gather,
 }
 
 # The same for models with multi-latent attention.

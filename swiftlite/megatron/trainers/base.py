@@ -133,6 +133,8 @@ class Trainer:
     def describe(self) -> Sequence[str]:
         config = self.config
         dtype = str(self.args.model_info.torch_dtype).removeprefix("torch.")
+        if self.args.fp8_format:
+            dtype += f", products in FP8 ({self.args.fp8_format}, {self.args.fp8_recipe})"
         dispatcher = config.moe_token_dispatcher_type if config.num_moe_experts else "none"
         assert self.graphs is not None
         return (

@@ -213,7 +213,7 @@ class BatchLoader:
         even = even or (parallel.ep_size > 1 and gathers(args, to_transformer_config(args)))
         # Packed sequences are nearly full; filled up they have one shape, which can be captured.
         fills = args.packing and device.type == "cuda" and args.cuda_graph is not False
-        multiple = parallel.tp_size if args.sequence_parallel else 1
+        multiple = args.length_unit * (parallel.tp_size if args.sequence_parallel else 1)
         if parallel.cp_size > 1:
             multiple = parallel.cp_size * math.lcm(2, multiple)
         return cls(

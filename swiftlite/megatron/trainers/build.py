@@ -76,6 +76,15 @@ def check_machine(args: MegatronSftArguments) -> None:
             "--use_precision_aware_optimizer true: needs a GPU and Transformer Engine, whose Adam keeps such states; "
             "leave it out, or keep them in host memory with --optimizer_cpu_offload true"
         )
+    if args.fp8_format is not None:
+        newest = {"blockwise": (9, 0), "mxfp8": (10, 0)}.get(args.fp8_recipe, (8, 9))
+        if not with_te or torch.cuda.get_device_capability() < newest:
+            raise UsageError(
+                f"--fp8_format {args.fp8_format}: needs Transformer Engine and a GPU of compute capability "
+                f"{newest[0]}.{newest[1]} (8.9: Ada, 9.0: Hopper, 10.0: Blackwell); leave it out to train in bf16"
+            )
+        if torch_dtype(args) == torch.float32:
+            raise UsageError(f"--fp8_format {args.fp8_format}: beside it all else is bf16; add --torch_dtype bfloat16")
 
 
 def build(

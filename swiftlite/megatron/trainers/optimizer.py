@@ -8,7 +8,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from swiftlite.arguments.parallel import OPTIMIZER_DTYPES, MegatronArguments
+from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron import backend
 from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.train.fp16 import GROWTH_INTERVAL, HEADROOM, INITIAL_SCALE, LOWEST_SCALE
@@ -44,7 +44,10 @@ def build_optimizer(models: Sequence[torch.nn.Module], args: MegatronArguments) 
         # The optimizer that keeps states on the host keeps main weights itself, too: so no others stay on the GPU.
         use_precision_aware_optimizer=args.use_precision_aware_optimizer or args.optimizer_cpu_offload,
         store_param_remainders=dtype == torch.bfloat16 and args.main_params_dtype == "fp32",
-        **{name: _DTYPES[getattr(args, name)] for name in OPTIMIZER_DTYPES},
+        main_grads_dtype=_DTYPES[args.main_grads_dtype],
+        main_params_dtype=_DTYPES[args.main_params_dtype],
+        exp_avg_dtype=_DTYPES[args.exp_avg_dtype],
+        exp_avg_sq_dtype=_DTYPES[args.exp_avg_sq_dtype],
         overlap_param_gather=bool(args.overlap_param_gather),
     )
     return get_megatron_optimizer(config, list(models))
