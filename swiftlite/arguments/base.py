@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from swiftlite import __version__
-from swiftlite.arguments.flags import COMMON_NOTES, NO_CLASSES, NO_WEIGHTS, ONLY_ADAPTERS
+from swiftlite.arguments.flags import COMMON_NOTES, NO_CLASSES, NO_WEIGHTS, ONLY_ADAPTERS, ONLY_TRANSFORMERS
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
@@ -39,10 +39,16 @@ ATTENTION: dict[str, tuple[str | None, str | None]] = {
 }  # fmt: skip
 
 
-# Other libraries' names of layers in --target_modules -> Hugging Face's.
+# Other libraries' names of layers in --target_modules and --modules_to_save -> Hugging Face's.
 MODULES_CALLED = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"), "linear_proj": ("o_proj",), "linear_fc1": ("gate_proj", "up_proj"),
-    "linear_fc2": ("down_proj",), "all": ("all-linear",),
+    "linear_fc2": ("down_proj",), "all": ("all-linear",), "word_embeddings": ("embed_tokens",), "output_layer": ("lm_head",),
+}  # fmt: skip
+
+# Adapters of peft besides LoRA, as --train_type and as peft names them. With transformers only.
+PEFT_TUNERS = {
+    "boft": "BOFT", "bone": "MISS", "fourierft": "FOURIERFT", "hra": "HRA", "ia3": "IA3", "loha": "LOHA", "lokr": "LOKR",
+    "oft": "OFT", "vera": "VERA",
 }  # fmt: skip
 
 
@@ -63,7 +69,9 @@ def normalize_dtype(value: object, flag: str = "torch_dtype") -> str | None:
 class RunArguments(Arguments):
     """Run: where results go, seed, precision, kernels"""
 
-    output_dir: str | None = run_setting(None, "directory that is written", aliases=["save"], path=True, common=True)
+    output_dir: str | None = run_setting(
+        None, "directory that is written", aliases=["save", "export_dir"], path=True, common=True
+    )
     seed: int = field(
         42, "seed of weights' initialisation, data order and dropout", common=True,
         unavailable={"ExportArguments": Note("default", "conversion draws no random numbers")},
@@ -245,7 +253,7 @@ class DataArguments(Arguments):
     """Data: what is trained or run on"""
 
     dataset: list[str] = field(
-        [], "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it",
+        [], "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it; #<N at most",
         path=True, common=True,
     )  # fmt: skip
     val_dataset: list[str] = field([], "the same, for evaluation", path=True, common=True)
@@ -255,6 +263,8 @@ class DataArguments(Arguments):
     )  # fmt: skip
     columns: dict[str, str] = field({}, 'renames columns, like \'{"text1": "query"}\'')
     dataset_info: list[str] = field([], "JSON files that name datasets", aliases=["custom_dataset_info"], path=True)
+    dataset_dir: str | None = field(None, "same as --dataset_info DIR/dataset_info.json", path=True)
+    max_samples: int | None = field(None, "same as #<N behind each dataset that has no number", least=1)
     interleave_prob: list[float] = field(
         [], "draw from the datasets with these probabilities, one for each", aliases=["interleave_probs"]
     )
@@ -291,6 +301,12 @@ class DataArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("dataset", "val_dataset"):  # LLaMA-Factory's are listed with commas
+            words = [w for word in getattr(self, name) for w in ([word] if os.path.exists(word) else word.split(","))]
+            most = f"#<{self.max_samples}"
+            setattr(self, name, [word if self.max_samples is None or "#" in word else word + most for word in words])
+        if self.dataset_dir:
+            self.dataset_info = [*self.dataset_info, os.path.join(self.dataset_dir, "dataset_info.json")]
         if self.cached_dataset and (self.dataset or self.val_dataset):
             raise UsageError("--cached_dataset: holds the data already; leave out --dataset and --val_dataset")
         if self.cached_val_dataset and not self.cached_dataset:
@@ -312,8 +328,12 @@ class TunerArguments(Arguments):
     """Tuner: which parameters are trained"""
 
     train_type: str = field(
-        "full", "all parameters, adapters added to them, or some of them", aliases=["tuner_type", "finetuning_type"],
-        choices=["full", "lora", "freeze", "lora_llm"], common=True,
+        "full", "all parameters, adapters added to them (LoRA, or others of peft with transformers), or some of them",
+        aliases=["tuner_type", "finetuning_type"], choices=["full", "lora", "freeze", "lora_llm", *PEFT_TUNERS], common=True,
+    )  # fmt: skip
+    tuner_settings: dict[str, object] = field(
+        {}, 'settings of peft\'s config for adapters other than LoRA, like \'{"boft_block_size": 8}\'',
+        unavailable=ONLY_TRANSFORMERS,
     )  # fmt: skip
     freeze_parameters: list[str] = field([], "prefixes of parameters that stay as they are")
     freeze_parameters_regex: str | None = field(None, "regular expression of parameters that stay as they are")
@@ -346,9 +366,26 @@ class TunerArguments(Arguments):
         },
     )
     use_rslora: bool = field(False, "scale by alpha / sqrt(rank)")
+    use_dora: bool = field(
+        False, "train the length of each row of W + B A by itself (DoRA)", unavailable=ONLY_TRANSFORMERS
+    )
+    init_weights: str = field(
+        "true", "how LoRA begins: true (A random, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora",
+        aliases=["init_lora_weights"], unavailable={"MegatronSftArguments": "LoRA begins with A random and B zero"},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.init_weights = self.init_weights.lower()
+        if not re.fullmatch("true|gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?", self.init_weights):
+            raise UsageError(
+                f"--init_weights {self.init_weights}: must be true, gaussian, orthogonal, pissa, pissa_niter_N or olora; "
+                "other beginnings look at data or quantise weights"
+            )
+        if self.use_dora and self.init_weights != "true":
+            raise UsageError(f"--init_weights {self.init_weights}: goes with plain LoRA; leave out --use_dora")
+        if self.tuner_settings and self.train_type not in PEFT_TUNERS:
+            raise UsageError(f"--tuner_settings: needs --train_type {', '.join(PEFT_TUNERS)}")
         if self.train_type == "lora_llm":  # text has no gradient in a vision tower, which that would train fully
             self.train_type = "lora"
         for name in ("target_regex", "freeze_parameters_regex", "trainable_parameters_regex"):
@@ -357,8 +394,19 @@ class TunerArguments(Arguments):
             except re.error as error:
                 text = getattr(self, name)
                 raise UsageError(f"--{name} {text}: is not a regular expression ({error})") from None
-        words = [word for item in self.target_modules for word in item.split(",") if word]
-        self.target_modules = list(dict.fromkeys(n for word in words for n in MODULES_CALLED.get(word, (word,))))
+        for name in ("target_modules", "modules_to_save"):
+            words = [word for item in getattr(self, name) for word in item.split(",") if word]
+            setattr(self, name, list(dict.fromkeys(n for word in words for n in MODULES_CALLED.get(word, (word,)))))
+
+    @property
+    def adapts(self) -> bool:
+        """Are adapters trained, and written?"""
+        return self.train_type not in ("full", "freeze")
+
+    @property
+    def begins_with_weights(self) -> bool:
+        """Does LoRA begin as a part of the weights?"""
+        return self.train_type == "lora" and self.init_weights.startswith(("pissa", "olora"))
 
 
 @arguments

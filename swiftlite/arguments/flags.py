@@ -11,9 +11,10 @@ _TEXT_ONLY = "the models here are text only, there is no vision tower"
 _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is the same for every layout"
 _MORE_GPUS = "`swiftlite megatron sft` and `megatron dpo` divide the model over GPUs"
 _OTHER_TUNER = (
-    "the tuners here are full, lora and freeze (--train_type); TRL's and PEFT's other tuners are not built in"
+    "no tuner of peft; --train_type says which there are, --optim adamw_8bit and --recompute full save memory"
 )
 _NO_QUANT = "training on quantised weights is not supported; train LoRA on the bf16 checkpoint"
+_NO_QUANTISING = "quantising is not supported; export bf16 and quantise with the tool of choice"
 _ANSWERS = (
     "transformers makes the answers here, which takes longer; serve the model's directory with vLLM for throughput"
 )
@@ -25,7 +26,10 @@ BF16_WEIGHTS = Note(
     "default",
     "weights are kept and gathered in bf16 and made FP8 once a step: the same numbers, two bytes more a weight",
 )
-ONLY_ADAPTERS = {"MegatronSftArguments": "with LoRA on Megatron nothing but adapters is trained"}
+ONLY_ADAPTERS = {
+    "MegatronSftArguments": "with LoRA on Megatron nothing but adapters and rows of --new_special_tokens is trained; leave "
+    "it out, or use `swiftlite sft`"
+}
 NO_MTP = {
     "MegatronDpoArguments": Note("rejected", "preference training has no multi-token-prediction loss; leave it out")
 }
@@ -41,20 +45,61 @@ COMMON_NOTES: dict[str, Note] = {
     "packing_num_proc": Note("default", "packing takes no time worth dividing; --dataset_num_proc divides tokenising"),
     "strict": Note("default", "--max_drop_ratio says how many rows may be unusable; 0: none", allowed=("false",)),
     "freeze_llm": Note("default", _TEXT_ONLY, allowed=("false",)),
+    "freeze_language_model": Note("default", _TEXT_ONLY, allowed=("false",)),
     **dict.fromkeys(
-        ("freeze_vit", "freeze_aligner", "vit_lr", "aligner_lr", "vit_gradient_checkpointing"),
+        (
+            "freeze_vit",
+            "freeze_aligner",
+            "vit_lr",
+            "aligner_lr",
+            "vit_gradient_checkpointing",
+            "vit_attn_impl",
+            "vit_gradient_checkpointing_kwargs",
+            "language_model_only",
+            "freeze_vision_tower",
+            "freeze_multi_modal_projector",
+            "image_max_pixels",
+            "image_min_pixels",
+            "video_max_pixels",
+            "video_min_pixels",
+            "video_fps",
+            "video_maxlen",
+            "model_kwargs",
+        ),
         Note("default", _TEXT_ONLY),
     ),
-    "linear_decoupled_in_proj": Note("rejected", "belongs to hybrid attention models, which are not supported"),
+    "linear_decoupled_in_proj": Note(
+        "default", "projections that the checkpoint keeps apart have adapters of their own"
+    ),
     **dict.fromkeys(
         ("quant_method", "quant_bits", "quant_n_samples", "quant_batch_size", "group_size"),
-        Note("rejected", "quantising is not supported; export bf16 and quantise with the tool of choice"),
+        Note("rejected", _NO_QUANTISING),
     ),
-    "model_kwargs": Note("rejected", "a text model has none; images' settings (max_pixels) have no effect here"),
-    "dataset_dir": Note("rejected", "name the files themselves with --dataset DIR/FILE.jsonl"),
-    "max_samples": Note("rejected", "write the number behind the dataset: --dataset FILE#1000"),
+    "val_dataset_sample": Note("rejected", "write the number behind the dataset: --val_dataset FILE#1000"),
+    "val_dataset_shuffle": Note("default", "an evaluation is a mean over all rows, in any order"),
+    "download_mode": Note("default", "what was downloaded is used again", allowed=("reuse_dataset_if_exists",)),
+    "remove_unused_columns": Note("default", "columns that training does not read have no effect"),
+    "disable_auto_column_mapping": Note("default", "--columns renames columns", allowed=("false",)),
+    "is_binary_loss_scale": Note("default", "weights of 0 and 1 need no more memory than labels"),
+    "preserve_thinking": Note("default", "the chat template says which thoughts stay", allowed=("false", "none")),
+    "load_args": Note("default", "an adapter's directory says base, template and system message"),
+    "ddp_backend": Note("default", "NCCL on GPUs, gloo on CPUs", allowed=("nccl", "gloo", "none")),
+    "enable_npu_model_patch": Note("default", "there are no patches"),
+    "ignore_args_error": Note("default", "words that no flag takes are errors", allowed=("false",)),
+    "local_repo_path": Note("rejected", "no model here needs a repository besides its directory"),
+    "init_strategy": Note("rejected", "every weight of a model must be in its checkpoint"),
+    "max_model_len": Note("rejected", "positions are scaled as config.json says; write rope_scaling there"),
+    **dict.fromkeys(
+        ("ray_exp_name", "device_groups", "ray_num_workers"),
+        Note("default", "torchrun starts the processes: NPROC_PER_NODE, NNODES"),
+    ),
+    "use_ray": Note("default", "torchrun starts the processes: NPROC_PER_NODE, NNODES", allowed=("false",)),
+    "to_ollama": Note("rejected", "`ollama create` reads Hugging Face directories"),
     "overwrite_cache": Note("default", "the cache is by content, so it is never stale"),
-    "overwrite_output_dir": Note("default", "a run resumes from its own checkpoints", allowed=("false",)),
+    "overwrite_output_dir": Note(
+        "default",
+        "the same run resumes from its own checkpoints; nothing of another run is overwritten: --add_version true",
+    ),
     "do_train": Note("default", "the command says what is done", allowed=("true",)),
     "do_eval": Note("default", "evaluation runs where there is validation data"),
     "do_predict": Note("rejected", "answers to a dataset: `swiftlite infer --val_dataset FILE`"),
@@ -72,6 +117,9 @@ EXPORT_NOTES: dict[str, Note] = {
         Note("default", _NO_PARALLEL),
     ),
     "mtp_num_layers": Note("default", "MTP layers of the checkpoint are always converted"),
+    **dict.fromkeys(("export_device", "export_size"), Note("default", "tensors are streamed; see --max_shard_size")),
+    "export_legacy_format": Note("default", "files are safetensors", allowed=("false",)),
+    "export_quantization_bit": Note("rejected", _NO_QUANTISING),
     "save_missing_weights": Note("default", "every tensor of the source is accounted for, or the command fails"),
     **dict.fromkeys(
         ("fp8_format", "fp8_recipe", "fp8_param_gather"),
@@ -91,12 +139,68 @@ TRAIN_NOTES: dict[str, Note] = {
     "gradient_checkpointing_kwargs": Note(
         "default", "recomputation is never re-entrant", allowed=('{"use_reentrant": false}', "{'use_reentrant': false}")
     ),
-    "resume_from_checkpoint": Note(
-        "default", "a run resumes from the newest checkpoint of its --output_dir: give that directory, and nothing else "
-        "is needed; from another checkpoint's weights begin with --model", allowed=("true", "none"),
-    ),
     "resume_only_model": Note("rejected", "begin from the checkpoint's weights with --model DIR and a new --output_dir"),
     "logging_first_step": Note("default", "the first step is always logged", allowed=("true",)),
+    **dict.fromkeys(
+        ("eval_on_start", "use_flash_ckpt", "create_checkpoint_symlink", "full_determinism", "dist_ckpt_save_pre_mcore_014",
+         "apply_wd_to_qk_layernorm", "mtp_shared_weights", "mtp_decoder_input_detach", "perform_initialization",
+         "align_param_gather", "mlp_padding_free", "optimizer_cuda_graph", "use_megatron_fsdp", "use_fused_mhc",
+         "mixture_of_depths", "use_kt", "use_llama_pro", "use_adam_mini", "use_apollo", "use_asft_loss", "use_eaft_loss"),
+        Note("default", "there is no such thing here", allowed=("false", "none")),
+    ),
+    **dict.fromkeys(
+        ("save_on_each_node", "ddp_find_unused_parameters", "average_tokens_across_devices", "acc_strategy", "manual_gc",
+         "manual_gc_eval", "manual_gc_steps", "te_rng_tracker", "use_persistent_ckpt_worker", "tensorboard_queue_size",
+         "distrib_optim_fully_reshardable_mem_efficient", "batch_p2p_comm", "use_v1_kernels", "use_reentrant_gc",
+         "accumulate_allreduce_grads_in_fp32", "grad_reduce_in_fp32", "bias_activation_fusion"),
+        Note("default", "swiftlite settles it; results are those of its default, gradients and means are exact in fp32"),
+    ),
+    "safe_serialization": Note("default", "files are safetensors", allowed=("true",)),
+    "train_dataloader_shuffle": Note("default", "order: --dataset_shuffle, --data_seed", allowed=("true",)),
+    "packing_strategy": Note("default", "best fit, longest first", allowed=("binpack",)),
+    "disable_ignore_empty_think": Note("default", "--loss_scale says it"),
+    "lr_warmup_init": Note("default", "the warm-up begins at 0", allowed=("0", "0.0")),
+    "weight_decay_incr_style": Note("default", "weight decay is constant", allowed=("constant",)),
+    **dict.fromkeys(("start_weight_decay", "end_weight_decay"), Note("rejected", "it is constant: --weight_decay")),
+    "swanlab_mode": Note("default", "swanlab's own settings hold", allowed=("cloud",)),
+    **dict.fromkeys(
+        ("swanlab_token", "swanlab_workspace", "swanlab_webhook_url", "swanlab_secret", "swanlab_notification_method"),
+        Note("rejected", "log in with `swanlab login`, or set SWANLAB_API_KEY and swanlab's other variables"),
+    ),
+    "pure_bf16": Note("default", "--torch_dtype bfloat16 computes in bf16; weights that are trained are held in fp32"),
+    **dict.fromkeys(
+        ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "sequence_parallel",
+         "recompute_granularity", "moe_grouped_gemm", "moe_token_dispatcher_type", "overlap_param_gather",
+         "overlap_grad_reduce", "apply_rope_fusion", "mcore_model"),
+        Note("rejected", "belongs to Megatron: `swiftlite megatron sft`, pt or dpo"),
+    ),
+    **dict.fromkeys(("fp8", "fp8_backend"), Note("rejected", "`swiftlite megatron sft --fp8_format e4m3` trains in FP8")),
+    "callbacks": Note("rejected", "plugins register models, templates and datasets; there are no callbacks"),
+    "eval_metric": Note("rejected", _BENCHMARKS),
+    "target_parameters": Note("rejected", "each expert has layers with names; name them with --target_modules"),
+    "moe_enable_deepep": Note("rejected", "say it with --moe_token_dispatcher_type flex"),
+    "megatron_extra_kwargs": Note("rejected", "the model's config says what megatron-core is given"),
+    **dict.fromkeys(("fp4_format", "fp4_recipe"), Note("rejected", "training in FP4 is not available")),
+    **dict.fromkeys(
+        ("microbatch_group_size_per_vp_stage", "sequence_packing_scheduler", "mhc_recompute_layer_num", "sgd_momentum",
+         "dsa_indexer_loss_coeff", "dsa_indexer_use_sparse_loss", "apply_dsa_kernel_fusion", "mrl_dims"),
+        Note("rejected", "nothing here reads it; leave it out"),
+    ),
+    **dict.fromkeys(
+        ("muon_momentum", "muon_num_ns_steps", "muon_use_nesterov", "muon_scale_mode", "muon_extra_scale_factor",
+         "muon_split_qkv", "muon_tp_mode", "muon_coefficient_type", "muon_fp32_matmul_prec", "muon_scalar_optimizer"),
+        Note("rejected", "--optim muon has torch's settings"),
+    ),
+    **dict.fromkeys(
+        ("adalora_target_r", "adalora_init_r", "adalora_tinit", "adalora_tfinal", "adalora_deltaT", "adalora_beta1",
+         "adalora_beta2", "adalora_orth_reg_weight", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor",
+         "boft_dropout", "vera_rank", "vera_projection_prng_key", "vera_dropout", "vera_d_initial", "fourier_n_frequency",
+         "fourier_scaling", "oft_block_size"),
+        Note("rejected", "say it with --tuner_settings, under peft's name: '{\"boft_block_size\": 8}'"),
+    ),
+    "oft_target": Note("rejected", "say it with --target_modules"),
+    **dict.fromkeys(("use_muon",), Note("rejected", "say it with --optim muon")),
+    **dict.fromkeys(("pissa_init", "pissa_iter", "pissa_convert"), Note("rejected", "say it with --init_weights pissa")),
     "logging_strategy": Note("default", "--logging_steps says when", allowed=("steps",)),
     "label_names": Note("default", "the labels are `labels`", allowed=("labels",)),
     "use_logits_to_keep": Note(
@@ -113,12 +217,13 @@ TRAIN_NOTES: dict[str, Note] = {
     "tuner_backend": Note(
         "default", "adapters are PEFT's; Unsloth's kernels compute the same, faster on one GPU", allowed=("peft", "unsloth")
     ),
-    "init_weights": Note("default", "LoRA begins as PEFT's default: A random, B zero", allowed=("true",)),
     **dict.fromkeys(
         ("use_galore", "galore_quantization", "galore_optim_per_parameter", "galore_rank", "lisa_activated_layers",
          "lisa_step_interval", "llamapro_num_new_blocks", "lora_ga_batch_size", "lora_ga_iters", "lora_ga_max_length",
-         "lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma", "use_dora", "lorap_lr_ratio", "loraplus_lr_ratio",
-         "shift_attn", "use_badam", "pissa_init", "freeze_extra_modules"),
+         "lora_ga_direction", "lora_ga_scale", "lora_ga_stable_gamma", "shift_attn", "use_badam", "freeze_extra_modules",
+         "freeze_trainable_modules", "llamapro_num_groups", "reft_layers", "reft_rank", "reft_intervention_type",
+         "reft_args", "galore_target_modules", "galore_update_proj_gap", "galore_scale", "galore_proj_type",
+         "galore_with_embedding"),
         Note("rejected", _OTHER_TUNER),
     ),
     **dict.fromkeys(
@@ -127,11 +232,11 @@ TRAIN_NOTES: dict[str, Note] = {
         Note("rejected", _NO_QUANT),
     ),
     "problem_type": Note("rejected", NO_CLASSES),
-    "enable_dft_loss": Note("rejected", "the loss is cross entropy; --loss_scale weights tokens"),
     "optim_args": Note("rejected", "AdamW is set by --adam_beta1, --adam_beta2, --adam_eps and --weight_decay"),
     **dict.fromkeys(
-        ("eval_use_evalscope", "eval_dataset", "eval_dataset_args", "eval_limit", "compute_accuracy"),
-        Note("rejected", _BENCHMARKS),
+        ("eval_use_evalscope", "eval_dataset", "eval_dataset_args", "eval_limit", "eval_generation_config",
+         "compute_accuracy"),
+        Note("rejected", f"{_BENCHMARKS}; data to evaluate the loss on: --val_dataset"),
     ),
     "predict_with_generate": Note("rejected", "answers to a dataset: `swiftlite infer --val_dataset FILE`"),
     "rope_scaling": Note("rejected", "positions are scaled as config.json says; write it there"),
@@ -142,7 +247,7 @@ TRAIN_NOTES: dict[str, Note] = {
     "tokenized_path": Note("rejected", "say it with --cached_dataset, which `export --to_cached_dataset true` writes"),
     "mix_strategy": Note("default", "datasets are joined; with --interleave_prob, see --stopping_strategy", ("concat",)),
     "load_best_model_at_end": Note("default", "the best checkpoint stays on disk and is named at the end"),
-    "disable_gradient_checkpointing": Note("rejected", "say it with --recompute none"),
+    "disable_gradient_checkpointing": Note("default", "--recompute says what is recomputed, which changes no result"),
     "upcast_layernorm": Note(
         "default", "weights that are trained are held in fp32, others keep the checkpoint's dtype", allowed=("false",)
     ),
@@ -177,7 +282,7 @@ TRAIN_NOTES: dict[str, Note] = {
 
 # Flags of reinforcement learning, of distillation from a teacher, and of the servers that they ask for answers.
 _ONLINE = (
-    "use_ray", "use_vllm", "vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "use_vllm", "vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
     "vllm_server_base_url",
     "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_len", "vllm_enforce_eager",
     "vllm_limit_mm_per_prompt", "vllm_enable_prefix_caching", "sleep_level", "offload_model", "offload_optimizer",
@@ -188,7 +293,7 @@ _ONLINE = (
     "multi_turn_scheduler",
     "max_turns", "teacher_model", "teacher_model_server", "teacher_adapters", "teacher_deepspeed", "lmbda", "seq_kd",
     "gkd_logits_topk", "temperature", "top_p", "top_k", "desirable_weight", "undesirable_weight",
-    "center_rewards_coefficient", "simpo_gamma", "cpo_alpha", "loss_weights", "rollout_importance_sampling_mode",
+    "center_rewards_coefficient", "simpo_gamma", "cpo_alpha", "rollout_importance_sampling_mode",
 )  # fmt: skip
 OTHER_PREFERENCES = (
     "only dpo is trained here; GRPO, PPO, GKD, KTO, ORPO, CPO, SimPO and reward models: TRL or ms-swift on the Hugging "
@@ -196,12 +301,17 @@ OTHER_PREFERENCES = (
 )
 
 DPO_NOTES: dict[str, Note] = {
+    "loss_weights": Note("rejected", "one loss at a time: --loss_type; cross entropy beside it: --rpo_alpha"),
+    "reference_free": Note("default", "there is a reference", allowed=("false",)),
+    "f_divergence_type": Note("default", "the loss is of the reverse KL divergence", allowed=("reverse_kl",)),
+    **dict.fromkeys(("ref_model_type", "ref_model_revision"), Note("default", "--ref_model's directory says it")),
+    **dict.fromkeys(
+        ("ref_adapters", "ref_model_adapters", "mcore_ref_adapter"),
+        Note("rejected", "merge the adapter with `swiftlite export --merge_lora true` and give --ref_model"),
+    ),
     **dict.fromkeys(_ONLINE, Note("rejected", OTHER_PREFERENCES)),
     "stage": Note("default", "the command says it: sft, pt or dpo", allowed=("dpo",)),
     "mcore_ref_model": Note("rejected", "the reference is a Hugging Face model here: give it with --ref_model"),
-    "ref_adapters": Note(
-        "rejected", "merge the adapter with `swiftlite export --merge_lora true` and give --ref_model"
-    ),
     "calculate_per_token_loss": AVERAGED_PAIRS,
 }
 
@@ -214,6 +324,10 @@ INFER_NOTES: dict[str, Note] = {
         Note("default", _ANSWERS),
     ),
     "infer_backend": Note("default", _ANSWERS, ("transformers", "pt", "huggingface", "hf", "vllm", "sglang", "lmdeploy")),
+    **dict.fromkeys(
+        ("logprobs", "top_logprobs", "structured_outputs_regex"),
+        Note("rejected", "serve the model's directory with vLLM, which gives them"),
+    ),
     "write_batch_size": Note("default", "answers are written as soon as a batch of --max_batch_size is done"),
     "metric": Note("rejected", _BENCHMARKS),
     "reranker_use_activation": Note("rejected", NO_CLASSES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from swiftlite.arguments.base import PEFT_TUNERS
 from swiftlite.arguments.description import READ_FROM_CONFIG, ModelDescription
 from swiftlite.arguments.export import PlanArguments, PushArguments, megatron_kinds
 from swiftlite.arguments.parallel import MegatronArguments
@@ -37,6 +38,12 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
             self.moe_router_bias_update_rate = 0.0
         if "8bit" in self.optim:
             raise UsageError(f"--optim {self.optim}: Megatron's optimizer has fp32 states; leave it out")
+        if self.optim == "muon":
+            raise UsageError("--optim muon: needs whole matrices, which Megatron's ranks share; use `swiftlite sft`")
+        if self.train_type in PEFT_TUNERS:
+            raise UsageError(
+                f"--train_type {self.train_type}: peft's layers fit transformers only; use `swiftlite sft`"
+            )
         if self.push_to_hub and self.train_type == "lora" and not self.merge_lora:
             raise UsageError("--push_to_hub true: pushes whole models; add --merge_lora true")
         if self.push_to_hub:

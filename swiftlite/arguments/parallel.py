@@ -34,7 +34,9 @@ class ParallelArguments(Arguments):
     pipeline_model_parallel_size: int = field(1, "ranks that hold successive layers (PP)", common=True)
     decoder_first_pipeline_num_layers: int | None = field(None, "layers of the first pipeline stage")
     decoder_last_pipeline_num_layers: int | None = field(None, "layers of the last pipeline stage")
-    num_virtual_stages_per_pipeline_rank: int | None = field(None, "interleaved model chunks per pipeline rank (VPP)")
+    num_virtual_stages_per_pipeline_rank: int | None = field(
+        None, "interleaved model chunks per pipeline rank (VPP)", aliases=["virtual_pipeline_model_parallel_size"]
+    )
     context_parallel_size: int = field(
         1,
         "ranks that share each sequence (CP)",

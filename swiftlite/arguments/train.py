@@ -65,9 +65,10 @@ class TrainArguments(Arguments):
     adam_eps: float = field(1e-8, "Adam's epsilon", aliases=["adam_epsilon"])
 
     optim: str = field(
-        "adamw_torch", "AdamW of torch (or of Transformer Engine on Megatron), or of bitsandbytes with 8-bit states",
+        "adamw_torch", "AdamW of torch (or of Transformer Engine on Megatron), or of bitsandbytes with 8-bit states; muon: "
+        "torch's Muon for the layers' matrices, AdamW for the others",
         aliases=["optimizer"],
-        choices=["adamw_torch", "adamw_torch_fused", "adamw", "adam", "adamw_8bit", "adamw_bnb_8bit"],
+        choices=["adamw_torch", "adamw_torch_fused", "adamw", "adam", "adamw_8bit", "adamw_bnb_8bit", "muon"],
     )  # fmt: skip
 
     fp16: bool = field(False, "same as --torch_dtype float16")
@@ -104,6 +105,10 @@ class TrainArguments(Arguments):
         },
     )
     resume: bool = run_setting(True, "resume from the newest finished checkpoint of this run in --output_dir")
+    resume_from_checkpoint: str | None = run_setting(
+        None, "resume from this checkpoint of the run, or of the same run in another directory (default: --resume's)",
+        path=True,
+    )  # fmt: skip
     extend: bool = run_setting(
         False,
         "continue a finished run from its last checkpoint with more epochs or steps, on the schedule of the new length",
@@ -161,6 +166,13 @@ class TrainArguments(Arguments):
             self.save_total_limit = None
         if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             raise UsageError("--lr_warmup_fraction and --lr_warmup_iters: give one of them")
+        if str(self.resume_from_checkpoint).lower() in (
+            "true",
+            "false",
+        ):  # transformers' words for the newest, for none
+            self.resume_from_checkpoint = None
+        if self.resume_from_checkpoint and not self.resume:
+            raise UsageError("--resume false and --resume_from_checkpoint: give one of them")
         if self.lr is None:
             self.lr = 1e-5 if getattr(self, "train_type", "full") == "full" else 1e-4
         for name in ("min_lr_rate", "min_lr_ratio"):
@@ -268,6 +280,14 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
     neftune_noise_alpha: float | None = field(
         None, "noise on the embeddings while training (NEFTune)", least=0, unavailable=ONLY_TRANSFORMERS
     )
+    enable_dft_loss: bool = field(
+        False, "weigh each token's loss by its probability (dynamic fine-tuning)", aliases=["use_dft_loss"],
+        unavailable={"DpoArguments": Note("rejected", "belongs to sft and pt")},
+    )  # fmt: skip
+    loraplus_lr_ratio: float | None = field(
+        None, "learning rate of LoRA's B as a multiple of --lr (LoRA+)", aliases=["lorap_lr_ratio"], least=0,
+        unavailable=ONLY_TRANSFORMERS,
+    )  # fmt: skip
     experts_impl: str | None = run_setting(
         None,
         "how experts are computed, with transformers 5",

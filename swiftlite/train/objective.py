@@ -36,9 +36,15 @@ class Objective(Protocol):
 
 
 class LanguageModeling:
-    """Cross entropy on the labels, weighted by `loss_scale` where a batch has it; a mean over the tokens with a label."""
+    """Cross entropy on the labels, weighted by `loss_scale` where a batch has it; a mean over the tokens with a label.
+
+    by_probability: while training, each token's loss is weighted by its probability too (arXiv 2508.05629).
+    """
 
     counts: tuple[str, ...] = ("trained_tokens",)
+
+    def __init__(self, by_probability: bool = False) -> None:
+        self.by_probability = by_probability
 
     def count(self, batch: Batch) -> list[int]:
         return [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())]
@@ -47,12 +53,14 @@ class LanguageModeling:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "loss_scale")}
         targets = batch["labels"][:, 1:].flatten()
         logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
-        weights = batch.get("loss_scale")
-        if weights is None:
+        weights, by_probability = batch.get("loss_scale"), self.by_probability and model.training
+        if weights is None and not by_probability:
             loss = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         else:
             losses = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
-            loss = (losses * weights[:, 1:].flatten()).sum()
+            if by_probability:
+                losses = losses * torch.exp(-losses.detach())
+            loss = losses.sum() if weights is None else (losses * weights[:, 1:].flatten()).sum()
         return {"loss": loss, "trained_tokens": (targets != IGNORE_INDEX).sum()}
 
     def loss(self, sums: dict[str, Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ def reference_kind(args: DpoArguments) -> Reference:
         raise UsageError(
             "--adapters: the reference would be the model without them; merge them first, or give --ref_model"
         )
-    return "adapters off" if args.train_type == "lora" else "start"
+    return "adapters off" if args.adapts else "start"
 
 
 def check_reference(args: DpoArguments, rows: int | None, policy_rows: int | None) -> None:

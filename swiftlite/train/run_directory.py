@@ -12,7 +12,7 @@ from typing import TypeVar
 from swiftlite.arguments.parser import specs
 from swiftlite.arguments.train import SftArguments, TrainArguments
 from swiftlite.checkpoint.info import ARGS_FILE, load_args
-from swiftlite.train.checkpoints import Start, clear_unfinished
+from swiftlite.train.checkpoints import Start, clear_unfinished, finished
 from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.dist import all_gather, barrier, is_main_process
 from swiftlite.utils.errors import UsageError
@@ -71,36 +71,60 @@ def held(args: A, decide: Callable[[A], Start | None]) -> Iterator[Start | None]
         yield start
 
 
-def prepare(args: TrainArguments, newest: Callable[[Path], Start | None]) -> Start | None:
+def prepare(args: TrainArguments, newest: Callable[[Path], Start | None], prefix: str) -> Start | None:
     """Decide what happens with `args.output_dir`; nothing is written.
 
     Args: newest: finds the checkpoints of the run that is there; settings may differ where their field says so.
+        prefix: how checkpoints' names begin.
     Returns: the checkpoint that the run resumes from, if there is one.
     Raises: UsageError if the directory belongs to another run, or holds something while --resume is false.
     """
     root = Path(args.output_dir)
     if root.is_file():
         raise UsageError(f"--output_dir {root}: is a file; name a directory")
+    named = _named(args, newest, prefix)
     if not root.is_dir() or all(path.name == REJECTS_FILE for path in root.iterdir()):
-        return None
+        return named
     if not args.resume:
         raise UsageError(
             f"--output_dir {root}: is not empty and --resume is false; name another directory, or --add_version true"
         )
+    _check_same_run(args, root, f"--output_dir {root}", "name another directory, or --add_version true")
+    if named is not None and named.directory.parent.resolve() == root.resolve():
+        return named
+    return newest(root) or named
+
+
+def _named(args: TrainArguments, newest: Callable[[Path], Start | None], prefix: str) -> Start | None:
+    """--resume_from_checkpoint: a checkpoint, or the newest one of a run's directory."""
+    if args.resume_from_checkpoint is None:
+        return None
+    given = Path(args.resume_from_checkpoint)
+    flag = f"--resume_from_checkpoint {given}"
+    is_one = given.name.startswith(prefix) and given.name.removeprefix(prefix).isdigit()
+    root = given.parent if is_one else given
+    found = finished(root, prefix)
+    step = int(given.name.removeprefix(prefix)) if is_one else None
+    start = newest(root) if step is None else Start.of(found, step) if step in found else None
+    if start is None:
+        there = ", ".join(path.name for path in found.values()) or "none"
+        raise UsageError(
+            f"{flag}: no such checkpoint; there are {there} in {root}; leave it out to resume from the newest"
+        )
+    _check_same_run(args, root, flag, "give it the same settings, or begin from its weights with --model")
+    return start
+
+
+def _check_same_run(args: TrainArguments, root: Path, flag: str, instead: str) -> None:
+    """Raises: UsageError if the run in `root` had settings that must be the same."""
     before = load_args(root)
     if not before:
-        raise UsageError(f"--output_dir {root}: is not empty and holds no run ({ARGS_FILE}); name another directory")
+        raise UsageError(f"{flag}: is not empty and holds no run ({ARGS_FILE}); name another directory")
     now = _as_stored(args.to_dict())
     fixed = {spec.name for spec in specs(type(args)).values() if spec.resume == "must match"}
     changed = [name for name in sorted(fixed & set(before)) if before[name] != now[name]]
     only_longer = set(changed) <= _LENGTH
-    if args.extend and only_longer:
-        return newest(root)
-    if changed:
+    if changed and not (args.extend and only_longer):
         shown = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed[:3])
         longer = ", or --extend true to make it longer" if only_longer else ""
-        raise UsageError(
-            f"--output_dir {root}: holds a run with other settings ({shown}); name another directory, or "
-            f"--add_version true{longer}"
-        )
-    return newest(root)
+        raise UsageError(f"{flag}: holds a run with other settings ({shown}); {instead}{longer}")

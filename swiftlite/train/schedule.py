@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 
 import torch
 
-from swiftlite.arguments.train import TrainArguments
+from swiftlite.arguments.train import SftArguments, TrainArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.types import Json
 
@@ -69,21 +70,73 @@ def lr_schedule(args: TrainArguments, steps: int) -> Callable[[int], float]:
     return share
 
 
-def build_optimizer(model: torch.nn.Module, args: TrainArguments) -> torch.optim.Optimizer:
-    """AdamW with --adam_* settings; vectors (biases, norms) do not decay, as on Megatron."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+def build_optimizer(model: torch.nn.Module, args: SftArguments) -> torch.optim.Optimizer:
+    """--optim with --adam_* settings; vectors (biases, norms) do not decay, as on Megatron."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    lr = args.lr or 0.0
+    faster = {name for name in trained if args.loraplus_lr_ratio is not None and ".lora_B." in name}
+    groups: list[Json] = [
+        {"params": [p for n, p in trained.items() if p.dim() >= 2 and n not in faster]},
+        {"params": [trained[name] for name in trained if name in faster], "lr": lr * (args.loraplus_lr_ratio or 0)},
+        {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    settings: Json = {"lr": args.lr or 0.0, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     groups = [group for group in groups if group["params"]]
+    settings: Json = {
+        "lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps, "weight_decay": args.weight_decay,
+    }  # fmt: skip
     if "8bit" in args.optim:
         optimizer: torch.optim.Optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(groups, **settings)
+    elif args.optim == "muon":
+        optimizer = Muon(groups, _of_layers(model), settings)
     else:
         optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
     optimizer.register_step_pre_hook(_zero_missing_gradients)
     return optimizer
+
+
+def _of_layers(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    """Matrices that are neither embedding nor output layer."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    named = model.named_parameters()
+    return {
+        p for n, p in named
+        if p.dim() == 2 and id(p) not in embeddings and not {"lm_head", "embed_out"} & set(n.split("."))
+    }  # fmt: skip
+
+
+class Muon(torch.optim.Optimizer):
+    """torch's Muon for some matrices, AdamW for the rest, as one optimizer: steps of Muon are as long as AdamW's."""
+
+    def __init__(self, groups: Sequence[Json], matrices: Collection[torch.nn.Parameter], adam: Json) -> None:
+        parts: tuple[list[Json], list[Json]] = ([], [])
+        for group in groups:
+            for part, is_matrix in zip(parts, (True, False), strict=True):
+                chosen = [p for p in group["params"] if (p in matrices) is is_matrix]
+                if chosen:
+                    part.append({**group, "params": chosen})
+        common = {name: adam[name] for name in ("lr", "weight_decay")}
+        self.parts: list[torch.optim.Optimizer] = []
+        if parts[0]:
+            self.parts.append(torch.optim.Muon(parts[0], adjust_lr_fn="match_rms_adamw", **common))
+        if parts[1]:
+            self.parts.append(torch.optim.AdamW(parts[1], fused=torch.cuda.is_available(), **adam))
+        super().__init__([group for part in self.parts for group in part.param_groups], common)
+        self._share()
+
+    def _share(self) -> None:
+        """The parts' groups and states are those of the whole, which schedules, scalers and checkpoints see."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state = self.state
+            part.param_groups = list(islice(groups, len(part.param_groups)))
+
+    def load_state_dict(self, state_dict: Json) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
+        for part in self.parts:
+            part.step()
 
 
 def _zero_missing_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -46,16 +46,18 @@ COMPANIONS = {
     "adapters": ["--train_type", "lora"],
     "mcore_adapter": ["--train_type", "lora"],
     "merge_lora": ["--train_type", "lora"],
+    "tuner_settings": ["--train_type", "boft"],
 }
 # A value as it is usually typed, where the type does not say one.
 VALUES = {
+    "tuner_settings": '{"boft_block_size": 8}', "train_type": "lora",
     "torch_dtype": "bf16", "test_convert_dtype": "float32", "attention_backend": "sdpa", "max_shard_size": "5GB",
     "max_memory": "4GB", "gpu_memory": "40GB", "recompute": "full", "moe_router_load_balancing_type": "seq_aux_loss",
     "moe_token_drop_policy": "position", "loss_scale": "last_round", "truncation_strategy": "left", "bf16": "true",
     "label_smoothing": "0.1", "recompute_granularity": "full", "min_lr": "1e-5", "lr": "1e-4",
     "moe_token_dispatcher_type": "allgather", "columns": '{"text1": "query"}',
     "task_type": "causal_lm", "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
-    "lr_scheduler_kwargs": '{"min_lr": 1e-6}',
+    "lr_scheduler_kwargs": '{"min_lr": 1e-6}', "init_weights": "pissa",
 }  # fmt: skip
 ALL = [(cls, flag) for _, cls, other in SECTIONS for flag in rows(cls, other)]
 
@@ -125,12 +127,19 @@ def test_classification_is_refused(cls, words):
         parse(cls, ["--model", "DIR", *words])
 
 
+def test_megatrons_names_of_what_is_trained_fully():
+    args = parse(SftArguments, ["--modules_to_save", "word_embeddings", "output_layer"])
+    assert args.modules_to_save == ["embed_tokens", "lm_head"]
+
+
 def test_docs_are_what_the_generator_writes():
     assert (ROOT / "docs/flags.md").read_text(encoding="utf-8") == table()
 
 
 # Fields that the arguments themselves turn into another setting, and that setting.
 TURNED_INTO = {
+    "dataset_dir": "dataset_info",
+    "max_samples": "dataset",
     "lr_scheduler_kwargs": "min_lr",
     "debug": "--debug",
     "gradient_accumulation_steps": "batch_sizes",

@@ -72,8 +72,8 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     torch.manual_seed(seed)
     model = auto_class(config).from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or name.endswith("_bias"):
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):
@@ -92,8 +92,7 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     missing = mtp_tensors(config, tensors, dtype)
     if missing:
         save_file({**tensors, **missing}, path, {"format": "pt"})
-    bound = bind_map(config, {**tensors, **missing})
-    assert set(bound.by_hf) <= {part for name in (*tensors, *missing) for part in bound.parts(name)}
+    assert set(bind_map(config, {**tensors, **missing}).stored_names) <= {*tensors, *missing}
     return correct(model)
 
 
@@ -101,16 +100,21 @@ def mtp_tensors(
     config: dict[str, Any], tensors: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Random MTP blocks as official checkpoints store them, with their copies of embedding and head."""
-    from swiftlite.checkpoint.bind import bind_map, naming_of, resolve_copy, text_config
+    from swiftlite.checkpoint.bind import convert_hf_config
+    from swiftlite.weights.shape import ModelShape
 
-    if not family_of(architecture_of(config)).num_mtp(text_config(config)):
+    family = family_of(architecture_of(config))
+    weights = family.weights
+    count = family.num_mtp(config)
+    if not count:
         return {}
-    bound = bind_map(config, with_mtp=True, naming=naming_of(config, tensors))
+    bound = weights.bind(ModelShape.from_config(convert_hf_config(config), count))
     found = {}
     for name, (entry, position) in bound.by_hf.items():
         if name not in tensors:
             found[name] = (0.1 * torch.randn(entry.hf_shapes[position])).to(dtype)
     for duplicate in bound.duplicates:
         if duplicate.name != "lm_head.weight":
-            found[duplicate.name] = tensors[resolve_copy(duplicate, bound)].clone()
+            of = duplicate.of if duplicate.of in tensors else "model.embed_tokens.weight"
+            found[duplicate.name] = tensors[of].clone()
     return found

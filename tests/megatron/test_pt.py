@@ -38,14 +38,15 @@ def run(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., list[d
     return start
 
 
-@pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
-def test_equal_to_transformers(family: str, run: Callable[..., list[dict[str, Any]]]) -> None:
+@pytest.mark.parametrize("family, flags", [("qwen3", {}), ("glm4_moe", {}), ("qwen3", {"enable_dft_loss": "true"})])
+def test_equal_to_transformers(family: str, flags: dict[str, str], run: Callable[..., list[dict[str, Any]]]) -> None:
     """fp32, 20 steps over packed sequences: losses and gradient norms within 1e-5, and the loss falls by a quarter."""
-    theirs, ours = run(pt_main, "hf", family), run(megatron_pt_main, "mcore", family)
+    theirs, ours = run(pt_main, "hf", family, **flags), run(megatron_pt_main, "mcore", family, **flags)
     assert len(theirs) == len(ours) == STEPS
     for name in ("loss", "grad_norm"):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-5), name
-    assert ours[-1]["loss"] < 0.75 * ours[0]["loss"]
+    if not flags:  # a loss by probability begins near 0, and rises as tokens become probable
+        assert ours[-1]["loss"] < 0.75 * ours[0]["loss"]
 
 
 def test_texts_end_with_the_end_token(

@@ -28,6 +28,7 @@ from swiftlite.train.batches import BatchPlan, evaluation_samples
 from swiftlite.train.loop import Step
 from swiftlite.train.order import SampleOrder
 from swiftlite.train.plot import read_run
+from swiftlite.utils.directories import read_tracker
 from swiftlite.utils.errors import CheckpointError, DatasetError, SwiftliteError, UsageError
 from swiftlite.utils.text import format_seconds
 
@@ -254,6 +255,13 @@ def test_the_same_command_goes_on_and_a_finished_run_has_nothing_to_do(sft: Call
     assert sft("stopped", train_iters=4)["iteration"] == 4
     with pytest.raises(UsageError, match="other settings"):
         sft("stopped", train_iters=4, lr=2e-3)
+    first = tmp_path / "whole/iter_0000002"
+    assert sft("other", train_iters=4, resume_from_checkpoint=first)["iteration"] == 4
+    assert sft("stopped", train_iters=4, resume_from_checkpoint=root / "iter_0000002")["iteration"] == 4
+    for name in ("other", "stopped"):
+        lines = read_run(tmp_path / name / "logging.jsonl")
+        assert [(line["loss"], line["grad_norm"]) for line in lines][-2:] == curves[0][2:]
+        assert read_tracker(tmp_path / name)[0] == "4"
 
 
 class Payload:

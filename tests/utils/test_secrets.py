@@ -44,7 +44,7 @@ def test_no_password_of_an_address_in_args_json(tmp_path: Path) -> None:
     assert stored["model"] == "https://***@host/x" and stored["dataset"] == ["a", "https://***@host/y"]
     assert stored["hub_token"] is None and args.model == "https://me:word@host/x"
     args.output_dir, args.resume = str(tmp_path), True
-    assert prepare(args, lambda root: None) is None
+    assert prepare(args, lambda root: None, "checkpoint-") is None
 
 
 def test_a_printed_command_is_whole_but_for_the_token() -> None:

@@ -142,7 +142,7 @@ def _items(spec: Spec, options: ReadOptions) -> Iterator[Placed]:
 
 def _counted(rows: list[T], spec: Spec, seed: str) -> list[T]:
     """`NAME#N`: whole rounds of the rows, and a choice for the rest."""
-    if spec.count is None:
+    if spec.count is None or (spec.at_most and spec.count >= len(rows)):
         return rows
     whole, rest = divmod(spec.count, len(rows))
     return rows * whole + [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), rest))]
@@ -279,7 +279,7 @@ class RowStream:
         self.parts = []
         for spec in specs:
             sources = open_spec(spec, use_hf=options.use_hf, streaming=True, hub_token=options.hub_token)
-            self.parts.append(_Part(sources, spec.count, spec.name))
+            self.parts.append(_Part(sources, spec))
         self.draws = Draws(interleave_prob, f"{seed}-mix") if interleave_prob else None
         self.drawn, self.current = 0, 0
         self.ended = [False] * len(self.parts)
@@ -338,9 +338,8 @@ class RowStream:
 class _Part:
     """One dataset of a stream."""
 
-    def __init__(self, sources: Sequence[Source], count: int | None, name: str) -> None:
-        self.sources, self.count = sources, count
-        self.name = name
+    def __init__(self, sources: Sequence[Source], spec: Spec) -> None:
+        self.sources, self.spec = sources, spec
         self.seek({"round": 0, "source": 0, "row": 0, "taken": 0})
 
     def state(self) -> dict[str, int]:
@@ -352,13 +351,14 @@ class _Part:
         self._rows: Iterator[Item] | None = None
 
     def next(self) -> Placed | None:
-        if self.count is not None and self.taken >= self.count:
+        count = self.spec.count
+        if count is not None and self.taken >= count:
             return None
         while True:
             if self.source >= len(self.sources):
                 if not self.taken:
-                    raise DatasetError(f"{self.name}: holds no rows; give a file with at least one")
-                if self.count is None:
+                    raise DatasetError(f"{self.spec.name}: holds no rows; give a file with at least one")
+                if count is None or self.spec.at_most:
                     return None
                 self.source, self.row = 0, 0  # fewer rows than asked for: once more
             source = self.sources[self.source]

@@ -39,13 +39,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed `--dataset` word: `[hf::|ms::]ID[:SUBSET/SUBSET][#N]`. hub: 'hf', 'ms' or None (not said)."""
+    """A parsed `--dataset` word: `[hf::|ms::]ID[:SUBSET/SUBSET][#N]`. hub: 'hf', 'ms' or None (not said).
+
+    `#<N`: at most N rows, where `#N` takes some of them twice if there are fewer.
+    """
 
     text: str
     name: str
     hub: str | None = None
     subsets: tuple[str, ...] = ()
     count: int | None = None
+    at_most: bool = False
 
 
 def parse_spec(text: str) -> Spec:
@@ -54,13 +58,15 @@ def parse_spec(text: str) -> Spec:
     if path.exists():
         return Spec(text, str(path))
     name, count = text, None
+    at_most = "#<" in text
     if "#" in text:
         name, _, number = text.rpartition("#")
+        number = number.removeprefix("<")
         if not number.isdigit() or int(number) < 1:
             raise UsageError(f"--dataset {text}: {number!r} after # is not a number of rows; write NAME#500")
         count = int(number)
         if Path(name).expanduser().exists():
-            return Spec(text, str(Path(name).expanduser()), count=count)
+            return Spec(text, str(Path(name).expanduser()), count=count, at_most=at_most)
     hub = next((hub for hub in ("hf", "ms") if name.lower().startswith(f"{hub}::")), None)
     name = name[4:] if hub else name
     subsets: tuple[str, ...] = ()
@@ -69,7 +75,7 @@ def parse_spec(text: str) -> Spec:
         subsets = tuple(part for part in listed.split("/") if part)
     if Path(name).expanduser().exists() and not hub:
         name = str(Path(name).expanduser())
-    return Spec(text, name, hub, subsets, count)
+    return Spec(text, name, hub, subsets, count, at_most)
 
 
 def open_spec(

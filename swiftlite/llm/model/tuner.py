@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from swiftlite.arguments.base import TunerArguments
+from swiftlite.arguments.base import PEFT_TUNERS, TunerArguments
 from swiftlite.arguments.train import SftArguments
+from swiftlite.llm.model.adapters import begin, lora_size, other_config
 from swiftlite.llm.model.names import Stored, checkpoint_tensors
 from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
@@ -24,7 +25,7 @@ from swiftlite.weights.lora import PEFT_PREFIX, check_beginning, check_stated, i
 from swiftlite.weights.safetensors import read_header
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 logger = get_logger()
@@ -118,7 +119,7 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
     Half precision cannot hold what an optimizer step adds to a weight. The matrices still run in the model's dtype, by
     autocast, and checkpoints have it too.
     """
-    if args.train_type == "lora":
+    if args.adapts:
         model = lora_model(model, args)
     else:
         packed = next((n for n, weight in model.named_parameters() if weight.dtype in (torch.uint8, torch.int8)), None)
@@ -180,8 +181,8 @@ def _parted(owners: Mapping[str, Stored], trained: set[str]) -> tuple[str, str] 
 
 def check_settings(args: SftArguments) -> None:
     """Try what the user says of layers and parameters on a model without weights. Raises: UsageError as prepare_model."""
-    flags = ("target_regex", "modules_to_save") if args.train_type == "lora" else FREEZE_FLAGS
-    names_layers = args.train_type == "lora" and args.target_modules != ["all-linear"]
+    flags = ("target_regex", "modules_to_save", "tuner_settings") if args.adapts else FREEZE_FLAGS
+    names_layers = args.adapts and args.target_modules != ["all-linear"]
     if args.adapters or not (names_layers or any(getattr(args, flag) for flag in flags)):
         return
     from transformers import AutoConfig
@@ -240,7 +241,7 @@ def _of_other_parts(model: PreTrainedModel, linear: list[str]) -> list[str]:
 
 
 def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
-    """The model with LoRA: new, or resumed from `--adapters DIR`. Names are those of the checkpoint's weights."""
+    """The model with adapters: new, or resumed from `--adapters DIR`. Names are those of the checkpoint's weights."""
     from peft import LoraConfig
 
     if len(args.adapters) > 1:
@@ -256,12 +257,15 @@ def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
     new_rows = getattr(model, "new_token_ids", None)
     kept = [name for name in ("embed_tokens", *(() if tied else ("lm_head",))) if name not in args.modules_to_save]
     together = tied and {"embed_tokens", "lm_head"} & set(args.modules_to_save)
+    if args.train_type != "lora":
+        chosen = sorted(targets) if isinstance(targets, set) else targets
+        return _with_adapters(model, other_config(args, chosen, args.modules_to_save))
     config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
+        **lora_size(args),
         lora_dropout=args.lora_dropout,
         bias=args.lora_bias,  # type: ignore[arg-type]  # its choices are the field's
         use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
         target_modules=sorted(targets) if isinstance(targets, set) else targets,
         exclude_modules=_of_other_parts(model, linear) or None,
         modules_to_save=args.modules_to_save or None,
@@ -269,7 +273,10 @@ def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
         ensure_weight_tying=bool(together),
         task_type="CAUSAL_LM",
     )
-    adapted = _with_lora(model, config)
+    adapted = _with_adapters(model, config)
+    if args.init_weights != "true":
+        begin(adapted, args)
+        return adapted
     for name, parameter in adapted.named_parameters():
         module, part, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")
         if part:  # the same as on Megatron
@@ -284,7 +291,7 @@ def attach_adapter(model: PreTrainedModel, directory: Path, trainable: bool = Fa
     peft itself loses the shared experts' adapters of such models under transformers 5.
     Raises: CheckpointError naming what is amiss.
     """
-    from peft import LoraConfig
+    from peft import PeftConfig
 
     if not (directory / "adapter_config.json").is_file():
         raise CheckpointError(f"{directory}: holds no adapter_config.json; name the directory of a LoRA adapter")
@@ -292,13 +299,14 @@ def attach_adapter(model: PreTrainedModel, directory: Path, trainable: bool = Fa
     stated = read_json(path)
     check_beginning(stated, path)
     with blame(path):
-        check_stated(stated)
-        _check_rank(stated, directory / ADAPTER)
-        config = LoraConfig.from_pretrained(str(directory))
-        if not config.target_parameters:
+        if stated.get("peft_type") not in PEFT_TUNERS.values():
+            check_stated(stated)
+            _check_rank(stated, directory / ADAPTER)
+        config = PeftConfig.from_pretrained(str(directory))
+        if not _target_parameters(config):
             split_experts(model)
         config.inference_mode = not trainable
-        adapted = _with_lora(model, config)
+        adapted = _with_adapters(model, config)
     load_adapter(adapted, directory)
     return adapted
 
@@ -315,14 +323,18 @@ def _check_rank(stated: Config, weights: Path) -> None:
             )
 
 
-def _with_lora(model: PreTrainedModel, config: LoraConfig) -> Any:
+def _target_parameters(config: PeftConfig) -> object:
+    return getattr(config, "target_parameters", None)
+
+
+def _with_adapters(model: PreTrainedModel, config: PeftConfig) -> Any:
     from peft import get_peft_model
 
     try:
-        with nullcontext() if config.target_parameters else _no_conversion(model):
+        with nullcontext() if _target_parameters(config) else _no_conversion(model):
             return get_peft_model(model, config)
     except ValueError as error:
-        raise UsageError(f"LoRA cannot be added: {one_line(error)}") from None
+        raise UsageError(f"adapters cannot be added: {one_line(error)}") from None
 
 
 @contextmanager
@@ -345,7 +357,7 @@ def load_adapter(model: Any, directory: Path) -> None:
     path = directory / ADAPTER
     if not path.is_file():
         raise CheckpointError(f"{directory}: holds no adapter_model.safetensors")
-    with nullcontext() if model.peft_config["default"].target_parameters else _no_conversion(model):
+    with nullcontext() if _target_parameters(model.peft_config["default"]) else _no_conversion(model):
         try:
             tensors = load_file(path)
             damaged = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
@@ -357,10 +369,8 @@ def load_adapter(model: Any, directory: Path) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # The rows of a tied output layer are those of the embedding, and have its name.
     found = {id(parameter) for name, parameter in parameters.items() if name not in result.missing_keys}
-    missing = [
-        n for n in result.missing_keys
-        if re.search(r"\.(lora_|modules_to_save\.|token_adapter\.trainable_)", n) and id(parameters.get(n)) not in found
-    ]  # fmt: skip
+    own = re.compile(rf"\.({model.base_model.prefix}|modules_to_save\.|token_adapter\.trainable_)")
+    missing = [n for n in result.missing_keys if own.search(n) and id(parameters.get(n)) not in found]
     if missing or result.unexpected_keys:
         raise CheckpointError(f"{path}: {(missing or result.unexpected_keys)[0]} is missing in the one or the other")
 

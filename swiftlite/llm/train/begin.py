@@ -86,7 +86,7 @@ def resolve_output(args: SftArguments) -> Start | None:
     Returns: the checkpoint to resume from, or None. Raises: UsageError, see run_directory.prepare; CheckpointError if the
     checkpoint is damaged.
     """
-    start = run_directory.prepare(args, newest)
+    start = run_directory.prepare(args, newest, PREFIX)
     if start is None:
         return None
     check_start(start, args.save_weights_only)

@@ -143,7 +143,7 @@ def reference_model(args: DpoArguments, model: PreTrainedModel) -> PreTrainedMod
             ignore_requirements=args.ignore_requirements, new_special_tokens=args.new_special_tokens,
         )  # fmt: skip
         check_reference(args, embedding_rows(reference), embedding_rows(model))
-    if args.train_type != "lora":
+    if not args.adapts:
         _round_like_trained(reference)
     for config in (reference.config, reference.config.get_text_config()):
         config.use_cache = False

@@ -45,7 +45,7 @@ def save_model(
     """Weights or adapters, next to the files of the model that they come from. Rank 0 only."""
     base = Path(args.model_info.model_dir)
     new_tokens = {token: id_of(tokenizer, token) for token in args.new_special_tokens}
-    if args.train_type == "lora":
+    if args.adapts:
         # peft would write the whole embedding of a vocabulary that has grown.
         model.save_pretrained(directory, save_embedding_layers=False)
         if new_tokens:
@@ -80,7 +80,7 @@ def _save_weights(model: PreTrainedModel, directory: Path, args: SftArguments) -
 
 def load_model(model: PreTrainedModel, directory: Path, args: SftArguments) -> None:
     """What save_model wrote. Raises: CheckpointError if it does not fit."""
-    if args.train_type == "lora":
+    if args.adapts:
         tuner.load_adapter(model, directory)
         return
     load_tensors(model, directory, Others.of(args.model_info.config))

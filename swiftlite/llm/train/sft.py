@@ -31,7 +31,8 @@ def sft_main(args: SftArguments | Sequence[str]) -> Json:
     with started(args, load_data) as (model, template, data, start):
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)
-        trainer = HfTrainer(args, model, template, LanguageModeling(), template.data_collator, sample_lengths)
+        objective = LanguageModeling(args.enable_dft_loss)
+        trainer = HfTrainer(args, model, template, objective, template.data_collator, sample_lengths)
         return run(trainer, data, start)
 
 

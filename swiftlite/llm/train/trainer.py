@@ -21,6 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from swiftlite.arguments.train import SftArguments
+from swiftlite.llm.model.adapters import hold_beginnings
 from swiftlite.llm.model.tuner import trained_weights
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.llm.train.batches import COUNTS, Collate, counting
@@ -104,7 +105,10 @@ class HfTrainer:
         if args.neftune_noise_alpha:
             add_noise(self.model, args.neftune_noise_alpha)
         self.routers = RouterWatch.of(self.model, args)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, build_optimizer(self.model, args))
+        optimizer = build_optimizer(self.model, args)
+        if args.begins_with_weights and not args.adapters:
+            hold_beginnings(self.model, optimizer, args.lora_rank)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule(args, run.steps))
         self.batches = StepBatches(run.plan, run.order, run.steps, self._load_batches, self.device)
         self.wrapped.train()
@@ -286,7 +290,7 @@ class HfTrainer:
 
     def next_command(self) -> Sequence[object]:
         args, last = self.args, self.run.root / f"{PREFIX}{self.state.global_step}"
-        if args.train_type != "lora":
+        if not args.adapts:
             return "swiftlite", "infer", "--model", last, *args.loading_words(hub=False)
         base = ("--model", args.model) if args.model else ()  # an adapter knows its base
         return "swiftlite", "infer", *base, "--adapters", last, *args.loading_words()

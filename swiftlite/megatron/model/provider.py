@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.moe import router as core_router
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
@@ -67,8 +66,8 @@ def model_provider(
         replaced |= block.replacements(args) if hasattr(block, "replacements") else {}
     spec = block_spec(config, vp_stage, replaced)
     for change in (block.change_layer for block in blocks if hasattr(block, "change_layer")):
-        for index, layer in enumerate(spec.layer_specs, get_transformer_layer_offset(config, vp_stage)):
-            change(layer, args, index)
+        for layer in spec.layer_specs:
+            change(layer, args)
     vocab_size = description.padded_vocab_size
     assert vocab_size is not None
     live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)
@@ -133,15 +132,12 @@ def _mark_divided_weights(model: GPTModel) -> None:
 def _mark_expert_weights(model: GPTModel) -> None:
     """Have gradients of experts summed over the ranks that hold the same ones, where these are others than usual.
 
-    megatron-core does so only under expert parallelism, so that experts divided less than other layers would drift. Their
-    last biases it would sum over tensor parallel ranks too, and count in the gradient norm on the first of these only.
+    megatron-core does so only under expert parallelism, so that experts divided less than other layers would drift.
     """
     if mpu.get_expert_tensor_parallel_world_size() != mpu.get_tensor_model_parallel_world_size():
         for name, parameter in model.named_parameters():
             if ".mlp.experts." in name:
                 parameter.allreduce = False  # type: ignore[attr-defined]
-                parameter.sequence_parallel = False  # type: ignore[attr-defined]
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def _set_latent_norm_eps(model: GPTModel) -> None:

@@ -33,16 +33,20 @@ def token_losses(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     return output
 
 
-def language_model_loss(loss_mask: Tensor, losses: Tensor, per_token: bool = True) -> LossResult:
+def language_model_loss(
+    loss_mask: Tensor, losses: Tensor, per_token: bool = True, by_probability: bool = False
+) -> LossResult:
     """Cross entropy summed over the weighted tokens of one micro batch.
 
     Args: loss_mask, losses: [B, S]. per_token: what is logged is a mean over all tokens; if not, over micro batches.
+        by_probability: each token's loss is weighted by its probability too.
     Returns: (sum of weighted losses, number of tokens with a weight, both by name as they add up to what is logged). The
         schedule divides the gradients by the number of tokens of the whole global batch (or of the micro batch, without
         per-token loss), and without it divides the sum in place.
     """
     mask = loss_mask.float()
-    total = (losses.float() * mask).sum()
+    weighted = losses.float() * mask
+    total = (weighted * torch.exp(-losses.detach().float()) if by_probability else weighted).sum()
     count = (mask != 0).sum().int()
     if per_token:
         return total, count, {"loss": total.detach().clone(), "trained_tokens": count}

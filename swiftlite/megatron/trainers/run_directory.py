@@ -18,7 +18,7 @@ PREFIX = "iter_"
 
 def prepare(args: MegatronSftArguments) -> Start | None:
     """Decide what happens with `args.output_dir`, see swiftlite.train.run_directory.prepare."""
-    return run_directory.prepare(args, newest)
+    return run_directory.prepare(args, newest, PREFIX)
 
 
 def newest(root: Path) -> Start | None:

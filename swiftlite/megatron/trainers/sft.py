@@ -27,7 +27,9 @@ class SftTrainer(Trainer):
     def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
         per_token = self.args.calculate_per_token_loss or not model.training
-        return token_losses(model, batch), partial(language_model_loss, batch.loss_mask, per_token=per_token)
+        by_probability = self.args.enable_dft_loss and model.training
+        loss = partial(language_model_loss, batch.loss_mask, per_token=per_token, by_probability=by_probability)
+        return token_losses(model, batch), loss
 
     def divisor(self, batches: list[MicroBatch]) -> Tensor:
         trained = torch.stack([(batch.loss_mask != 0).sum() for batch in batches]).sum()

@@ -38,7 +38,7 @@ def test_registrations(tmp_path):
 
 
 def test_flags_and_names():
-    known = {*alias_table(SftArguments), "to_cached_dataset", "num_rows", "html"}
+    known = {*alias_table(SftArguments), "to_cached_dataset", "template_mode", "num_rows", "html"}
     assert set(re.findall(r"--(\w+)", TEXT)) <= known
     for name in re.findall(r"`\+(\w+)`", TEXT):
         assert name in PATTERNS

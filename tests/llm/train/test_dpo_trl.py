@@ -64,7 +64,7 @@ def trl_run(directory: Path, reference: Path | None, output: Path, **config: Any
         use_cpu=True, bf16=False, gradient_checkpointing=False, disable_dropout=False, disable_tqdm=True,
         **{"per_device_train_batch_size": BATCH, "learning_rate": RATE, **config},
     )  # fmt: skip
-    adam = {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-5, "optim": "adamw_torch"}
+    adam = {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-5, "optim": "adamw_torch", "loraplus_lr_ratio": None}
     settings = SimpleNamespace(weight_decay=0.1, lr=args.learning_rate, **adam)
     optimizer = build_optimizer(model, settings)
     trainer = Trainer(

@@ -26,6 +26,7 @@ from swiftlite.llm.train.dpo import dpo_main
 from swiftlite.llm.train.sft import pt_main, sft_main
 from swiftlite.llm.train.trainer import HfTrainer
 from swiftlite.train.meters import METERS
+from swiftlite.train.objective import LanguageModeling
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import DatasetError, SwiftliteError, UsageError
 from tests.rows import preference_rows
@@ -243,6 +244,58 @@ def test_a_finished_run_is_extended(run: Any, tmp_path: Path) -> None:
         run(sft_main, "out", train_iters=6, extend=True, lr=2e-3, **settings)
     _, quiet = run(sft_main, "quiet", train_iters=2, lr_decay_style="linear")
     assert losses(quiet) != losses(first)[:2], "noise on the embeddings"
+
+
+def test_a_named_checkpoint_is_where_a_run_resumes(run: Any, tmp_path: Path) -> None:
+    """In the same directory, and in another, which the same command then resumes; of the same run only."""
+    flags = {"train_iters": 6, "save_steps": 2}
+    _, whole = run(sft_main, "whole", **flags)
+    for output, step in (("whole", 4), ("other", 2)):
+        result, lines = run(sft_main, output, resume_from_checkpoint=tmp_path / f"whole/checkpoint-{step}", **flags)
+        assert losses(lines) == losses(whole)[6 - len(losses(lines)) :] and result["seconds"] and result["loss"]
+        assert len(losses(lines)) == (6 if output == "whole" else 4)
+    shutil.rmtree(tmp_path / "other/checkpoint-6")
+    shutil.rmtree(tmp_path / "whole/checkpoint-4")
+    named = {"resume_from_checkpoint": tmp_path / "whole"}
+    _, lines = run(sft_main, "other", **flags, **named)
+    assert losses(lines) == losses(whole)[2:], "from its own newest"
+    for output, settings, message in (
+        (
+            "new",
+            {"resume_from_checkpoint": tmp_path / "whole/checkpoint-4"},
+            "no such checkpoint; there are checkpoint-2,",
+        ),
+        (
+            "new",
+            {**named, "lr": 2e-3},
+            "--resume_from_checkpoint .*: holds a run with other settings .lr 0.001 -> 0.002",
+        ),
+        ("whole", {**named, "resume": "false"}, "--resume false and --resume_from_checkpoint: give one of them"),
+        ("new", {"resume_from_checkpoint": tmp_path}, "no such checkpoint; there are none in"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(sft_main, output, **{**flags, **settings})
+    assert not (tmp_path / "new").exists()
+
+
+def test_probable_tokens_count_more_with_dft(run: Any) -> None:
+    """arXiv 2508.05629: -p log p with p held; an evaluation is the cross entropy."""
+    flags = {"train_iters": 1, "split_dataset_ratio": 0.4, "eval_steps": 1}
+    plain, weighted = (run(sft_main, name, enable_dft_loss=name, **flags)[1] for name in ("false", "true"))
+    assert 0 < losses(weighted)[0] < 0.1 * losses(plain)[0], "a model that knows nothing gives each token 1 / V"
+    logits = torch.randn(1, 5, 7, requires_grad=True)
+    labels = torch.tensor([[-100, 1, 2, -100, 3]])
+    model = torch.nn.Module()
+    model.forward = lambda **_: types.SimpleNamespace(logits=logits)  # type: ignore[method-assign]
+    objective = LanguageModeling(by_probability=True)
+    batch = {"labels": labels, "input_ids": labels}
+    found = objective.sums(model, batch)["loss"]
+    chosen = logits[0, :-1].log_softmax(-1)[[0, 1, 3], [1, 2, 3]]
+    torch.testing.assert_close(found, -(chosen.exp() * chosen).sum())
+    (gradient,) = torch.autograd.grad(found, logits)
+    (wanted,) = torch.autograd.grad(-(chosen.detach().exp() * chosen).sum(), logits)
+    torch.testing.assert_close(gradient, wanted)
+    assert objective.sums(model.eval(), batch)["loss"] > found
 
 
 def test_settings_of_a_run_are_a_config_file(run: Any, tmp_path: Path) -> None:
