@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from swiftlite.arguments.parser import Arguments, alias_table, notes, parse, specs, split_argv
@@ -25,7 +25,12 @@ _ARRAY = re.compile(r"\s*(?:(?:declare|local|readonly|export|typeset)\s+(?:-\w+\
 _ALL_OF_ARRAY = re.compile(r'"?\$\{(\w+)\[[@*]\]\}"?')
 _HERE = re.compile(r"<<-?\s*['\"]?([A-Za-z_]\w*)['\"]?")
 # Other ways to start swift: its files and modules, by python, torchrun and the like.
-_LAUNCHERS = re.compile(r"(?:.*/)?(?:python[\d.]*|torchrun|accelerate|deepspeed|uv)")
+_LAUNCHERS = re.compile(r"(?:.*/)?(?:python[\d.]*|torchrun|accelerate|deepspeed)")
+# Programs that run the one which follows among their words, or text that is a script itself.
+_RUNNERS = {"srun", "timeout", "uv", "docker", "podman", "xargs", "numactl", "stdbuf", "nice", "taskset", "mpirun",
+            "mpiexec", "singularity", "apptainer", "poetry", "pixi", "conda", "setsid"}  # fmt: skip
+_SHELLS = {"bash", "sh", "zsh", "ssh", "eval", "tmux", "screen"}
+_TO_A_SHELL = re.compile(rf"\s*(?:{'|'.join(sorted(_SHELLS))})\b")
 _FILE_OR_MODULE = re.compile(r"(?:.*/)?swift/cli/(_megatron/)?(\w+)\.py|swift\.cli\.(_megatron\.)?(\w+)")
 _WHICH = re.compile(r"(?:\$\(|`)(?:which|command -v) (\w+)(?:\)|`)")
 _PROCESSES = {"nproc_per_node": "NPROC_PER_NODE", "num_processes": "NPROC_PER_NODE", "num_gpus": "NPROC_PER_NODE",
@@ -35,6 +40,7 @@ _SUBSTITUTED = re.compile(r"\$\(\((.*?)\)\)|\$\(expr (.*?)\)|`expr (.*?)`")
 _ARITHMETIC = re.compile(r"[\d\s+*/()-]+")
 _PROGRAMS = {"swift", "megatron", "swiftlite"}
 _ENDS = {";", "&", "&&", "||", "|", "(", ")", "{", "}", "then", "do", "else", "nohup", "exec", "time", "sudo", "env"}
+_NOTHING = re.compile(r"`\s*#[^`]*`")  # a comment between lines that continue
 _UNFINISHED = re.compile(r"\$\([^()]*\)|`[^`]*`")
 
 
@@ -116,10 +122,14 @@ def find_commands(text: str) -> Iterator[Found]:
                 variables[assigned[1]] = assigned[2]
                 environment.append(f"{assigned[1]}={shlex.quote(assigned[2])}")
                 continue
-            end = next((i for i, w in enumerate(words) if set(w) <= set(";&|()<>")), len(words))
+            end = next((i for i, w in enumerate(words) if w and set(w) <= set(";&|()<>")), len(words))
             is_function = end == 0 and words[:1] == ["()"]
             end -= 0 < end < len(words) and words[end][0] in "<>" and words[end - 1].isdigit()  # 2>&1
             found = None if is_function else _command([word, *words[:end]])
+            if word in _SHELLS or word in _RUNNERS and found is None:
+                scripts = [" ".join(words[:end])] if word == "eval" else [w for w in words[:end] if " " in w]
+                for script in scripts:
+                    yield from (replace(each, line=number) for each in find_commands(script))
             if found is not None:
                 yield Found(number, [*environment, *found[0]], found[1])
             else:  # another program: its words are no commands
@@ -136,8 +146,10 @@ def _split(line: str) -> list[str]:
 def _command(words: list[str]) -> tuple[list[str], list[str]] | None:
     """(what a launcher says as environment, swift's own words) if these are a command of swift."""
     program = Path(words[0]).name
-    if program in _PROGRAMS:
+    if program in _PROGRAMS and ":" not in words[0]:
         return [], ["megatron", *words[1:]] if program == "megatron" else words[1:]
+    if program in _RUNNERS:
+        return next(filter(None, (_command(words[i:]) for i in range(1, len(words)) if words[i])), None)
     if not _LAUNCHERS.fullmatch(words[0]):
         return None
     environment = []
@@ -183,7 +195,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             held += "\n"
             continue
         opened = _HERE.search(held)
-        here = opened[1] if opened and "<<<" not in held else ""
+        here = opened[1] if opened and "<<<" not in held and not _TO_A_SHELL.match(held) else ""
         yield began, held
         held = ""
     if held:
@@ -217,7 +229,7 @@ def _fill(line: str, variables: dict[str, str], arrays: dict[str, list[str]]) ->
     def filled(part: str) -> str:
         if part.startswith("'"):
             return part
-        part = _SUBSTITUTED.sub(number, _VARIABLE.sub(value, part))
+        part = _SUBSTITUTED.sub(number, _VARIABLE.sub(value, _NOTHING.sub("", part)))
         return part if part.startswith('"') else _UNFINISHED.sub(lambda match: f"'{match[0]}'", part)
 
     return "".join(map(filled, re.split(r"""('[^']*'|"[^"]*")""", line)))

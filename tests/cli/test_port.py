@@ -135,3 +135,60 @@ python /x/swift/cli/_megatron/sft.py --model m
         ["megatron", "sft", "--model", "m"],
     ]
     assert found[1].environment == ["NPROC_PER_NODE=8", "MASTER_PORT=29501"] and found[3].environment == ["NNODES=2"]
+
+
+def test_commands_within_commands() -> None:
+    """Programs that run others, text for a shell, loops, functions, commands kept in variables, comments in between."""
+    text = r"""#!/bin/bash
+set -euo pipefail
+MODEL=${1:-Qwen/Qwen3-8B}
+CMD="swift sft --model $MODEL --dataset a.jsonl"
+$CMD --lora_rank 8
+eval "$CMD --lora_rank 9"
+nohup swift sft --model m1 > log.txt 2>&1 &
+srun --nodes=2 torchrun --nnodes 2 --nproc_per_node=8 $(which swift) sft --model m2
+uv run swift sft --model m3
+conda run -n env swift sft --model m4
+docker run --gpus all -it image swift sft --model m5
+ssh host "cd /x && swift sft --model m6"
+bash -c 'swift sft --model m7'
+for lr in 1e-4 1e-5; do
+  swift sft --model m8 --lr $lr
+done
+if [ -f x ]; then swift sft --model m9; else swift pt --model m10; fi
+train() {
+  swift sft --model m11 "$@"
+}
+accelerate launch --config_file c.yaml --num_processes 4 swift/cli/sft.py --model m12
+deepspeed --num_gpus 4 swift/cli/sft.py --model m13
+declare -a OPTS=(--lora_rank 4 --output_dir "out dir")
+megatron sft "${OPTS[@]}" --model m14
+bash <<'EOF'
+swift sft --model m15
+EOF
+PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True' \
+NPROC_PER_NODE=4 \
+megatron sft \
+    --model m16 \
+    # --lora_rank 3 \
+    --tensor_model_parallel_size $((2*2))
+swift sft --model m17 `# comment` \
+   --lr 1e-4
+xargs -I{} swift infer --model m18 < list
+python3 -u -m torch.distributed.run --nproc_per_node=2 swift/cli/sft.py --model m19
+swift sft --model m20 | tee log
+timeout 10h swift sft --model m21 && echo done
+"""
+    found = list(find_commands(text))
+    assert [each.line for each in found][:9] == list(range(5, 14)), "of a script in a line, that line"
+    models = [each.words[each.words.index("--model") + 1] for each in found]
+    assert models == ["Qwen/Qwen3-8B"] * 2 + [f"m{i}" for i in range(1, 22)]
+    asked = dict(zip(models, found, strict=True))
+    assert asked["Qwen/Qwen3-8B"].words[-2:] == ["--lora_rank", "9"]
+    assert asked["m2"].environment == ["NNODES=2", "NPROC_PER_NODE=8"]
+    assert asked["m14"].words == ["megatron", "sft", "--lora_rank", "4", "--output_dir", "out dir", "--model", "m14"]
+    assert asked["m16"].words[-2:] == ["--tensor_model_parallel_size", "4"] and "--lora_rank" not in asked["m16"].words
+    assert asked["m17"].words == ["sft", "--model", "m17", "--lr", "1e-4"]
+    assert asked["m8"].words[-1] == "$lr"
+    (empty,) = find_commands("swift sft --response_prefix '' --lr 1e-4")
+    assert empty.words == ["sft", "--response_prefix", "", "--lr", "1e-4"]
