@@ -41,7 +41,9 @@ from tests.megatron.test_hf_io import IDS, assert_close, live, logits
 reference.register()
 CASES = ["qwen3:default", "qwen2_5:default", "glm4_5:default", "qwen2_moe:default", "moonlight:default",
          "deepseek_r1:default", "glm4_0414:default", "olmo2:default", "phi3:default",
-         "seed_oss:default", "glm4_moe_lite:by_types", "hy_v3:default"]  # fmt: skip
+         "seed_oss:default", "glm4_moe_lite:by_types", "hy_v3:default", "phi4:mini", "smollm3:default",
+         "ministral3:default", "granite:default", "hunyuan_v1_dense:default", "hunyuan_v1_moe:default", "olmoe:default",
+         "gemma2:default", "gemma3_text:default", "olmo3:default", "exaone4:default", "gemma3:default"]  # fmt: skip
 
 
 def lora_args(**values: Any) -> SftArguments:
@@ -112,7 +114,7 @@ def test_logits_and_gradients_are_those_of_peft(case: str, tmp_path: Path) -> No
             parameter.data.copy_(theirs[name])
         wanted, found = peft(input_ids=IDS, use_cache=False).logits, logits(model, IDS)
         assert_close(found, wanted)
-        assert (wanted - base).abs().max() > 0.1
+        assert (wanted - base).abs().max() > 0.03 * min(1, base.abs().max())
         target = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
         for out in (wanted, found):
             (out * target).mean().backward()

@@ -222,7 +222,7 @@ def lora_targets(linear: set[str], args: TunerArguments) -> set[str] | str:
 
 
 # Linear layers that are not projections of attention or feed-forward layers: output layers and routers.
-NO_PROJECTIONS = {"lm_head", "embed_out", "gate", "router", "shared_expert_gate"}
+NO_PROJECTIONS = {"lm_head", "embed_out", "gate", "wg", "router", "shared_expert_gate"}
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
