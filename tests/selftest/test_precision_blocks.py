@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from swiftlite import families
+from swiftlite.families import family_of
+from swiftlite.families.hf_config import architecture_of
 from swiftlite.megatron.model.blocks import scaled_embedding
 from swiftlite.selftest.precision import check_precision
 from swiftlite.utils.errors import VerifyError
+from swiftlite.weights.ops import COPY, FUSED_QKV
+from swiftlite.weights.rule import WeightMap
 from tests.families.cases import build_hf, config_of
 from tests.families.test_round_trip import to_mcore
 from tests.selftest.test_precision import Mutable
@@ -29,6 +35,8 @@ def setting(**changes: Any) -> Callable[[Mutable], None]:
 
 KINDS = config_of("ministral:default")["layer_types"]
 OTHER_FACTOR = {**config_of("ministral3:default")["rope_parameters"], "llama_4_scaling_beta": 0.09}
+LONGROPE = config_of("phi3:longrope")["rope_scaling"]
+SHORT = {**LONGROPE, "long_factor": LONGROPE["short_factor"]}
 DAMAGES: dict[str, tuple[str, Callable[[Mutable], None], str]] = {
     "window too short by one": ("mistral:window", setting(sliding_window=36), "layer 0"),
     "window too long by one": ("mistral:window", setting(sliding_window=38), "layer 0"),
@@ -53,6 +61,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Mutable], None], str]] = {
         lambda m: m.edit("model.layers.2.mlp.router.bias", lambda x: 0 * x),
         "layer 2",
     ),
+    "rotated layers and others exchanged": ("smollm3:default", setting(no_rope_layers=[0, 1, 0]), "layer 0"),
+    "short factors in a long text": ("phi3:longrope", setting(rope_scaling=SHORT), "layer 0"),
     "another position factor": ("ministral3:default", setting(rope_parameters=OTHER_FACTOR), "layer 0"),
 }
 
@@ -64,6 +74,34 @@ def test_a_damaged_block_is_named(name: str, tmp_path: Path) -> None:
     to_mcore(tmp_path / "hf", tmp_path / "mcore")
     damage(Mutable(tmp_path / "mcore"))
     with pytest.raises(VerifyError, match=f"{place} is off: relative error"):
+        check_precision(tmp_path / "hf", tmp_path / "mcore")
+
+
+def joins(part: str, **changes: bool) -> Callable[[WeightMap], WeightMap]:
+    """Another layout of the experts' tensors that have `part` in their name."""
+    return lambda w: replace(w, fused=tuple(replace(f, **changes) if part in f.name else f for f in w.fused))
+
+
+def qkv_as_it_is(weights: WeightMap) -> WeightMap:
+    return replace(weights, layer=tuple(replace(r, op=COPY) if r.op == FUSED_QKV else r for r in weights.layer))
+
+
+MAPS: dict[str, tuple[str, Callable[[WeightMap], WeightMap]]] = {
+    "experts not transposed": ("gpt_oss:square", joins("down_proj", transposed=False)),
+    "gate and up not in turns": ("gpt_oss:default", joins("gate_up_proj", interleaved=False)),
+    "q, k and v not by groups": ("phi3:default", qkv_as_it_is),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_damaged_map_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, change = MAPS[name]
+    build_hf(config_of(case), tmp_path / "hf")
+    family = family_of(architecture_of(config_of(case)))
+    with monkeypatch.context() as patch:
+        patch.setitem(families._FAMILIES, family.name, replace(family, weights=change(family.weights)))
+        to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    with pytest.raises(VerifyError, match="layer 0 is off: relative error"):
         check_precision(tmp_path / "hf", tmp_path / "mcore")
 
 
