@@ -293,10 +293,10 @@ _ONLINE = (
     "multi_turn_scheduler",
     "max_turns", "teacher_model", "teacher_model_server", "teacher_adapters", "teacher_deepspeed", "lmbda", "seq_kd",
     "gkd_logits_topk", "temperature", "top_p", "top_k", "desirable_weight", "undesirable_weight",
-    "center_rewards_coefficient", "simpo_gamma", "cpo_alpha", "rollout_importance_sampling_mode",
+    "center_rewards_coefficient", "rollout_importance_sampling_mode",
 )  # fmt: skip
 OTHER_PREFERENCES = (
-    "only dpo is trained here; GRPO, PPO, GKD, KTO, ORPO, CPO, SimPO and reward models: TRL or ms-swift on the Hugging "
+    "dpo, cpo, simpo and orpo are trained here; GRPO, PPO, GKD, KTO and reward models: TRL or ms-swift on the Hugging "
     "Face directory, verl for GRPO with vLLM at scale; convert the result here"
 )
 

@@ -32,7 +32,7 @@ class Note:
     """What a command says about a flag that does not act there.
 
     kind: "default" (swiftlite does this anyway: accepted, logged), "rejected", or "default only" (a field of which no
-        other value than the default, or false, is possible so far).
+        other value than the default, or false or those allowed, is possible so far).
     allowed: for "default", the values that mean what swiftlite does; another value is an error. None: any value.
     """
 
@@ -125,7 +125,8 @@ class Arguments:
             value = spec.convert(getattr(self, spec.name))
             setattr(self, spec.name, value)
             note = said.get(spec.name)
-            if note is not None and note.kind == "default only" and value not in (spec.default, False, None):
+            allowed = (False, None) if note is None or note.allowed is None else note.allowed
+            if note is not None and note.kind == "default only" and value not in (spec.default, *allowed):
                 raise UsageError(f"--{spec.name} {_show(value)}: {note.reason}")
 
     def __getattr__(self, name: str) -> Any:

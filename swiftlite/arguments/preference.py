@@ -10,20 +10,31 @@ from swiftlite.arguments.parser import Arguments, Note, arguments, field, run_se
 from swiftlite.arguments.train import SftArguments
 from swiftlite.utils.errors import UsageError
 
-LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+REFERENCE_FREE = ("cpo", "simpo", "orpo")
+LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", *REFERENCE_FREE)
+SMOOTHED = ("sigmoid", "robust", "cpo", "simpo")
 
 
 @arguments
 class PreferenceArguments(Arguments):
     """Preference: the loss on pairs, and the reference that the policy is held to"""
 
-    rlhf_type: str = field("dpo", "kind of preference training", unavailable=OTHER_PREFERENCES)
-    beta: float = field(0.1, "strength of the pull to the reference", aliases=["pref_beta"], common=True)
-    loss_type: str = field("sigmoid", "loss of a pair's margin", aliases=["pref_loss"], choices=LOSS_TYPES, common=True)
-    label_smoothing: float = field(0.0, "probability that a preference is wrong, 0 to 0.5", least=0, most=0.5)
-    rpo_alpha: float | None = field(
-        None, "weight of the chosen answers' cross entropy that is added", aliases=["pref_ftx"], least=0
+    rlhf_type: str = field(
+        "dpo", "dpo (a loss of --loss_type), or cpo, simpo, orpo: those losses, without a reference",
+        unavailable=Note("default only", OTHER_PREFERENCES, REFERENCE_FREE),
+    )  # fmt: skip
+    beta: float | None = field(
+        None, "strength of the pull to the reference (default: 0.1, simpo 2)", aliases=["pref_beta"], common=True
     )
+    loss_type: str = field("sigmoid", "loss of a pair's scores", aliases=["pref_loss"], choices=LOSS_TYPES, common=True)
+    label_smoothing: float = field(
+        0.0, f"probability that a preference is wrong, 0 to 0.5; for {', '.join(SMOOTHED)}", least=0, most=0.5
+    )
+    rpo_alpha: float | None = field(
+        None, "weight of the chosen answers' cross entropy that is added (default: none; cpo, simpo, orpo 1)",
+        aliases=["pref_ftx", "cpo_alpha"], least=0,
+    )  # fmt: skip
+    simpo_gamma: float = field(1.0, "margin between the two answers that --loss_type simpo asks for")
     ref_model: str | None = field(
         None, "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",
         path=True, common=True,
@@ -32,12 +43,40 @@ class PreferenceArguments(Arguments):
         False, "the reference answers the whole dataset once before training, then its memory is free"
     )
 
+    @property
+    def has_reference(self) -> bool:
+        return self.loss_type not in REFERENCE_FREE
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta <= 0:
+        if self.rlhf_type != "dpo":
+            if "loss_type" in self.given and self.loss_type != self.rlhf_type:
+                raise UsageError(
+                    f"--loss_type {self.loss_type}: --rlhf_type {self.rlhf_type} has its own; leave it out"
+                )
+            self.loss_type = self.rlhf_type
+        if self.beta is None:
+            self.beta = 2.0 if self.loss_type == "simpo" else 0.1
+        if self.rpo_alpha is None and not self.has_reference:
+            self.rpo_alpha = 1.0
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        if self.beta is None or self.beta <= 0:
             raise UsageError(f"--beta {self.beta}: must be above 0")
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise UsageError(f"--label_smoothing {self.label_smoothing}: goes with --loss_type sigmoid only")
+        if self.label_smoothing and self.loss_type not in SMOOTHED:
+            raise UsageError(
+                f"--label_smoothing {self.label_smoothing}: goes with --loss_type {', '.join(SMOOTHED)} only"
+            )
+        if self.loss_type == "robust" and self.label_smoothing >= 0.5:
+            raise UsageError(f"--label_smoothing {self.label_smoothing}: --loss_type robust divides by 1 - 2 x it")
+        if "simpo_gamma" in self.given and self.loss_type != "simpo":
+            raise UsageError("--simpo_gamma: goes with --loss_type simpo only")
+        if self.has_reference:
+            return
+        for name in ("ref_model", "precompute_ref_log_probs"):
+            if getattr(self, name):
+                raise UsageError(f"--{name}: --loss_type {self.loss_type} has no reference; leave it out")
 
 
 @arguments

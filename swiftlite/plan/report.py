@@ -138,7 +138,8 @@ def print_training(
     files = [file for file in source.source.files if weights and file.suffix != ".metadata"]
     bound = bind_map(grown(source.config, args.new_tokens), source.names)
     pairs = isinstance(args, PreferenceArguments)
-    own_reference = pairs and not args.precompute_ref_log_probs and (args.ref_model or args.train_type != "lora")
+    own_reference = pairs and args.has_reference and not args.precompute_ref_log_probs
+    own_reference = own_reference and (args.ref_model or args.train_type != "lora")
     model = TrainingModel(
         bound, args, args.dtype or torch.float32, sequences=2 if pairs and not args.packing else 1,
         reference=bool(own_reference), adapters=adapters(bound), trained=trained(bound),

@@ -5,6 +5,7 @@ Letters: P pairs, B sequences (2P: all chosen ones, then all rejected ones), S t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 IGNORE_INDEX = -100
-LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 # Names of what `PairLoss.sums` gives.
 SUMS = (
     "loss", "pairs", "nll", "chosen_tokens", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -22,28 +22,30 @@ SUMS = (
 
 @dataclass(frozen=True)
 class PairLoss:
-    """The loss of a pair: `loss_type` of the margin by which the policy prefers the chosen answer more than the reference.
+    """The loss of a pair by `loss_type`, from its scores: log(policy / reference) of the two answers.
 
-    beta: strength of the pull to the reference (ipo: the temperature tau). label_smoothing: probability that a label is
-    wrong (sigmoid only). rpo_alpha: weight of the chosen answers' cross entropy, see `total`.
+    Without a reference (cpo, simpo, orpo) the scores are the policy's log-probabilities; ipo, simpo and orpo take them per
+    token. beta: strength of the pull to the reference, factor on the scores (ipo: the temperature tau; orpo: weight of the
+    odds ratio). label_smoothing: probability that a label is wrong. rpo_alpha: weight of the chosen answers' cross entropy,
+    see `total`. gamma: margin that simpo asks for.
+    Sources: DPO 2305.18290, IPO 2310.12036, SLiC 2305.10425, robust 2403.00409, SPPO 2405.00675, APO 2408.06266,
+    CPO 2401.08417, SimPO 2405.14734, ORPO 2403.07691 (arXiv).
     """
 
     loss_type: str = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
     rpo_alpha: float | None = None
+    gamma: float = 0.0
 
-    def __call__(self, policy: LogProbs, reference: LogProbs) -> Tensor:
+    @property
+    def per_token(self) -> bool:
+        return self.loss_type in ("ipo", "simpo", "orpo")
+
+    def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Tensor:
         """Losses [P], with gradients into `policy`; the chosen answers' cross entropy is not in them."""
-        chosen, rejected = policy.ratios(reference)
-        if self.loss_type == "ipo":
-            # Per token: a sum would make the target margin depend on the answers' lengths.
-            tokens_chosen, tokens_rejected = policy.tokens.clamp(min=1).chunk(2)
-            return (chosen / tokens_chosen - rejected / tokens_rejected - 1 / (2 * self.beta)) ** 2
-        margin = self.beta * (chosen - rejected)
-        if self.loss_type == "hinge":
-            return torch.relu(1 - margin)
-        return -logsigmoid(margin) * (1 - self.label_smoothing) - logsigmoid(-margin) * self.label_smoothing
+        chosen, rejected = policy.scores(reference, self.per_token)
+        return PAIR_LOSSES[self.loss_type](self, chosen, rejected)
 
     def total(self, loss_sum: Tensor, pairs: Tensor, nll_sum: Tensor, chosen_tokens: Tensor) -> Tensor:
         """Mean pair loss + rpo_alpha x mean cross entropy over the chosen answers' tokens, of a whole global batch.
@@ -55,10 +57,11 @@ class PairLoss:
             loss = loss + self.rpo_alpha * nll_sum / chosen_tokens.clamp(min=1)
         return loss
 
-    def sums(self, policy: LogProbs, reference: LogProbs) -> dict[str, Tensor]:
+    def sums(self, policy: LogProbs, reference: LogProbs | None) -> dict[str, Tensor]:
         """What `total` and `metrics` take: scalars to add up over batches and ranks; `loss` and `nll` have gradients."""
         losses = self(policy, reference)
-        chosen, rejected = (self.beta * ratio.detach() for ratio in policy.ratios(reference))
+        per_token = self.per_token and reference is None
+        chosen, rejected = (self.beta * score.detach() for score in policy.scores(reference, per_token))
         policy_chosen, policy_rejected = policy.sums.chunk(2)
         return {
             "loss": losses.sum(),
@@ -91,10 +94,48 @@ class LogProbs:
     sums: Tensor
     tokens: Tensor
 
-    def ratios(self, reference: LogProbs) -> tuple[Tensor, Tensor]:
-        """log(policy / reference) of the chosen and of the rejected answers, [P] each."""
-        chosen, rejected = (self.sums - reference.sums).chunk(2)
+    def scores(self, reference: LogProbs | None, per_token: bool) -> tuple[Tensor, Tensor]:
+        """log(policy / reference), or the policy's own, of the chosen and of the rejected answers, [P] each.
+
+        per_token: as means, so that they do not depend on the answers' lengths.
+        """
+        values = self.sums if reference is None else self.sums - reference.sums
+        chosen, rejected = (values / self.tokens.clamp(min=1) if per_token else values).chunk(2)
         return chosen, rejected
+
+
+def _smoothed(loss: PairLoss, margin: Tensor) -> Tensor:
+    wrong = loss.label_smoothing
+    return -logsigmoid(margin) * (1 - wrong) - logsigmoid(-margin) * wrong
+
+
+def _robust(loss: PairLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Unbiased where labels are wrong with probability `label_smoothing`."""
+    margin, wrong = loss.beta * (chosen - rejected), loss.label_smoothing
+    return (-logsigmoid(margin) * (1 - wrong) + logsigmoid(-margin) * wrong) / (1 - 2 * wrong)
+
+
+def _odds_ratio(loss: PairLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Of p / (1 - p), p the probability of an answer's average token."""
+    others = [
+        torch.log((-torch.expm1(x)).clamp(min=torch.finfo(x.dtype).tiny)) for x in (chosen, rejected)
+    ]  # log(1 - p)
+    return -loss.beta * logsigmoid(chosen - rejected - (others[0] - others[1]))
+
+
+# Losses [P] of scores c and r, [P] each.
+PAIR_LOSSES: Mapping[str, Callable[[PairLoss, Tensor, Tensor], Tensor]] = {
+    "sigmoid": lambda loss, c, r: _smoothed(loss, loss.beta * (c - r)),
+    "ipo": lambda loss, c, r: (c - r - 1 / (2 * loss.beta)) ** 2,
+    "hinge": lambda loss, c, r: torch.relu(1 - loss.beta * (c - r)),
+    "robust": _robust,
+    "sppo_hard": lambda loss, c, r: (c - 0.5 / loss.beta) ** 2 + (r + 0.5 / loss.beta) ** 2,
+    "apo_zero": lambda loss, c, r: 1 - torch.sigmoid(loss.beta * c) + torch.sigmoid(loss.beta * r),
+    "apo_down": lambda loss, c, r: torch.sigmoid(loss.beta * c) + 1 - torch.sigmoid(loss.beta * (c - r)),
+    "cpo": lambda loss, c, r: _smoothed(loss, loss.beta * (c - r)),
+    "simpo": lambda loss, c, r: _smoothed(loss, loss.beta * (c - r) - loss.gamma),
+    "orpo": _odds_ratio,
+}
 
 
 def sum_log_probs(token_losses: Tensor, mask: Tensor, sequence_ids: Tensor, num_sequences: int) -> LogProbs:

@@ -47,6 +47,7 @@ COMPANIONS = {
     "mcore_adapter": ["--train_type", "lora"],
     "merge_lora": ["--train_type", "lora"],
     "tuner_settings": ["--train_type", "boft"],
+    "simpo_gamma": ["--loss_type", "simpo"],
 }
 # A value as it is usually typed, where the type does not say one.
 VALUES = {
@@ -65,7 +66,7 @@ ALL = [(cls, flag) for _, cls, other in SECTIONS for flag in rows(cls, other)]
 def _value(cls, flag):
     name = alias_table(cls).get(flag, flag)
     spec, note = specs(cls).get(name), notes(cls).get(name)
-    if note is not None and note.allowed:
+    if note is not None and note.kind == "default" and note.allowed:
         return note.allowed[0]
     if name in VALUES or spec is None:
         return VALUES.get(name, "1")

@@ -80,6 +80,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "ipo": {"loss_type": "ipo", "lr": 5e-4},
     "hinge": {"loss_type": "hinge", "beta": 0.05, "lr": 1e-4},
     "rpo": {"rpo_alpha": 0.7},
+    "simpo": {"rlhf_type": "simpo", "lr": 5e-4},
+    "orpo": {"rlhf_type": "orpo"},
 }
 CASES = [*(("qwen3", kind) for kind in KINDS), ("glm4_moe", "sigmoid"), ("qwen3_moe", "rpo"), ("mla", "sigmoid")]
 
@@ -87,7 +89,9 @@ CASES = [*(("qwen3", kind) for kind in KINDS), ("glm4_moe", "sigmoid"), ("qwen3_
 @pytest.mark.parametrize("family, kind", CASES)
 def test_equal_to_transformers(family: str, kind: str, run: Any, model_of: Callable[..., Path]) -> None:
     """20 steps in fp32 against a reference that differs from the policy."""
-    flags = {"train_iters": STEPS, "save_weights_only": "true", "ref_model": model_of(family, seed=1), **KINDS[kind]}
+    flags = {"train_iters": STEPS, "save_weights_only": "true", **KINDS[kind]}
+    if "rlhf_type" not in flags:
+        flags["ref_model"] = model_of(family, seed=1)
     theirs, ours = (run(main, main.__name__, family, **flags) for main in (dpo_main, megatron_dpo_main))
     compare(ours, theirs)
     assert len(values(ours, "loss")) == STEPS

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from swiftlite.arguments.preference import LOSS_TYPES, REFERENCE_FREE
 from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs, sum_log_probs
 
 LENGTHS = [(9, 4, 7), (12, 6, 2), (5, 3, 9)]  # prompt, chosen answer, rejected answer
@@ -88,20 +90,23 @@ def trl_loss(
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
-@pytest.mark.parametrize("rpo_alpha", [None, 0.7])
+WITH_REFERENCE = [name for name in LOSS_TYPES if name not in REFERENCE_FREE]
+
+
+@pytest.mark.parametrize("loss_type, rpo_alpha", [*((name, None) for name in WITH_REFERENCE), ("hinge", 0.7)])
 def test_equal_to_trl(
     loss_type: str, rpo_alpha: float | None, models: tuple[Any, Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Loss, gradients, log-probabilities, rewards, margins and accuracy."""
     kinds = {"loss_type": [loss_type]} if rpo_alpha is None else {
         "loss_type": [loss_type, "sft"], "loss_weights": [1.0, rpo_alpha]}  # fmt: skip
-    theirs, metrics = trl_loss(models, tiny_model, tmp_path, **kinds)
+    smoothing = 0.2 if loss_type == "robust" else 0.0
+    theirs, metrics = trl_loss(models, tiny_model, tmp_path, label_smoothing=smoothing, **kinds)
     theirs.backward()
     wanted = {name: p.grad.clone() for name, p in models[0].named_parameters()}
     models[0].zero_grad()
 
-    ours = PairLoss(loss_type, 0.3, 0.0, rpo_alpha)
+    ours = PairLoss(loss_type, 0.3, smoothing, rpo_alpha)
     with torch.no_grad():
         reference = of_model(models[1])
     sums = ours.sums(of_model(models[0]), reference)
@@ -127,6 +132,33 @@ def test_equal_to_trl(
 
 def log_probs(*values: float) -> LogProbs:
     return LogProbs(torch.tensor(values), torch.tensor([4.0, 2.0, 8.0, 1.0])[: len(values)])
+
+
+def test_losses_without_a_reference_equal_trl() -> None:
+    """Losses, rewards and gradients of CPO, SimPO (both smoothed) and ORPO from the same log-probabilities."""
+    cpo, orpo = (pytest.importorskip(f"trl.experimental.{name}.{name}_trainer") for name in ("cpo", "orpo"))
+    device = SimpleNamespace(device="cpu")
+    settings = {"accelerator": device, "alpha": 0.0, "beta": 0.7, "label_smoothing": 0.1, "simpo_gamma": 0.5}
+    tokens = torch.tensor([4.0, 2.0, 8.0, 1.0])
+    for kind in REFERENCE_FREE:
+        sums = torch.tensor([-3.0, -5.0, -6.0, -4.0], requires_grad=True)
+        loss = PairLoss(kind, 0.7, 0.0 if kind == "orpo" else 0.1, 1.0, 0.5)
+        mine = loss.sums(LogProbs(sums, tokens), None)
+        (gradient,) = torch.autograd.grad(mine["loss"], sums)
+        chosen, rejected = (sums if kind == "cpo" else sums / tokens).chunk(2)
+        if kind == "orpo":
+            losses, *rewards = orpo.ORPOTrainer.odds_ratio_loss(SimpleNamespace(**settings), chosen, rejected)[:3]
+            losses = -losses
+        else:
+            theirs = SimpleNamespace(loss_type="simpo" if kind == "simpo" else "sigmoid", **settings)
+            losses, *rewards = cpo.CPOTrainer.cpo_loss(theirs, chosen, rejected)
+        torch.testing.assert_close(mine["loss"], losses.sum())
+        torch.testing.assert_close(gradient, torch.autograd.grad(losses.sum(), sums)[0])
+        for name, reward in zip(("chosen", "rejected"), rewards, strict=True):
+            torch.testing.assert_close(mine[f"rewards/{name}"], reward.sum())
+    certain = PairLoss("orpo")(LogProbs(torch.zeros(2, requires_grad=True), torch.ones(2)), None)
+    certain.sum().backward()
+    assert torch.isfinite(certain).all()
 
 
 def test_losses_by_hand() -> None:

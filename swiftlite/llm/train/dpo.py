@@ -25,7 +25,7 @@ from swiftlite.llm.train.trainer import HfTrainer, run
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs
 from swiftlite.train.objective import Batch
-from swiftlite.train.reference import check_reference, reference_kind
+from swiftlite.train.reference import check_reference, pair_loss, reference_kind
 from swiftlite.utils.dist import all_gather, get_rank, get_world_size
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
@@ -78,13 +78,16 @@ def log_probs(model: torch.nn.Module, batch: Batch) -> LogProbs:
 
 
 class Preference:
-    """The objective of a pair loss. reference: a model; None: the policy with its adapters off."""
+    """The objective of a pair loss. reference: a model; None: the policy with its adapters off, if the loss has one."""
 
     counts: tuple[str, ...] = ("pairs", "chosen_tokens")
 
-    def __init__(self, loss: PairLoss, policy: Any, reference: PreTrainedModel | None) -> None:
+    def __init__(
+        self, loss: PairLoss, policy: Any, reference: PreTrainedModel | None, has_reference: bool = True
+    ) -> None:
         self.pair_loss, self.policy = loss, policy
         self.reference = reference
+        self.has_reference = has_reference
 
     def count(self, batch: Batch) -> list[int]:
         pairs = (int(batch["sequence_ids"].max()) + 1) // 2
@@ -93,9 +96,7 @@ class Preference:
 
     def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         policy = log_probs(model, batch)
-        known = batch.get("reference")
-        reference = LogProbs(known, policy.tokens) if known is not None else self.reference_log_probs(batch)
-        return self.pair_loss.sums(policy, reference)
+        return self.pair_loss.sums(policy, self.reference_log_probs(batch, policy) if self.has_reference else None)
 
     def loss(self, sums: dict[str, Tensor]) -> Tensor:
         return self.pair_loss.total(sums["loss"], sums["pairs"], sums["nll"], sums["chosen_tokens"])
@@ -104,7 +105,9 @@ class Preference:
         return self.pair_loss.metrics(sums)
 
     @torch.no_grad()
-    def reference_log_probs(self, batch: Batch) -> LogProbs:
+    def reference_log_probs(self, batch: Batch, policy: LogProbs | None = None) -> LogProbs:
+        if policy is not None and "reference" in batch:
+            return LogProbs(batch["reference"], policy.tokens)
         if self.reference is not None:
             return log_probs(self.reference, batch)
         with _frozen(cast("PeftModel", self.policy)):
@@ -124,12 +127,12 @@ def _frozen(model: PeftModel) -> Iterator[None]:
 
 
 def reference_model(args: DpoArguments, model: PreTrainedModel) -> PreTrainedModel | None:
-    """The frozen reference before `model` is changed; None where adapters are switched off instead.
+    """The frozen reference before `model` is changed; None where adapters are switched off, or the loss has none.
 
     Raises: UsageError as reference_kind, check_reference.
     """
     kind = reference_kind(args)
-    if kind == "adapters off":
+    if kind in ("none", "adapters off"):
         return None
     reference: PreTrainedModel
     if kind == "start":
@@ -169,7 +172,7 @@ class DpoTrainer(HfTrainer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.references = 0 if self.args.precompute_ref_log_probs else 1
+        self.references = int(self.args.has_reference and not self.args.precompute_ref_log_probs)
 
     def load(self, start: Start | None) -> int:
         done = super().load(start)
@@ -213,6 +216,5 @@ def dpo_main(args: DpoArguments | Sequence[str]) -> Json:
         reference = reference_model(args, model)
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)
-        loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
-        objective = Preference(loss, model, reference)
+        objective = Preference(pair_loss(args), model, reference, args.has_reference)
         return run(DpoTrainer(args, model, template, objective, PairCollator(template), pair_lengths), data, start)

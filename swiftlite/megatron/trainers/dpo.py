@@ -29,7 +29,8 @@ from swiftlite.megatron.trainers.run import run
 from swiftlite.megatron.tuners.lora import adapters_disabled
 from swiftlite.train.batches import evaluation_samples
 from swiftlite.train.checkpoints import Start
-from swiftlite.train.dpo_loss import SUMS, LogProbs, PairLoss
+from swiftlite.train.dpo_loss import SUMS, LogProbs
+from swiftlite.train.reference import pair_loss
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
 
@@ -46,8 +47,8 @@ class DpoTrainer(Trainer):
 
     def __init__(self, args: MegatronDpoArguments, *rest: Any) -> None:
         super().__init__(args, *rest)
-        self.pair_loss = PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha)
-        self.references = 0 if args.precompute_ref_log_probs else 1
+        self.pair_loss = pair_loss(args)
+        self.references = int(args.has_reference and not args.precompute_ref_log_probs)
         self.reference_dir, self.reference_args = reference_of(args, self.origin_dir)
         self.reference: list[
             MegatronModule
@@ -63,7 +64,8 @@ class DpoTrainer(Trainer):
         done = super().load(start)
         if self.reference_args is not None:
             self.reference = build_reference(self.reference_args, self.reference_dir, self.variable_lengths)
-        logger.info("the reference is %s", self.reference_dir)
+        if self.args.has_reference:
+            logger.info("the reference is %s", self.reference_dir)
         if self.args.precompute_ref_log_probs:
             self.precompute(self.train_loader)
             if self.val_loader is not None:
@@ -90,7 +92,7 @@ class DpoTrainer(Trainer):
     @torch.no_grad()
     def answer(self, batches: Sequence[PairBatch]) -> None:
         """Fill in the reference's log-probabilities, on the last stage, unless they are known. Collective."""
-        if batches[0].reference is None:
+        if self.args.has_reference and batches[0].reference is None:
             with self.answering() as models:
                 results = self.passes(models, list(batches), self.reference_step, forward_only=True)
             for batch, result in zip(batches, results, strict=False):
@@ -147,8 +149,8 @@ class DpoTrainer(Trainer):
     def loss(self, batch: PairBatch, losses: Tensor) -> LossResult:
         """The schedule divides by the pairs of the global batch, so this is that many times a share of the loss."""
         policy = batch.log_probs(losses)
-        assert batch.reference is not None
-        sums = self.pair_loss.sums(policy, LogProbs(batch.reference, policy.tokens))
+        reference = None if batch.reference is None else LogProbs(batch.reference, policy.tokens)
+        sums = self.pair_loss.sums(policy, reference)
         pairs, chosen_tokens = self.global_counts
         share = self.pair_loss.total(sums["loss"], pairs, sums["nll"], chosen_tokens)
         if self.parallel.cp_rank:  # of ranks that share samples, and compute one loss, the first one reports it

@@ -75,8 +75,8 @@ def trl_run(directory: Path, reference: Path | None, output: Path, **config: Any
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-# Our flags, trl's. A hinge loss is soon 0 with a larger rate. trl's `sigmoid` does not smooth; its `aot` does, and is
-# the same loss for one pair at a time.
+# Our flags, trl's. With a larger rate a hinge loss is soon 0, and a robust one passes through it. trl's `sigmoid` does not
+# smooth; its `aot` does, and is the same loss for one pair at a time.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sigmoid": ({}, {}),
     "smoothed": (
@@ -86,6 +86,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "ipo": ({"loss_type": "ipo"}, {"loss_type": ["ipo"]}),
     "hinge": ({"loss_type": "hinge", "lr": 5e-6}, {"loss_type": ["hinge"], "learning_rate": 5e-6}),
+    "robust": (
+        {"loss_type": "robust", "label_smoothing": 0.1, "lr": 2e-5},
+        {"loss_type": ["robust"], "label_smoothing": 0.1, "learning_rate": 2e-5},
+    ),
+    "apo_zero": ({"loss_type": "apo_zero"}, {"loss_type": ["apo_zero"]}),
     "rpo": ({"rpo_alpha": 0.7}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}),
 }  # fmt: skip
 CASES = [*(("qwen3", kind, "start") for kind in KINDS), ("qwen3", "sigmoid", "other"), ("qwen3_moe", "rpo", "other")]
