@@ -149,6 +149,7 @@ STOCK_LACKS = {
     "post_norms": "norms behind attention and MLP",
     "full_qk_norm": "norms of queries and keys over all heads together",
     "qk_norm_after_rope": "norms of queries and keys after their rotation",
+    "gated_delta_net": "gated delta nets whose output norm has plain weights next to norms of 1 + weight",
     "position_factor": "queries that grow with the position",
 }
 

@@ -25,6 +25,8 @@ class ModelDescription:
     layernorm_zero_centered_gamma: norms multiply with 1 + weight. softmax_scale: on the scores of attention; None: one
     over the root of a head's width. softmax_type: 'learnable' for attention with sinks. attn_logit_softcapping,
     final_logit_softcapping: bounds of attention scores and logits.
+    attention_output_gate: what attention gives is multiplied with gates. linear_attention_freq: layers that are gated delta
+    nets, a pattern; linear_*: their heads, the heads' widths, and the tokens that their convolution sees.
     window_size: tokens before its own that one sees in the layers of window_attn_skip_freq, a pattern like that of
     moe_layer_freq; without it in all. window_rope: rope settings of these, where they have others, rope_theta among them.
     activation: on the gate of a gated MLP. glu_linear_offset: added to its other half. activation_func_clamp_value: bound
@@ -52,6 +54,13 @@ class ModelDescription:
     window_attn_skip_freq: str | None = None
     window_rope: Json | None = None
     softmax_type: str = "vanilla"
+    attention_output_gate: bool = False
+    linear_attention_freq: str | None = None
+    linear_conv_kernel_dim: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_multiplier: float = 1.0

@@ -139,7 +139,7 @@ class Family:
     weights: the declarative weight map.
     patches: rules applied after `config` (what an architecture forces).
     blocks: modules under megatron/model/blocks/ that supply unusual layers.
-    mtp_key: key of config.json with the number of MTP blocks, where the weight map has them.
+    mtp_key: key of config.json with the number of MTP blocks, where the weight map has them; mtp_default: without it.
     aliases: model_type in config.json that transformers does not know -> the one it knows the same model under.
     wrappers: classes of which this model is the text part -> model_type of their `text_config`; of config.json itself
         where the text part's keys stand at its top.
@@ -153,6 +153,7 @@ class Family:
     patches: Rules = ()
     blocks: tuple[str, ...] = ()
     mtp_key: str = "num_nextn_predict_layers"
+    mtp_default: int = 0
     aliases: Mapping[str, str] = field(default_factory=dict)
     wrappers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     part_defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -161,7 +162,7 @@ class Family:
 
     def num_mtp(self, config: Config) -> int:
         """How many MTP blocks config.json announces."""
-        return int(config.get(self.mtp_key) or 0) if self.weights.mtp_layer else 0
+        return int(config.get(self.mtp_key, self.mtp_default) or 0) if self.weights.mtp_layer else 0
 
     def limits(self) -> dict[str, int]:
         """config.json key -> its largest value in a shrunken model."""

@@ -135,7 +135,7 @@ class _Run:
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
         tied, layers = model.share_embeddings_and_output_weights, model.decoder.layers
-        stacked = not model.config.num_moe_experts
+        stacked = not model.config.num_moe_experts and model.config.linear_attention_freq is None
         self._watch("embedding", model.embedding, None, hf.embedding, "embedding.", keep=tied)
         for index, layer in enumerate(layers):
             before = hf.layers[index - 1] if index else hf.embedding

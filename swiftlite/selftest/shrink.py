@@ -81,12 +81,14 @@ def text_alone(config: Config) -> Json:
     """config.json of the text part of a larger model as a model of its own; any other as it is."""
     if wrapped_family(config) is None:
         return dict(config)
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
     text = flatten_config(text_config(config))
-    kinds = {name: kind for kind, name in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
+    name, kind = text["architectures"][0], text["model_type"]
+    if CLASSES.get(kind) != name:
+        kind = next(other for other, its in CLASSES.items() if its == name)
     scaling = {k: v for k, v in (text.pop("rope_scaling") or {}).items() if not k.startswith("mrope")}
-    return {**text, "rope_scaling": scaling or None, "model_type": kinds[text["architectures"][0]]}
+    return {**text, "rope_scaling": scaling or None, "model_type": kind}
 
 
 def model_directory(args: CheckArguments) -> Path | None:

@@ -122,6 +122,14 @@ class ModelShape:
         return 2 * self.linear_keys + self.linear_values
 
     @property
+    def linear_qkvz(self) -> int:
+        return self.linear_qkv + self.linear_values
+
+    @property
+    def value_heads2(self) -> int:
+        return 2 * self.value_heads
+
+    @property
     def ffn2(self) -> int:
         return 2 * self.ffn
 

@@ -92,7 +92,8 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     missing = mtp_tensors(config, tensors, dtype)
     if missing:
         save_file({**tensors, **missing}, path, {"format": "pt"})
-    assert set(bind_map(config, {**tensors, **missing}).stored_names) <= {*tensors, *missing}
+    bound = bind_map(config, {**tensors, **missing})
+    assert set(bound.by_hf) <= {part for name in (*tensors, *missing) for part in bound.parts(name)}
     return correct(model)
 
 
@@ -100,21 +101,16 @@ def mtp_tensors(
     config: dict[str, Any], tensors: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Random MTP blocks as official checkpoints store them, with their copies of embedding and head."""
-    from swiftlite.checkpoint.bind import convert_hf_config
-    from swiftlite.weights.shape import ModelShape
+    from swiftlite.checkpoint.bind import bind_map, naming_of, resolve_copy, text_config
 
-    family = family_of(architecture_of(config))
-    weights = family.weights
-    count = family.num_mtp(config)
-    if not count:
+    if not family_of(architecture_of(config)).num_mtp(text_config(config)):
         return {}
-    bound = weights.bind(ModelShape.from_config(convert_hf_config(config), count))
+    bound = bind_map(config, with_mtp=True, naming=naming_of(config, tensors))
     found = {}
     for name, (entry, position) in bound.by_hf.items():
         if name not in tensors:
             found[name] = (0.1 * torch.randn(entry.hf_shapes[position])).to(dtype)
     for duplicate in bound.duplicates:
         if duplicate.name != "lm_head.weight":
-            of = duplicate.of if duplicate.of in tensors else "model.embed_tokens.weight"
-            found[duplicate.name] = tensors[of].clone()
+            found[duplicate.name] = tensors[resolve_copy(duplicate, bound)].clone()
     return found

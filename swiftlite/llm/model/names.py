@@ -104,16 +104,18 @@ class Others:
         weights, text = family.weights, text_config(config)
         tied = "model.embed_tokens.weight" if text.get("tie_word_embeddings") else "lm_head.weight"
         first = int(text.get("num_hidden_layers") or 0)
-        blocks = [str(weights.mtp_layer).format(index=i, number=first + i) for i in range(family.num_mtp(text))]
+        count = family.num_mtp(text)
+        blocks = [f"{str(weights.mtp_layer).format(index=i, number=first + i)}." for i in range(count)]
+        blocks += [s.name for rule in weights.mtp for s in rule.hf if count and "{layer}" not in s.name]
         copies = {}
         for duplicate in weights.duplicates:
             of = tied if duplicate.of == "lm_head.weight" else duplicate.of
             for block in blocks if "{layer}" in duplicate.name else ("",):
-                copies[duplicate.name.format(layer=block)] = of
+                copies[duplicate.name.format(layer=block.removesuffix("."))] = of
         if wrapped_family(config) is not None:  # as any release of transformers calls them
             blocks = [naming(block) for naming in NAMINGS for block in blocks]
             copies = {naming(name): naming(of) for naming in NAMINGS for name, of in copies.items()}
-        return cls(tuple(f"{block}." for block in blocks), copies, weights.ignore)
+        return cls(tuple(blocks), copies, weights.ignore)
 
     def has(self, name: str) -> bool:
         return (

@@ -53,6 +53,7 @@ RULES: Mapping[str, Rule] = {
     "window_size": lambda a: None if a.window_size is None else (a.window_size, 0),
     "window_attn_skip_freq": lambda a: layers_of(a.window_attn_skip_freq, a),
     "no_rope_freq": lambda a: layers_of(a.no_rope_freq, a),
+    "linear_attention_freq": lambda a: layers_of(a.linear_attention_freq, a),
     "perform_initialization": lambda a: getattr(a, "perform_initialization", False),
     # Always the list, also where all entries are 1: it decides whether a checkpoint's layers are stacked.
     "moe_layer_freq": lambda a: a.moe_layer_pattern if a.num_experts else None,

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.moe import router as core_router
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
@@ -66,8 +67,8 @@ def model_provider(
         replaced |= block.replacements(args) if hasattr(block, "replacements") else {}
     spec = block_spec(config, vp_stage, replaced)
     for change in (block.change_layer for block in blocks if hasattr(block, "change_layer")):
-        for layer in spec.layer_specs:
-            change(layer, args)
+        for index, layer in enumerate(spec.layer_specs, get_transformer_layer_offset(config, vp_stage)):
+            change(layer, args, index)
     vocab_size = description.padded_vocab_size
     assert vocab_size is not None
     live_vocab_size = padded_vocab_size(vocab_size, config.tensor_model_parallel_size)

@@ -2,7 +2,7 @@
 
 A block module may define
 - `replacements(args) -> {megatron-core class: own class}`, applied to the layer specs,
-- `change_layer(layer, args)`, called on each layer's spec, after that,
+- `change_layer(layer, args, index)`, called on each layer's spec, after that; index: the layer's number in the model,
 - `adapt(model, args)`, called on the built model chunk.
 """
 

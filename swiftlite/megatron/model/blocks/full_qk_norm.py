@@ -57,6 +57,6 @@ class KeyNorm(FullNorm):
         super().__init__(config, hidden_size, eps, config.num_query_groups)
 
 
-def change_layer(layer: Any, args: MegatronArguments) -> None:
+def change_layer(layer: Any, args: MegatronArguments, index: int) -> None:
     attention = layer.submodules.self_attention.submodules
     attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm

@@ -22,6 +22,6 @@ def replacements(args: MegatronArguments) -> dict[Any, Any]:
     return {te.TELayerNormColumnParallelLinear: te.TEColumnParallelLinear}
 
 
-def change_layer(layer: Any, args: MegatronArguments) -> None:
+def change_layer(layer: Any, args: MegatronArguments, index: int) -> None:
     layer.submodules.input_layernorm = IdentityOp
     layer.submodules.pre_mlp_layernorm = IdentityOp
