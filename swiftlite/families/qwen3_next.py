@@ -28,7 +28,8 @@ from swiftlite.weights.rule import Condition, Source, WeightRule
 
 FULL = Condition("full attention", lambda m, kind: not kind.linear)
 LINEAR = Condition("linear attention", lambda m, kind: kind.linear)
-_SELF, _HF_SELF, _HF_NET = "{layer}.self_attention", "{layer}.self_attn", "{layer}.linear_attn"
+_SELF = "{layer}.self_attention"
+_HF_SELF, _HF_NET = "{layer}.self_attn", "{layer}.linear_attn"
 _KINDS = ("linear_attention", "full_attention")
 
 

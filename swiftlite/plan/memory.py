@@ -26,7 +26,9 @@ MODES = ("selective", "full")
 _DIVIDED = (
     "word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight",
     "linear_fc1.weight", "linear_fc2.weight", "linear_q_proj.weight", "linear_q_up_proj.weight",
-    "linear_kv_up_proj.weight", "eh_proj.weight", "softmax_offset", "linear_fc1.bias",
+    "linear_kv_up_proj.weight", "eh_proj.weight", "softmax_offset", "linear_fc1.bias", "out_proj.weight", "dt_bias", "A_log",
+    *(f"{matrix}.weight.{part}" for matrix in ("in_proj", "conv1d") for part in ("query", "key", "value")),
+    *(f"in_proj.weight.{part}" for part in ("z", "beta", "alpha")),
 )  # fmt: skip
 
 
@@ -234,11 +236,15 @@ class TrainingModel:
         width, tp = self.dtype.itemsize, layout.tp
         whole = tokens // (tp if layout.sequence_parallel else 1)
         values = 4 * whole * m.hidden  # input and output of both norms
-        if m.mla:
+        if m.layer_kinds[layer].linear:  # around convolution, rule and norm, and what chunks of 64 tokens keep
+            heads = m.value_heads * (2 * m.key_dim + 2 * 64)
+            values += tokens * (2 * m.linear_qkv + 4 * m.linear_values + heads) // tp
+        elif m.mla:
             values += tokens * (m.q_lora + m.kv_down_rows) * 2 + tokens * (2 * m.q_rows + m.kv_up_rows) // tp
         else:
-            values += tokens * (m.q_rows + 2 * m.kv_rows) // tp
-        values += tokens * m.attn_cols // tp
+            gates = m.q_rows if args.description.attention_output_gate else 0
+            values += tokens * (m.q_rows + gates + 2 * m.kv_rows) // tp
+        values += 0 if m.layer_kinds[layer].linear else tokens * m.attn_cols // tp
         if self._scores_are_kept(layout):
             values += tokens * (args.seq_length or tokens) * m.heads // tp
         if not m.moe_layers[layer]:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.convert.conversion import Options, convert
-from swiftlite.convert.targets import HfTarget, McoreTarget
+from swiftlite.convert.hf import HfTarget
+from swiftlite.convert.mcore import McoreTarget
 from tests.families.cases import CASES, build_hf, config_of
 
 QUIET = Options(quiet=True)

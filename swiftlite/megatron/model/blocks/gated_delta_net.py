@@ -91,23 +91,27 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
 
     def _mix(self, projected: Tensor, bounds: Tensor | None) -> Tensor:
         """Everything between the projections: [S, B, sum of sizes] -> [S, B, V E]."""
-        length, batch, _ = projected.shape
         if bounds is not None:  # what stands behind the last sample counts as one
-            bounds = F.pad(bounds, (0, 1), value=length)
-        qkv, z, beta, alpha = projected.split([sum(self.sizes[:3]), *self.sizes[3:]], -1)
-        mixed = causal_conv(qkv, self.conv1d.weight, bounds).transpose(0, 1)  # [B, S, ...]
-        q, k, v = mixed.split(self.sizes[:3], -1)
-        repeats = self.value_heads // self.key_heads
-        q, k = (x.unflatten(-1, (self.key_heads, -1)).repeat_interleave(repeats, 2) for x in (q, k))
-        g = -self.A_log.float().exp() * F.softplus(alpha.transpose(0, 1).float() + self.dt_bias)
+            bounds = F.pad(bounds, (0, 1), value=len(projected))
+        mixed, *rest = projected.split([sum(self.sizes[:3]), *self.sizes[3:]], -1)
+        mixed = causal_conv(mixed, self.conv1d.weight, bounds)
+        parts = dict(zip(PARTS, (*mixed.split(self.sizes[:3], -1), *rest), strict=True))
+        g = -self.A_log.float().exp() * F.softplus(parts["alpha"].float() + self.dt_bias)
+        counts = (self.key_heads, self.key_heads, self.value_heads)
+        heads = [self._heads(parts[name], count) for name, count in zip(PARTS, counts, strict=False)]
+        beta = parts["beta"].sigmoid()
         rule = kernel() or gated_delta_rule
-        out = rule(q, k, v.unflatten(-1, (self.value_heads, -1)), g, beta.transpose(0, 1).sigmoid(), bounds)
+        out = rule(heads[0], heads[1], heads[2], g.transpose(0, 1), beta.transpose(0, 1), bounds)
         # Every rank has some of the heads, so the weight's gradient is a sum over ranks.
         weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.group)
         assert self.out_norm.eps is not None
         out = rms_norm(out, weight, self.out_norm.eps, zero_centered=False)
-        gate = F.silu(z.float()).unflatten(-1, (self.value_heads, -1)).transpose(0, 1)
+        gate = F.silu(self._heads(parts["z"], self.value_heads).float())
         return (out * gate).to(projected.dtype).flatten(2).transpose(0, 1).contiguous()
+
+    def _heads(self, x: Tensor, count: int) -> Tensor:
+        """[S, B, rows of `count` heads] -> [B, S, V, D or E]; value heads share key heads."""
+        return x.transpose(0, 1).unflatten(-1, (count, -1)).repeat_interleave(self.value_heads // count, 2)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Settings | None = None
@@ -170,13 +174,13 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b
 
     def chunked(x: Tensor) -> Tensor:  # [B, S, V, ...] -> [B, V, N, C, ...]
         x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
-        return F.pad(x.flatten(3), (0, 0, 0, 1)) if x.dim() == 4 else F.pad(x, (0, 1))
+        x = F.pad(x, (0, 0, 0, 1)) if x.dim() == 4 else F.pad(x, (0, 1))
+        return x.index_select(2, order).unflatten(2, (-1, CHUNK))
 
-    q, k, v, g, beta = (
-        chunked(x).index_select(2, order).unflatten(2, (-1, CHUNK)) for x in (_unit(q), _unit(k), v, g, beta)
-    )
+    q, k = (chunked(_unit(x)) for x in (q, k))
+    v, beta = (chunked(x) for x in (v, beta))
     q = q * q.shape[-1] ** -0.5
-    decay = g.cumsum(-1)  # [B, V, N, C]
+    decay = chunked(g).cumsum(-1)  # [B, V, N, C]
     between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()  # from a token (column) to a later one
     weighted = k * beta.unsqueeze(-1)
     # What a token stores depends on what those before it in the chunk store: a triangular system.
@@ -188,7 +192,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b
     reading = q * decay.exp().unsqueeze(-1)
     storing = (k * (decay[..., -1:] - decay).exp().unsqueeze(-1)).transpose(-1, -2)
     left = decay[..., -1:, None].exp()
-    outs, state = [], left.new_zeros(())
+    outs, state = list[Tensor](), left.new_zeros(())
     for n, begin in enumerate(begins):
         new = values[:, :, n] if begin else values[:, :, n] - keys[:, :, n] @ state
         out = scores[:, :, n] @ new
