@@ -72,8 +72,8 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
     torch.manual_seed(seed)
     model = auto_class(config).from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter += 0.1 * torch.randn_like(parameter)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):

@@ -133,12 +133,15 @@ def _mark_divided_weights(model: GPTModel) -> None:
 def _mark_expert_weights(model: GPTModel) -> None:
     """Have gradients of experts summed over the ranks that hold the same ones, where these are others than usual.
 
-    megatron-core does so only under expert parallelism, so that experts divided less than other layers would drift.
+    megatron-core does so only under expert parallelism, so that experts divided less than other layers would drift. Their
+    last biases it would sum over tensor parallel ranks too, and count in the gradient norm on the first of these only.
     """
     if mpu.get_expert_tensor_parallel_world_size() != mpu.get_tensor_model_parallel_world_size():
         for name, parameter in model.named_parameters():
             if ".mlp.experts." in name:
                 parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.sequence_parallel = False  # type: ignore[attr-defined]
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def _set_latent_norm_eps(model: GPTModel) -> None:
