@@ -87,7 +87,7 @@ def test_fp8_descends_as_bf16_does(kind: str, train: Callable[..., Any], tmp_pat
 
 
 STATES = {
-    "remainders": ["--use_precision_aware_optimizer", "true"],
+    "other states": ["--use_precision_aware_optimizer", "true"],
     "bf16 moments": ["--use_precision_aware_optimizer", "true", "--exp_avg_dtype", "bf16", "--exp_avg_sq_dtype", "bf16"],
     "fp16 main": ["--use_precision_aware_optimizer", "true", "--main_params_dtype", "fp16"],
     "bf16 gradients": ["--use_precision_aware_optimizer", "true", "--main_grads_dtype", "bf16"],

@@ -59,7 +59,17 @@ CASES: dict[str, dict[str, Any]] = {
     "olmo3:default": {**WIDE, "head_dim": None},
     "exaone4:default": WIDE,
     "gpt_oss:default": {**WIDE, "intermediate_size": 128},
+    "seed_oss:default": WIDE,
+    "glm4_moe_lite:default": {**MLA, "num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 32},
+    "hy_v3:default": {**WIDE, "moe_intermediate_size": 32},
+    "phi3:default": {**WIDE, "head_dim": None},
+    "phi4:default": {**WIDE, "head_dim": None},
+    "smollm3:default": {**WIDE, "head_dim": None},
+    "qwen3_next:default": WIDE,
+    "qwen3_5:text": WIDE,
+    "qwen3_5_moe:text": WIDE,
 }
+LOGITS_ONLY = ("qwen3_5_moe:text",)  # some transformers write its experts apart, the hub has them in one tensor
 IDS = torch.randint(0, 500, (2, 192), generator=torch.Generator().manual_seed(3))
 
 
@@ -112,6 +122,8 @@ def test_logits_and_the_way_back(case: str, loader: str, tmp_path: Path) -> None
         error, theirs = (float((x - exact).norm() / exact.norm()) for x in (mine, half))
         print(f"{case} [{loader}]: Megatron bf16 {error:.2e}, Hugging Face bf16 {theirs:.2e} from fp32")
         assert error <= 2 * theirs + 1e-3
+        if case in LOGITS_ONLY:
+            return
         written = tmp_path / "live/iter_0000001"
         written.mkdir(parents=True)
         dist_checkpointing.save(model.sharded_state_dict(), str(written))

@@ -43,7 +43,8 @@ def build_optimizer(models: Sequence[torch.nn.Module], args: MegatronArguments) 
         pin_cpu_grads=backend.setup().is_cuda,
         # The optimizer that keeps states on the host keeps main weights itself, too: so no others stay on the GPU.
         use_precision_aware_optimizer=args.use_precision_aware_optimizer or args.optimizer_cpu_offload,
-        store_param_remainders=dtype == torch.bfloat16 and args.main_params_dtype == "fp32",
+        # True would keep what fp32 weights have beyond bf16, and save only that: no other run could read it.
+        store_param_remainders=False,
         main_grads_dtype=_DTYPES[args.main_grads_dtype],
         main_params_dtype=_DTYPES[args.main_params_dtype],
         exp_avg_dtype=_DTYPES[args.exp_avg_dtype],
