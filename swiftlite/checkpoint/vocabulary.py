@@ -17,6 +17,7 @@ from swiftlite.weights.rule import text_name
 from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, Wrapped, byte_view, read_tensor
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_ENDS = (".embed_tokens.weight", ".word_embeddings.weight", ".head.weight")
 ROWS = 4096  # read at once while the mean is taken
 
 
@@ -29,7 +30,7 @@ class GrownSource(Wrapped):
         self.rows = rows
         self._means: dict[str, tuple[int, Extent]] = {}
         self._folder = tempfile.TemporaryDirectory()
-        grown = [n for n in names if text_name(n) in VOCABULARY or n.endswith((".embed_tokens.weight", ".head.weight"))]
+        grown = [n for n in names if text_name(n) in VOCABULARY or n.endswith(_ENDS)]
         with Files() as files:
             for name in grown:
                 path = Path(self._folder.name) / f"{len(self._means)}.row"

@@ -91,20 +91,22 @@ def gated_mlp(
 
 # ---- weights ----
 
-EMBED = (
-    copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", "vocab", "hidden"),
-    copy("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
-    copy("output_layer.weight", "lm_head.weight", "vocab", "hidden", when=UNTIED),
-)
-STORED_TIED_HEAD = (Duplicate("lm_head.weight", of="model.embed_tokens.weight", when=TIED),)
 
-
-def decoder(*layer: tuple[WeightRule, ...], duplicates: tuple[Duplicate, ...] = (), **others: Any) -> WeightMap:
-    """The map of a model with the usual embedding, final norm and head, and layers of these blocks.
+def decoder(
+    *layer: tuple[WeightRule, ...], embedding: str = "model.embed_tokens", duplicates: tuple[Duplicate, ...] = (),
+    **others: Any,
+) -> WeightMap:  # fmt: skip
+    """The map of a model with the usual final norm and head, and layers of these blocks.
 
     others: `mtp`, `mtp_layer`, `fused` and `modules` of WeightMap.
     """
-    return WeightMap(top=EMBED, layer=sum(layer, ()), duplicates=STORED_TIED_HEAD + duplicates, **others)
+    top = (
+        copy("embedding.word_embeddings.weight", f"{embedding}.weight", "vocab", "hidden"),
+        copy("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
+        copy("output_layer.weight", "lm_head.weight", "vocab", "hidden", when=UNTIED),
+    )
+    head = Duplicate("lm_head.weight", of=f"{embedding}.weight", when=TIED)
+    return WeightMap(top=top, layer=sum(layer, ()), duplicates=(head, *duplicates), **others)
 
 
 ATTENTION_LINEAR = (
@@ -181,7 +183,7 @@ MLA_ATTENTION = (
 )
 
 
-def next_layer_mtp(norm: str = "shared_head.norm") -> dict[str, Any]:
+def next_layer_mtp(norm: str = "shared_head.norm", embedding: str = "model.embed_tokens") -> dict[str, Any]:
     """MTP blocks that follow the decoder layers under the next layer numbers (deepseek_v3, glm4_moe). Their layer has the
     kind of the last decoder layer; embedding and head are copies of the main ones. norm: the name of the last one.
     """
@@ -194,7 +196,7 @@ def next_layer_mtp(norm: str = "shared_head.norm") -> dict[str, Any]:
         ),
         "mtp_layer": "model.layers.{number}",
         "duplicates": (
-            Duplicate("{layer}.embed_tokens.weight", of="model.embed_tokens.weight"),
+            Duplicate("{layer}.embed_tokens.weight", of=f"{embedding}.weight"),
             Duplicate("{layer}.shared_head.head.weight", of="lm_head.weight"),
         ),
     }

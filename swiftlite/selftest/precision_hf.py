@@ -165,6 +165,7 @@ def run_hf(
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     inner = text_model(model)
+    embedding = inner.get_input_embeddings()
     outputs: dict[nn.Module, Tensor] = {}
     with Files() as files, torch.no_grad():
         weights = _Weights(model, hf, files, dtype, device, rounding)
@@ -174,9 +175,9 @@ def run_hf(
             weights.drop(module)
 
         def embedded(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            outputs[inner.embed_tokens] = (args or (kwargs["hidden_states"],))[0].detach().cpu()
+            outputs[embedding] = (args or (kwargs["hidden_states"],))[0].detach().cpu()
 
-        for part in (inner.embed_tokens, *inner.layers, inner.norm, model.lm_head):
+        for part in (embedding, *inner.layers, inner.norm, model.lm_head):
             part.register_forward_pre_hook(lambda module, _: weights.load(module))
             part.register_forward_hook(done)
         inner.layers[0].register_forward_pre_hook(embedded, with_kwargs=True)
@@ -184,4 +185,4 @@ def run_hf(
         # Of GLM-4.5V, transformers 4.57 computes nothing without a mask.
         logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits.cpu()
     layers = [outputs[layer] for layer in inner.layers]
-    return HfRun(outputs[inner.embed_tokens], layers, outputs[inner.norm], logits)
+    return HfRun(outputs[embedding], layers, outputs[inner.norm], logits)

@@ -12,6 +12,7 @@ from swiftlite.arguments.export import CheckArguments
 from swiftlite.checkpoint.bind import architecture_of, convert_hf_config, flatten_config, text_config, wrapped_family
 from swiftlite.checkpoint.info import read_config
 from swiftlite.families import family_of, tiny_configs
+from swiftlite.families.blocks import EXPERT_KEYS
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.text import nearest, some
 from swiftlite.utils.types import Config, Json
@@ -48,8 +49,11 @@ def shrink_config(config: Config) -> Json:
     small |= dict.fromkeys(
         ("bos_token_id", "eos_token_id", "pad_token_id")
     )  # a class's own may be beyond the vocabulary
-    for key in ("attention_dropout", "router_jitter_noise"):  # gradients are compared
-        if small.get(key):
+    for key in EXPERT_KEYS:  # as many in each group
+        if isinstance(small.get(key), int) and small.get("n_group"):
+            small[key] -= small[key] % small["n_group"]
+    for key in small:  # gradients are compared
+        if key.endswith("_dropout") or key == "router_jitter_noise":
             small[key] = 0.0
     return {**small, "initializer_range": 0.05}
 

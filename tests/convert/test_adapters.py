@@ -26,8 +26,8 @@ from tests.families.cases import build_hf, config_of
 ROOT = Path(__file__).parents[2]
 PACKED = re.compile(r"\.experts\.(base_layer\.)?lora_")
 CASES = {"qwen3:default": "qwen3", "glm4_5:default": "glm4_5", "moonlight:default": "moonlight"}
-# Its files have another name for a module than transformers, and peft packs no experts of its type.
-NAMES = {**CASES, "hy_v3:default": "hy_v3"}
+# Files of the first have another name for a module than transformers; peft packs no experts of either.
+NAMES = {**CASES, "hy_v3:default": "hy_v3", "bailing_moe:bias": "bailing_moe"}
 
 
 def make_adapter(base: Path, directory: Path, case: str, **options: Any) -> Any:
@@ -100,7 +100,9 @@ def logits_of(base: Path, adapter: Path | None = None) -> torch.Tensor:
         return model(torch.arange(1, 25)[None]).logits
 
 
-@pytest.mark.parametrize(("case", "packed"), [*product(CASES, [False, True]), ("hy_v3:default", True)])
+@pytest.mark.parametrize(
+    ("case", "packed"), [*product(CASES, [False, True]), ("hy_v3:default", True), ("bailing_moe:bias", False)]
+)
 def test_peft_loads_what_comes_back_from_megatron(case: str, packed: bool, tmp_path: Path) -> None:
     """The merged model, the adapter in peft and the adapter that went through Megatron in peft: the same logits."""
     hf, peft, back, merged = (tmp_path / d for d in ("hf", "peft", "back", "merged"))

@@ -76,7 +76,7 @@ def build_hf(config: dict[str, Any], directory: Path, seed: int = 0, dtype: torc
             if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter += 0.1 * torch.randn_like(parameter)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 tensor += 0.05 * torch.randn_like(tensor)
     model.eval().save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2))

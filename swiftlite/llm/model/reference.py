@@ -1,11 +1,14 @@
-"""Reference models for architectures that transformers knows only through remote code: MiMo, DeepSeek-MoE, and InternLM3
-before transformers 5.
+"""Reference models for architectures that transformers knows only through remote code: MiMo, DeepSeek-MoE, Ling 2.0, and
+InternLM3 before transformers 5.
 
 They are used where a Hugging Face side is needed to compare with (the precision check, tests); remote code itself runs
 only with --trust_remote_code true. Tensor names are those of the published checkpoints.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +23,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import (
+    Glm4MoeAttention,
+    Glm4MoeDecoderLayer,
+    Glm4MoeForCausalLM,
+    Glm4MoeModel,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 
 class MiMoConfig(Qwen2Config):
@@ -71,19 +81,21 @@ class DeepseekMoE(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.config = config
         self.experts = nn.ModuleList(_mlp(config, config.moe_intermediate_size) for _ in range(config.n_routed_experts))
         self.gate = _Gate(config)
         self.shared_experts = (
             _mlp(config, config.moe_intermediate_size * config.n_shared_experts) if config.n_shared_experts else None
         )
 
+    def route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [tokens, E] -> weights and indices of the chosen experts [tokens, K]."""
+        weights, chosen = logits.softmax(-1).topk(self.config.num_experts_per_tok, dim=-1)
+        return weights / weights.sum(-1, keepdim=True) if self.config.norm_topk_prob else weights, chosen
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [tokens, H]
-        scores = (x.float() @ self.gate.weight.float().T).softmax(-1)
-        weights, chosen = scores.topk(self.top_k, dim=-1)
-        if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = self.route(x.float() @ self.gate.weight.float().T)
         out = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
             token, slot = (chosen == number).nonzero(as_tuple=True)
@@ -94,12 +106,12 @@ class DeepseekMoE(nn.Module):
         return out.view_as(hidden_states)
 
 
-def _mlp(config: PretrainedConfig, width: int) -> LlamaMLP:
+def _mlp(config: PretrainedConfig, width: int) -> Qwen2MLP:
     from copy import copy
 
     sized = copy(config)
     sized.intermediate_size = width
-    return LlamaMLP(sized)
+    return Qwen2MLP(sized)
 
 
 class DeepseekForCausalLM(LlamaForCausalLM):
@@ -114,11 +126,104 @@ class DeepseekForCausalLM(LlamaForCausalLM):
         self.post_init()
 
 
+class BailingMoeV2Config(Glm4MoeConfig):
+    """GLM-4.5's config under Ling's names."""
+
+    model_type = "bailing_moe"
+    attribute_map = {
+        **Glm4MoeConfig.attribute_map,
+        "num_experts": "n_routed_experts",
+        "num_shared_experts": "n_shared_experts",
+        "use_qkv_bias": "attention_bias",
+    }
+
+
+class _Called:
+    """A module of a base class under the name that the checkpoints have for it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, _: type) -> Any:
+        return getattr(owner, self.name)
+
+
+class BailingAttention(Glm4MoeAttention):
+    """GLM-4.5's attention with q, k and v below each other in one matrix."""
+
+    q_norm, k_norm, o_proj = _Called("query_layernorm"), _Called("key_layernorm"), _Called("dense")
+
+    def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        parts = [self._modules.pop(f"{part}_proj") for part in "qkv"]
+        self.rows = [part.out_features for part in parts]
+        self.query_key_value = nn.Linear(config.hidden_size, sum(self.rows), bias=config.attention_bias)
+        self.dense = self._modules.pop("o_proj")
+        if config.use_qk_norm:
+            self.query_layernorm, self.key_layernorm = (self._modules.pop(f"{part}_norm") for part in "qk")
+
+    @property
+    def q_proj(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: self.query_key_value(x).split(self.rows, -1)[0]
+
+    @property
+    def k_proj(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: self.query_key_value(x).split(self.rows, -1)[1]
+
+    @property
+    def v_proj(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: self.query_key_value(x).split(self.rows, -1)[2]
+
+
+class BailingMoE(DeepseekMoE):
+    """Sigmoids plus a correction bias choose among the best groups; the sigmoids, normalised and scaled, weigh."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.gate.register_buffer("expert_bias", torch.zeros(config.n_routed_experts))
+
+    def route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits.sigmoid()
+        choice = (scores + self.gate.expert_bias).view(len(scores), self.config.n_group, -1)
+        best = choice.topk(2, -1).values.sum(-1).topk(self.config.topk_group, -1).indices
+        allowed = torch.zeros(choice.shape[:2], dtype=torch.bool).scatter(1, best, True).unsqueeze(-1)
+        among = choice.masked_fill(~allowed, -torch.inf).flatten(1)
+        chosen = among.topk(self.config.num_experts_per_tok, -1).indices
+        weights = scores.gather(1, chosen)
+        return weights / weights.sum(-1, keepdim=True) * self.config.routed_scaling_factor, chosen
+
+
+class BailingLayer(Glm4MoeDecoderLayer):
+    self_attn = _Called("attention")
+
+
+class BailingModel(Glm4MoeModel):
+    embed_tokens = _Called("word_embeddings")
+
+
+class BailingMoeV2ForCausalLM(Glm4MoeForCausalLM):
+    config_class = BailingMoeV2Config
+    config: BailingMoeV2Config
+
+    def __init__(self, config: BailingMoeV2Config) -> None:
+        super().__init__(config)
+        self.model.__class__ = BailingModel
+        self.model.word_embeddings = self.model._modules.pop("embed_tokens")
+        for index, layer in enumerate(self.model.layers):
+            layer.__class__ = BailingLayer
+            del layer._modules["self_attn"]
+            layer.attention = BailingAttention(config, index)
+            if index >= config.first_k_dense_replace:
+                layer.mlp = BailingMoE(config)
+        self.post_init()
+
+
 def register() -> None:
     """Make AutoConfig and AutoModelForCausalLM build these classes. Safe to call twice."""
     classes: list[tuple[type[PretrainedConfig], type[PreTrainedModel]]] = [
         (MiMoConfig, MiMoForCausalLM),
         (DeepseekConfig, DeepseekForCausalLM),
+        (BailingMoeV2Config, BailingMoeV2ForCausalLM),
     ]
     # transformers 5 has a config of its own for InternLM3, with LLaMA's model behind it.
     if "internlm3" not in CONFIG_MAPPING:
