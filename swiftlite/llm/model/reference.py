@@ -71,6 +71,8 @@ class DeepseekConfig(LlamaConfig):
 
 
 class _Gate(nn.Module):
+    expert_bias: torch.Tensor  # Ling's
+
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(config.initializer_range * torch.randn(config.n_routed_experts, config.hidden_size))
@@ -148,31 +150,34 @@ class _Called:
         return getattr(owner, self.name)
 
 
+class _Rows:
+    """A projection whose rows are part number `part` of query_key_value."""
+
+    def __init__(self, part: int) -> None:
+        self.part = part
+
+    def __get__(self, owner: Any, _: type) -> Any:
+        return lambda x: owner.query_key_value(x).split(owner.rows, -1)[self.part]
+
+
 class BailingAttention(Glm4MoeAttention):
     """GLM-4.5's attention with q, k and v below each other in one matrix."""
 
-    q_norm, k_norm, o_proj = _Called("query_layernorm"), _Called("key_layernorm"), _Called("dense")
+    q_proj: Any = _Rows(0)
+    k_proj: Any = _Rows(1)
+    v_proj: Any = _Rows(2)
+    o_proj: Any = _Called("dense")
+    q_norm: Any = _Called("query_layernorm")
+    k_norm: Any = _Called("key_layernorm")
 
-    def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
+    def __init__(self, config: BailingMoeV2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        parts = [self._modules.pop(f"{part}_proj") for part in "qkv"]
+        parts: list[Any] = [self._modules.pop(f"{part}_proj") for part in "qkv"]
         self.rows = [part.out_features for part in parts]
         self.query_key_value = nn.Linear(config.hidden_size, sum(self.rows), bias=config.attention_bias)
         self.dense = self._modules.pop("o_proj")
         if config.use_qk_norm:
             self.query_layernorm, self.key_layernorm = (self._modules.pop(f"{part}_norm") for part in "qk")
-
-    @property
-    def q_proj(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: self.query_key_value(x).split(self.rows, -1)[0]
-
-    @property
-    def k_proj(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: self.query_key_value(x).split(self.rows, -1)[1]
-
-    @property
-    def v_proj(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: self.query_key_value(x).split(self.rows, -1)[2]
 
 
 class BailingMoE(DeepseekMoE):
@@ -194,11 +199,11 @@ class BailingMoE(DeepseekMoE):
 
 
 class BailingLayer(Glm4MoeDecoderLayer):
-    self_attn = _Called("attention")
+    self_attn: Any = _Called("attention")
 
 
 class BailingModel(Glm4MoeModel):
-    embed_tokens = _Called("word_embeddings")
+    embed_tokens: Any = _Called("word_embeddings")
 
 
 class BailingMoeV2ForCausalLM(Glm4MoeForCausalLM):
