@@ -16,6 +16,7 @@ from swiftlite.families.records import ConfigRule, Family
 FAMILY = Family(
     "glm4",
     architectures=("Glm4ForCausalLM",),
+    wrappers={"Glm4vForConditionalGeneration": ("glm4v_text",)},
     config=PARTIAL_ROTARY_CONFIG,
     patches=(
         ConfigRule("add_qkv_bias", ("attention_bias",), default=True),

@@ -15,6 +15,7 @@ def _lacks_factor(config: Config) -> bool:
 FAMILY = Family(
     "ministral3",
     architectures=("Ministral3ForCausalLM",),
+    wrappers={"Mistral3ForConditionalGeneration": ("ministral3",)},
     config=windowed(GPT_CONFIG, everywhere, by_types=False),
     patches=(
         Refuse(_lacks_factor, "its rope settings need llama_4_scaling_beta and original_max_position_embeddings"),

@@ -308,14 +308,6 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
     ),
     # Beyond the model types of the Megatron side.
     _chatml("smollm2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-    TemplateMeta(
-        "mistral",
-        prefix=("<s>[INST] ",),
-        prompt=("{{QUERY}}[/INST] ",),
-        chat_sep=("</s>[INST] ",),
-        suffix=("</s>",),
-        system_prefix=("<s>[INST] {{SYSTEM}}\n\n",),
-    ),
 )
 
 TEMPLATE_MAPPING: dict[str, TemplateMeta] = {meta.template_type: meta for meta in TEMPLATES}
