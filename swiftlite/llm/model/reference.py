@@ -7,7 +7,6 @@ only with --trust_remote_code true. Tensor names are those of the published chec
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
