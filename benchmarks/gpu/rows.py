@@ -26,10 +26,27 @@ AIR = {
     **MOE, "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 6,
     "num_attention_heads": 96, "n_routed_experts": 24, "vocab_size": 151552,
 }  # fmt: skip
-CONFIGS = {"dense": (DENSE, "qwen3"), "moe": (MOE, "glm4_5"), "air": (AIR, "glm4_5")}
+# Layers of Qwen3.5: three of four with linear attention.
+HYBRID = {
+    **DENSE, "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "num_hidden_layers": 24,
+    "num_key_value_heads": 2, "num_attention_heads": 8, "head_dim": 256, "partial_rotary_factor": 0.25,
+    "mtp_num_hidden_layers": 0, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 16,
+}  # fmt: skip
+HYBRID_MOE = {
+    **HYBRID, "architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text", "num_hidden_layers": 12,
+    "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    "linear_num_value_heads": 32,
+}  # fmt: skip
+CONFIGS = {"dense": (DENSE, "qwen3"), "moe": (MOE, "glm4_5"), "air": (AIR, "glm4_5"), "hybrid": (HYBRID, "qwen3_5"),
+           "hybrid_moe": (HYBRID_MOE, "qwen3_5_moe")}  # fmt: skip
 TINY = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512,
     "num_key_value_heads": 2, "head_dim": 32, "torch_dtype": "float32",
+}  # fmt: skip
+TINY_LINEAR = {
+    "num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "num_experts": 8,
 }  # fmt: skip
 TINY_MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
@@ -82,6 +99,12 @@ ROWS = (
     Row("dpo lora", "megatron", "dense", [*micro(1), *LORA], beside="dpo lora hf", kind="dpo", data="pairs"),
     Row("dpo lora hf", "transformers", "dense", [*micro(1), *LORA], kind="dpo", data="pairs", steps=2, warm_up=1),
     Row("dense mb1 packed", "megatron", "dense", [*micro(1), "--packing", "true"], beside="dense mb1", data="short"),
+    # 20 steps on both sides, for their losses too.
+    Row("hybrid mb1", "megatron", "hybrid", micro(1), beside="hybrid mb1 hf", steps=16),
+    Row("hybrid mb1 hf", "transformers", "hybrid", micro(1), steps=16),
+    Row("hybrid moe mb1", "megatron", "hybrid_moe", micro(1), beside="hybrid moe mb1 hf", steps=16),
+    Row("hybrid moe mb1 hf", "transformers", "hybrid_moe", micro(1), steps=16),
+    Row("hybrid mb1 packed", "megatron", "hybrid", [*micro(1), "--packing", "true"], beside="hybrid mb1", data="short"),
     # The same with a switch turned: the losses agree, the time says what it is worth.
     Row("dense mb2 eager", "megatron", "dense", [*micro(2), "--cuda_graph", "false"], beside="dense mb2"),
     Row("dense mb2 plain loss", "megatron", "dense", [*micro(2), "--cross_entropy_loss_fusion", "false"],
@@ -128,7 +151,8 @@ def make_model(name: str, directory: Path, tiny: bool) -> int:
 
     config: dict[str, Any] = CONFIGS[name][0]
     if tiny:
-        config = {**config, **TINY, **({} if name == "dense" else TINY_MOE)}
+        more = TINY_LINEAR if name.startswith("hybrid") else {} if name == "dense" else TINY_MOE
+        config = {**config, **TINY, **more}
     directory.mkdir(parents=True)
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<|im_end|>", *pre_tokenizers.ByteLevel.alphabet()])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -128,7 +128,9 @@ def test_logits_and_the_way_back(case: str, loader: str, tmp_path: Path) -> None
         written.mkdir(parents=True)
         dist_checkpointing.save(model.sharded_state_dict(), str(written))
     (tmp_path / "live/latest_checkpointed_iteration.txt").write_text("1")
-    (tmp_path / "live/config.json").write_text(json.dumps({**config(case), "num_nextn_predict_layers": 0}))
+    (tmp_path / "live/config.json").write_text(
+        json.dumps({**config(case), "num_nextn_predict_layers": 0, "mtp_num_hidden_layers": 0})
+    )
     assert set(Checkpoint.open(written).names) <= set(Checkpoint.open(tmp_path / "hf").names)
     to_hf(tmp_path / "live", tmp_path / "back", manifest=False)
     from safetensors.torch import load_file

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", ["qwen3:default", "glm4_5:default", "moonlight:default"])
+@pytest.mark.parametrize("case", ["qwen3:default", "glm4_5:default", "moonlight:default", "qwen3_5_moe:text"])
 def test_sft_in_bf16(case: str, tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     build_hf(config(case), tmp_path / "hf", dtype=torch.bfloat16)
     for file in tiny_tokenizer_dir.iterdir():

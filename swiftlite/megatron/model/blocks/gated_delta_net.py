@@ -168,14 +168,13 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b
         the correction. bounds: int [samples + 1], from 0 to S; None: there is one sample.
     Returns: [B, S, V, E] in the dtype of v.
     """
-    length, dtype = q.shape[1], v.dtype
-    ends = [0, length] if bounds is None else bounds.tolist()
-    order, begins = _chunks(ends, q.device)
+    dtype, ends = v.dtype, [0, q.shape[1]] if bounds is None else bounds.tolist()
+    places, begins = _places(ends, q.device)
 
     def chunked(x: Tensor) -> Tensor:  # [B, S, V, ...] -> [B, V, N, C, ...]
         x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
-        x = F.pad(x, (0, 0, 0, 1)) if x.dim() == 4 else F.pad(x, (0, 1))
-        return x.index_select(2, order).unflatten(2, (-1, CHUNK))
+        spread = x.new_zeros(*x.shape[:2], CHUNK * len(begins), *x.shape[3:]).index_copy(2, places, x)
+        return spread.unflatten(2, (-1, CHUNK))
 
     q, k = (chunked(_unit(x)) for x in (q, k))
     v, beta = (chunked(x) for x in (v, beta))
@@ -199,18 +198,15 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b
         outs.append(out if begin else out + reading[:, :, n] @ state)
         added = storing[:, :, n] @ new
         state = added if begin else state * left[:, :, n] + added
-    found = torch.cat(outs, 2)[:, :, (order < length).nonzero().squeeze(1)]
-    return found.transpose(1, 2).to(dtype)
+    return torch.cat(outs, 2)[:, :, places].transpose(1, 2).to(dtype)
 
 
-def _chunks(ends: Sequence[int], device: torch.device) -> tuple[Tensor, list[bool]]:
-    """([N C], the token in each place of the chunks, `ends[-1]` where none is; whether a sample begins with each chunk)."""
+def _places(ends: Sequence[int], device: torch.device) -> tuple[Tensor, list[bool]]:
+    """([S], where each token is in the chunks, of which samples share none; whether a sample begins with each chunk)."""
     places, begins = [], list[bool]()
     for start, stop in pairwise(ends):
-        count = -(-(stop - start) // CHUNK)
-        begins += [n == 0 for n in range(count)]
-        places.append(torch.arange(start, start + count * CHUNK, device=device))
-        places[-1][stop - start :] = ends[-1]
+        places.append(torch.arange(stop - start, device=device) + CHUNK * len(begins))
+        begins += [first == start for first in range(start, stop, CHUNK)]
     return torch.cat(places), begins
 
 
