@@ -54,6 +54,27 @@ def test_layers_import_only_what_is_below_them(layer: str) -> None:
     assert found == {}
 
 
+MOST_OWN_MODULES = 16
+OWN = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
+
+
+def own_modules_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports, inside functions too; `from a import b` is a.b where that is a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module in OWN:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in OWN else str(node.module) for name in names}
+    return found
+
+
+def test_no_module_imports_from_many_others() -> None:
+    """Whoever needs more has several subjects."""
+    counts = {str(path.relative_to(PACKAGE)): len(own_modules_of(path)) for path in FILES}
+    assert counts["checkpoint/tensors.py"] > 10  # it does count
+    assert {name: count for name, count in counts.items() if count > MOST_OWN_MODULES} == {}
+
+
 def test_megatron_core_is_imported_only_where_live_models_are() -> None:
     wrong = []
     for path in FILES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +52,10 @@ def test_no_loop_runs_over_one_element() -> None:
             if len(node.iter.elts) == 1 and not isinstance(node.iter.elts[0], ast.Starred):
                 found.append(f"{name}:{node.iter.lineno}")
     assert found == []
+
+
+def test_few_types_are_left_open() -> None:
+    """`Any` switches the type checker off: it is for what megatron-core, transformers and files do not declare. Whoever
+    needs one more takes one away elsewhere; the limit goes down, not up."""
+    found = sum(len(re.findall(r"\bAny\b", text)) for text in FILES.values())
+    assert 100 < found <= 350

@@ -24,7 +24,7 @@ from swiftlite.utils.text import nearest
 from swiftlite.utils.types import Json
 
 T = TypeVar("T")
-Reader = TypeVar("Reader", bound=Callable[..., Any])
+Reader = TypeVar("Reader", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -406,7 +406,7 @@ def _flag_value(cls: type[Arguments], name: str, times: list[list[str]]) -> str 
     raise UsageError(f"--{name}: a value is missing")
 
 
-def _is_list(hint: object) -> bool:
+def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is list or any(typing.get_origin(option) is list for option in typing.get_args(hint))
 
 
@@ -476,7 +476,7 @@ def _show(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _metavar(hint: object) -> str:
+def _metavar(hint: Any) -> str:
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return "|".join(dict.fromkeys(_metavar(option) for option in options))

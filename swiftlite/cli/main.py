@@ -110,7 +110,7 @@ def run(argv: Sequence[str]) -> int:
     return launch(torchrun, argv, os.environ)
 
 
-def _parse(arguments: Any, words: Sequence[str]) -> Any:
+def _parse(arguments: type[Arguments], words: Sequence[str]) -> Any:
     """The arguments, as far as they can be checked without torch."""
     from swiftlite.arguments.config_file import write_config_file
     from swiftlite.arguments.parser import given_values, parse

@@ -66,7 +66,7 @@ class Generator:
 
             model = attach_adapter(model, Path(adapter))
         if args.device_map is None and torch.cuda.is_available():
-            model = model.to("cuda")
+            model = model.to("cuda")  # type: ignore[arg-type]  # transformers' wrapper hides the method's own type
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words")
         return cls(model.eval(), template, **{name: getattr(args, name) for name in names})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.checkpoint.info import first_of
@@ -15,6 +15,8 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Config
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from swiftlite.llm.template.base import Template
 
 
@@ -45,12 +47,12 @@ def prepare_template(args: BaseArguments) -> Template:
     return template
 
 
-def load_model(args: BaseArguments) -> Any:
+def load_model(args: BaseArguments) -> PreTrainedModel:
     """The Hugging Face model of resolved `args`, its vocabulary grown for --new_special_tokens."""
     return _load(args, load_model=True)[0]
 
 
-def prepare_model_template(args: BaseArguments) -> tuple[Any, Template]:
+def prepare_model_template(args: BaseArguments) -> tuple[PreTrainedModel, Template]:
     """(Hugging Face model, template with its tokenizer); the template is right before weights are read."""
     if not hasattr(args, "model_info"):
         resolve(args)

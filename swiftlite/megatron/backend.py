@@ -242,7 +242,7 @@ class _ResultsFile:
     def put(self, item: object) -> None:
         self._path.write_bytes(pickle.dumps(item))
 
-    def get_nowait(self) -> Any:
+    def get_nowait(self) -> object:
         item = pickle.loads(self._path.read_bytes())
         self._path.unlink()
         return item

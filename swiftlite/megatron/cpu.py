@@ -150,7 +150,7 @@ def _retarget_constant(value: object) -> Any:
 def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
     """Every function that `module` defines, also methods and what decorators wrapped."""
 
-    def unwrap(obj: Any) -> Iterator[types.FunctionType]:
+    def unwrap(obj: object) -> Iterator[types.FunctionType]:
         if isinstance(obj, staticmethod | classmethod):
             obj = obj.__func__
         if isinstance(obj, property):

@@ -15,6 +15,7 @@ from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of, wrapped_family
 from swiftlite.llm.model.names import Stored, checkpoint_tensors
 from swiftlite.utils.errors import ConfigError
+from swiftlite.utils.types import Settings
 from swiftlite.weights.storage import Files, decoder, read_tensor
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def run_hf(
             outputs[module] = (output[0] if isinstance(output, tuple) else output).detach().cpu()
             weights.drop(module)
 
-        def embedded(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        def embedded(_: nn.Module, args: tuple[Tensor, ...], kwargs: Settings) -> None:
             outputs[embedding] = (args or (kwargs["hidden_states"],))[0].detach().cpu()
 
         for part in (embedding, *inner.layers, inner.norm, model.lm_head):

@@ -14,12 +14,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from swiftlite.utils.errors import SwiftliteError
 from swiftlite.utils.text import one_line
 
 T = TypeVar("T")
+Q = TypeVar("Q")
 
 SECONDS = 2.0  # of processor time
 _MEMORY_BYTES = 2**30  # on top of what the process has already
@@ -40,21 +41,21 @@ def run_bounded(function: Callable[[], T], seconds: float | None = None) -> T:
     Raises: SwiftliteError as `function` does; LimitError where it does not end in time, needs more than 1 GiB, or ends in
         any other way.
     """
-    child = BoundedChild(lambda _: function())
+    child = BoundedChild[None, T](lambda _: function())
     try:
         return next(child.ask([None], seconds))
     finally:
         child.end()
 
 
-class BoundedChild(Generic[T]):
+class BoundedChild(Generic[Q, T]):
     """A child process that answers requests by one function, each within bounds, as run_bounded.
 
     It is a fork, of what this process is now. Many requests cost it less than a fork each. It ends with `end`, with the
     object, with this process, and by a request that is out of bounds.
     """
 
-    def __init__(self, function: Callable[[Any], T]) -> None:
+    def __init__(self, function: Callable[[Q], T]) -> None:
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         with warnings.catch_warnings():
@@ -72,7 +73,7 @@ class BoundedChild(Generic[T]):
     def is_ready(self) -> bool:
         return self.end.alive and not self._left
 
-    def ask(self, requests: Sequence[Any], seconds: float | None = None) -> Iterator[T]:
+    def ask(self, requests: Sequence[Q], seconds: float | None = None) -> Iterator[T]:
         """The answers in order; the child continues while the caller uses one.
 
         Args: seconds: as run_bounded, for each request.
@@ -102,14 +103,14 @@ class BoundedChild(Generic[T]):
                 self.end()
 
 
-def _run_child(function: Callable[[Any], Any], requests: int, answers: int) -> None:
+def _run_child(function: Callable[[Q], object], requests: int, answers: int) -> None:
     """Never returns: nothing of the parent's clean-up may run here."""
     try:
         low, high = sorted((requests, answers))
         for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
             os.closerange(first, last)  # pipes of others would not end while this process holds them too
         gc.freeze()  # what it has from the parent is not looked through: that would copy it
-        asked: SimpleQueue[Any] = SimpleQueue()
+        asked: SimpleQueue[bytes] = SimpleQueue()
 
         def receive() -> None:  # always, so that the parent never waits to send while this process waits to send
             while header := _read(requests, _SIZE_BYTES):
@@ -145,7 +146,7 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def _write(pipe: int, value: Any) -> None:
+def _write(pipe: int, value: object) -> None:
     payload = pickle.dumps(value)
     left = memoryview(len(payload).to_bytes(_SIZE_BYTES, "big") + payload)
     while left:

@@ -21,7 +21,7 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress_bar(iterable: Iterable[object] | None = None, **options: Any) -> Any:
+def progress_bar(iterable: Iterable[object] | None = None, **options: object) -> Any:
     """tqdm with its own options; a bar that lasts less than a minute is not shown where there is no terminal."""
     from tqdm import tqdm
 

@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swiftlite import __version__
 from swiftlite.llm.dataset.encoded import EncodedDataset, place_of
@@ -62,7 +62,7 @@ def fingerprint(template: Template) -> Json:
     return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
 
 
-def _source(thing: Any) -> str:
+def _source(thing: type | Callable[..., object]) -> str:
     """Python text of a class or function, which plug-ins may bring; its name where there is none."""
     try:
         return inspect.getsource(thing)

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from swiftlite.llm.dataset.files import ENDINGS
 from swiftlite.utils.errors import DatasetError
@@ -158,7 +157,7 @@ def _choose(folder: Path, configs: Mapping[str, Json], subset: str | None) -> Js
     return default
 
 
-def _patterns(folder: Path, data_files: Any) -> dict[str, list[str]]:
+def _patterns(folder: Path, data_files: object) -> dict[str, list[str]]:
     """`data_files` in any of its forms as split -> patterns of files."""
     if isinstance(data_files, str):
         data_files = {"train": data_files}

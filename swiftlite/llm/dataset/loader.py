@@ -376,7 +376,7 @@ class _Part:
 # ---- names ----
 
 
-def _fill(row: Row, item: object, fill: Mapping[str, Sequence[str]]) -> Row:
+def _fill(row: Row, item: Any, fill: Mapping[str, Sequence[str]]) -> Row:
     """Put names into {{NAME}} and {{AUTHOR}} of a self-cognition row."""
     if not any(fill.values()):
         return row

@@ -136,7 +136,7 @@ def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> PreTra
         ) from error
 
 
-def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: type | None, **kwargs: object) -> Any:
+def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: type | None, **kwargs: Any) -> Any:
     """`from_pretrained`, for files that hold exactly this model. Raises: CheckpointError naming what is amiss."""
     from swiftlite.llm.model.names import Others, check_names, keep_declared_frozen
 

@@ -143,7 +143,7 @@ class Template(TemplateOptions):
         messages: Sequence[Message],
         tools: Tools | None = None,
         add_generation_prompt: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
         """The conversation as text, equal to the model's official chat template.
 
@@ -159,7 +159,7 @@ class Template(TemplateOptions):
         whole, tools, _ = self._prepared(messages, tools)
         return self.chat.bounded(lambda: self.chat.write(whole, tools, add_generation_prompt, self._options(kwargs)))
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Tools | None = None, **kwargs: Any) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools | None = None, **kwargs: object) -> list[int]:
         """Token ids of the conversation up to where the model answers, for generation."""
         if not self.use_chat_template:
             return self.tokenize(_contents(messages))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import marshal
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -73,7 +74,11 @@ def _environment(sandboxed: bool) -> Environment:
         raise TemplateError(message)
 
     def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -113,7 +118,7 @@ def keep(source: str, sandboxed: bool, read: Read) -> None:
     _compiled(source, sandboxed)
 
 
-def write_marked(source: str, sandboxed: bool, names: dict[str, Any]) -> str:
+def write_marked(source: str, sandboxed: bool, names: Mapping[str, object]) -> str:
     """The text of a template, what generation tags hold between marks. Raises: whatever a template raises."""
     return str(_compiled(source, sandboxed).render(names))
 

@@ -205,7 +205,7 @@ class RowWriter(Generic[T]):
         self._name, self._failed = name, 0
         self._child = self._start()
 
-    def _start(self) -> BoundedChild[list[T]] | None:
+    def _start(self) -> BoundedChild[Sequence[Json], list[T]] | None:
         return BoundedChild(self._write_all) if self._is_bounded else None
 
     def _write_all(self, rows: Sequence[Json]) -> list[T]:

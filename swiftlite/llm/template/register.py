@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swiftlite.families.templates import JINJA, get_template_meta
 from swiftlite.llm.template.base import Template
@@ -20,7 +20,7 @@ def register_template_class(name: str, template_class: type[Template]) -> None:
     TEMPLATE_CLASSES[name] = template_class
 
 
-def get_template(template_type: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Template:
+def get_template(template_type: str, tokenizer: PreTrainedTokenizerBase, **options: object) -> Template:
     """Make the template of a type for a tokenizer. options: see TemplateOptions.
 
     Raises: UsageError for an unknown type (the nearest is named) or value.

@@ -83,7 +83,7 @@ class Preference:
     counts: tuple[str, ...] = ("pairs", "chosen_tokens")
 
     def __init__(
-        self, loss: PairLoss, policy: Any, reference: PreTrainedModel | None, has_reference: bool = True
+        self, loss: PairLoss, policy: PreTrainedModel, reference: PreTrainedModel | None, has_reference: bool = True
     ) -> None:
         self.pair_loss, self.policy = loss, policy
         self.reference = reference

@@ -47,7 +47,7 @@ class GroupedLinear(torch.nn.Module):
         shape: tuple[int, int],
         divided: int,
         config: TransformerConfig,
-        groups: Any,
+        groups: ProcessGroupCollection,
         init: Callable[[Tensor], object],
     ) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ class CompiledRMSNorm(RMSNorm):
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` compiled; torch's compiler takes a second to import."""
     return torch.compile(function)
 

@@ -45,7 +45,7 @@ def model_provider(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> GPTModel:
     """Build one model chunk of this rank on the CPU or the rank's GPU, without weights.
 

@@ -128,7 +128,7 @@ class RotaryEmbedding(CoreRotaryEmbedding):  # type: ignore[misc]
         positions = torch.arange(max_seq_len, device=inv_freq.device, dtype=inv_freq.dtype) + offset
         return torch.outer(positions, inv_freq)
 
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, **_: Any) -> Any:
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, **_: object) -> Any:
         """Angles [S, 1, 1, rotated width]; of this rank's positions, unless sequences are packed."""
         angles = super().forward(max_seq_len, offset, packed_seq)
         if not packed_seq and ranks() > 1:

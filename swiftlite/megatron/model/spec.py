@@ -52,7 +52,9 @@ def disk_names(is_moe: bool, is_mla: bool) -> dict[str, str]:
     return names
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None, replace: Mapping[Any, Any] | None = None) -> Any:
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, replace: Mapping[object, object] | None = None
+) -> Any:
     """Return the TransformerBlockSubmodules of this rank's pipeline stage.
 
     replace: classes of megatron-core -> a family's own ones (unusual routers, for one).

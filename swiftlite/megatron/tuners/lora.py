@@ -144,7 +144,7 @@ class Lora(torch.nn.Module):
         self.shares = [_shares(one, plan) for one in linears]
         self.blocks, order = _blocks(linear.names, _held(linear))
         self.register_buffer("order", None if order == list(range(len(order))) else torch.tensor(order), False)
-        self._scales: dict[Any, Tensor] = {}
+        self._scales: dict[object, Tensor] = {}
         reduced = getattr(linear.weight, "allreduce", True)
         for short in (short for short, _ in self.blocks if any(short in shares for shares in self.shares)):
             a, b = self._initial(short, plan, config.params_dtype)
@@ -387,7 +387,7 @@ class Adapters(torch.nn.Module):
         """linear: of a layer with several experts, any of them."""
         self.add_module(linear.path.replace(".", "/"), lora)
 
-        def add(layer: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> Any:
+        def add(layer: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, object]) -> object:
             if not self.enabled:
                 return output
             x, ends = inputs[0], None

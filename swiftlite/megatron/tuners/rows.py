@@ -64,7 +64,7 @@ class TokenRows(torch.nn.Module):
         """The rows, for a computation of which each rank does a part: their gradient is the sum of the ranks'."""
         return copy_to_tensor_model_parallel_region(self.delta, group=self.group)  # type: ignore[no-any-return]
 
-    def _embed(self, _: object, args: tuple[Any, ...], kwargs: Settings, output: Tensor) -> Tensor:
+    def _embed(self, _: object, args: tuple[Tensor, ...], kwargs: Settings, output: Tensor) -> Tensor:
         """output [S, B, H] of tokens [B, S]; under sequence parallelism it is this rank's part of S."""
         if not self.owner().enabled:  # type: ignore[union-attr]
             return output
@@ -75,7 +75,7 @@ class TokenRows(torch.nn.Module):
         rows = F.embedding(found.int().argmax(-1), self._summed() if self.sequence_parallel else self.delta)
         return torch.where(found.any(-1, keepdim=True), rows.to(output.dtype), output)
 
-    def _score(self, layer: Any, args: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def _score(self, layer: Any, args: tuple[Tensor, ...], output: tuple[Tensor, object]) -> tuple[Tensor, object]:
         """output: logits [S, B, this rank's part of the vocabulary] of hidden states [S, B, H]."""
         if not self.owner().enabled:  # type: ignore[union-attr]
             return output

@@ -56,7 +56,7 @@ class SdpaAttention(torch.nn.Module):
         self,
         config: TransformerConfig,
         layer_number: int,
-        attn_mask_type: Any,
+        attn_mask_type: object,
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
@@ -88,7 +88,7 @@ class SdpaAttention(torch.nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
+        attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
         **_: object,
@@ -171,7 +171,7 @@ class SdpaAttention(torch.nn.Module):
         shares = torch.softmax(scores, -1)[..., : k.shape[2]].to(v.dtype)
         return torch.nn.functional.dropout(shares, dropout) @ v
 
-    def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
+    def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[object]:
         """Heads differ between TP ranks, so dropout there draws from the generator that differs too."""
         if not dropout or self.config.sequence_parallel:
             return contextlib.nullcontext()

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
@@ -26,7 +27,7 @@ from swiftlite.megatron.model.layers import RMSNorm
 class FullNorm(RMSNorm):
     """Of `heads` heads. With fewer heads than ranks a head is on several ranks, and its squares count on each."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float, heads: int) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
         super().__init__(config, heads * hidden_size, eps)
         self.heads = heads
 
@@ -48,12 +49,12 @@ class FullNorm(RMSNorm):
 
 
 class QueryNorm(FullNorm):
-    def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(config, hidden_size, eps, config.num_attention_heads)
 
 
 class KeyNorm(FullNorm):
-    def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(config, hidden_size, eps, config.num_query_groups)
 
 

@@ -20,7 +20,7 @@ def adapt(model: Any, args: MegatronArguments) -> None:
     if hasattr(model, "embedding") and embedding != 1:
         model.embedding.register_forward_hook(lambda _, __, hidden: hidden * embedding)
 
-    def scale(_: Any, __: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    def scale(_: object, __: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         hidden, bias = output
         return hidden * residual, None if bias is None else bias * residual
 

@@ -14,7 +14,7 @@ from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron import backend
 
 
-def replacements(args: MegatronArguments) -> dict[Any, Any]:
+def replacements(args: MegatronArguments) -> dict[object, object]:
     if backend.setup().spec != "te":
         return {}
     from megatron.core.extensions import transformer_engine as te

@@ -5,11 +5,10 @@ Shapes: S sequence, B batch, N heads, D head width, T packed tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron.context import positions
@@ -20,7 +19,7 @@ def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     settings = args.description.rope_scaling or {}
     beta, original = settings["llama_4_scaling_beta"], settings["original_max_position_embeddings"]
 
-    def scale(_: object, inputs: tuple[Any, ...], kwargs: Settings) -> tuple[tuple[Any, ...], Settings]:
+    def scale(_: object, inputs: tuple[Tensor, ...], kwargs: Settings) -> tuple[tuple[Tensor, ...], Settings]:
         query, *rest = inputs  # [S, B, N, D], packed [T, N, D]
         packed = kwargs.get("packed_seq_params")
         bounds = None if packed is None else packed.cu_seqlens_q

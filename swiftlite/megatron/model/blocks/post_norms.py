@@ -24,7 +24,7 @@ def adapt(model: Any, args: MegatronArguments) -> None:
 
 
 def _normalise(part: Any, norm: Any) -> None:
-    def hook(_: Any, __: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
+    def hook(_: object, __: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
         hidden, bias = output  # [S, B, H], [H]
         return norm(hidden if bias is None else hidden + bias), None
 

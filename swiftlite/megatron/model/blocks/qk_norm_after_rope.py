@@ -23,7 +23,7 @@ def _defer(attention: Any) -> None:
     norm_q, norm_k = attention.q_layernorm.forward, attention.k_layernorm.forward
     attention.q_layernorm.forward = attention.k_layernorm.forward = _unchanged
 
-    def hook(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook(_: object, inputs: tuple[object, ...]) -> tuple[object, ...]:
         query, key, *rest = inputs  # [S, B, heads, D], packed [T, heads, D]
         return norm_q(query), norm_k(key), *rest
 

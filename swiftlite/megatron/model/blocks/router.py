@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -148,7 +147,7 @@ class TopKRouter(router.TopKRouter):  # type: ignore[misc]
         return math.ceil((tokens * self.topk / self.config.num_moe_experts) * self.config.moe_expert_capacity_factor)
 
 
-def _all_real(seq_length: int, batch: int, device: Any) -> BatchTokens:
+def _all_real(seq_length: int, batch: int, device: torch.device) -> BatchTokens:
     rows = torch.arange(batch, device=device)
     return BatchTokens(rows[:, None].expand(batch, seq_length), torch.full_like(rows, seq_length))
 

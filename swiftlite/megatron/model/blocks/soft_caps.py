@@ -5,8 +5,6 @@ Neither Transformer Engine nor megatron-core caps scores, so these models have t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -16,7 +14,7 @@ from swiftlite.megatron import backend
 from swiftlite.megatron.model.blocks.attention import SdpaAttention
 
 
-def replacements(args: MegatronArguments) -> dict[Any, Any]:
+def replacements(args: MegatronArguments) -> dict[object, object]:
     if args.description.attn_logit_softcapping is None or backend.setup().spec != "te":
         return {}
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -32,7 +30,7 @@ def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     if cap is None or not hasattr(model, "output_layer"):
         return
 
-    def hook(_: object, __: object, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def hook(_: object, __: object, output: tuple[Tensor, object]) -> tuple[Tensor, object]:
         logits, bias = output
         return cap * torch.tanh(logits / cap), bias
 

@@ -5,8 +5,6 @@ megatron-core allows a bias only with sigmoid scores.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -20,7 +18,7 @@ class SoftmaxBiasRouter(ChoosingRouter):
 
     normalise = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         del self.expert_bias
         self.register_buffer(
@@ -32,5 +30,5 @@ class SoftmaxBiasRouter(ChoosingRouter):
         return (scores + self.expert_bias).topk(self.topk, dim=-1).indices
 
 
-def replacements(args: MegatronArguments) -> dict[Any, Any]:
+def replacements(args: MegatronArguments) -> dict[object, object]:
     return {TopKRouter: SoftmaxBiasRouter}

@@ -7,6 +7,7 @@ between passes, so recomputation and micro batches of different lengths are no m
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ class TwoRotaryEmbeddings(RotaryEmbedding):
         super().__init__(rope, replaced)
         self.window = RotaryEmbedding(window_rope, replaced)
 
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, **_: Any) -> Tensor:
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, **_: object) -> Tensor:
         both = (super().forward(max_seq_len, offset, packed_seq), self.window(max_seq_len, offset, packed_seq))
         return torch.cat(both, -1)
 
@@ -70,8 +71,8 @@ def adapt(model: MegatronModule, args: MegatronArguments) -> None:
             attention.register_forward_pre_hook(_taking(part), with_kwargs=True)
 
 
-def _taking(part: slice) -> Any:
-    def hook(_: object, args: tuple[Any, ...], kwargs: Settings) -> tuple[tuple[Any, ...], Settings]:
+def _taking(part: slice) -> Callable[..., tuple[tuple[object, ...], Settings]]:
+    def hook(_: object, args: tuple[object, ...], kwargs: Settings) -> tuple[tuple[object, ...], Settings]:
         return args, {**kwargs, "rotary_pos_emb": kwargs["rotary_pos_emb"][..., part].contiguous()}
 
     return hook
