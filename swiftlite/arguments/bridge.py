@@ -144,8 +144,16 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-# Blocks of families without which stock Megatron-LM computes something else.
-STOCK_LACKS = {
+# Blocks of families without which stock Megatron-LM computes something else; None where settings tell whether it does.
+STOCK_LACKS: dict[str, str | None] = {
+    "no_input_norms": "layers without norms before attention and MLP",
+    "scaled_embedding": "factor on embeddings",
+    "expert_biases": None,  # stock's own have them, too
+    "group_max_router": None,
+    "multipliers": None,
+    "soft_caps": None,
+    "softmax_bias_router": None,
+    "window_rope": None,
     "post_norms": "norms behind attention and MLP",
     "full_qk_norm": "norms of queries and keys over all heads together",
     "qk_norm_after_rope": "norms of queries and keys after their rotation",
@@ -169,8 +177,9 @@ def _stock_limit(args: Described) -> str | None:
         if getattr(args, name) != 1:
             return f"it has no {name}; this model has {getattr(args, name)}"
     for block in family_of(args.architectures).blocks if args.architectures else ():
-        if block in STOCK_LACKS:
-            return f"it has no {STOCK_LACKS[block]}"
+        lacking = STOCK_LACKS.get(block, f"layer like {block}")
+        if lacking:
+            return f"it has no {lacking}"
     if args.rotary_base and args.rotary_base != int(args.rotary_base):
         return f"its --rotary-base takes whole numbers; this model has rope_theta {args.rotary_base}"
     if rope in ("llama3", "linear") and _is_mla(args):

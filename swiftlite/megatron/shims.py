@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from swiftlite.megatron import cpu
-from swiftlite.utils.types import Json
 from swiftlite.weights.unpickle import guard_checkpoint_reader
 
 
@@ -110,7 +109,7 @@ def _keep_adam_step() -> None:
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     original = optimizer._set_main_param_and_optimizer_states
 
-    def set_states(self: Any, model_param: Any, tensors: Json) -> None:
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         if "step" in state:

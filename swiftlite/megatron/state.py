@@ -105,7 +105,7 @@ def _saved_part(model: MegatronModule) -> MegatronModule:
     return getattr(inner, "adapters", inner)
 
 
-def _rng_state() -> list[Json]:
+def _rng_state() -> list[dict[str, object]]:
     return [
         {
             "random_rng_state": random.getstate(),
@@ -240,7 +240,7 @@ def _contents(
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler,
     carried: Mapping[str, ShardedTensor] | None,
-) -> tuple[Json, ShardedStateDict]:
+) -> tuple[dict[str, object], ShardedStateDict]:
     """(what common.pt holds, sharded states) of a checkpoint. Collective."""
     # Layers in one tensor need an optimizer state of every layer.
     metadata = {**checkpoint_metadata(), "non_homogeneous_layers": any(all_gather(_leaves_out_layers(models)))}

@@ -2,17 +2,20 @@
 
 import argparse
 import json
+import pkgutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from swiftlite.arguments.bridge import STOCK
+from swiftlite.arguments.bridge import STOCK, STOCK_LACKS
 from swiftlite.arguments.description import Described
 from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.arguments.ms_swift import ARGV, EXTRA
 from swiftlite.arguments.parallel import MegatronArguments
-from swiftlite.checkpoint.bind import convert_hf_config
+from swiftlite.checkpoint.bind import architecture_of, convert_hf_config
+from swiftlite.families import family_of, tiny_configs
+from swiftlite.megatron.model import blocks as megatron_blocks
 from swiftlite.utils.errors import ConfigError
 from swiftlite.weights.shape import layer_pattern
 
@@ -206,6 +209,20 @@ def test_stock_rope_scaling():
 def test_models_that_stock_cannot_compute_get_an_explanation(changes, reason):
     text = convert(**changes).megatron_lm_args()
     assert isinstance(text, str) and reason in text and "\n" not in text
+
+
+def test_every_block_is_judged():
+    """A block that nobody has thought of must not be taken for what stock Megatron-LM computes."""
+    blocks = {module.name for module in pkgutil.iter_modules(megatron_blocks.__path__)} - {"attention", "router"}
+    assert blocks == set(STOCK_LACKS)
+    by_settings = {block for block, text in STOCK_LACKS.items() if text is None}
+    told = set()
+    for variants in tiny_configs().values():
+        for config in variants.values():
+            used = set(family_of(architecture_of(config)).blocks) & by_settings
+            arguments = conversion_arguments({**convert_hf_config(config), "rope_scaling": None}, "", "float32")
+            told |= used if isinstance(arguments.megatron_lm_args(), str) else set()
+    assert told == by_settings - {"expert_biases"}
 
 
 def test_checkpoint_args_are_plain_and_agree_with_the_record():

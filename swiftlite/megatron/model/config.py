@@ -18,7 +18,7 @@ from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron import backend
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.types import Json
+from swiftlite.utils.types import Settings
 from swiftlite.weights.shape import layer_pattern
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def config_class(args: MegatronArguments) -> type:
     return chosen
 
 
-def config_fields(args: MegatronArguments) -> Json:
+def config_fields(args: MegatronArguments) -> Settings:
     """Keywords of `config_class(args)` as the arguments say them, before this machine has its say.
 
     Fields whose argument is None are absent: megatron-core's default holds.
@@ -153,7 +153,7 @@ def config_fields(args: MegatronArguments) -> Json:
     both = Described(args.description, args)
     known = {f.name for f in dataclasses.fields(config_class(args)) if f.init}
     rules: dict[str, Rule] = {**RULES, **(MLA_RULES if both.multi_latent_attention else {})}
-    fields: Json = {k: v for k, v in FIXED.items() if k in known}
+    fields: Settings = {k: v for k, v in FIXED.items() if k in known}
     for name in sorted(known):
         if name in rules:
             value = rules[name](both)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -35,7 +35,7 @@ from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron import backend
 from swiftlite.megatron.model.layers import Offsets
 from swiftlite.utils.errors import ConfigError
-from swiftlite.utils.types import Json, Settings
+from swiftlite.utils.types import Settings
 
 
 class GroupedLinear(torch.nn.Module):
@@ -81,7 +81,7 @@ class GroupedLinear(torch.nn.Module):
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Settings | None = None
-    ) -> Json:
+    ) -> ShardedStateDict:
         """One shard an expert, two for gate and up, under the name that a linear layer of a single expert has."""
         factory = ShardedTensorFactory(
             f"{prefix}weight",
@@ -158,7 +158,7 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Settings | None = None
-    ) -> Json:
+    ) -> ShardedStateDict:
         """Keys on disk are those of megatron-core's experts: `experts.` once more before the layer."""
         found = {}
         for name, layer in self.named_children():

@@ -7,14 +7,13 @@ Shapes: E experts, T rows sorted by expert, M rows and N columns of an expert's 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from swiftlite.utils.types import Json
 
 
 @triton.autotune(
@@ -67,7 +66,7 @@ def add_grouped_products(gradients: Tensor, inputs: Tensor, ends: Tensor, total:
     experts, rows, columns = total.shape
     gradients, inputs = gradients.contiguous(), inputs.contiguous()
 
-    def grid(meta: Json) -> tuple[int]:
+    def grid(meta: Mapping[str, int]) -> tuple[int]:
         return (experts * triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
 
     _add_kernel[grid](gradients, inputs, ends, total, rows, columns, experts)

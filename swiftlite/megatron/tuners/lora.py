@@ -39,7 +39,6 @@ from swiftlite.megatron.tuners.freeze import let_gradients_through
 from swiftlite.megatron.tuners.lora_plan import LINEAR, LoraPlan, plan_lora, read_lora, with_new_rows
 from swiftlite.megatron.tuners.rows import add_rows
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.types import Json
 from swiftlite.weights.lora import A, B
 from swiftlite.weights.ops import Segment
 from swiftlite.weights.rule import BoundMap, Entry, clip
@@ -255,7 +254,7 @@ class Lora(torch.nn.Module):
 
     def shards(self) -> ShardedStateDict:
         """Parameter -> what it is of the global tensors that have its Hugging Face names, one for each expert."""
-        found: Json = {}
+        found: ShardedStateDict = {}
         for name, parameter in self.named_parameters():
             short, letter = name[:-2], name[-1]
             held = [(place, shares[short]) for place, shares in enumerate(self.shares) if short in shares]

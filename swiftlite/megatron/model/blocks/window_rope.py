@@ -1,6 +1,6 @@
 """Rotary settings of their own in layers with a window (Gemma 3, OLMo 3).
 
-The angles of both kinds travel side by side, [S, 1, 1, rotated widths], and each attention takes its own. Nothing is kept
+The angles of both kinds travel together, [S, 2, 1, rotated width], and each attention takes its own. Nothing is kept
 between passes, so recomputation and micro batches of different lengths are no matter.
 """
 
@@ -26,7 +26,7 @@ _FACTOR = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
 
 
 class TwoRotaryEmbeddings(RotaryEmbedding):
-    """Angles of the layers that see the whole text, then those of layers with a window, in the last dimension."""
+    """Angles of the layers that see the whole text, then those of layers with a window, in dimension 1."""
 
     def __init__(self, rope: Rope, window_rope: Rope, replaced: Any) -> None:
         super().__init__(rope, replaced)
@@ -34,7 +34,7 @@ class TwoRotaryEmbeddings(RotaryEmbedding):
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, **_: object) -> Tensor:
         both = (super().forward(max_seq_len, offset, packed_seq), self.window(max_seq_len, offset, packed_seq))
-        return torch.cat(both, -1)
+        return torch.cat(both, 1)
 
 
 def description_of_windows(model: ModelDescription) -> ModelDescription:
@@ -50,7 +50,6 @@ def adapt(model: MegatronModule, args: MegatronArguments) -> None:
     rope, window_rope = Rope(args.description), Rope(description_of_windows(args.description))
     if hasattr(model, "rotary_pos_emb"):
         model.rotary_pos_emb = TwoRotaryEmbeddings(rope, window_rope, model.rotary_pos_emb)
-    width = 2 * len(rope.inv_freq)
     config = model.config
     window_config = copy.copy(config)
     for name in _FACTOR:
@@ -64,15 +63,13 @@ def adapt(model: MegatronModule, args: MegatronArguments) -> None:
             )
             if windowed and differs:
                 attention.config = window_config
-                attention._yarn_concentration_factor = (
-                    window_rope.attention_factor
-                )  # read once, from megatron-core 0.19
-            part = slice(width, None) if windowed else slice(None, width)
-            attention.register_forward_pre_hook(_taking(part), with_kwargs=True)
+                # Read once, from megatron-core 0.19.
+                attention._yarn_concentration_factor = window_rope.attention_factor
+            attention.register_forward_pre_hook(_taking(int(windowed)), with_kwargs=True)
 
 
-def _taking(part: slice) -> Callable[..., tuple[tuple[object, ...], Settings]]:
+def _taking(kind: int) -> Callable[..., tuple[tuple[object, ...], Settings]]:
     def hook(_: object, args: tuple[object, ...], kwargs: Settings) -> tuple[tuple[object, ...], Settings]:
-        return args, {**kwargs, "rotary_pos_emb": kwargs["rotary_pos_emb"][..., part].contiguous()}
+        return args, {**kwargs, "rotary_pos_emb": kwargs["rotary_pos_emb"][:, kind : kind + 1].contiguous()}
 
     return hook
