@@ -148,21 +148,26 @@ def post_norms(attention: str, mlp: str) -> tuple[WeightRule, ...]:
     )
 
 
-ROUTER = (
-    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
-    copy("{layer}.mlp.router.weight", "{layer}.mlp.gate.weight", "experts", "hidden", when=MOE),
-)
-ROUTER_BIAS = (
-    copy(
-        "{layer}.mlp.router.expert_bias", "{layer}.mlp.gate.e_score_correction_bias", "experts",
-        when=EXPERT_BIAS, keep_dtype=True, is_buffer=True,
-    ),
-)  # fmt: skip
+def router(hf: str, **settings: Any) -> tuple[WeightRule, ...]:
+    """The norm before a layer's experts, and the router by its Hugging Face name. settings: of the router's rule."""
+    return (
+        copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
+        copy("{layer}.mlp.router.weight", f"{hf}.weight", "experts", "hidden", when=MOE, **settings),
+    )
+
+
+def expert_bias(hf: str) -> tuple[WeightRule, ...]:
+    """What is added to the router's scores for choosing experts."""
+    name, kept = "{layer}.mlp.router.expert_bias", {"when": EXPERT_BIAS, "keep_dtype": True, "is_buffer": True}
+    return (copy(name, f"{hf}.e_score_correction_bias", "experts", **kept),)
+
+
+ROUTER = router("{layer}.mlp.gate")
+ROUTER_BIAS = expert_bias("{layer}.mlp.gate")
 EXPERTS = gated_mlp("{layer}.mlp.experts.experts", "{layer}.mlp.experts.{expert}", "moe_ffn", MOE)
 # Mixtral's names, router included.
 MIXTRAL_EXPERTS = (
-    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
-    copy("{layer}.mlp.router.weight", "{layer}.block_sparse_moe.gate.weight", "experts", "hidden", when=MOE),
+    *router("{layer}.block_sparse_moe.gate"),
     *gated_mlp(
         "{layer}.mlp.experts.experts", "{layer}.block_sparse_moe.experts.{expert}", "moe_ffn", MOE, "w1", "w3", "w2"
     ),

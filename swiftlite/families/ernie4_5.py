@@ -11,21 +11,19 @@ from swiftlite.families.blocks import (
     EXPERTS,
     GPT_CONFIG,
     MLP,
-    MOE,
     SHARED_EXPERTS,
     constant,
-    copy,
     decoder,
     layer_list,
     rotary_base,
+    router,
 )
 from swiftlite.families.records import Config, Derived, Family, Refuse
 from swiftlite.weights.ops import FLATTEN
 from swiftlite.weights.rule import Source, WeightRule
 
 ROUTER = (
-    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
-    copy("{layer}.mlp.router.weight", "{layer}.mlp.gate.weight", "experts", "hidden", when=MOE, keep_dtype=True),
+    *router("{layer}.mlp.gate", keep_dtype=True),
     WeightRule(
         "{layer}.mlp.router.expert_bias",
         (Source("{layer}.mlp.moe_statics.e_score_correction_bias", (1, "experts")),),

@@ -13,7 +13,7 @@ from swiftlite.families.blocks import (
     post_norms,
 )
 from swiftlite.families.records import Config, ConfigRule, Derived, Family
-from swiftlite.families.windows import windowed
+from swiftlite.families.windows import window_layers, windowed
 
 _WINDOW = 4096  # what transformers assumes
 
@@ -30,10 +30,7 @@ def _without_rotation(config: Config) -> str | None:
     """1 for layers that see the whole text, of a model with windows."""
     if config.get("sliding_window", _WINDOW) is None:
         return None
-    types = config.get("layer_types")
-    layers = range(config["num_hidden_layers"])
-    full = [kind == "full_attention" for kind in types] if types else [not _slides(config, layer) for layer in layers]
-    return layer_list(full)
+    return layer_list(not slides for slides in window_layers(config, _slides))
 
 
 FAMILY = Family(

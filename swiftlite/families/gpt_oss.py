@@ -13,6 +13,7 @@ from swiftlite.families.blocks import (
     fused_experts,
     gated_mlp,
     rotary_base,
+    router,
 )
 from swiftlite.families.records import ConfigRule, Family, Refuse
 from swiftlite.families.windows import all_but_every, windowed
@@ -26,8 +27,7 @@ SINKS = (
     copy("{layer}.self_attention.linear_proj.bias", "{layer}.self_attn.o_proj.bias", "hidden"),
 )
 ROUTER = (
-    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
-    copy("{layer}.mlp.router.weight", "{layer}.mlp.router.weight", "experts", "hidden", when=MOE),
+    *router("{layer}.mlp.router"),
     copy("{layer}.mlp.router.bias", "{layer}.mlp.router.bias", "experts", when=MOE),
 )
 EXPERTS = (

@@ -10,9 +10,9 @@ from swiftlite.families.blocks import (
     MULTIPLIERS,
     REFUSE_OUTPUT_BIAS,
     constant,
-    copy,
     decoder,
     gated_mlp,
+    router,
 )
 from swiftlite.families.records import Family
 from swiftlite.weights.rule import Fused
@@ -20,8 +20,7 @@ from swiftlite.weights.rule import Fused
 _HF = "{layer}.block_sparse_moe"
 _EXPERT = f"{_HF}.experts.{{expert}}"
 EXPERTS = (
-    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
-    copy("{layer}.mlp.router.weight", f"{_HF}.router.layer.weight", "experts", "hidden", when=MOE),
+    *router(f"{_HF}.router.layer"),
     *gated_mlp("{layer}.mlp.experts.experts", _EXPERT, "moe_ffn", MOE),
 )
 FUSED = (

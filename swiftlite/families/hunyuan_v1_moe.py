@@ -9,20 +9,16 @@ from swiftlite.families.blocks import (
     EXPERTS,
     EXPERTS_HAVE_THE_WIDTH,
     GPT_CONFIG,
-    MOE,
     SHARED,
     constant,
-    copy,
     decoder,
     gated_mlp,
+    router,
 )
 from swiftlite.families.hunyuan_v1_dense import PATCHES, QK_NORM
 from swiftlite.families.records import Config, Derived, Family, Refuse
 
-ROUTER = (
-    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
-    copy("{layer}.mlp.router.weight", "{layer}.mlp.gate.wg.weight", "experts", "hidden", when=MOE, keep_dtype=True),
-)
+ROUTER = router("{layer}.mlp.gate.wg", keep_dtype=True)
 SHARED_MLP = gated_mlp("{layer}.mlp.shared_experts", "{layer}.mlp.shared_mlp", "shared_ffn", SHARED)
 
 

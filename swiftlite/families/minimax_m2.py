@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from swiftlite.families.blocks import (
     ATTENTION,
-    EXPERT_BIAS,
     EXPERT_BIAS_ON,
     EXPERTS_HAVE_THE_WIDTH,
     FULL_QK_NORM,
@@ -12,18 +11,11 @@ from swiftlite.families.blocks import (
     PARTIAL_ROTARY_CONFIG,
     SIGMOID_ROUTER,
     constant,
-    copy,
     decoder,
+    expert_bias,
     rotary_base,
 )
 from swiftlite.families.records import Config, ConfigRule, Derived, Family, Refuse
-
-BIAS = (
-    copy(
-        "{layer}.mlp.router.expert_bias", "{layer}.block_sparse_moe.e_score_correction_bias", "experts",
-        when=EXPERT_BIAS, keep_dtype=True, is_buffer=True,
-    ),
-)  # fmt: skip
 
 
 def _rotated(config: Config) -> float | None:
@@ -51,5 +43,5 @@ FAMILY = Family(
         EXPERTS_HAVE_THE_WIDTH,
     ),
     blocks=("full_qk_norm",),
-    weights=decoder(ATTENTION, FULL_QK_NORM, MIXTRAL_EXPERTS, BIAS),
+    weights=decoder(ATTENTION, FULL_QK_NORM, MIXTRAL_EXPERTS, expert_bias("{layer}.block_sparse_moe")),
 )

@@ -21,6 +21,14 @@ def all_but_every(period: int) -> Callable[[Config, int], bool]:
     return lambda config, layer: (layer + 1) % period != 0
 
 
+def window_layers(config: Config, slides: Callable[[Config, int], bool], by_types: bool = True) -> list[bool]:
+    """Which layers have a window; see windowed."""
+    types = config.get("layer_types") if by_types else None
+    if types:
+        return [kind == "sliding_attention" for kind in types]
+    return [slides(config, layer) for layer in range(config["num_hidden_layers"])]
+
+
 def windowed(
     rules: Rules,
     slides: Callable[[Config, int], bool],
@@ -37,16 +45,10 @@ def windowed(
 
     def size(config: Config) -> int | None:
         window = config.get("sliding_window", default)
-        return window - 1 if window is not None and any(windows(config)) else None
-
-    def windows(config: Config) -> list[bool]:
-        types = config.get("layer_types") if by_types else None
-        if types:
-            return [kind == "sliding_attention" for kind in types]
-        return [slides(config, layer) for layer in range(config["num_hidden_layers"])]
+        return window - 1 if window is not None and any(window_layers(config, slides, by_types)) else None
 
     def layers(config: Config) -> str | None:
-        found = windows(config)
+        found = window_layers(config, slides, by_types)
         return None if size(config) is None or all(found) else layer_list(found)
 
     return (
