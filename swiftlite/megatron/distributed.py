@@ -37,7 +37,6 @@ class ParallelState:
     dp_size: int
     dp_rank: int
     ep_size: int
-    ep_rank: int
     cp_size: int
     cp_rank: int
     vpp_size: int | None
@@ -114,7 +113,6 @@ def get_parallel_state() -> ParallelState:
         dp_size=mpu.get_data_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         ep_size=mpu.get_expert_model_parallel_world_size(),
-        ep_rank=mpu.get_expert_model_parallel_rank(),
         cp_size=mpu.get_context_parallel_world_size(),
         cp_rank=mpu.get_context_parallel_rank(),
         vpp_size=mpu.get_virtual_pipeline_model_parallel_world_size(),

@@ -399,11 +399,6 @@ class BoundMap:
         joined = {part: tensor.name for tensor in fused for part in tensor.views}
         return tuple(dict.fromkeys(joined.get(name, name) for name in self.by_hf))
 
-    @cached_property
-    def by_mcore(self) -> Mapping[tuple[str, int | None], Entry]:
-        """(canonical name, expert) -> entry."""
-        return {(entry.mcore, entry.expert): entry for entry in self.entries}
-
     def check(self, shapes: Mapping[str, Shape], where: str) -> Coverage:
         """Hold a checkpoint's HF names and shapes against the map.
 
