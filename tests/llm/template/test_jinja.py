@@ -192,6 +192,7 @@ def test_what_is_saved_writes_the_same_text(make_tokenizer, official_id):
     tokenizer.chat_template = template.chat.registered
     again = get_template("jinja", tokenizer)
     rng = random.Random(official_id)
+    rows = []
     for _ in range(40):
         row = _conversations(rng)
         try:
@@ -202,7 +203,9 @@ def test_what_is_saved_writes_the_same_text(make_tokenizer, official_id):
             row["messages"], tools=row["tools"], tokenize=False, date_string="26 Jul 2024"
         )
         assert own == wanted
-        assert again.encode(row) == template.encode(row)
+        rows.append(row)
+    encoded = template.encode_batch(rows)
+    assert encoded and again.encode_batch(rows) == encoded and all(isinstance(sample, dict) for sample in encoded)
 
 
 def test_arguments_of_calls_may_be_objects_or_text(make_tokenizer):
