@@ -149,7 +149,7 @@ STOCK_LACKS: dict[str, str | None] = {
     "no_input_norms": "layers without norms before attention and MLP",
     "scaled_embedding": "factor on embeddings",
     "expert_biases": None,  # stock's own have them, too
-    "group_max_router": None,
+    "group_router": None,
     "multipliers": None,
     "soft_caps": None,
     "softmax_bias_router": None,

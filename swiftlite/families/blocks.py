@@ -159,11 +159,11 @@ def router(hf: str, **settings: Any) -> tuple[WeightRule, ...]:
 def expert_bias(hf: str) -> tuple[WeightRule, ...]:
     """What is added to the router's scores for choosing experts."""
     name, kept = "{layer}.mlp.router.expert_bias", {"when": EXPERT_BIAS, "keep_dtype": True, "is_buffer": True}
-    return (copy(name, f"{hf}.e_score_correction_bias", "experts", **kept),)
+    return (copy(name, hf, "experts", **kept),)
 
 
 ROUTER = router("{layer}.mlp.gate")
-ROUTER_BIAS = expert_bias("{layer}.mlp.gate")
+ROUTER_BIAS = expert_bias("{layer}.mlp.gate.e_score_correction_bias")
 EXPERTS = gated_mlp("{layer}.mlp.experts.experts", "{layer}.mlp.experts.{expert}", "moe_ffn", MOE)
 # Mixtral's names, router included.
 MIXTRAL_EXPERTS = (

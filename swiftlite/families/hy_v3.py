@@ -5,34 +5,26 @@ from __future__ import annotations
 from swiftlite.families.blocks import (
     ATTENTION,
     DENSE_BY_TYPES,
-    EXPERT_BIAS,
     EXPERT_BIAS_ON,
     EXPERTS,
     GPT_CONFIG,
     MLP,
-    MOE,
     QK_NORM,
     REFUSE_OUTPUT_BIAS,
     SHARED,
     SIGMOID_ROUTER,
     constant,
-    copy,
     decoder,
+    expert_bias,
     gated_mlp,
     next_layer_mtp,
     rotary_base,
+    router,
     shared_width,
 )
 from swiftlite.families.records import ConfigRule, Family
 
-ROUTER = (
-    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
-    copy("{layer}.mlp.router.weight", "{layer}.mlp.router.gate.weight", "experts", "hidden", when=MOE, keep_dtype=True),
-    copy(
-        "{layer}.mlp.router.expert_bias", "{layer}.mlp.expert_bias", "experts",
-        when=EXPERT_BIAS, keep_dtype=True, is_buffer=True,
-    ),
-)  # fmt: skip
+ROUTER = router("{layer}.mlp.router.gate", keep_dtype=True) + expert_bias("{layer}.mlp.expert_bias")
 SHARED_MLP = gated_mlp("{layer}.mlp.shared_experts", "{layer}.mlp.shared_mlp", "shared_ffn", SHARED)
 
 FAMILY = Family(

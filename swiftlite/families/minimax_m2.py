@@ -43,5 +43,7 @@ FAMILY = Family(
         EXPERTS_HAVE_THE_WIDTH,
     ),
     blocks=("full_qk_norm",),
-    weights=decoder(ATTENTION, FULL_QK_NORM, MIXTRAL_EXPERTS, expert_bias("{layer}.block_sparse_moe")),
+    weights=decoder(
+        ATTENTION, FULL_QK_NORM, MIXTRAL_EXPERTS, expert_bias("{layer}.block_sparse_moe.e_score_correction_bias")
+    ),
 )
