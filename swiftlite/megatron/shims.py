@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from swiftlite.megatron import cpu
+from swiftlite.utils.types import Settings
 from swiftlite.weights.unpickle import guard_checkpoint_reader
 
 
@@ -246,8 +247,8 @@ def _offload_on_cpu() -> None:
     def divide(self: Any, fraction: float) -> tuple[Any, ...]:
         """As megatron-core divides what is on a GPU: main weights of the first parameters are `copies`, all are fp32."""
         whole = sum(p.numel() for group in self.param_groups for p in group["params"])
-        offloaded: list[Json] = []
-        others: list[Json] = []
+        offloaded: list[Settings] = []
+        others: list[Settings] = []
         copies: dict[Tensor, Tensor] = {}
         main: dict[Tensor, Tensor] = {}
         for group in self.param_groups:

@@ -76,6 +76,11 @@ def checkpoint_metadata() -> Settings:
     }
 
 
+def hf_directory(checkpoint: Path) -> Path:
+    """Where the Hugging Face form of an iteration's directory is."""
+    return checkpoint.with_name(f"{checkpoint.name}-hf")
+
+
 def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 

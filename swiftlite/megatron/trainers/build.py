@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.checkpoint import Checkpoint
-from swiftlite.megatron import backend
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.blocks.router import set_router_losses
-from swiftlite.megatron.model.config import torch_dtype, virtual_stages
+from swiftlite.megatron.model.config import virtual_stages
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.optimizer import build_optimizer, build_scheduler
 from swiftlite.megatron.trainers.wrapping import choose_overlap, wrap_models
@@ -62,29 +60,6 @@ class Built:
 def variable_lengths(args: MegatronSftArguments, parallel: ParallelState) -> bool:
     """Stages tell each other the shapes of what they send, but not in an interleaved pipeline: one length there."""
     return parallel.pp_size > 1 and virtual_stages(args) is None
-
-
-def check_machine(args: MegatronSftArguments) -> None:
-    """What a run asks of kernels and dtypes, before anything is read. Raises: UsageError saying what to do instead."""
-    with_te = backend.setup().spec == "te"
-    if args.optimizer_cpu_offload or args.use_precision_aware_optimizer:
-        name = "optimizer_cpu_offload" if args.optimizer_cpu_offload else "use_precision_aware_optimizer"
-        if torch_dtype(args) == torch.float32:
-            raise UsageError(f"--{name} true: its main weights are fp32, so train in --torch_dtype bfloat16")
-    if args.use_precision_aware_optimizer and not args.optimizer_cpu_offload and not with_te:
-        raise UsageError(
-            "--use_precision_aware_optimizer true: needs a GPU and Transformer Engine, whose Adam keeps such states; "
-            "leave it out, or keep them in host memory with --optimizer_cpu_offload true"
-        )
-    if args.fp8_format is not None:
-        newest = {"blockwise": (9, 0), "mxfp8": (10, 0)}.get(args.fp8_recipe, (8, 9))
-        if not with_te or torch.cuda.get_device_capability() < newest:
-            raise UsageError(
-                f"--fp8_format {args.fp8_format}: needs Transformer Engine and a GPU of compute capability "
-                f"{newest[0]}.{newest[1]} (8.9: Ada, 9.0: Hopper, 10.0: Blackwell); leave it out to train in bf16"
-            )
-        if torch_dtype(args) == torch.float32:
-            raise UsageError(f"--fp8_format {args.fp8_format}: beside it all else is bf16; add --torch_dtype bfloat16")
 
 
 def build(

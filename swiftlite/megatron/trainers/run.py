@@ -12,12 +12,11 @@ from swiftlite.llm.pipeline import prepare_template
 from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.megatron.distributed import parallel_groups
-from swiftlite.megatron.state import check_file, iteration_name
+from swiftlite.megatron.state import check_file, hf_directory, iteration_name
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
-from swiftlite.megatron.trainers.build import check_machine
+from swiftlite.megatron.trainers.machine import check_machine
 from swiftlite.megatron.trainers.resolve import print_run, resolve_run
-from swiftlite.megatron.trainers.saving import HF_SUFFIX
 from swiftlite.train.loop import Run, train
 from swiftlite.train.order import Data
 from swiftlite.train.run_directory import held as hold_directory
@@ -55,6 +54,6 @@ def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Dat
         result = train(training, trainer, start)
     # Without the groups: no rank waits for the network.
     if args.push_to_hub and get_rank() == 0 and not result["signal"]:
-        newest = training.root / f"{iteration_name(result['iteration'])}{HF_SUFFIX}"
+        newest = hf_directory(training.root / iteration_name(result["iteration"]))
         push(newest, args.hub_model_id, use_hf=args.use_hf, token=args.hub_token, private=args.hub_private_repo)
     return result

@@ -25,7 +25,6 @@ from swiftlite.megatron.tuners.lora_plan import LoraPlan
 from swiftlite.utils.directories import ADAPTER_CONFIG, CARRIED
 from swiftlite.utils.io import move_files, write_json
 
-HF_SUFFIX = "-hf"
 _RUN_FILES = ".run-files.saving"  # of a run's own directory, while they are made
 
 
@@ -75,14 +74,14 @@ class RunFiles:
         """The Hugging Face directory of a checkpoint, if it is asked for. Collective."""
         if self.lora or not self.args.save_safetensors:
             return [], []
-        directory = path.with_name(f"{path.name}{HF_SUFFIX}")
+        directory = checkpoint.hf_directory(path)
         return [directory], [prepare_hf_weights(models, directory, self.origin, record=self.record)[1]]
 
     def merge(self, path: Path) -> list[Path]:
         """Write the Hugging Face directory of a checkpoint of adapters, if it is asked for. Collective."""
         if not (self.lora and self.args.merge_lora):
             return []
-        directory = path.with_name(f"{path.name}{HF_SUFFIX}")
+        directory = checkpoint.hf_directory(path)
         merged = self.origin.merged(Adapter.open(path, self.origin.bound, plain=False))
         options = Options(exist_ok=True, allow_overflow=self.args.allow_overflow, record=self.record)
         convert(merged, HfTarget(torch_dtype(self.args), SHARD_BYTES), directory, options)
@@ -91,7 +90,7 @@ class RunFiles:
     def next_command(self, iteration: int) -> Sequence[object]:
         """Words of the command that uses the checkpoint of `iteration`."""
         args, path = self.args, self.root / checkpoint.iteration_name(iteration)
-        directory = path.with_name(f"{path.name}{HF_SUFFIX}")
+        directory = checkpoint.hf_directory(path)
         if directory.is_dir():
             return "swiftlite", "infer", "--model", directory, *args.loading_words(hub=False)
         if not self.lora:
