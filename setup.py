@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["swiftlite", "swiftlite.*"]),
-    package_data={"swiftlite": ["**/*.json", "**/*.jsonl", "**/*.jinja"]},
+    package_data={"swiftlite": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.jinja"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=4.57,<6",

@@ -88,6 +88,12 @@ ROUTES: dict[tuple[str, ...], Route] = {
         False,
         "curves of training runs in one picture",
     ),
+    ("env",): Route(
+        "swiftlite.arguments.env:EnvArguments",
+        "swiftlite.selftest.environment:env_main",
+        False,
+        "what is installed, what a run here uses and why, what is missing for which command",
+    ),
     ("megatron", "sft"): Route(
         "swiftlite.arguments.megatron_train:MegatronSftArguments",
         "swiftlite.megatron.trainers.sft:megatron_sft_main",
