@@ -35,7 +35,8 @@ class ModelDescription:
     rotary_interleaved: rotary pairs are neighbours instead of halves. partial_rotary_factor: share of a head that
     rotates. no_rope_freq: layers that do not rotate, a pattern. rope_scaling: as config.json spells it.
     moe_layer_freq: which layers have experts, every N-th, or like [0]*1+[1]*45. moe_router_topk: experts of a token.
-    Latent attention: ranks and widths of a head's parts.
+    Latent attention: ranks and widths of a head's parts. dsa_indexer_topk: tokens that an indexer chooses for each token's
+    attention, in the layers of the pattern dsa_indexer_layers; others take the choice of the layer before.
     """
 
     num_layers: int
@@ -104,6 +105,10 @@ class ModelDescription:
     qk_head_dim: int = 128
     qk_pos_emb_head_dim: int = 64
     v_head_dim: int | None = None
+    dsa_indexer_n_heads: int | None = None
+    dsa_indexer_head_dim: int | None = None
+    dsa_indexer_topk: int | None = None
+    dsa_indexer_layers: str | None = None
 
     @classmethod
     def of(cls, config: Config) -> ModelDescription:

@@ -269,6 +269,12 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         self._check_model(model)
 
     def _check_model(self, model: ModelDescription) -> None:
+        length, chosen = getattr(self, "max_length", 0), model.dsa_indexer_topk
+        if chosen and (length is None or length > chosen):
+            raise UsageError(
+                f"--max_length {length}: a token of this model sees {chosen} tokens that an indexer chooses, on Megatron "
+                f"all of them, which is the same up to --max_length {chosen}. `swiftlite sft` trains longer texts"
+            )
         pp, heads = self.pipeline_model_parallel_size, model.num_attention_heads
         groups = model.num_query_groups
         tp, ep = self.tensor_model_parallel_size, self.expert_model_parallel_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from swiftlite.families.blocks import (
     DENSE_FIRST,
-    EXPERT_BIAS,
     EXPERT_BIAS_ON,
     EXPERT_GROUPS,
     EXPERTS,
@@ -16,6 +15,7 @@ from swiftlite.families.blocks import (
     SIGMOID_ROUTER,
     copy,
     decoder,
+    expert_bias,
     fused_qkv,
     next_layer_mtp,
     shared_width,
@@ -31,17 +31,6 @@ ATTENTION = (
     copy(f"{_SELF}.k_layernorm.weight", f"{_HF}.key_layernorm.weight", "head_dim", when=HAS_QK_NORM),
     copy(f"{_SELF}.linear_proj.weight", f"{_HF}.dense.weight", "hidden", "attn_cols"),
 )
-BIAS = (
-    copy(
-        "{layer}.mlp.router.expert_bias",
-        "{layer}.mlp.gate.expert_bias",
-        "experts",
-        when=EXPERT_BIAS,
-        keep_dtype=True,
-        is_buffer=True,
-    ),
-)
-
 FAMILY = Family(
     "bailing_moe",
     architectures=("BailingMoeV2ForCausalLM",),
@@ -64,7 +53,7 @@ FAMILY = Family(
         ATTENTION,
         MLP,
         ROUTER,
-        BIAS,
+        expert_bias("{layer}.mlp.gate.expert_bias"),
         EXPERTS,
         SHARED_EXPERTS,
         embedding=EMBEDDING,

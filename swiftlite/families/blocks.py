@@ -328,13 +328,16 @@ _FIRST_DENSE = {"first_k_dense_replace": 2}
 DENSE_FIRST = Derived("moe_layer_freq", _dense_first, _FIRST_DENSE)
 
 
-def _dense_by_types(config: Config) -> str | None:
-    """One dense layer, or as many as first_k_dense_replace says, or those that mlp_layer_types names."""
-    types = config.get("mlp_layer_types")
-    return layer_list(kind == "sparse" for kind in types) if types else _dense_first(config, 1)
+def dense_by_types(default: int = 1) -> Derived:
+    """The dense layers that mlp_layer_types names, or the first ones, as many as first_k_dense_replace says."""
+
+    def layers(config: Config) -> str | None:
+        types = config.get("mlp_layer_types")
+        return layer_list(kind == "sparse" for kind in types) if types else _dense_first(config, default)
+
+    return Derived("moe_layer_freq", layers, _FIRST_DENSE)
 
 
-DENSE_BY_TYPES = Derived("moe_layer_freq", _dense_by_types, _FIRST_DENSE)
 SPARSE_STEP = Derived("moe_layer_freq", _sparse_step)
 EXPERT_BIAS_ON = constant("moe_router_enable_expert_bias", True)
 

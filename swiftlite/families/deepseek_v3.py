@@ -22,7 +22,8 @@ from swiftlite.families.blocks import (
 )
 from swiftlite.families.records import Family
 
-WEIGHTS = decoder(MLA_ATTENTION, MLP, ROUTER, ROUTER_BIAS, EXPERTS, SHARED_EXPERTS, **next_layer_mtp())
+LAYER = (MLA_ATTENTION, MLP, ROUTER, ROUTER_BIAS, EXPERTS, SHARED_EXPERTS)
+WEIGHTS = decoder(*LAYER, **next_layer_mtp())
 
 FAMILY = Family(
     "deepseek_v3",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from swiftlite.families.blocks import (
     ATTENTION,
-    DENSE_BY_TYPES,
     EXPERT_BIAS_ON,
     EXPERTS,
     GPT_CONFIG,
@@ -15,6 +14,7 @@ from swiftlite.families.blocks import (
     SIGMOID_ROUTER,
     constant,
     decoder,
+    dense_by_types,
     expert_bias,
     gated_mlp,
     next_layer_mtp,
@@ -38,7 +38,7 @@ FAMILY = Family(
         constant("qk_layernorm", True),
         *SIGMOID_ROUTER,
         ConfigRule("moe_router_topk_scaling_factor", ("router_scaling_factor",), default=2.826),
-        DENSE_BY_TYPES,
+        dense_by_types(),
         EXPERT_BIAS_ON,
         shared_width("num_shared_experts", default=1),
     ),

@@ -130,6 +130,8 @@ class TrainingModel:
         """Entries by layer; 'first' and 'last' are what the ends of the pipeline hold. MTP blocks are not trained."""
         by_place: dict[int | str, list[Entry]] = {"first": [], "last": []}
         for entry in self.bound.entries:
+            if entry.rule.carried:
+                continue
             if entry.stack == "decoder.layers" and entry.index is not None:
                 by_place.setdefault(entry.index, []).append(entry)
             elif entry.stack is None:

@@ -19,6 +19,7 @@ from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.selftest.precision_hf import hf_config
+from swiftlite.selftest.precision_input import num_tokens
 from swiftlite.utils.errors import VerifyError
 from swiftlite.weights.storage import Files, read_tensor
 
@@ -31,7 +32,7 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
     """
     config = read_config(hf_dir)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config["vocab_size"], (2, 160), generator=generator)
+    ids = torch.randint(0, config["vocab_size"], (2, num_tokens(config, 160)), generator=generator)
     pad = hf_config(hf_dir, trust_remote_code).pad_token_id  # Hugging Face's embedding gives the pad token no gradient
     ids[ids == (-1 if pad is None else pad)] = 5 if pad != 5 else 6
     labels = ids.roll(-1, 1).masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
@@ -62,10 +63,11 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
             found = {name: read_tensor(saved, name, files) for name in expected}
     everything = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
     worst = 0.0
-    buffers = {name for entry in bind_map(config).entries if entry.rule.is_buffer for name in entry.hf}
+    # Moved by the router and not by gradients, or not at all.
+    others = {n for e in bind_map(config).entries if e.rule.is_buffer or e.rule.carried for n in e.hf}
     for name, reference in expected.items():
-        if name in buffers:
-            continue  # moved by the router, not by gradients
+        if name in others:
+            continue
         norm = float(reference.norm())
         if (norm == 0) != (float(found[name].norm()) == 0):
             raise VerifyError(f"{name} has a gradient on one side only")

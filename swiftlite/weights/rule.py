@@ -82,6 +82,7 @@ class WeightRule:
     layer. A rule with {expert} in its sources gives one slice per expert of a tensor with a leading [E].
     keep_dtype: stays as stored, whatever --torch_dtype says (router bias).
     is_buffer: kept in fp32 and moved by no optimizer (router bias).
+    carried: no live model holds it; it goes unchanged into every checkpoint.
     """
 
     mcore: str
@@ -90,6 +91,7 @@ class WeightRule:
     when: Condition = ALWAYS
     keep_dtype: bool = False
     is_buffer: bool = False
+    carried: bool = False
 
     @property
     def per_expert(self) -> bool:

@@ -12,10 +12,11 @@ from swiftlite.utils.types import Config
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What a layer consists of. moe: experts. linear: linear attention."""
+    """What a layer consists of. moe: experts. linear: linear attention. indexed: an indexer that chooses its tokens."""
 
     moe: bool = False
     linear: bool = False
+    indexed: bool = False
 
 
 NO_LAYER = LayerKind()
@@ -28,7 +29,8 @@ class ModelShape:
     hidden = H, vocab = V, heads = query heads, groups = key/value heads, ffn = width of a dense MLP, moe_ffn = width of
     one expert, shared_ffn = width of all shared experts together, moe_layers[l] = layer l has experts, linear_layers[l] =
     it has linear attention (() = none has), of key_heads x key_dim and value_heads x value_dim, with a convolution over
-    conv_kernel tokens. Sizes that the model does not have are 0.
+    conv_kernel tokens. indexed_layers[l] = it has an indexer (() = none has), of index_heads x index_dim. Sizes that the
+    model does not have are 0.
     """
 
     num_layers: int
@@ -60,17 +62,20 @@ class ModelShape:
     value_heads: int = 0
     value_dim: int = 0
     conv_kernel: int = 0
+    indexed_layers: tuple[bool, ...] = ()
+    index_heads: int = 0
+    index_dim: int = 0
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each decoder layer."""
-        linear = self.linear_layers or (False,) * len(self.moe_layers)
-        return tuple(map(LayerKind, self.moe_layers, linear))
+        none = (False,) * len(self.moe_layers)
+        return tuple(map(LayerKind, self.moe_layers, self.linear_layers or none, self.indexed_layers or none))
 
     @property
     def mtp_kind(self) -> LayerKind:
         """Of the layer in an MTP block: the last decoder layer's, with full attention."""
-        return LayerKind(self.moe_layers[-1])
+        return LayerKind(self.moe_layers[-1], indexed=any(self.indexed_layers))
 
     @property
     def q_rows(self) -> int:
@@ -102,6 +107,11 @@ class ModelShape:
     @property
     def kv_up_rows(self) -> int:
         return self.heads * (self.nope_dim + self.v_dim)
+
+    @property
+    def index_rows(self) -> int:
+        """Rows of an indexer's queries."""
+        return self.index_heads * self.index_dim
 
     @property
     def hidden2(self) -> int:
@@ -189,6 +199,9 @@ class ModelShape:
             value_heads=int(get("linear_num_value_heads") or 0),
             value_dim=int(get("linear_value_head_dim") or 0),
             conv_kernel=int(get("linear_conv_kernel_dim") or 0),
+            indexed_layers=layer_pattern(get("dsa_indexer_layers"), num_layers) if get("dsa_indexer_layers") else (),
+            index_heads=int(get("dsa_indexer_n_heads") or 0),
+            index_dim=int(get("dsa_indexer_head_dim") or 0),
         )
 
 

@@ -44,7 +44,7 @@ CASES = ["qwen3:default", "qwen2_5:default", "glm4_5:default", "qwen2_moe:defaul
          "seed_oss:default", "glm4_moe_lite:by_types", "hy_v3:default", "phi4:mini", "smollm3:default",
          "ministral3:default", "granite:default", "hunyuan_v1_dense:default", "hunyuan_v1_moe:default", "olmoe:default",
          "gemma2:default", "gemma3_text:default", "olmo3:default", "exaone4:default", "gemma3:default",
-         "bailing_moe:bias"]  # fmt: skip
+         "bailing_moe:bias", "deepseek_v3_2:default"]  # fmt: skip
 
 
 def lora_args(**values: Any) -> SftArguments:

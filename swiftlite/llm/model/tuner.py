@@ -224,13 +224,16 @@ def lora_targets(linear: set[str], args: TunerArguments) -> set[str] | str:
 # Linear layers that are not projections of attention or feed-forward layers: output layers and routers.
 NO_PROJECTIONS = {"lm_head", "embed_out", "gate", "wg", "router", "shared_expert_gate"}
 
+NO_GRADIENTS = ".indexer."  # of attention that reads chosen tokens: a choice has no gradient
+
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers; of a model that reads images too, those of its text part."""
     whole = model.config.get_text_config() is model.config or not hasattr(model, "get_decoder")
     inside = None if whole else {id(module) for module in model.get_decoder().modules()}
     linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [name for name, module in linear if inside is None or id(module) in inside]
+    found = [name for name, module in linear if inside is None or id(module) in inside]
+    return [name for name in found if NO_GRADIENTS not in name]
 
 
 def _of_other_parts(model: PreTrainedModel, linear: list[str]) -> list[str]:

@@ -56,13 +56,13 @@ def freeze_parameters(models: Sequence[MegatronModule], bound: BoundMap, args: M
 
 
 def _in_order(bound: BoundMap, args: MegatronArguments) -> Iterator[Entry]:
-    """Entries of parameters, from the input to the output; no buffers, no MTP layers that are not built."""
+    """Entries of parameters, from the input to the output; no buffers, nothing that is not built."""
     top = [e for e in bound.entries if e.stack is None]
     first = [e for e in top if e.mcore.startswith("embedding.")]
     layers = [e for e in bound.entries if e.stack == "decoder.layers"]
     mtp = [e for e in bound.entries if e.stack not in (None, "decoder.layers") and args.mtp_num_layers]
     for entry in (*first, *layers, *(e for e in top if e not in first), *mtp):
-        if not entry.rule.is_buffer:
+        if not (entry.rule.is_buffer or entry.rule.carried):
             yield entry
 
 

@@ -55,7 +55,8 @@ class LoraPlan:
 
 def _linear_modules(bound: BoundMap) -> list[str]:
     """Hugging Face names of the modules that can have adapters."""
-    entries = (e for e in bound.entries if e.stack == "decoder.layers" and LINEAR.search(f".{e.name}"))
+    held = (e for e in bound.entries if e.stack == "decoder.layers" and not e.rule.carried)
+    entries = (e for e in held if LINEAR.search(f".{e.name}"))
     return list(dict.fromkeys(name.removesuffix(".weight") for entry in entries for name in entry.hf))
 
 
