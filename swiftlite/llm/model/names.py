@@ -178,8 +178,12 @@ def _is_alias(stored: Stored, held: set[int]) -> bool:
     return stored.view.shape == stored.owner.shape and id(stored.owner) in held
 
 
+NO_GRADIENTS = ".indexer."  # in names of attention's parts that choose tokens: a choice has no gradient
+
+
 def keep_declared_frozen(model: PreTrainedModel) -> None:
     """Let parameters that the model's class declares without gradient have none: transformers 5 forgets it on loading.
+    So, too, those that get none, which weight decay would move.
 
     That release has built the class on the meta device before, as is done here.
     """
@@ -189,7 +193,7 @@ def keep_declared_frozen(model: PreTrainedModel) -> None:
         declared = type(model)(model.config)
     frozen = {name for name, parameter in declared.named_parameters() if not parameter.requires_grad}
     for name, parameter in model.named_parameters():
-        if name in frozen:
+        if name in frozen or NO_GRADIENTS in name:
             parameter.requires_grad_(False)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from swiftlite.arguments.base import PEFT_TUNERS, TunerArguments
 from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.model.adapters import begin, lora_size, other_config
-from swiftlite.llm.model.names import Stored, checkpoint_tensors
+from swiftlite.llm.model.names import NO_GRADIENTS, Stored, checkpoint_tensors
 from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
 from swiftlite.utils.io import blame, read_json
@@ -223,8 +223,6 @@ def lora_targets(linear: set[str], args: TunerArguments) -> set[str] | str:
 
 # Linear layers that are not projections of attention or feed-forward layers: output layers and routers.
 NO_PROJECTIONS = {"lm_head", "embed_out", "gate", "wg", "router", "shared_expert_gate"}
-
-NO_GRADIENTS = ".indexer."  # of attention that reads chosen tokens: a choice has no gradient
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
