@@ -35,6 +35,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "granite": {"initializer_range": 0.02, "num_key_value_heads": 2, "logits_scaling": 0.5},
     "gemma3_text": {"initializer_range": 0.02, "num_attention_heads": 4, "num_key_value_heads": 2},
     "hunyuan_v1_moe": {"initializer_range": 0.02, "num_key_value_heads": 2},
+    # Both kinds of layers on each stage.
+    "qwen3_next": {"initializer_range": 0.02, "layer_types": ["linear_attention", "full_attention"] * 2},
     "gpt_oss": {"initializer_range": 0.02, "num_key_value_heads": 2},
     "gemma2": {"initializer_range": 0.02, "num_attention_heads": 4, "num_key_value_heads": 2},
     "ministral3": {"initializer_range": 0.02, "num_key_value_heads": 2},

@@ -118,11 +118,11 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
     ) -> Json:
         """As megatron-core's: in_proj.weight and conv1d.weight are divided into their parts."""
         groups = {"tp_group": self.group, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-        own = {"dt_bias": self.dt_bias, "A_log": self.A_log, "conv1d.weight": self.conv1d.weight}
-        state: Json = make_sharded_tensors_for_checkpoint(
-            own, prefix, dict.fromkeys(own, 0), sharded_offsets, **groups
-        )  # fmt: skip
-        for name in ("in_proj", "out_norm", "out_proj"):
+        divided = {"dt_bias": self.dt_bias, "A_log": self.A_log, "conv1d.weight": self.conv1d.weight}
+        own = {**divided, "out_norm.weight": self.out_norm.weight}
+        axes = dict.fromkeys(divided, 0)
+        state: Json = make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets, **groups)
+        for name in ("in_proj", "out_proj"):
             module = getattr(self, name)
             state |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata or groups)
         for name, count in ((f"{prefix}in_proj.weight", 6), (f"{prefix}conv1d.weight", 3)):
