@@ -241,7 +241,9 @@ class TemplateArguments(Arguments):
             "padding_free": bool(self.padding_free),
             "padding_side": self.padding_side,
             "loss_scale": self.loss_scale,
-            "sequence_parallel_size": getattr(self, "context_parallel_size", 1),
+            "sequence_parallel_size": max(
+                getattr(self, name, 1) for name in ("context_parallel_size", "sequence_parallel_size")
+            ),
             "response_prefix": self.response_prefix,
             # Whether `auto` means the checkpoint's own is seen where its tokenizer is read; records name the type's.
             "template_backend": "swift" if self.template_backend == "auto" else self.template_backend,

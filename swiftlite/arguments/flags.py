@@ -9,12 +9,10 @@ from swiftlite.arguments.parser import Note
 
 _TEXT_ONLY = "the models here are text only, there is no vision tower"
 _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is the same for every layout"
-_MORE_GPUS = "`swiftlite megatron sft` and `megatron dpo` divide the model over GPUs"
 _OTHER_TUNER = (
     "no tuner of peft; --train_type says which there are, --optim adamw_8bit and --recompute full save memory"
 )
-_NO_QUANT = "training on quantised weights is not supported; train LoRA on the bf16 checkpoint"
-_NO_QUANTISING = "quantising is not supported; export bf16 and quantise with the tool of choice"
+_NO_QUANTISING = Note("rejected", "quantising is not supported; export bf16 and quantise with the tool of choice")
 _ANSWERS = (
     "transformers makes the answers here, which takes longer; serve the model's directory with vLLM for throughput"
 )
@@ -71,10 +69,7 @@ COMMON_NOTES: dict[str, Note] = {
     "linear_decoupled_in_proj": Note(
         "default", "projections that the checkpoint keeps apart have adapters of their own"
     ),
-    **dict.fromkeys(
-        ("quant_method", "quant_bits", "quant_n_samples", "quant_batch_size", "group_size"),
-        Note("rejected", _NO_QUANTISING),
-    ),
+    **dict.fromkeys(("quant_n_samples", "quant_batch_size", "group_size"), _NO_QUANTISING),
     "val_dataset_sample": Note("rejected", "write the number behind the dataset: --val_dataset FILE#1000"),
     "val_dataset_shuffle": Note("default", "an evaluation is a mean over all rows, in any order"),
     "download_mode": Note("default", "what was downloaded is used again", allowed=("reuse_dataset_if_exists",)),
@@ -110,6 +105,7 @@ COMMON_NOTES: dict[str, Note] = {
 }
 
 EXPORT_NOTES: dict[str, Note] = {
+    **dict.fromkeys(("quant_method", "quant_bits"), _NO_QUANTISING),
     **dict.fromkeys(
         ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
          "expert_tensor_parallel_size", "context_parallel_size", "sequence_parallel", "decoder_first_pipeline_num_layers",
@@ -119,7 +115,7 @@ EXPORT_NOTES: dict[str, Note] = {
     "mtp_num_layers": Note("default", "MTP layers of the checkpoint are always converted"),
     **dict.fromkeys(("export_device", "export_size"), Note("default", "tensors are streamed; see --max_shard_size")),
     "export_legacy_format": Note("default", "files are safetensors", allowed=("false",)),
-    "export_quantization_bit": Note("rejected", _NO_QUANTISING),
+    "export_quantization_bit": _NO_QUANTISING,
     "save_missing_weights": Note("default", "every tensor of the source is accounted for, or the command fails"),
     **dict.fromkeys(
         ("fp8_format", "fp8_recipe", "fp8_param_gather"),
@@ -206,14 +202,7 @@ TRAIN_NOTES: dict[str, Note] = {
     "use_logits_to_keep": Note(
         "default", "the loss is of the positions that have labels, whether or not logits of the others are made"
     ),
-    "deepspeed": Note(
-        "default", "each GPU holds the whole model: same result, more memory. " + _MORE_GPUS,
-        allowed=("zero0", "zero1", "zero2", "zero3", "none"),
-    ),
-    **dict.fromkeys(
-        ("fsdp", "fsdp_config"), Note("default", "each GPU holds the whole model: same result, more memory. " + _MORE_GPUS)
-    ),
-    "sequence_parallel_size": Note("default", "sequences are not divided here; " + _MORE_GPUS, allowed=("1",)),
+    "fsdp_config": Note("default", "--fsdp shards each layer, and checkpoints are one Hugging Face directory in any case"),
     "tuner_backend": Note(
         "default", "adapters are PEFT's; Unsloth's kernels compute the same, faster on one GPU", allowed=("peft", "unsloth")
     ),
@@ -226,11 +215,7 @@ TRAIN_NOTES: dict[str, Note] = {
          "galore_with_embedding"),
         Note("rejected", _OTHER_TUNER),
     ),
-    **dict.fromkeys(
-        ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage",
-         "quant_bits", "quant_method", "quantization_bit", "quantization_method", "double_quantization"),
-        Note("rejected", _NO_QUANT),
-    ),
+    "bnb_4bit_quant_storage": Note("default", "packed weights lie in bytes, and each GPU holds them all", ("uint8",)),
     "problem_type": Note("rejected", NO_CLASSES),
     "optim_args": Note("rejected", "AdamW is set by --adam_beta1, --adam_beta2, --adam_eps and --weight_decay"),
     **dict.fromkeys(
@@ -316,6 +301,9 @@ DPO_NOTES: dict[str, Note] = {
 }
 
 INFER_NOTES: dict[str, Note] = {
+    **dict.fromkeys(
+        ("quant_method", "quant_bits"), Note("rejected", "answers are computed with the weights as they are stored")
+    ),
     **dict.fromkeys(
         ("vllm_gpu_memory_utilization", "vllm_max_model_len", "vllm_tensor_parallel_size", "vllm_pipeline_parallel_size",
          "vllm_enforce_eager", "vllm_max_num_seqs", "vllm_enable_prefix_caching", "vllm_speculative_config",

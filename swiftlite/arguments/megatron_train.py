@@ -10,7 +10,7 @@ from swiftlite.arguments.description import READ_FROM_CONFIG, ModelDescription
 from swiftlite.arguments.export import PlanArguments, PushArguments, megatron_kinds
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.arguments.parser import Note, arguments
-from swiftlite.arguments.train import PtArguments, SftArguments
+from swiftlite.arguments.train import BITSANDBYTES, PtArguments, SftArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
@@ -36,7 +36,7 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
         super().__post_init__()
         if "moe_router_bias_update_rate" not in self.given:
             self.moe_router_bias_update_rate = 0.0
-        if "8bit" in self.optim:
+        if self.optim in BITSANDBYTES:
             raise UsageError(f"--optim {self.optim}: Megatron's optimizer has fp32 states; leave it out")
         if self.optim == "muon":
             raise UsageError("--optim muon: needs whole matrices, which Megatron's ranks share; use `swiftlite sft`")

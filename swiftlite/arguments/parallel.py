@@ -40,7 +40,6 @@ class ParallelArguments(Arguments):
     context_parallel_size: int = field(
         1,
         "ranks that share each sequence (CP)",
-        aliases=["sequence_parallel_size"],
         common=True,
     )
     cp_comm_type: str = field(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.arguments.base import BaseArguments, TunerArguments
+from swiftlite.arguments.base import BaseArguments, TunerArguments, normalize_dtype
 from swiftlite.arguments.flags import ONLY_TRANSFORMERS, TRAIN_NOTES
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
 from swiftlite.utils.errors import UsageError
@@ -15,6 +16,36 @@ SCHEDULES_CALLED = {
     "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "cosine_with_restarts": "cosine",
     "polynomial": "linear", "inverse_sqrt": "inverse-square-root", "warmup_stable_decay": "WSD",
 }  # fmt: skip
+
+
+# Optimizers of bitsandbytes by transformers' names.
+BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit", "adamw_bnb_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit",
+}  # fmt: skip
+
+
+# Stages of DeepSpeed's ZeRO -> words of --fsdp.
+ZERO = {
+    "zero0": [], "zero1": ["shard_grad_op"], "zero2": ["shard_grad_op"], "zero2_offload": ["shard_grad_op", "offload"],
+    "zero3": ["full_shard"], "zero3_offload": ["full_shard", "offload"],
+}  # fmt: skip
+
+
+def zero_words(given: str) -> list[str]:
+    """Words of --fsdp that divide as `--deepspeed given` does, a stage's name or a JSON file. Raises: UsageError."""
+    name = given
+    if given.endswith(".json"):
+        try:
+            with open(given, encoding="utf-8") as file:
+                zero = json.load(file).get("zero_optimization") or {}
+            places = [(zero.get(part) or {}).get("device", "none") for part in ("offload_param", "offload_optimizer")]
+            name = f"zero{int(zero.get('stage', 0))}" + ("_offload" if set(places) != {"none"} else "")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"--deepspeed {given}: is no configuration of DeepSpeed's ({error})") from None
+    if name not in ZERO:
+        raise UsageError(f"--deepspeed {given}: must be one of {', '.join(ZERO)}, or a JSON file of such a stage")
+    return list(ZERO[name])
 
 
 @arguments
@@ -65,10 +96,11 @@ class TrainArguments(Arguments):
     adam_eps: float = field(1e-8, "Adam's epsilon", aliases=["adam_epsilon"])
 
     optim: str = field(
-        "adamw_torch", "AdamW of torch (or of Transformer Engine on Megatron), or of bitsandbytes with 8-bit states; muon: "
-        "torch's Muon for the layers' matrices, AdamW for the others",
+        "adamw_torch", "AdamW of torch (or of Transformer Engine on Megatron); bitsandbytes' with states of 8 bits, or with "
+        "states that move to the host while the GPU is full (paged); muon: torch's Muon for the layers' matrices, AdamW for "
+        "the others",
         aliases=["optimizer"],
-        choices=["adamw_torch", "adamw_torch_fused", "adamw", "adam", "adamw_8bit", "adamw_bnb_8bit", "muon"],
+        choices=["adamw_torch", "adamw_torch_fused", "adamw", "adam", "muon", *BITSANDBYTES],
     )  # fmt: skip
 
     fp16: bool = field(False, "same as --torch_dtype float16")
@@ -288,6 +320,42 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         None, "learning rate of LoRA's B as a multiple of --lr (LoRA+)", aliases=["lorap_lr_ratio"], least=0,
         unavailable=ONLY_TRANSFORMERS,
     )  # fmt: skip
+    quant_method: str | None = field(
+        None, "library that quantises the frozen weights of LoRA while they are loaded (QLoRA): bnb, which is bitsandbytes",
+        aliases=["quantization_method"], unavailable=ONLY_TRANSFORMERS,
+    )  # fmt: skip
+    quant_bits: int | None = field(
+        None, "4 or 8 bits for each of them", aliases=["quantization_bit"], unavailable=ONLY_TRANSFORMERS
+    )
+    bnb_4bit_compute_dtype: str | None = field(
+        None, "dtype in which 4-bit weights are multiplied (default: --torch_dtype)", unavailable=ONLY_TRANSFORMERS
+    )
+    bnb_4bit_quant_type: str = field(
+        "nf4", "kind of 4-bit number", choices=["nf4", "fp4"], unavailable=ONLY_TRANSFORMERS
+    )
+    bnb_4bit_use_double_quant: bool = field(
+        True, "quantise the scales of 4-bit weights too", aliases=["double_quantization"], unavailable=ONLY_TRANSFORMERS
+    )
+    fsdp: list[str] = run_setting(
+        [],
+        "full_shard: divide weights, gradients and optimizer over the GPUs (FSDP2), shard_grad_op: but gather each pass's "
+        "weights once; `full_shard offload`: in the hosts' memory",
+        unavailable={
+            "MegatronArguments": Note("rejected", "Megatron divides the model by its own flags; see --dry_run")
+        },
+    )
+    deepspeed: str | None = run_setting(
+        None,
+        "zero0 to zero3, zero2_offload, zero3_offload or a JSON file of DeepSpeed's: divided as its stage says, by --fsdp",
+        path=True,
+        unavailable={"MegatronArguments": Note("default", "--dry_run shows how Megatron divides", (*ZERO, "none"))},
+    )
+    sequence_parallel_size: int = run_setting(
+        1,
+        "ranks that share each sequence (Ulysses): each holds a part of its tokens, and attends with some of the heads",
+        least=1,
+        unavailable={"MegatronArguments": Note("rejected", "sequences are divided by --context_parallel_size")},
+    )
     experts_impl: str | None = run_setting(
         None,
         "how experts are computed, with transformers 5",
@@ -310,6 +378,67 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         super().__post_init__()
         if self.num_train_epochs is None and self.train_iters is None:
             self.num_train_epochs = 1.0
+        self._settle_sharding()
+        self._settle_quantisation()
+        others = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "neftune_noise_alpha")
+        beside = next((name for name in others if getattr(self, name)), None)
+        if self.sequence_parallel_size > 1 and beside:
+            raise UsageError(
+                f"--sequence_parallel_size with --{beside}: it is of whole sequences; leave out one of them"
+            )
+
+    def _settle_quantisation(self) -> None:
+        """--quant_bits alone means bitsandbytes."""
+        self.bnb_4bit_compute_dtype = normalize_dtype(self.bnb_4bit_compute_dtype, "bnb_4bit_compute_dtype")
+        if self.quant_method not in (None, "bnb", "bitsandbytes"):
+            raise UsageError(
+                f"--quant_method {self.quant_method}: weights are quantised for training with bitsandbytes alone, which "
+                "needs no data and has 4-bit numbers made for it (NF4); use bnb"
+            )
+        if self.quant_method and self.quant_bits is None:
+            raise UsageError(f"--quant_method {self.quant_method}: give --quant_bits 4 or 8")
+        if self.quant_bits is None:
+            return
+        self.quant_method = "bnb"
+        if self.quant_bits not in (4, 8):
+            raise UsageError(f"--quant_bits {self.quant_bits}: must be 4 or 8")
+        if self.train_type != "lora" or self.begins_with_weights:
+            raise UsageError(
+                f"--quant_bits {self.quant_bits}: trains LoRA alone, which begins anew; use --train_type lora"
+            )
+        if self.fsdp:
+            raise UsageError(
+                f"--quant_bits {self.quant_bits} with --fsdp: packed weights cannot be divided; leave out one"
+            )
+
+    def _settle_sharding(self) -> None:
+        """--fsdp, or what --deepspeed comes to, becomes [], or full_shard or shard_grad_op, and perhaps offload."""
+        words = [word for item in self.fsdp for word in item.replace(",", " ").split()]
+        if self.deepspeed not in (None, "none"):
+            divided = zero_words(self.deepspeed)
+            if words and words != divided:
+                raise UsageError(f"--deepspeed {self.deepspeed} with --fsdp: both divide the model; leave out one")
+            words = divided
+        known = ("full_shard", "shard_grad_op", "fsdp2", "auto_wrap", "offload", "none", "false")
+        unknown = next((word for word in words if word not in known), None)
+        if unknown:
+            raise UsageError(f"--fsdp {unknown}: must be full_shard or shard_grad_op, and offload after it")
+        self.fsdp = []
+        if set(words) - {"none", "false"}:
+            kind = "shard_grad_op" if "shard_grad_op" in words else "full_shard"
+            self.fsdp = [kind, *(["offload"] if "offload" in words else [])]
+        if not self.fsdp:
+            return
+        if self.optim in (*BITSANDBYTES, "muon"):
+            raise UsageError(f"--fsdp with --optim {self.optim}: its states cannot be divided; use adamw_torch")
+        if self.adapts and (self.train_type != "lora" or self.use_dora or self.begins_with_weights):
+            raise UsageError(
+                "--fsdp: divides plain LoRA alone of all adapters; use --train_type lora, or leave out --fsdp"
+            )
+        if self.fp16:
+            raise UsageError("--fsdp with float16: is not supported; use --torch_dtype bfloat16")
+        if self.device_map is not None:
+            raise UsageError("--fsdp with --device_map: both say where layers are; leave out one")
 
 
 @arguments

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from swiftlite.arguments.parser import Arguments
+from swiftlite.arguments.train import BITSANDBYTES
 from swiftlite.utils.directories import expect
 from swiftlite.utils.errors import SwiftliteError, UsageError
 
@@ -51,11 +52,12 @@ def preflight(args: Arguments) -> None:
         raise UsageError(
             "--attention_backend flash: flash-attn is not installed; pip install flash-attn, or leave it out"
         )
-    for flag, package in (("use_liger_kernel", "liger-kernel"), ("optim", "bitsandbytes")):
+    needed = (("use_liger_kernel", "liger-kernel"), ("optim", "bitsandbytes"), ("quant_bits", "bitsandbytes"))
+    for flag, package in needed:
         value = getattr(args, flag, None)
-        if (value is True or "8bit" in str(value)) and not args.needs_megatron:
-            if not _installed(package.replace("-", "_")):
-                raise UsageError(f"--{flag} {str(value).lower()}: pip install {package}, or leave it out")
+        wanted = value in BITSANDBYTES if flag == "optim" else value
+        if wanted and not args.needs_megatron and not _installed(package.replace("-", "_")):
+            raise UsageError(f"--{flag} {str(value).lower()}: pip install {package}, or leave it out")
     if args.needs_megatron and not _installed("megatron.core"):
         raise SwiftliteError("megatron-core is not installed; run: pip install 'swiftlite[megatron]'")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from swiftlite.arguments.base import BaseArguments
+from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.info import first_of
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.resolve import resolve
@@ -12,7 +13,7 @@ from swiftlite.checkpoint.vocabulary import NewTokens, rows_of
 from swiftlite.llm.model.loader import Loaded, get_model_tokenizer, id_of, load_tokenizer
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.types import Config
+from swiftlite.utils.types import Config, Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,4 +101,24 @@ def _load(args: BaseArguments, load_model: bool) -> Loaded:
         need_template=False,
         ignore_requirements=args.ignore_requirements,
         allow_overflow=args.allow_overflow,
+        model_kwargs=_quantised(args) if load_model else None,
     )
+
+
+def _quantised(args: BaseArguments) -> Json:
+    """Keywords of from_pretrained that --quant_bits asks for."""
+    if not isinstance(args, SftArguments) or args.quant_method is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if args.model_info.quant_method:
+        raise UsageError(
+            f"--quant_bits {args.quant_bits}: the checkpoint is quantised already ({args.model_info.quant_method})"
+        )
+    four = {
+        "load_in_4bit": True,
+        "bnb_4bit_compute_dtype": args.bnb_4bit_compute_dtype or args.model_info.torch_dtype,
+        "bnb_4bit_quant_type": args.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": args.bnb_4bit_use_double_quant,
+    }
+    return {"quantization_config": BitsAndBytesConfig(**(four if args.quant_bits == 4 else {"load_in_8bit": True}))}

@@ -153,12 +153,14 @@ def sum_log_probs(token_losses: Tensor, mask: Tensor, sequence_ids: Tensor, num_
 
 
 def answer_log_probs(logits: Tensor, labels: Tensor, sequence_ids: Tensor | None = None, num: int = 0) -> LogProbs:
-    """Log-probabilities of answers from logits [B, S, V] and labels [B, S] (not shifted, -100 outside the answers).
+    """Log-probabilities of answers from logits [B, S, V] and labels [B, S] (not shifted, -100 outside the answers), or
+    [B, S + 1] where the sequence goes on.
 
     sequence_ids [B, S] with `num` sequences where several share a row; else each row is one.
     """
     targets = labels[:, 1:]
-    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
+    predicted = logits[:, : targets.shape[1]].float().transpose(1, 2)
+    losses = cross_entropy(predicted, targets, ignore_index=IGNORE_INDEX, reduction="none")
     if sequence_ids is None:
         num = len(labels)
         sequence_ids = torch.arange(num, device=labels.device)[:, None].expand_as(labels)

@@ -52,7 +52,8 @@ class LanguageModeling:
     def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "loss_scale")}
         targets = batch["labels"][:, 1:].flatten()
-        logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
+        # The last token predicts nothing, unless its label came along: the next rank's first one.
+        logits = model(**inputs).logits[:, : batch["labels"].shape[1] - 1].flatten(0, 1).float()
         weights, by_probability = batch.get("loss_scale"), self.by_probability and model.training
         if weights is None and not by_probability:
             loss = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 
-from swiftlite.arguments.train import SftArguments, TrainArguments
+from swiftlite.arguments.train import BITSANDBYTES, SftArguments, TrainArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.types import Json
 
@@ -84,8 +84,9 @@ def build_optimizer(model: torch.nn.Module, args: SftArguments) -> torch.optim.O
     settings: Json = {
         "lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps, "weight_decay": args.weight_decay,
     }  # fmt: skip
-    if "8bit" in args.optim:
-        optimizer: torch.optim.Optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(groups, **settings)
+    if args.optim in BITSANDBYTES:
+        kind = getattr(importlib.import_module("bitsandbytes").optim, BITSANDBYTES[args.optim])
+        optimizer: torch.optim.Optimizer = kind(groups, **settings)
     elif args.optim == "muon":
         optimizer = Muon(groups, _of_layers(model), settings)
     else:

@@ -44,6 +44,8 @@ COMPANIONS = {
     "result_path": ["--val_dataset", "FILE"],
     "dataset": ["--to_cached_dataset", "true"],
     "adapters": ["--train_type", "lora"],
+    "quant_method": ["--quant_bits", "4", "--train_type", "lora"],
+    "quant_bits": ["--train_type", "lora"],
     "mcore_adapter": ["--train_type", "lora"],
     "merge_lora": ["--train_type", "lora"],
     "tuner_settings": ["--train_type", "boft"],
@@ -58,7 +60,8 @@ VALUES = {
     "label_smoothing": "0.1", "recompute_granularity": "full", "min_lr": "1e-5", "lr": "1e-4",
     "moe_token_dispatcher_type": "allgather", "columns": '{"text1": "query"}',
     "task_type": "causal_lm", "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
-    "lr_scheduler_kwargs": '{"min_lr": 1e-6}', "init_weights": "pissa",
+    "lr_scheduler_kwargs": '{"min_lr": 1e-6}', "init_weights": "pissa", "fsdp": "full_shard",
+    "deepspeed": "zero2", "quant_method": "bnb", "quant_bits": "4", "bnb_4bit_compute_dtype": "bf16",
 }  # fmt: skip
 ALL = [(cls, flag) for _, cls, other in SECTIONS for flag in rows(cls, other)]
 
@@ -141,6 +144,7 @@ def test_docs_are_what_the_generator_writes():
 TURNED_INTO = {
     "dataset_dir": "dataset_info",
     "max_samples": "dataset",
+    "deepspeed": "fsdp",
     "lr_scheduler_kwargs": "min_lr",
     "debug": "--debug",
     "gradient_accumulation_steps": "batch_sizes",
@@ -157,7 +161,7 @@ MEGATRON_TURNED_INTO = {"recompute": "recompute_granularity", "save_weights_only
 TEMPLATE = "get_template_kwargs"
 VIA_TEMPLATE = {"system", "max_length", "truncation_strategy", "max_pixels", "agent_template", "norm_bbox",
                 "use_chat_template", "padding_free", "padding_side", "loss_scale", "response_prefix",
-                "template_backend", "context_parallel_size"}  # fmt: skip
+                "template_backend", "context_parallel_size", "sequence_parallel_size"}  # fmt: skip
 
 
 def _sources(megatron):

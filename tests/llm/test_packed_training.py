@@ -63,7 +63,7 @@ def test_hugging_face_packed_equals_padded(hf, family, attention):
     dataset = EncodedDataset(ROWS, template)
     packed = PackedDataset(dataset, 200, seed=1)
     assert 1 < len(packed) < len(dataset)
-    assert not needs_mask(model)
+    assert not needs_mask(model, torch.device("cpu"))
     padded = loss_and_gradients(model, template.data_collator([dataset[i] for i in range(len(dataset))]))
     template.padding_free = True
     joined = template.data_collator([packed[i] for i in range(len(packed))])
@@ -109,7 +109,7 @@ def test_a_model_that_ignores_positions_gets_the_mask(hf):
         return forward(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
 
     model.forward = deaf
-    assert needs_mask(model)
+    assert needs_mask(model, torch.device("cpu"))
 
 
 # ---- Megatron ----

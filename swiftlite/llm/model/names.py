@@ -8,13 +8,14 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of, text_config, wrapped_family
@@ -23,7 +24,7 @@ from swiftlite.utils.text import listing
 from swiftlite.utils.types import Config
 from swiftlite.weights.rule import NAMINGS
 from swiftlite.weights.safetensors import SafetensorsSource
-from swiftlite.weights.storage import Files, read_tensor
+from swiftlite.weights.storage import Files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,10 +32,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a checkpoint in a live model. owner: the parameter or buffer that holds it; view: its part of that."""
+    """One tensor of a checkpoint in a live model.
+
+    owner: the parameter or buffer that holds it, perhaps sharded. first: where it begins there, in elements.
+    """
 
     owner: Tensor
-    view: Tensor
+    first: int
+    shape: torch.Size
+
+    @property
+    def view(self) -> Tensor:
+        """Its part of an owner that is whole on this rank."""
+        return self.owner.data.reshape(-1)[self.first : self.first + self.shape.numel()].view(self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.owner.shape
+
+    def local(self) -> tuple[Tensor, int]:
+        """(its elements on this rank, flat, in the owner's memory; number of the first of them). Maybe none."""
+        part, begin = local_part(self.owner)
+        low, high = max(begin, self.first), min(begin + len(part), self.first + self.shape.numel())
+        return part[low - begin : max(low, high) - begin], low - self.first
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, int]:
+    """(elements of `tensor` on this rank, flat, in its memory; number of the first of them): all of one that is whole.
+
+    Rows of a sharded one are divided as torch.chunk does.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.reshape(-1), 0
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    begin = min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    return tensor.to_local().reshape(-1), begin * tensor.shape[1:].numel()
 
 
 def checkpoint_tensors(model: PreTrainedModel, parts: Sequence[nn.Module] = ()) -> dict[str, Stored]:
@@ -48,7 +81,7 @@ def checkpoint_tensors(model: PreTrainedModel, parts: Sequence[nn.Module] = ()) 
         held = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
         live = {name: tensor for name, tensor in live.items() if id(tensor) in held}
     if not _joins():
-        return {name: Stored(tensor, tensor.data) for name, tensor in live.items()}
+        return {name: Stored(tensor, 0, tensor.shape) for name, tensor in live.items()}
     from transformers.core_model_loading import revert_weight_conversion
 
     # The library's own way back, done with row numbers in place of rows, says where each tensor comes from.
@@ -78,8 +111,7 @@ def checkpoint_tensors(model: PreTrainedModel, parts: Sequence[nn.Module] = ()) 
         ordered = torch.equal(rows.flatten(), torch.arange(count, device="cpu") + first + starts[index])
         if not ordered or numbered.shape[-1:] not in ((2,), ()) or first + count > owner.shape[:-1].numel():
             raise ConfigError(f"{type(model).__name__}: how {name} lies in the loaded model is not known")
-        whole = owner.data.reshape(-1, owner.shape[-1]) if owner.dim() else owner.data.view(1, 1)
-        found[name] = Stored(owner, whole[first : first + count].view(*rows.shape, *owner.shape[-1:]))
+        found[name] = Stored(owner, first * owner.shape[-1:].numel(), torch.Size([*rows.shape, *owner.shape[-1:]]))
     return found
 
 
@@ -124,21 +156,16 @@ class Others:
             or any(fnmatch.fnmatch(name, pattern) for pattern in self.ignored)
         )
 
-    def carried(self, directory: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The MTP blocks of the model in `directory`, for a checkpoint with the tensors `state`.
+    def carried(self, directory: Path, held: Container[str]) -> dict[str, str]:
+        """The MTP blocks of the model in `directory`, for a checkpoint with the tensors `held`.
 
-        They are what they were, but for the copies of embedding and head, which follow `state`.
+        Returns: name -> itself, or for copies of embedding and head the tensor of `held` that they follow.
         """
-        found: dict[str, Tensor] = {}
         if not self.prefixes:
-            return found
-        source = SafetensorsSource(directory)
-        with Files() as files:
-            for name in source.tensors:
-                if name.startswith(self.prefixes) and name not in state:
-                    of = state.get((self.copies or {}).get(name, ""))
-                    found[name] = read_tensor(source, name, files) if of is None else of.detach().cpu().clone()
-        return found
+            return {}
+        blocks = [n for n in SafetensorsSource(directory).tensors if n.startswith(self.prefixes) and n not in held]
+        copies = self.copies or {}
+        return {name: copies[name] if copies.get(name) in held else name for name in blocks}
 
 
 def check_names(missing: Iterable[str], unexpected: Iterable[str], where: str | Path) -> None:
@@ -164,18 +191,21 @@ def load_tensors(model: PreTrainedModel, directory: Path, others: Others) -> Non
         for name, located in source.tensors.items():
             if name not in wanted:
                 continue
-            view = wanted[name].view
-            if located.spec.shape != tuple(view.shape):
+            stored = wanted[name]
+            if located.spec.shape != tuple(stored.shape):
                 raise CheckpointError(
-                    f"{located.file}: {name} has shape {list(located.spec.shape)}, the model has {list(view.shape)}; "
+                    f"{located.file}: {name} has shape {list(located.spec.shape)}, the model has {list(stored.shape)}; "
                     "they do not belong together"
                 )
-            view.copy_(read_tensor(source, name, files))
+            part, first = stored.local()
+            values = torch.empty(len(part), dtype=located.spec.dtype)
+            source.read(name, first, values, files)
+            part.copy_(values)
 
 
 def _is_alias(stored: Stored, held: set[int]) -> bool:
     """A second name of a tied weight that the files have under the first."""
-    return stored.view.shape == stored.owner.shape and id(stored.owner) in held
+    return stored.is_whole and id(stored.owner) in held
 
 
 NO_GRADIENTS = ".indexer."  # in names of attention's parts that choose tokens: a choice has no gradient

@@ -129,13 +129,21 @@ def prepare_model(model: PreTrainedModel, args: SftArguments) -> Any:
                 "unquantised checkpoint"
             )
         freeze(model, args)
-    held = set()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-            held.add(name)
-    setattr(model, _HELD, held)
+    setattr(model, _HELD, {name for name, parameter in model.named_parameters() if _rises(parameter)})
+    if not args.fsdp:  # else each layer is as it is sharded
+        raise_to_fp32(model)
     return model
+
+
+def _rises(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+
+
+def raise_to_fp32(module: nn.Module) -> None:
+    """Hold what is trained of a module in fp32."""
+    for parameter in module.parameters():
+        if _rises(parameter):
+            parameter.data = parameter.data.float()
 
 
 def freeze(model: PreTrainedModel, args: SftArguments) -> None:
@@ -145,7 +153,7 @@ def freeze(model: PreTrainedModel, args: SftArguments) -> None:
     for tensors of a checkpoint that are one parameter and cannot be divided.
     """
     owners = trainable_tensors(model)
-    trained = trainable_names({name: stored.view.numel() for name, stored in owners.items()}, args)
+    trained = trainable_names({name: stored.shape.numel() for name, stored in owners.items()}, args)
     if _parted(owners, trained) and split_experts(model, trainable=True):
         owners = trainable_tensors(model)
     parted = _parted(owners, trained)
@@ -168,7 +176,7 @@ def trainable_tensors(model: PreTrainedModel) -> dict[str, Stored]:
         is_alias = id(stored.owner) in whole
         if isinstance(stored.owner, nn.Parameter) and stored.owner.requires_grad and not is_alias:
             found[name] = stored
-            if stored.view.shape == stored.owner.shape:
+            if stored.is_whole:
                 whole.add(id(stored.owner))
     return found
 

@@ -14,7 +14,7 @@ from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.model import tuner
 from swiftlite.llm.pipeline import load_model, prepare_template
-from swiftlite.llm.train.saving import FP32_FILE, OPTIMIZER, PREFIX, SCHEDULER, STATE, rng_file
+from swiftlite.llm.train.saving import FP32_FILE, OPTIMIZER, PREFIX, SCHEDULER, SHARDED_OPTIMIZER, STATE, rng_file
 from swiftlite.train import run_directory
 from swiftlite.train.checkpoints import Start, finished
 from swiftlite.train.order import Data
@@ -37,15 +37,20 @@ UNREAD = "training_args.bin"  # transformers' own arguments: objects, which noth
 
 
 @contextmanager
-def process_group(timeout: int) -> Iterator[None]:
-    """The group of all ranks, where there are several; ended also after an error. timeout: seconds of an exchange."""
-    started = get_world_size() > 1 and not torch.distributed.is_initialized()
+def process_group(timeout: int, always: bool) -> Iterator[None]:
+    """The group of all ranks, where there are several or `always`; ended also after an error.
+
+    timeout: seconds of an exchange.
+    """
+    started = (always or get_world_size() > 1) and not torch.distributed.is_initialized()
     if torch.cuda.is_available():
         torch.cuda.set_device(get_local_rank())
     if started:
+        backend, alone = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", get_world_size() == 1
         torch.distributed.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout)
-        )
+            backend, timeout=timedelta(seconds=timeout), store=torch.distributed.HashStore() if alone else None,
+            rank=0 if alone else -1, world_size=1 if alone else -1,
+        )  # fmt: skip
     try:
         yield
     finally:
@@ -65,7 +70,7 @@ def started(
     """
     if args.model is None:
         raise UsageError("give the model with --model DIR_OR_ID")
-    with process_group(args.ddp_timeout):
+    with process_group(args.ddp_timeout, always=bool(args.fsdp)):
         resolve(args)
         template = prepare_template(args)
         if args.output_dir is None:
@@ -118,10 +123,14 @@ def check_start(start: Start, weights_only: bool) -> None:
         if step != start.step:
             raise CheckpointError(f"{directory / STATE} is of step {step}: a copy of another checkpoint")
     names = {path.name for path in directory.iterdir()}
-    if not any(name.endswith((".safetensors", ".bin")) and name not in (FP32_FILE, UNREAD) for name in names):
+    if not any(
+        name.endswith((".safetensors", ".bin")) and name not in (FP32_FILE, SHARDED_OPTIMIZER, UNREAD) for name in names
+    ):
         raise CheckpointError(
             f"{directory}: its weights (model or adapter_model .safetensors) are missing; {start.way_on}"
         )
+    if SHARDED_OPTIMIZER in names:
+        names.add(OPTIMIZER)
     if weights_only and OPTIMIZER not in names:
         logger.warning("%s holds weights only: the optimizer begins anew, at the step's learning rate", directory)
         return

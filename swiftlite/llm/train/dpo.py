@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import pad
 
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.checkpoint.resolve import as_arguments
@@ -20,13 +21,14 @@ from swiftlite.llm.dataset.pairs import SIDES, PairDataset, sequences_of
 from swiftlite.llm.dataset.prepare import load_pairs
 from swiftlite.llm.model.loader import embedding_rows
 from swiftlite.llm.model.tuner import prepare_model
+from swiftlite.llm.pipeline import load_model
 from swiftlite.llm.train.begin import started
 from swiftlite.llm.train.trainer import HfTrainer, run
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs
 from swiftlite.train.objective import Batch
 from swiftlite.train.reference import check_reference, pair_loss, reference_kind
-from swiftlite.utils.dist import all_gather, get_rank, get_world_size
+from swiftlite.utils.dist import all_gather
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
 
@@ -35,18 +37,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from swiftlite.llm.template.base import Template
+    from swiftlite.llm.train.ulysses import SequenceParts
 
 logger = get_logger()
 
 # What a batch holds besides the model's inputs.
-_NOT_INPUTS = ("labels", "sequence_ids", "reference")
+_NOT_INPUTS = ("labels", "sequence_ids", "reference", "answers")
 
 
 class PairCollator:
     """Items of a PairDataset -> one batch: all chosen answers, then all rejected ones; rows, or joined to one sequence.
 
     Returns: input_ids, labels, position_ids, attention_mask [2P, S] (joined: [1, S], without a mask); sequence_ids, which
-    answer a position belongs to, int64 of the same shape; reference [2P], where it was computed before.
+    answer a position belongs to, int64 of the same shape; answers, 2P; reference [2P], where it was computed before.
     """
 
     def __init__(self, template: Template) -> None:
@@ -57,9 +60,11 @@ class PairCollator:
         batch: Batch = self.template.data_collator(rows)
         if self.template.padding_free:
             sizes = torch.tensor([len(row["input_ids"]) for row in rows])
-            batch["sequence_ids"] = torch.repeat_interleave(torch.arange(len(rows)), sizes).unsqueeze(0)
+            ids = torch.repeat_interleave(torch.arange(len(rows)), sizes)
+            batch["sequence_ids"] = pad(ids, (0, batch["labels"].shape[1] - len(ids))).unsqueeze(0)
         else:
             batch["sequence_ids"] = torch.arange(len(rows)).unsqueeze(1).expand_as(batch["labels"]).contiguous()
+        batch["answers"] = torch.tensor(len(rows))
         known = [pair.get("reference") for item in items for pair in item["pairs"]]
         if all(values is not None for values in known):
             batch["reference"] = torch.tensor(list(zip(*known, strict=True)), dtype=torch.float32).flatten()
@@ -74,7 +79,7 @@ def pair_lengths(item: Json) -> list[int]:
 def log_probs(model: torch.nn.Module, batch: Batch) -> LogProbs:
     """Of the answers in a batch under a model."""
     logits = model(**{name: value for name, value in batch.items() if name not in _NOT_INPUTS}).logits
-    return answer_log_probs(logits, batch["labels"], batch["sequence_ids"], int(batch["sequence_ids"].max()) + 1)
+    return answer_log_probs(logits, batch["labels"], batch["sequence_ids"], int(batch["answers"]))
 
 
 class Preference:
@@ -88,15 +93,22 @@ class Preference:
         self.pair_loss, self.policy = loss, policy
         self.reference = reference
         self.has_reference = has_reference
+        self.parts: SequenceParts | None = None
 
     def count(self, batch: Batch) -> list[int]:
-        pairs = (int(batch["sequence_ids"].max()) + 1) // 2
+        pairs = int(batch["answers"]) // 2
         answered = batch["labels"][:, 1:] != -100
         return [pairs, int((answered & (batch["sequence_ids"][:, 1:] < pairs)).sum())]
 
     def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        policy = log_probs(model, batch)
-        return self.pair_loss.sums(policy, self.reference_log_probs(batch, policy) if self.has_reference else None)
+        policy = self.log_probs(model, batch)
+        sums = self.pair_loss.sums(policy, self.reference_log_probs(batch, policy) if self.has_reference else None)
+        return {name: value / self.parts.size for name, value in sums.items()} if self.parts else sums
+
+    def log_probs(self, model: torch.nn.Module, batch: Batch) -> LogProbs:
+        """Of whole answers, whose parts may be on several ranks."""
+        found = log_probs(model, batch)
+        return LogProbs(self.parts.add_up(found.sums), self.parts.add_up(found.tokens)) if self.parts else found
 
     def loss(self, sums: dict[str, Tensor]) -> Tensor:
         return self.pair_loss.total(sums["loss"], sums["pairs"], sums["nll"], sums["chosen_tokens"])
@@ -109,9 +121,9 @@ class Preference:
         if policy is not None and "reference" in batch:
             return LogProbs(batch["reference"], policy.tokens)
         if self.reference is not None:
-            return log_probs(self.reference, batch)
+            return self.log_probs(self.reference, batch)
         with _frozen(cast("PeftModel", self.policy)):
-            return log_probs(self.policy, batch)
+            return self.log_probs(self.policy, batch)
 
 
 @contextmanager
@@ -136,7 +148,8 @@ def reference_model(args: DpoArguments, model: PreTrainedModel) -> PreTrainedMod
         return None
     reference: PreTrainedModel
     if kind == "start":
-        reference = copy.deepcopy(model)
+        # Ranks that divide it share the memory of what is read, not of a copy.
+        reference = load_model(args) if args.fsdp else copy.deepcopy(model)
     else:
         from swiftlite.llm.model.loader import get_model_tokenizer
 
@@ -175,9 +188,12 @@ class DpoTrainer(HfTrainer):
         self.references = int(self.args.has_reference and not self.args.precompute_ref_log_probs)
 
     def load(self, start: Start | None) -> int:
+        self.objective.parts = self.parts
         done = super().load(start)
         if self.objective.reference is not None:
-            self.objective.reference.to(self.device)  # type: ignore[arg-type]  # as in trainer.py
+            self.place(self.objective.reference)
+            if self.parts is not None:
+                self.parts.install(self.objective.reference)
         if self.args.precompute_ref_log_probs:
             for dataset in (self.run.train_set, self.run.val_set):
                 if isinstance(dataset, PairDataset):
@@ -190,16 +206,16 @@ class DpoTrainer(HfTrainer):
     @torch.no_grad()
     def precompute(self, dataset: PairDataset) -> None:
         """Keep the reference's log-probabilities of all pairs; ranks share the work. Collective."""
-        mine = range(get_rank(), dataset.pairs, get_world_size())
-        size = self.run.plan.micro_batch_size
+        plan = self.run.plan
+        mine, size = range(plan.dp_rank, dataset.pairs, plan.dp_size), plan.micro_batch_size
         found: list[tuple[int, float, float]] = []
-        for start in range(0, len(mine), size):
-            indices = mine[start : start + size]
-            batch = self.inputs(self.collate([{"pairs": [dataset.pair(i) for i in indices]}]))
+        for start in range(0, -(-dataset.pairs // plan.dp_size), size):
+            indices = mine[start : start + size]  # perhaps none: ranks run a sharded model together
+            batch = self.inputs(self.collate([{"pairs": [dataset.pair(i) for i in indices or [0]]}]))
             with self.accelerator.autocast():
                 sums = self.objective.reference_log_probs(batch).sums
-            found += zip(indices, *(part.tolist() for part in sums.chunk(2)), strict=True)
-        everybody = sorted(entry for part in all_gather(found) for entry in part)
+            found += zip(indices, *(part[: len(indices)].tolist() for part in sums.chunk(2)), strict=True)
+        everybody = sorted({entry for part in all_gather(found) for entry in part})
         dataset.reference = [(chosen, rejected) for _, chosen, rejected in everybody]
         logger.info("the reference answered %d pairs", dataset.pairs)
 

@@ -34,9 +34,8 @@ def block_diagonal_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def _leak(model: PreTrainedModel, with_mask: bool, joined: bool) -> float:
+def _leak(model: PreTrainedModel, device: torch.device, with_mask: bool, joined: bool) -> float:
     """How much the second half's logits move when the first half's tokens change."""
-    device = next(model.parameters()).device
     vocabulary = embedding_rows(model)
     tokens = torch.arange(2 * _HALF, device=device).remainder(vocabulary).unsqueeze(0)
     changed = tokens.clone()
@@ -50,7 +49,7 @@ def _leak(model: PreTrainedModel, with_mask: bool, joined: bool) -> float:
     return float((first - second).abs().max())
 
 
-def needs_mask(model: PreTrainedModel) -> bool:
+def needs_mask(model: PreTrainedModel, device: torch.device) -> bool:
     """True if the model must be given block_diagonal_mask to keep joined samples apart; tried with a few tokens.
 
     Newer models of transformers find the borders in position_ids. Raises: UsageError if neither keeps them apart.
@@ -58,11 +57,11 @@ def needs_mask(model: PreTrainedModel) -> bool:
     training = model.training
     model.eval()
     try:
-        seen = _leak(model, with_mask=False, joined=False)  # one sample: its second half does see the first
-        if seen == 0 or _leak(model, with_mask=False, joined=True) < 0.05 * seen:
+        seen = _leak(model, device, with_mask=False, joined=False)  # one sample: its second half does see the first
+        if seen == 0 or _leak(model, device, with_mask=False, joined=True) < 0.05 * seen:
             return False
         try:
-            leak = _leak(model, with_mask=True, joined=True)
+            leak = _leak(model, device, with_mask=True, joined=True)
         except (RuntimeError, ValueError, TypeError):  # flash kernels take no such mask
             leak = seen
         if leak >= 0.05 * seen:

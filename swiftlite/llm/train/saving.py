@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.files import CONFIG, copy_side_files
@@ -16,13 +20,21 @@ from swiftlite.checkpoint.new_tokens import copy_tokenizer, enter_tokens
 from swiftlite.checkpoint.vocabulary import rows_of
 from swiftlite.llm.model import tuner
 from swiftlite.llm.model.loader import embedding_rows, id_of
-from swiftlite.llm.model.names import Others, check_names, load_tensors
+from swiftlite.llm.model.names import Others, Stored, check_names, checkpoint_tensors, load_tensors, local_part
 from swiftlite.llm.template.trained import Chat
-from swiftlite.utils.dist import get_rank, get_world_size
+from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
 from swiftlite.utils.io import read_json
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
-from swiftlite.weights.storage import check_overflow, overflows
+from swiftlite.weights.safetensors import (
+    SafetensorsSource,
+    ShardPlan,
+    create_shards,
+    plan_shards,
+    read_header,
+    write_index,
+)
+from swiftlite.weights.storage import Files, TensorSpec, byte_view, check_overflow, overflows, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +44,8 @@ PREFIX = "checkpoint-"
 FP32_FILE = "fp32_parameters.safetensors"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 SCALER, STATE = "scaler.pt", "trainer_state.json"
+SHARDED_OPTIMIZER = "optimizer.safetensors"  # of a sharded model: tensor PARAMETER.KEY for each state
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def rng_file() -> str:
@@ -42,40 +56,107 @@ def rng_file() -> str:
 def save_model(
     model: PreTrainedModel, directory: Path, args: SftArguments, tokenizer: PreTrainedTokenizerBase, chat: Chat | None
 ) -> None:
-    """Weights or adapters, next to the files of the model that they come from. Rank 0 only."""
+    """Weights or adapters, next to the files of the model that they come from. Collective; rank 0 has `chat`."""
     base = Path(args.model_info.model_dir)
     new_tokens = {token: id_of(tokenizer, token) for token in args.new_special_tokens}
     if args.adapts:
-        # peft would write the whole embedding of a vocabulary that has grown.
-        model.save_pretrained(directory, save_embedding_layers=False)
-        if new_tokens:
-            copy_tokenizer(base, directory, new_tokens)
+        state = {n: whole(t) for n, t in model.state_dict(keep_vars=True).items() if t.requires_grad or not args.fsdp}
+        if get_rank() == 0:
+            # peft would write the whole embedding of a vocabulary that has grown.
+            model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     else:
         _save_weights(model, directory, args)
-        if new_tokens:
+    if get_rank() == 0:
+        if new_tokens and args.adapts:
+            copy_tokenizer(base, directory, new_tokens)
+        elif new_tokens:
             enter_tokens(directory, new_tokens)
-    if chat is not None:
-        chat.write(directory, base)
+        if chat is not None:
+            chat.write(directory, base)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded. Collective where it is."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _save_weights(model: PreTrainedModel, directory: Path, args: SftArguments) -> None:
+    """Under the names that the model's own checkpoint has. Ranks that have parts write these."""
     info, dtype = args.model_info, args.model_info.torch_dtype
-    source = Path(info.model_dir)
-    held = {n: p.detach() for n, p in model.named_parameters() if n in tuner.held_in_fp32(model)}
-    cast = {value.data_ptr(): value.to(dtype) for value in held.values()}
-    lost = (name for name, value in held.items() if overflows(value, cast[value.data_ptr()]))
-    check_overflow(lost, dtype, args.allow_overflow)
-    state = {name: cast.get(value.data_ptr(), value) for name, value in model.state_dict().items()}
-    carried = Others.of(info.config).carried(source, state)
+    source, main = Path(info.model_dir), get_rank() == 0
+    held = {name: p for name, p in model.named_parameters() if name in tuner.held_in_fp32(model)}
+    in_fp32 = {id(parameter) for parameter in held.values()}
+    first = {name for name, _ in model.named_parameters()}  # a tied weight is written once, as the embedding
+    places: dict[tuple[int, int], tuple[str, Stored]] = {}
+    for name, stored in sorted(checkpoint_tensors(model).items(), key=lambda i: (i[0] not in first, "lm_head" in i[0])):
+        places.setdefault((id(stored.owner), stored.first), (name, stored))
+    tensors = dict(places.values())
+    carried = Others.of(info.config).carried(source, tensors)
     if carried:
         get_logger().info("%d tensors of MTP blocks, which transformers does not train, are carried over", len(carried))
-    model.save_pretrained(directory, state_dict={**state, **carried})
-    # transformers would write them anew in its own release's form, which other releases and tools may not read.
-    rows = embedding_rows(model)
-    grown = rows_of(read_json(source / CONFIG)) not in (None, rows)
-    copy_side_files(source, directory, {"vocab_size": rows} if grown else {}, dtype)
+    unchanged = SafetensorsSource(source) if any(of == name for name, of in carried.items()) else None
+    specs, lost = dict[str, TensorSpec](), list[str]()
+    for name, of in {**dict(zip(tensors, tensors, strict=True)), **carried}.items():
+        if of in tensors:
+            owner = tensors[of].owner
+            specs[name] = TensorSpec(dtype if id(owner) in in_fp32 else owner.dtype, tuple(tensors[of].shape))
+        elif unchanged is not None:
+            specs[name] = unchanged.spec(of)
+
+    def pieces() -> Iterator[Piece]:
+        for name, spec in specs.items():
+            of = carried.get(name, name)
+            if of in tensors:
+                if main or isinstance(tensors[of].owner, DTensor):
+                    values, first = tensors[of].local()
+                    cast = values.to(spec.dtype)
+                    lost.extend([name] if overflows(values, cast) else [])
+                    yield Piece(name, cast, first)
+            elif main and unchanged is not None:
+                with Files() as files:
+                    yield Piece(name, read_tensor(unchanged, of, files).view(-1), 0)
+
+    total = sum(spec.nbytes for spec in specs.values())
+    shards = plan_shards(specs, MAX_SHARD_BYTES)
+    write_pieces(directory, shards, pieces())
+    check_overflow([name for part in all_gather(lost) for name in part], dtype, args.allow_overflow)
+    if main:
+        write_index(directory, shards, total)
+        # transformers would write them anew in its own release's form, which other releases and tools may not read.
+        rows = embedding_rows(model)
+        grown = rows_of(read_json(source / CONFIG)) not in (None, rows)
+        copy_side_files(source, directory, {"vocab_size": rows} if grown else {}, dtype)
     if held and not args.save_weights_only:
-        save_file({name: value.contiguous() for name, value in held.items()}, directory / FP32_FILE)
+        write_file(directory / FP32_FILE, held)
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file of tensors, whole or sharded ones. Collective."""
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    mine = (n for n, tensor in tensors.items() if get_rank() == 0 or isinstance(tensor, DTensor))
+    pieces = (Piece(name, *local_part(tensors[name])) for name in mine)
+    write_pieces(path.parent, [replace(plan_shards(specs, 1 << 62)[0], file=path.name)], pieces)
+
+
+class Piece(NamedTuple):
+    """Elements of a tensor from number `first` on, flat."""
+
+    name: str
+    values: Tensor
+    first: int
+
+
+def write_pieces(directory: Path, shards: Sequence[ShardPlan], pieces: Iterable[Piece]) -> None:
+    """Make safetensors files; each rank writes its pieces where they belong. Collective."""
+    if get_rank() == 0:
+        create_shards(directory, shards)
+    barrier()
+    places = {name: (directory / shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
+    with Files() as files:
+        for name, values, first in pieces:
+            file, offset = places[name]
+            files.write(file, offset + first * values.element_size(), byte_view(values.cpu()))
+        files.sync()
 
 
 def load_model(model: PreTrainedModel, directory: Path, args: SftArguments) -> None:
@@ -84,14 +165,21 @@ def load_model(model: PreTrainedModel, directory: Path, args: SftArguments) -> N
         tuner.load_adapter(model, directory)
         return
     load_tensors(model, directory, Others.of(args.model_info.config))
-    if not (directory / FP32_FILE).is_file():
+    path, held = directory / FP32_FILE, tuner.held_in_fp32(model)
+    if not path.is_file():
         return
-    stored, held = load_file(directory / FP32_FILE), tuner.held_in_fp32(model)
-    check_names(held - set(stored), set(stored) - held, directory / FP32_FILE)
-    with torch.no_grad():
+    stored = read_header(path)
+    check_names(held - set(stored), set(stored) - held, path)
+    with safe_open(path, "pt") as file:
         for name, parameter in model.named_parameters():
             if name in stored:
-                parameter.copy_(stored[name])
+                fill(parameter, file.get_tensor(name))
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy this rank's part of `values`, which are whole and may be on the disk still."""
+    part, first = local_part(tensor)
+    part.copy_(values.reshape(-1)[first : first + len(part)])
 
 
 def save_rng_state(directory: Path) -> None:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.model.adapters import hold_beginnings
@@ -31,12 +32,16 @@ from swiftlite.llm.train.saving import (
     PREFIX,
     SCALER,
     SCHEDULER,
+    SHARDED_OPTIMIZER,
     STATE,
     load_model,
     load_rng_state,
     save_model,
     save_rng_state,
+    whole,
 )
+from swiftlite.llm.train.sharding import load_optimizer, release, save_optimizer, shard
+from swiftlite.llm.train.ulysses import SequenceParts
 from swiftlite.train.batches import StepBatches, evaluation_samples, to_device
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.flops import ModelFlops, pairs_of
@@ -87,6 +92,9 @@ class HfTrainer:
         self.chat = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
         self.state = transformers.TrainerState()
         self.accelerator = accelerator_of(args)
+        self.parts: SequenceParts | None = None
+        if args.sequence_parallel_size > 1:
+            self.parts = SequenceParts(args.sequence_parallel_size, template.padding_side == "right")
         self.device: torch.device = self.accelerator.device
         self.metrics = objective.metrics
         self.counts: Tensor  # of the step's global batch, COUNTS and the objective's
@@ -97,22 +105,33 @@ class HfTrainer:
     def setup(self, run: Run) -> None:
         self.run, args = run, self.args
         set_recompute(args, self.model)
-        if not self.accelerator.verify_device_map(self.model):
-            self.model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides the method's own type
-        self.masked = self.padding_free and needs_mask(self.model)
         if args.use_liger_kernel:
             add_liger(self.model)
         if args.neftune_noise_alpha:
             add_noise(self.model, args.neftune_noise_alpha)
         self.routers = RouterWatch.of(self.model, args)
+        self.place(self.model)
+        self.masked = self.padding_free and needs_mask(self.model, self.device)
+        if self.parts is not None:
+            self.parts.install(self.model)
         optimizer = build_optimizer(self.model, args)
         if args.begins_with_weights and not args.adapters:
             hold_beginnings(self.model, optimizer, args.lora_rank)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if args.fsdp:
+            self.wrapped, self.optimizer = self.model, self.accelerator.prepare(optimizer)
+        else:
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule(args, run.steps))
         self.batches = StepBatches(run.plan, run.order, run.steps, self._load_batches, self.device)
         self.wrapped.train()
         transformers.set_seed(args.seed)
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Bring a model to this rank's device, or its share of it. Collective."""
+        if self.args.fsdp:
+            shard(model, self.args, self.device)
+        elif not self.accelerator.verify_device_map(model) and not getattr(model, "is_quantized", False):
+            model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides the method's own type
 
     def load(self, start: Start | None) -> int:
         if start is not None:
@@ -126,10 +145,12 @@ class HfTrainer:
 
     def describe(self) -> Sequence[str]:
         dtype, attention = self.args.model_info.torch_dtype, self.model.config._attn_implementation
+        if self.args.fsdp:
+            attention += f"; the model is divided over {get_world_size()} ranks ({' '.join(self.args.fsdp)}, FSDP2)"
         return (f"device {self.device}, dtype {str(dtype).removeprefix('torch.')}, attention {attention}",)
 
     def parameters(self) -> Iterable[Tensor]:
-        return self.model.parameters()  # type: ignore[no-any-return]
+        return (p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters())
 
     def trained_weights(self, flops: ModelFlops) -> dict[str, float | None]:
         return trained_weights(self.model, flops)
@@ -146,11 +167,14 @@ class HfTrainer:
         ]
 
     def inputs(self, batch: Batch) -> Batch:
-        """A batch on the device, with the mask that keeps joined samples apart where the model needs one."""
+        """A batch on the device, with the mask that keeps joined samples apart where the model needs one.
+
+        Of ranks that share sequences, each gets its part.
+        """
         there = {name: to_device(value, self.device) for name, value in batch.items() if name != "counts"}
         if self.masked:
             there["attention_mask"] = block_diagonal_mask(there["position_ids"], self.model.dtype)
-        return there
+        return self.parts.divide(there) if self.parts is not None else there
 
     def step(self) -> Step:
         size, accelerator = self.run.global_batch, self.accelerator
@@ -158,12 +182,15 @@ class HfTrainer:
         self.counts = to_device(torch.stack([batch["counts"] for batch in batches]).sum(0), self.device)
         if get_world_size() > 1:
             torch.distributed.all_reduce(self.counts)
+            self.counts /= self.args.sequence_parallel_size  # ranks that share sequences count the same
         scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else None
         for number, batch in enumerate(batches, 1):
-            with nullcontext() if number == len(batches) else accelerator.no_sync(self.wrapped):
+            # A sharded model's gradients never stand whole on a rank.
+            added_later = number < len(batches) and not self.args.fsdp
+            with accelerator.no_sync(self.wrapped) if added_later else nullcontext():
                 accelerator.backward(self.compute_loss(self.wrapped, self.inputs(batch)))
         self.batches.look_ahead((self.state.global_step + 1) * size)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip_grad or math.inf)
+        norm = whole(accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip_grad or math.inf))
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         updated = not accelerator.optimizer_step_was_skipped
@@ -200,7 +227,7 @@ class HfTrainer:
         values = torch.stack([*self.step_sums.values(), stop])
         if get_world_size() > 1:
             torch.distributed.all_reduce(values)
-        *found, length = torch.cat([values, self.counts, norm.double().view(1)]).tolist()
+        *found, length = torch.cat([values, self.counts, norm.to(values).view(1)]).tolist()
         self.step_sums = {}
         sums = dict(zip([*names, "stop", *COUNTS, *self.objective.counts], found, strict=True))
         return sums, length, sums.pop("stop") > 0
@@ -214,7 +241,7 @@ class HfTrainer:
         for samples in evaluation_samples(len(run.val_set), run.global_batch, self.args.eval_iters):
             for passed in run.plan.micro_batches(samples):
                 there = [i for i in passed if i >= 0]
-                if not there and total:
+                if not there and total and not self.args.fsdp:  # ranks run a sharded model together
                     continue
                 # A rank without samples of its own runs one that counts nothing, so that all know the names.
                 batch = self.inputs(self.collate([run.val_set[i] for i in there or [0]]))
@@ -226,6 +253,7 @@ class HfTrainer:
         if get_world_size() > 1:
             torch.distributed.all_reduce(added)
         self.model.train()
+        release(self.model)
         metrics = self.objective.metrics(dict(zip(total, added.tolist(), strict=True)))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -240,10 +268,12 @@ class HfTrainer:
         if main:
             shutil.rmtree(run.root / SAVING, ignore_errors=True)
             beside.mkdir(parents=True)
-            save_model(self.model, beside, self.args, self.tokenizer, self.chat)
         barrier()
+        save_model(self.model, beside, self.args, self.tokenizer, self.chat)
         if not self.args.save_weights_only:
             save_rng_state(beside)
+            if self.args.fsdp:
+                save_optimizer(self.model, self.optimizer, beside)
             if main:
                 self._save_optimizer_and_scheduler(beside)
         barrier()
@@ -257,7 +287,8 @@ class HfTrainer:
         saved([target])
 
     def _save_optimizer_and_scheduler(self, directory: Path) -> None:
-        torch.save(self.optimizer.state_dict(), directory / OPTIMIZER)
+        if not self.args.fsdp:
+            torch.save(self.optimizer.state_dict(), directory / OPTIMIZER)
         torch.save(self.scheduler.state_dict(), directory / SCHEDULER)
         if self.accelerator.scaler is not None:
             torch.save(self.accelerator.scaler.state_dict(), directory / SCALER)
@@ -268,14 +299,16 @@ class HfTrainer:
 
     def _load_optimizer_and_scheduler(self, start: Start) -> None:
         """Of a checkpoint that lacks one of them, the other; the learning rate is the step's in any case."""
-        there = {n for n in (OPTIMIZER, SCHEDULER, SCALER) if (start.directory / n).is_file()}
+        there = {n for n in (OPTIMIZER, SHARDED_OPTIMIZER, SCHEDULER, SCALER) if (start.directory / n).is_file()}
 
         def stored(name: str) -> Any:
             return torch.load(start.directory / name, map_location="cpu", weights_only=True)
 
-        if OPTIMIZER in there:
+        if SHARDED_OPTIMIZER in there or (OPTIMIZER in there and self.args.fsdp):
+            load_optimizer(self.model, self.optimizer, start.directory)
+        elif OPTIMIZER in there:
             self.optimizer.load_state_dict(stored(OPTIMIZER))
-        if there >= {OPTIMIZER, SCHEDULER}:
+        if SCHEDULER in there and there & {OPTIMIZER, SHARDED_OPTIMIZER}:
             self.scheduler.load_state_dict(stored(SCHEDULER))
         else:
             self.scheduler.last_epoch = start.step
@@ -336,7 +369,8 @@ def set_recompute(args: SftArguments, model: PreTrainedModel) -> None:
 
 def run(trainer: HfTrainer, data: Data, start: Start | None) -> Json:
     """Train on `data`, training and validation set. Returns: as swiftlite.train.loop.train. Collective."""
-    return train(Run(trainer.args, *data, get_rank(), get_world_size(), trainer.metrics), trainer, start)
+    rank, size = (n // trainer.args.sequence_parallel_size for n in (get_rank(), get_world_size()))
+    return train(Run(trainer.args, *data, rank, size, trainer.metrics), trainer, start)
 
 
 def add_liger(model: PreTrainedModel) -> None:
