@@ -159,6 +159,9 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         None, "fused cross entropy (default: with Transformer Engine, and then te)"
     )
     cross_entropy_fusion_impl: str = run_setting("native", "which one", choices=["native", "te"])
+    loss_chunk_size: int | None = run_setting(
+        None, "tokens whose logits are in memory at a time (default: all, up to 2 billion logits)", least=1
+    )
     cuda_graph: bool | None = run_setting(
         None,
         "replay the passes of a step as one CUDA graph once their shapes came up twice (default: where nothing in them "

@@ -31,6 +31,10 @@ _CP2 = ["--context_parallel_size", "2"]
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "dense-dp2": ("qwen3", 2, [], None),
     "dense-tp2-sp": ("qwen3", 2, ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"], None),
+    "dense-tp2-sp-chunks": ("qwen3", 2, [*_TP2_SP, "--loss_chunk_size", "50"], None),
+    "multipliers-tp2-chunks": (
+        "granite", 2, ["--tensor_model_parallel_size", "2", "--loss_chunk_size", "50"], None,
+    ),
     "dense-pp2": ("qwen3", 2, ["--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "1"], None),
     "dense-vpp2": (
         "qwen3", 2, ["--pipeline_model_parallel_size", "2", "--num_virtual_stages_per_pipeline_rank", "2"], None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.bind import convert_hf_config
@@ -55,6 +56,26 @@ def test_offloaded_optimizer(fraction: float, train: Callable[..., Any], tmp_pat
         shutil.rmtree(tmp_path / after / "iter_0000006")
         (tmp_path / after / "latest_checkpointed_iteration.txt").write_text("3")
         assert train(after, **flags) == [pytest.approx(step, rel=2e-3) for step in plain]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
+def test_loss_in_chunks(family: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses and gradients, and never more logits than a chunk's."""
+    seen: list[int] = []
+    usual = LanguageModule.compute_language_model_loss
+
+    def compute(self: Any, labels: Any, logits: Any) -> Any:
+        seen.append(logits.shape[0] * logits.shape[1])
+        return usual(self, labels, logits)
+
+    monkeypatch.setattr(LanguageModule, "compute_language_model_loss", compute)
+    plain = train("plain", family, torch_dtype="float32")
+    assert max(seen) > 60
+    seen.clear()
+    assert train("chunks", family, torch_dtype="float32", loss_chunk_size=30) == [
+        pytest.approx(step, rel=1e-6) for step in plain
+    ]
+    assert 20 < max(seen) <= 30
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -28,6 +27,7 @@ from swiftlite.megatron import backend
 from swiftlite.megatron.model import experts, rope
 from swiftlite.megatron.model.blocks import load_blocks
 from swiftlite.megatron.model.blocks.router import TopKRouter
+from swiftlite.megatron.model.chunked_loss import GPTModel
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
 from swiftlite.megatron.model.spec import block_spec, mtp_spec
 
@@ -87,6 +87,7 @@ def model_provider(
             vp_stage=vp_stage,
         )
     model.vp_stage = vp_stage
+    model.loss_chunk_size = args.loss_chunk_size
     rope.install(model, frequencies)
     _mark_divided_weights(model)
     _mark_expert_weights(model)
