@@ -14,11 +14,13 @@ from swiftlite.arguments.description import OVERRIDES, ModelDescription
 from swiftlite.arguments.export import McoreArguments
 from swiftlite.arguments.flags import AVERAGED_PAIRS, BF16_WEIGHTS, NO_MTP
 from swiftlite.arguments.parser import Arguments, arguments, field, run_setting, specs
+from swiftlite.arguments.pipeline import chunk_layers, layout_chunks
 from swiftlite.arguments.train import TrainArguments
 from swiftlite.utils.errors import ConfigError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Config, Json
 
+OFFLOADED = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act")
 MOMENT_DTYPES = ("fp32", "bf16", "fp16", "fp8")
 # Fields that say in which dtype the optimizer keeps what.
 OPTIMIZER_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -37,6 +39,11 @@ class ParallelArguments(Arguments):
     num_virtual_stages_per_pipeline_rank: int | None = field(
         None, "interleaved model chunks per pipeline rank (VPP)", aliases=["virtual_pipeline_model_parallel_size"]
     )
+    pipeline_model_parallel_layout: str | None = field(
+        None, "what each stage holds: Ettt|tttt|ttL (E embedding, t a layer, L loss; as megatron-core writes it)"
+    )
+    account_for_embedding_in_pipeline_split: bool = field(False, "the embedding counts as a layer of the first stage")
+    account_for_loss_in_pipeline_split: bool = field(False, "the output layer counts as a layer of the last stage")
     context_parallel_size: int = field(
         1,
         "ranks that share each sequence (CP)",
@@ -68,6 +75,34 @@ class ParallelArguments(Arguments):
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             get_logger().info("--sequence_parallel true: no effect with --tensor_model_parallel_size 1")
             self.sequence_parallel = False
+
+        self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        """The layout says how many model chunks a stage has."""
+        layout, pp = self.pipeline_model_parallel_layout, self.pipeline_model_parallel_size
+        others = (
+            "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+            "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+        )  # fmt: skip
+        said = [name for name in others if getattr(self, name)]
+        if layout is None:
+            if pp == 1 and any(name.startswith("account") for name in said):
+                get_logger().info(f"--{said[-1]} true: no effect with --pipeline_model_parallel_size 1")
+                self.account_for_embedding_in_pipeline_split = self.account_for_loss_in_pipeline_split = False
+            elif len(said) > 1 and said[-1].startswith("account") and said[0].startswith("decoder"):
+                raise UsageError(f"--{said[0]} and --{said[-1]}: give one of them")
+            return
+        if said:
+            raise UsageError(f"--pipeline_model_parallel_layout says what each stage holds; leave out --{said[0]}")
+        chunks = len(layout_chunks(layout))
+        virtual = self.num_virtual_stages_per_pipeline_rank or chunks // pp
+        if chunks != virtual * pp:
+            raise UsageError(
+                f"--pipeline_model_parallel_layout {layout}: has {chunks} parts, which must be "
+                f"--pipeline_model_parallel_size {pp}, or a multiple of it"
+            )
+        self.num_virtual_stages_per_pipeline_rank = virtual if virtual > 1 else None
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that hold different samples.
@@ -149,6 +184,11 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         ["core_attn"], "what selective recomputation covers (core_attn: where its kernel keeps the scores)",
         choices=["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"],
     )  # fmt: skip
+    fine_grained_activation_offloading: bool = run_setting(
+        False, "inputs of --offload_modules wait for the backward pass in host memory"
+    )
+    offload_modules: list[str] = run_setting([], "modules whose inputs do", choices=OFFLOADED)
+    min_offloaded_tensor_size: int = run_setting(1024 * 1024, "smaller ones stay (elements)", least=0)
     use_cpu_initialization: bool = run_setting(False, "make weights on the CPU")
     calculate_per_token_loss: bool = field(
         True,
@@ -214,6 +254,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         elif self.recompute_method is not None or self.recompute_num_layers is not None:
             raise UsageError("--recompute_method and --recompute_num_layers: need --recompute_granularity full")
         self._check_optimizer()
+        self._check_offloading()
         if "fp8_recipe" in self.given and self.fp8_format is None:
             raise UsageError(f"--fp8_recipe {self.fp8_recipe}: say which numbers with --fp8_format e4m3 or hybrid")
         if self.save_weights_only:
@@ -237,6 +278,17 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
                     f"--{name} {getattr(self, name)}: fp32, as all states with --optimizer_cpu_offload true"
                 )
                 setattr(self, name, "fp32")
+
+    def _check_offloading(self) -> None:
+        if self.fine_grained_activation_offloading != bool(self.offload_modules):
+            raise UsageError(
+                f"--fine_grained_activation_offloading: needs --offload_modules, some of {' '.join(OFFLOADED)}; and "
+                "the other way round"
+            )
+        if self.offload_modules and self.recompute_granularity == "full":
+            raise UsageError("--offload_modules: with --recompute full nothing of a layer is kept; choose one of them")
+        if "attn_proj" in self.offload_modules and "core_attn" not in self.offload_modules:
+            raise UsageError("--offload_modules attn_proj: its input is core_attn's output; add core_attn")
 
     def apply_model_config(self, config: Config) -> None:
         """Take the model from the converted config (Megatron names, as `convert_hf_config` returns them).
@@ -277,16 +329,9 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
                 f"--max_length {length}: a token of this model sees {chosen} tokens that an indexer chooses, on Megatron "
                 f"all of them, which is the same up to --max_length {chosen}. `swiftlite sft` trains longer texts"
             )
-        pp, heads = self.pipeline_model_parallel_size, model.num_attention_heads
-        groups = model.num_query_groups
+        heads, groups = model.num_attention_heads, model.num_query_groups
         tp, ep = self.tensor_model_parallel_size, self.expert_model_parallel_size
-        ends = [n for n in (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers) if n]
-        layers, stages = model.num_layers - sum(ends), pp - len(ends)
-        if pp > 1 and (layers < stages or (stages == 0 and layers) or (stages and layers % stages)):
-            raise UsageError(
-                f"--pipeline_model_parallel_size {pp}: {layers} layers cannot be divided over {stages} stages; change "
-                "--decoder_first_pipeline_num_layers or --decoder_last_pipeline_num_layers"
-            )
+        chunk_layers(self, model.num_layers)
         if heads % tp:
             raise UsageError(f"--tensor_model_parallel_size {tp}: must divide {heads} attention heads")
         if not model.multi_latent_attention and groups and max(groups, tp) % min(groups, tp):
@@ -301,6 +346,11 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             self._check_flex()
         self._check_capacity(model)
         self._check_recompute(model)
+        experts = {"expert_fc1", "moe_act"}.intersection(self.offload_modules)
+        if experts and not model.num_experts:
+            raise UsageError(f"--offload_modules {' '.join(experts)}: the model has no experts; leave it out")
+        if experts and "moe" in self.recompute_modules and self.recompute_granularity:
+            raise UsageError(f"--offload_modules {' '.join(experts)}: --recompute_modules moe keeps none of it")
         self._check_fp8(model)
 
     def _check_flex(self) -> None:
@@ -330,6 +380,11 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
         for module in self.recompute_modules:
             if not there.get(module, True):
                 raise UsageError(f"--recompute_modules {module}: the model has none; leave it out")
+        if "shared_experts" in self.recompute_modules and self.moe_shared_expert_overlap:
+            raise UsageError("--recompute_modules shared_experts: not with --moe_shared_expert_overlap true")
+        found = {"moe_act", "layernorm"}.intersection(self.recompute_modules)
+        if found and self.fp8_format and self.fp8_recipe == "delayed":
+            raise UsageError(f"--recompute_modules {' '.join(found)}: not with --fp8_recipe delayed; take blockwise")
 
     def _check_fp8(self, model: ModelDescription) -> None:
         if self.fp8_format is None:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from swiftlite.arguments.export import ExportArguments, PlanArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.parser import as_words
-from swiftlite.plan.memory import GPUS_PER_NODE, Layout, MemoryUse, TrainingModel, even_stages
+from swiftlite.arguments.pipeline import chunk_layers
+from swiftlite.plan.memory import GPUS_PER_NODE, Layout, MemoryUse, TrainingModel
 from swiftlite.utils.dist import num_processes
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import format_bytes
@@ -28,13 +29,7 @@ def own_layout(args: MegatronSftArguments, gpus: int) -> Layout:
     """The layout that the flags ask for. Raises: UsageError if it does not fit the number of GPUs."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ep = args.expert_model_parallel_size
-    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
-    layers = args.description.num_layers
-    stages = even_stages(layers, pp)
-    if first or last:
-        between = pp - bool(first) - bool(last)
-        rest = layers - (first or 0) - (last or 0)
-        stages = (*([first] if first else []), *([rest // max(between, 1)] * between), *([last] if last else []))
+    stages = chunk_layers(args, args.description.num_layers)
     dp = args.data_parallel_size(gpus)
     etp = args.expert_tensor_parallel_size or tp
     chunks = args.num_virtual_stages_per_pipeline_rank or 1

@@ -34,7 +34,7 @@ _DIVIDED = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes, layers of each pipeline stage, what is recomputed (None, selective, full).
+    """Parallel sizes, layers of each model chunk (arguments/pipeline.py), what is recomputed (None, selective, full).
 
     chunks: of a stage in an interleaved pipeline, which takes turns between them.
     """
@@ -51,12 +51,9 @@ class Layout:
 
     def layers(self, rank: int) -> list[int]:
         """Numbers of the layers that a pipeline stage holds."""
-        if self.chunks == 1:
-            first = sum(self.stages[:rank])
-            return list(range(first, first + self.stages[rank]))
-        count = self.stages[rank] // self.chunks
-        starts = [(chunk * self.pp + rank) * count for chunk in range(self.chunks)]
-        return [layer for start in starts for layer in range(start, start + count)]
+        numbers = range(rank, len(self.stages), self.pp)
+        starts = [(sum(self.stages[:number]), self.stages[number]) for number in numbers]
+        return [layer for first, count in starts for layer in range(first, first + count)]
 
     def in_flight(self, rank: int, num_microbatches: int) -> float:
         """Micro batches that a stage has begun and not yet gone back through, at most (1F1B); parts of one count."""

@@ -32,6 +32,13 @@ COMPANIONS = {
     "recompute_num_layers": ["--recompute_granularity", "full"],
     "recompute_modules": ["--recompute_granularity", "selective"],
     "min_lr": ["--lr", "0.1"],
+    "fine_grained_activation_offloading": ["--offload_modules", "core_attn"],
+    "offload_modules": ["--fine_grained_activation_offloading", "true"],
+    "pipeline_model_parallel_layout": ["--pipeline_model_parallel_size", "2"],
+    **dict.fromkeys(
+        ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+        ["--pipeline_model_parallel_size", "2"],
+    ),
     "fp8_recipe": ["--fp8_format", "e4m3"],
     **dict.fromkeys(OPTIMIZER_DTYPES, ["--use_precision_aware_optimizer", "true"]),
     "push_to_hub": PUSH[2:],
@@ -62,6 +69,7 @@ VALUES = {
     "task_type": "causal_lm", "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
     "lr_scheduler_kwargs": '{"min_lr": 1e-6}', "init_weights": "pissa", "fsdp": "full_shard",
     "deepspeed": "zero2", "quant_method": "bnb", "quant_bits": "4", "bnb_4bit_compute_dtype": "bf16",
+    "pipeline_model_parallel_layout": "Et|tL",
 }  # fmt: skip
 ALL = [(cls, flag) for _, cls, other in SECTIONS for flag in rows(cls, other)]
 

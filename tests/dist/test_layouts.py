@@ -36,6 +36,14 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
         "granite", 2, ["--tensor_model_parallel_size", "2", "--loss_chunk_size", "50"], None,
     ),
     "dense-pp2": ("qwen3", 2, ["--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "1"], None),
+    "dense-pp2-layout": ("qwen3", 2, ["--pipeline_model_parallel_size", "2", "--pipeline_model_parallel_layout", "Et*3|tL"],
+                         None),
+    "dense-vpp2-layout": (
+        "qwen3", 2, ["--pipeline_model_parallel_size", "2", "--pipeline_model_parallel_layout", "Et|tt|t|L"], None,
+    ),
+    "moe-pp2-account": (
+        "glm4_moe", 2, ["--pipeline_model_parallel_size", "2", "--account_for_loss_in_pipeline_split", "true"], None,
+    ),
     "dense-vpp2": (
         "qwen3", 2, ["--pipeline_model_parallel_size", "2", "--num_virtual_stages_per_pipeline_rank", "2"], None,
     ),
@@ -182,7 +190,9 @@ RESUMES: dict[str, tuple[str, tuple[int, list[str]], tuple[int, list[str]]]] = {
     "dense-tp2-to-pp2": (
         "qwen3", (2, ["--tensor_model_parallel_size", "2"]), (2, ["--pipeline_model_parallel_size", "2"]),
     ),
-    "dense-pp2-to-dp2": ("qwen3", (2, ["--pipeline_model_parallel_size", "2"]), (2, [])),
+    "dense-pp2-to-dp2": (
+        "qwen3", (2, ["--pipeline_model_parallel_size", "2", "--pipeline_model_parallel_layout", "Et|t*3,L"]), (2, []),
+    ),
     "moe-ep2-to-tp2": (
         "glm4_moe", (2, ["--expert_model_parallel_size", "2"]), (2, ["--tensor_model_parallel_size", "2"]),
     ),

@@ -78,11 +78,21 @@ def test_loss_in_chunks(family: str, train: Callable[..., Any], monkeypatch: pyt
     assert 20 < max(seen) <= 30
 
 
+def test_what_is_recomputed_of_latent_attention(train: Callable[..., Any]) -> None:
+    plain = train("plain", "moonlight", torch_dtype="float32", train_iters=3)
+    flags = {"recompute": "selective", "recompute_modules": '["mla_up_proj", "layernorm"]'}
+    again = train("again", "moonlight", torch_dtype="float32", train_iters=3, **flags)
+    assert again == [pytest.approx(step, rel=1e-6) for step in plain]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         ({"use_precision_aware_optimizer": "true"}, "needs a GPU and Transformer Engine"),
         ({"optimizer_cpu_offload": "true", "torch_dtype": "float32"}, "train in --torch_dtype bfloat16"),
+        ({"fine_grained_activation_offloading": "true", "offload_modules": "core_attn"}, "needs a GPU"),
+        ({"fine_grained_activation_offloading": "true"}, "needs --offload_modules, some of attn_norm"),
+        ({"fine_grained_activation_offloading": "true", "offload_modules": "moe_act"}, "has no experts"),
         ({"exp_avg_dtype": "bf16"}, "needs --use_precision_aware_optimizer true"),
         ({"fp8_format": "e4m3"}, "needs Transformer Engine and a GPU of compute capability 8.9"),
     ],

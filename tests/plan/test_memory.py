@@ -110,7 +110,7 @@ def test_micro_batches_in_flight_are_those_of_the_schedule(
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    layout = Layout(pp=4, stages=(6, 6, 6, 6), chunks=chunks)
+    layout = Layout(pp=4, stages=(6 // chunks,) * 4 * chunks, chunks=chunks)
     config = TransformerConfig(
         num_layers=24, hidden_size=8, num_attention_heads=1, pipeline_model_parallel_size=4,
         pipeline_dtype=torch.float32, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,

@@ -167,6 +167,7 @@ def obstacle(args: MegatronArguments, models: Sequence[MegatronModule], device: 
         "the device is not a GPU": device.type != "cuda",
         "--cuda_graph false": args.cuda_graph is False,
         "recomputation sets the random generators": config.recompute_granularity is not None,
+        "what is offloaded waits for the host": config.fine_grained_activation_offloading,
         "fp16 changes its loss scale": config.fp16,
         "context parallelism has not been tried with one": config.context_parallel_size > 1,
         "linear attention asks where packed samples end": args.packing and config.linear_attention_freq is not None,

@@ -22,6 +22,13 @@ def check_machine(args: MegatronSftArguments) -> None:
             "--use_precision_aware_optimizer true: needs a GPU and Transformer Engine, whose Adam keeps such states; "
             "leave it out, or keep them in host memory with --optimizer_cpu_offload true"
         )
+    if args.offload_modules and not with_te:
+        raise UsageError("--offload_modules: needs a GPU and Transformer Engine; recompute instead (--recompute full)")
+    experts = {"moe_act", "expert_fc1"}.intersection(args.offload_modules)
+    if "moe_act" in args.recompute_modules and args.recompute_granularity == "selective" and not with_te:
+        raise UsageError("--recompute_modules moe_act: needs Transformer Engine's grouped experts; take moe")
+    if experts and args.moe_grouped_impl == "torch":
+        raise UsageError(f"--offload_modules {' '.join(experts)}: needs --moe_grouped_impl te")
     if args.fp8_format is not None:
         newest = {"blockwise": (9, 0), "mxfp8": (10, 0)}.get(args.fp8_recipe, (8, 9))
         if not with_te or torch.cuda.get_device_capability() < newest:
