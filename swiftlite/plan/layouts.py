@@ -33,7 +33,8 @@ def own_layout(args: MegatronSftArguments, gpus: int) -> Layout:
     dp = args.data_parallel_size(gpus)
     etp = args.expert_tensor_parallel_size or tp
     chunks = args.num_virtual_stages_per_pipeline_rank or 1
-    return Layout(tp, pp, ep, etp, dp, stages, args.recompute_granularity, bool(args.sequence_parallel), chunks)
+    cp = args.context_parallel_size
+    return Layout(tp, pp, ep, etp, dp, cp, stages, args.recompute_granularity, bool(args.sequence_parallel), chunks)
 
 
 def print_layouts(args: ExportArguments | MegatronSftArguments, model: TrainingModel, words: Sequence[str]) -> None:
@@ -48,7 +49,7 @@ def print_layouts(args: ExportArguments | MegatronSftArguments, model: TrainingM
     batch = model.args.global_batch_size or gpus * micro * (model.args.gradient_accumulation_steps or 1)
     print(f"\ntraining on {gpus} GPUs of {args.gpu_memory}: {micro * model.sequences} x {length} tokens at a time, "
           f"global batch {batch}; GB on the fullest GPU, with flash attention, 3 GB for CUDA and NCCL included")  # fmt: skip
-    print(f"{'TP':>3}{'PP':>4}{'EP':>4}{'ETP':>4}{'DP':>4} {'recompute':<10}{'weights':>9}{'grads':>8}{'optim':>8}"
+    print(f"{'TP':>3}{'PP':>4}{'CP':>4}{'EP':>4}{'ETP':>4}{'DP':>4} {'recompute':<10}{'weights':>9}{'grads':>8}{'optim':>8}"
           f"{'activ':>8}{'total':>8}")  # fmt: skip
     if own and _print_own(own, model, gpus, micro, length):
         return
@@ -76,6 +77,8 @@ def _print_own(args: MegatronSftArguments, model: TrainingModel, gpus: int, micr
     needs = {mode: model.need(replace(layout, recompute=mode), micro, length, accumulated) for mode in MODES}
     for mode, need in needs.items():
         _print_layout(replace(layout, recompute=mode), need, "<- your flags" if mode == layout.recompute else "")
+    if host := needs[layout.recompute].host:
+        print(f"beside it {format_bytes(host)} of host memory for each GPU")
     fits: bool = needs[layout.recompute].total <= args.gpu_memory_bytes
     if fits:
         _print_command(gpus, command(["swiftlite", *args.COMMAND.split()], args))
@@ -96,7 +99,7 @@ def _enough(args: PlanArguments, model: TrainingModel, gpus: int, length: int) -
 def _print_layout(layout: Layout, need: MemoryUse, note: str = "") -> None:
     parts = (need.weights, need.gradients, need.optimizer, need.activations, need.total)
     sizes = "".join(f"{part / 1e9:>{width}.1f}" for part, width in zip(parts, (9, 8, 8, 8, 8), strict=True))
-    print(f"{layout.tp:>3}{layout.pp:>4}{layout.ep:>4}{layout.etp:>4}{layout.dp:>4} "
+    print(f"{layout.tp:>3}{layout.pp:>4}{layout.cp:>4}{layout.ep:>4}{layout.etp:>4}{layout.dp:>4} "
           f"{layout.recompute or 'none':<10}{sizes} {note}".rstrip())  # fmt: skip
 
 

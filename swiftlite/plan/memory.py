@@ -31,6 +31,19 @@ _DIVIDED = (
     *(f"in_proj.weight.{part}" for part in ("z", "beta", "alpha")),
 )  # fmt: skip
 
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+# Module -> parts of a layer (TrainingModel.layer_parts) that are not kept if it is recomputed, and that wait on the host.
+_RECOMPUTED = {
+    "layernorm": ("attention input", "mlp input"), "mla_up_proj": ("qkv",), "mlp": ("mlp",),
+    "moe": ("routed", "experts", "experts' gated", "shared"), "moe_act": ("experts' gated",), "shared_experts": ("shared",),
+}  # fmt: skip
+_OFFLOADED = {
+    "attn_norm": ("attention norm",), "qkv_linear": ("attention input",), "core_attn": ("qkv",),
+    "attn_proj": ("attention output",), "mlp_norm": ("mlp norm",), "expert_fc1": ("routed",), "moe_act": ("experts",),
+}  # fmt: skip
+# Of a sequence that is divided, each rank has at least so many tokens: fewer are no work for a GPU.
+LEAST_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -44,6 +57,7 @@ class Layout:
     ep: int = 1
     etp: int = 1
     dp: int = 1
+    cp: int = 1
     stages: tuple[int, ...] = ()
     recompute: str | None = None
     sequence_parallel: bool = True
@@ -64,7 +78,7 @@ class Layout:
 
     @property
     def gpus(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     @property
     def expert_dp(self) -> int:
@@ -74,7 +88,7 @@ class Layout:
     def flags(self) -> list[str]:
         """Words of `swiftlite megatron sft` that ask for this layout."""
         sizes = {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp,
-                 "expert_model_parallel_size": self.ep}  # fmt: skip
+                 "context_parallel_size": self.cp, "expert_model_parallel_size": self.ep}  # fmt: skip
         words = [word for name, size in sizes.items() if size > 1 for word in (f"--{name}", str(size))]
         if self.etp != self.tp:
             words += ["--expert_tensor_parallel_size", str(self.etp)]
@@ -91,13 +105,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes on the fullest GPU."""
+    """Bytes on the fullest GPU. host: in main memory, for that GPU."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     overhead: int = OVERHEAD_BYTES
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -192,15 +207,19 @@ class TrainingModel:
 
     def need(self, layout: Layout, micro_batch_size: int, seq_length: int, num_microbatches: int) -> MemoryUse:
         """Bytes on the GPU of the pipeline stage that takes most."""
-        tokens = micro_batch_size * self.sequences * seq_length // self.args.context_parallel_size
+        tokens = micro_batch_size * self.sequences * seq_length // layout.cp
         return max((self._stage_need(layout, rank, tokens, num_microbatches) for rank in range(layout.pp)),
                    key=lambda need: need.total)  # fmt: skip
 
     def _stage_need(self, layout: Layout, rank: int, tokens: int, num_microbatches: int) -> MemoryUse:
         dense, experts, buffers = self.elements(layout, rank)
         width = self.dtype.itemsize
-        per_parameter = 8 if self.dtype == torch.float32 else 12  # two moments, and fp32 main weights
         weights = ((dense + experts) * width + 4 * buffers) * (2 if self.reference else 1)
+        if self.args.fp8_format:  # beside each weight of a layer its FP8 form, and that transposed
+            ends = (rank == 0) + (rank == layout.pp - 1)
+            weights += 2 * max(
+                dense + experts - ends * self.bound.model.vocab * self.bound.model.hidden // layout.tp, 0
+            )
         if self.adapters is not None:  # in fp32, at most whole on each TP rank
             stage = self.stage(layout, rank)
             dense = sum(self._adapter_size(entry) for entry in stage if entry.expert is None)
@@ -208,72 +227,114 @@ class TrainingModel:
             weights += 4 * (dense + experts)
         elif self.trained is not None:
             dense, experts, _ = self.elements(layout, rank, trained=True)
+        states = math.ceil(dense / (layout.dp * layout.cp)) + math.ceil(experts / layout.expert_dp)
+        offloaded = int(states * self.args.optimizer_offload_fraction) if self.args.optimizer_cpu_offload else 0
+        activations, on_host = self._activations(layout, rank, tokens, num_microbatches)
         return MemoryUse(
             weights=weights,
-            gradients=(dense + experts) * 4,
-            optimizer=per_parameter * (math.ceil(dense / layout.dp) + math.ceil(experts / layout.expert_dp)),
-            activations=self._activations(layout, rank, tokens, num_microbatches),
+            gradients=(dense + experts) * _BYTES[self.args.main_grads_dtype],
+            optimizer=(states - offloaded) * self._bytes_of_states(),
+            activations=activations,
+            host=offloaded * 16 + on_host,  # two moments, the weight and its gradient
         )
 
-    def _activations(self, layout: Layout, rank: int, tokens: int, num_microbatches: int) -> int:
-        """Of the micro batches that a stage has begun and not yet gone back through."""
+    def _bytes_of_states(self) -> int:
+        """What the optimizer keeps of one trained weight: two moments and the fp32 main weight, or their lower forms."""
+        args = self.args
+        if self.dtype == torch.float32:
+            return 8
+        if not args.use_precision_aware_optimizer or args.optimizer_cpu_offload:
+            return 12
+        # The main weight is what bf16 leaves out of it, or fp16.
+        return _BYTES[args.exp_avg_dtype] + _BYTES[args.exp_avg_sq_dtype] + 2
+
+    def _activations(self, layout: Layout, rank: int, tokens: int, num_microbatches: int) -> tuple[int, int]:
+        """(on the GPU, on the host) of the micro batches that a stage has begun and not yet gone back through."""
         layout, width = self._placed(layout), self.dtype.itemsize
-        layers = [self.layer_activations(layout, i, tokens) for i in layout.layers(rank)]
-        kept = sum(layers)
-        extra = 0
+        parts = [self.layer_parts(layout, i, tokens) for i in layout.layers(rank)]
+        away = set(_OFFLOADED if self.args.fine_grained_activation_offloading else ())
+        away = {name for module in away.intersection(self.args.offload_modules) for name in _OFFLOADED[module]}
+        made_again = self._recomputed(layout)
+        kept = sum(size for part in parts for name, size in part.items() if name not in away | made_again)
+        extra = max((sum(part.get(name, 0) for name in made_again) for part in parts), default=0)
         if layout.recompute == "full":
             row = tokens * self.bound.model.hidden * width // (layout.tp if layout.sequence_parallel else 1)
-            kept, extra = row * len(layers), max(layers)
-        total = math.ceil(kept * layout.in_flight(rank, num_microbatches)) + extra
+            kept, extra = row * len(parts), max((sum(part.values()) for part in parts), default=0)
+        in_flight = layout.in_flight(rank, num_microbatches)
+        total = math.ceil(kept * in_flight) + extra
         if rank == layout.pp - 1:  # logits in the model's dtype, in fp32, and their gradient
-            total += tokens * self.bound.model.vocab // layout.tp * (width + 8)
-        return total
+            rows = self.bound.model.vocab // layout.tp
+            total += self.args.logits_at_once(tokens, rows) * rows * (width + 8)
+        return total, math.ceil(sum(part.get(name, 0) for part in parts for name in away - made_again) * in_flight)
+
+    def _recomputed(self, layout: Layout) -> set[str]:
+        modules = self.args.recompute_modules if layout.recompute == "selective" else ()
+        return {name for module in modules for name in _RECOMPUTED.get(module, ())}
 
     def layer_activations(self, layout: Layout, layer: int, tokens: int) -> int:
         """What one layer keeps of one micro batch without recomputation."""
-        m, args = self.bound.model, self.args
-        width, tp = self.dtype.itemsize, layout.tp
+        return sum(self.layer_parts(layout, layer, tokens).values())
+
+    def layer_parts(self, layout: Layout, layer: int, tokens: int) -> dict[str, int]:
+        """Bytes of it by what they are."""
+        m, tp = self.bound.model, layout.tp
         whole = tokens // (tp if layout.sequence_parallel else 1)
-        values = 4 * whole * m.hidden  # input and output of both norms
+        row = whole * m.hidden
+        values = {"attention norm": row, "attention input": row, "mlp norm": row, "mlp input": row}
+        values |= self._attention(layer, tokens, tp)
+        if self._scores_are_kept(layout):
+            values["scores"] = tokens * (self.args.seq_length or tokens) * m.heads // tp
+        if m.moe_layers[layer]:
+            routed = tokens * int(self.args.description.moe_router_topk) * layout.etp // tp
+            if layout.ep == 2:  # on GPUs each of two ranks has room for all tokens of both (model/experts.py)
+                routed *= 2
+            wide = routed * m.moe_ffn // layout.etp
+            values |= {"routed": routed * m.hidden, "experts": 2 * wide, "experts' gated": wide,
+                       "shared": 3 * tokens * m.shared_ffn // tp}  # fmt: skip
+        else:
+            values["mlp"] = 3 * tokens * m.ffn // tp
+        found = {name: size * self.dtype.itemsize for name, size in values.items()}
+        if m.moe_layers[layer]:
+            found["router"] = 4 * 2 * whole * m.experts  # logits and probabilities in fp32
+        return found
+
+    def _attention(self, layer: int, tokens: int, tp: int) -> dict[str, int]:
+        """Values that attention, or what stands in its place, keeps between its two products."""
+        m = self.bound.model
         if m.layer_kinds[layer].linear:  # around convolution, rule and norm, and what chunks of 64 tokens keep
             heads = m.value_heads * (2 * m.key_dim + 2 * 64)
-            values += tokens * (2 * m.linear_qkv + 4 * m.linear_values + heads) // tp
-        elif m.mla:
-            values += tokens * (m.q_lora + m.kv_down_rows) * 2 + tokens * (2 * m.q_rows + m.kv_up_rows) // tp
-        else:
-            gates = m.q_rows if args.description.attention_output_gate else 0
-            values += tokens * (m.q_rows + gates + 2 * m.kv_rows) // tp
-        values += 0 if m.layer_kinds[layer].linear else tokens * m.attn_cols // tp
-        if self._scores_are_kept(layout):
-            values += tokens * (args.seq_length or tokens) * m.heads // tp
-        if not m.moe_layers[layer]:
-            return (values + 3 * tokens * m.ffn // tp) * width
-        routed = tokens * int(args.description.moe_router_topk) * layout.etp // tp
-        if layout.ep == 2:  # on GPUs each of two ranks has room for all tokens of both (model/experts.py)
-            routed *= 2
-        values += routed * m.hidden + 3 * routed * m.moe_ffn // layout.etp + 3 * tokens * m.shared_ffn // tp
-        return values * width + 4 * 2 * whole * m.experts  # router: logits and probabilities in fp32
+            return {"linear attention": tokens * (2 * m.linear_qkv + 4 * m.linear_values + heads) // tp}
+        output = tokens * m.attn_cols // tp
+        if m.mla:
+            qkv = tokens * (2 * m.q_rows + m.kv_up_rows) // tp
+            return {"latents": tokens * (m.q_lora + m.kv_down_rows) * 2, "qkv": qkv, "attention output": output}
+        gates = m.q_rows if self.args.description.attention_output_gate else 0
+        qkv = tokens * (m.q_rows + gates + 2 * m.kv_rows) // tp
+        return {"qkv": qkv, "attention output": output}
 
     def _scores_are_kept(self, layout: Layout) -> bool:
         return self.args.attention_backend == "unfused" and layout.recompute is None
 
-    def layouts(self, gpus: int) -> Iterator[Layout]:
-        """Every layout that megatron-core can build on that many GPUs, TP within a node."""
+    def layouts(self, gpus: int, seq_length: int = 0) -> Iterator[Layout]:
+        """Every layout that megatron-core can build on that many GPUs, TP within a node; long sequences divided or not."""
         m = self.bound.model
         for tp in _divisors(math.gcd(gpus, GPUS_PER_NODE)):
             if m.heads % tp or (not m.mla and m.groups % tp) or (m.ffn and m.ffn % tp):
                 continue
             for pp in _divisors(gpus // tp):
                 stages = even_stages(m.num_layers, pp)
-                if not stages:
+                for cp in _divisors(gpus // (tp * pp)) if stages else ():
+                    if cp == 1 or seq_length // cp >= LEAST_TOKENS:
+                        yield from self._with_experts(Layout(tp, pp, dp=gpus // (tp * pp * cp), cp=cp, stages=stages))
+
+    def _with_experts(self, layout: Layout) -> Iterator[Layout]:
+        m, ranks = self.bound.model, layout.gpus // layout.pp
+        for ep in _divisors(ranks) if m.experts else [1]:
+            for etp in self._expert_parts(layout.tp):
+                if m.experts and (m.experts % ep or ranks % (ep * etp) or m.moe_ffn % etp):
                     continue
-                dp = gpus // (tp * pp)
-                for ep in _divisors(gpus // pp) if m.experts else [1]:
-                    for etp in self._expert_parts(tp):
-                        if m.experts and (m.experts % ep or (gpus // pp) % (ep * etp) or m.moe_ffn % etp):
-                            continue
-                        for mode in MODES:
-                            yield Layout(tp, pp, ep, etp, dp, stages, mode)
+                for mode in MODES:
+                    yield replace(layout, ep=ep, etp=etp, recompute=mode)
 
     def _expert_parts(self, tp: int) -> set[int]:
         """Over how many ranks an expert may be divided; one with biases over none."""
@@ -287,21 +348,28 @@ class TrainingModel:
         """Layouts whose fullest GPU has room, those that compute fastest first: little recomputation, then few ranks that
         have to talk within a layer, then few pipeline stages."""
         found = []
-        for layout in self.layouts(gpus):
+        for layout in self.layouts(gpus, seq_length):
             per_pass = micro_batch_size * layout.dp
             if global_batch_size % per_pass:
                 continue
             need = self.need(layout, micro_batch_size, seq_length, global_batch_size // per_pass)
             if need.total <= gpu_memory:
                 found.append((layout, need))
-        return sorted(found, key=lambda item: (
-            item[0].recompute == "full", item[0].tp * item[0].etp, item[0].pp, item[0].ep, item[1].total))  # fmt: skip
+
+        def cost(item: tuple[Layout, MemoryUse]) -> tuple[bool, int, int, int, int, int]:
+            layout, need = item
+            recomputes = layout.recompute == "full"
+            return recomputes, layout.tp * layout.etp, layout.cp, layout.pp, layout.ep, need.total
+
+        return sorted(found, key=cost)
 
     def smallest(
         self, gpus: int, micro_batch_size: int, seq_length: int, num_microbatches: int
     ) -> tuple[Layout, MemoryUse]:
         """The layout that takes least, whatever it costs in speed."""
-        needs = ((la, self.need(la, micro_batch_size, seq_length, num_microbatches)) for la in self.layouts(gpus))
+        needs = (
+            (la, self.need(la, micro_batch_size, seq_length, num_microbatches)) for la in self.layouts(gpus, seq_length)
+        )
         return min(needs, key=lambda item: item[1].total)
 
 

@@ -32,7 +32,7 @@ from swiftlite.weights.stream import planned_bytes
 
 _PARALLEL = {
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-    "expert_tensor_parallel_size", "sequence_parallel", "decoder_first_pipeline_num_layers",
+    "expert_tensor_parallel_size", "context_parallel_size", "sequence_parallel", "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split", "num_virtual_stages_per_pipeline_rank", "recompute", "recompute_granularity",
     "recompute_method", "recompute_num_layers", "recompute_modules",

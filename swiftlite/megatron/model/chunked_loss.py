@@ -14,17 +14,13 @@ import torch
 from megatron.core.models.gpt import gpt_model
 from torch import Tensor
 
-# Logits of a micro batch up to which they are made at once, and of a chunk beyond that: 4 GB and 1 GB in bf16.
-MOST_LOGITS = 1 << 31
-CHUNK_LOGITS = 1 << 29
-
 LossOf = Callable[[Tensor, slice], Tensor]  # hidden states [s, B, H] and where they stand -> losses [B, N, s]
 
 
 class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
-    """As megatron-core's, and listed by its name in module trees. loss_chunk_size: tokens of a chunk, None: by memory."""
+    """As megatron-core's, and listed by its name in module trees. logits_at_once: see MegatronArguments."""
 
-    loss_chunk_size: int | None = None
+    logits_at_once: Callable[[int, int], int]
 
     def _postprocess(self, hidden_states: Tensor, **others: Any) -> Tensor:
         positions, rows = self._positions(hidden_states) if self.post_process else (0, 0)
@@ -48,10 +44,8 @@ class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
     def _positions(self, hidden: Tensor) -> tuple[int, int]:
         """(positions of a chunk, S)."""
         tokens = hidden.shape[1] * self._gathered()  # of a position
-        logits = tokens * self.vocab_size // self.config.tensor_model_parallel_size
-        if self.loss_chunk_size is not None:
-            return max(self.loss_chunk_size // tokens, 1), len(hidden)
-        return (len(hidden) if logits * len(hidden) <= MOST_LOGITS else max(CHUNK_LOGITS // logits, 1)), len(hidden)
+        rows = self.vocab_size // self.config.tensor_model_parallel_size
+        return max(self.logits_at_once(len(hidden) * tokens, rows) // tokens, 1), len(hidden)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Losses [B, S * N] of labels [B, S * N]; where the output layer was put off, `logits` are hidden states."""

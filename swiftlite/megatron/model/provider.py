@@ -87,7 +87,7 @@ def model_provider(
             vp_stage=vp_stage,
         )
     model.vp_stage = vp_stage
-    model.loss_chunk_size = args.loss_chunk_size
+    model.logits_at_once = args.logits_at_once
     rope.install(model, frequencies)
     _mark_divided_weights(model)
     _mark_expert_weights(model)
