@@ -298,6 +298,10 @@ class DataArguments(Arguments):
     model_name: list[str] = field([], "name that self-cognition rows teach the model")
     model_author: list[str] = field([], "author that self-cognition rows teach the model")
     packing: bool = field(False, "fill each training sequence with several samples", common=True)
+    packing_strategy: str = field(
+        "binpack", "binpack: samples that fit best share a sequence; sequential: neighbours do",
+        choices=["binpack", "sequential"],
+    )  # fmt: skip
     packing_length: int | None = field(None, "tokens of a packed sequence (default: --max_length)", least=1)
     group_by_length: bool = field(False, "make batches of samples of similar length")
 
@@ -318,6 +322,10 @@ class DataArguments(Arguments):
         if self.streaming and (self.group_by_length or self.load_from_cache_file or self.cached_dataset):
             raise UsageError(
                 "--streaming true: goes with neither --group_by_length, --load_from_cache_file nor --cached_dataset"
+            )
+        if self.packing_strategy == "sequential" and (not self.packing or self.cached_dataset):
+            raise UsageError(
+                "--packing_strategy sequential: needs --packing true, and --dataset instead of --cached_dataset"
             )
         if self.packing and self.group_by_length:
             raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")

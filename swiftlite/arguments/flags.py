@@ -153,7 +153,6 @@ TRAIN_NOTES: dict[str, Note] = {
     ),
     "safe_serialization": Note("default", "files are safetensors", allowed=("true",)),
     "train_dataloader_shuffle": Note("default", "order: --dataset_shuffle, --data_seed", allowed=("true",)),
-    "packing_strategy": Note("default", "best fit, longest first", allowed=("binpack",)),
     "disable_ignore_empty_think": Note("default", "--loss_scale says it"),
     "lr_warmup_init": Note("default", "the warm-up begins at 0", allowed=("0", "0.0")),
     "weight_decay_incr_style": Note("default", "weight decay is constant", allowed=("constant",)),

@@ -21,9 +21,6 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Config, Json
 
 OFFLOADED = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act")
-# Logits of a pass up to which they are made at once, and of a chunk beyond that: 4 GB and 1 GB in bf16.
-MOST_LOGITS = 1 << 31
-CHUNK_LOGITS = 1 << 29
 MOMENT_DTYPES = ("fp32", "bf16", "fp16", "fp8")
 # Fields that say in which dtype the optimizer keeps what.
 OPTIMIZER_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -420,12 +417,6 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
                 f"{model.num_experts / model.moe_router_topk:g} (experts / experts of a token): an expert has no more "
                 "tokens than there are"
             )
-
-    def logits_at_once(self, tokens: int, vocab: int) -> int:
-        """Of a pass over `tokens`, those whose logits are in memory at a time. vocab: rows on a rank."""
-        if self.loss_chunk_size is not None:
-            return min(self.loss_chunk_size, tokens)
-        return tokens if tokens * vocab <= MOST_LOGITS else max(CHUNK_LOGITS // vocab, 1)
 
     def parse_to_megatron(self) -> tuple[list[str], Json]:
         """(argv, extra_args), see `swiftlite.arguments.ms_swift.parse_to_megatron`."""

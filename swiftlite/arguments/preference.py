@@ -102,5 +102,7 @@ class DpoArguments(PreferenceArguments, SftArguments):
             raise UsageError("--truncation_strategy split: a pair cannot be divided; use delete, left or right")
         if self.streaming:
             raise UsageError("--streaming true: not available for preference pairs; leave it out")
+        if self.packing_strategy == "sequential":
+            raise UsageError("--packing_strategy sequential: pairs are packed by best fit; leave it out")
         if self.packing and self.group_by_length:
             raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")

@@ -17,7 +17,7 @@ from swiftlite.arguments.preview import PreviewArguments
 from swiftlite.checkpoint.resolve import as_arguments, resolve
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import PlacedRow
-from swiftlite.llm.dataset.packing import pack_windows
+from swiftlite.llm.dataset.packing import pack_in_order, pack_windows
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.dataset.rows import open_stream, read_rows
@@ -129,7 +129,8 @@ def _packing(args: PreviewArguments, lengths: Sequence[int]) -> Iterator[str]:
     capacity = args.packing_length or args.max_length
     if capacity is None or max(lengths) > capacity:
         return
-    sequences = pack_windows(lengths, capacity, args.data_seed or 0)
+    in_order = args.packing_strategy == "sequential"
+    sequences = pack_in_order(lengths, capacity) if in_order else pack_windows(lengths, capacity, args.data_seed or 0)
     used, alone = sum(lengths) / (len(sequences) * capacity), sum(lengths) / (len(lengths) * max(lengths))
     yield (
         f"packed: {len(sequences)} sequences of {capacity} tokens, fill rate {used:.1%}; padded to the longest sample "

@@ -44,6 +44,17 @@ _OFFLOADED = {
 # Of a sequence that is divided, each rank has at least so many tokens: fewer are no work for a GPU.
 LEAST_TOKENS = 4096
 
+# Logits of a pass up to which they are made at once, and of a chunk beyond that: 4 GB and 1 GB in bf16.
+MOST_LOGITS = 1 << 31
+CHUNK_LOGITS = 1 << 29
+
+
+def logits_at_once(args: MegatronArguments, tokens: int, vocab: int) -> int:
+    """Of a pass over `tokens`, those whose logits are in memory at a time. vocab: rows on a rank."""
+    if args.loss_chunk_size is not None:
+        return min(args.loss_chunk_size, tokens)
+    return tokens if tokens * vocab <= MOST_LOGITS else max(CHUNK_LOGITS // vocab, 1)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -264,7 +275,7 @@ class TrainingModel:
         total = math.ceil(kept * in_flight) + extra
         if rank == layout.pp - 1:  # logits in the model's dtype, in fp32, and their gradient
             rows = self.bound.model.vocab // layout.tp
-            total += self.args.logits_at_once(tokens, rows) * rows * (width + 8)
+            total += logits_at_once(self.args, tokens, rows) * rows * (width + 8)
         return total, math.ceil(sum(part.get(name, 0) for part in parts for name in away - made_again) * in_flight)
 
     def _recomputed(self, layout: Layout) -> set[str]:

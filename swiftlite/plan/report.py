@@ -22,8 +22,9 @@ from swiftlite.checkpoint.planned import PlannedSource
 from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.convert.conversion import Plan
 from swiftlite.convert.mcore import McorePlan
-from swiftlite.plan.layouts import command, print_layouts
+from swiftlite.plan.layouts import command, own_layout, print_layouts
 from swiftlite.plan.memory import TrainingModel
+from swiftlite.utils.dist import get_world_size
 from swiftlite.utils.io import DiskSpeed, existing_parent, format_bytes, peak_memory_bytes, probe_disk
 from swiftlite.utils.text import format_seconds, printable
 from swiftlite.weights.rule import BoundMap
@@ -122,31 +123,56 @@ def _disk(directory: Path, total: int, speed: DiskSpeed | None) -> str:
 # ---- training ----
 
 
-def print_training(
-    args: MegatronSftArguments,
-    origin: str | Path,
-    adapters: Callable[[BoundMap], Mapping[str, int] | None],
-    trained: Callable[[BoundMap], Collection[str] | None],
-) -> None:
-    """Bytes, files, memory, time, layouts and command of a training command; `args` have the model's fields set.
+# Hugging Face module -> rank, of a run that trains only adapters; Hugging Face names, of one that freezes the others.
+Adapters = Callable[[BoundMap], Mapping[str, int] | None]
+Trained = Callable[[BoundMap], Collection[str] | None]
 
-    adapters: Hugging Face module -> rank, of a run that trains only these. trained: Hugging Face names, of one that
-    freezes the others.
-    """
-    root = Path(origin)
-    weights = bool(args.mcore_model) or any(root.glob("*.safetensors"))
-    source = Checkpoint.open(root, weights=weights)  # holds config.json against the tensors that are there
-    files = [file for file in source.source.files if weights and file.suffix != ".metadata"]
+
+def _source(args: MegatronSftArguments, origin: str | Path) -> Checkpoint:
+    """Of the weights, which are not read: config.json is held against the tensors that are there, if there are some."""
+    return Checkpoint.open(Path(origin), weights=bool(args.mcore_model) or any(Path(origin).glob("*.safetensors")))
+
+
+def _model(args: MegatronSftArguments, source: Checkpoint, adapters: Adapters, trained: Trained) -> TrainingModel:
     bound = bind_map(grown(source.config, args.new_tokens), source.names)
     pairs = isinstance(args, PreferenceArguments)
     own_reference = pairs and args.has_reference and not args.precompute_ref_log_probs
     own_reference = own_reference and (args.ref_model or args.train_type != "lora")
-    model = TrainingModel(
+    return TrainingModel(
         bound, args, args.dtype or torch.float32, sequences=2 if pairs and not args.packing else 1,
         reference=bool(own_reference), adapters=adapters(bound), trained=trained(bound),
     )  # fmt: skip
-    stored = checkpoint_bytes(model, with_optimizer=False)
+
+
+def out_of_memory(
+    args: MegatronSftArguments, origin: str | Path, adapters: Adapters, trained: Trained, length: int, available: int
+) -> str:
+    """What a step of `length` tokens takes, beside what a GPU has, and which layout takes less."""
+    layout = own_layout(args, get_world_size())
+    micro, accumulated, batch = args.batch_sizes(layout.dp)
+    model = _model(args, _source(args, origin), adapters, trained)
+    need = model.need(layout, micro, length, accumulated)
+    parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
+    said = ", ".join(
+        f"{name} {format_bytes(size)}" for name, size in {**parts, "activations": need.activations}.items()
+    )
+    fits = model.fitting(layout.gpus, available, micro, length, batch)
+    advice = (
+        f"these flags fit: {shlex.join(fits[0][0].flags())}" if fits else "more GPUs or a shorter --max_length will do"
+    )
+    return (
+        f"out of GPU memory: with these settings {micro} x {length:,} tokens take about {format_bytes(need.total)} a GPU, "
+        f"which has {format_bytes(available)} ({said}); {advice}; docs/memory.md says what else saves memory"
+    )
+
+
+def print_training(args: MegatronSftArguments, origin: str | Path, adapters: Adapters, trained: Trained) -> None:
+    """Bytes, files, memory, time, layouts and command of a training command; `args` have the model's fields set."""
+    source = _source(args, origin)
     planned = source.source.stored_bytes if isinstance(source.source, PlannedSource) else 0
+    files = [file for file in source.source.files if not planned and file.suffix != ".metadata"]
+    model = _model(args, source, adapters, trained)
+    stored = checkpoint_bytes(model, with_optimizer=False)
     read = planned or sum(file.stat().st_size for file in files)
     saved = checkpoint_bytes(model, with_optimizer=not args.no_save_optim)
     speed = probe_disk(Path(str(args.output_dir)))

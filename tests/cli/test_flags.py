@@ -34,6 +34,7 @@ COMPANIONS = {
     "min_lr": ["--lr", "0.1"],
     "fine_grained_activation_offloading": ["--offload_modules", "core_attn"],
     "offload_modules": ["--fine_grained_activation_offloading", "true"],
+    "packing_strategy": ["--packing", "true"],
     "pipeline_model_parallel_layout": ["--pipeline_model_parallel_size", "2"],
     **dict.fromkeys(
         ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),

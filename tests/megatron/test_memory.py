@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.info import read_config
-from swiftlite.megatron.trainers.sft import megatron_sft_main
+from swiftlite.megatron.trainers.sft import SftTrainer, megatron_sft_main
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import UsageError
 
@@ -37,7 +38,7 @@ def train(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., list
             "dataset": data, "output_dir": tmp_path / output, "torch_dtype": "bfloat16", "micro_batch_size": 2,
             "global_batch_size": 4, "train_iters": 6, "lr": 1e-3, "logging_steps": 1, "save_steps": 3, **flags,
         }  # fmt: skip
-        megatron_sft_main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+        megatron_sft_main([word for name, value in settings.items() for word in (f"--{name}", *str(value).split())])
         lines = read_run(tmp_path / output / "logging.jsonl")
         return [(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
 
@@ -80,7 +81,7 @@ def test_loss_in_chunks(family: str, train: Callable[..., Any], monkeypatch: pyt
 
 def test_what_is_recomputed_of_latent_attention(train: Callable[..., Any]) -> None:
     plain = train("plain", "moonlight", torch_dtype="float32", train_iters=3)
-    flags = {"recompute": "selective", "recompute_modules": '["mla_up_proj", "layernorm"]'}
+    flags = {"recompute": "selective", "recompute_modules": "mla_up_proj layernorm"}
     again = train("again", "moonlight", torch_dtype="float32", train_iters=3, **flags)
     assert again == [pytest.approx(step, rel=1e-6) for step in plain]
 
@@ -101,6 +102,16 @@ def test_what_cannot_be_is_said(flags: dict[str, str], said: str, train: Callabl
     with pytest.raises(UsageError, match=said):
         train("run", **flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_told_with_its_size(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: SftTrainer) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(SftTrainer, "step", step)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"2 x \d+ tokens take about 3.0 GB a GPU, .*activations .*take more GPUs"):
+        train("run")
 
 
 def test_fp8_wants_even_sizes(tiny_model: Callable[..., Path]) -> None:

@@ -92,7 +92,7 @@ def test_plan_of_frozen_parameters_and_of_an_interleaved_pipeline(
         assert main([*words, *more]) == 0
         text = capsys.readouterr().out
         (line,) = [line for line in text.splitlines() if line.endswith("<- your flags")]
-        return rows(text)["model"], [float(number) for number in line.split()[6:11]]
+        return rows(text)["model"], [float(number) for number in line.split()[7:12]]
 
     _, whole = plan()
     said, frozen = plan("--train_type", "freeze", "--trainable_parameters", "model.layers.45.")
@@ -122,7 +122,7 @@ def test_training_plan(air: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         rows(text)["model"] == "106,852,245,504 parameters, 106,852,245,504 trained"
         and rows(text)["reads"] == "220.9 GB"
     )
-    assert re.search(r"  1   4   8   1   8 full .*<- your flags", text)
+    assert re.search(r"  1   4   1   8   1   8 full .*<- your flags", text)
     assert "swiftlite megatron sft" in rows(text)["command"] and "--dry_run" not in rows(text)["command"]
 
     assert main([*words, "--dry_run", "true", "--gpus", "8"]) == 0
@@ -158,7 +158,7 @@ def test_preference_plan(air: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(["megatron", command, *words, *flags]) == 0
         texts.append(capsys.readouterr().out)
         (line,) = [line for line in texts[-1].splitlines() if line.endswith("<- your flags")]
-        weights, _, _, activations, _ = (float(number) for number in line.split()[6:11])
+        weights, _, _, activations, _ = (float(number) for number in line.split()[7:12])
         needs.append((weights, activations))
     (weights, activations), live, known, packed = needs
     assert live[0] == pytest.approx(2 * weights, abs=0.1) and live[1] == pytest.approx(2 * activations, abs=0.2)

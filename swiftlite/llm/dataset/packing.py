@@ -41,6 +41,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted((sorted(sequence) for sequence in sequences), key=lambda sequence: sequence[0])
 
 
+def pack_in_order(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Divide samples into sequences as they come: the next one begins with the sample that finds no room. As `pack`."""
+    sequences: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if length > room:
+            sequences.append([])
+            room = capacity
+        sequences[-1].append(index)
+        room -= length
+    return sequences
+
+
 def pack_windows(lengths: Sequence[int], capacity: int, seed: int, window: int = WINDOW) -> list[list[int]]:
     """`pack` over windows of samples that are shuffled first, so that neighbours in the file do not stay together."""
     order = list(range(len(lengths)))
@@ -75,9 +88,13 @@ class PackedDataset:
         seed: int = 42,
         sequences: list[list[int]] | None = None,
         name: str = "dataset",
+        in_order: bool = False,
     ) -> None:
         self.dataset, self.capacity = dataset, capacity
-        self.sequences = pack_windows(dataset.lengths, capacity, seed) if sequences is None else sequences
+        if sequences is None:
+            lengths = dataset.lengths
+            sequences = pack_in_order(lengths, capacity) if in_order else pack_windows(lengths, capacity, seed)
+        self.sequences = sequences
         self.lengths = [sum(dataset.lengths[i] for i in sequence) for sequence in self.sequences]
         self.report = dataset.report
         get_logger().info(

@@ -94,7 +94,10 @@ def encode_and_pack(
         rows, template, max_drop_ratio=args.max_drop_ratio, name=name, num_proc=args.dataset_num_proc, rejects=rejects
     )
     capacity = packing_capacity(args)
-    return dataset if capacity is None else PackedDataset(dataset, capacity, args.data_seed or 0, name=name)
+    if capacity is None:
+        return dataset
+    in_order = args.packing_strategy == "sequential"
+    return PackedDataset(dataset, capacity, args.data_seed or 0, name=name, in_order=in_order)
 
 
 def _streamed(args: BaseArguments, template: Template, capacity: int | None, rejects: RejectsFile | None) -> Data:
@@ -110,6 +113,7 @@ def _streamed(args: BaseArguments, template: Template, capacity: int | None, rej
         shuffle=args.dataset_shuffle,
         window=args.shuffle_buffer_size,
         capacity=capacity,
+        in_order=args.packing_strategy == "sequential",
         num_proc=args.dataset_num_proc,
         max_drop_ratio=args.max_drop_ratio,
         rejects=rejects,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from swiftlite.llm.dataset.encoded import RowEncoder, samples_of
 from swiftlite.llm.dataset.loader import RowStream
-from swiftlite.llm.dataset.packing import joined, pack
+from swiftlite.llm.dataset.packing import joined, pack, pack_in_order
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import TokenStore
@@ -44,6 +44,7 @@ class StreamedDataset:
     Args:
         open_rows: opens the rows at a state of RowStream (None: the beginning of an epoch).
         window: rows that are shuffled and packed together. capacity: tokens of a packed sequence, None: no packing.
+        in_order: neighbours are packed together, not what fits best.
         num_proc: processes that encode. max_drop_ratio: DatasetError if more of the rows seen so far are left out.
         facts: of the files that the rows are in, see facts_of_files; empty where there are none.
     """
@@ -59,6 +60,7 @@ class StreamedDataset:
         shuffle: bool = True,
         window: int = 1000,
         capacity: int | None = None,
+        in_order: bool = False,
         num_proc: int = 1,
         max_drop_ratio: float = 0.05,
         rejects: RejectsFile | None = None,
@@ -68,7 +70,7 @@ class StreamedDataset:
         self.open_rows, self.seed = open_rows, seed
         self.shuffle = shuffle
         self.facts = dict(facts or {})
-        self.window, self.capacity = window, capacity
+        self.window, self.capacity, self.in_order = window, capacity, in_order
         self._encode = RowEncoder(template, num_proc)
         self.max_drop_ratio, self.name = max_drop_ratio, name
         self.report = DropReport(rejects=rejects)
@@ -164,7 +166,8 @@ class StreamedDataset:
         if self.report.dropped and (ended or self.report.total >= self.window):
             self._check_dropped()
         lengths = store.lengths()
-        sequences = pack(lengths, self.capacity) if self.capacity else [[i] for i in range(len(store))]
+        packed = pack_in_order if self.in_order else pack
+        sequences = packed(lengths, self.capacity) if self.capacity else [[i] for i in range(len(store))]
         if self.capacity:
             self._tokens += sum(lengths)
             self._room += len(sequences) * self.capacity

@@ -18,7 +18,7 @@ LossOf = Callable[[Tensor, slice], Tensor]  # hidden states [s, B, H] and where 
 
 
 class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
-    """As megatron-core's, and listed by its name in module trees. logits_at_once: see MegatronArguments."""
+    """As megatron-core's, and listed by its name in module trees. logits_at_once: see plan.memory."""
 
     logits_at_once: Callable[[int, int], int]
 
@@ -81,7 +81,8 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss_of: LossOf, parts: Sequence[slice], hidden: Tensor, *trained: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.loss_of, ctx.parts, ctx.trained = loss_of, parts, trained
+        ctx.loss_of, ctx.parts = loss_of, parts
+        ctx.trained = trained
         return torch.cat([loss_of(hidden[part], part) for part in parts], dim=-1)
 
     @staticmethod

@@ -6,6 +6,7 @@ Models are always lists, one chunk per virtual pipeline stage. Shapes: V vocabul
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def model_provider(
             vp_stage=vp_stage,
         )
     model.vp_stage = vp_stage
-    model.logits_at_once = args.logits_at_once
+    model.logits_at_once = partial(logits_at_once, args)
     rope.install(model, frequencies)
     _mark_divided_weights(model)
     _mark_expert_weights(model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.checkpoint import checkpoint_root
@@ -14,7 +16,8 @@ from swiftlite.llm.dataset.rows import check_sources
 from swiftlite.llm.pipeline import plan_tokens
 from swiftlite.megatron.tuners.freeze import plan_freeze
 from swiftlite.megatron.tuners.lora_plan import plan_lora
-from swiftlite.plan.report import print_training
+from swiftlite.plan.report import Adapters, Trained, out_of_memory, print_training
+from swiftlite.train.order import Data
 from swiftlite.train.run_directory import default_output_dir
 from swiftlite.utils.logger import get_logger
 
@@ -44,9 +47,20 @@ def resolve_run(args: MegatronSftArguments) -> str:
 def print_run(args: MegatronSftArguments, origin: str) -> None:
     """The plan of a run. origin: as resolve_run returns it."""
     check_sources(args)
+    print_training(args, origin, *_trained(args))
+
+
+def explain_out_of_memory(args: MegatronSftArguments, origin: str, data: Data) -> str:
+    """Why a step does not fit and what would; `data` are (training set, validation set or None)."""
+    known = [max(part.lengths) for part in data if part is not None and hasattr(part, "lengths")]
+    length = max(known, default=int(args.seq_length or 0))
+    available = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return out_of_memory(args, origin, *_trained(args), length, available)
+
+
+def _trained(args: MegatronSftArguments) -> tuple[Adapters, Trained]:
     lora = args.train_type == "lora"
-    print_training(
-        args, origin,
-        adapters=lambda bound: plan_lora(bound, args).ranks if lora else None,
-        trained=lambda bound: None if lora else plan_freeze(bound, args),
-    )  # fmt: skip
+    return (
+        lambda bound: plan_lora(bound, args).ranks if lora else None,
+        lambda bound: None if lora else plan_freeze(bound, args),
+    )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TypeVar
 
+import torch
+
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.hub import check_hub_id, push
 from swiftlite.llm.pipeline import prepare_template
@@ -16,12 +18,13 @@ from swiftlite.megatron.state import check_file, hf_directory, iteration_name
 from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.machine import check_machine
-from swiftlite.megatron.trainers.resolve import print_run, resolve_run
+from swiftlite.megatron.trainers.resolve import explain_out_of_memory, print_run, resolve_run
 from swiftlite.train.loop import Run, train
 from swiftlite.train.order import Data
 from swiftlite.train.run_directory import held as hold_directory
 from swiftlite.train.run_directory import name_version
 from swiftlite.utils.dist import get_rank
+from swiftlite.utils.errors import UsageError
 from swiftlite.utils.types import Json
 
 A = TypeVar("A", bound=MegatronSftArguments)
@@ -51,7 +54,10 @@ def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Dat
         chat = trained_chat(template) if parallel.rank == 0 else None  # rank 0 writes it
         trainer = trainer_class(args, parallel, template.pad_token_id, origin, chat)
         training = Run(args, train_set, val_set, parallel.dp_rank, parallel.dp_size, trainer.metrics)
-        result = train(training, trainer, start)
+        try:
+            result = train(training, trainer, start)
+        except torch.OutOfMemoryError as error:
+            raise UsageError(explain_out_of_memory(args, origin, (train_set, val_set))) from error
     # Without the groups: no rank waits for the network.
     if args.push_to_hub and get_rank() == 0 and not result["signal"]:
         newest = hf_directory(training.root / iteration_name(result["iteration"]))

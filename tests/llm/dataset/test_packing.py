@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from swiftlite.llm.dataset import EncodedDataset, PackedDataset
-from swiftlite.llm.dataset.packing import pack, pack_windows
+from swiftlite.llm.dataset.packing import pack, pack_in_order, pack_windows
 from swiftlite.llm.template import get_template
 from swiftlite.train.order import SampleOrder
 from swiftlite.utils.errors import UsageError
@@ -34,6 +34,19 @@ def test_every_sample_is_packed_once(seed):
     assert sum(sums) / (len(sums) * 2048) > 0.97
     assert sequences == pack_windows(lengths, 2048, seed, window=1000)
     assert sequences != pack_windows(lengths, 2048, seed + 1, window=1000)
+
+
+def test_a_heavy_tail_leaves_less_than_one_percent_of_padding():
+    draw = random.Random(0)
+    for capacity in (2048, 8192, 32768):
+        lengths = [min(capacity, max(3, int(draw.lognormvariate(6.5, 1.3)))) for _ in range(20_000)]
+        assert sum(lengths) / (len(pack_windows(lengths, capacity, 0)) * capacity) > 0.99
+        assert sum(lengths) / (len(pack_in_order(lengths, capacity)) * capacity) < 0.97
+
+
+def test_samples_in_their_order():
+    assert pack_in_order([5, 3, 6, 2, 4, 5], 10) == [[0, 1], [2, 3], [4, 5]]
+    assert pack_in_order([10, 1], 10) == [[0], [1]]
 
 
 def test_a_packed_sequence(tiny_tokenizer_dir):

@@ -1,0 +1,192 @@
+"""Peak memory of training on one GPU with and without each option that saves some, and the longest text that fits.
+
+    python benchmarks/gpu/memory.py                        every row; docs/memory.md shows its table
+    python benchmarks/gpu/memory.py --rows "dense.*"       some rows
+    python benchmarks/gpu/memory.py --tiny                 on a CPU, to see that it runs
+
+Each trial is a process of its own (a fork, so imports are paid once): three steps of one text of exactly that length.
+Predicted is what the plan (`--dry_run true`) says without its allowance for CUDA; measured is what torch reserved. The
+search for the longest text begins with the plan's answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU must not start CUDA here
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import rows  # noqa: E402
+from run import preload  # noqa: E402
+
+WHOLE = ["--loss_chunk_size", str(1 << 40)]
+OFFLOAD = ["--optimizer_cpu_offload", "true"]
+MOMENTS = ["--use_precision_aware_optimizer", "true", "--exp_avg_dtype", "bf16", "--exp_avg_sq_dtype", "bf16"]
+FULL = ["--recompute", "full"]
+AWAY = ["--fine_grained_activation_offloading", "true", "--offload_modules", "attn_norm", "qkv_linear", "core_attn",
+        "attn_proj", "mlp_norm"]  # fmt: skip
+OPTIONS: dict[str, list[str]] = {
+    "dense plain": WHOLE,
+    "dense loss in chunks": [],
+    "dense recompute mlp, layernorm": ["--recompute", "selective", "--recompute_modules", "mlp", "layernorm"],
+    "dense recompute full": FULL,
+    "dense activations on the host": AWAY,
+    "dense optimizer on the host": OFFLOAD,
+    "dense bf16 moments": MOMENTS,
+    "dense fp8 blockwise": ["--fp8_format", "e4m3", "--fp8_recipe", "blockwise"],
+    "dense full, optimizer on the host": [*FULL, *OFFLOAD],
+    "moe plain": WHOLE,
+    "moe loss in chunks": [],
+    "moe recompute moe, layernorm": ["--recompute", "selective", "--recompute_modules", "moe", "layernorm"],
+    "moe recompute full": FULL,
+    "moe full, optimizer on the host": [*FULL, *OFFLOAD],
+}
+STEP = 1024  # lengths are multiples of it
+
+
+def words_of(name: str, length: int, args: argparse.Namespace) -> list[str]:
+    model = name.split()[0]
+    return [
+        "--model", str(args.directory / model), "--model_type", rows.CONFIGS[model][1], "--template", "chatml",
+        "--dataset", str(args.directory / f"{length}.jsonl"), "--train_iters", "3", "--global_batch_size", "1",
+        "--micro_batch_size", "1", "--lr", "1e-5", "--max_length", str(length), "--truncation_strategy", "right",
+        "--save_weights_only", "true", "--report_to", "none", "--cuda_graph", "false",
+        "--output_dir", str(args.directory / "run"), *OPTIONS[name],
+    ]  # fmt: skip
+
+
+def predicted(name: str, length: int, args: argparse.Namespace) -> int:
+    """Bytes that the plan expects, without its allowance for CUDA."""
+    import torch
+
+    from swiftlite.arguments.megatron_train import MegatronSftArguments
+    from swiftlite.arguments.parser import parse
+    from swiftlite.checkpoint.bind import bind_map, convert_hf_config
+    from swiftlite.plan.layouts import own_layout
+    from swiftlite.plan.memory import TrainingModel
+
+    config = json.loads((args.directory / name.split()[0] / "config.json").read_text())
+    words = parse(MegatronSftArguments, words_of(name, length, args))
+    words.apply_model_config(convert_hf_config(config))
+    model = TrainingModel(bind_map(config), words, torch.bfloat16)
+    need = model.need(own_layout(words, 1), 1, length, 1)
+    return need.total - need.overhead
+
+
+def child(name: str, length: int, args: argparse.Namespace, result: Path) -> None:
+    log = os.open(args.directory / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    import torch
+
+    from swiftlite import megatron_sft_main
+    from swiftlite.train.intervals import Intervals
+
+    Intervals.saves = lambda *_: False  # type: ignore[method-assign]
+    try:
+        line = megatron_sft_main(words_of(name, length, args))
+        peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+        result.write_text(json.dumps({"peak": peak, "loss": line["loss"], "step_s": line.get("step_s")}))
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def trial(name: str, length: int, args: argparse.Namespace) -> dict[str, float] | None:
+    """What three steps of that length took, None if they do not fit; exits where they fail otherwise."""
+    data, result = args.directory / f"{length}.jsonl", args.directory / "result.json"
+    if not data.exists():
+        rows.make_data("fixed", data, length, 1)
+    shutil.rmtree(args.directory / "run", ignore_errors=True)
+    result.unlink(missing_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=child, args=(name, length, args, result))
+    process.start()
+    process.join(args.trial_seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    if result.exists():
+        return dict(json.loads(result.read_text()))
+    log = (args.directory / "log").read_text(errors="replace")
+    if not re.search(r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED", log):
+        print(f"{name} at {length}: " + "\n  ".join(log.strip().splitlines()[-args.log_lines :]), flush=True)
+    return None
+
+
+def longest(name: str, memory: int, args: argparse.Namespace) -> tuple[int, int]:
+    """(longest length of which the plan says that it fits, longest one that did in at most four trials)."""
+    length = STEP
+    while predicted(name, length + STEP, args) <= memory and length < 1 << 21:
+        length += STEP
+    expected, fits = length, 0
+    for _ in range(args.trials):
+        if time.time() > args.deadline:
+            break
+        if trial(name, length, args) is None:
+            length = (fits + length) // 2 // STEP * STEP if fits else length * 4 // 5 // STEP * STEP
+        else:
+            fits = max(fits, length)
+            length = length * 5 // 4 // STEP * STEP
+        if length in (fits, 0):
+            break
+    return expected, fits
+
+
+def device_bytes() -> int:
+    """Asked for in another process: a fork of one that has started CUDA cannot use it."""
+    code = "import torch; print(torch.cuda.get_device_properties(0).total_memory)"
+    return int(int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) * 0.97)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=".*", help="regular expression of row names")
+    parser.add_argument("--length", type=int, default=16384, help="at which peaks are compared")
+    parser.add_argument("--longest", default=".*", help="rows whose longest length is looked for")
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="tiny models, for a CPU")
+    parser.add_argument("--seconds", type=float, default=560, help="start no trial after so long")
+    parser.add_argument("--trial_seconds", type=float, default=90)
+    parser.add_argument("--log_lines", type=int, default=8, help="of a failed trial")
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm/swiftlite-memory"))
+    args = parser.parse_args()
+    args.deadline = time.time() + args.seconds
+    memory = 10**9 if args.tiny else device_bytes()
+    args.directory.mkdir(parents=True, exist_ok=True)
+    for model in ("dense", "moe"):
+        config, kind = rows.CONFIGS[model]
+        rows.CONFIGS[model] = ({**config, "max_position_embeddings": 1 << 21}, kind)
+        if not (args.directory / model).exists():
+            maker = multiprocessing.get_context("fork").Process(
+                target=rows.make_model, args=(model, args.directory / model, args.tiny)
+            )
+            maker.start()
+            maker.join()
+    preload()
+    print(f"{'':<36}{'GB at ' + str(args.length):>14}{'plan':>8}{'step s':>8}{'longest':>10}{'plan':>10}", flush=True)
+    for name in OPTIONS:
+        if not re.fullmatch(args.rows, name) or time.time() > args.deadline:
+            continue
+        found = trial(name, args.length, args)
+        peak = f"{found['peak'] / 1e9:.1f}" if found else "no room"
+        seconds = f"{found['step_s']:.2f}" if found and found["step_s"] else ""
+        line = f"{name:<36}{peak:>14}{predicted(name, args.length, args) / 1e9:>8.1f}{seconds:>8}"
+        if re.fullmatch(args.longest, name) and not args.tiny:
+            expected, fits = longest(name, memory, args)
+            line += f"{fits:>10}{expected:>10}"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
