@@ -82,6 +82,8 @@ LORA = ["--train_type", "lora", "--lora_rank", "16", "--target_modules", "all-li
 QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # what megatron-core asks for on older GPUs
 TP2 = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
 
+BLOCKWISE = ["--fp8_format", "e4m3", "--fp8_recipe", "blockwise"]
+
 ROWS = (
     Row("dense mb1", "megatron", "dense", micro(1), beside="dense mb1 hf"),
     Row("dense mb2", "megatron", "dense", micro(2), beside="dense mb1 hf"),
@@ -113,6 +115,15 @@ ROWS = (
         beside="dense mb2"),
     Row("moe mb1 te experts", "megatron", "moe", [*micro(1), "--moe_grouped_impl", "te"], beside="moe mb1", steps=3),
     Row("moe mb1 eager", "megatron", "moe", [*micro(1), "--cuda_graph", "false"], beside="moe mb1", steps=3),
+    # 50 steps each: their last losses are what FP8 is held against.
+    Row("dense mb2 long", "megatron", "dense", micro(2), steps=46),
+    Row("dense mb2 fp8 blockwise", "megatron", "dense", [*micro(2), *BLOCKWISE], beside="dense mb2 long", steps=46),
+    Row("dense mb2 fp8 tensorwise", "megatron", "dense",
+        [*micro(2), "--fp8_format", "hybrid", "--fp8_recipe", "tensorwise"], beside="dense mb2 long", steps=46),
+    Row("dense mb2 fp8 delayed", "megatron", "dense", [*micro(2), "--fp8_format", "hybrid"], beside="dense mb2 long",
+        steps=46),
+    Row("moe mb2 long", "megatron", "moe", micro(2), steps=46),
+    Row("moe mb2 fp8 blockwise", "megatron", "moe", [*micro(2), *BLOCKWISE], beside="moe mb2 long", steps=46),
     # Two GPUs.
     Row("dense dp2", "megatron", "dense", micro(1), gpus=2, beside="dense mb1"),
     Row("dense tp2", "megatron", "dense", [*micro(1), *TP2], gpus=2, beside="dense mb1"),

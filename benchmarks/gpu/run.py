@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/run.py                                  every row that the machine's GPUs can run
     python benchmarks/gpu/run.py --rows "moe.*" --profile         some rows; what their time goes to
+    python benchmarks/gpu/run.py --rows ".*(long|fp8).*"          FP8 beside bf16, 50 steps each
     python benchmarks/gpu/run.py --tiny --rows "dense mb1"        on a CPU, to see that it runs
 
 Each row is a process of its own (a fork of this one, so imports are paid once); rows of one GPU run side by side on the
@@ -210,6 +211,8 @@ def table(found: dict[str, list[dict[str, float]]], rows: Sequence[Row] = ROWS) 
         )
         beside = f"{row.beside} {seconds[row.beside] / seconds[row.name]:.2f}x" if row.beside in seconds else ""
         losses = " ".join(f"{line['loss']:.3f}" for line in found[row.name][:4])
+        if row.steps > 40:
+            losses += " .. " + " ".join(f"{line['loss']:.3f}" for line in found[row.name][-3:])
         print(
             f"{row.name:<28}{seconds[row.name]:>8.3f}{tokens:>10.0f}{100 * mfu:>7.1f}{beside:>22}{memory:>6.1f}  {losses}"
         )
@@ -228,7 +231,11 @@ def versions() -> str:
 
 def options(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=".*", help="regular expression of row names")
+    parser.add_argument(
+        "--rows",
+        default="(?!.*(long|fp8)).*",
+        help="regular expression of row names; default: all but FP8's of 50 steps",
+    )
     parser.add_argument(
         "--profile", nargs="?", const=".*", default="", metavar="ROWS",
         help="busy share, largest kernels and longest waits of Megatron rows (regular expression; default: all)",

@@ -31,6 +31,7 @@ from swiftlite.megatron.model.blocks.router import TopKRouter
 from swiftlite.megatron.model.chunked_loss import GPTModel
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
 from swiftlite.megatron.model.spec import block_spec, mtp_spec
+from swiftlite.plan.memory import logits_at_once
 
 # Hugging Face builds MLA's latent norms with this epsilon, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
