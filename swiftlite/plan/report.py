@@ -157,9 +157,9 @@ def out_of_memory(
         f"{name} {format_bytes(size)}" for name, size in {**parts, "activations": need.activations}.items()
     )
     fits = model.fitting(layout.gpus, available, micro, length, batch)
-    advice = (
-        f"these flags fit: {shlex.join(fits[0][0].flags())}" if fits else "more GPUs or a shorter --max_length will do"
-    )
+    advice = "take more GPUs or a shorter --max_length"
+    if fits:
+        advice = f"these flags fit: {shlex.join(fits[0][0].flags())}"
     return (
         f"out of GPU memory: with these settings {micro} x {length:,} tokens take about {format_bytes(need.total)} a GPU, "
         f"which has {format_bytes(available)} ({said}); {advice}; docs/memory.md says what else saves memory"

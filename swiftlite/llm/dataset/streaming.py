@@ -70,7 +70,8 @@ class StreamedDataset:
         self.open_rows, self.seed = open_rows, seed
         self.shuffle = shuffle
         self.facts = dict(facts or {})
-        self.window, self.capacity, self.in_order = window, capacity, in_order
+        self.window, self.in_order = window, in_order
+        self.capacity = capacity
         self._encode = RowEncoder(template, num_proc)
         self.max_drop_ratio, self.name = max_drop_ratio, name
         self.report = DropReport(rejects=rejects)
