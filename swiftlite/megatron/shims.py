@@ -167,17 +167,17 @@ def _whole_main_weights() -> None:
     kind = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     read, write = kind._get_main_param_and_optimizer_states, kind._set_main_param_and_optimizer_states
 
-    def part(self: Any, model_param: Any) -> Tensor:
+    def part(self: Any, model_param: Tensor) -> Tensor:
         group, order = self.model_param_group_index_map[model_param]
         return self.optimizer.param_groups[group]["params"][order]  # type: ignore[no-any-return]
 
-    def get_states(self: Any, model_param: Any) -> dict[str, Tensor]:
+    def get_states(self: Any, model_param: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = read(self, model_param)
         if found["param"].dtype == torch.int16:
             found["param"] = join_remainders(part(self, model_param), found["param"])
         return found
 
-    def set_states(self: Any, model_param: Any, tensors: dict[str, Tensor]) -> None:
+    def set_states(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
         if getattr(self.optimizer, "use_decoupled_grad", False):  # the optimizer holds main weights itself
             mine = part(self, model_param)
             tensors = {name: tensor.to(mine.device, torch.float32) for name, tensor in tensors.items()}
@@ -221,14 +221,15 @@ def _recompute_in_context() -> None:
 
 
 def _recompute_in_context_in_fp8() -> None:
-    engine: Any = importlib.import_module("transformer_engine.pytorch.distributed")
+    engine = importlib.import_module("transformer_engine.pytorch.distributed")
     original = engine.checkpoint
 
-    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def checkpoint(function: Callable[..., object], *args: object, **kwargs: object) -> object:
         context = contextvars.copy_context()
-        return original(lambda *inputs, **named: context.run(function, *inputs, **named), *args, **kwargs)
+        found: object = original(lambda *inputs, **named: context.run(function, *inputs, **named), *args, **kwargs)
+        return found
 
-    engine.checkpoint = checkpoint
+    engine.checkpoint = checkpoint  # type: ignore[attr-defined]
 
 
 def _plain_q_projection() -> None:
@@ -284,7 +285,7 @@ def _no_version_of_te() -> None:
 
 
 def _offload_on_cpu() -> None:
-    def divide(self: Any, fraction: float) -> tuple[Any, ...]:
+    def divide(self: Any, fraction: float) -> tuple[object, ...]:
         """As megatron-core divides what is on a GPU: main weights of the first parameters are `copies`, all are fp32."""
         whole = sum(p.numel() for group in self.param_groups for p in group["params"])
         offloaded: list[Settings] = []

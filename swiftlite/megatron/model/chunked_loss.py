@@ -66,10 +66,11 @@ class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
         return losses.flatten(1)
 
 
-def _trained(layer: Any, weight: Tensor | None) -> list[Tensor]:
+def _trained(layer: torch.nn.Module, weight: Tensor | None) -> list[Tensor]:
     """What gets gradients by the output layer: its own or the embedding's weight, and rows that a hook adds (LoRA)."""
     owners = [getattr(hook, "__self__", None) for hook in layer._forward_hooks.values()]
-    found = [*layer.parameters(), *(p for o in owners if isinstance(o, torch.nn.Module) for p in o.parameters())]
+    found: list[Tensor] = list(layer.parameters())
+    found += [p for owner in owners if isinstance(owner, torch.nn.Module) for p in owner.parameters()]
     if weight is not None:
         found.append(weight)
     return [parameter for parameter in found if parameter.requires_grad]
@@ -86,7 +87,7 @@ class _InChunks(torch.autograd.Function):
         return torch.cat([loss_of(hidden[part], part) for part in parts], dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (hidden,) = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden)
         totals: list[Tensor | None] = [None] * len(ctx.trained)
@@ -101,7 +102,7 @@ class _InChunks(torch.autograd.Function):
         return None, None, of_hidden, *grads
 
 
-def _add(total: Tensor | None, found: Tensor | None, parameter: Any) -> Tensor | None:
+def _add(total: Tensor | None, found: Tensor | None, parameter: Tensor) -> Tensor | None:
     """In fp32; what a product has added to the parameter's `main_grad` itself stands for it and is not added again."""
     if found is None or getattr(parameter, "grad_added_to_main_grad", False):
         return found
