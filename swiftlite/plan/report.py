@@ -24,7 +24,6 @@ from swiftlite.convert.conversion import Plan
 from swiftlite.convert.mcore import McorePlan
 from swiftlite.plan.layouts import command, own_layout, print_layouts
 from swiftlite.plan.memory import TrainingModel
-from swiftlite.utils.dist import get_world_size
 from swiftlite.utils.io import DiskSpeed, existing_parent, format_bytes, peak_memory_bytes, probe_disk
 from swiftlite.utils.text import format_seconds, printable
 from swiftlite.weights.rule import BoundMap
@@ -145,10 +144,11 @@ def _model(args: MegatronSftArguments, source: Checkpoint, adapters: Adapters, t
 
 
 def out_of_memory(
-    args: MegatronSftArguments, origin: str | Path, adapters: Adapters, trained: Trained, length: int, available: int
-) -> str:
+    args: MegatronSftArguments, origin: str | Path, adapters: Adapters, trained: Trained, gpus: int, length: int,
+    available: int,
+) -> str:  # fmt: skip
     """What a step of `length` tokens takes, beside what a GPU has, and which layout takes less."""
-    layout = own_layout(args, get_world_size())
+    layout = own_layout(args, gpus)
     micro, accumulated, batch = args.batch_sizes(layout.dp)
     model = _model(args, _source(args, origin), adapters, trained)
     need = model.need(layout, micro, length, accumulated)

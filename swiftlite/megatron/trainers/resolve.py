@@ -19,6 +19,8 @@ from swiftlite.megatron.tuners.lora_plan import plan_lora
 from swiftlite.plan.report import Adapters, Trained, out_of_memory, print_training
 from swiftlite.train.order import Data
 from swiftlite.train.run_directory import default_output_dir
+from swiftlite.utils.dist import get_world_size
+from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
@@ -50,12 +52,12 @@ def print_run(args: MegatronSftArguments, origin: str) -> None:
     print_training(args, origin, *_trained(args))
 
 
-def explain_out_of_memory(args: MegatronSftArguments, origin: str, data: Data) -> str:
+def explain_out_of_memory(args: MegatronSftArguments, origin: str, data: Data) -> UsageError:
     """Why a step does not fit and what would; `data` are (training set, validation set or None)."""
     known = [max(part.lengths) for part in data if part is not None and hasattr(part, "lengths")]
     length = max(known, default=int(args.seq_length or 0))
     available = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    return out_of_memory(args, origin, *_trained(args), length, available)
+    return UsageError(out_of_memory(args, origin, *_trained(args), get_world_size(), length, available))
 
 
 def _trained(args: MegatronSftArguments) -> tuple[Adapters, Trained]:

@@ -24,7 +24,6 @@ from swiftlite.train.order import Data
 from swiftlite.train.run_directory import held as hold_directory
 from swiftlite.train.run_directory import name_version
 from swiftlite.utils.dist import get_rank
-from swiftlite.utils.errors import UsageError
 from swiftlite.utils.types import Json
 
 A = TypeVar("A", bound=MegatronSftArguments)
@@ -57,7 +56,7 @@ def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Dat
         try:
             result = train(training, trainer, start)
         except torch.OutOfMemoryError as error:
-            raise UsageError(explain_out_of_memory(args, origin, (train_set, val_set))) from error
+            raise explain_out_of_memory(args, origin, (train_set, val_set)) from error
     # Without the groups: no rank waits for the network.
     if args.push_to_hub and get_rank() == 0 and not result["signal"]:
         newest = hf_directory(training.root / iteration_name(result["iteration"]))
