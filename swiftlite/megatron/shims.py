@@ -265,7 +265,9 @@ def _hybrid_optimizer() -> Any:
 
 
 def _allocate_without_stepping() -> None:
-    def allocate(self: Any) -> None:
+    hybrid = _hybrid_optimizer()
+
+    def allocate(self: torch.optim.Optimizer) -> None:
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] = 0.0
@@ -276,7 +278,7 @@ def _allocate_without_stepping() -> None:
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    _hybrid_optimizer().dummy_step = allocate
+    hybrid.dummy_step = allocate
 
 
 def _no_version_of_te() -> None:

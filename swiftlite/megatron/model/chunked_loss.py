@@ -22,7 +22,7 @@ class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
 
     logits_at_once: Callable[[int, int], int]
 
-    def _postprocess(self, hidden_states: Tensor, **others: Any) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, **others: object) -> Tensor:
         positions, rows = self._positions(hidden_states) if self.post_process else (0, 0)
         if others["labels"] is None or positions >= rows:
             return super()._postprocess(hidden_states=hidden_states, **others)  # type: ignore[no-any-return]
