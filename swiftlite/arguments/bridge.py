@@ -159,6 +159,7 @@ STOCK_LACKS: dict[str, str | None] = {
     "qk_norm_after_rope": "norms of queries and keys after their rotation",
     "gated_delta_net": "gated delta nets whose output norm has plain weights next to norms of 1 + weight",
     "position_factor": "queries that grow with the position",
+    "chunked_attention": "attention within chunks",
 }
 
 

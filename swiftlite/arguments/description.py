@@ -34,6 +34,9 @@ class ModelDescription:
     logits are divided by.
     rotary_interleaved: rotary pairs are neighbours instead of halves. partial_rotary_factor: share of a head that
     rotates. no_rope_freq: layers that do not rotate, a pattern. rope_scaling: as config.json spells it.
+    attention_chunk_size: layers that rotate see the chunk of so many tokens that they are in. attn_temperature: `scale` and
+    `floor` of the others' queries. qk_norm_of_rotated: rotated queries and keys have norms without weights.
+    moe_apply_probs_on_input: the router's scores multiply what experts get, not what they give.
     moe_layer_freq: which layers have experts, every N-th, or like [0]*1+[1]*45. moe_router_topk: experts of a token.
     Latent attention: ranks and widths of a head's parts. dsa_indexer_topk: tokens that an indexer chooses for each token's
     attention, in the layers of the pattern dsa_indexer_layers; others take the choice of the layer before.
@@ -85,6 +88,10 @@ class ModelDescription:
     original_max_position_embeddings: int | None = None
     architectures: str | None = None
 
+    attention_chunk_size: int | None = None
+    attn_temperature: Json | None = None
+    qk_norm_of_rotated: bool = False
+
     num_experts: int | None = None
     moe_layer_freq: str = "1"
     moe_ffn_hidden_size: int | None = None
@@ -93,6 +100,7 @@ class ModelDescription:
     moe_router_topk: int = 2
     moe_router_score_function: str = "softmax"
     moe_router_pre_softmax: bool = False
+    moe_apply_probs_on_input: bool = False
     moe_router_topk_scaling_factor: float | None = None
     moe_router_enable_expert_bias: bool = False
     moe_router_load_balancing_type: str = "aux_loss"

@@ -20,7 +20,7 @@ BUILT_IN = (
     "deepseek_v3", "dots1", "ernie4_5", "glm4_moe", "mistral", "mixtral", "ministral", "ministral3", "gemma2",
     "gemma3", "olmo3", "exaone4",
     "glm4", "olmo2", "olmoe", "minimax_m2", "granite", "granitemoe", "hunyuan_v1_dense", "hunyuan_v1_moe", "gpt_oss",
-    "phi3", "smollm3",
+    "phi3", "smollm3", "llama4",
     "seed_oss", "glm4_moe_lite", "hy_v3", "bailing_moe", "deepseek_v32", "glm_moe_dsa",
     "qwen3_next", "qwen3_5", "qwen3_5_moe",
 )  # fmt: skip

@@ -98,7 +98,7 @@ def decoder(
 ) -> WeightMap:  # fmt: skip
     """The map of a model with the usual final norm and head, and layers of these blocks.
 
-    others: `mtp`, `mtp_layer`, `fused` and `modules` of WeightMap.
+    others: `mtp`, `mtp_layer`, `fused`, `modules` and `live` of WeightMap.
     """
     top = (
         copy("embedding.word_embeddings.weight", f"{embedding}.weight", "vocab", "hidden"),

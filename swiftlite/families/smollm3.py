@@ -7,11 +7,13 @@ from swiftlite.families.records import Config, Derived, Family
 
 
 def _without_rotation(config: Config) -> str:
-    """1 for layers that do not rotate; config.json has 1 for those that do."""
+    """1 for layers that do not rotate; config.json has 1 for those that do. Llama 4's too."""
     layers, every = range(config["num_hidden_layers"]), config.get("no_rope_layer_interval", 4)
     rotated = config.get("no_rope_layers") or [(layer + 1) % every != 0 for layer in layers]
     return layer_list(not rotated[layer] for layer in layers)
 
+
+WITHOUT_ROTATION = Derived("no_rope_freq", _without_rotation)
 
 FAMILY = Family(
     "smollm3",
@@ -21,7 +23,7 @@ FAMILY = Family(
         REFUSE_OUTPUT_BIAS,
         rotary_base(2000000),
         Derived("untie_embeddings_and_output_weights", lambda c: not c.get("tie_word_embeddings", True)),
-        Derived("no_rope_freq", _without_rotation),
+        WITHOUT_ROTATION,
     ),
     weights=decoder(ATTENTION, MLP),
 )

@@ -97,7 +97,8 @@ def build_hf(hf: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Pre
 def text_model(model: Any) -> Any:
     """Embedding, layers and final norm of a causal language model, or of the text part of one that reads images too."""
     is_part = model.config.get_text_config() is not model.config
-    return model.get_decoder() if is_part else model.model
+    decoder = model.get_decoder() if is_part else model
+    return getattr(decoder, "model", decoder)  # Llama 4 gives its causal language model
 
 
 class _Weights:
@@ -113,7 +114,7 @@ class _Weights:
         self.dtype, self.device = dtype, device
         self.decode = decoder(hf.stored)
         self.stored: dict[int, list[tuple[str, Stored]]] = {}
-        for name, stored in checkpoint_tensors(model, [text_model(model), model.lm_head]).items():
+        for name, stored in checkpoint_tensors(model, [text_model(model), model.get_output_embeddings()]).items():
             self.stored.setdefault(id(stored.owner), []).append((name, stored))
         self.empty = {(m, name): p for m in model.modules() for name, p in m._parameters.items() if p is not None}
 
@@ -178,10 +179,11 @@ def run_hf(
         def embedded(_: nn.Module, args: tuple[Tensor, ...], kwargs: Settings) -> None:
             outputs[embedding] = (args or (kwargs["hidden_states"],))[0].detach().cpu()
 
-        for part in (embedding, *inner.layers, inner.norm, model.lm_head):
+        for part in (embedding, *inner.layers, inner.norm, model.get_output_embeddings()):
             part.register_forward_pre_hook(lambda module, _: weights.load(module))
             part.register_forward_hook(done)
         inner.layers[0].register_forward_pre_hook(embedded, with_kwargs=True)
+        weights.load(inner.embed_tokens)  # Llama 4 asks where it is before it calls it
         inputs = ids.to(device)
         # Of GLM-4.5V, transformers 4.57 computes nothing without a mask.
         logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits.cpu()

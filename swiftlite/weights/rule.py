@@ -135,6 +135,7 @@ class WeightMap:
     where {number} counts on after the decoder layers; None = the family has none.
     ignore: patterns of tensors that are derived, never weights. fused: what files may keep joined, in any layer.
     modules: (part of the files' names, what transformers' classes call it), where adapters are concerned.
+    live: how these classes call the text part of a larger model.
     """
 
     top: tuple[WeightRule, ...]
@@ -146,6 +147,7 @@ class WeightMap:
     hf_layer: str = "model.layers.{index}"
     fused: tuple[Fused, ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
+    live: Naming = NAMINGS[0]
 
     def bind(self, model: ModelShape) -> BoundMap:
         """Write the rules out for one model. Raises: MapError if two rules claim one name."""
@@ -172,7 +174,8 @@ class WeightMap:
             ]
         shapes = {name: shape for e in entries for name, shape in zip(e.hf, e.hf_shapes, strict=True)}
         fused = [tensor for layer in layers for rule in self.fused for tensor in _join(rule, layer, model, shapes)]
-        return BoundMap(model, tuple(entries), tuple(duplicates), self.ignore, {t.name: t for t in fused}, self.modules)
+        return BoundMap(model, tuple(entries), tuple(duplicates), self.ignore, {t.name: t for t in fused}, self.modules,
+                        self.live)  # fmt: skip
 
     @staticmethod
     def _entries(rules: Iterable[WeightRule], layer: Layer, kind: LayerKind, model: ModelShape) -> Iterator[Entry]:
@@ -282,8 +285,8 @@ class Coverage:
 
 @dataclass(frozen=True)
 class BoundMap:
-    """The rules written out for one model. fused: tensors that may stand for those of single experts, by name. modules: see
-    WeightMap. naming: of the text part of a larger model, whose other tensors are carried.
+    """The rules written out for one model. fused: tensors that may stand for those of single experts, by name. modules and
+    live: see WeightMap. naming: of the text part of a larger model, whose other tensors are carried.
     """
 
     model: ModelShape
@@ -292,6 +295,7 @@ class BoundMap:
     ignore: tuple[str, ...]
     fused: Mapping[str, FusedTensor] = field(default_factory=dict)
     modules: tuple[tuple[str, str], ...] = ()
+    live: Naming = NAMINGS[0]
     naming: Naming | None = None
 
     def __post_init__(self) -> None:
@@ -355,7 +359,7 @@ class BoundMap:
         """What transformers' classes call one of the map's names, or a module of such a name."""
         for stored, live in self.modules:
             name = name.replace(stored, live)
-        return name if self.naming is None else NAMINGS[0](text_name(name))
+        return name if self.naming is None else self.live(text_name(name))
 
     def is_carried(self, name: str) -> bool:
         """Whether a name in the files belongs to a part of the model that is no text model's."""

@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_next": {"initializer_range": 0.02, "layer_types": ["linear_attention", "full_attention"] * 2},
     "gpt_oss": {"initializer_range": 0.02, "num_key_value_heads": 2},
     "gemma2": {"initializer_range": 0.02, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "llama4_text": {"initializer_range": 0.02, "num_key_value_heads": 2},
     "ministral3": {"initializer_range": 0.02, "num_key_value_heads": 2},
 }
 MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "moonlight": "moonlight"}

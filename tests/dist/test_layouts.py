@@ -89,6 +89,8 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "linear-pp2": ("qwen3_next", 2, ["--pipeline_model_parallel_size", "2"], None),
     "linear-ep2": ("qwen3_next", 2, ["--expert_model_parallel_size", "2"], None),
     "linear-cp2": ("qwen3_next", 2, _CP2, None),
+    "chunks-tp2-sp": ("llama4_text", 2, _TP2_SP, None),
+    "chunks-ep2": ("llama4_text", 2, ["--expert_model_parallel_size", "2"], None),
     "control-double-layer": ("qwen3", 2, [], "double_layer"),
     "control-cp2-in-order": ("qwen3", 2, _CP2, "places_in_order"),
     "control-cp2-one-rank": ("qwen3", 2, _CP2, "loss_of_one_rank"),

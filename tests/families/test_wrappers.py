@@ -26,7 +26,7 @@ from swiftlite.weights.rule import NAMINGS, text_name
 from swiftlite.weights.torch_dist import HfNames
 from tests.families.cases import build_hf, config_of
 
-TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "gemma3", "mistral3", "glm4v", "glm4_5v", "kimi_k25")
+TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "gemma3", "mistral3", "glm4v", "llama4", "glm4_5v", "kimi_k25")
 QUIET = Options(quiet=True)
 
 

@@ -34,7 +34,7 @@ KINDS = [
     "glm4_0414:default", "olmo2:default", "olmoe:default", "granite:default", "granitemoe:default",
     "hunyuan_v1_moe:default",
     "gemma2:default", "gemma3_text:default", "olmo3:default", "exaone4:default", "gpt_oss:default",
-    "phi4:mini", "smollm3:default",
+    "phi4:mini", "smollm3:default", "llama4_text:default",
     "glm4_moe_lite:by_types", "hy_v3:default", "bailing_moe:default", "glm_moe_dsa:default",
 ]  # fmt: skip
 IDS = torch.randint(0, 300, (2, 160), generator=torch.Generator().manual_seed(3))

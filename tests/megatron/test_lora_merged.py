@@ -17,7 +17,10 @@ from tests.families.cases import build_hf, config_of
 from tests.megatron.test_hf_io import IDS, assert_close, logits
 from tests.megatron.test_lora import adapted, by_name, lora_args, set_by_name
 
-CASES = ("mixtral:default", "minimax_m2:default", "granitemoe:default", "gpt_oss:default", "qwen3_vl_moe:default")
+CASES = (
+    "mixtral:default", "minimax_m2:default", "granitemoe:default", "gpt_oss:default", "qwen3_vl_moe:default",
+    "llama4_text:default",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

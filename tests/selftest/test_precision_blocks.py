@@ -62,6 +62,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Mutable], None], str]] = {
         "layer 2",
     ),
     "rotated layers and others exchanged": ("smollm3:default", setting(no_rope_layers=[0, 1, 0]), "layer 0"),
+    "a chunk too short by one": ("llama4_text:default", setting(attention_chunk_size=36), "layer 0"),
+    "rotated queries without norms": ("llama4_text:default", setting(use_qk_norm=False), "layer 0"),
+    "queries not scaled": ("llama4_text:default", setting(attn_temperature_tuning=False), "layer 2"),
     "short factors in a long text": ("phi3:longrope", setting(rope_scaling=SHORT), "layer 0"),
     "another position factor": ("ministral3:default", setting(rope_parameters=OTHER_FACTOR), "layer 0"),
 }

@@ -66,6 +66,15 @@ def _static_alpha(model: Any) -> None:
         rope.rope_type = "ntk_alpha"  # as transformers calls it since
 
 
+def _no_image_outputs(model: Any) -> None:
+    """Llama 4 hands on what its text part has of images, which transformers 5.24 looks for where there is nothing."""
+
+    def hook(_: object, __: object, output: Any) -> None:
+        output.image_outputs = None
+
+    model.language_model.register_forward_hook(hook)
+
+
 def _experts_in_autocast(model: PreTrainedModel) -> None:
     """Under autocast products of experts held in one tensor [E, ...] take the dtype of autocast, as all other ones do.
 
@@ -106,6 +115,7 @@ CORRECTIONS: Mapping[str, Callable[[Any], None]] = {
     "GptOssForCausalLM": _clamped_gates,
     "HunYuanDenseV1ForCausalLM": _static_alpha,
     "HunYuanMoEV1ForCausalLM": _static_alpha,
+    "Llama4ForConditionalGeneration": _no_image_outputs,  # 5.24
 }
 
 

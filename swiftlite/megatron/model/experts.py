@@ -198,13 +198,12 @@ def implementation(args: MegatronArguments, config: TransformerConfig) -> str:
     found, asked = backend.setup(), getattr(args, "moe_grouped_impl", None)
     usual = "te" if found.spec == "te" and config.moe_grouped_gemm else "one by one"
     lacks = config.add_bias_linear or getattr(config, "fp8", None) or "moe_act" in (config.recompute_modules or ())
-    lacks = (
-        lacks or config.activation_func is not F.silu or {"moe_act", "expert_fc1"} & set(config.offload_modules or ())
-    )
+    lacks = lacks or config.activation_func is not F.silu or config.moe_apply_probs_on_input
+    lacks = lacks or {"moe_act", "expert_fc1"} & set(config.offload_modules or ())
     if asked == "torch" and lacks:
         raise ConfigError(
-            "--moe_grouped_impl torch: has neither biases nor another gate than SiLU nor fp8 nor recomputation of moe_act; "
-            "take te"
+            "--moe_grouped_impl torch: has neither biases nor another gate than SiLU nor scores on inputs nor fp8 nor "
+            "recomputation of moe_act; take te"
         )
     if asked == "te" and usual != "te":
         raise ConfigError("--moe_grouped_impl te: needs a GPU with Transformer Engine and --moe_grouped_gemm true")

@@ -20,7 +20,7 @@ from swiftlite.utils.errors import MapError, UsageError
 from swiftlite.utils.types import Config
 from swiftlite.weights.lora import A, B, LoraConfig, initial_a
 from swiftlite.weights.merged import EMBEDDING, HEAD
-from swiftlite.weights.rule import NAMINGS, BoundMap
+from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.storage import Files, read_tensor
 
 # Neither routers nor gates of shared experts; linear attention keeps its projections as parts of one matrix.
@@ -82,7 +82,7 @@ def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
         "inference_mode": True,
     }  # fmt: skip
     if bound.naming is not None:  # other parts have layers of the same names
-        config["exclude_modules"] = rf"(?!{re.escape(NAMINGS[0].stored)}).*"
+        config["exclude_modules"] = rf"(?!{re.escape(bound.live.stored)}).*"
 
     def values(module: str) -> tuple[Tensor, Tensor]:
         entry, position = bound.by_hf[f"{module}.weight"]

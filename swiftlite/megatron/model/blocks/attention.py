@@ -26,18 +26,25 @@ from swiftlite.utils.types import Json, Settings
 
 # Queries whose scores are in memory at once, where they are computed without a fused kernel.
 CHUNK = 1024
-_masks: dict[tuple[torch.device, int | None], Tensor] = {}
+_masks: dict[tuple[torch.device, int | None, int | None], Tensor] = {}
 
 
-def causal_mask(length: int, window: int | None, device: torch.device, rows: Tensor | None = None) -> Tensor:
+def causal_mask(
+    length: int, window: int | None, device: torch.device, rows: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
     """True where a token (row) sees another one (column): [length, length] of the one mask that is kept for all lengths.
 
-    window: tokens that one sees, itself included; None: all before it. rows: those wanted, None: all.
+    window: tokens that one sees, itself included; chunk: it sees those of its own chunk of so many; None: all before it.
+    rows: those wanted, None: all.
     """
-    mask = _masks.get((device, window))
+    mask = _masks.get((device, window, chunk))
     if mask is None or len(mask) < length:
         mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        _masks[device, window] = mask = mask if window is None else mask.triu(1 - window)
+        mask = mask if window is None else mask.triu(1 - window)
+        if chunk is not None:
+            own = torch.arange(length, device=device) // chunk
+            mask = mask & (own[:, None] == own)
+        _masks[device, window, chunk] = mask
     mask = mask[:length, :length]
     return mask if rows is None else mask[rows]
 
@@ -45,11 +52,13 @@ def causal_mask(length: int, window: int | None, device: torch.device, rows: Ten
 class SdpaAttention(torch.nn.Module):
     """Causal core attention: GQA, unequal key and value widths, packed input.
 
-    window: tokens that one sees in this layer, itself included; None: all before it. cap: scores s are cap * tanh(s / cap);
-    None: as they are. softmax_offset: [N / TP], a score of each head that takes part in the softmax and has no value.
+    window: tokens that one sees in this layer, itself included; None: all before it. chunk: see causal_mask. cap: scores s
+    are cap * tanh(s / cap); None: as they are. softmax_offset: [N / TP], a score of each head that takes part in the softmax
+    and has no value.
     """
 
     cap: float | None = None
+    chunk: int | None = None
     softmax_offset: torch.nn.Parameter | None
 
     def __init__(
@@ -120,7 +129,8 @@ class SdpaAttention(torch.nn.Module):
         length = len(key)
         window = self.window if self.window is not None and self.window < length else None
         rows = my_places(length, device=key.device) if len(query) < length else None
-        plain = window is None and rows is None
+        chunk = self.chunk if self.chunk is not None and self.chunk < length else None
+        plain = window is None and rows is None and chunk is None
         dropout = self.dropout if self.training else 0.0
         with self._dropout_generator(dropout):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, width]
@@ -131,7 +141,7 @@ class SdpaAttention(torch.nn.Module):
                     q,
                     k,
                     v,
-                    attn_mask=None if plain else causal_mask(length, window, q.device, rows),
+                    attn_mask=None if plain else causal_mask(length, window, q.device, rows, chunk),
                     dropout_p=dropout,
                     is_causal=plain,
                     scale=self.softmax_scale,
@@ -191,3 +201,12 @@ class SdpaAttention(torch.nn.Module):
             tp_group=mpu.get_tensor_model_parallel_group(),
             dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
         )
+
+
+def in_place_of_te() -> dict[object, object]:
+    """Classes to replace where Transformer Engine is and its core attention lacks what a model needs."""
+    if backend.setup().spec != "te":
+        return {}
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return {TEDotProductAttention: SdpaAttention}

@@ -10,16 +10,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
-from swiftlite.megatron import backend
-from swiftlite.megatron.model.blocks.attention import SdpaAttention
+from swiftlite.megatron.model.blocks.attention import SdpaAttention, in_place_of_te
 
 
 def replacements(args: MegatronArguments) -> dict[object, object]:
-    if args.description.attn_logit_softcapping is None or backend.setup().spec != "te":
-        return {}
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-    return {TEDotProductAttention: SdpaAttention}
+    return {} if args.description.attn_logit_softcapping is None else in_place_of_te()
 
 
 def adapt(model: MegatronModule, args: MegatronArguments) -> None:
