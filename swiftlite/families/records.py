@@ -156,7 +156,7 @@ class Family:
     mtp_default: int = 0
     aliases: Mapping[str, str] = field(default_factory=dict)
     wrappers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    part_defaults: Mapping[str, Any] = field(default_factory=dict)
+    part_defaults: Mapping[str, object] = field(default_factory=dict)
     models: tuple[ModelMeta, ...] = ()
     templates: tuple[TemplateMeta, ...] = ()
 

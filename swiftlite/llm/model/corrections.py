@@ -69,8 +69,8 @@ def _static_alpha(model: Any) -> None:
 def _no_image_outputs(model: Any) -> None:
     """Llama 4 hands on what its text part has of images, which transformers 5.24 looks for where there is nothing."""
 
-    def hook(_: object, __: object, output: Any) -> None:
-        output.image_outputs = None
+    def hook(_: object, __: object, output: object) -> None:
+        vars(output)["image_outputs"] = None
 
     model.language_model.register_forward_hook(hook)
 
