@@ -12,6 +12,7 @@ import mmap
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _HASHED_BYTES, _BLOCK_BYTES = 256 << 20, 1 << 20
 _TYPES = {"input_ids": "i", "labels": "i", "loss_scale": "f"}
 
 
+@cache
 def type_of(name: str) -> str | None:
     """Array type code of a column of numbers, None for other values."""
     return next((code for end, code in _TYPES.items() if name.endswith(end)), None)
@@ -52,7 +54,8 @@ class TokenStore:
                 continue
             if name not in self._values:  # absent so far: samples without the column are empty in it
                 self._values[name], self._offsets[name] = array(code), array("q", [0] * (self._count + 1))
-            self._values[name].extend(value)
+            values = self._values[name]
+            (values.fromlist if isinstance(value, list) else values.extend)(value)
         for name, offsets in self._offsets.items():
             offsets.append(len(self._values[name]))
         if extras:

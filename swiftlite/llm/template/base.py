@@ -8,8 +8,7 @@ offsets.
 from __future__ import annotations
 
 import json
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from swiftlite.llm.template.loss_scale import parse_loss_scale, weigh
 from swiftlite.llm.template.messages import Message, Tools, role_of, with_arguments
 from swiftlite.llm.template.options import TemplateOptions
 from swiftlite.llm.template.registered import source_of
+from swiftlite.llm.template.token_spans import token_spans
 from swiftlite.llm.template.traits import Traits, traits_of
 from swiftlite.utils.errors import TemplateError, UsageError
 from swiftlite.utils.logger import warn_once
@@ -360,16 +360,17 @@ class Template(TemplateOptions):
         if not scripts:
             return
         if getattr(self.tokenizer, "is_fast", False):
+            backend = (
+                self.tokenizer.backend_tokenizer
+            )  # what the tokenizer asks, without its lists of all that is known
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
             for part in in_parts(scripts):
-                batch = self.tokenizer(
-                    [text for text, _ in part],
-                    add_special_tokens=False,
-                    return_attention_mask=False,
-                    return_token_type_ids=False,
-                    verbose=False,
-                )
-                for (_, spans), ids, encoding in zip(part, batch["input_ids"], batch.encodings, strict=True):
-                    yield ids, list(_token_spans(encoding.token_to_chars, len(ids), spans))
+                encodings = backend.encode_batch([text for text, _ in part], add_special_tokens=False)
+                for (_, spans), encoding in zip(part, encodings, strict=True):
+                    ids = encoding.ids
+                    yield ids, list(token_spans(encoding, len(ids), spans))
         else:
             # Without offsets: a boundary lies where the ids of the text before it stop agreeing. Blanks of the header
             # that are tokenised differently once text follows are then trained on too.
@@ -474,25 +475,6 @@ def _parse_tools(text: str) -> Tools | None:
     except ValueError as error:
         raise TemplateError(f"'tools' is a string but not JSON ({error}); give a list of function schemas") from None
     return tools if isinstance(tools, list) or tools is None else [tools]
-
-
-def _token_spans(chars_of: Callable[[int], tuple[int, int]], count: int, spans: Iterable[Span]) -> Iterable[Span]:
-    """Spans in tokens: a token belongs to the span it shares a character with.
-
-    A token reaches from the end of the one before it to its own end: byte-level tokenizers leave leading blanks out of
-    offsets, and give every piece of a character that is split over tokens the whole character. Offsets are asked for one
-    by one: lists of all of them take longer than the rest.
-    """
-
-    def end_of(index: int) -> int:
-        return chars_of(index)[1]
-
-    for start, end, weight in spans:
-        first = bisect_right(range(count), start, key=end_of)
-        last = bisect_left(range(count), end, first, key=end_of)
-        while last < count and (last == 0 or min(chars_of(last)[0], end_of(last - 1)) < end):
-            last += 1
-        yield first, last, weight
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
