@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from swiftlite.arguments.base import PEFT_TUNERS
 from swiftlite.checkpoint.chat import copy_chat
 from swiftlite.utils.directories import ADAPTER_CONFIG, find_iteration
 from swiftlite.utils.errors import CheckpointError, ConfigError
@@ -129,6 +130,12 @@ class Adapter:
         else:
             write_json(directory / ADAPTER_CONFIG, self.described)
         copy_chat(self.root, directory)
+
+
+def is_other_kind(directory: Path) -> bool:
+    """Whether it holds DoRA, or an adapter of peft that is no LoRA: peft's alone to read."""
+    stated = read_json(directory / ADAPTER_CONFIG, optional=True)
+    return stated.get("peft_type") in PEFT_TUNERS.values() or bool(stated.get("use_dora"))
 
 
 _Opened = tuple[WeightSource, Sequence[Path], Mapping[str, object]]  # source, files, what the config has to say besides

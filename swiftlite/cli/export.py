@@ -15,7 +15,7 @@ from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
 from swiftlite.checkpoint.hub import check_hub_id, push
 from swiftlite.checkpoint.resolve import as_arguments, resolve, the_adapter
 from swiftlite.cli.export_checks import check_adapter, check_model
-from swiftlite.cli.export_sources import adapter_alone, base_model
+from swiftlite.cli.export_sources import adapter_alone, base_model, merge_other_kind
 from swiftlite.convert.conversion import Options, Source, Target, convert
 from swiftlite.convert.hf import HfTarget
 from swiftlite.convert.mcore import McoreTarget
@@ -60,6 +60,10 @@ def convert_mcore2hf(args: ExportArguments | Sequence[str]) -> Path:
 def _export_adapter(args: ExportArguments) -> Path:
     """What `export` does with --adapters or --mcore_adapter: the other format, or merging into the base model."""
     path = the_adapter(args)
+    suffix = "merged" if args.merge_lora else "mcore" if args.to_mcore else "hf"
+    output_dir = Path(args.output_dir or default_output_dir(path, suffix))
+    if args.merge_lora and merge_other_kind(args, path, output_dir):
+        return _done(args, output_dir, "infer", "--model", output_dir, *args.loading_words(hub=False))
     if args.merge_lora and args.to_mcore:
         return convert_hf2mcore(args)
     if args.test_convert_precision and args.merge_lora:
@@ -69,8 +73,6 @@ def _export_adapter(args: ExportArguments) -> Path:
         )
     if not args.merge_lora and args.to_mcore == args.to_hf:
         raise UsageError("an adapter: give --to_mcore true, --to_hf true, or --merge_lora true")
-    suffix = "merged" if args.merge_lora else "mcore" if args.to_mcore else "hf"
-    output_dir = Path(args.output_dir or default_output_dir(path, suffix))
     if args.merge_lora:
         _convert(args, base_model(args, path), HfTarget(args.written_dtype, args.max_shard_bytes), output_dir)
         return _done(args, output_dir, "infer", "--model", output_dir, *args.loading_words(hub=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from swiftlite.arguments.export import ExportArguments
-from swiftlite.checkpoint.adapter import Adapter
+from swiftlite.checkpoint.adapter import Adapter, is_other_kind
 from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
 from swiftlite.checkpoint.info import read_config
@@ -26,3 +26,13 @@ def adapter_alone(args: ExportArguments, path: Path) -> Adapter:
     """An adapter held against its base model, of which only config.json is needed."""
     config = read_config(Path(args.model_info.model_dir))
     return Adapter.open(path, bind_map(grown(config, plan_tokens(args, config)), with_mtp=True))
+
+
+def merge_other_kind(args: ExportArguments, adapter: Path, output_dir: Path) -> bool:
+    """Merge an adapter that is no plain LoRA into its base model by peft. Returns: whether it is such a one."""
+    if not is_other_kind(adapter):
+        return False
+    from swiftlite.llm.merging import merge_in_memory  # imports transformers
+
+    merge_in_memory(args, adapter, output_dir)
+    return True

@@ -36,14 +36,21 @@ def begin(adapted: nn.Module, args: TunerArguments) -> None:
         pair: Any = module
         if not hasattr(module, "lora_A") or "default" not in pair.lora_A:
             continue
-        a, b = _beginning(pair.get_base_layer(), args, name)
+        layer = pair.get_base_layer()
+        if args.begins_with_weights and args.lora_rank > min(layer.weight.shape):
+            raise UsageError(
+                f"--lora_rank {args.lora_rank}: {name} has {min(layer.weight.shape)} singular values; use a lower rank"
+            )
+        if layer.weight.is_meta:  # a trial
+            continue
+        a, b = _beginning(layer, args)
         if args.begins_with_weights:
             a, b = torch.cat([a, a]), torch.cat([b, -b], dim=1)
         pair.lora_A["default"].weight.data.copy_(a)
         pair.lora_B["default"].weight.data.copy_(b)
 
 
-def _beginning(layer: nn.Linear, args: TunerArguments, name: str) -> tuple[Tensor, Tensor]:
+def _beginning(layer: nn.Linear, args: TunerArguments) -> tuple[Tensor, Tensor]:
     """(A [rank, in], B [out, rank]) that peft gives a layer."""
     from peft import LoraConfig, get_peft_model
 
@@ -51,10 +58,6 @@ def _beginning(layer: nn.Linear, args: TunerArguments, name: str) -> tuple[Tenso
         r=args.lora_rank, lora_alpha=args.lora_alpha, use_rslora=args.use_rslora, target_modules=["layer"],
         init_lora_weights=args.init_weights,  # type: ignore[arg-type]  # checked with the arguments
     )  # fmt: skip
-    if args.begins_with_weights and args.lora_rank > min(layer.weight.shape):
-        raise UsageError(
-            f"--lora_rank {args.lora_rank}: {name} has {min(layer.weight.shape)} singular values; use a lower rank"
-        )
     pair: Any = get_peft_model(nn.Sequential(OrderedDict(layer=copy.deepcopy(layer))), alone).get_submodule(
         "base_model.model.layer"
     )

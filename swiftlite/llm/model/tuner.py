@@ -267,8 +267,9 @@ def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
     kept = [name for name in ("embed_tokens", *(() if tied else ("lm_head",))) if name not in args.modules_to_save]
     together = tied and {"embed_tokens", "lm_head"} & set(args.modules_to_save)
     if args.train_type != "lora":
-        chosen = sorted(targets) if isinstance(targets, set) else targets
-        return _with_adapters(model, other_config(args, chosen, args.modules_to_save))
+        other = other_config(args, sorted(targets) if isinstance(targets, set) else targets, args.modules_to_save)
+        # peft makes some of them of values, which a trial has not.
+        return model if model.device.type == "meta" else _with_adapters(model, other)
     config = LoraConfig(
         **lora_size(args),
         lora_dropout=args.lora_dropout,

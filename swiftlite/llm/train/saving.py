@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.files import CONFIG, copy_side_files
 from swiftlite.checkpoint.new_tokens import copy_tokenizer, enter_tokens
@@ -65,7 +66,10 @@ def save_model(
             # peft would write the whole embedding of a vocabulary that has grown.
             model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     else:
-        _save_weights(model, directory, args)
+        write_weights(model, directory, args)
+        held = {name: p for name, p in model.named_parameters() if name in tuner.held_in_fp32(model)}
+        if held and not args.save_weights_only:
+            write_file(directory / FP32_FILE, held)
     if get_rank() == 0:
         if new_tokens and args.adapts:
             copy_tokenizer(base, directory, new_tokens)
@@ -80,12 +84,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _save_weights(model: PreTrainedModel, directory: Path, args: SftArguments) -> None:
-    """Under the names that the model's own checkpoint has. Ranks that have parts write these."""
+def write_weights(model: PreTrainedModel, directory: Path, args: BaseArguments) -> None:
+    """In the model's dtype, under the names of its checkpoint, with that one's other files. Ranks with parts write these."""
     info, dtype = args.model_info, args.model_info.torch_dtype
     source, main = Path(info.model_dir), get_rank() == 0
-    held = {name: p for name, p in model.named_parameters() if name in tuner.held_in_fp32(model)}
-    in_fp32 = {id(parameter) for parameter in held.values()}
+    in_fp32 = {id(p) for name, p in model.named_parameters() if name in tuner.held_in_fp32(model)}
     first = {name for name, _ in model.named_parameters()}  # a tied weight is written once, as the embedding
     places: dict[tuple[int, int], tuple[str, Stored]] = {}
     for name, stored in sorted(checkpoint_tensors(model).items(), key=lambda i: (i[0] not in first, "lm_head" in i[0])):
@@ -126,8 +129,6 @@ def _save_weights(model: PreTrainedModel, directory: Path, args: SftArguments) -
         rows = embedding_rows(model)
         grown = rows_of(read_json(source / CONFIG)) not in (None, rows)
         copy_side_files(source, directory, {"vocab_size": rows} if grown else {}, dtype)
-    if held and not args.save_weights_only:
-        write_file(directory / FP32_FILE, held)
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from swiftlite.arguments.base import PEFT_TUNERS
 from swiftlite.arguments.train import SftArguments
+from swiftlite.checkpoint.resolve import resolve
+from swiftlite.cli.main import main
 from swiftlite.llm.model import tuner
 from swiftlite.llm.model.adapters import hold_beginnings
+from swiftlite.train.plot import read_run
 from swiftlite.train.schedule import Muon, build_optimizer
 from swiftlite.utils.errors import UsageError
 from tests.families.cases import build_hf, config_of
@@ -110,6 +115,20 @@ def test_other_adapters_are_trained_saved_and_read(kind: str, tmp_path: Path) ->
     torch.testing.assert_close(logits(again), after, rtol=1e-4, atol=1e-4)
 
 
+def test_a_trial_without_weights_finds_what_is_wrong(tiny_model: Any) -> None:
+    for settings, message in (
+        ({"train_type": "boft", "tuner_settings": {"block": 8}}, "has no such setting"),
+        (
+            {"train_type": "lora", "init_weights": "pissa", "target_modules": ["q_proj"], "lora_rank": 999},
+            "use a lower rank",
+        ),
+        ({"train_type": "lora", "init_weights": "olora", "target_modules": ["q_proj"]}, None),
+    ):
+        made = resolve(SftArguments(model=str(tiny_model("qwen3")), model_type="qwen3", **settings))
+        with pytest.raises(UsageError, match=message) if message else nullcontext():
+            tuner.check_settings(made)
+
+
 def test_settings_of_other_adapters(tmp_path: Path) -> None:
     base = build_hf(config_of("qwen3:default"), tmp_path / "a")
     for settings, message in (
@@ -166,3 +185,54 @@ def test_lora_plus_has_its_own_rate(tmp_path: Path) -> None:
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     found = {(n.split(".")[-3], rates[id(p)]) for n, p in model.named_parameters() if p.requires_grad}
     assert found == {("lora_A", 1e-2), ("lora_B", 0.16)}
+
+
+KINDS = {
+    "qwen3": ["--train_type", "boft", "--tuner_settings", '{"boft_block_size": 8}'],
+    "glm4_moe": ["--train_type", "lora", "--use_dora", "true", "--target_modules", *TARGETS],
+}
+
+
+@pytest.mark.parametrize("family, words", KINDS.items())
+def test_what_peft_merges_answers_the_same(
+    family: str, words: list[str], tiny_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained, resumed, asked and merged from the command line; the merged files are named as the base model's."""
+    base = ["--model", str(tiny_model(family)), "--model_type", {"qwen3": "qwen3", "glm4_moe": "glm4_5"}[family]]
+    data = tmp_path / "data.jsonl"
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Swifty."}]
+    data.write_text("\n".join(json.dumps({"messages": messages}) for _ in range(4)))
+    train = ["sft", *base, "--dataset", str(data), *words, "--train_iters", "4", "--save_steps", "2", "--lr", "0.05",
+             "--global_batch_size", "2", "--torch_dtype", "float32", "--logging_steps", "1", "--output_dir"]  # fmt: skip
+    assert main([*train, str(tmp_path / "whole")]) == 0
+    named = ["--resume_from_checkpoint", str(tmp_path / "whole/checkpoint-2")]
+    assert main([*train, str(tmp_path / "parts"), *named]) == 0
+    whole, parts = (
+        [line["loss"] for line in read_run(tmp_path / name / "logging.jsonl")] for name in ("whole", "parts")
+    )
+    assert whole[2:] == parts and whole[-1] < 0.9 * whole[0]
+    adapters = [*base, "--adapters", str(tmp_path / "whole/checkpoint-4")]
+    assert main(["export", *adapters, "--merge_lora", "true", "--output_dir", str(tmp_path / "merged")]) == 0
+    before, after = (
+        load_file(directory / "model.safetensors") for directory in (tiny_model(family), tmp_path / "merged")
+    )
+    assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
+    changed = {name.split(".")[-2] for name in before if not before[name].equal(after[name])}
+    assert changed == set(TARGETS)
+    ask = ["--prompt", "Who?", "--max_new_tokens", "8", "--temperature", "0", "--torch_dtype", "float32"]
+    answers = []
+    for model in (adapters, ["--model", str(tmp_path / "merged"), *base[2:]]):
+        capsys.readouterr()
+        assert main(["infer", *model, *ask]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    base_model, merged = (
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        for directory in (base[1], tmp_path / "merged")
+    )
+    before_training = logits(base_model.eval()).detach()
+    adapted = tuner.attach_adapter(base_model, tmp_path / "whole/checkpoint-4").eval()
+    torch.testing.assert_close(logits(merged.eval()), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert (logits(adapted) - before_training).abs().max() > 0.1
+    assert main(["export", *adapters, "--merge_lora", "true", "--to_mcore", "true"]) == 2
+    assert "is no plain LoRA; merge it first, with --merge_lora true alone" in capsys.readouterr().err

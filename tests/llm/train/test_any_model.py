@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from swiftlite.cli.main import main
 from swiftlite.families import has_family
@@ -24,13 +25,15 @@ _MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # model_type -> (architecture, config besides _SIZES, layers that `all-linear` names)
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 LLAMA = ATTENTION | {"gate_proj", "up_proj", "down_proj"}
+# transformers 5 has experts of this form in one tensor, which gets no adapters.
+EXPERTS = {"w1", "w2", "w3"} if transformers.__version__.startswith("4.") else set()
 NEOX = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "cohere": ("CohereForCausalLM", {}, LLAMA),
     "falcon": ("FalconForCausalLM", {}, NEOX),
     "gpt_neox": ("GPTNeoXForCausalLM", {}, NEOX),
     "nemotron": ("NemotronForCausalLM", {}, LLAMA - {"gate_proj"}),
-    "phimoe": ("PhimoeForCausalLM", _MIXTURE, ATTENTION),
+    "phimoe": ("PhimoeForCausalLM", _MIXTURE, ATTENTION | EXPERTS),
     "stablelm": ("StableLmForCausalLM", {}, LLAMA),
     "starcoder2": ("Starcoder2ForCausalLM", {}, ATTENTION | {"c_fc", "c_proj"}),
 }
