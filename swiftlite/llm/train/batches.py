@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from swiftlite.train.flops import pairs_of
 from swiftlite.train.objective import Batch, Objective
-from swiftlite.utils.types import Json
+from swiftlite.utils.types import Config, Json
 
 # In this order, before an objective's own counts.
 COUNTS = ("tokens", "padded_tokens", "samples", "pairs_attended")
 
 Collate = Callable[[Sequence[Json]], Batch]
+Lengths = Callable[[Json], Sequence[int]]
 
 
-def counting(
-    collate: Collate,
-    objective: Objective,
-    lengths: Callable[[Json], Sequence[int]],
-    pairs: Callable[[Iterable[int]], float],
-) -> Collate:
+def counting(collate: Collate, objective: Objective, lengths: Lengths, config: Config | None) -> Collate:
     """`collate` with a tensor `counts` next to the batch: COUNTS and the objective's.
 
-    lengths: tokens of a row's samples. pairs: those of samples of these lengths, as `pairs_of` gives them.
+    lengths: tokens of a row's samples. config: of the model.
     """
+    pairs = pairs_of(config)
 
     def counted(rows: Sequence[Json]) -> Batch:
         batch = collate(rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +26,7 @@ from swiftlite.llm.model.loader import embedding_rows, id_of
 from swiftlite.llm.model.names import Others, Stored, check_names, checkpoint_tensors, load_tensors, local_part
 from swiftlite.llm.template.trained import Chat
 from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
-from swiftlite.utils.io import read_json
+from swiftlite.utils.io import read_json, replace_directory
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
 from swiftlite.weights.safetensors import (
@@ -42,11 +44,28 @@ if TYPE_CHECKING:
 
 # What a checkpoint is called, and its files besides the model's.
 PREFIX = "checkpoint-"
+SAVING = ".saving"  # holds a checkpoint that is being written
 FP32_FILE = "fp32_parameters.safetensors"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 SCALER, STATE = "scaler.pt", "trainer_state.json"
 SHARDED_OPTIMIZER = "optimizer.safetensors"  # of a sharded model: tensor PARAMETER.KEY for each state
 MAX_SHARD_BYTES = 5 * 10**9
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory that becomes `target` when the block has ended: a killed save leaves no checkpoint. Collective."""
+    saving = target.parent / SAVING
+    if get_rank() == 0:
+        shutil.rmtree(saving, ignore_errors=True)
+        (saving / target.name).mkdir(parents=True)
+    barrier()
+    yield saving / target.name
+    barrier()
+    if get_rank() == 0:
+        replace_directory(saving / target.name, target)
+        shutil.rmtree(saving)
+    barrier()
 
 
 def rng_file() -> str:

@@ -15,7 +15,8 @@ from swiftlite.llm.dataset.prepare import load_data
 from swiftlite.llm.model.tuner import prepare_model
 from swiftlite.llm.template.collate import sample_lengths
 from swiftlite.llm.train.begin import started
-from swiftlite.llm.train.trainer import HfTrainer, run
+from swiftlite.llm.train.run import run
+from swiftlite.llm.train.trainer import HfTrainer
 from swiftlite.train.objective import LanguageModeling
 from swiftlite.utils.types import Json
 

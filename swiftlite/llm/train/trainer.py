@@ -7,63 +7,45 @@ weight decay, fp32 trained weights under autocast. Checkpoints are whole or abse
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from swiftlite.arguments.train import SftArguments
-from swiftlite.llm.model.adapters import hold_beginnings
-from swiftlite.llm.model.tuner import trained_weights
 from swiftlite.llm.template.trained import trained_chat
-from swiftlite.llm.train.batches import COUNTS, Collate, counting
+from swiftlite.llm.train.batches import COUNTS, Collate, Lengths, counting
+from swiftlite.llm.train.device import accelerator_of, change_layers, place
+from swiftlite.llm.train.optimization import Optimization
 from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
 from swiftlite.llm.train.saving import (
-    OPTIMIZER,
     PREFIX,
-    SCALER,
-    SCHEDULER,
-    SHARDED_OPTIMIZER,
     STATE,
     load_model,
     load_rng_state,
+    new_directory,
     save_model,
     save_rng_state,
     whole,
 )
-from swiftlite.llm.train.sharding import load_optimizer, release, save_optimizer, shard
+from swiftlite.llm.train.sharding import release
 from swiftlite.llm.train.ulysses import SequenceParts
 from swiftlite.train.batches import StepBatches, evaluation_samples, to_device
 from swiftlite.train.checkpoints import Start
-from swiftlite.train.flops import ModelFlops, pairs_of
-from swiftlite.train.fp16 import GROWTH_INTERVAL, INITIAL_SCALE
-from swiftlite.train.loop import Run, Step, train
+from swiftlite.train.loop import Run, Step
 from swiftlite.train.objective import Batch, Objective
-from swiftlite.train.order import Data
 from swiftlite.train.router_loss import RouterWatch
-from swiftlite.train.schedule import build_optimizer, lr_schedule
-from swiftlite.utils.dist import barrier, get_rank, get_world_size
-from swiftlite.utils.io import replace_directory
-from swiftlite.utils.logger import get_logger
-from swiftlite.utils.types import Json
+from swiftlite.utils.dist import get_rank, get_world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from swiftlite.llm.template.base import Template
-
-logger = get_logger()
-
-SAVING = ".saving"  # holds a checkpoint that is being written
 
 
 class HfTrainer:
@@ -83,11 +65,11 @@ class HfTrainer:
         template: Template,
         objective: Objective,
         collate: Collate,
-        lengths: Callable[[Json], Sequence[int]],
+        lengths: Lengths,
     ) -> None:
         self.args, self.model = args, model
         self.tokenizer, self.objective = template.tokenizer, objective
-        self.collate = counting(collate, objective, lengths, pairs_of(args.model_info.config))
+        self.collate = counting(collate, objective, lengths, args.model_info.config)
         self.padding_free = template.padding_free
         self.chat = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
         self.state = transformers.TrainerState()
@@ -104,40 +86,28 @@ class HfTrainer:
 
     def setup(self, run: Run) -> None:
         self.run, args = run, self.args
-        set_recompute(args, self.model)
-        if args.use_liger_kernel:
-            add_liger(self.model)
-        if args.neftune_noise_alpha:
-            add_noise(self.model, args.neftune_noise_alpha)
+        change_layers(self.model, args)
         self.routers = RouterWatch.of(self.model, args)
         self.place(self.model)
         self.masked = self.padding_free and needs_mask(self.model, self.device)
         if self.parts is not None:
             self.parts.install(self.model)
-        optimizer = build_optimizer(self.model, args)
-        if args.begins_with_weights and not args.adapters:
-            hold_beginnings(self.model, optimizer, args.lora_rank)
-        if args.fsdp:
-            self.wrapped, self.optimizer = self.model, self.accelerator.prepare(optimizer)
-        else:
-            self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_schedule(args, run.steps))
+        self.optimization = Optimization(self.model, args, self.accelerator, run.steps)
+        self.wrapped, self.trained_weights = self.optimization.wrapped, self.optimization.trained_weights
+        self.optimizer, self.scheduler = self.optimization.optimizer, self.optimization.scheduler
         self.batches = StepBatches(run.plan, run.order, run.steps, self._load_batches, self.device)
         self.wrapped.train()
         transformers.set_seed(args.seed)
 
     def place(self, model: PreTrainedModel) -> None:
         """Bring a model to this rank's device, or its share of it. Collective."""
-        if self.args.fsdp:
-            shard(model, self.args, self.device)
-        elif not self.accelerator.verify_device_map(model) and not getattr(model, "is_quantized", False):
-            model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides the method's own type
+        place(model, self.args, self.accelerator)
 
     def load(self, start: Start | None) -> int:
         if start is not None:
             with start.reading():
                 self._load_from_checkpoint(start.directory)
-                self._load_optimizer_and_scheduler(start)
+                self.optimization.load(start)
                 load_rng_state(start.directory)
                 self.state = transformers.TrainerState.load_from_json(str(start.directory / STATE))
         self.state.max_steps = self.run.steps
@@ -151,9 +121,6 @@ class HfTrainer:
 
     def parameters(self) -> Iterable[Tensor]:
         return (p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters())
-
-    def trained_weights(self, flops: ModelFlops) -> dict[str, float | None]:
-        return trained_weights(self.model, flops)
 
     def write_run_files(self) -> None:
         """Nothing: each checkpoint has all that belongs to it."""
@@ -262,61 +229,21 @@ class HfTrainer:
     def save(self, saved: Callable[[list[Path]], None]) -> None:
         """Into a directory of another name, renamed when all of it is there: a killed save leaves no checkpoint."""
         run, step = self.run, self.state.global_step
-        main = get_rank() == 0
         target = run.root / f"{PREFIX}{step}"
-        beside = run.root / SAVING / target.name
-        if main:
-            shutil.rmtree(run.root / SAVING, ignore_errors=True)
-            beside.mkdir(parents=True)
-        barrier()
-        save_model(self.model, beside, self.args, self.tokenizer, self.chat)
-        if not self.args.save_weights_only:
-            save_rng_state(beside)
-            if self.args.fsdp:
-                save_optimizer(self.model, self.optimizer, beside)
-            if main:
-                self._save_optimizer_and_scheduler(beside)
-        barrier()
-        if main:
-            self.state.save_to_json(str(beside / STATE))
-            run.write_data_state(step, beside)
-            self.args.save(beside)
-            replace_directory(beside, target)
-            shutil.rmtree(run.root / SAVING)
-        barrier()
+        with new_directory(target) as beside:
+            save_model(self.model, beside, self.args, self.tokenizer, self.chat)
+            if not self.args.save_weights_only:
+                save_rng_state(beside)
+                self.optimization.save(beside)
+            if get_rank() == 0:
+                self.state.save_to_json(str(beside / STATE))
+                run.write_data_state(step, beside)
+                self.args.save(beside)
         saved([target])
-
-    def _save_optimizer_and_scheduler(self, directory: Path) -> None:
-        if not self.args.fsdp:
-            torch.save(self.optimizer.state_dict(), directory / OPTIMIZER)
-        torch.save(self.scheduler.state_dict(), directory / SCHEDULER)
-        if self.accelerator.scaler is not None:
-            torch.save(self.accelerator.scaler.state_dict(), directory / SCALER)
 
     def _load_from_checkpoint(self, directory: Path, model: PreTrainedModel | None = None) -> None:
         """Weights or adapters. model: default: the one in training."""
         load_model(self.model if model is None else model, directory, self.args)
-
-    def _load_optimizer_and_scheduler(self, start: Start) -> None:
-        """Of a checkpoint that lacks one of them, the other; the learning rate is the step's in any case."""
-        there = {n for n in (OPTIMIZER, SHARDED_OPTIMIZER, SCHEDULER, SCALER) if (start.directory / n).is_file()}
-
-        def stored(name: str) -> Any:
-            return torch.load(start.directory / name, map_location="cpu", weights_only=True)
-
-        if SHARDED_OPTIMIZER in there or (OPTIMIZER in there and self.args.fsdp):
-            load_optimizer(self.model, self.optimizer, start.directory)
-        elif OPTIMIZER in there:
-            self.optimizer.load_state_dict(stored(OPTIMIZER))
-        if SCHEDULER in there and there & {OPTIMIZER, SHARDED_OPTIMIZER}:
-            self.scheduler.load_state_dict(stored(SCHEDULER))
-        else:
-            self.scheduler.last_epoch = start.step
-        self.scheduler.last_epoch -= 1  # step() sets the rates, by the schedule of this run, which may be longer
-        self.optimizer._opt_called = True  # silences a warning about the order of calls
-        self.scheduler.step()
-        if self.accelerator.scaler is not None and SCALER in there:
-            self.accelerator.scaler.load_state_dict(stored(SCALER))
 
     def wait(self) -> None:
         """Nothing: `save` returns when all is on the disk."""
@@ -330,64 +257,3 @@ class HfTrainer:
 
     def release(self) -> None:
         self.accelerator.free_memory()
-
-
-def accelerator_of(args: SftArguments) -> Accelerator:
-    """Device, precision and gradients over ranks of a run."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a run before this one in the process had its own
-    GradientState._reset_state()
-    cpu = not torch.cuda.is_available()
-    several = get_world_size() > 1
-    dtype = args.model_info.torch_dtype
-    # Experts that no token visits: their modules (transformers 4) have no gradients.
-    unused = several and args.model_info.is_moe_model and transformers.__version__[0] == "4"
-    accelerator = Accelerator(
-        mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
-        cpu=cpu,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=unused),
-            *([InitProcessGroupKwargs(backend="gloo")] if cpu and several else []),
-        ],
-    )
-    if dtype == torch.float16:
-        accelerator.native_amp = True  # on a CPU accelerate would compute in fp32, without a scaler
-        accelerator.scaler = torch.amp.GradScaler(
-            accelerator.device.type, init_scale=INITIAL_SCALE, growth_interval=GROWTH_INTERVAL
-        )
-    return accelerator
-
-
-def set_recompute(args: SftArguments, model: PreTrainedModel) -> None:
-    """`full` recomputes whole layers; `selective` attention alone, which all kernels but the plain one do anyway."""
-    if args.recompute == "selective" and model.config._attn_implementation == "eager":
-        logger.warning("--recompute selective: plain attention (eager) keeps its scores; use --attn_impl sdpa, or full")
-    if args.recompute == "full":
-        # transformers 5 has another name for it.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-
-
-def run(trainer: HfTrainer, data: Data, start: Start | None) -> Json:
-    """Train on `data`, training and validation set. Returns: as swiftlite.train.loop.train. Collective."""
-    rank, size = (n // trainer.args.sequence_parallel_size for n in (get_rank(), get_world_size()))
-    return train(Run(trainer.args, *data, rank, size, trainer.metrics), trainer, start)
-
-
-def add_liger(model: PreTrainedModel) -> None:
-    """liger-kernel's layers in place of transformers'; the loss stays ours."""
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-    base = getattr(model, "get_base_model", lambda: model)()
-    _apply_liger_kernel_to_instance(base, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-def add_noise(model: PreTrainedModel, alpha: float) -> None:
-    """NEFTune (arXiv 2310.05914): while training, embeddings [B, S, H] get uniform noise up to alpha / sqrt(S H)."""
-
-    def noisy(module: torch.nn.Module, _: object, embedded: Tensor) -> Tensor:
-        if not module.training:
-            return embedded
-        limit = alpha / math.sqrt(embedded.shape[1] * embedded.shape[2])
-        return embedded + torch.empty_like(embedded).uniform_(-limit, limit)
-
-    model.get_input_embeddings().register_forward_hook(noisy)

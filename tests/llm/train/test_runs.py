@@ -21,8 +21,9 @@ from swiftlite.arguments.train import SftArguments
 from swiftlite.cli import main as cli
 from swiftlite.llm.dataset.pairs import PairDataset, sequences_of
 from swiftlite.llm.infer import validation_data
-from swiftlite.llm.train import trainer as trainer_module
+from swiftlite.llm.train import saving
 from swiftlite.llm.train.dpo import dpo_main
+from swiftlite.llm.train.optimization import Optimization
 from swiftlite.llm.train.sft import pt_main, sft_main
 from swiftlite.llm.train.trainer import HfTrainer
 from swiftlite.train.meters import METERS
@@ -188,23 +189,23 @@ def test_a_killed_save_leaves_the_one_before(run: Any, tmp_path: Path, monkeypat
             raise Killed
         replace(source, target)
 
-    replace = trainer_module.replace_directory
-    monkeypatch.setattr(trainer_module, "replace_directory", die)
+    replace = saving.replace_directory
+    monkeypatch.setattr(saving, "replace_directory", die)
     with pytest.raises(Killed):
         run(sft_main, "run", save_steps=2)
     assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
-    monkeypatch.setattr(trainer_module, "replace_directory", replace)
+    monkeypatch.setattr(saving, "replace_directory", replace)
     result, lines = run(sft_main, "run", save_steps=2)
     assert result["iteration"] == 4 and [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("place", ["_save_optimizer_and_scheduler", "replace_directory"])
+@pytest.mark.parametrize("place", ["save", "replace_directory"])
 def test_kill_9_in_a_save(
     place: str, run: Any, tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In another process, between the files of the second checkpoint, or before it gets its name."""
-    owner = HfTrainer if place.startswith("_") else trainer_module
+    owner = Optimization if place == "save" else saving
     original, calls = getattr(owner, place), 0
 
     def die(*args: Any, **kwargs: Any) -> Any:
@@ -364,7 +365,7 @@ def test_plain_text_is_packed_with_end_tokens(run: Any, tmp_path: Path, monkeypa
     data = tmp_path / "text.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     seen: list[dict[str, Any]] = []
-    sums = trainer_module.HfTrainer.compute_loss
+    sums = HfTrainer.compute_loss
 
     def spy(self: HfTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         seen.append({name: value.clone() for name, value in inputs.items()})
