@@ -1,6 +1,7 @@
 """Every flag that ms-swift users type parses, is explained or is refused with a reason; none is silently ignored."""
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import re
@@ -173,14 +174,18 @@ VIA_TEMPLATE = {"system", "max_length", "truncation_strategy", "max_pixels", "ag
                 "template_backend", "context_parallel_size", "sequence_parallel_size"}  # fmt: skip
 
 
-def _sources(megatron):
-    """(all code that a command runs, the same without the list of settings that may change on resumption)."""
+@functools.cache
+def _names_read(megatron):
+    """(attributes of arguments that the code of a command reads, names that it quotes)."""
     skipped = {PACKAGE / "arguments"}
     if not megatron:
         skipped |= {PACKAGE / "megatron", PACKAGE / "convert", PACKAGE / "plan", PACKAGE / "selftest"}
     files = [p for p in PACKAGE.rglob("*.py") if not skipped & set(p.parents) and p.name != "flag_table.py"]
     texts = [(p.name, p.read_text(encoding="utf-8")) for p in files]
-    return "\n".join(t for _, t in texts), "\n".join(t for name, t in texts if name != "run_directory.py")
+    attributes = {name for _, text in texts for name in re.findall(r"\b(?:args|a)\.(\w+)", text)}
+    # The list of settings that may change on resumption reads none of them.
+    quoted = {n for name, t in texts if name != "run_directory.py" for n in re.findall(r"[\"']([-\w]+)(?=[\"'])", t)}
+    return attributes, quoted
 
 
 def _transformer_config_fields():
@@ -198,16 +203,15 @@ def test_every_flag_that_acts_is_read_somewhere(words):
     module, _, name = route.arguments.partition(":")
     cls = getattr(importlib.import_module(module), name)
     megatron = not route.handler.startswith("swiftlite.llm.")
-    read, named = _sources(megatron)
+    attributes, quoted = _names_read(megatron)
     by_name = _transformer_config_fields() if words[0] == "megatron" else set()
     unread = []
     for field, spec in specs(cls).items():
         if field in notes(cls) or field in by_name or len(spec.choices or "ab") == 1:
             continue
         turned = TURNED_INTO | (MEGATRON_TURNED_INTO if megatron else {})
-        targets = (TEMPLATE if field in VIA_TEMPLATE else turned.get(field, field)).split("|")
-        by_attribute = any(re.search(rf"\b(?:args|a)\.{re.escape(t)}\b", read) for t in targets)
-        if not by_attribute and not any(re.search(rf"[\"']{re.escape(t)}[\"']", named) for t in targets):
+        targets = set((TEMPLATE if field in VIA_TEMPLATE else turned.get(field, field)).split("|"))
+        if not targets & attributes and not targets & quoted:
             unread.append(field)
     assert not unread, f"{' '.join(words)}: read nowhere: {unread}"
 
