@@ -93,7 +93,7 @@ class ModelMeta:
     torch_dtype: str | None = None
     task_type: str | None = None
     get_function: str = "swiftlite.llm.model.loader:get_model_tokenizer_with_flash_attn"
-    clues: Mapping[str, tuple[Any, ...]] | None = None
+    clues: Mapping[str, tuple[object, ...]] | None = None
 
 
 Part = (

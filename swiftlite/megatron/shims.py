@@ -81,7 +81,7 @@ def _uneven_parts_over_gloo() -> None:
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather_parts(
-        input_: Tensor, group: ProcessGroup, output_split_sizes: Any = None, *args: Any, **kwargs: Any
+        input_: Tensor, group: ProcessGroup, output_split_sizes: list[int] | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather(input_, group, output_split_sizes, *args, **kwargs)  # type: ignore[no-any-return]
@@ -93,7 +93,7 @@ def _uneven_parts_over_gloo() -> None:
         return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
 
     def reduce_parts(
-        input_: Tensor, group: ProcessGroup, input_split_sizes: Any = None, *args: Any, **kwargs: Any
+        input_: Tensor, group: ProcessGroup, input_split_sizes: list[int] | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         if input_split_sizes is None or group.size() == 1:
             return reduce_scatter(input_, group, input_split_sizes, *args, **kwargs)  # type: ignore[no-any-return]
@@ -124,10 +124,10 @@ def _keep_adam_step() -> None:
 def _keep_bucket_padding() -> None:
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
 
-    def get_parameter_state(self: Any, empty_data: bool = False, **_: object) -> dict[Any, Any]:
+    def get_parameter_state(self: Any, empty_data: bool = False, **_: object) -> dict[object, object]:
         """{buffer number: {dtypes: {state: [numel of the buffer] fp32}}}, on every rank of the data-parallel group."""
         group = self.data_parallel_group
-        state: dict[Any, Any] = {"buckets_coalesced": True}
+        state: dict[object, object] = {"buckets_coalesced": True}
         for number, ranges in enumerate(self.gbuf_ranges):
             ((dtypes, bucket_ranges),) = ranges.items()
             buffer = self.buffers[number]
@@ -199,7 +199,7 @@ def _norm_recompute_without_te() -> None:
     checkpoint: Any = importlib.import_module("megatron.core.tensor_parallel.random").CheckpointWithoutOutput
     original = checkpoint.__init__
 
-    def init(self: Any, fp8: Any = None, **kwargs: Any) -> None:
+    def init(self: Any, fp8: object = None, **kwargs: Any) -> None:
         original(self, fp8=fp8 or None, **kwargs)
 
     checkpoint.__init__ = init

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from itertools import pairwise
-from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
@@ -99,7 +99,7 @@ class SdpaAttention(torch.nn.Module):
         attention_mask: Tensor | None = None,
         attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **_: object,
     ) -> Tensor:
         """query [S, B, N, D], key [S, B, G, D], value [S, B, G, Dv] -> [S, B, N*Dv]; packed: [T, N, D] -> [T, N*Dv].

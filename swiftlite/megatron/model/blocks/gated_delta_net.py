@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -78,7 +79,11 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         )  # fmt: skip
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, packed_seq_params: Any = None, **_: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: object,
     ) -> tuple[Tensor, Tensor | None]:
         """[S, B, H] -> the same, and no bias. Padding stands after the real tokens, so no mask is read."""
         projected, _bias = self.in_proj(hidden_states)

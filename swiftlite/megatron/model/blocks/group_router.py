@@ -5,8 +5,6 @@ That ranks them by the sum of their best topk // group_topk scores; DeepSeek-V2 
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -40,7 +38,7 @@ class GroupSumRouter(GroupMaxRouter):
         return super().choose(scores if self.expert_bias is None else scores + self.expert_bias)
 
 
-def replacements(args: MegatronArguments) -> dict[Any, Any]:
+def replacements(args: MegatronArguments) -> dict[object, object]:
     """Plain top-k, and groups that megatron-core ranks by two scores too, are its own."""
     model = args.description
     if not model.moe_router_num_groups:
