@@ -152,6 +152,14 @@ def _by_config(facts: Facts, candidates: list[ModelMeta], templates: Templates) 
     return kept, f"config.json (vocabulary {vocab}, rope scaling {values['rope_type']}) is theirs"
 
 
+def likely(facts: Facts, candidates: list[ModelMeta]) -> list[ModelMeta]:
+    """Without the types that only a name or config.json could say, where these do not."""
+    if not any(meta.named for meta in candidates):
+        return candidates
+    said = [*_by_name(facts, candidates, {})[0], *_by_config(facts, candidates, {})[0]]
+    return [meta for meta in candidates if not meta.named or meta in said]
+
+
 _CLUES = (_by_special_tokens, _by_name, _by_config)
 
 

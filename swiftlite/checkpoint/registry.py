@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from swiftlite.checkpoint import hub, info
-from swiftlite.checkpoint.model_type import Facts, choose
+from swiftlite.checkpoint.model_type import Facts, choose, likely
 from swiftlite.families import MODEL_MAPPING, families
 from swiftlite.families.hf_config import text_config
 from swiftlite.families.records import ModelMeta, Release, TemplateMeta
@@ -177,7 +177,7 @@ def _resolve_type(
                 found[0].model_type,
                 architecture,
             )
-    candidates = _candidates(architecture, facts.config, registry)
+    candidates = likely(facts, _candidates(architecture, facts.config, registry))
     if not candidates:
         _check_buildable(architecture, facts)
         plain = ModelMeta(str(facts.config.get("model_type") or architecture), architectures=(architecture,))

@@ -82,6 +82,7 @@ class ModelMeta:
     get_function: `package.module:function` that loads model and tokenizer, resolved in llm/.
     clues: config.json key (and `rope_type`, None where rope is not scaled) -> values of the released checkpoints, which
         tell types of one architecture apart where neither name nor chat template does.
+    named: later releases of an architecture, which a model is only taken for if its name or these values say so.
     """
 
     model_type: str
@@ -94,6 +95,7 @@ class ModelMeta:
     task_type: str | None = None
     get_function: str = "swiftlite.llm.model.loader:get_model_tokenizer_with_flash_attn"
     clues: Mapping[str, tuple[object, ...]] | None = None
+    named: bool = False
 
 
 Part = (

@@ -125,16 +125,47 @@ def _llama3(template_type: str, default_system: str | None = None, dated: bool =
     )
 
 
-def _deepseek_v3(template_type: str, **fields: Any) -> TemplateMeta:
-    """DeepSeek from V2.5 on."""
+def _deepseek_v3(template_type: str, opening: str = "", **fields: Any) -> TemplateMeta:
+    """DeepSeek from V2.5 on. opening: of each answer."""
     return TemplateMeta(
         template_type,
         prefix=("<｜begin▁of▁sentence｜>",),
-        prompt=("<｜User｜>{{QUERY}}<｜Assistant｜>",),
+        prompt=(f"<｜User｜>{{{{QUERY}}}}<｜Assistant｜>{opening}",),
         chat_sep=("<｜end▁of▁sentence｜>",),
         suffix=("<｜end▁of▁sentence｜>",),
         system_prefix=("<｜begin▁of▁sentence｜>{{SYSTEM}}",),
         **fields,
+    )
+
+
+def _glm(template_type: str, line: str, **fields: Any) -> TemplateMeta:
+    """GLM from 4.5 on. line: behind the headers of turns."""
+    return TemplateMeta(
+        template_type,
+        prefix=("[gMASK]<sop>",),
+        prompt=(f"<|user|>{line}{{{{QUERY}}}}<|assistant|>{line}",),
+        chat_sep=(),
+        suffix=("<|user|>",),
+        template_cls="ThinkingTemplate",
+        system_prefix=(f"[gMASK]<sop><|system|>{line}{{{{SYSTEM}}}}",),
+        auto_add_bos=True,
+        stop_words=("<|endoftext|>", "<|user|>", "<|observation|>"),
+        agent_template="glm4_5",
+        jinja="glm4_5",
+        **fields,
+    )
+
+
+def _kimi(template_type: str, default_system: str) -> TemplateMeta:
+    """Moonlight and Kimi."""
+    return TemplateMeta(
+        template_type,
+        prefix=(),
+        prompt=("<|im_user|>user<|im_middle|>{{QUERY}}<|im_end|><|im_assistant|>assistant<|im_middle|>",),
+        chat_sep=("<|im_end|>",),
+        suffix=("<|im_end|>",),
+        system_prefix=("<|im_system|>system<|im_middle|>{{SYSTEM}}<|im_end|>",),
+        default_system=default_system,
     )
 
 
@@ -265,15 +296,7 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
         parameters=(("with_bos", True), ("default_system", "")),
     ),
     _qwen("mimo_rl", "You are MiMo, an AI assistant developed by Xiaomi.", jinja="hermes"),
-    TemplateMeta(
-        "moonlight",
-        prefix=(),
-        prompt=("<|im_user|>user<|im_middle|>{{QUERY}}<|im_end|><|im_assistant|>assistant<|im_middle|>",),
-        chat_sep=("<|im_end|>",),
-        suffix=("<|im_end|>",),
-        system_prefix=("<|im_system|>system<|im_middle|>{{SYSTEM}}<|im_end|>",),
-        default_system="You are a helpful assistant",
-    ),
+    _kimi("moonlight", "You are a helpful assistant"),
     _deepseek_v3("deepseek_v2_5"),
     TemplateMeta(
         "dots1",
@@ -293,20 +316,11 @@ TEMPLATES: tuple[TemplateMeta, ...] = (
         system_prefix=("<|begin_of_sentence|>{{SYSTEM}}\n",),
         jinja="ernie",
     ),
-    TemplateMeta(
-        "glm4_5",
-        prefix=("[gMASK]<sop>",),
-        prompt=("<|user|>\n{{QUERY}}<|assistant|>\n",),
-        chat_sep=(),
-        suffix=("<|user|>",),
-        template_cls="ThinkingTemplate",
-        system_prefix=("[gMASK]<sop><|system|>\n{{SYSTEM}}",),
-        auto_add_bos=True,
-        stop_words=("<|endoftext|>", "<|user|>", "<|observation|>"),
-        agent_template="glm4_5",
-        jinja="glm4_5",
-    ),
+    _glm("glm4_5", "\n"),
     # Beyond the model types of the Megatron side.
+    _glm("glm4_7", "", parameters=(("terse", True),)),
+    _deepseek_v3("deepseek_v3_1", "</think>"),  # as its Jinja writes it without `thinking`
+    _kimi("kimi_k2", "You are Kimi, an AI assistant created by Moonshot AI."),
     _chatml("smollm2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
 )
 

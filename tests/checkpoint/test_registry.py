@@ -361,3 +361,21 @@ def test_ids_of_the_other_hub_are_translated(monkeypatch: pytest.MonkeyPatch, tm
         for use_hf in (False, True):
             get_model_info_meta(given, use_hf=use_hf, registry=registry, templates={})
     assert asked == ["ms/name", "hf/name", "ms/name", "hf/name"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("GLM-4.7", {"architectures": ["Glm4MoeForCausalLM"]}, "glm4_7"),
+        ("my-GLM-4.6-tuned", {"architectures": ["Glm4MoeForCausalLM"]}, "glm4_6"),
+        ("mine", {"architectures": ["Glm4MoeForCausalLM"]}, "glm4_5"),
+        ("DeepSeek-V3.1-Terminus", {"architectures": ["DeepseekV3ForCausalLM"]}, "deepseek_v3_1"),
+        ("mine", {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2"}, "kimi_k2"),
+        ("Kimi-K2-Instruct", {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2"}, "moonlight"),
+    ],
+)
+def test_later_releases_are_known_by_name(name: str, config: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    """A model of another name is what it was before they came out, unless config.json says more."""
+    directory = make_dir(tmp_path / name, {**config, "vocab_size": 333})
+    info, meta = get_model_info_meta(directory)
+    assert meta.model_type == expected

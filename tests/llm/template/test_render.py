@@ -101,3 +101,36 @@ def test_enable_thinking_of_the_template_is_the_default():
     off = template_for("qwen3", enable_thinking=False)
     assert off.render(user, add_generation_prompt=True).endswith("<think>\n\n</think>\n\n")
     assert off.render(user, add_generation_prompt=True, enable_thinking=True).endswith("assistant\n")
+
+
+TALK = [
+    {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "R"},
+]  # fmt: skip
+LATER = {
+    "glm4_7": "[gMASK]<sop><|user|>Q<|assistant|></think>A<|user|>R<|assistant|><think>",
+    "deepseek_v3_1": "<｜begin▁of▁sentence｜><｜User｜>Q<｜Assistant｜></think>A<｜end▁of▁sentence｜>"
+    "<｜User｜>R<｜Assistant｜></think>",
+    "kimi_k2": "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
+    "<|im_user|>user<|im_middle|>Q<|im_end|><|im_assistant|>assistant<|im_middle|>A<|im_end|>"
+    "<|im_user|>user<|im_middle|>R<|im_end|><|im_assistant|>assistant<|im_middle|>",
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_templates_of_later_releases(name):
+    """What their published Jinja writes."""
+    tokenizer = SimpleNamespace(bos_token="<｜begin▁of▁sentence｜>", eos_token="<｜end▁of▁sentence｜>")
+    assert get_template(name, tokenizer).render(TALK, add_generation_prompt=True) == LATER[name]
+
+
+def test_thoughts_and_calls_without_line_breaks():
+    template = get_template("glm4_7", SimpleNamespace(eos_token="<|user|>"))
+    call = {"function": {"name": "f", "arguments": {"x": 1, "y": "b"}}}
+    turn = {"role": "assistant", "reasoning_content": "why", "content": "A", "tool_calls": [call]}
+    text = template.render([TALK[0], turn, {"role": "tool", "content": "2"}])
+    assert text == (
+        "[gMASK]<sop><|user|>Q<|assistant|><think>why</think>A<tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value>"
+        "<arg_key>y</arg_key><arg_value>b</arg_value></tool_call><|observation|><tool_response>2</tool_response>"
+    )
+    off = get_template("glm4_7", SimpleNamespace(eos_token="<|user|>"), enable_thinking=False)
+    assert off.render(TALK[:1], add_generation_prompt=True) == "[gMASK]<sop><|user|>Q<|assistant|></think>"

@@ -21,6 +21,7 @@ SIBLINGS = {
     "mimo_rl": "qwen2_5",
     "qwen3_thinking": "qwen3, prompt opens a thought block",
     "yi_coder": "qwen2",
+    "glm4_7": "glm4_5, without line breaks, prompt opens a thought block",
 }
 HEAD = """# Chat templates
 
