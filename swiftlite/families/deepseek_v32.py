@@ -25,9 +25,9 @@ from swiftlite.weights.rule import Condition, WeightRule
 INDEXED = Condition("layer with an indexer", lambda m, kind: kind.indexed)
 
 
-def _indexer(mcore: str, hf: str, *dims: str) -> WeightRule:
+def _indexer(mcore: str, hf: str, *dims: str, keep_dtype: bool = False) -> WeightRule:
     name = f"{{layer}}.self_attention.core_attention.indexer.{mcore}"
-    return copy(name, f"{{layer}}.self_attn.indexer.{hf}", *dims, when=INDEXED, keep_dtype=True, carried=True)
+    return copy(name, f"{{layer}}.self_attn.indexer.{hf}", *dims, when=INDEXED, keep_dtype=keep_dtype, carried=True)
 
 
 INDEXER = (
@@ -35,7 +35,7 @@ INDEXER = (
     _indexer("linear_wk.weight", "wk.weight", "index_dim", "hidden"),
     _indexer("k_norm.weight", "k_norm.weight", "index_dim"),
     _indexer("k_norm.bias", "k_norm.bias", "index_dim"),
-    _indexer("linear_weights_proj.weight", "weights_proj.weight", "index_heads", "hidden"),
+    _indexer("linear_weights_proj.weight", "weights_proj.weight", "index_heads", "hidden", keep_dtype=True),
 )
 PATCHES = (
     Refuse(lambda c: not c.get("q_lora_rank"), "its indexers read the queries' latents, and q_lora_rank is not given"),

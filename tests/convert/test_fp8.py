@@ -73,7 +73,8 @@ def test_scales_of_other_dtypes(kind: str, tmp_path: Path) -> None:
     assert torch.equal(decode("a.weight", 0, weight.view(-1)).view(weight.shape), reference(weight, scale, "block"))
 
 
-PLAIN = ("embed_tokens", "head", ".gate.", "eh_proj")
+PLAIN = ("embed_tokens", "head", ".gate.", "eh_proj", "weights_proj")
+KEPT = ("e_score_correction_bias", "weights_proj")  # whatever dtype is asked for
 
 
 def make(directory: Path, case: str, form: str, plain: tuple[str, ...] = PLAIN) -> dict[str, torch.Tensor]:
@@ -99,7 +100,9 @@ def make(directory: Path, case: str, form: str, plain: tuple[str, ...] = PLAIN) 
 CASES = [(f"{t}:default", form) for t in ("glm4_5", "deepseek_r1", "qwen3") for form in FORMS]
 
 
-@pytest.mark.parametrize(("case", "form"), [*CASES, ("minimax_m2:default", "block")])
+@pytest.mark.parametrize(
+    ("case", "form"), [*CASES, ("minimax_m2:default", "block"), ("deepseek_v3_2:default", "block")]
+)
 def test_conversion_dequantises_exactly(case: str, form: str, tmp_path: Path) -> None:
     exact = make(tmp_path / "hf", case, form)
     stored = load_file(tmp_path / "hf/model.safetensors")
@@ -112,8 +115,8 @@ def test_conversion_dequantises_exactly(case: str, form: str, tmp_path: Path) ->
         result = load_file(back / "model.safetensors")
         assert result.keys() == exact.keys()
         for name, value in exact.items():
-            # Only what is FP8 needs a dtype; others keep their own unless one is asked for, router biases always.
-            kept = "e_score_correction_bias" in name or not (extra or name in quantised)
+            # Only what is FP8 needs a dtype; others keep their own unless one is asked for, KEPT always.
+            kept = any(part in name for part in KEPT) or not (extra or name in quantised)
             wanted = value if kept else value.to(dtype)
             assert result[name].dtype == wanted.dtype and torch.equal(result[name], wanted), name
         assert "quantization_config" not in read_config(back)

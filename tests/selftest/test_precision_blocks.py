@@ -13,7 +13,7 @@ import pytest
 from swiftlite import families
 from swiftlite.families import family_of
 from swiftlite.families.hf_config import architecture_of
-from swiftlite.megatron.model.blocks import scaled_embedding
+from swiftlite.megatron.model.blocks import group_router, scaled_embedding
 from swiftlite.selftest.precision import check_precision
 from swiftlite.utils.errors import VerifyError
 from swiftlite.weights.ops import COPY, FUSED_QKV
@@ -66,6 +66,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Mutable], None], str]] = {
     "rotated queries without norms": ("llama4_text:default", setting(use_qk_norm=False), "layer 0"),
     "queries not scaled": ("llama4_text:default", setting(attn_temperature_tuning=False), "layer 2"),
     "short factors in a long text": ("phi3:longrope", setting(rope_scaling=SHORT), "layer 0"),
+    "another number of groups": ("deepseek_r1:grouped_ratio1", setting(topk_group=1), "layer 1"),
     "another position factor": ("ministral3:default", setting(rope_parameters=OTHER_FACTOR), "layer 0"),
 }
 
@@ -113,4 +114,12 @@ def test_an_embedding_without_its_factor_is_named(tmp_path: Path, monkeypatch: p
     to_mcore(tmp_path / "hf", tmp_path / "mcore")
     monkeypatch.setattr(scaled_embedding, "adapt", lambda *_: None)
     with pytest.raises(VerifyError, match="embedding is off: relative error"):
+        check_precision(tmp_path / "hf", tmp_path / "mcore")
+
+
+def test_groups_ranked_as_megatron_core_does_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_hf(config_of("deepseek_r1:grouped_ratio1"), tmp_path / "hf")
+    to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    monkeypatch.setattr(group_router, "replacements", lambda _: {})
+    with pytest.raises(VerifyError, match="layer 1 is off: relative error"):
         check_precision(tmp_path / "hf", tmp_path / "mcore")
