@@ -102,10 +102,10 @@ ROWS = (
     Row("dpo lora hf", "transformers", "dense", [*micro(1), *LORA], kind="dpo", data="pairs", steps=2, warm_up=1),
     Row("dense mb1 packed", "megatron", "dense", [*micro(1), "--packing", "true"], beside="dense mb1", data="short"),
     # 20 steps on both sides, for their losses too.
-    Row("hybrid mb1", "megatron", "hybrid", micro(1), beside="hybrid mb1 hf", steps=16),
-    Row("hybrid mb1 hf", "transformers", "hybrid", micro(1), steps=16),
-    Row("hybrid moe mb1", "megatron", "hybrid_moe", micro(1), beside="hybrid moe mb1 hf", steps=16),
-    Row("hybrid moe mb1 hf", "transformers", "hybrid_moe", micro(1), steps=16),
+    Row("hybrid mb1", "megatron", "hybrid", micro(1), beside="hybrid mb1 hf", steps=16, batch=2),
+    Row("hybrid mb1 hf", "transformers", "hybrid", micro(1), steps=16, batch=2),
+    Row("hybrid moe mb1", "megatron", "hybrid_moe", micro(1), beside="hybrid moe mb1 hf", steps=16, batch=2),
+    Row("hybrid moe mb1 hf", "transformers", "hybrid_moe", micro(1), steps=16, batch=2),
     Row("hybrid mb1 packed", "megatron", "hybrid", [*micro(1), "--packing", "true"], beside="hybrid mb1", data="short"),
     # The same with a switch turned: the losses agree, the time says what it is worth.
     Row("dense mb2 eager", "megatron", "dense", [*micro(2), "--cuda_graph", "false"], beside="dense mb2"),

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from packaging.version import Version
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
@@ -230,6 +231,13 @@ def kernel() -> Rule | None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError:
         get_logger().info("linear attention: torch; pip install flash-linear-attention is faster")
+        return None
+    triton = Version(metadata.version("triton"))
+    if torch.cuda.get_device_capability()[0] == 9 and Version("3.4") <= triton < Version("3.7.1"):
+        # It says so itself, but in the backward pass.
+        get_logger().info(
+            "linear attention: torch; on this GPU flash-linear-attention needs Triton 3.7.1, not %s", triton
+        )
         return None
     get_logger().info("linear attention: flash-linear-attention %s", metadata.version("flash-linear-attention"))
 
