@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+from swiftlite.train.plot import read_run
 
 
 def preference_rows(count: int) -> list[dict[str, Any]]:
@@ -13,3 +17,19 @@ def preference_rows(count: int) -> list[dict[str, Any]]:
          "rejected_response": "No idea" + " at all" * (i % 4)}
         for i in range(count)
     ]  # fmt: skip
+
+
+# A chat template, and what a run of two steps on PAIRS is told; PAIRS are read by sft, too.
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FLAGS = ["--train_iters", "2", "--global_batch_size", "2", "--micro_batch_size", "2", "--lr", "1e-2", "--max_length",
+         "100", "--logging_steps", "1", "--torch_dtype", "float32", "--save_weights_only", "true"]  # fmt: skip
+_MESSAGES = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Swifty."}]
+PAIRS = "\n".join(json.dumps({"messages": _MESSAGES, "rejected_response": f"No {i}."}) for i in range(4))
+
+
+def losses(directory: Path) -> list[float]:
+    """Of a run, as it logged them."""
+    return [line["loss"] for line in read_run(directory / "logging.jsonl") if "loss" in line]

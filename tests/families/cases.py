@@ -24,9 +24,13 @@ def _built_here(model_type: str, variant: str) -> bool:
     Rope settings by kind of layer are read since 5.0.
     """
     rope = CONFIGS[model_type][variant].get("rope_parameters") or {}
+    text = str((CONFIGS[model_type][variant].get("text_config") or {}).get("model_type"))
+    of_part = MODEL_MAPPING[text].requires if text in MODEL_MAPPING else ()
     by_kind = ("transformers>=5.0",) if any(isinstance(value, dict) for value in rope.values()) else ()
     try:
-        registry._check_requirements(model_type, (*MODEL_MAPPING[model_type].requires, *by_kind), ignore=False)
+        registry._check_requirements(
+            model_type, (*MODEL_MAPPING[model_type].requires, *of_part, *by_kind), ignore=False
+        )
     except SwiftliteError:
         return False
     return True

@@ -25,6 +25,7 @@ from swiftlite.utils.errors import CheckpointError, MapError
 from swiftlite.weights.rule import NAMINGS, text_name
 from swiftlite.weights.torch_dist import HfNames
 from tests.families.cases import build_hf, config_of
+from tests.rows import CHAT, FLAGS, PAIRS, losses
 
 TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "gemma3", "mistral3", "glm4v", "llama4", "glm4_5v", "kimi_k25")
 QUIET = Options(quiet=True)
@@ -150,13 +151,6 @@ def test_what_is_amiss_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 # ---- training ----
 
-FLAGS = ["--train_iters", "2", "--global_batch_size", "2", "--micro_batch_size", "2", "--lr", "1e-2", "--max_length",
-         "100", "--torch_dtype", "float32", "--lr_warmup_fraction", "0"]  # fmt: skip
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @pytest.fixture
 def made(tmp_path: Path, tiny_tokenizer_dir: Path) -> Callable[[str], Path]:
@@ -176,15 +170,9 @@ def made(tmp_path: Path, tiny_tokenizer_dir: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    messages = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Swifty."}]
     path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": messages, "rejected_response": f"No {i}."}) for i in range(4)))
+    path.write_text(PAIRS)
     return path
-
-
-def losses(directory: Path) -> list[float]:
-    lines = [json.loads(line) for line in (directory / "logging.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "gemma3", "mistral3"])
@@ -192,7 +180,7 @@ def test_text_is_trained_and_the_rest_stays(kind: str, made: Any, rows: Path, tm
     """Both sides alike; a run's Megatron checkpoint becomes the whole model again without its original."""
     hf = made(kind)
     before = load_file(hf / "model.safetensors")
-    words = ["--model", str(hf), "--dataset", str(rows), *FLAGS, "--logging_steps", "1", "--save_weights_only", "true"]
+    words = ["--model", str(hf), "--dataset", str(rows), *FLAGS]
     assert main(["sft", *words, "--output_dir", str(tmp_path / "llm")]) == 0
     assert main(["megatron", "sft", *words, "--save_safetensors", "true", "--output_dir", str(tmp_path / "mega")]) == 0
     assert losses(tmp_path / "mega") == pytest.approx(losses(tmp_path / "llm"), rel=1e-4)
@@ -225,8 +213,6 @@ def test_adapters_are_of_the_text_part(kind: str, made: Any, rows: Path, tmp_pat
         "--dataset",
         str(rows),
         *FLAGS,
-        "--logging_steps",
-        "1",
         "--train_type",
         "lora",
         "--lora_dropout",
@@ -259,7 +245,7 @@ def test_adapters_are_of_the_text_part(kind: str, made: Any, rows: Path, tmp_pat
 def test_preferences_and_rows_with_images(
     made: Any, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model", str(made("qwen2_5_vl")), *FLAGS, "--logging_steps", "1", "--save_weights_only", "true"]
+    words = ["--model", str(made("qwen2_5_vl")), *FLAGS]
     for command in (["dpo"], ["megatron", "dpo"]):
         out = tmp_path / command[0]
         assert main([*command, *words, "--dataset", str(rows), "--output_dir", str(out)]) == 0

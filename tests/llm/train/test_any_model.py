@@ -14,6 +14,7 @@ import transformers
 from swiftlite.cli.main import main
 from swiftlite.families import has_family
 from swiftlite.families.hf_config import architecture_of
+from tests.rows import CHAT, FLAGS, PAIRS, losses
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,12 +38,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "stablelm": ("StableLmForCausalLM", {}, LLAMA),
     "starcoder2": ("Starcoder2ForCausalLM", {}, ATTENTION | {"c_fc", "c_proj"}),
 }
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-FLAGS = ["--train_iters", "2", "--global_batch_size", "2", "--micro_batch_size", "2", "--lr", "1e-2", "--max_length",
-         "100", "--logging_steps", "1", "--torch_dtype", "float32", "--save_weights_only", "true"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +65,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs, of which sft reads the better answers."""
-    messages = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Swifty."}]
     path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": messages, "rejected_response": f"No {i}."}) for i in range(4)))
+    path.write_text(PAIRS)
     return path
 
 
@@ -122,8 +115,7 @@ def test_a_model_without_a_family_trains_answers_and_merges(
 def test_preferences_of_a_model_without_a_family(kind: str, made: Any, rows: Path, tmp_path: Path) -> None:
     words = ["--model", str(made(kind)), "--dataset", str(rows), *FLAGS, "--output_dir", str(tmp_path / "run")]
     assert main(["dpo", *words]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run/logging.jsonl").read_text().splitlines()]
-    found = [line["loss"] for line in lines if "loss" in line]
+    found = losses(tmp_path / "run")
     assert found[0] == pytest.approx(0.6931, abs=1e-4) and found[1] < found[0]
 
 
@@ -191,42 +183,24 @@ def test_rows_with_images_are_refused_by_name(made: Any, tmp_path: Path, capsys:
     assert "images" in capsys.readouterr().err
 
 
-IMAGE_TEXT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "gemma3": (
-        "Gemma3ForConditionalGeneration",
-        {"model_type": "gemma3_text", **_SLIDING, "query_pre_attn_scalar": 8},
-        {
-            "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32,
-                              "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
-            "image_token_index": 300, "image_token_id": 300, "boi_token_index": 301, "eoi_token_index": 302,
-            "mm_tokens_per_image": 4,
-        },
-    ),
-    "qwen2_5_vl": (
-        "Qwen2_5_VLForConditionalGeneration",
-        {"model_type": "qwen2_5_vl_text",
-         "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}},
-        {
-            "vision_config": {"model_type": "qwen2_5_vl", "depth": 1, "hidden_size": 16, "intermediate_size": 32,
-                              "num_heads": 2, "out_hidden_size": 32, "patch_size": 14},
-            "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303,
-        },
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", IMAGE_TEXT)
 def test_a_model_that_reads_images_learns_text(
-    kind: str, tmp_path: Path, tiny_tokenizer_dir: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_tokenizer_dir: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its text part is trained, merged and asked; its other parts stay as they are; rows with images are refused."""
+    """Its text part is trained, merged and asked; its other parts stay as they are; rows with images are refused.
+
+    Those that have a family: see tests/families/test_wrappers.py.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    architecture, text, other = IMAGE_TEXT[kind]
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 16}  # fmt: skip
     model, out, merged = tmp_path / "model", tmp_path / "out", tmp_path / "merged"
     shutil.copytree(tiny_tokenizer_dir, model)
-    config = AutoConfig.for_model(kind, text_config={**_SIZES, **text}, architectures=[architecture], **other)
+    config = AutoConfig.for_model(
+        "llava", text_config={**_SIZES, "model_type": "llama"}, vision_config=vision, image_token_index=300,
+        architectures=["LlavaForConditionalGeneration"],
+    )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(model)
     (model / "chat_template.jinja").write_text(CHAT)
