@@ -126,9 +126,11 @@ def trial(name: str, length: int, args: argparse.Namespace) -> dict[str, float] 
 
 def longest(name: str, memory: int, args: argparse.Namespace) -> tuple[int, int]:
     """(longest length of which the plan says that it fits, longest one that did in at most four trials)."""
-    length = STEP
-    while predicted(name, length + STEP, args) <= memory and length < 1 << 21:
-        length += STEP
+    length, too_long = STEP, 1 << 21
+    while too_long - length > STEP:
+        middle = (length + too_long) // 2 // STEP * STEP
+        fits_there = predicted(name, middle, args) <= memory
+        length, too_long = (middle, too_long) if fits_there else (length, middle)
     expected, fits = length, 0
     for _ in range(args.trials):
         if time.time() > args.deadline:

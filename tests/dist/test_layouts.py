@@ -36,8 +36,8 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
         "granite", 2, ["--tensor_model_parallel_size", "2", "--loss_chunk_size", "50"], None,
     ),
     "dense-pp2": ("qwen3", 2, ["--pipeline_model_parallel_size", "2", "--decoder_first_pipeline_num_layers", "1"], None),
-    "dense-pp2-layout": ("qwen3", 2, ["--pipeline_model_parallel_size", "2", "--pipeline_model_parallel_layout", "Et*3|tL"],
-                         None),
+    "dense-pp2-layout": ("qwen3", 2, ["--pipeline_model_parallel_size", "2", "--pipeline_model_parallel_layout", "Et*3|tL",
+                                     "--loss_chunk_size", "50"], None),
     "dense-vpp2-layout": (
         "qwen3", 2, ["--pipeline_model_parallel_size", "2", "--pipeline_model_parallel_layout", "Et|tt|t|L"], None,
     ),

@@ -27,15 +27,11 @@ class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
         if others["labels"] is None or positions >= rows:
             return super()._postprocess(hidden_states=hidden_states, **others)  # type: ignore[no-any-return]
 
-        def defer(hidden: Tensor, weight: Tensor | None = None, **_: object) -> tuple[Tensor, None]:
-            self.__dict__["deferred"] = (positions, weight)
-            return hidden, None
-
-        self.__dict__["output_layer"] = defer  # in front of the module of that name
+        self.__dict__["output_layer"] = _Deferred(self.output_layer, positions)  # in front of the module of that name
         try:
             return super()._postprocess(hidden_states=hidden_states, **others)  # type: ignore[no-any-return]
         finally:
-            del self.__dict__["output_layer"], self.__dict__["deferred"]
+            del self.__dict__["output_layer"]
 
     def _gathered(self) -> int:
         """N."""
@@ -49,10 +45,11 @@ class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Losses [B, S * N] of labels [B, S * N]; where the output layer was put off, `logits` are hidden states."""
-        if "deferred" not in self.__dict__:
+        deferred: _Deferred | None = self.__dict__.get("output_layer")
+        if deferred is None:
             return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
-        positions, weight = self.__dict__["deferred"]
-        layer, usual = self._modules["output_layer"], super().compute_language_model_loss
+        layer, weight = deferred.layer, deferred.given
+        usual = super().compute_language_model_loss
         spread = labels.unflatten(1, (self._gathered(), len(logits)))
 
         def loss_of(hidden: Tensor, part: slice) -> Tensor:
@@ -60,10 +57,25 @@ class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
             losses: Tensor = usual(spread[:, :, part].flatten(1).contiguous(), found)
             return losses.unflatten(1, (self._gathered(), len(hidden)))
 
-        size = math.ceil(len(logits) / math.ceil(len(logits) / positions))
+        size = math.ceil(len(logits) / math.ceil(len(logits) / deferred.positions))
         parts = [slice(start, start + size) for start in range(0, len(logits), size)]
         losses: Tensor = _InChunks.apply(loss_of, parts, logits, *_trained(layer, weight))
         return losses.flatten(1)
+
+
+class _Deferred:
+    """Stands for the output layer and gives the hidden states back. given: the weight it was called with, if tied."""
+
+    def __init__(self, layer: torch.nn.Module, positions: int) -> None:
+        self.layer, self.positions = layer, positions
+        self.given: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, weight: Tensor | None = None, **_: object) -> tuple[Tensor, None]:
+        self.given = weight
+        return hidden, None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.layer, name)
 
 
 def _trained(layer: torch.nn.Module, weight: Tensor | None) -> list[Tensor]:
