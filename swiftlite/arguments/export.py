@@ -118,6 +118,13 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
 
     to_mcore: bool = field(False, "Hugging Face -> Megatron-core torch_dist", common=True)
     to_hf: bool = field(False, "Megatron-core torch_dist -> Hugging Face", common=True)
+    fp8: str | None = field(
+        None,
+        "with --to_hf true (from either format) or --merge_lora true: write matrices in FP8, with a scale for 128 x 128 "
+        "numbers, a row or a tensor",
+        choices=["block", "channel", "tensor"],
+        common=True,
+    )
     to_cached_dataset: bool = field(
         False, "write --dataset as token ids, which both trainers read by memory map", common=True
     )
@@ -159,8 +166,10 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
             )
         if self.to_mcore and self.to_hf:
             raise UsageError("--to_mcore true and --to_hf true: give one direction")
-        if self.to_hf and not (self.mcore_model or self.mcore_adapter or self.adapters):
+        if self.to_hf and not (self.mcore_model or self.mcore_adapter or self.adapters or (self.fp8 and self.model)):
             raise UsageError("--to_hf true: give the Megatron checkpoint with --mcore_model DIR")
+        if self.fp8:
+            self._check_fp8(self.fp8)
         if self.to_mcore and not (self.model or self.adapters or self.mcore_adapter):
             raise UsageError("--to_mcore true: give the Hugging Face checkpoint with --model DIR_OR_ID")
         self.test_convert_dtype = normalize_dtype(self.test_convert_dtype, "test_convert_dtype") or "float32"
@@ -170,9 +179,20 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         if self.max_length is None:
             self.max_length = 2048
 
+    def _check_fp8(self, form: str) -> None:
+        adapter = (self.adapters or self.mcore_adapter) and not self.merge_lora
+        pushed = self.push_to_hub and not (self.to_hf or self.merge_lora)
+        if self.to_mcore or adapter or pushed:
+            raise UsageError(f"--fp8 {form}: writes a Hugging Face model; add --to_hf true, or --merge_lora true")
+        if self.test_convert_precision:
+            raise UsageError(
+                f"--fp8 {form}: rounds weights, so the models differ; leave out --test_convert_precision: every number is "
+                "held against what it was made of"
+            )
+
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:
-        reads = self.to_mcore or self.merge_lora or self.push_to_hub
+        reads = self.to_mcore or self.merge_lora or self.push_to_hub or self.fp8
         # An adapter's base is read for its config only, unless both sides are computed.
         adapter = (self.adapters or self.mcore_adapter) and not (self.merge_lora or self.test_convert_precision)
         return megatron_kinds(self, bool(reads and not adapter and self.mcore_model is None and not self.dry_run))

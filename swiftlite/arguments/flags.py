@@ -12,7 +12,9 @@ _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is 
 _OTHER_TUNER = (
     "no tuner of peft; --train_type says which there are, --optim adamw_8bit and --recompute full save memory"
 )
-_NO_QUANTISING = Note("rejected", "quantising is not supported; export bf16 and quantise with the tool of choice")
+_NO_QUANTISING = Note(
+    "rejected", "`export --fp8` writes FP8 weights; for other kinds export bf16 and use the tool of choice"
+)
 _ANSWERS = (
     "transformers makes the answers here, which takes longer; serve the model's directory with vLLM for throughput"
 )
@@ -119,7 +121,7 @@ EXPORT_NOTES: dict[str, Note] = {
     "save_missing_weights": Note("default", "every tensor of the source is accounted for, or the command fails"),
     **dict.fromkeys(
         ("fp8_format", "fp8_recipe", "fp8_param_gather"),
-        Note("rejected", "writing FP8 weights is not supported; export bf16"),
+        Note("rejected", "belongs to training; --fp8 block writes FP8 weights"),
     ),
 }  # fmt: skip
 

@@ -148,7 +148,8 @@ class Checkpoint(ModelTensors):
         for name in self.names:
             dtype, shape = str(self.dtypes[name]).removeprefix("torch."), list(self.shape_of(name))
             tensors[name] = {"dtype": dtype, "shape": shape, "file": self.files[name]}
-        write_json(directory / MANIFEST, {"ignored": list(self.ignored), "tensors": tensors})
+        quantised = {"quantization_config": self.scales.quantisation} if self.scales else {}
+        write_json(directory / MANIFEST, {"ignored": list(self.ignored), **quantised, "tensors": tensors})
 
 
 def _read(source: WeightSource, name: str, start: int, stop: int, files: Files) -> bytearray:

@@ -158,14 +158,14 @@ def copy_side_files(
 ) -> None:
     """Copy `side_files`; change only the named keys of config.json, and its dtype to that of the weights.
 
-    quantization_config goes: weights are written dequantised.
+    quantization_config goes unless a change names another: weights are written dequantised.
     """
     files = side_files(source)
     if source / CONFIG not in files:
         raise ConfigError(f"{source / CONFIG} is missing, or a link out of its directory; put the file itself there")
     for path in files:
         shutil.copyfile(path, target / path.name)
-    update_config(target / CONFIG, {**changes, "quantization_config": None}, dtype)
+    update_config(target / CONFIG, {"quantization_config": None, **changes}, dtype)
 
 
 def update_config(path: Path, changes: Mapping[str, object], dtype: torch.dtype | None = None) -> None:

@@ -19,7 +19,7 @@ from swiftlite.utils.directories import CARRIED, find_iteration
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.types import Config, Json
 from swiftlite.weights.dcp_file import TorchDistSource
-from swiftlite.weights.fp8 import open_source
+from swiftlite.weights.fp8 import Fp8Source, Scales, open_source, scales_of
 from swiftlite.weights.joined import Joined, Parts
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.safetensors import SafetensorsSource
@@ -34,7 +34,8 @@ class ModelTensors:
     checkpoint has them. copies: tensors that are stored a second time under another name -> the tensor they repeat.
     dtypes: of the values, as the Hugging Face checkpoint has (had) them. files: the Hugging Face shard of each tensor, {}
     where that is not known. ignored: names in the files that are not weights. carried: tensors of other parts than the
-    text model, which are copied as they are; whole: they are there, or there is no other part.
+    text model, which are copied as they are; whole: they are there, or there is no other part. scales: of the FP8
+    checkpoint that the tensors are, or were, read from.
     """
 
     kind: Literal["hf", "mcore"]
@@ -48,6 +49,7 @@ class ModelTensors:
     ignored: Sequence[str] = ()
     carried: Collection[str] = frozenset()
     whole: bool = True
+    scales: Scales | None = None
 
     @property
     def family(self) -> Family:
@@ -77,6 +79,7 @@ def open_hf(directory: Path, config: Json, weights: bool) -> ModelTensors:
         copies={copy.name: resolve_copy(copy, bound) for copy in coverage.duplicates},
         files={name: source.tensors[name].file.name for name in names},
         ignored=[*coverage.ignored, *source.left_out], carried=frozenset(coverage.carried),
+        scales=source.kept() if isinstance(source, Fp8Source) else None,
     )  # fmt: skip
 
 
@@ -91,7 +94,9 @@ def open_mcore(directory: Path, root: Path, config: Json, weights: bool) -> Mode
     bound = bind_map(config, stored.tensors, naming=naming)
     bound = bound.as_stored({name: tensor["shape"] for name, tensor in original.items() if "shape" in tensor})
     source: WeightSource = HfNames(McoreView.open(stored, bound))
-    carried = [name for name in others.names if bound.is_carried(name)] if others else []
+    scales = _open_scales(iteration.parent, root, config, manifest)
+    kept = set(scales.of.values()) if scales else set()
+    carried = [name for name in others.names if bound.is_carried(name) and name not in kept] if others else []
     lost = [name for name in original if bound.is_carried(name) and name not in carried]
     if others and lost:
         raise CheckpointError(f"{others.directory} lacks {lost[0]} ({len(lost)} such tensors); copy it there again")
@@ -108,7 +113,7 @@ def open_mcore(directory: Path, root: Path, config: Json, weights: bool) -> Mode
     files = {name: original[name]["file"] for name in names} if known else {}
     return ModelTensors(
         "mcore", config, bound, source, names, dtypes, copies, files, manifest.get("ignored", ()), frozenset(carried),
-        whole=others is not None,
+        whole=others is not None, scales=scales,
     )  # fmt: skip
 
 
@@ -120,3 +125,10 @@ def _open_carried(beside: Path, root: Path, config: Config) -> SafetensorsSource
     if (beside / CARRIED).is_dir():
         return SafetensorsSource(beside / CARRIED)
     return open_source(root, config) if any(root.glob("*.safetensors")) else None
+
+
+def _open_scales(beside: Path, root: Path, config: Config, manifest: Json) -> Scales | None:
+    """Those of the FP8 model that a Megatron checkpoint comes from: kept beside it, or in `root`."""
+    if (beside / CARRIED).is_dir() and "quantization_config" in manifest:
+        return Scales.among(SafetensorsSource(beside / CARRIED), manifest["quantization_config"])
+    return scales_of(root, config)

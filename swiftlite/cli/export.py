@@ -14,7 +14,7 @@ from swiftlite.checkpoint.adapter import Adapter
 from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
 from swiftlite.checkpoint.hub import check_hub_id, push
 from swiftlite.checkpoint.resolve import as_arguments, resolve, the_adapter
-from swiftlite.cli.export_checks import check_adapter, check_model
+from swiftlite.cli.export_checks import check_adapter, check_fp8, check_model
 from swiftlite.cli.export_sources import adapter_alone, base_model, merge_other_kind
 from swiftlite.convert.conversion import Options, Source, Target, convert
 from swiftlite.convert.hf import HfTarget
@@ -44,15 +44,17 @@ def convert_hf2mcore(args: ExportArguments | Sequence[str]) -> Path:
 def convert_mcore2hf(args: ExportArguments | Sequence[str]) -> Path:
     """Convert the torch_dist checkpoint `args.mcore_model` to a Hugging Face directory. Returns: the output directory.
 
-    config.json, tokenizer and manifest come from the checkpoint's own directory, or from --model for checkpoints that
-    Megatron-LM or another tool wrote.
+    With `args.fp8` also the Hugging Face checkpoint `args.model`. config.json, tokenizer and manifest come from the Megatron
+    checkpoint's own directory, or from --model for one that Megatron-LM or another tool wrote.
     """
     args = _ready(args)
-    root = Path(args.model_info.model_dir) if args.model else None
-    given = str(args.mcore_model)
-    source = Checkpoint.open(given, root=root, weights=not args.dry_run)
-    output_dir = Path(args.output_dir or default_output_dir(checkpoint_root(given), "hf"))
-    target = HfTarget(args.written_dtype, args.max_shard_bytes if "max_shard_size" in args.given else None)
+    if args.mcore_model:
+        root, named = Path(args.model_info.model_dir) if args.model else None, checkpoint_root(args.mcore_model)
+        source = Checkpoint.open(args.mcore_model, root=root, weights=not args.dry_run)
+    else:
+        source, named = base_model(args, None), Path(str(args.model))
+    output_dir = Path(args.output_dir or default_output_dir(named, "fp8" if args.fp8 else "hf"))
+    target = HfTarget(args.written_dtype, args.max_shard_bytes if "max_shard_size" in args.given else None, args.fp8)
     _convert(args, source, target, output_dir, lambda written: check_model(args, written, None, source.directory))
     return _done(args, output_dir, "infer", "--model", output_dir, *args.loading_words(hub=False))
 
@@ -74,7 +76,7 @@ def _export_adapter(args: ExportArguments) -> Path:
     if not args.merge_lora and args.to_mcore == args.to_hf:
         raise UsageError("an adapter: give --to_mcore true, --to_hf true, or --merge_lora true")
     if args.merge_lora:
-        _convert(args, base_model(args, path), HfTarget(args.written_dtype, args.max_shard_bytes), output_dir)
+        _convert(args, base_model(args, path), HfTarget(args.written_dtype, args.max_shard_bytes, args.fp8), output_dir)
         return _done(args, output_dir, "infer", "--model", output_dir, *args.loading_words(hub=False))
     target: Target[Adapter] = McoreTarget() if args.to_mcore else PeftTarget()
     _convert(args, adapter_alone(args, path), target, output_dir, lambda written: check_adapter(args, path, written))
@@ -85,8 +87,12 @@ def _convert(
     args: ExportArguments, source: Source, target: Target[Source], output_dir: Path,
     check: Callable[[Path], object] = lambda _: None,
 ) -> None:  # fmt: skip
+    def checked(written: Path) -> None:
+        check_fp8(args, source.source, written)
+        check(written)
+
     bitwise = args.verify == "bitwise"
-    options = Options(args.exist_ok, args.allow_overflow, args.max_memory_bytes, bitwise, False, args.save, check)
+    options = Options(args.exist_ok, args.allow_overflow, args.max_memory_bytes, bitwise, False, args.save, checked)
     convert(source, target, output_dir, options, partial(print_plan, args, output_dir) if args.dry_run else None)
 
 
@@ -99,7 +105,7 @@ def _done(args: ExportArguments, output_dir: Path, *next_words: object) -> Path:
 def default_output_dir(model: str | Path, suffix: str) -> str:
     """`<name>-mcore` or `<name>-hf` in the working directory."""
     name = str(model).rstrip("/").rsplit("/", 1)[-1]
-    return f"{name.removesuffix('-mcore') if suffix == 'hf' else name}-{suffix}"
+    return f"{name if suffix == 'mcore' else name.removesuffix('-mcore')}-{suffix}"
 
 
 def _ready(args: ExportArguments | Sequence[str]) -> ExportArguments:

@@ -1,4 +1,4 @@
-"""`export --test_convert_precision true`: what was written computes what the source computes."""
+"""What `export` checks at its end: what was written computes what the source computes, or is near it (`--fp8`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.cli.export_sources import base_model
 from swiftlite.convert.conversion import Options, convert
 from swiftlite.convert.mcore import McoreTarget
+from swiftlite.convert.quantised import check_rounding
 from swiftlite.utils.dist import barrier, get_rank
 from swiftlite.utils.errors import UncheckedError, VerifyError
+from swiftlite.weights.storage import WeightSource
 
 
 def check_model(args: ExportArguments, written: Path, hf: Checkpoint | None, mcore_dir: Path) -> None:
@@ -47,3 +49,9 @@ def check_adapter(args: ExportArguments, given: Path, written: Path) -> None:
         barrier()
         if get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_fp8(args: ExportArguments, source: WeightSource, written: Path) -> None:
+    """Each number that `export --fp8` has rounded is near what it was. Collective."""
+    if args.fp8 and args.verify != "none":
+        check_rounding(source, written)

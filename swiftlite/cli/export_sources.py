@@ -11,6 +11,7 @@ from swiftlite.checkpoint.checkpoint import Checkpoint, checkpoint_root
 from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.llm.pipeline import plan_tokens
+from swiftlite.utils.errors import UsageError
 
 
 def base_model(args: ExportArguments, adapter: Path | None) -> Checkpoint:
@@ -32,6 +33,10 @@ def merge_other_kind(args: ExportArguments, adapter: Path, output_dir: Path) -> 
     """Merge an adapter that is no plain LoRA into its base model by peft. Returns: whether it is such a one."""
     if not is_other_kind(adapter):
         return False
+    if args.fp8:
+        raise UsageError(
+            f"--fp8 {args.fp8}: merge an adapter of this kind without it, then export the merged model with it"
+        )
     from swiftlite.llm.merging import merge_in_memory  # imports transformers
 
     merge_in_memory(args, adapter, output_dir)

@@ -14,11 +14,19 @@ import torch
 
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.files import main_dtype
+from swiftlite.convert.quantised import quantised
 from swiftlite.utils.directories import CARRIED
 from swiftlite.weights import stream
 from swiftlite.weights.ops import Segment
-from swiftlite.weights.safetensors import SafetensorsSource, ShardPlan, create_shards, plan_shards, write_index
-from swiftlite.weights.storage import TensorSpec, WeightSource, place_of
+from swiftlite.weights.safetensors import (
+    PlainTensors,
+    SafetensorsSource,
+    ShardPlan,
+    create_shards,
+    plan_shards,
+    write_index,
+)
+from swiftlite.weights.storage import Beside, TensorSpec, WeightSource, place_of
 
 SHARD_BYTES = 5 * 10**9  # of a safetensors file, at most, where nothing else is asked for
 
@@ -26,12 +34,15 @@ SHARD_BYTES = 5 * 10**9  # of a safetensors file, at most, where nothing else is
 @dataclass(frozen=True)
 class HfTarget:
     """A model directory. dtype: converts to this; None keeps what is stored. max_shard_bytes: of a file; None: as the
-    files of the original were, where they are known."""
+    files of the original were, where they are known. fp8: matrices are quantised, see weights/quantise.py."""
 
     dtype: torch.dtype | None = None
     max_shard_bytes: int | None = None
+    fp8: str | None = None
 
     def plan(self, source: Checkpoint) -> HfPlan:
+        if self.fp8 is not None:
+            source = quantised(source, self.fp8)
         return HfPlan.of(source, {}, self.dtype, self.max_shard_bytes)
 
 
@@ -81,7 +92,8 @@ class HfPlan:
         return copy_jobs(self.source.stored, self.specs, self.places(directory), self.source.copies)
 
     def publish(self, directory: Path, hashes: Mapping[str, str] | None = None) -> None:
-        self.source.write_side_files(directory, main_dtype((s.dtype, s.numel) for s in self.specs.values()))
+        plain = [spec for name, spec in self.specs.items() if name not in self.source.carried]
+        self.source.write_side_files(directory, main_dtype((s.dtype, s.numel) for s in plain))
         write_index(directory, self.shards, self.total_bytes)
 
     def written(self, directory: Path) -> WeightSource:
@@ -113,20 +125,25 @@ def copy_job(source: WeightSource, name: str, file: Path, offset: int, dtype: to
 
 @dataclass(frozen=True)
 class CarriedPlan:
-    """The files of tensors that belong to other parts than the text model, beside a Megatron checkpoint; none for a model
-    that is all text."""
+    """The files beside a Megatron checkpoint: tensors of other parts than the text model, and the scales that FP8 weights
+    had. None for a model that is all text and was plain."""
 
     source: Checkpoint
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         held, carried = self.source.source, self.source.carried
-        return {n: TensorSpec(held.value_dtype(n), held.spec(n).shape) for n in self.source.names if n in carried}
+        parts = {n: TensorSpec(held.value_dtype(n), held.spec(n).shape) for n in self.source.names if n in carried}
+        return {**parts, **{name: self._scales.spec(name) for name in self._scales.names}}
+
+    @property
+    def _scales(self) -> WeightSource:
+        return self.source.scales.source if self.source.scales else PlainTensors({})
 
     @cached_property
     def shards(self) -> Sequence[ShardPlan]:
         is_part = self.source.bound.naming is not None and self.source.whole
-        return plan_shards(self.specs, SHARD_BYTES) if is_part else ()
+        return plan_shards(self.specs, SHARD_BYTES) if is_part or self._scales.names else ()
 
     def prepare(self, directory: Path) -> None:
         if self.shards:
@@ -135,7 +152,8 @@ class CarriedPlan:
             write_index(directory / CARRIED, self.shards, sum(spec.nbytes for spec in self.specs.values()))
 
     def jobs(self, directory: Path) -> list[stream.Job]:
-        return copy_jobs(self.source.source, self.specs, places_in(directory / CARRIED, self.shards), {})
+        source = Beside(self.source.source, self._scales)
+        return copy_jobs(source, self.specs, places_in(directory / CARRIED, self.shards), {})
 
     def written(self, directory: Path) -> WeightSource | None:
         return SafetensorsSource(directory / CARRIED) if self.shards else None

@@ -13,7 +13,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
+from mmap import mmap
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +45,7 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json, Settings
 from swiftlite.weights.dcp_file import common_state, load_common
 from swiftlite.weights.shard import read_shard
-from swiftlite.weights.storage import Files
+from swiftlite.weights.storage import Files, TensorSpec
 from swiftlite.weights.torch_dist import slot_of
 from swiftlite.weights.unpickle import check_saved
 
@@ -209,30 +212,44 @@ def _cut_vocabulary(state: ShardedStateDict, vocab_size: int) -> None:
         del container[key]
 
 
-def carried_tensors(models: Sequence[torch.nn.Module], origin: Checkpoint) -> dict[str, ShardedTensor]:
+def carried_tensors(models: Sequence[torch.nn.Module], origin: Checkpoint, directory: Path) -> dict[str, ShardedTensor]:
     """Tensors of the origin that the live model does not hold (MTP blocks that are not trained), on rank 0. Collective.
 
-    They go unchanged into every checkpoint of the run.
+    They go unchanged into every checkpoint of the run. directory: has room for them; memory holds none of them.
     """
     live = LiveMap(origin.bound)
     entries = (live.entry(shard)[0] for shard in iter_shards(models))
     held = set[tuple[str, int | None]]().union(*all_gather({(entry.mcore, entry.expert) for entry in entries}))
     tensors: dict[str, ShardedTensor] = {}
     if torch.distributed.get_rank() == 0:
+        left = [entry for entry in origin.bound.entries if (entry.mcore, entry.expert) not in held]
+        specs = [TensorSpec(origin.source.value_dtype(entry.hf[0]), entry.shape) for entry in left]
         with Files() as files:
-            for entry in origin.bound.entries:
-                if (entry.mcore, entry.expert) in held:
-                    continue
+            for entry, data in zip(left, _on_disk(specs, directory), strict=True):
                 slot = slot_of(entry)
-                dtype = origin.source.spec(entry.hf[0]).dtype
-                data = read_shard(origin.source, entry, (0,) * len(entry.shape), entry.shape, files, dtype)
+                data.copy_(read_shard(origin.source, entry, (0,) * len(entry.shape), entry.shape, files, data.dtype))
                 offsets = [(axis, i, n) for axis, (i, n) in enumerate(zip(slot.index, slot.lead, strict=True))]
                 tensors[entry.label] = ShardedTensor.from_rank_offsets(
-                    slot.key, data.view(entry.shape), *offsets, prepend_axis_num=len(slot.lead)
+                    slot.key, data, *offsets, prepend_axis_num=len(slot.lead)
                 )
         if tensors:
             logger.info("%d tensors that training does not hold go unchanged into every checkpoint", len(tensors))
     return tensors
+
+
+def _on_disk(specs: Sequence[TensorSpec], directory: Path) -> list[torch.Tensor]:
+    """Tensors in a file without a name: what is not in use need not be in memory."""
+    sizes = [-(-spec.nbytes // 64) * 64 for spec in specs]
+    if not sum(sizes):
+        return [torch.empty(spec.shape, dtype=spec.dtype) for spec in specs]
+    with TemporaryFile(dir=directory) as file:
+        file.truncate(sum(sizes))
+        pages = mmap(file.fileno(), sum(sizes))
+    starts = accumulate(sizes, initial=0)
+    return [
+        torch.frombuffer(pages, dtype=spec.dtype, count=spec.numel, offset=start).view(spec.shape)
+        for spec, start in zip(specs, starts, strict=False)
+    ]
 
 
 # ---- saving ----

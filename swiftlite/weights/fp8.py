@@ -8,8 +8,9 @@ two. The value of a weight is its FP8 number times its scale, in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from swiftlite.utils.io import blame
 from swiftlite.utils.types import Config
 from swiftlite.weights.packed import PackedSource
 from swiftlite.weights.safetensors import PlainTensors, SafetensorsSource, StoredTensor
-from swiftlite.weights.storage import Files, read_tensor
+from swiftlite.weights.storage import Files, WeightSource, read_tensor
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".weight_scale_inv", ".weight_scale")
@@ -49,21 +50,62 @@ def open_source(directory: Path, config: Config) -> SafetensorsSource:
         )
     with blame(directory / "config.json"):
         dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
-        block, dequantised = _block(quantisation), getattr(torch, dtype)
+        block, dequantised = block_of(quantisation), getattr(torch, dtype)
         if min(block) < 1 or not isinstance(dequantised, torch.dtype):
             raise ValueError(f"blocks of {block}, dtype {dtype}")
         if not is_fp8:
             return PackedSource(directory, dequantised, quantisation)
-    return Fp8Source(directory, block, dequantised)
+    return Fp8Source(directory, quantisation, dequantised)
 
 
-def _block(quantisation: Config) -> tuple[int, int]:
+def scales_of(directory: Path, config: Config) -> Scales | None:
+    """Of the FP8 model in a directory, if there is one."""
+    described = any(part.get("quantization_config") for part in (config, config.get("text_config") or {}))
+    source = open_source(directory, config) if described and any(directory.glob("*.safetensors")) else None
+    return source.kept() if isinstance(source, Fp8Source) else None
+
+
+def block_of(quantisation: Config) -> tuple[int, int]:
     """Rows and columns that share a scale; either tool's way to write it."""
     groups = (quantisation.get("config_groups") or {}).values()
     written = [(group.get("weights") or {}).get("block_structure") for group in groups]
     block = next(filter(None, (quantisation.get("weight_block_size"), *written)), BLOCK)
     rows, columns = block.split("x") if isinstance(block, str) else block
     return int(rows), int(columns)
+
+
+def from_stored(scales: Tensor) -> Tensor:
+    """Scales in fp32. Powers of two are stored as their exponents, by some tools as plain bytes."""
+    return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
+
+
+def as_stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return scales.to(torch.float8_e8m0fnu).view(torch.uint8) if dtype == torch.uint8 else scales.to(dtype)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of an FP8 checkpoint. source: they, as they are stored. of: weight -> scale. quantisation: its
+    quantization_config."""
+
+    source: WeightSource
+    of: Mapping[str, str]
+    quantisation: Config
+
+    @classmethod
+    def among(cls, source: WeightSource, quantisation: Config) -> Scales | None:
+        """Those in a source that holds other tensors too; None where there are none."""
+        of = {s.removesuffix(end) + ".weight": s for s in source.names for end in SCALES if s.endswith(end)}
+        return cls(source, of, quantisation) if of else None
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return block_of(self.quantisation)
+
+    @cached_property
+    def powers_of_two(self) -> bool:
+        stored = {self.source.spec(name).dtype for name in self.of.values()}
+        return self.quantisation.get("scale_fmt") == "ue8m0" or bool(stored & {torch.uint8, torch.float8_e8m0fnu})
 
 
 class Fp8Source(SafetensorsSource):
@@ -74,12 +116,13 @@ class Fp8Source(SafetensorsSource):
 
     decodes = True
 
-    def __init__(self, directory: Path, block: tuple[int, int], dequantised: torch.dtype) -> None:
-        """dequantised: dtype that FP8 weights become by default.
+    def __init__(self, directory: Path, quantisation: Config, dequantised: torch.dtype) -> None:
+        """quantisation: quantization_config. dequantised: dtype that FP8 weights become by default.
 
         Raises: MapError for an FP8 weight without a scale, ShapeError for a scale of the wrong size."""
         super().__init__(directory)
-        self.block, self.dequantised = block, dequantised
+        self.quantisation, self.dequantised = quantisation, dequantised
+        self.block = block_of(quantisation)
         self.scales: dict[str, str] = {}
         self._all: dict[str, StoredTensor] = dict(self.tensors)
         for name, stored in self._all.items():
@@ -116,9 +159,11 @@ class Fp8Source(SafetensorsSource):
 
     def _read_scale(self, scale: str) -> Tensor:
         with Files() as files:
-            stored = read_tensor(PlainTensors(self._all), scale, files)
-        # Powers of two are stored as their exponents, by some tools as plain bytes.
-        return (stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored).float()
+            return from_stored(read_tensor(PlainTensors(self._all), scale, files))
+
+    def kept(self) -> Scales:
+        """The scales as they are, for whoever writes the weights in FP8 again."""
+        return Scales(PlainTensors({s: self._all[s] for s in self.scales.values()}), self.scales, self.quantisation)
 
     def decode(self, name: str, row: int, column: int, raw: Tensor) -> Tensor:
         """fp32 values of raw [R, C], which are the stored rows from `row` and columns from `column` of a weight."""

@@ -56,16 +56,19 @@ class Packed:
     transposed: bool = False
 
     def values(self, rows: tuple[int, int], columns: tuple[int, int], files: Files) -> Tensor:
-        """fp32 values of rows and columns [start, stop)."""
-        first, last = columns[0] // 2, -(-columns[1] // 2)
-        raw = self._read(self.data, rows, (first, last), files)
-        skipped = columns[0] - 2 * first
-        found = self.pairs[raw.int()].view(len(raw), -1)[:, skipped : skipped + columns[1] - columns[0]]
+        """fp32 values of rows and columns [start, stop); whole groups are unpacked."""
         low, high = columns[0] // self.group, -(-columns[1] // self.group)
+        start, stop = low * self.group, min(high * self.group, self.data.spec.shape[1] * 2)
+        raw = self._read(self.data, rows, (start // 2, -(-stop // 2)), files)
+        found = torch.index_select(self.pairs, 0, raw.view(-1).int()).view(len(raw), -1)
+        found = found[:, start % 2 : start % 2 + stop - start]
         scale = self._read(self.scale, rows, (low, high), files)
         # Powers of two are stored as their exponents.
         scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
-        return found * scale[:, torch.arange(*columns) // self.group - low]
+        whole = (stop - start) // self.group
+        found[:, : whole * self.group].view(len(raw), whole, -1).mul_(scale[:, :whole, None])
+        found[:, whole * self.group :].mul_(scale[:, whole:])  # the last group may be cut
+        return found[:, columns[0] - start : columns[1] - start]
 
     @staticmethod
     def _read(stored: StoredTensor, rows: tuple[int, int], columns: tuple[int, int], files: Files) -> Tensor:

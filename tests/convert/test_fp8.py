@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.checkpoint.bind import bind_map, convert_hf_config
+from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
 from swiftlite.cli.main import main
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.provider import build_models
+from swiftlite.megatron.state import carried_tensors
 from swiftlite.utils.errors import MapError, ShapeError
 from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.storage import decoder
@@ -146,6 +148,41 @@ def test_live_loading(tmp_path: Path) -> None:
     for name, value in exact.items():
         assert torch.equal(saved[name], value.bfloat16() if name in carried and value.dim() == 2 else value), name
     assert "quantization_config" not in read_config(tmp_path / "saved")
+
+
+def test_what_training_does_not_hold_is_dequantised(tmp_path: Path) -> None:
+    """It goes into every checkpoint of a run."""
+    exact = make(tmp_path / "hf", "glm4_5:default", "block")
+    args = conversion_arguments(convert_hf_config(read_config(tmp_path / "hf")), str(tmp_path), "float32")
+    with parallel_groups(args):
+        carried = carried_tensors(build_models(args), Checkpoint.open(tmp_path / "hf"), tmp_path)
+    assert len(carried) > 10 and all(name.startswith("mtp.") for name in carried)
+    found = next(value.data for name, value in carried.items() if name.endswith("self_attention.linear_proj.weight"))
+    assert torch.equal(found, exact["model.layers.4.self_attn.o_proj.weight"].bfloat16())
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def test_what_training_does_not_hold_takes_no_memory(tmp_path: Path) -> None:
+    config = {**config_of("glm4_5:default"), "torch_dtype": "bfloat16", "moe_intermediate_size": 8192}
+    bound = bind_map(config, with_mtp=True)
+    tensors = {name: torch.full(bound.shape(name), 0.5, dtype=torch.bfloat16) for name in bound.stored_names}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    del tensors
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    origin, args = Checkpoint.open(tmp_path), conversion_arguments(convert_hf_config(config), str(tmp_path), "float32")
+    with parallel_groups(args):
+        before = anonymous_bytes()
+        carried = carried_tensors([], origin, tmp_path)  # as if nothing were trained
+        grown = anonymous_bytes() - before
+    assert sum(value.data.nbytes for value in carried.values()) >= total > 100_000_000 and grown < total / 4
+    assert all(bool((value.data == 0.5).all()) for value in carried.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_missing_and_wrong_scales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,8 +324,8 @@ print("grown by", peak_memory_bytes() - before)
 """
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_memory_is_bounded(merged: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["converted", "merged", "written"])
+def test_memory_is_bounded(what: str, tmp_path: Path) -> None:
     """120 MB of FP8 weights whose largest matrix is 80 MB in fp32, with a budget of 24 MB."""
     config = {**config_of("qwen3:default"), "torch_dtype": "bfloat16", "intermediate_size": 320_000}
     bound = bind_map(config)
@@ -304,8 +341,9 @@ def test_memory_is_bounded(merged: bool, tmp_path: Path) -> None:
     save_file(tensors, hf / "model.safetensors", {"format": "pt"})
     quantised = {**config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     (hf / "config.json").write_text(json.dumps(quantised))
-    flags: list[Any] = ["--model", hf, "--model_type", "qwen3", "--to_mcore", "true", "--max_memory", "24MB"]
-    if merged:
+    flags: list[Any] = ["--model", hf, "--model_type", "qwen3", "--max_memory", "24MB"]
+    flags += ["--to_hf", "true", "--fp8", "channel"] if what == "written" else ["--to_mcore", "true"]
+    if what == "merged":
         module = "base_model.model.model.layers.0.mlp.gate_proj"
         pair = {f"{module}.lora_A.weight": torch.ones(4, 64), f"{module}.lora_B.weight": torch.ones(320_000, 4)}
         save_file(pair, peft / "adapter_model.safetensors")

@@ -134,6 +134,22 @@ def test_a_model_with_fused_experts(both: tuple[Path, Path], tmp_path: Path) -> 
     assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
 
 
+@pytest.mark.parametrize("form", ["block", "channel"])
+def test_fp8_of_fused_experts_is_that_of_single_ones(both: tuple[Path, Path], form: str, tmp_path: Path) -> None:
+    """Loaders of FP8 know single experts."""
+    found = []
+    (tmp_path / "out").mkdir()
+    for path in both:
+        convert(Checkpoint.open(path), HfTarget(fp8=form), tmp_path / "out" / path.name, Options(quiet=True))
+        found.append(load_file(tmp_path / "out" / path.name / "model.safetensors"))
+        config = (tmp_path / "out" / path.name / "config.json").read_text()
+        assert "mlp.gate" in config and "mlp.experts" not in config
+    assert found[0].keys() == found[1].keys() and any("experts.5.up_proj.weight_scale" in name for name in found[0])
+    assert all(
+        torch.equal(value.view(torch.uint8), found[1][name].view(torch.uint8)) for name, value in found[0].items()
+    )
+
+
 def test_live_models_load_and_save_fused_experts(both: tuple[Path, Path], tmp_path: Path) -> None:
     from swiftlite.arguments.megatron_export import conversion_arguments
     from swiftlite.megatron import hf_io

@@ -127,7 +127,8 @@ class Trainer:
                     start.directory, self.models, self.args, self.optimizer, self.scheduler
                 )
         self.scale_is_found = not self.config.fp16 or (start is not None and not self.args.no_save_optim)
-        self.carried = {} if lora else checkpoint.carried_tensors(self.models, self.built.origin)
+        room = Path(str(self.args.output_dir))
+        self.carried = {} if lora else checkpoint.carried_tensors(self.models, self.built.origin, room)
         return self.position.iteration
 
     def describe(self) -> Sequence[str]:
