@@ -41,7 +41,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": {"initializer_range": 0.02, "num_attention_heads": 4, "num_key_value_heads": 2},
     "llama4_text": {"initializer_range": 0.02, "num_key_value_heads": 2},
     "ministral3": {"initializer_range": 0.02, "num_key_value_heads": 2},
-}
+    # Groups that megatron-core would rank by one score; indexers, which no rank holds.
+    "glm_moe_dsa": {
+        "initializer_range": 0.02, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 12,
+        "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3, "routed_scaling_factor": 1.0, "index_topk": 4096,
+    },
+}  # fmt: skip
 MODEL_TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "moonlight": "moonlight"}
 
 
