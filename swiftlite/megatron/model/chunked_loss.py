@@ -83,7 +83,7 @@ def _trained(layer: torch.nn.Module, weight: Tensor | None) -> list[Tensor]:
     owners = [getattr(hook, "__self__", None) for hook in layer._forward_hooks.values()]
     found: list[Tensor] = list(layer.parameters())
     found += [p for owner in owners if isinstance(owner, torch.nn.Module) for p in owner.parameters()]
-    if weight is not None:
+    if weight is not None and all(weight is not parameter for parameter in found):  # on a last stage it is its own
         found.append(weight)
     return [parameter for parameter in found if parameter.requires_grad]
 
