@@ -338,6 +338,10 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
             raise UsageError(
                 f"--tensor_model_parallel_size {tp}: must divide {groups} key/value heads or be a multiple of them"
             )
+        if (model.linear_num_key_heads or tp) % tp:
+            raise UsageError(
+                f"--tensor_model_parallel_size {tp}: must divide {model.linear_num_key_heads} key heads of linear attention"
+            )
         if ep > 1 and not model.num_experts:
             raise UsageError(f"--expert_model_parallel_size {ep}: the model has no experts")
         if model.num_experts and model.num_experts % ep:

@@ -232,6 +232,14 @@ def _recompute_in_context_in_fp8() -> None:
     engine.checkpoint = checkpoint  # type: ignore[attr-defined]
 
 
+def _gates_of_shared_groups() -> None:
+    attention: Any = importlib.import_module("megatron.core.transformer.attention").Attention
+    original = attention._apply_output_gate
+    attention._apply_output_gate = lambda self, x, gate: original(
+        self, x, gate.chunk(ranks := gate.numel() // x.numel(), 2)[self.pg_collection.tp.rank() % ranks]
+    )
+
+
 def _plain_q_projection() -> None:
     if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is None:
         return
@@ -352,6 +360,14 @@ SHIMS = (
         "so that a checkpoint of somebody else could run code",
         "FileSystemReader.read_metadata refuses a pickle that names os.system",
         guard_checkpoint_reader,
+    ),
+    Shim(
+        "gates_of_shared_groups",
+        "0.16",
+        "always",
+        "where TP ranks share a key/value head, each takes its own of the head's queries but the gates of all of them",
+        "a model with gated attention trains on more TP ranks than it has key/value heads without it",
+        _gates_of_shared_groups,
     ),
     Shim(
         "plain_q_projection",

@@ -312,9 +312,9 @@ class TrainingModel:
     def _attention(self, layer: int, tokens: int, tp: int) -> dict[str, int]:
         """Values that attention, or what stands in its place, keeps between its two products."""
         m = self.bound.model
-        if m.layer_kinds[layer].linear:  # around convolution, rule and norm, and what chunks of 64 tokens keep
-            heads = m.value_heads * (2 * m.key_dim + 2 * 64)
-            return {"linear attention": tokens * (2 * m.linear_qkv + 4 * m.linear_values + heads) // tp}
+        if m.layer_kinds[layer].linear:  # as torch computes it, in chunks of 64 tokens; kernels keep less
+            heads = m.value_heads * (8 * m.key_dim + 5 * 64)
+            return {"linear attention": tokens * (2 * m.linear_qkv + 8 * m.linear_values + heads) // tp}
         output = tokens * m.attn_cols // tp
         if m.mla:
             qkv = tokens * (2 * m.q_rows + m.kv_up_rows) // tp

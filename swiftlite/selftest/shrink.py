@@ -61,17 +61,20 @@ def shrink_config(config: Config) -> Json:
 def write_random_model(config: Config, directory: Path, seed: int = 0) -> None:
     """A checkpoint of this config with random fp32 weights under the names of the weight map, MTP blocks included.
 
-    Norms scatter around 1 and biases around 0, so that a norm or bias in the wrong place shows.
+    Norms scatter around 1, those that add 1 and biases around 0, so that a norm or bias in the wrong place shows.
     """
     family = family_of(architecture_of(config))
-    bound = family.weights.bind(ModelShape.from_config(convert_hf_config(config), family.num_mtp(config)))
+    converted = convert_hf_config(config)
+    bound = family.weights.bind(ModelShape.from_config(converted, family.num_mtp(config)))
+    zero_centred = converted.get("layernorm_zero_centered_gamma")
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name in bound.stored_names:
         shape = bound.shape(name)
         noise = torch.randn(shape, generator=generator)
         is_norm = len(shape) == 1 and not name.endswith("bias")
-        tensors[name] = 1 + 0.1 * noise if is_norm else 0.05 * noise
+        is_zero = zero_centred and "layernorm" in bound.rule(name).mcore.replace("_", "")
+        tensors[name] = (0 if is_zero else 1) + 0.1 * noise if is_norm else 0.05 * noise
     for duplicate in bound.duplicates:
         if "{layer}" not in duplicate.name and duplicate.name != "lm_head.weight":
             of = duplicate.of if duplicate.of in tensors else "model.embed_tokens.weight"

@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "mla": ("moonlight", []),
     "mla-full": ("moonlight", ["--train_type", "full", "--lr", "1e-3"]),
     "fused": ("glm4_0414", ["--template", "qwen3", "--lr", "6e-3"]),
+    "linear": ("qwen3_next", []),
     "freeze": ("qwen3", ["--train_type", "freeze", "--trainable_parameters", "model.layers.2.", "model.layers.3."]),
 }  # fmt: skip
 # kind, world size, flags, fault
@@ -63,6 +64,8 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "mla-ep2": ("mla", 2, EP, None),
     "mla-full-tp2": ("mla-full", 2, TP, None),
     "fused-tp2-sp": ("fused", 2, TP, None),
+    "linear-tp2-sp": ("linear", 2, TP, None),
+    "linear-ep2": ("linear", 2, EP, None),
     "freeze-pp2": ("freeze", 2, PP, None),  # nothing of the first stage is trained
     "freeze-tp2-sp": ("freeze", 2, TP, None),
     "dense-tp2-pp2": ("dense", 4, [*TP, *PP], None),
@@ -82,6 +85,7 @@ def models(tiny_model: Callable[..., Path], tiny_mla: Callable[[int], Path]) -> 
         "qwen3": tiny_model("qwen3", num_hidden_layers=4, tie_word_embeddings=True, **changes),
         "glm4_moe": tiny_model("glm4_moe", **changes),
         "glm4_0414": tiny_model("glm4_0414", num_key_value_heads=2),
+        "qwen3_next": tiny_model("qwen3_next", layer_types=["linear_attention", "full_attention"] * 2),
         "moonlight": tiny_mla(0),
     }
 

@@ -27,12 +27,14 @@ from swiftlite.weights.torch_dist import HfNames
 from tests.families.cases import build_hf, config_of
 from tests.rows import CHAT, FLAGS, PAIRS, losses
 
-TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "gemma3", "mistral3", "glm4v", "llama4", "glm4_5v", "kimi_k25")
+TYPES = (
+    "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "gemma3", "mistral3", "glm4v", "llama4", "glm4_5v", "kimi_k25", "qwen3_5",
+)  # fmt: skip
 QUIET = Options(quiet=True)
 
 
 def is_text(name: str) -> bool:
-    return "language_model" in name or name.startswith(("model.layers", "model.embed", "model.norm", "lm_head"))
+    return "language_model" in name or name.startswith(("model.layers", "model.embed", "model.norm", "lm_head", "mtp."))
 
 
 def write_text_alone(directory: Path, target: Path) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from tests.families.cases import config_of
 CONFIGS = {
     "qwen3": {**TINY_CONFIGS["qwen3"], "tie_word_embeddings": True, "vocab_size": 333},
     "glm4_moe": TINY_CONFIGS["glm4_moe"],
+    # The last layer is a gated delta net.
+    "qwen3_next": {**config_of("qwen3_next:default"), "full_attention_interval": 3},
     "ernie": config_of("ernie:default"),  # its router's weight keeps its dtype, and is trained
 }
 AIR = json.loads((GOLDEN / "glm4_5_air/config.json").read_text())

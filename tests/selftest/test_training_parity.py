@@ -16,7 +16,9 @@ from swiftlite.selftest.parity import TOLERANCE, compare
 from swiftlite.utils.errors import VerifyError
 
 QUESTIONS = ["Who are you?", "What is your name?", "Say hello.", "What can you do?", "Are you a robot?"]
-TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
+TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "qwen3_next": "qwen3_next"}
+# Rounding grows in random layers of linear attention upon each other.
+TAKING_TURNS = {"qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2}}
 
 
 @pytest.fixture
@@ -34,7 +36,14 @@ def check(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(family: str, *flags: str) -> tuple[int, list[str], str]:
-        words = ["--model", str(tiny_model(family)), "--model_type", TYPES[family], "--dataset", str(data)]
+        words = [
+            "--model",
+            str(tiny_model(family, **TAKING_TURNS.get(family, {}))),
+            "--model_type",
+            TYPES[family],
+            "--dataset",
+            str(data),
+        ]
         code = main(["check", "--parity", "true", *words, *flags])
         captured = capsys.readouterr()
         return code, captured.out.splitlines(), captured.err
@@ -43,7 +52,7 @@ def check(
 
 
 @pytest.mark.parametrize("train_type", ["full", "lora"])
-@pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe", "qwen3_next"])
 def test_both_sides_agree(family: str, train_type: str, check: Any) -> None:
     code, table, told = check(family, "--train_type", train_type)
     assert code == 0, told
