@@ -51,6 +51,9 @@ ODD = {
     "deepseek_v2:default": {
         "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 20, "vocab_size": 333,
     },
+    "phi3:longrope": {"num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 80, "num_hidden_layers": 5},
+    "gpt_oss:default": {"num_local_experts": 5, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 7},
+    "llama4_text:default": {"num_local_experts": 3, "num_key_value_heads": 1, "moe_layers": [0, 3], "hidden_size": 48},
     "moonlight:default": {"n_routed_experts": 6, "num_experts_per_tok": 3, "first_k_dense_replace": 2},
 }  # fmt: skip
 
