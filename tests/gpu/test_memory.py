@@ -41,7 +41,8 @@ def train(tmp_path: Path, tiny_tokenizer_dir: Path) -> Callable[..., list[float]
     def run(kind: str, output: str, *flags: str) -> list[float]:
         model = tmp_path / kind
         if not model.exists():
-            build_hf(config(CASES[kind]), model, dtype=torch.bfloat16)
+            wide = {"moe_intermediate_size": 128} if kind == "moe" else {}
+            build_hf({**config(CASES[kind]), **wide}, model, dtype=torch.bfloat16)
             for file in tiny_tokenizer_dir.iterdir():
                 shutil.copy(file, model)
             stated = json.loads((model / "config.json").read_text())
