@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
     "phi3:default": {**WIDE, "head_dim": None},
     "phi4:default": {**WIDE, "head_dim": None},
     "smollm3:default": {**WIDE, "head_dim": None},
+    "llama4_text:default": {**WIDE, "intermediate_size": 128, "intermediate_size_mlp": 256},
     "qwen3_next:default": WIDE,
     "qwen3_5:text": WIDE,
     "qwen3_5_moe:text": WIDE,
