@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
 from swiftlite.cli.main import main
 from swiftlite.utils.errors import ConfigError
 from swiftlite.weights.fp8 import open_source
 from swiftlite.weights.storage import Files, read_tensor
+from tests.convert.test_fp8 import MEASURE
 from tests.families.cases import build_hf, config_of
 
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -203,3 +208,30 @@ def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
     file.unlink()
     planned = Checkpoint.open(tmp_path / "hf", weights=False)
     assert {name: planned.shape_of(name) for name in planned.names} == {n: tuple(t.shape) for n, t in exact.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [True, False])
+def test_memory_is_bounded(packed: bool, tmp_path: Path) -> None:
+    """Experts of 100 MB in two transposed tensors, with a budget of 24 MB, there and back."""
+    changes = {"hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 1, "torch_dtype": "bfloat16"}
+    config = {**config_of("gpt_oss:square"), **changes}
+    bound, tensors = bind_map(config), {}
+    for name in bound.stored_names:
+        shape = bound.shape(name)
+        if packed and len(shape) == 3:
+            tensors[f"{name}_blocks"] = torch.ones(shape[0], shape[2], shape[1] // 32, 16, dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.ones(shape[0], shape[2], shape[1] // 32, dtype=torch.uint8)
+        else:
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+    hf, mcore = tmp_path / "hf", tmp_path / "mcore"
+    hf.mkdir()
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    quantisation = {"quantization_config": {"quant_method": "mxfp4"}} if packed else {}
+    (hf / "config.json").write_text(json.dumps({**config, **quantisation}))
+    for flags in (["--model", hf, "--to_mcore", mcore], ["--mcore_model", mcore, "--to_hf", tmp_path / "back"]):
+        words = [*map(str, flags[:3]), "true", "--output_dir", str(flags[3]), "--max_memory", "24MB"]
+        command = [sys.executable, "-c", MEASURE, *words]
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        assert int(result.stdout.split()[-1]) < 60_000_000, result.stdout

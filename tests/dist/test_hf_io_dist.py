@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ernie:default": {},
     "glm4_0414:default": {"num_key_value_heads": 2},  # post norms, gate and up in one matrix
     "olmo2:default": {"num_key_value_heads": 2},  # no input norms, q/k norms over all heads
+    "gpt_oss:default": {"num_key_value_heads": 2},  # experts in one tensor, transposed, gate and up in turns
 }
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -36,10 +37,12 @@ LAYOUTS: dict[int, dict[str, list[dict[str, Any]]]] = {
         "ernie:default": [TP2, EP2],
         "glm4_0414:default": [TP2, {**PP2, "decoder_first_pipeline_num_layers": 1}],
         "olmo2:default": [TP2, {**PP2, "decoder_first_pipeline_num_layers": 1}],
+        "gpt_oss:default": [TP2, EP2, {**PP2, "decoder_first_pipeline_num_layers": 1}],
     },
     4: {
         "llama3_1:default": [{**TP2, **PP2}],
         "glm4_5:default": [{**TP2, **EP2}, {**TP2, **PP2}, {**EP2, **PP2}],
+        "gpt_oss:default": [{**TP2, **EP2}],
         "deepseek_r1:default": [{**TP2, **EP2}, {**TP2, **PP2, "mtp_num_layers": 1}],
     },
 }
