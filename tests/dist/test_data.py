@@ -29,7 +29,8 @@ CASES = {
     "packed-tp2-sp": ("qwen3", PACKED, TP),
     "packed-pp2": ("qwen3", PACKED, PP),
     "packed-vpp2": ("qwen3", PACKED, [*PP, "--num_virtual_stages_per_pipeline_rank", "2"]),
-    "free-tp2-sp": ("qwen3", ["--padding_free", "true", "--micro_batch_size", "2"], TP),
+    # With the others' rate this descent is so steep at its fifth step that rounding grows a hundredfold there.
+    "free-tp2-sp": ("qwen3", ["--padding_free", "true", "--micro_batch_size", "2", "--lr", "3e-3"], TP),
     "packed-moe-ep2": ("glm4_moe", PACKED, ["--expert_model_parallel_size", "2"]),
 }
 
