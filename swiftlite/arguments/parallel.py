@@ -219,9 +219,7 @@ class MegatronArguments(ParallelArguments, TrainArguments, TunerArguments, Mcore
     )
     optimizer_offload_fraction: float = run_setting(1.0, "share of the weights whose states are there", least=0, most=1)
     overlap_cpu_optimizer_d2h_h2d: bool = run_setting(True, "update one weight while others are on their way")
-    use_precision_aware_optimizer: bool = run_setting(
-        False, "optimizer states in the dtypes that follow, main weights as what bf16 leaves out of them"
-    )
+    use_precision_aware_optimizer: bool = run_setting(False, "optimizer states in the dtypes that follow")
     main_grads_dtype: str = run_setting("fp32", "dtype in which gradients are added up", choices=["fp32", "bf16"])
     main_params_dtype: str = run_setting("fp32", "dtype of the optimizer's main weights", choices=["fp32", "fp16"])
     exp_avg_dtype: str = run_setting("fp32", "dtype of Adam's first moment", choices=MOMENT_DTYPES)

@@ -150,46 +150,6 @@ def _keep_bucket_padding() -> None:
     optimizer.get_parameter_state_dp_zero = get_parameter_state
 
 
-def join_remainders(rounded: Tensor, rest: Tensor) -> Tensor:
-    """fp32 numbers of which Transformer Engine's Adam keeps a bf16 part, rounded half up, and int16 `rest`, the low bits."""
-    high = rounded.view(torch.int16).int() - (rest < 0).int()
-    return ((high << 16) | (rest.int() & 0xFFFF)).view(torch.float32)
-
-
-def split_remainders(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """(bf16 part, rest) of fp32 numbers, see join_remainders."""
-    bits = whole.view(torch.int32)
-    rest = (bits << 16 >> 16).to(torch.int16)
-    return ((bits >> 16) + (rest < 0).int()).to(torch.int16).view(torch.bfloat16), rest
-
-
-def _whole_main_weights() -> None:
-    kind = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
-    read, write = kind._get_main_param_and_optimizer_states, kind._set_main_param_and_optimizer_states
-
-    def part(self: Any, model_param: Tensor) -> Tensor:
-        group, order = self.model_param_group_index_map[model_param]
-        return self.optimizer.param_groups[group]["params"][order]  # type: ignore[no-any-return]
-
-    def get_states(self: Any, model_param: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = read(self, model_param)
-        if found["param"].dtype == torch.int16:
-            found["param"] = join_remainders(part(self, model_param), found["param"])
-        return found
-
-    def set_states(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        if getattr(self.optimizer, "use_decoupled_grad", False):  # the optimizer holds main weights itself
-            mine = part(self, model_param)
-            tensors = {name: tensor.to(mine.device, torch.float32) for name, tensor in tensors.items()}
-            if self.optimizer.store_param_remainders and mine.dtype == torch.bfloat16:
-                rounded, tensors["param"] = split_remainders(tensors["param"])
-                mine.data.copy_(rounded)
-        write(self, model_param, tensors)
-
-    kind._get_main_param_and_optimizer_states = get_states
-    kind._set_main_param_and_optimizer_states = set_states
-
-
 def _collect_writes_in_process() -> None:
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     writer._results_queue = queue.Queue()  # type: ignore[attr-defined]
@@ -443,15 +403,6 @@ SHIMS = (
         "tensor, which then counts every parameter's update",
         "a run resumes without Transformer Engine and without it",
         _keep_adam_step,
-    ),
-    Shim(
-        "whole_main_weights",
-        "0.16-0.19",
-        "te",
-        "a precision-aware optimizer's checkpoint holds the low bits of main weights as if they were main weights, and its "
-        "lower states are set from where they lie, which may be the host",
-        "a run resumes with --use_precision_aware_optimizer from a checkpoint without it, and the other way round",
-        _whole_main_weights,
     ),
     Shim(
         "bucket_padding",

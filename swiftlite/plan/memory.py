@@ -256,8 +256,7 @@ class TrainingModel:
             return 8
         if not args.use_precision_aware_optimizer or args.optimizer_cpu_offload:
             return 12
-        # The main weight is what bf16 leaves out of it, or fp16.
-        return _BYTES[args.exp_avg_dtype] + _BYTES[args.exp_avg_sq_dtype] + 2
+        return sum(_BYTES[dtype] for dtype in (args.exp_avg_dtype, args.exp_avg_sq_dtype, args.main_params_dtype))
 
     def _activations(self, layout: Layout, rank: int, tokens: int, num_microbatches: int) -> tuple[int, int]:
         """(on the GPU, on the host) of the micro batches that a stage has begun and not yet gone back through."""

@@ -15,7 +15,6 @@ from megatron.core.models.common.language_module.language_module import Language
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.info import read_config
-from swiftlite.megatron.shims import join_remainders, split_remainders
 from swiftlite.megatron.trainers.sft import SftTrainer, megatron_sft_main
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import UsageError
@@ -113,15 +112,6 @@ def test_what_does_not_fit_is_told_with_its_size(train: Callable[..., Any], monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=r"2 x \d+ tokens take about 3.0 GB a GPU, .*activations .*take more GPUs"):
         train("run")
-
-
-def test_low_bits_of_main_weights() -> None:
-    """Any fp32 number is its bf16 part and 16 bits; the part is the nearest bf16 number."""
-    whole = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 10_000)
-    rounded, rest = split_remainders(whole)
-    assert torch.equal(join_remainders(rounded, rest), whole)
-    assert (rounded == whole.bfloat16()).float().mean() > 0.999  # but for ties, which go up
-    assert (rest < 0).any() and (rest > 0).any()
 
 
 def test_fp8_wants_even_sizes(tiny_model: Callable[..., Path]) -> None:
