@@ -242,6 +242,7 @@ def _on_disk(specs: Sequence[TensorSpec], directory: Path) -> list[torch.Tensor]
     sizes = [-(-spec.nbytes // 64) * 64 for spec in specs]
     if not sum(sizes):
         return [torch.empty(spec.shape, dtype=spec.dtype) for spec in specs]
+    directory.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=directory) as file:
         file.truncate(sum(sizes))
         pages = mmap(file.fileno(), sum(sizes))

@@ -36,7 +36,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"initializer_range": 0.02, "num_attention_heads": 4, "num_key_value_heads": 2},
     "hunyuan_v1_moe": {"initializer_range": 0.02, "num_key_value_heads": 2},
     # Both kinds of layers on each stage.
-    "qwen3_next": {"initializer_range": 0.02, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "qwen3_next": {
+        "initializer_range": 0.02, "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 4,
+    },
     "gpt_oss": {"initializer_range": 0.02, "num_key_value_heads": 2},
     "gemma2": {"initializer_range": 0.02, "num_attention_heads": 4, "num_key_value_heads": 2},
     "llama4_text": {"initializer_range": 0.02, "num_key_value_heads": 2},

@@ -86,6 +86,9 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "position-factor-tp2-sp": ("ministral3", 2, _TP2_SP, None),
     "position-factor-pp2": ("ministral3", 2, _PP2, None),
     "linear-tp2-sp": ("qwen3_next", 2, _TP2_SP, None),
+    "linear-tp4-sp": (  # two ranks share a key/value head
+        "qwen3_next", 4, ["--tensor_model_parallel_size", "4", "--sequence_parallel", "true"], None,
+    ),
     "linear-pp2": ("qwen3_next", 2, ["--pipeline_model_parallel_size", "2"], None),
     "linear-ep2": ("qwen3_next", 2, ["--expert_model_parallel_size", "2"], None),
     "linear-cp2": ("qwen3_next", 2, _CP2, None),
