@@ -329,7 +329,7 @@ class TrainingModel:
         """Every layout that megatron-core can build on that many GPUs, TP within a node; long sequences divided or not."""
         m = self.bound.model
         for tp in _divisors(math.gcd(gpus, GPUS_PER_NODE)):
-            if m.heads % tp or (not m.mla and m.groups % tp) or (m.ffn and m.ffn % tp):
+            if m.heads % tp or m.key_heads % tp or (not m.mla and m.groups % tp) or (m.ffn and m.ffn % tp):
                 continue
             for pp in _divisors(gpus // tp):
                 stages = even_stages(m.num_layers, pp)
