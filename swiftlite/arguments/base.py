@@ -51,6 +51,15 @@ PEFT_TUNERS = {
     "oft": "OFT", "vera": "VERA",
 }  # fmt: skip
 
+OTHER_TUNERS = {
+    "adalora": "peft moves its ranks by a schedule of their own, which a resumed run would lose; use lora",
+    "adapter": "layers of ms-swift's own, which no other tool loads; use lora",
+    "longlora": "attention of ms-swift's own; use lora, with --max_length as it is or --sequence_parallel_size",
+    "llamapro": "adds layers of its own; use lora, or freeze with --trainable_parameters",
+    "reft": "a package of its own trains it; use lora",
+    "dummy": "trains nothing; use freeze with --trainable_parameters",
+}
+
 
 def normalize_dtype(value: object, flag: str = "torch_dtype") -> str | None:
     """`bf16`, `torch.bfloat16`, `torch.bfloat16` the object -> "bfloat16"; None and "auto" -> None.
@@ -340,6 +349,7 @@ class TunerArguments(Arguments):
     train_type: str = field(
         "full", "all parameters, adapters added to them (LoRA, or others of peft with transformers), or some of them",
         aliases=["tuner_type", "finetuning_type"], choices=["full", "lora", "freeze", "lora_llm", *PEFT_TUNERS], common=True,
+        elsewhere=OTHER_TUNERS,
     )  # fmt: skip
     tuner_settings: dict[str, object] = field(
         {}, 'settings of peft\'s config for adapters other than LoRA, like \'{"boft_block_size": 8}\'',

@@ -51,6 +51,7 @@ def field(
     *,
     aliases: Iterable[str] = (),
     choices: Iterable[str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
     least: float | None = None,
     most: float | None = None,
     path: bool = False,
@@ -63,6 +64,7 @@ def field(
     Args:
         aliases: other names that users type for the same thing; they work as flags, keys, keywords and attributes.
         choices: the allowed strings (None is allowed too where it is the default).
+        elsewhere: strings that other tools allow -> what to use instead.
         least, most: limits of a number; they are allowed themselves.
         path: values may be paths; a leading ~ is the home directory, also where no shell has read the value.
         common: `--help` shows it; the others need `--help_all`.
@@ -71,6 +73,7 @@ def field(
     """
     metadata = {
         "help": help, "aliases": tuple(aliases), "choices": None if choices is None else tuple(choices), "path": path,
+        "elsewhere": elsewhere,
         "least": least, "most": most, "common": common, "resume": resume, "unavailable": unavailable,
     }  # fmt: skip
     if isinstance(default, list | dict):
@@ -177,6 +180,7 @@ class Spec:
     least: float | None = None
     most: float | None = None
     path: bool = False
+    elsewhere: Mapping[str, str] | None = None
     common: bool = False
     resume: str = "must match"
     unavailable: Note | str | Notes | None = None
@@ -202,7 +206,8 @@ class Spec:
         if self.choices is not None and value is not None:
             for item in value if isinstance(value, list) else [value]:
                 if item not in self.choices:
-                    raise UsageError(f"--{self.name} {item}: must be one of {', '.join(self.choices)}")
+                    said = (self.elsewhere or {}).get(str(item), f"must be one of {', '.join(self.choices)}")
+                    raise UsageError(f"--{self.name} {item}: {said}")
         return value
 
 

@@ -101,6 +101,11 @@ class TrainArguments(Arguments):
         "the others",
         aliases=["optimizer"],
         choices=["adamw_torch", "adamw_torch_fused", "adamw", "adam", "muon", *BITSANDBYTES],
+        elsewhere={
+            "dist_muon": "Megatron-core's own is not built in; use muon with `swiftlite sft`, or adamw_torch",
+            "adafactor": "use adamw_torch, or adamw_8bit for states of a quarter of the size",
+            "sgd": "use adamw_torch",
+        },
     )  # fmt: skip
 
     fp16: bool = field(False, "same as --torch_dtype float16")

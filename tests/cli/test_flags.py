@@ -303,6 +303,16 @@ def test_losses_that_mean_cross_entropy():
         parse(SftArguments, ["--model", "A/B", "--loss_type", "infonce"])
 
 
+def test_values_of_other_tools_name_what_to_use_instead():
+    for words, said in [
+        (["--train_type", "longlora"], "--train_type longlora: .*use lora"),
+        (["--optim", "dist_muon"], "--optim dist_muon: .*use muon"),
+        (["--train_type", "nothing"], "--train_type nothing: must be one of full, lora"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            parse(SftArguments, ["--model", "A/B", *words])
+
+
 def test_what_is_refused_names_what_does_the_job():
     for words, said in [
         (["--lr_scheduler_kwargs", '{"min_lr_rate": "x"}'], "lr_scheduler_kwargs min_lr_rate"),

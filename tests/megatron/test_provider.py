@@ -230,3 +230,13 @@ def test_models_of_one_process_choose_their_attention_kernels_independently(
             build_models(args)
     of_old = {**LONGROPE, "type": "su", "rope_type": None}  # Phi-3's first name of it
     assert convert_hf_config({**CONFIG, "rope_scaling": of_old})["rope_scaling"]["rope_type"] == "longrope"
+
+
+def test_layer_outputs_are_dropped_and_embeddings_are_not() -> None:
+    """As in transformers' Seed-OSS, whose residual_dropout is behind attention and MLP."""
+    with parallel_groups(args := arguments()):
+        model = build_models(args, hidden_dropout=0.5, perform_initialization=True)[0].train()
+        ids = torch.arange(8).unsqueeze(0)
+        embedded = model.embedding(ids, ids)
+        assert torch.equal(embedded, model.embedding(ids, ids)) and (embedded != 0).all()
+        assert not torch.equal(model(ids, ids, None), model(ids, ids, None))

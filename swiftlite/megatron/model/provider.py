@@ -91,12 +91,7 @@ def model_provider(
     model.vp_stage = vp_stage
     model.logits_at_once = partial(logits_at_once, args)
     rope.install(model, frequencies)
-    _mark_divided_weights(model)
-    _mark_expert_weights(model)
-    experts.keep_counts_on_device(model)
-    if description.multi_latent_attention:
-        _set_latent_norm_eps(model)
-        _join_latents(model)
+    _correct(model, description.multi_latent_attention)
     if live_vocab_size > vocab_size:
         _mask_padded_vocabulary(model, vocab_size, live_vocab_size)
     for adapt in (block.adapt for block in blocks if hasattr(block, "adapt")):
@@ -115,6 +110,18 @@ def build_models(args: MegatronArguments, **overrides: Any) -> list[GPTModel]:
         model_provider(args, first and stage == 0, last and stage == stages - 1, stage, **overrides)
         for stage in range(stages)
     ]
+
+
+def _correct(model: GPTModel, mla: bool) -> None:
+    """Where megatron-core computes or marks otherwise than transformers' models need."""
+    if hasattr(model, "embedding"):  # dropped as layer outputs are
+        model.embedding.embedding_dropout.p = 0.0
+    _mark_divided_weights(model)
+    _mark_expert_weights(model)
+    experts.keep_counts_on_device(model)
+    if mla:
+        _set_latent_norm_eps(model)
+        _join_latents(model)
 
 
 def _mark_divided_weights(model: GPTModel) -> None:
