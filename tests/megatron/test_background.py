@@ -15,7 +15,7 @@ import torch
 from swiftlite.cli.main import main
 from swiftlite.megatron import background
 from swiftlite.megatron.background import BackgroundWriter, Write
-from swiftlite.megatron.trainers import sft
+from swiftlite.megatron.trainers import run
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.sft import megatron_sft_main
 from swiftlite.utils.errors import CheckpointError
@@ -139,7 +139,7 @@ def test_the_last_directory_is_pushed_after_training(
 ) -> None:
     pushed: list[Any] = []
     monkeypatch.setattr(
-        sft, "push", lambda directory, model_id, **options: pushed.append((directory, model_id, options))
+        run, "push", lambda directory, model_id, **options: pushed.append((directory, model_id, options))
     )
     flags = ["--push_to_hub", "true", "--hub_model_id", "Org/Model", "--use_hf", "true", "--async_save", "true"]
     megatron_sft_main([*words, "--output_dir", str(tmp_path / "out"), "--train_iters", "2", *flags])

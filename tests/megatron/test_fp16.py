@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from swiftlite.llm.train import trainer
+from swiftlite.llm.train import device
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.megatron.trainers import optimizer
 from swiftlite.megatron.trainers.sft import megatron_sft_main
@@ -43,7 +43,7 @@ def train(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., list
 
 def overflow_often(monkeypatch: pytest.MonkeyPatch, scale: float = 2.0**20) -> None:
     """Begin with that scale, and double it after each step."""
-    for module in (optimizer, trainer):
+    for module in (optimizer, device):
         monkeypatch.setattr(module, "INITIAL_SCALE", scale)
         monkeypatch.setattr(module, "GROWTH_INTERVAL", 1)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from swiftlite.cli.main import main
-from swiftlite.llm.train import trainer
+from swiftlite.llm.train import optimization
 from swiftlite.megatron.trainers import base
 from swiftlite.selftest.parity import TOLERANCE, compare
 from swiftlite.utils.errors import VerifyError
@@ -90,8 +90,8 @@ def test_a_doubled_gradient_is_caught_at_once(check: Any, monkeypatch: pytest.Mo
 
 
 def test_another_learning_rate_is_caught_after_the_first_step(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = trainer.lr_schedule
-    monkeypatch.setattr(trainer, "lr_schedule", lambda *a: lambda step: 1.01 * original(*a)(step))
+    original = optimization.lr_schedule
+    monkeypatch.setattr(optimization, "lr_schedule", lambda *a: lambda step: 1.01 * original(*a)(step))
     code, _, told = check("qwen3", "--train_iters", "3")
     assert code == 1 and "step 2: loss" in told
 
