@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import importlib.util
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,14 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local().reshape(-1), begin * tensor.shape[1:].numel()
 
 
+def _in_files(name: str, renamed: Mapping[str, str]) -> str:
+    """A live model's name as transformers 4 writes it. renamed: its table, pattern of the files' names -> live prefix."""
+    for pattern, live in renamed.items():
+        if name.startswith(live):
+            return re.sub(r"\(.*\)", "", pattern.lstrip("^")) + name[len(live) :]
+    return name
+
+
 def checkpoint_tensors(model: PreTrainedModel, parts: Sequence[nn.Module] = ()) -> dict[str, Stored]:
     """Every tensor that a checkpoint of `model` holds, under its name there. Tied weights come under each name.
 
@@ -81,7 +90,8 @@ def checkpoint_tensors(model: PreTrainedModel, parts: Sequence[nn.Module] = ()) 
         held = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
         live = {name: tensor for name, tensor in live.items() if id(tensor) in held}
     if not _joins():
-        return {name: Stored(tensor, 0, tensor.shape) for name, tensor in live.items()}
+        renamed = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+        return {_in_files(name, renamed): Stored(tensor, 0, tensor.shape) for name, tensor in live.items()}
     from transformers.core_model_loading import revert_weight_conversion
 
     # The library's own way back, done with row numbers in place of rows, says where each tensor comes from.

@@ -38,6 +38,7 @@ from swiftlite.utils.logger import warn_once
 from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -355,17 +356,24 @@ class Template(TemplateOptions):
         if not self.chat.prints_calls() and any(message.get("tool_calls") for message in messages):
             warn_once(f"{self.chat.name} does not write tool calls (its model's chat template has none)")
 
+    def _take_whole_texts(self, backend: Tokenizer) -> None:
+        """Set nothing that is so already: older tokenizers refuse it while another thread uses them."""
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        split = bool(getattr(self.tokenizer, "split_special_tokens", False))
+        if backend.encode_special_tokens != split:
+            backend.encode_special_tokens = split
+
     def _tokenize_batch(self, scripts: Sequence[tuple[str, list[Span]]]) -> Iterable[tuple[list[int], list[Span]]]:
         """Ids of each text, and its spans in tokens."""
         if not scripts:
             return
         if getattr(self.tokenizer, "is_fast", False):
-            backend = (
-                self.tokenizer.backend_tokenizer
-            )  # what the tokenizer asks, without its lists of all that is known
-            backend.no_truncation()
-            backend.no_padding()
-            backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
+            # What the tokenizer asks, without its lists of all that is known.
+            backend = self.tokenizer.backend_tokenizer
+            self._take_whole_texts(backend)
             for part in in_parts(scripts):
                 encodings = backend.encode_batch([text for text, _ in part], add_special_tokens=False)
                 for (_, spans), encoding in zip(part, encodings, strict=True):
