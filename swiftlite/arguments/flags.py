@@ -204,7 +204,7 @@ TRAIN_NOTES: dict[str, Note] = {
         Note("rejected", "say it with --tuner_settings, under peft's name: '{\"boft_block_size\": 8}'"),
     ),
     "oft_target": Note("rejected", "say it with --target_modules"),
-    **dict.fromkeys(("use_muon",), Note("rejected", "say it with --optim muon")),
+    "use_muon": Note("rejected", "say it with --optim muon"),
     **dict.fromkeys(("pissa_init", "pissa_iter", "pissa_convert"), Note("rejected", "say it with --init_weights pissa")),
     "logging_strategy": Note("default", "--logging_steps says when", allowed=("steps",)),
     "label_names": Note("default", "the labels are `labels`", allowed=("labels",)),

@@ -10,22 +10,20 @@ from swiftlite.families.blocks import (
     MLP,
     QK_NORM,
     REFUSE_OUTPUT_BIAS,
-    SHARED,
     SIGMOID_ROUTER,
     constant,
     decoder,
     dense_by_types,
     expert_bias,
-    gated_mlp,
     next_layer_mtp,
     rotary_base,
     router,
     shared_width,
 )
+from swiftlite.families.hunyuan_v1_moe import SHARED_MLP
 from swiftlite.families.records import ConfigRule, Family
 
 ROUTER = router("{layer}.mlp.router.gate", keep_dtype=True) + expert_bias("{layer}.mlp.expert_bias")
-SHARED_MLP = gated_mlp("{layer}.mlp.shared_experts", "{layer}.mlp.shared_mlp", "shared_ffn", SHARED)
 
 FAMILY = Family(
     "hy_v3",

@@ -13,12 +13,12 @@ from swiftlite.families.blocks import (
     REFUSE_OUTPUT_BIAS,
     SHARED,
     constant,
-    copy,
     decoder,
     fused_experts,
     gated_mlp,
     layer_list,
     rotary_base,
+    router,
 )
 from swiftlite.families.records import Config, ConfigRule, Derived, Family, Refuse
 from swiftlite.families.smollm3 import WITHOUT_ROTATION
@@ -28,8 +28,7 @@ _HF = "{layer}.feed_forward"
 
 FEED_FORWARD = (
     *gated_mlp("{layer}.mlp", _HF, "ffn", DENSE),
-    copy("{layer}.pre_mlp_layernorm.weight", "{layer}.post_attention_layernorm.weight", "hidden", when=MOE),
-    copy("{layer}.mlp.router.weight", f"{_HF}.router.weight", "experts", "hidden", when=MOE),
+    *router(f"{_HF}.router"),
     *gated_mlp("{layer}.mlp.experts.experts", f"{_HF}.experts.{{expert}}", "moe_ffn", MOE),
     *gated_mlp("{layer}.mlp.shared_experts", f"{_HF}.shared_expert", "shared_ffn", SHARED),
 )

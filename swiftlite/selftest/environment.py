@@ -8,8 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 from swiftlite import __version__
 from swiftlite.arguments.env import EnvArguments
 from swiftlite.checkpoint.resolve import as_arguments
-from swiftlite.utils.io import format_bytes
+from swiftlite.utils.io import existing_parent, format_bytes, probe_disk
 from swiftlite.utils.text import one_line
 from swiftlite.utils.types import Json
 
@@ -44,7 +42,6 @@ PACKAGES = (
 )  # fmt: skip
 VARIABLES = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "MODELSCOPE_CACHE", "CUDA_VISIBLE_DEVICES", "NPROC_PER_NODE",
              "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_DEBUG", "OMP_NUM_THREADS")  # fmt: skip
-_PROBE = 64 << 20  # bytes written to learn how fast a disk is
 
 
 def env_main(args: EnvArguments | Sequence[str]) -> Json:
@@ -132,13 +129,10 @@ def used() -> dict[str, str]:
     from swiftlite.megatron.backend import setup
 
     backend = setup()
-    te = (
-        "yes"
-        if backend.spec == "te"
-        else "no: needs a GPU"
-        if not on_gpu
-        else "no: not installed, or cannot be imported"
-    )
+    if backend.spec == "te":
+        te = "yes"
+    else:
+        te = "no: not installed, or cannot be imported" if on_gpu else "no: needs a GPU"
     hopper = on_gpu and torch.cuda.get_device_capability() >= (9, 0)
     return {
         **found, "Megatron": backend.describe(), "Transformer Engine": te,
@@ -157,20 +151,7 @@ def disks() -> dict[str, str]:
     }  # fmt: skip
     found = {}
     for name, place in places.items():
-        there = next(path for path in (place, *place.parents) if path.is_dir())
-        found[name] = f"{place}: {format_bytes(shutil.disk_usage(there).free)} free, {_speed(there)}"
+        free, speed = shutil.disk_usage(existing_parent(place)).free, probe_disk(place, seconds=0.2)
+        rate = f"writes {format_bytes(speed.write)}/s" if speed else "cannot be written to"
+        found[name] = f"{place}: {format_bytes(free)} free, {rate}"
     return found
-
-
-def _speed(directory: Path) -> str:
-    """How fast new bytes reach the disk below a directory."""
-    block = os.urandom(_PROBE)
-    try:
-        with tempfile.NamedTemporaryFile(dir=directory) as file:
-            started = time.perf_counter()
-            file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            return f"writes {format_bytes(_PROBE / (time.perf_counter() - started))}/s"
-    except OSError as error:
-        return f"cannot be written to ({one_line(error)})"
