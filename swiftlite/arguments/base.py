@@ -95,6 +95,7 @@ class RunArguments(Arguments):
         "attention kernels: auto, flash, fused, unfused, local, or Hugging Face's flash_attention_2, sdpa, eager "
         "(default: the fastest that is there)",
         aliases=["attn_impl", "attn_implementation", "flash_attn"],
+        common=True,
     )
 
     def __post_init__(self) -> None:
@@ -217,7 +218,10 @@ class TemplateArguments(Arguments):
     use_chat_template: bool = field(True, "false: plain text, as base models read it")
     padding_free: bool | None = field(None, "join the samples of a batch into one sequence without padding")
     padding_side: str = field("right", "side that shorter samples are padded on", choices=["left", "right"])
-    loss_scale: str = field("default", "which tokens are trained on, and how much")
+    loss_scale: str = field(
+        "default", "which tokens are trained on: default (all answers), last_round, all, with +NAME for more",
+        common=True,
+    )  # fmt: skip
     response_prefix: str | None = field(None, "text that each answer starts with (default: the template's own)")
     template_backend: str = field(
         "auto",

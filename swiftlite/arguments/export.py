@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from swiftlite.arguments.base import PLUGINS, BaseArguments, normalize_dtype
@@ -115,6 +115,8 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         **dict.fromkeys(("streaming", "shuffle_buffer_size"), Note("rejected", "export reads whole datasets")),
         "group_by_length": Note("rejected", "has no effect on export"),
     }
+    LATER: ClassVar[Collection[str]] = ("template", "system", "max_length", "loss_scale", "val_dataset",
+                                        "split_dataset_ratio", "packing", "attention_backend")  # fmt: skip
 
     to_mcore: bool = field(False, "Hugging Face -> Megatron-core torch_dist", common=True)
     to_hf: bool = field(False, "Megatron-core torch_dist -> Hugging Face", common=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.base import PEFT_TUNERS
@@ -22,6 +22,15 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
     COMMAND: ClassVar[str] = "megatron sft"
     NOTES: ClassVar[Mapping[str, Note]] = dict.fromkeys(
         READ_FROM_CONFIG, Note("rejected", "is read from the checkpoint's config.json; leave it out")
+    )
+
+    LATER: ClassVar[Collection[str]] = (
+        "model_type",
+        "mcore_adapter",
+        "merge_lora",
+        "system",
+        "push_to_hub",
+        "hub_model_id",
     )
 
     @property

@@ -67,7 +67,7 @@ def field(
         elsewhere: strings that other tools allow -> what to use instead.
         least, most: limits of a number; they are allowed themselves.
         path: values may be paths; a leading ~ is the home directory, also where no shell has read the value.
-        common: `--help` shows it; the others need `--help_all`.
+        common: `--help` shows it; the others need `--help all` or `--help WORD`.
         resume: "may change" or "must match" between the runs that write one output directory.
         unavailable: why only the default is possible (a text), or another note; for some commands by class name.
     """
@@ -94,7 +94,7 @@ def _once(read: Reader) -> Reader:
 @typing.dataclass_transform(eq_default=False, field_specifiers=(field, run_setting))
 def arguments(cls: type[T]) -> type[T]:
     """`dataclass`, with aliases accepted by the constructor as well."""
-    cls = dataclass(eq=False)(cls)
+    cls = dataclass(eq=False, repr=False)(cls)  # compiling each class's would be a third of what `--help` takes
     init = cls.__init__
 
     @functools.wraps(init)
@@ -116,10 +116,12 @@ class Arguments:
         ADVANCED: set on a part whose flags --help lists last.
         RESUME: set on a part all of whose fields have the same `resume`.
         POSITIONAL: list field that leading words fill, in place of a config file.
+        LATER: fields that `--help` of this command does not show first, although they are `common`.
     """
 
     NOTES: typing.ClassVar[Mapping[str, Note]] = {}
     POSITIONAL: typing.ClassVar[str | None] = None
+    LATER: typing.ClassVar[Collection[str]] = ()
 
     def __post_init__(self) -> None:
         """Convert and check each value by its declared type and choices. Subclasses call super() first."""
@@ -130,7 +132,7 @@ class Arguments:
             note = said.get(spec.name)
             allowed = (False, None) if note is None or note.allowed is None else note.allowed
             if note is not None and note.kind == "default only" and value not in (spec.default, *allowed):
-                raise UsageError(f"--{spec.name} {_show(value)}: {note.reason}")
+                raise UsageError(f"--{spec.name} {show_value(value)}: {note.reason}")
 
     def __getattr__(self, name: str) -> Any:
         canonical = None if name.startswith("_") else alias_table(type(self)).get(name)
@@ -158,6 +160,9 @@ class Arguments:
     def trains(self) -> bool:
         """Does the command make training samples? Others ask the model, or pass it on."""
         return False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     def to_dict(self) -> Json:
         return {spec.name: getattr(self, spec.name) for spec in specs(type(self)).values()}
@@ -444,48 +449,8 @@ def _accept(cls: type[Arguments], values: Mapping[str, object], where: str = "")
     return canonical_names(cls, kept, spell)
 
 
-def format_help(cls: type[Arguments], usage: str, everything: bool = True) -> str:
-    """The text of `COMMAND --help`: flags grouped by the part of the arguments that declares them.
-
-    everything: or only what people need first, with a last line that says how to see the others.
-    """
-    offered = [spec for spec in specs(cls).values() if spec.name not in notes(cls)]
-    common = [spec for spec in offered if spec.common]
-    shown = offered if everything or not common else common
-    groups: dict[type, list[Spec]] = {}
-    for spec in shown:
-        groups.setdefault(spec.owner, []).append(spec)
-    # What the command itself adds comes first, parts that few people need last.
-    ordered = sorted(groups.items(), key=lambda group: ("ADVANCED" in group[0].__dict__, group[0] is not cls))
-    lines = [f"usage: {usage} [config.yaml|config.json] [--flag value ...]"]
-    for owner, members in ordered:
-        lines += ["", f"{(owner.__doc__ or owner.__name__).strip().splitlines()[0]}"]
-        for spec in members:
-            facts = []
-            if spec.choices is not None:
-                facts.append("one of " + ", ".join(spec.choices))
-            if spec.default not in (None, "", MISSING) and spec.default not in ([], {}):
-                facts.append(f"default {_show(spec.default)}")
-            if spec.aliases:
-                facts.append("also " + ", ".join(f"--{alias}" for alias in spec.aliases))
-            lines.append(f"  --{spec.name} {_metavar(spec.type)}")
-            lines.append(f"      {'; '.join(part for part in (spec.help, *facts) if part)}")
-    if len(shown) < len(offered):
-        lines += ["", f"{len(offered) - len(shown)} more flags: {usage} --help_all"]
-    return "\n".join(lines)
-
-
-def _show(value: object) -> str:
+def show_value(value: object) -> str:
+    """A value as it is typed."""
     if isinstance(value, bool):
         return str(value).lower()
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _metavar(hint: Any) -> str:
-    options = [option for option in typing.get_args(hint) if option is not type(None)]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return "|".join(dict.fromkeys(_metavar(option) for option in options))
-    if typing.get_origin(hint) is list:
-        return f"{_metavar(options[0])} ..."
-    names: dict[object, str] = {bool: "true|false", int: "N", float: "X", str: "TEXT", dict: "JSON"}
-    return names.get(typing.get_origin(hint) or hint, "VALUE")

@@ -62,7 +62,7 @@ class TrainArguments(Arguments):
     )  # fmt: skip
     global_batch_size: int | None = field(None, "samples of one step over all ranks (default 16)", common=True, least=1)
     gradient_accumulation_steps: int | None = run_setting(
-        None, "forward passes of one step, instead of a global batch", least=1
+        None, "forward passes of one step, instead of a global batch", least=1, common=True
     )
     num_train_epochs: float | None = field(None, "passes over the data", aliases=["max_epochs"], common=True)
     train_iters: int | None = field(None, "steps, instead of epochs", aliases=["max_steps"], common=True, least=1)
@@ -72,7 +72,7 @@ class TrainArguments(Arguments):
     )
     min_lr: float = field(0, "learning rate at the end", least=0)
     lr_decay_style: str = field(
-        "cosine", "shape of the schedule", aliases=["lr_scheduler_type"],
+        "cosine", "shape of the schedule", aliases=["lr_scheduler_type"], common=True,
         choices=["constant", "linear", "cosine", "inverse-square-root", "WSD", *SCHEDULES_CALLED],
     )  # fmt: skip
     lr_scheduler_kwargs: dict[str, float | str] = field(
@@ -89,7 +89,7 @@ class TrainArguments(Arguments):
         None, "share of the steps that warm up", aliases=["warmup_ratio"], common=True, least=0, most=1
     )
     lr_warmup_iters: int = field(0, "steps that warm up", aliases=["warmup_steps"], least=0)
-    weight_decay: float = field(0.1, "decoupled weight decay", least=0)
+    weight_decay: float = field(0.1, "decoupled weight decay", least=0, common=True)
     clip_grad: float = field(1.0, "largest norm of the gradient", aliases=["max_grad_norm"], least=0)
     adam_beta1: float = field(0.9, "Adam's first decay rate")
     adam_beta2: float = field(0.95, "Adam's second decay rate")
@@ -144,7 +144,7 @@ class TrainArguments(Arguments):
     resume: bool = run_setting(True, "resume from the newest finished checkpoint of this run in --output_dir")
     resume_from_checkpoint: str | None = run_setting(
         None, "resume from this checkpoint of the run, or of the same run in another directory (default: --resume's)",
-        path=True,
+        path=True, common=True,
     )  # fmt: skip
     extend: bool = run_setting(
         False,
@@ -330,7 +330,11 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         aliases=["quantization_method"], unavailable=ONLY_TRANSFORMERS,
     )  # fmt: skip
     quant_bits: int | None = field(
-        None, "4 or 8 bits for each of them", aliases=["quantization_bit"], unavailable=ONLY_TRANSFORMERS
+        None,
+        "4 or 8 bits for each weight that LoRA leaves frozen (QLoRA)",
+        aliases=["quantization_bit"],
+        unavailable=ONLY_TRANSFORMERS,
+        common=True,
     )
     bnb_4bit_compute_dtype: str | None = field(
         None, "dtype in which 4-bit weights are multiplied (default: --torch_dtype)", unavailable=ONLY_TRANSFORMERS
@@ -345,6 +349,7 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         [],
         "full_shard: divide weights, gradients and optimizer over the GPUs (FSDP2), shard_grad_op: but gather each pass's "
         "weights once; `full_shard offload`: in the hosts' memory",
+        common=True,
         unavailable={
             "MegatronArguments": Note("rejected", "Megatron divides the model by its own flags; see --dry_run")
         },

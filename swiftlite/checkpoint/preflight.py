@@ -109,8 +109,6 @@ def _check_names(args: Arguments) -> None:
 
 
 def _check_directories(args: Arguments) -> None:
-    from swiftlite.checkpoint.hub import local_directory
-
     adapters = [*getattr(args, "adapters", ()), *filter(None, [getattr(args, "mcore_adapter", None)])]
     if len(adapters) > 1:
         raise UsageError(
@@ -120,8 +118,14 @@ def _check_directories(args: Arguments) -> None:
     for flag, kinds in args.directory_kinds.items():
         value = getattr(args, flag)
         for given in value if isinstance(value, list) else [value] if value else []:
-            if flag not in ("model", "ref_model") or local_directory(given, flag) is not None:
+            if flag not in ("model", "ref_model") or _is_local(given, flag):
                 expect("" if flag == args.POSITIONAL else flag, given, *kinds)
+
+
+def _is_local(given: str, flag: str) -> bool:
+    from swiftlite.checkpoint.hub import local_directory  # not for commands without a model
+
+    return local_directory(given, flag) is not None
 
 
 def _check_data(flag: str, text: str) -> None:

@@ -30,7 +30,7 @@ _TRUE = ("true", "1", "yes", "on")
 def usage() -> str:
     lines = ["usage: swiftlite COMMAND [config.yaml|config.json] [--flag value ...]", "", "commands:"]
     lines += [f"  {' '.join(words):<18}{route.help}" for words, route in ROUTES.items()]
-    lines += ["", "`swiftlite COMMAND --help` lists the flags it needs first, `--help_all` all; `swiftlite --version`.",
+    lines += ["", "`swiftlite COMMAND --help`: the flags needed first; `--help all`: all; `--help WORD`: some.",
               "Several processes: NPROC_PER_NODE=4 swiftlite COMMAND ... (and NNODES, NODE_RANK, MASTER_ADDR, "
               "MASTER_PORT)."]  # fmt: skip
     return "\n".join(lines)
@@ -81,12 +81,12 @@ def run(argv: Sequence[str]) -> int:
         return 0
     words, route, rest = find_route(argv)
     arguments = _load(route.arguments)
-    asked = {"-h", "--help", "--help_all", "--help-all"} & set(rest)
-    if asked:
-        from swiftlite.arguments.parser import format_help
+    asked = next((place for place, word in enumerate(rest) if word in ("-h", "--help")), None)
+    if asked is not None:
+        from swiftlite.arguments.help import Command, format_help
 
-        everything = bool(asked - {"-h", "--help"})
-        sys.stdout.write(format_help(arguments, f"swiftlite {' '.join(words)}", everything) + "\n")
+        command = Command(f"swiftlite {' '.join(words)}", route.help, route.example, route.launch)
+        sys.stdout.write(format_help(arguments, command, rest[asked + 1 :]) + "\n")
         return 0
     from swiftlite.cli.launcher import SHUTDOWN_SECONDS, launch, torchrun_args
     from swiftlite.utils.processes import end_with_parent

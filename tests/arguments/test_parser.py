@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from swiftlite.arguments.parser import Arguments, Note, arguments, field, format_help, from_dict, parse, split_argv
+from swiftlite.arguments.parser import Arguments, Note, arguments, field, from_dict, parse, split_argv
 from swiftlite.utils.errors import UsageError
 
 
@@ -149,13 +149,6 @@ def test_number_keeps_its_spelling():
     assert str(parse(Demo, ["--lr", "0"]).lr) == "0.0" and str(Demo(lr=0).lr) == "0"
 
 
-def test_help_groups_flags_and_names_aliases_and_defaults():
-    text = format_help(Demo, "swiftlite demo")
-    assert text.index("Demo: own settings") < text.index("Part: shared settings")
-    assert "--lr X" in text and "also --learning_rate" in text and "one of a, b" in text and "default 0.1" in text
-    assert "--hidden" not in text and "--files TEXT ..." in text
-
-
 def test_from_dict_takes_aliases_and_refuses_unknown_names():
     assert from_dict(Demo, {"num": 3}).count == 3
     with pytest.raises(UsageError, match="unknown flag"):
@@ -183,13 +176,3 @@ def test_the_home_directory_in_paths(tmp_path, monkeypatch):
         assert (found.save, found.text) == (f"{tmp_path}/out", "~/x")
         assert found.files == [f"{tmp_path}/a.jsonl", "b~.jsonl"]
     assert Paths(save="~").save == str(tmp_path)
-
-
-def test_help_begins_with_what_is_needed_first():
-    @arguments
-    class Short(Demo):
-        first: int = field(1, "needed first", common=True)
-
-    text, whole = format_help(Short, "x", everything=False), format_help(Short, "x")
-    assert "--first" in text and "--files" not in text and "--files" in whole
-    assert "more flags: x --help_all" in text and "--help_all" not in whole
