@@ -35,7 +35,7 @@ PACKAGES = (
     ("flash-attn", "flash_attn", "--attn_impl flash_attention_2", "pip install --no-build-isolation flash-attn"),
     ("flash-linear-attention", "fla", "Qwen3.5 and Qwen3-Next at full speed", "pip install flash-linear-attention"),
     ("liger-kernel", "liger_kernel", "--use_liger_kernel true", "pip install liger-kernel"),
-    ("bitsandbytes", "bitsandbytes", "--quant_method bnb, 8-bit optimizers", "pip install bitsandbytes"),
+    ("bitsandbytes", "bitsandbytes", "--quant_method bnb, 8-bit optimizers", "pip install 'swiftlite[qlora]'"),
     ("triton", "triton", "exchanges between two GPUs, gradients of experts", "pip install triton"),
     ("wandb", "wandb", "--report_to wandb", "pip install wandb"),
     ("swanlab", "swanlab", "--report_to swanlab", "pip install swanlab"),
