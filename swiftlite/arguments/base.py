@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from swiftlite import __version__
-from swiftlite.arguments.flags import COMMON_NOTES, NO_CLASSES, NO_WEIGHTS, ONLY_ADAPTERS, ONLY_TRANSFORMERS
+from swiftlite.arguments.flags import COMMON_NOTES, NO_BIASES, NO_CLASSES, NO_WEIGHTS, ONLY_TRANSFORMERS
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
@@ -43,6 +43,7 @@ ATTENTION: dict[str, tuple[str | None, str | None]] = {
 MODULES_CALLED = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"), "linear_proj": ("o_proj",), "linear_fc1": ("gate_proj", "up_proj"),
     "linear_fc2": ("down_proj",), "all": ("all-linear",), "word_embeddings": ("embed_tokens",), "output_layer": ("lm_head",),
+    "final_layernorm": ("model.norm",),
 }  # fmt: skip
 
 # Adapters of peft besides LoRA, as --train_type and as peft names them. With transformers only.
@@ -372,13 +373,14 @@ class TunerArguments(Arguments):
     )  # fmt: skip
     target_regex: str | None = field(None, "regular expression of layers that get LoRA")
     modules_to_save: list[str] = field(
-        [], "layers that are trained fully, besides LoRA", aliases=["additional_target"], unavailable=ONLY_ADAPTERS
-    )
+        [], "layers that are trained fully, besides LoRA: embed_tokens, lm_head, norm, a router (gate)",
+        aliases=["additional_target"],
+    )  # fmt: skip
     lora_rank: int = field(8, "LoRA rank", common=True, least=1)
     lora_alpha: int = field(32, "LoRA scale times rank", common=True)
     lora_dropout: float = field(0.05, "dropout before LoRA")
     lora_bias: str = field(
-        "none", "which biases are trained with LoRA", choices=["none", "all", "lora_only"], unavailable=ONLY_ADAPTERS,
+        "none", "which biases are trained with LoRA", choices=["none", "all", "lora_only"], unavailable=NO_BIASES,
     )  # fmt: skip
     lora_dtype: str | None = field(
         None,

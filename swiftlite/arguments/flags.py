@@ -26,9 +26,8 @@ BF16_WEIGHTS = Note(
     "default",
     "weights are kept and gathered in bf16 and made FP8 once a step: the same numbers, two bytes more a weight",
 )
-ONLY_ADAPTERS = {
-    "MegatronSftArguments": "with LoRA on Megatron nothing but adapters and rows of --new_special_tokens is trained; leave "
-    "it out, or use `swiftlite sft`"
+NO_BIASES = {
+    "MegatronSftArguments": "with LoRA on Megatron biases stay as they are; leave it out, or use `swiftlite sft`"
 }
 NO_MTP = {
     "MegatronDpoArguments": Note("rejected", "preference training has no multi-token-prediction loss; leave it out")
@@ -144,7 +143,7 @@ TRAIN_NOTES: dict[str, Note] = {
         ("eval_on_start", "use_flash_ckpt", "create_checkpoint_symlink", "full_determinism", "dist_ckpt_save_pre_mcore_014",
          "apply_wd_to_qk_layernorm", "mtp_shared_weights", "mtp_decoder_input_detach", "perform_initialization",
          "align_param_gather", "mlp_padding_free", "optimizer_cuda_graph", "use_megatron_fsdp", "use_fused_mhc",
-         "mixture_of_depths", "use_kt", "enable_channel_loss", "data_parallel_random_init",
+         "mixture_of_depths", "use_kt", "data_parallel_random_init",
          "csa_dense_mode", "use_llama_pro", "use_adam_mini", "use_apollo", "use_asft_loss", "use_eaft_loss"),
         Note("default", "there is no such thing here", allowed=("false", "none")),
     ),

@@ -321,6 +321,10 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         False, "weigh each token's loss by its probability (dynamic fine-tuning)", aliases=["use_dft_loss"],
         unavailable={"DpoArguments": Note("rejected", "belongs to sft and pt")},
     )  # fmt: skip
+    enable_channel_loss: bool = run_setting(
+        False, "also tell the loss of each group of rows, which they name in a column `channel`: loss_CHANNEL",
+        unavailable={"DpoArguments": Note("rejected", "belongs to sft and pt")},
+    )  # fmt: skip
     loraplus_lr_ratio: float | None = field(
         None, "learning rate of LoRA's B as a multiple of --lr (LoRA+)", aliases=["lorap_lr_ratio"], least=0,
         unavailable=ONLY_TRANSFORMERS,

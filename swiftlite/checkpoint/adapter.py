@@ -12,8 +12,10 @@ from swiftlite.checkpoint.chat import copy_chat
 from swiftlite.utils.directories import ADAPTER_CONFIG, find_iteration
 from swiftlite.utils.errors import CheckpointError, ConfigError
 from swiftlite.utils.io import blame, read_json, write_bytes_atomic, write_json
+from swiftlite.utils.types import Config
 from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.lora import (
+    FOREIGN,
     PEFT_PREFIX,
     A,
     B,
@@ -24,7 +26,7 @@ from swiftlite.weights.lora import (
     describe,
     unpack_experts,
 )
-from swiftlite.weights.merged import TOKENS, Extras, read_extras
+from swiftlite.weights.merged import EMBEDDING, HEAD, Extras, read_extras
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.safetensors import SafetensorsSource
 from swiftlite.weights.storage import Renamed, WeightSource
@@ -36,8 +38,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 class Adapter:
     """An adapter of either format, under Hugging Face names without PEFT's prefix.
 
-    root: where adapter_config.json lies. source: all it holds. names: pairs of matrices and rows of tokens. extras: what
-    it holds besides pairs. described: what adapter_config.json should say, None where the file does already. inputs:
+    root: where adapter_config.json lies. source: all it holds. names: of this, pairs first. extras: what it holds besides
+    pairs. described: what adapter_config.json should say, None where the file does already. inputs:
     the files that were read. bound: the base model's map.
     """
 
@@ -55,7 +57,7 @@ class Adapter:
     def open(cls, directory: Path, bound: BoundMap, plain: bool = True) -> Adapter:
         """Read a PEFT directory or a Megatron adapter checkpoint and hold it against the base model.
 
-        Args: plain: refuse one that holds more than pairs of matrices and rows of tokens.
+        Args: plain: refuse one with biases beside its matrices, which can only be merged.
         Raises: CheckpointError, ConfigError, MapError or ShapeError naming what does not fit.
         """
         is_peft = (directory / ADAPTER_WEIGHTS).is_file()
@@ -67,15 +69,15 @@ class Adapter:
         with blame(config_file):
             lora = LoraConfig.from_dict(config)
         source, files, changes = (_open_peft if is_peft else _open_mcore)(directory, bound, lora)
+        source = source if is_peft else _with_head(source, config, bound)
         described = {**config, **changes} if changes else None
         source = Renamed(source, {bound.own_name(name): name for name in source.names})
         everything = {name: name for name in source.names}
         extras = read_extras(everything, source, config, bound)
-        if plain and (extras.whole or extras.biases):
+        if plain and extras.biases:
             raise ConfigError(
-                f"{directory}: holds more than LoRA matrices and rows of tokens "
-                f"({next(n for n in everything if not n.endswith((A, B, TOKENS)))}); merge it into its base model with "
-                "`swiftlite export --merge_lora true`"
+                f"{directory}: holds biases of LoRA matrices ({next(iter(extras.biases.values()))[0]}); merge it into its "
+                "base model with `swiftlite export --merge_lora true`"
             )
         pairs = [name for name in everything if name.endswith((A, B))]
         if not pairs:
@@ -83,13 +85,13 @@ class Adapter:
         lora = LoraConfig.from_dict(described) if described else lora
         check_adapter(bound, {name: source.spec(name).shape for name in pairs}, str(directory))
         check_values(source, everything, lora, str(directory))
-        names = [*pairs, *(name for name in everything if name.endswith(TOKENS))]
+        names = [*pairs, *(name for name in everything if not name.endswith((A, B)))]
         return cls(directory, root, source, names, lora, extras, described, [*files, config_file], bound)
 
     @classmethod
     def trained(cls, directory: Path, config: Mapping[str, object], bound: BoundMap) -> Adapter:
         """One that a run has just written to an iteration's directory. config: what adapter_config.json is to say."""
-        source, lora = TorchDistSource(directory), LoraConfig.from_dict(config)
+        source, lora = _with_head(TorchDistSource(directory), config, bound), LoraConfig.from_dict(config)
         return cls(directory, directory, source, sorted(source.names), lora, Extras(), config, source.files, bound)
 
     def peft_name(self, name: str) -> str:
@@ -174,13 +176,19 @@ def _open_peft(directory: Path, bound: BoundMap, lora: LoraConfig) -> _Opened:
 
 def _open_mcore(directory: Path, bound: BoundMap, _: LoraConfig) -> _Opened:
     stored = TorchDistSource(find_iteration(directory))
-    ours = (
-        bound.own_name(f"{_module(name)}.weight") in bound.by_hf for name in stored.names if not name.endswith(TOKENS)
-    )
-    if all(ours):
+    pairs = filter(None, map(FOREIGN.fullmatch, stored.names))
+    if all(bound.own_name(f"{pair[1]}.weight") in bound.by_hf for pair in pairs):
         return stored, stored.files, {}
     source = ForeignAdapter(stored, bound)
     return source, stored.files, {"target_modules": sorted({_module(n).rpartition(".")[2] for n in source.names})}
+
+
+def _with_head(source: WeightSource, config: Config, bound: BoundMap) -> WeightSource:
+    """A Megatron adapter with the output layer's copy of a tied embedding that is trained, as peft writes it."""
+    embedding, head = bound.own_name(EMBEDDING), bound.own_name(HEAD)
+    if not config.get("ensure_weight_tying") or embedding not in source.names or head in source.names:
+        return source
+    return Renamed(source, {**{name: name for name in source.names}, head: embedding})
 
 
 def _module(name: str) -> str:

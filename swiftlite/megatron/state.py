@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
 logger = get_logger()
 
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _STATE = "swiftlite"  # our own part of common.pt
 
 
@@ -194,7 +193,7 @@ def _cut_vocabulary(state: ShardedStateDict, vocab_size: int) -> None:
     """Leave out the rows that pad the live vocabulary, in weights and optimizer states: on disk it is Hugging Face's."""
     removed = []
     for container, key, tensor in _tensors(state):
-        if not tensor.key.endswith(_VOCABULARY) or tensor.global_shape[0] <= vocab_size:
+        if not tensor.allow_shape_mismatch or tensor.global_shape[0] <= vocab_size:
             continue
         start = tensor.global_offset[0]
         rows = min(tensor.local_shape[0], vocab_size - start)

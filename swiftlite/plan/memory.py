@@ -136,8 +136,8 @@ class TrainingModel:
 
     args: MegatronArguments with the model's fields set. dtype: of the weights. sequences: of a sample; a preference pair
     has two. reference: a frozen model of this size stays next to the trained one.
-    adapters: Hugging Face module -> rank, of a run that trains only LoRA adapters. trained: Hugging Face names, of one
-    that freezes the others.
+    adapters: Hugging Face module -> rank, of a run that trains LoRA adapters. trained: Hugging Face names of the weights
+    that are trained themselves; None: all, or none beside adapters.
     """
 
     bound: BoundMap
@@ -164,15 +164,13 @@ class TrainingModel:
     @property
     def num_trained(self) -> int:
         """What gets gradients and optimizer states."""
-        if self.trained is not None:
-            return sum(math.prod(e.shape) for part in self.entries.values() for e in part if self._is_trained(e))
-        if self.adapters is None:
-            return self.num_parameters
-        return sum(self._adapter_size(entry) for part in self.entries.values() for entry in part)
+        entries = [entry for part in self.entries.values() for entry in part]
+        return sum(self._adapter_size(e) + math.prod(e.shape) * self._is_trained(e) for e in entries)
 
     def _is_trained(self, entry: Entry) -> bool:
-        """Of a run on the weights themselves; what Megatron keeps in one matrix is trained together."""
-        return not entry.rule.is_buffer and (self.trained is None or any(name in self.trained for name in entry.hf))
+        """The weight itself; what Megatron keeps in one matrix is trained together."""
+        chosen = self.adapters is None if self.trained is None else any(name in self.trained for name in entry.hf)
+        return chosen and not entry.rule.is_buffer
 
     def _adapter_size(self, entry: Entry) -> int:
         ranks = [(self.adapters or {}).get(name.removesuffix(".weight"), 0) for name in entry.hf]
@@ -231,13 +229,13 @@ class TrainingModel:
             weights += 2 * max(
                 dense + experts - ends * self.bound.model.vocab * self.bound.model.hidden // layout.tp, 0
             )
-        if self.adapters is not None:  # in fp32, at most whole on each TP rank
-            stage = self.stage(layout, rank)
-            dense = sum(self._adapter_size(entry) for entry in stage if entry.expert is None)
-            experts = sum(self._adapter_size(entry) for entry in stage if entry.expert is not None) // layout.ep
-            weights += 4 * (dense + experts)
-        elif self.trained is not None:
-            dense, experts, _ = self.elements(layout, rank, trained=True)
+        dense, experts, _ = self.elements(layout, rank, trained=True)
+        # Adapters are in fp32, at most whole on each TP rank.
+        adapters = [(entry, self._adapter_size(entry)) for entry in self.stage(layout, rank)]
+        beside = sum(size for entry, size in adapters if entry.expert is None)
+        in_experts = sum(size for entry, size in adapters if entry.expert is not None) // layout.ep
+        weights += 4 * (beside + in_experts)
+        dense, experts = dense + beside, experts + in_experts
         states = math.ceil(dense / (layout.dp * layout.cp)) + math.ceil(experts / layout.expert_dp)
         offloaded = int(states * self.args.optimizer_offload_fraction) if self.args.optimizer_cpu_offload else 0
         activations, on_host = self._activations(layout, rank, tokens, num_microbatches)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from swiftlite.train.channels import Channels
 from swiftlite.train.dpo_loss import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
@@ -39,33 +40,38 @@ class LanguageModeling:
     """Cross entropy on the labels, weighted by `loss_scale` where a batch has it; a mean over the tokens with a label.
 
     by_probability: while training, each token's loss is weighted by its probability too (arXiv 2508.05629).
+    channels: their losses are told one by one; batches say with `channels` [B, S] which one a token belongs to.
     """
 
     counts: tuple[str, ...] = ("trained_tokens",)
 
-    def __init__(self, by_probability: bool = False) -> None:
-        self.by_probability = by_probability
+    def __init__(self, by_probability: bool = False, channels: Channels | None = None) -> None:
+        self.by_probability, self.channels = by_probability, channels
 
     def count(self, batch: Batch) -> list[int]:
         return [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())]
 
     def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "loss_scale")}
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "loss_scale", "channels")}
         targets = batch["labels"][:, 1:].flatten()
         # The last token predicts nothing, unless its label came along: the next rank's first one.
         logits = model(**inputs).logits[:, : batch["labels"].shape[1] - 1].flatten(0, 1).float()
         weights, by_probability = batch.get("loss_scale"), self.by_probability and model.training
-        if weights is None and not by_probability:
+        if weights is None and not by_probability and self.channels is None:
             loss = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         else:
             losses = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
             if by_probability:
                 losses = losses * torch.exp(-losses.detach())
-            loss = losses.sum() if weights is None else (losses * weights[:, 1:].flatten()).sum()
-        return {"loss": loss, "trained_tokens": (targets != IGNORE_INDEX).sum()}
+            losses = losses if weights is None else losses * weights[:, 1:].flatten()
+            loss = losses.sum()
+        counted = targets != IGNORE_INDEX
+        sums = {"loss": loss, "trained_tokens": counted.sum()}
+        return sums | self.channels.sums(losses, counted, batch["channels"][:, 1:]) if self.channels else sums
 
     def loss(self, sums: dict[str, Tensor]) -> Tensor:
         return sums["loss"] / torch.as_tensor(sums["trained_tokens"]).clamp(min=1)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        return {"loss": sums["loss"] / max(sums["trained_tokens"], 1.0)}
+        found = {"loss": sums["loss"] / max(sums["trained_tokens"], 1.0)}
+        return found | self.channels.metrics(sums) if self.channels else found

@@ -116,13 +116,13 @@ Dataset: TypeAlias = Samples | Stream
 Data: TypeAlias = tuple[Dataset, Samples | None]  # to train on, to evaluate with
 
 
-def _is_stream(dataset: Dataset) -> TypeIs[Stream]:
+def is_stream(dataset: Dataset) -> TypeIs[Stream]:
     return getattr(dataset, "is_streaming", False)
 
 
 def order_of(dataset: Dataset, args: TrainArguments, global_batch_size: int) -> SampleOrder | StreamOrder:
     """The order in which a run with these arguments sees a dataset."""
-    if _is_stream(dataset):
+    if is_stream(dataset):
         return StreamOrder()
     seed = args.seed if args.data_seed is None else args.data_seed
     lengths = dataset.lengths if args.group_by_length else None
@@ -133,13 +133,13 @@ def write_data_state(dataset: Dataset, directory: Path, position: int) -> None:
     """Next to a checkpoint: what the data was, and how to find sample `position` of a stream again without reading what is
     before it. The order of map-style data is a function of the position.
     """
-    state = dataset.state(position) if _is_stream(dataset) else {}
+    state = dataset.state(position) if is_stream(dataset) else {}
     write_json(directory / DATA_STATE_FILE, {**state, **_facts(dataset)})
 
 
 def _facts(dataset: Dataset) -> Json:
     """What tells one content from another; empty for a stream from a hub or a function."""
-    if _is_stream(dataset):
+    if is_stream(dataset):
         return dict(dataset.facts)
     return {"samples": len(dataset), "content": dataset.content_hash()}
 
@@ -160,7 +160,7 @@ def read_data_state(dataset: Dataset, directory: Path) -> None:
             f"{str(then['content'])[:8]} then, {now['content'][:8]} now): give the data of then, or begin another run from "
             f"that checkpoint; to resume with the new data all the same, remove {path}"
         )
-    if _is_stream(dataset):
+    if is_stream(dataset):
         if stored:
             dataset.load_state(stored)
         else:
@@ -172,13 +172,13 @@ def steps_of(dataset: Dataset, args: TrainArguments, global_batch_size: int) -> 
 
     Raises: UsageError for a stream without --train_iters: nobody knows how long it is.
     """
-    if not _is_stream(dataset) and len(dataset) < global_batch_size:
+    if not is_stream(dataset) and len(dataset) < global_batch_size:
         get_logger().warning(
             "the training data has %d samples, fewer than the global batch of %d: each step repeats samples; lower "
             "--global_batch_size", len(dataset), global_batch_size,
         )  # fmt: skip
     if args.train_iters:
         return int(args.train_iters)
-    if _is_stream(dataset):
+    if is_stream(dataset):
         raise UsageError("--streaming true: the data's length is not known; give --train_iters (or --max_steps) N")
     return math.ceil((args.num_train_epochs or 1.0) * len(dataset) / global_batch_size)

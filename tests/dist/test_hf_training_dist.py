@@ -18,11 +18,11 @@ from tests.rows import preference_rows
 pytestmark = pytest.mark.dist
 
 # 15 rows, of which 3 are for evaluation: two on one rank, one on the other.
-ROWS = preference_rows(15)
+ROWS = [{**row, "channel": "ab"[i % 2]} for i, row in enumerate(preference_rows(15))]
 LORA = ["--train_type", "lora", "--lora_dropout", "0", "--lr", "1e-2"]
 # Name -> command, model, flags, fault.
 CASES: dict[str, tuple[str, str, list[str], str | None]] = {
-    "full": ("sft", "qwen3", [], None),
+    "full": ("sft", "qwen3", ["--enable_channel_loss", "true"], None),
     "experts-lora": ("sft", "glm4_moe", LORA, None),
     "experts-recomputed": ("sft", "glm4_moe", ["--recompute", "full"], None),
     "dpo": ("dpo", "qwen3", ["--rpo_alpha", "0.3", "--precompute_ref_log_probs", "true"], None),
@@ -30,7 +30,8 @@ CASES: dict[str, tuple[str, str, list[str], str | None]] = {
     "stopped": ("sft", "qwen3", [], "sigterm"),
     "unreduced": ("sft", "qwen3", [], "unreduced"),
 }
-COMPARED = ("step", "loss", "lr", "grad_norm", "eval_loss", "rewards/margins", "eval_rewards/margins")
+COMPARED = ("step", "loss", "lr", "grad_norm", "eval_loss", "rewards/margins", "eval_rewards/margins", "loss_a", "loss_b",
+            "eval_loss_a", "eval_loss_b")  # fmt: skip
 
 
 def compared(line: dict[str, Any]) -> dict[str, float]:
@@ -64,6 +65,8 @@ def test_two_processes_equal_one(tiny_model: Callable[..., Path], tmp_path: Path
         for first, second in zip(alone, shared, strict=True):
             assert compared(second) == pytest.approx(compared(first), rel=1e-5, abs=1e-6), case
     full = [compared(line) for line in read_run(one / "full/logging.jsonl")]
+    assert all({"loss_a", "loss_b"} <= line.keys() or {"eval_loss_a", "eval_loss_b"} <= line.keys() for line in full)
+    full = [{name: value for name, value in line.items() if name[-2:] not in ("_a", "_b")} for line in full]
     control = [compared(line) for line in read_run(two / "unreduced/logging.jsonl")]
     assert control[0]["loss"] == pytest.approx(full[0]["loss"], rel=1e-5), "the same start"
     assert abs(control[-1]["eval_loss"] / full[-1]["eval_loss"] - 1) > 1e-3, "the comparison sees a missing reduction"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from swiftlite.train.plot import read_run
 from tests.dist.launch import MODEL_TYPES, curve, largest_difference, run_cases, run_layouts
 from tests.dist.test_layouts import ROWS, TOLERANCE
 
@@ -25,11 +26,13 @@ UNEVEN = ["--decoder_first_pipeline_num_layers", "1"]
 
 # What is trained, by name: family and flags.
 KINDS: dict[str, tuple[str, list[str]]] = {
-    "dense": ("qwen3", []),
+    "dense": ("qwen3", ["--enable_channel_loss", "true"]),
     "some": ("qwen3", ["--target_modules", "q_proj", "v_proj", "up_proj", "--lr", "9e-3"]),
     "moe": ("glm4_moe", ["--lr", "8e-3"]),
     "rows": ("qwen3", ["--new_special_tokens", "Paris", "What"]),
     "moe-rows": ("glm4_moe", ["--lr", "8e-3", "--new_special_tokens", "Paris", "What"]),
+    "whole": ("qwen3", ["--modules_to_save", "embed_tokens", "norm"]),
+    "moe-whole": ("glm4_moe", ["--lr", "2e-3", "--modules_to_save", "gate", "lm_head"]),
     "mla": ("moonlight", []),
     "mla-full": ("moonlight", ["--train_type", "full", "--lr", "1e-3"]),
     "fused": ("glm4_0414", ["--template", "qwen3", "--lr", "6e-3"]),
@@ -60,6 +63,10 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "rows-tp2-sp": ("rows", 2, TP, None),
     "moe-rows-tp2-sp": ("moe-rows", 2, TP, None),
     "moe-rows-pp2": ("moe-rows", 2, [*PP, *UNEVEN], None),
+    "whole-tp2-sp": ("whole", 2, TP, None),
+    "whole-pp2": ("whole", 2, [*PP, *UNEVEN], None),  # the embedding is on both stages
+    "moe-whole-ep2": ("moe-whole", 2, EP, None),
+    "moe-whole-tp2-sp": ("moe-whole", 2, TP, None),
     "mla-tp2": ("mla", 2, TP, None),
     "mla-ep2": ("mla", 2, EP, None),
     "mla-full-tp2": ("mla-full", 2, TP, None),
@@ -94,7 +101,7 @@ def models(tiny_model: Callable[..., Path], tiny_mla: Callable[[int], Path]) -> 
 def argv(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """`argv("dense", OUTPUT_DIR, *flags)`: the same 8 samples at every step."""
     data = tmp_path_factory.mktemp("data") / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data.write_text("".join(json.dumps({**row, "channel": "ab"[i % 2]}) + "\n" for i, row in enumerate(ROWS)))
 
     def make(kind: str, output_dir: Path, *flags: str) -> list[str]:
         family, own = KINDS[kind]
@@ -133,6 +140,17 @@ def test_layout_equals_one_process(root: Path, name: str) -> None:
     assert largest_difference(curve(root / LAYOUTS[name][0]), curve(root / name)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["dense-dp2", "dense-tp2-sp", "dense-cp2", "dense-pp2"])
+def test_losses_of_channels_are_of_all_ranks(root: Path, name: str) -> None:
+    one, two = (
+        [[line["loss"], line["loss_a"], line["loss_b"]] for line in read_run(root / run / "logging.jsonl")]
+        for run in ("dense", name)
+    )
+    assert len(one) == len(two) == STEPS
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine == pytest.approx(theirs, rel=TOLERANCE) and abs(mine[1] - mine[2]) > 0.01
+
+
 @pytest.mark.parametrize("name", [name for name in EQUAL if "full" not in name and "freeze" not in name])
 def test_saved_adapters_equal_those_of_one_process(root: Path, name: str) -> None:
     one, two = (load_file(root / d / f"iter_{STEPS:07d}/adapter_model.safetensors") for d in (LAYOUTS[name][0], name))
@@ -152,6 +170,7 @@ RESUMES: dict[str, tuple[str, tuple[int, list[str]], tuple[int, list[str]]]] = {
     "dense-dp2-to-one": ("dense", (2, []), (1, [])),
     "moe-ep2-to-tp2": ("moe", (2, EP), (2, TP)),
     "moe-rows-tp2-to-pp2": ("moe-rows", (2, TP), (2, [*PP, *UNEVEN])),
+    "whole-tp2-to-pp2": ("whole", (2, TP), (2, PP)),
     "freeze-pp2-to-dp2": ("freeze", (2, PP), (2, [])),
 }
 

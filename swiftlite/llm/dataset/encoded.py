@@ -82,6 +82,9 @@ class EncodedDataset:
     def content_hash(self) -> str:
         return self.store.content_hash()
 
+    def extra_values(self, name: str) -> set[object]:
+        return self.store.extra_values(name)
+
     def __len__(self) -> int:
         return len(self.store)
 
@@ -98,7 +101,7 @@ def place_of(row: object, index: int) -> str:
 
 
 def samples_of(encoded: Outcome, report: DropReport, place: str, row: object) -> list[Sample]:
-    """The samples of one row's encoding; a row without any is counted with its reason."""
+    """The samples of one row's encoding, with the row's channel; a row without any is counted with its reason."""
     report.total += 1
     if isinstance(encoded, MaxLengthError):
         report.drop("longer than --max_length", place, encoded.seen, row)
@@ -111,7 +114,8 @@ def samples_of(encoded: Outcome, report: DropReport, place: str, row: object) ->
     kept = [part for part in parts if part["labels"][1:].count(IGNORE_INDEX) < len(part["labels"]) - 1]
     if not kept:
         report.drop("no assistant text with a loss", place, "", row)
-    return kept
+    channel = row.get("channel") if isinstance(row, dict) else None
+    return kept if channel is None else [{**part, "channel": channel} for part in kept]
 
 
 class RowEncoder:

@@ -70,6 +70,7 @@ def joined(samples: Sequence[Json]) -> Json:
     row = join_rows(samples)
     row["sample_lengths"] = [len(sample["input_ids"]) for sample in samples]
     row["length"] = len(row["input_ids"])
+    row["channels"] = [sample.get("channel") for sample in samples]
     return row
 
 
@@ -108,6 +109,9 @@ class PackedDataset:
 
     def content_hash(self) -> str:
         return self.dataset.store.content_hash(self.sequences)
+
+    def extra_values(self, name: str) -> set[object]:
+        return self.dataset.extra_values(name)
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -1,8 +1,8 @@
 """Any row -> {"messages": [...], ...}. Formats are recognised by their columns; rows that fit none raise RowError.
 
 A standard row holds `messages` (role in system, user, assistant, tool; content text; `tool_calls` with argument
-objects; `reasoning_content`), and where given `tools`, `rejected_messages`, `label`. Other columns are left out, but rows
-with images, video or sound are refused: a text model would learn to answer without them.
+objects; `reasoning_content`), and where given `tools`, `rejected_messages`, `label`, `channel`. Other columns are left
+out, but rows with images, video or sound are refused: a text model would learn to answer without them.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ def preprocess(row: object, columns: Mapping[str, str] | None = None, answered: 
         out["tools"] = _tools(named["functions"])
     if "label" in named:
         out["label"] = named["label"]
+    if isinstance(named.get("channel"), str | int | float):
+        out["channel"] = str(named["channel"])
     return out
 
 

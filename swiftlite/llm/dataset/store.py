@@ -84,7 +84,9 @@ class TokenStore:
         import xxhash
 
         digest = xxhash.xxh3_128(json.dumps([self._count, list(order)]).encode())
-        digest.update(json.dumps(list(self._extras.items()), default=str).encode())
+        # A channel changes no number that is trained.
+        kept = ((i, {n: v for n, v in extras.items() if n != "channel"}) for i, extras in self._extras.items())
+        digest.update(json.dumps([entry for entry in kept if entry[1]], default=str).encode())
         for name in sorted(self._values):
             digest.update(name.encode())
             for numbers in (self._offsets[name], self._values[name]):
@@ -99,6 +101,11 @@ class TokenStore:
         if offsets is None:
             return [0] * self._count
         return [offsets[i + 1] - offsets[i] for i in range(self._count)]
+
+    def extra_values(self, name: str) -> set[object]:
+        """What the samples have under a name that is no column of numbers; None of those that have nothing."""
+        found = {extras.get(name) for extras in self._extras.values()}
+        return found if len(self._extras) == self._count else {*found, None}
 
     def save(self, directory: Path) -> None:
         """Write the directory; `store.json` comes last."""
@@ -165,6 +172,9 @@ class JoinedStore(TokenStore):
 
     def lengths(self, name: str = "input_ids") -> list[int]:
         return [length for store in self.stores for length in store.lengths(name)]
+
+    def extra_values(self, name: str) -> set[object]:
+        return set().union(*(store.extra_values(name) for store in self.stores))
 
 
 def hash_of_file(path: Path) -> str:

@@ -265,7 +265,7 @@ def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
     )
     new_rows = getattr(model, "new_token_ids", None)
     kept = [name for name in ("embed_tokens", *(() if tied else ("lm_head",))) if name not in args.modules_to_save]
-    together = tied and {"embed_tokens", "lm_head"} & set(args.modules_to_save)
+    together = tied and {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in args.modules_to_save}
     if args.train_type != "lora":
         other = other_config(args, sorted(targets) if isinstance(targets, set) else targets, args.modules_to_save)
         # peft makes some of them of values, which a trial has not.
@@ -278,7 +278,7 @@ def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
         use_dora=args.use_dora,
         target_modules=sorted(targets) if isinstance(targets, set) else targets,
         exclude_modules=_of_other_parts(model, linear) or None,
-        modules_to_save=args.modules_to_save or None,
+        modules_to_save=list(args.modules_to_save) or None,  # peft changes it
         trainable_token_indices={name: new_rows for name in kept} if new_rows and kept and not together else None,
         ensure_weight_tying=bool(together),
         task_type="CAUSAL_LM",

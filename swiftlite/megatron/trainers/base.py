@@ -89,6 +89,9 @@ class Trainer:
         """(output of the model, loss function of that output), as megatron-core's schedules call it."""
         raise NotImplementedError
 
+    def see(self, data: tuple[Any, Any]) -> None:  # as train.order.Data
+        """What a run trains on and evaluates with, before anything else."""
+
     # ---- setting up ----
 
     def setup(self, run: Run) -> None:

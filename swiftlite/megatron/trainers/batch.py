@@ -24,6 +24,7 @@ from swiftlite.megatron.model.blocks.router import BatchTokens
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
 from swiftlite.megatron.model.experts import gathers
 from swiftlite.train.batches import DUMMY, to_device
+from swiftlite.train.channels import Channels
 from swiftlite.train.order import Samples, Stream
 from swiftlite.train.router_loss import PADDING
 from swiftlite.utils.types import Json, Settings
@@ -40,7 +41,7 @@ class MicroBatch:
     padding. num_tokens: tokens that are not padding. sample_lengths: tokens of each sample. cu_seqlens: int32, where
     each sample of a joined sequence begins and the last one ends (B is 1 then); None where each row is one sample.
     longest: no sample of a joined sequence is longer; known on the host, so that nobody waits for the device to say so.
-    sequences, lengths, router_weight: see BatchTokens.
+    sequences, lengths, router_weight: see BatchTokens. channels: int64 [B, S], see train.channels, where it is asked for.
     Under context parallelism tensors [B, S] are this rank's part; the other fields are of whole samples.
     """
 
@@ -55,6 +56,7 @@ class MicroBatch:
     sequences: Tensor | None = None
     lengths: Tensor | None = None
     router_weight: Tensor | float = 1.0
+    channels: Tensor | None = None
 
     def router_tokens(self) -> BatchTokens:
         """Which tokens are real, and of which sample."""
@@ -196,6 +198,7 @@ class BatchLoader:
         self.one_length, self.join = one_length, join
         self.group, self.room = group, room
         self.context = context
+        self.channels: Channels | None = None
 
     @classmethod
     def of(
@@ -234,6 +237,10 @@ class BatchLoader:
             join(rows, self.pad_token_id, self.multiple_of, length)
             for rows, length in zip(passes, self._lengths(passes, sample_multiple), strict=True)
         ]
+        if self.channels is not None:
+            for rows, batch in zip(passes, batches, strict=True):
+                assert batch.sequences is not None
+                batch.channels = self.channels.numbers(rows)[batch.sequences.clamp(min=0)]
         if self.room:
             _same_shapes(batches)
         batches = [self.complete(s, batch) for s, batch in zip(micro_batches, batches, strict=True)]

@@ -19,7 +19,7 @@ from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.optimizer import build_optimizer, build_scheduler
 from swiftlite.megatron.trainers.wrapping import choose_overlap, wrap_models
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
-from swiftlite.megatron.tuners.lora import prepare_lora
+from swiftlite.megatron.tuners.lora import load_given, prepare_lora
 from swiftlite.megatron.tuners.lora_plan import LoraPlan
 from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import UsageError
@@ -47,13 +47,16 @@ class Built:
         """Load the weights that the run begins with. Collective."""
         read = load_weights(self.models, self.origin, allow_overflow)
         logger.info("loaded %s from %s on this rank", format_bytes(read), self.origin.root)
+        if self.lora:
+            load_given(self.models, self.lora)
         self.optimizer.reload_model_params()
 
     def trained_weights(self, flops: ModelFlops) -> dict[str, float | None]:
         """`trained` and `adapters` of ModelFlops.training."""
         bound, share = self.origin.bound, flops.expert_share
         if self.lora:
-            return {"trained": 0.0, "adapters": self.lora.met_weights(bound, share)}
+            trained = trained_weights(bound, self.lora.whole, share)
+            return {"trained": trained, "adapters": self.lora.met_weights(bound, share)}
         return {"trained": trained_weights(bound, self.trained, share) if self.trained else None}
 
 

@@ -34,27 +34,33 @@ def token_losses(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
 
 
 def language_model_loss(
-    loss_mask: Tensor, losses: Tensor, per_token: bool = True, by_probability: bool = False
+    loss_mask: Tensor,
+    losses: Tensor,
+    per_token: bool = True,
+    by_probability: bool = False,
+    report: Callable[[Tensor], dict[str, Tensor]] | None = None,
 ) -> LossResult:
     """Cross entropy summed over the weighted tokens of one micro batch.
 
     Args: loss_mask, losses: [B, S]. per_token: what is logged is a mean over all tokens; if not, over micro batches.
-        by_probability: each token's loss is weighted by its probability too.
+        by_probability: each token's loss is weighted by its probability too. report: makes more sums of the weighted
+        losses [B, S].
     Returns: (sum of weighted losses, number of tokens with a weight, both by name as they add up to what is logged). The
         schedule divides the gradients by the number of tokens of the whole global batch (or of the micro batch, without
         per-token loss), and without it divides the sum in place.
     """
     mask = loss_mask.float()
     weighted = losses.float() * mask
-    total = (weighted * torch.exp(-losses.detach().float()) if by_probability else weighted).sum()
+    weighted = weighted * torch.exp(-losses.detach().float()) if by_probability else weighted
+    total, more = weighted.sum(), report(weighted.detach()) if report else {}
     count = (mask != 0).sum().int()
     if per_token:
-        return total, count, {"loss": total.detach().clone(), "trained_tokens": count}
+        return total, count, {"loss": total.detach().clone(), "trained_tokens": count, **more}
     count = add_up(count)
     mean = total.detach() / count.clamp(min=1)
     parts = ranks()  # each reports its part of one mean
     # The gradients are averaged over these ranks as well, though each has a part of the mean only.
-    return total * parts, count, {"loss": mean, "trained_tokens": torch.ones_like(mean) / parts}
+    return total * parts, count, {"loss": mean, "trained_tokens": torch.ones_like(mean) / parts, **more}
 
 
 def reduce_over_ranks(values: Tensor) -> Tensor:

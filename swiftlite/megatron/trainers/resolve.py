@@ -64,5 +64,5 @@ def _trained(args: MegatronSftArguments) -> tuple[Adapters, Trained]:
     lora = args.train_type == "lora"
     return (
         lambda bound: plan_lora(bound, args).ranks if lora else None,
-        lambda bound: None if lora else plan_freeze(bound, args),
+        lambda bound: plan_lora(bound, args).whole if lora else plan_freeze(bound, args),
     )

@@ -16,19 +16,38 @@ from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import LossFunction, language_model_loss, token_losses
 from swiftlite.megatron.trainers.run import run
+from swiftlite.train.channels import Channels
+from swiftlite.train.loop import Run
+from swiftlite.train.order import Data
 from swiftlite.utils.types import Json
 
 
 class SftTrainer(Trainer):
     """Cross entropy on the answers' tokens, a mean over those of the global batch."""
 
-    sums = ("loss", "trained_tokens")
+    sums: tuple[str, ...] = ("loss", "trained_tokens")
+    channels: Channels | None = None
+
+    def see(self, data: Data) -> None:
+        if self.args.enable_channel_loss:
+            self.channels = Channels.of(data)
+            self.sums = (*self.sums, *self.channels.sum_names)
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        for loader in filter(None, (self.train_loader, self.val_loader)):
+            loader.channels = self.channels
 
     def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
         per_token = self.args.calculate_per_token_loss or not model.training
         by_probability = self.args.enable_dft_loss and model.training
-        loss = partial(language_model_loss, batch.loss_mask, per_token=per_token, by_probability=by_probability)
+        report = None
+        if self.channels is not None and batch.channels is not None:
+            report = partial(self.channels.sums, counted=batch.loss_mask != 0, channels=batch.channels)
+        loss = partial(
+            language_model_loss, batch.loss_mask, per_token=per_token, by_probability=by_probability, report=report
+        )
         return token_losses(model, batch), loss
 
     def divisor(self, batches: list[MicroBatch]) -> Tensor:
@@ -37,7 +56,8 @@ class SftTrainer(Trainer):
         return trained
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        return {"loss": sums["loss"] / max(sums["trained_tokens"], 1.0)}
+        found = {"loss": sums["loss"] / max(sums["trained_tokens"], 1.0)}
+        return found | self.channels.metrics(sums) if self.channels else found
 
 
 def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> Json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -66,7 +66,7 @@ def _in_order(bound: BoundMap, args: MegatronArguments) -> Iterator[Entry]:
             yield entry
 
 
-def trained_weights(bound: BoundMap, trained: set[str], expert_share: float) -> float:
+def trained_weights(bound: BoundMap, trained: Collection[str], expert_share: float) -> float:
     """Numbers in trained matrices that a token meets; a lookup in an embedding is not a product."""
     total = 0.0
     for name in trained:

@@ -10,7 +10,7 @@ columns has A divided and B whole. What goes between the two is as narrow as the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ from swiftlite.megatron.shards import LiveMap, iter_shards, unwrap
 from swiftlite.megatron.tuners.freeze import let_gradients_through
 from swiftlite.megatron.tuners.lora_plan import LINEAR, LoraPlan, plan_lora, read_lora, with_new_rows
 from swiftlite.megatron.tuners.rows import add_rows
+from swiftlite.megatron.tuners.whole import WholeWeights
 from swiftlite.utils.errors import UsageError
 from swiftlite.weights.lora import A, B
 from swiftlite.weights.ops import Segment
@@ -412,13 +413,14 @@ class Adapters(torch.nn.Module):
         }
 
 
-def add_adapters(models: Sequence[MegatronModule], bound: BoundMap, plan: LoraPlan, dropout: float) -> None:
+def add_adapters(models: Sequence[MegatronModule], origin: Checkpoint, plan: LoraPlan, dropout: float) -> None:
     """Freeze the model chunks and give them adapters, as their child `adapters`. Before Float16Module and DDP."""
     for model in models:
         model.requires_grad_(False)
         adapters = Adapters()
+        adapters.whole = WholeWeights(model, origin, plan.whole)
         layers: dict[str, list[LiveLinear]] = {}
-        for linear in live_linears(model, bound):
+        for linear in live_linears(model, origin.bound):
             layers.setdefault(linear.path, []).append(linear)
         for linears in layers.values():
             linears.sort(key=lambda linear: linear.group or 0)
@@ -437,8 +439,14 @@ def prepare_lora(models: Sequence[MegatronModule], origin: Checkpoint, args: Meg
     given, bound = args.adapters or args.mcore_adapter, origin.bound
     new = nullcontext(with_new_rows(plan_lora(bound, args), origin))
     with read_lora(bound, args) if given else new as plan:
-        add_adapters(models, bound, plan, args.lora_dropout)
+        add_adapters(models, origin, plan, args.lora_dropout)
         return plan
+
+
+def load_given(models: Sequence[MegatronModule], plan: LoraPlan) -> None:
+    """What `--adapters` has in the place of the model's own weights, after these were loaded."""
+    for model in models if plan.given else ():
+        unwrap(model).adapters.whole.load(plan.given)
 
 
 @contextmanager
@@ -447,9 +455,11 @@ def adapters_disabled(models: Sequence[MegatronModule]) -> Iterator[None]:
     found = [unwrap(model).adapters for model in models]
     before = [adapters.enabled for adapters in found]
     try:
-        for adapters in found:
-            adapters.enabled = False
-        yield
+        with ExitStack() as stack:
+            for adapters in found:
+                adapters.enabled = False
+                stack.enter_context(adapters.whole.originals())
+            yield
     finally:
         for adapters, enabled in zip(found, before, strict=True):
             adapters.enabled = enabled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -20,8 +20,9 @@ from swiftlite.utils.errors import MapError, UsageError
 from swiftlite.utils.types import Config
 from swiftlite.weights.lora import A, B, LoraConfig, initial_a
 from swiftlite.weights.merged import EMBEDDING, HEAD
+from swiftlite.weights.ops import COPY
 from swiftlite.weights.rule import BoundMap
-from swiftlite.weights.storage import Files, read_tensor
+from swiftlite.weights.storage import Files, Renamed, WeightSource, read_tensor
 
 # Neither routers nor gates of shared experts; linear attention keeps its projections as parts of one matrix.
 LINEAR = re.compile(r"\.(linear_\w+|in_proj|out_proj)\.weight(\.\w+)?$")
@@ -32,13 +33,16 @@ class LoraPlan:
     """The adapters of a whole model.
 
     modules: Hugging Face module -> (rank, factor on B A). peft_config: what adapter_config.json says. values(module):
-    A [r, in] and B [out, r] to begin with. rows: of tokens, to begin with.
+    A [r, in] and B [out, r] to begin with. rows: of tokens, to begin with. whole: weights that are trained themselves.
+    given: what has these to begin with, under their names; None: the model.
     """
 
     modules: Mapping[str, tuple[int, float]]
     peft_config: Config
     values: Callable[[str], tuple[Tensor, Tensor]]
     rows: Rows = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    given: WeightSource | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -60,10 +64,44 @@ def _linear_modules(bound: BoundMap) -> list[str]:
     return list(dict.fromkeys(name.removesuffix(".weight") for entry in entries for name in entry.hf))
 
 
+def saved_weights(bound: BoundMap, names: Sequence[str]) -> frozenset[str]:
+    """Hugging Face weights of the modules whose names end as `--modules_to_save` says, which is how peft finds them.
+
+    Raises: UsageError for a name that fits nothing, or a weight that Megatron keeps together with others.
+    """
+    modules: dict[str, list[str]] = {}
+    for weight, ((entry, _), *_) in bound.uses.items():
+        if entry.stack in (None, "decoder.layers") and not entry.rule.carried:
+            parts = bound.module_name(weight).split(".")
+            modules[weight] = [".".join(parts[:count]) for count in range(1, len(parts))]
+    if bound.model.tied:  # one weight, which peft trains as one
+        modules[bound.own_name(EMBEDDING)].append("lm_head")
+    found = dict[str, str]()
+    for name in names:
+        fits = [weight for weight, outer in modules.items() if any(module.endswith(name) for module in outer)]
+        if not fits:
+            known = {outer[-1].rpartition(".")[2] for weight, outer in modules.items() if _is_apart(bound, weight)}
+            raise UsageError(f"--modules_to_save {name}: no such module; there are {', '.join(sorted(known))}")
+        found.update(dict.fromkeys(fits, name))
+    together = next((weight for weight in found if not _is_apart(bound, weight)), None)
+    if together:
+        raise UsageError(
+            f"--modules_to_save {found[together]}: {together} is a part of {bound.uses[together][0][0].name} on Megatron, "
+            "which is not trained beside adapters; name it in --target_modules, or use --train_type full"
+        )
+    return frozenset(found)
+
+
+def _is_apart(bound: BoundMap, weight: str) -> bool:
+    """Is it a parameter of its own, as it is?"""
+    ((entry, _), *others) = bound.uses[weight]
+    return entry.rule.op == COPY and entry.expert is None and not others
+
+
 def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
     """New adapters on what `--target_modules` or `--target_regex` say; names are matched as peft does.
 
-    Raises: UsageError for a name that no linear layer has.
+    Raises: UsageError for a name that no linear layer has; as saved_weights.
     """
     linear = _linear_modules(bound)
     targets = lora_targets({name.rpartition(".")[2] for name in linear}, args)
@@ -81,6 +119,18 @@ def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
         "target_modules": targets if isinstance(targets, str) else sorted(targets), "bias": "none",
         "inference_mode": True,
     }  # fmt: skip
+    whole = saved_weights(bound, args.modules_to_save)
+    twice = next((name for name in chosen if f"{name}.weight" in whole), None)
+    if twice:
+        raise UsageError(f"--modules_to_save: {twice} has LoRA too; leave it out there or in --target_modules")
+    if whole:
+        embedding = bound.own_name(EMBEDDING)
+        tied = bound.model.tied and embedding in whole
+        names = [name for name in args.modules_to_save if not tied or name.rpartition(".")[2] != "lm_head"]
+        # As peft writes it.
+        own = [bound.module_name(embedding).removesuffix(".weight")] if tied else []
+        config["modules_to_save"] = list(dict.fromkeys((*names, *own)))
+        config["ensure_weight_tying"] = tied
     if bound.naming is not None:  # other parts have layers of the same names
         config["exclude_modules"] = rf"(?!{re.escape(bound.live.stored)}).*"
 
@@ -89,7 +139,7 @@ def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
         out, into = entry.hf_shapes[position]
         return initial_a(bound.module_name(module), rank, into, args.seed), torch.zeros(out, rank)
 
-    return LoraPlan({name: (rank, scale) for name in chosen}, config, values)
+    return LoraPlan({name: (rank, scale) for name in chosen}, config, values, whole=whole)
 
 
 @contextmanager
@@ -110,7 +160,11 @@ def read_lora(bound: BoundMap, args: MegatronSftArguments) -> Iterator[LoraPlan]
             raise MapError(f"{stray[0]}: adapters on such layers are not trained on Megatron")
         rows = {w: (ids, read_tensor(adapter.source, s, files)) for w, (s, ids) in adapter.extras.rows.items()}
         modules = {m: (r, adapter.lora.scale(m, r)) for m, r in adapter.ranks.items()}
-        yield LoraPlan(modules, adapter.config, values, rows)
+        whole = adapter.extras.whole
+        apart = next((weight for weight in whole if not _is_apart(bound, weight)), None)
+        if apart:
+            raise MapError(f"{apart}: is trained as a whole by the adapter, and on Megatron a part of another matrix")
+        yield LoraPlan(modules, adapter.config, values, rows, frozenset(whole), Renamed(adapter.source, whole))
 
 
 def with_new_rows(plan: LoraPlan, origin: Checkpoint) -> LoraPlan:
@@ -119,7 +173,9 @@ def with_new_rows(plan: LoraPlan, origin: Checkpoint) -> LoraPlan:
     if not ids:
         return plan
     named = (origin.bound.own_name(weight) for weight in (EMBEDDING, HEAD))
-    weights = [weight for weight in named if weight in origin.bound.by_hf]
+    weights = [weight for weight in named if weight in origin.bound.by_hf and weight not in plan.whole]
+    if not weights:
+        return plan
     with Files() as files:
         rows = {
             weight: (ids, torch.cat([read_tensor(origin.source, weight, files, rows=(i, i + 1)) for i in ids]))
