@@ -40,6 +40,7 @@ class ModelDescription:
     moe_layer_freq: which layers have experts, every N-th, or like [0]*1+[1]*45. moe_router_topk: experts of a token.
     Latent attention: ranks and widths of a head's parts. dsa_indexer_topk: tokens that an indexer chooses for each token's
     attention, in the layers of the pattern dsa_indexer_layers; others take the choice of the layer before.
+    num_labels: of a classifier, whose score head takes the place of the output layer; None: it is a language model.
     """
 
     num_layers: int
@@ -118,6 +119,8 @@ class ModelDescription:
     dsa_indexer_topk: int | None = None
     dsa_indexer_layers: str | None = None
 
+    num_labels: int | None = None
+
     @classmethod
     def of(cls, config: Config) -> ModelDescription:
         """From the converted config, as `convert_hf_config` returns it. Raises: ConfigError for unknown names."""
@@ -158,7 +161,7 @@ def _hints() -> Json:
 OVERRIDES = ("attention_dropout", "hidden_dropout", "moe_router_load_balancing_type")
 
 # Flags of Megatron-LM that are read from config.json instead.
-READ_FROM_CONFIG = (*(name for name in ModelDescription.__annotations__ if name not in OVERRIDES),
+READ_FROM_CONFIG = (*(name for name in ModelDescription.__annotations__ if name not in (*OVERRIDES, "num_labels")),
                     "apply_query_key_layer_scaling")  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from swiftlite.checkpoint import hub, info
 from swiftlite.checkpoint.model_type import Facts, choose, likely
 from swiftlite.families import MODEL_MAPPING, families
-from swiftlite.families.hf_config import text_config
+from swiftlite.families.hf_config import language_model, text_config
 from swiftlite.families.records import ModelMeta, Release, TemplateMeta
 from swiftlite.families.rope import check_agreement
 from swiftlite.families.templates import TEMPLATE_MAPPING
@@ -167,7 +167,7 @@ def _resolve_type(
         return recorded, registry[recorded], "args.json next to the weights says so"
     for name in (facts.given_name, facts.model_dir):
         found = _match(name, registry) if name else None
-        if found and architecture in found[0].architectures:
+        if found and language_model(architecture) in found[0].architectures:
             meta = registry[found[0].model_type]
             return meta.model_type, meta, f"the name {hub.model_name(name)} is registered"
         if found:
@@ -177,7 +177,7 @@ def _resolve_type(
                 found[0].model_type,
                 architecture,
             )
-    candidates = likely(facts, _candidates(architecture, facts.config, registry))
+    candidates = likely(facts, _candidates(language_model(architecture), facts.config, registry))
     if not candidates:
         _check_buildable(architecture, facts)
         plain = ModelMeta(str(facts.config.get("model_type") or architecture), architectures=(architecture,))

@@ -12,7 +12,8 @@ from swiftlite.weights.rule import Condition, Duplicate, Fused, Source, WeightMa
 DENSE = Condition("dense layer", lambda m, kind: not kind.moe)
 MOE = Condition("MoE layer", lambda m, kind: kind.moe)
 TIED = Condition("tied embeddings", lambda m, kind: m.tied)
-UNTIED = Condition("untied embeddings", lambda m, kind: not m.tied)
+SCORES = Condition("classifier", lambda m, kind: m.num_labels > 0)
+UNTIED = Condition("untied embeddings", lambda m, kind: not m.tied and not m.num_labels)
 QKV_BIAS = Condition("qkv bias", lambda m, kind: m.qkv_bias)
 HAS_QK_NORM = Condition("q/k norm", lambda m, kind: m.qk_norm)
 SHARED = MOE & Condition("shared experts", lambda m, kind: m.shared_ffn > 0)
@@ -98,12 +99,15 @@ def decoder(
 ) -> WeightMap:  # fmt: skip
     """The map of a model with the usual final norm and head, and layers of these blocks.
 
+    A classifier's score head takes the place of the output layer, under its name (as mcore-bridge has it), with a row
+    for each label: no vocabulary, so it is never padded, and whole on every rank.
     others: `mtp`, `mtp_layer`, `fused`, `modules` and `live` of WeightMap.
     """
     top = (
         copy("embedding.word_embeddings.weight", f"{embedding}.weight", "vocab", "hidden"),
         copy("decoder.final_layernorm.weight", "model.norm.weight", "hidden"),
         copy("output_layer.weight", "lm_head.weight", "vocab", "hidden", when=UNTIED),
+        copy("output_layer.weight", "score.weight", "num_labels", "hidden", when=SCORES),
     )
     head = Duplicate("lm_head.weight", of=f"{embedding}.weight", when=TIED)
     return WeightMap(top=top, layer=sum(layer, ()), duplicates=(head, *duplicates), **others)

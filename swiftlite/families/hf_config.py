@@ -19,13 +19,40 @@ def wrapped_family(config: Mapping[str, Any]) -> Family | None:
     return next((family for family in families() if kind in family.wrappers.get(name, ())), None)
 
 
+CLASSIFIER = "ForSequenceClassification"
+
+
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """The class of the model, or of its text part. Raises: ConfigError if config.json names no architecture."""
+    """The class of the model, or of its text part; of a classifier that of the language model it is made of.
+
+    Raises: ConfigError if config.json names no architecture.
+    """
     names = config.get("architectures")
     if not names:
         raise ConfigError("config.json has no 'architectures'; add the model class, such as [\"Qwen3ForCausalLM\"]")
     family = wrapped_family(config)
-    return str(names[0]) if family is None else family.architectures[0]
+    return language_model(str(names[0])) if family is None else family.architectures[0]
+
+
+def language_model(architecture: str) -> str:
+    """The class with the same layers that writes text, of one that classifies; any other itself."""
+    body = architecture.removesuffix(CLASSIFIER)
+    return architecture if body == architecture else f"{body.removesuffix('Text')}ForCausalLM"
+
+
+def classes_of(config: Mapping[str, Any] | None) -> int | None:
+    """How many classes or numbers the head of a model gives that classifies, as transformers reads config.json; None for
+    a model that writes text.
+
+    Raises: ConfigError for a number that no head has.
+    """
+    if config is None or not str((config.get("architectures") or [""])[0]).endswith(CLASSIFIER):
+        return None
+    labels = config.get("id2label")
+    count = len(labels) if isinstance(labels, Mapping) else config.get("num_labels", 2)
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(f"config.json says num_labels {count!r}; a classifier has one or more")
+    return count
 
 
 # Keys that may stand at the top of config.json for its text part; where they stand in both places the top's holds, as in
@@ -36,6 +63,13 @@ _TOP_KEYS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the text model alone, as if it were no part of another one; the whole of any other model."""
     family = wrapped_family(config)
+    if classes_of(config) is not None:
+        if "text_config" in config:
+            raise ConfigError(
+                f"{config['architectures'][0]} of a model that reads images too has no Megatron mapping; take that of its "
+                "text model"
+            )
+        return {**config, "architectures": [architecture_of(config)]}
     if family is None:
         return dict(config)
     inner = config.get("text_config") or config
@@ -59,6 +93,9 @@ def convert_hf_config(
         if patched:
             result = _apply(family.patches, flat, result)
             result["architectures"] = architecture
+    labels = classes_of(config)
+    if labels is not None:  # its head is no output layer: it is tied to nothing
+        result |= {"num_labels": labels, "untie_embeddings_and_output_weights": True}
     return result
 
 

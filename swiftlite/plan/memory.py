@@ -271,7 +271,7 @@ class TrainingModel:
         in_flight = layout.in_flight(rank, num_microbatches)
         total = math.ceil(kept * in_flight) + extra
         if rank == layout.pp - 1:  # logits in the model's dtype, in fp32, and their gradient
-            rows = self.bound.model.vocab // layout.tp
+            rows = self.bound.model.num_labels or self.bound.model.vocab // layout.tp
             total += logits_at_once(self.args, tokens, rows) * rows * (width + 8)
         return total, math.ceil(sum(part.get(name, 0) for part in parts for name in away - made_again) * in_flight)
 

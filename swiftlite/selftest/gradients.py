@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from swiftlite.arguments.megatron_export import conversion_arguments
 from swiftlite.checkpoint.bind import bind_map, convert_hf_config
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
+from swiftlite.families.hf_config import classes_of
 from swiftlite.llm.model.corrections import correct
+from swiftlite.llm.model.loader import auto_class
 from swiftlite.megatron import hf_io
 from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.provider import build_models
@@ -27,6 +28,7 @@ from swiftlite.weights.storage import Files, read_tensor
 def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
     """Gradients of one masked cross-entropy step, Megatron's under Hugging Face names through the weight map.
 
+    A classifier's is on the scores of every token, next to one that is always 0.
     Returns: the largest |g - g'| / max(|g'|, 1e-6 |all g'|) over tensors, in norms, fp32, g' being Hugging Face's.
     Raises: VerifyError if an expert that no token reached has a gradient on one side only.
     """
@@ -37,8 +39,13 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
     ids[ids == (-1 if pad is None else pad)] = 5 if pad != 5 else 6
     labels = ids.roll(-1, 1).masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
     labels[:, -1] = -100
+    num_labels = classes_of(config)
+    if num_labels is not None:
+        labels = torch.where(labels < 0, labels, labels % (num_labels + 1))
 
     def step(model: torch.nn.Module, logits: torch.Tensor) -> None:
+        if num_labels is not None:
+            logits = torch.nn.functional.pad(logits, (0, 1))
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).backward()
         for parameter in model.parameters():  # so that saving the model saves its gradients
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -46,11 +53,14 @@ def gradient_error(hf_dir: Path, trust_remote_code: bool = False) -> float:
     with tempfile.TemporaryDirectory() as folder:
         theirs, mine = Path(folder) / "hf", Path(folder) / "mcore"
         loaded = hf_config(hf_dir, trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             hf_dir, config=loaded, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         model = correct(model).train()
-        step(model, model(input_ids=ids, use_cache=False).logits)
+        if num_labels is not None:
+            step(model, model.score(model.model(input_ids=ids, use_cache=False)[0]))
+        else:
+            step(model, model(input_ids=ids, use_cache=False).logits)
         model.save_pretrained(theirs)
         args = conversion_arguments(convert_hf_config(config), str(hf_dir), "float32")
         with parallel_groups(args):

@@ -36,7 +36,8 @@ class Rounding:
 @dataclass
 class HfRun:
     """Outputs of the Hugging Face model, on the CPU: its embeddings as the first layer gets them, each layer and norm
-    [1, S, H], the model's logits [1, S, V], which are those of its head, capped or scaled where it does so.
+    [1, S, H], the model's logits [1, S, V], which are those of its head, capped or scaled where it does so; of a
+    classifier the scores of every token.
     """
 
     embedding: Tensor
@@ -77,12 +78,14 @@ def build_hf(hf: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Pre
         config = hf_config(hf_dir, trust_remote_code)
         for part in (config, config.get_text_config()):
             part.vocab_size = hf.shape.vocab
+            if hf.shape.num_labels:
+                part.num_labels = hf.shape.num_labels
             if hf.bound.naming is not None:  # whose default differs by release
                 part.tie_word_embeddings = hf.shape.tied
             if hasattr(part, "quantization_config"):  # the weights come dequantised
                 del part.quantization_config
         with init_empty_weights(include_buffers=False):
-            built = auto_class(read_config(hf_dir))
+            built = auto_class(hf.config)
             model = built.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         model.tie_weights()  # each place got a parameter of its own
     except (ValueError, KeyError, ImportError, OSError) as error:
@@ -101,6 +104,11 @@ def text_model(model: Any) -> Any:
     return getattr(decoder, "model", decoder)  # Llama 4 gives its causal language model
 
 
+def head_of(model: PreTrainedModel) -> Any:
+    """The output layer of a language model, or a classifier's head."""
+    return model.get_output_embeddings() if model.get_output_embeddings() is not None else model.score
+
+
 class _Weights:
     """Puts the weights of one part of a model in place, and takes them out again."""
 
@@ -114,7 +122,7 @@ class _Weights:
         self.dtype, self.device = dtype, device
         self.decode = decoder(hf.stored)
         self.stored: dict[int, list[tuple[str, Stored]]] = {}
-        for name, stored in checkpoint_tensors(model, [text_model(model), model.get_output_embeddings()]).items():
+        for name, stored in checkpoint_tensors(model, [text_model(model), head_of(model)]).items():
             self.stored.setdefault(id(stored.owner), []).append((name, stored))
         self.empty = {(m, name): p for m in model.modules() for name, p in m._parameters.items() if p is not None}
 
@@ -166,7 +174,7 @@ def run_hf(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    inner = text_model(model)
+    inner, head = text_model(model), head_of(model)
     embedding = inner.get_input_embeddings()
     outputs: dict[nn.Module, Tensor] = {}
     with Files() as files, torch.no_grad():
@@ -179,7 +187,7 @@ def run_hf(
         def embedded(_: nn.Module, args: tuple[Tensor, ...], kwargs: Settings) -> None:
             outputs[embedding] = (args or (kwargs["hidden_states"],))[0].detach().cpu()
 
-        for part in (embedding, *inner.layers, inner.norm, model.get_output_embeddings()):
+        for part in (embedding, *inner.layers, inner.norm, head):
             part.register_forward_pre_hook(lambda module, _: weights.load(module))
             part.register_forward_hook(done)
         inner.layers[0].register_forward_pre_hook(embedded, with_kwargs=True)
@@ -188,4 +196,6 @@ def run_hf(
         # Of GLM-4.5V, transformers 4.57 computes nothing without a mask.
         logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits.cpu()
     layers = [outputs[layer] for layer in inner.layers]
+    if hf.shape.num_labels:  # the model's are those of the last token alone
+        logits = outputs[head]
     return HfRun(outputs[embedding], layers, outputs[inner.norm], logits)

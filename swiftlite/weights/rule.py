@@ -160,7 +160,8 @@ class WeightMap:
             layer = Layer(self.hf_layer.format(index=index), "decoder.layers", index)
             entries += self._entries(self.layer, layer, kind, model)
         duplicates = [d for d in self.duplicates if d.when.test(model, NO_LAYER) and "{layer}" not in d.name]
-        for index in range(model.num_mtp if self.mtp_layer else 0):
+        # Classifiers have no such blocks, whatever config.json says.
+        for index in range(model.num_mtp if self.mtp_layer and not model.num_labels else 0):
             assert self.mtp_layer is not None
             prefix = self.mtp_layer.format(index=index, number=model.num_layers + index)
             layers.append(prefix)

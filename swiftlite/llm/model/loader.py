@@ -18,6 +18,7 @@ from swiftlite.checkpoint.info import ModelInfo, config_dtype, with_changes
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.registry import AUTO_CLASSES, get_model_info_meta
 from swiftlite.checkpoint.vocabulary import rows_of
+from swiftlite.families.hf_config import classes_of
 from swiftlite.families.records import ModelMeta
 from swiftlite.llm.model.corrections import correct
 from swiftlite.utils.errors import CheckpointError, ConfigError, SwiftliteError, UsageError, reason
@@ -165,10 +166,12 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: type | N
 
 
 def auto_class(config: Config) -> Any:
-    """The class of transformers that builds the whole model of a config.json: of text, or of images and text."""
+    """The class of transformers that builds the model of a config.json: of text, of images and text, or a classifier."""
     import transformers
     from transformers.models.auto import modeling_auto
 
+    if classes_of(config) is not None:
+        return transformers.AutoModelForSequenceClassification
     kind, (architecture, *_) = config.get("model_type"), config.get("architectures") or [""]
     named = config.get("auto_map") or {}
     text, images = (getattr(modeling_auto, table) for table in AUTO_CLASSES.values())

@@ -1,0 +1,81 @@
+"""Models that give scores: what config.json says of a classifier's head, and a language model seen with a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from swiftlite.checkpoint.bind import bind_map
+from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.info import first_of, with_changes
+from swiftlite.families.hf_config import CLASSIFIER, classes_of, wrapped_family
+from swiftlite.utils.errors import ConfigError, UsageError
+from swiftlite.utils.types import Config, Json
+from swiftlite.weights.head import HEAD, Headed, initial_head
+
+
+@dataclass(frozen=True)
+class Head:
+    """A score head in the place of an output layer. seed: of its weights, None for one that the model has. changes: what
+    config.json says of it.
+    """
+
+    num_labels: int
+    seed: int | None
+    changes: Mapping[str, object]
+
+
+def plan_head(
+    config: Config, num_labels: int, seed: int, problem_type: str | None = None, pad_token_id: int | None = None
+) -> Head:
+    """The head with which a model of this config.json gives `num_labels` scores: its own, or a new one.
+
+    Raises: UsageError for a classifier of other labels; ConfigError where transformers has no such classifier.
+    """
+    has = classes_of(config)
+    said = {"problem_type": problem_type, "pad_token_id": pad_token_id}
+    changes: Json = {key: value for key, value in said.items() if value is not None}
+    if has not in (None, num_labels):
+        raise UsageError(f"--num_labels {num_labels}: the model's head has {has}; leave it out, or take its base model")
+    if has is not None:
+        return Head(num_labels, None, changes)
+    names = {str(i): f"LABEL_{i}" for i in range(num_labels)}
+    labels = {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    return Head(num_labels, seed, {"architectures": [classifier_of(config)], **labels, **changes})
+
+
+def classifier_of(config: Config) -> str:
+    """transformers' class that classifies with a language model. Raises: ConfigError where it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
+    name, kind = str((config.get("architectures") or [""])[0]), config.get("model_type")
+    found = CLASSES.get(str(kind))
+    if found is None or wrapped_family(config) is not None:
+        raise ConfigError(
+            f"transformers has no {CLASSIFIER} class of {name} (model_type {kind!r}); take another base model"
+        )
+    return str(found)
+
+
+def headed(config: Config, head: Head | None) -> Json:
+    """config.json of the model with this head."""
+    return with_changes(config, head.changes if head is not None else {})
+
+
+def with_head(source: Checkpoint, head: Head | None) -> Checkpoint:
+    """A model seen as a classifier; a language model without output layer and MTP blocks, which classifiers do not have."""
+    if head is None:
+        return source
+    config, changes = headed(source.config, head), {**source.changes, **head.changes}
+    if head.seed is None:
+        return replace(source, config=config, changes=changes)
+    bound = bind_map(config).as_stored({n: source.shape_of(n) for n in source.bound.fused if n in source.names})
+    kept = [name for name in source.names if all(part in bound.by_hf for part in bound.parts(name))]
+    dtypes = {name: source.dtypes[name] for name in kept}
+    std = float(first_of(config, "initializer_range") or 0.02)
+    values = initial_head(head.num_labels, bound.model.hidden, std, head.seed)
+    return replace(
+        source, config=config, changes=changes, bound=bound, source=Headed(source.source, values),
+        names=[*kept, HEAD], copies={}, dtypes={**dtypes, HEAD: dtypes[kept[-1]]},
+        files={**source.files, HEAD: source.files[kept[-1]]} if source.files else {},
+    )  # fmt: skip
