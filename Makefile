@@ -7,7 +7,7 @@ COMPAT_PYTHON ?= $(shell prefix=$$(pyenv prefix 3.12 2>/dev/null) && echo $$pref
 COMPAT_PINS ?= "megatron-core>=0.19,<0.20" "transformers>=4.57,<4.58"
 COMPAT_TESTS ?= tests/families tests/weights tests/llm tests/megatron
 
-.PHONY: venv check format test test-slow test-dist test-faults test-gpu test-compat test-transformers4 quickstart clean
+.PHONY: venv check format test test-slow test-dist test-faults test-gpu test-compat test-transformers4 docs quickstart clean
 
 venv:  ## .venv with everything the tests need
 	python3.11 -m venv .venv
@@ -46,6 +46,9 @@ test-compat:  ## the other end of the supported versions: Python 3.12, newest me
 
 test-transformers4:  ## the same tests with Python 3.11 and transformers 4.57
 	$(MAKE) test-compat COMPAT_VENV=.venv-transformers4 COMPAT_PYTHON=python3.11 COMPAT_PINS='"transformers>=4.57,<4.58"'
+
+docs:  ## the site, into output/site; needs pip install -e '.[docs]', no network
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 quickstart:
 	bash examples/quickstart.sh

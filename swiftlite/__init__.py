@@ -1,7 +1,8 @@
 """swiftlite: fine-tune language models on Hugging Face or Megatron-core, and convert between the two.
 
 The names below are the Python interface; each is imported when it is first used, so that `import swiftlite` loads
-neither torch nor transformers. Commands take an arguments object or the words one would type: `["--model", "DIR"]`.
+neither torch nor transformers. Commands take an arguments object or the words one would type: `["--model", "DIR"]`;
+swiftlite.api has objects in their place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from swiftlite import moved as moved
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from swiftlite.checkpoint.checkpoint import Checkpoint
     from swiftlite.checkpoint.registry import get_model_info_meta
     from swiftlite.cli.export import convert_hf2mcore, convert_mcore2hf, export_main
     from swiftlite.families import register_family, register_model
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from swiftlite.megatron.trainers.sft import megatron_pt_main, megatron_sft_main
 
 _WHERE = {
+    "Checkpoint": "swiftlite.checkpoint.checkpoint",
     "convert_hf2mcore": "swiftlite.cli.export",
     "convert_mcore2hf": "swiftlite.cli.export",
     "dpo_main": "swiftlite.llm.train.dpo",
@@ -49,6 +52,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Checkpoint",
     "__version__",
     "convert_hf2mcore",
     "convert_mcore2hf",

@@ -1,0 +1,70 @@
+"""swiftlite.api: objects in place of command lines, and the example that uses them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import swiftlite
+from swiftlite.api import convert, train
+from swiftlite.utils.errors import UsageError
+
+ROOT = Path(__file__).parents[1]
+ROWS = [
+    {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}]} for i in range(8)
+]
+SHORT: dict[str, Any] = {"train_iters": 2, "global_batch_size": 2, "logging_steps": 1, "report_to": ["none"]}
+
+
+def test_import_is_light_and_checkpoint_is_the_packages_too() -> None:
+    code = "import swiftlite.api, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    from swiftlite.api import Checkpoint
+
+    assert swiftlite.Checkpoint is Checkpoint
+    with pytest.raises(AttributeError, match="it has Checkpoint, Run, convert, train"):
+        _ = __import__("swiftlite.api").api.load
+
+
+def test_wrong_words_say_what_is_allowed() -> None:
+    for words, said in [
+        ({"objective": "grpo"}, "objective grpo: must be one of .*dpo.*sft"),
+        ({"objective": "export"}, "objective export: must be one of"),
+        ({"side": "jax"}, "side jax: must be transformers or megatron"),
+        ({"lora_rnk": 4}, "--lora_rnk: unknown flag; did you mean --lora_rank"),
+        ({"lr": -1}, "--lr -1: must be 0 or more"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            train(**{"objective": "sft", "model": "ORG/NAME", "dataset": "a#1", "output_dir": "out", **words})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="to torch: must be mcore or hf"):
+        convert("DIR", "out", to="torch")
+
+
+def test_both_sides_from_rows_and_back(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    run = train("sft", model, ROWS, tmp_path / "hf", **SHORT)
+    assert [line["step"] for line in run.history][:2] == [1, 2] and run.checkpoint.name == "checkpoint-2"
+    again = train("sft", model, ROWS, tmp_path / "hf", **SHORT, extend=True, num_train_epochs=None)
+    assert again.summary["iteration"] == 2  # the same rows, the same run
+    mcore = convert(model, tmp_path / "mcore", to="mcore")
+    other = train("sft", mcore, ROWS, tmp_path / "megatron", side="megatron", **SHORT)
+    assert other.history[0]["loss"] == pytest.approx(run.history[0]["loss"], rel=1e-5)
+    back = convert(other.checkpoint, tmp_path / "back", to="hf")
+    assert (back / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_example_runs(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "examples/python_api.py"), str(tiny_model("qwen2")), "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last = next(line for line in done.stdout.splitlines() if line.startswith("loss"))[5:].split(" -> ")
+    assert float(last) < float(first)
+    assert (tmp_path / "out/run/loss.png").is_file() and "mcore out/mcore" in done.stdout
