@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 
 from swiftlite.arguments.parser import Arguments, from_dict
 from swiftlite.cli.routes import ROUTES, Route
-from swiftlite.train.plot import plot_runs, read_run
+from swiftlite.train.plot import plot_runs, read_run, title_of
 from swiftlite.utils.directories import Directory
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.types import Json
@@ -55,7 +55,7 @@ class Run:
 
     def plot(self, target: str | Path | None = None) -> Path | None:
         """Draw its curves. target: a PNG (default: loss.png in its directory). Returns: it, None without matplotlib."""
-        return plot_runs({"": self.history}, Path(target or self.directory / "loss.png"), self.directory.name)
+        return plot_runs({"": self.history}, Path(target or self.directory / "loss.png"), title_of(self.directory))
 
 
 def train(

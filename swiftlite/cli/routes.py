@@ -112,7 +112,7 @@ ROUTES: dict[tuple[str, ...], Route] = {
         "swiftlite.train.plot:plot_main",
         False,
         "curves of training runs in one picture",
-        "swiftlite plot run other-run --output runs.png",
+        "swiftlite plot run other-run --output runs.png --html runs.html",
     ),
     ("env",): Route(
         "swiftlite.arguments.env:EnvArguments",

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from swiftlite.train.plot import JSONL, plot_runs, read_run
+from swiftlite.train.plot import JSONL, plot_runs, read_run, title_of
 from swiftlite.utils.errors import SwiftliteError, UsageError
 from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
@@ -113,7 +113,7 @@ class Metrics:
         """Draw the run's curves as a PNG. Returns: the file, None without matplotlib or without a line to draw."""
         if not self.active:
             return None
-        return plot_runs({"": read_run(self.directory)}, self.directory / PLOT, f"training run {self.directory.name}")
+        return plot_runs({"": read_run(self.directory)}, self.directory / PLOT, title_of(self.directory))
 
 
 class _Tracker:
