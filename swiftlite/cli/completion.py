@@ -62,22 +62,19 @@ def zsh() -> Iterator[str]:
 
 def fish() -> Iterator[str]:
     """With what help says of each."""
-    first = "__fish_use_subcommand"
+    typed = '(string join " " -- (commandline -opc))'
     for words, route in ROUTES.items():
-        where = (
-            first
-            if len(words) == 1
-            else f"__fish_seen_subcommand_from {words[0]}; and test (count (commandline -opc)) = 2"
+        begun = "".join(f" {word}" for word in words[:-1])
+        yield (
+            f"complete -c swiftlite -n 'string match -qr \"^\\S+{begun}\\$\" -- {typed}' "
+            f"-f -a {words[-1]} -d {quoted(route.help)}"
         )
-        yield f"complete -c swiftlite -n '{where}' -f -a {words[-1]} -d {quoted(route.help)}"
-        opened = f"test (commandline -opc)[2] = {words[0]}" + (
-            f"; and test (commandline -opc)[3] = {words[1]}" if words[1:] else ""
-        )
+        where = f'string match -qr "^\\S+ {" ".join(words)}( |\\$)" -- {typed}'
         for spec in flags(words):
             said = values(spec)
             takes = "-r -F" if said == FILES else f"-x -a {quoted(said)}" if said else "-x"
-            yield f"complete -c swiftlite -n '{opened}' -l {spec.name} {takes} -d {quoted(spec.help)}"
-    yield f"complete -c swiftlite -n {first} -f -a megatron -d 'training and conversion on megatron-core'"
+            yield f"complete -c swiftlite -n '{where}' -l {spec.name} {takes} -d {quoted(spec.help)}"
+    yield f"complete -c swiftlite -n 'string match -qr \"^\\S+\\$\" -- {typed}' -f -a megatron -d 'on megatron-core'"
 
 
 def quoted(text: str) -> str:

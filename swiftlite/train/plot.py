@@ -139,12 +139,12 @@ def plot_runs(
                 axis.plot(curve.steps, curve.smooth, **look)
             else:
                 axis.plot(curve.steps, curve.values, marker=marker, **look)
-            shape = {"color": look["color"], "linestyle": look["linestyle"]}
+            color, dashes = str(look["color"]), str(look["linestyle"])
             if len(runs) > 1:
-                entries.setdefault(short(curve.run, _LABEL), Line2D([], [], color=look["color"]))
-                shape["color"] = "grey"
+                entries.setdefault(short(curve.run, _LABEL), Line2D([], [], color=color))
+                color = "grey"
             if len(panel.names) > 1:
-                entries.setdefault(curve.name, Line2D([], [], **shape))
+                entries.setdefault(curve.name, Line2D([], [], color=color, linestyle=dashes))  # type: ignore[arg-type]
         axis.set_title(panel.title, loc="left", fontsize="medium")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)

@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,17 @@ def completed(*words):
 def test_bash_completes(words, some, none):
     found = completed(*words)
     assert set(some) <= set(found) and not set(none) & set(found)
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_completes(capsys):
+    assert main(["completion", "fish"]) == 0
+    script = capsys.readouterr().out
+    for typed, some in [("in", "infer"), ("megatron ", "dpo"), ("megatron sft --tensor_m", "--tensor_model_parallel_size"),
+                        ("sft --train_type l", "lora")]:  # fmt: skip
+        words = ["fish", "-c", f"source -; complete -C 'swiftlite {typed}'"]
+        done = subprocess.run(words, input=script, capture_output=True, text=True, check=True)
+        assert some in [line.split("\t")[0] for line in done.stdout.splitlines()] and not done.stderr
 
 
 def test_scripts_of_all_shells_name_every_command(capsys):
