@@ -15,6 +15,8 @@ import pytest
 from swiftlite.families import tiny_configs
 from swiftlite.train.metrics import Metrics
 
+os.environ["SWIFTLITE_CACHE"] = os.devnull  # nothing is kept between runs, but where a test says so
+
 GOLDEN = Path(__file__).parent / "golden"
 
 CORPUS = [

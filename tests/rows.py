@@ -33,3 +33,13 @@ PAIRS = "\n".join(json.dumps({"messages": _MESSAGES, "rejected_response": f"No {
 def losses(directory: Path) -> list[float]:
     """Of a run, as it logged them."""
     return [line["loss"] for line in read_run(directory / "logging.jsonl") if "loss" in line]
+
+
+def answer_rows(count: int) -> list[dict[str, Any]]:
+    """Conversations whose answers are each desirable or not; more of the former, questions of several lengths."""
+    return [
+        {"messages": [{"role": "user", "content": "Who are you? " * (i % 2 + 1) + str(i)},
+                      {"role": "assistant", "content": (f"No {i}", "I am Swifty. ")[i % 5 < 3] * (i % 4 + 1)}],
+         "label": i % 5 < 3}
+        for i in range(count)
+    ]  # fmt: skip

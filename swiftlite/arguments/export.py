@@ -256,7 +256,9 @@ class CheckArguments(Arguments):
     dataset: list[str] = field([], "with --parity: data that both train on", path=True)
     shrink: bool = field(False, "with --parity: train a small random model of the same shape class instead")
     train_type: str = field("full", "with --parity: what is trained", aliases=["tuner_type"], choices=["full", "lora"])
-    rlhf_type: str | None = field(None, "with --parity: training on preference pairs instead", choices=["dpo"])
+    rlhf_type: str | None = field(
+        None, "with --parity: training on preference pairs, or on labelled answers, instead", choices=["dpo", "kto"]
+    )
     train_iters: int = field(20, "with --parity: steps", aliases=["max_steps"])
     lr: float | None = field(
         None, "with --parity: highest learning rate (default 1e-3, with LoRA 3e-3)", aliases=["learning_rate"]

@@ -285,11 +285,11 @@ _ONLINE = (
     "epsilon_high", "delta", "overlong_filter", "dynamic_sample", "log_completions", "async_generate",
     "multi_turn_scheduler",
     "max_turns", "teacher_model", "teacher_model_server", "teacher_adapters", "teacher_deepspeed", "lmbda", "seq_kd",
-    "gkd_logits_topk", "temperature", "top_p", "top_k", "desirable_weight", "undesirable_weight",
+    "gkd_logits_topk", "temperature", "top_p", "top_k",
     "center_rewards_coefficient", "rollout_importance_sampling_mode",
 )  # fmt: skip
 OTHER_PREFERENCES = (
-    "dpo, cpo, simpo and orpo are trained here; GRPO, PPO, GKD, KTO and reward models: TRL or ms-swift on the Hugging "
+    "dpo, cpo, simpo, orpo and kto are trained here; GRPO, PPO, GKD and reward models: TRL or ms-swift on the Hugging "
     "Face directory, verl for GRPO with vLLM at scale; convert the result here"
 )
 
@@ -298,10 +298,6 @@ DPO_NOTES: dict[str, Note] = {
     "reference_free": Note("default", "there is a reference", allowed=("false",)),
     "f_divergence_type": Note("default", "the loss is of the reverse KL divergence", allowed=("reverse_kl",)),
     **dict.fromkeys(("ref_model_type", "ref_model_revision"), Note("default", "--ref_model's directory says it")),
-    **dict.fromkeys(
-        ("ref_adapters", "ref_model_adapters", "mcore_ref_adapter"),
-        Note("rejected", "merge the adapter with `swiftlite export --merge_lora true` and give --ref_model"),
-    ),
     **dict.fromkeys(_ONLINE, Note("rejected", OTHER_PREFERENCES)),
     "stage": Note("default", "the command says it: sft, pt or dpo", allowed=("dpo",)),
     "mcore_ref_model": Note("rejected", "the reference is a Hugging Face model here: give it with --ref_model"),

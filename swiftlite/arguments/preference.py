@@ -11,7 +11,9 @@ from swiftlite.arguments.train import SftArguments
 from swiftlite.utils.errors import UsageError
 
 REFERENCE_FREE = ("cpo", "simpo", "orpo")
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", *REFERENCE_FREE)
+PAIR_LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", *REFERENCE_FREE)
+KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
+LOSS_TYPES = (*PAIR_LOSS_TYPES, *KTO_LOSS_TYPES)
 SMOOTHED = ("sigmoid", "robust", "cpo", "simpo")
 
 
@@ -20,13 +22,18 @@ class PreferenceArguments(Arguments):
     """Preference: the loss on pairs, and the reference that the policy is held to"""
 
     rlhf_type: str = field(
-        "dpo", "dpo (a loss of --loss_type), or cpo, simpo, orpo: those losses, without a reference",
-        unavailable=Note("default only", OTHER_PREFERENCES, REFERENCE_FREE),
+        "dpo", "dpo (a loss of --loss_type on pairs), cpo, simpo, orpo (those losses, without a reference), or kto (answers "
+        "that are each desirable or not)", unavailable=Note("default only", OTHER_PREFERENCES, (*REFERENCE_FREE, "kto")),
     )  # fmt: skip
     beta: float | None = field(
         None, "strength of the pull to the reference (default: 0.1, simpo 2)", aliases=["pref_beta"], common=True
     )
-    loss_type: str = field("sigmoid", "loss of a pair's scores", aliases=["pref_loss"], choices=LOSS_TYPES, common=True)
+    loss_type: str = field(
+        "sigmoid", "loss of a pair's scores; of --rlhf_type kto: kto (default) or apo_zero_unpaired",
+        aliases=["pref_loss"], choices=LOSS_TYPES, common=True,
+    )  # fmt: skip
+    desirable_weight: float = field(1.0, "with --rlhf_type kto: weight of the desirable answers' losses", least=0)
+    undesirable_weight: float = field(1.0, "with --rlhf_type kto: weight of the undesirable answers' losses", least=0)
     label_smoothing: float = field(
         0.0, f"probability that a preference is wrong, 0 to 0.5; for {', '.join(SMOOTHED)}", least=0, most=0.5
     )
@@ -39,8 +46,14 @@ class PreferenceArguments(Arguments):
         None, "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",
         path=True, common=True,
     )  # fmt: skip
+    ref_adapters: str | None = field(
+        None, "directory of the adapters that the reference has: on --ref_model, or on the model as it is without adapters; "
+        "a model of its own in memory", aliases=["ref_model_adapters", "mcore_ref_adapter"], path=True,
+    )  # fmt: skip
     precompute_ref_log_probs: bool = run_setting(
-        False, "the reference answers the whole dataset once before training, then its memory is free"
+        False,
+        "the reference answers the whole dataset once before training, then its memory is free; a run with the same "
+        "data and reference finds the answers in ~/.cache/swiftlite, or $SWIFTLITE_CACHE",
     )
 
     @property
@@ -49,7 +62,11 @@ class PreferenceArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rlhf_type != "dpo":
+        if self.rlhf_type == "kto":
+            self._settle_kto()
+        elif self.loss_type in KTO_LOSS_TYPES:
+            raise UsageError(f"--loss_type {self.loss_type}: goes with --rlhf_type kto only")
+        elif self.rlhf_type != "dpo":
             if "loss_type" in self.given and self.loss_type != self.rlhf_type:
                 raise UsageError(
                     f"--loss_type {self.loss_type}: --rlhf_type {self.rlhf_type} has its own; leave it out"
@@ -61,9 +78,22 @@ class PreferenceArguments(Arguments):
             self.rpo_alpha = 1.0
         self._check_loss()
 
+    def _settle_kto(self) -> None:
+        if "loss_type" not in self.given:
+            self.loss_type = "kto"
+        if self.loss_type not in KTO_LOSS_TYPES:
+            raise UsageError(f"--loss_type {self.loss_type}: of --rlhf_type kto are {' and '.join(KTO_LOSS_TYPES)}")
+        if self.rpo_alpha is not None:
+            raise UsageError(f"--rpo_alpha {self.rpo_alpha}: --rlhf_type kto adds no cross entropy; leave it out")
+
     def _check_loss(self) -> None:
-        if self.beta is None or self.beta <= 0:
-            raise UsageError(f"--beta {self.beta}: must be above 0")
+        for name in ("desirable_weight", "undesirable_weight"):
+            if name in self.given and self.rlhf_type != "kto":
+                raise UsageError(f"--{name}: goes with --rlhf_type kto only")
+        divides = self.loss_type in ("ipo", "sppo_hard")
+        if self.beta is None or self.beta < 0 or (self.beta == 0 and (divides or not self.rpo_alpha)):
+            way = "" if divides else "; 0 leaves the cross entropy of --rpo_alpha alone, which would have to be given"
+            raise UsageError(f"--beta {self.beta}: must be above 0 with --loss_type {self.loss_type}{way}")
         if self.label_smoothing and self.loss_type not in SMOOTHED:
             raise UsageError(
                 f"--label_smoothing {self.label_smoothing}: goes with --loss_type {', '.join(SMOOTHED)} only"
@@ -74,7 +104,7 @@ class PreferenceArguments(Arguments):
             raise UsageError("--simpo_gamma: goes with --loss_type simpo only")
         if self.has_reference:
             return
-        for name in ("ref_model", "precompute_ref_log_probs"):
+        for name in ("ref_model", "ref_adapters", "precompute_ref_log_probs"):
             if getattr(self, name):
                 raise UsageError(f"--{name}: --loss_type {self.loss_type} has no reference; leave it out")
 
@@ -90,7 +120,7 @@ class DpoArguments(PreferenceArguments, SftArguments):
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:
-        return {**super().directory_kinds, "ref_model": ("is_hf",)}
+        return {**super().directory_kinds, "ref_model": ("is_hf",), "ref_adapters": ("is_peft",)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,5 +134,19 @@ class DpoArguments(PreferenceArguments, SftArguments):
             raise UsageError("--streaming true: not available for preference pairs; leave it out")
         if self.packing_strategy == "sequential":
             raise UsageError("--packing_strategy sequential: pairs are packed by best fit; leave it out")
+        if self.rlhf_type == "kto":
+            self._check_answers()
         if self.packing and self.group_by_length:
             raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")
+
+    def _check_answers(self) -> None:
+        if self.packing:
+            raise UsageError(
+                "--packing true: not with --rlhf_type kto; --padding_free true joins answers without padding"
+            )
+        if self.cached_dataset:
+            raise UsageError("--cached_dataset: holds no labels of --rlhf_type kto; give the rows with --dataset")
+        if self.loss_scale == "all":
+            raise UsageError(
+                "--loss_scale all: --rlhf_type kto must know where answers begin; use last_round or default"
+            )

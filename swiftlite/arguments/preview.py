@@ -26,6 +26,9 @@ class PreviewArguments(BaseArguments):
     num_rows: int = field(3, "rows that are shown", common=True, least=0)
     show_ids: bool = field(False, "list each token with its id and weight", common=True)
     color: str = field("auto", "colours in the terminal", choices=["auto", "always", "never"])
+    rlhf_type: str | None = field(
+        None, "rows as this command reads them; kto: each answer has a label", choices=["kto"], common=True
+    )
     html: str | None = field(None, "also write the report as this HTML file", path=True, common=True)
 
     @property

@@ -29,17 +29,17 @@ _EXPORT = Route(
 
 _DPO = Route(
     "swiftlite.arguments.preference:DpoArguments",
-    "swiftlite.llm.train.dpo:dpo_main",
+    "swiftlite.llm.train.rlhf:rlhf_main",
     True,
-    "training on preference pairs with transformers, full or LoRA",
+    "training on preferences (pairs; with --rlhf_type kto labelled answers) with transformers, full or LoRA",
     "swiftlite dpo --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --train_type lora --lr 5e-6 --output_dir dpo",
 )
 
 _MEGATRON_DPO = Route(
     "swiftlite.arguments.megatron_preference:MegatronDpoArguments",
-    "swiftlite.megatron.trainers.dpo:megatron_dpo_main",
+    "swiftlite.megatron.trainers.rlhf:megatron_rlhf_main",
     True,
-    "training on preference pairs on megatron-core",
+    "training on preferences (pairs; with --rlhf_type kto labelled answers) on megatron-core",
     "NPROC_PER_NODE=8 swiftlite megatron dpo --mcore_model MCORE_DIR --dataset pairs.jsonl --beta 0.1 --output_dir dpo",
 )
 

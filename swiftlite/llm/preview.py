@@ -99,6 +99,9 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
         f"{template.max_length}, truncation {args.truncation_strategy}",
         f"{len(samples)} samples, {sum(samples.lengths)} tokens, {_trained_share(samples):.1%} of them with a loss",
     ]
+    if args.rlhf_type == "kto":
+        good = sum(rows[i]["label"] for i in samples.row_indices)
+        facts.append(f"{good} desirable, {len(samples) - good} undesirable answers")
     found = list(differences(template))
     notes = [f"differs from the checkpoint's own chat template: {line}" for line in found[:3]]
     if found[3:]:

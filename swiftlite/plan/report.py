@@ -134,8 +134,9 @@ def _source(args: MegatronSftArguments, origin: str | Path) -> Checkpoint:
 
 def _model(args: MegatronSftArguments, source: Checkpoint, adapters: Adapters, trained: Trained) -> TrainingModel:
     bound = bind_map(grown(source.config, args.new_tokens), source.names)
-    pairs = isinstance(args, PreferenceArguments)
-    own_reference = pairs and args.has_reference and not args.precompute_ref_log_probs
+    compared = isinstance(args, PreferenceArguments)
+    pairs = compared and args.rlhf_type != "kto"
+    own_reference = compared and args.has_reference and not args.precompute_ref_log_probs
     own_reference = own_reference and (args.ref_model or args.train_type != "lora")
     return TrainingModel(
         bound, args, args.dtype or torch.float32, sequences=2 if pairs and not args.packing else 1,

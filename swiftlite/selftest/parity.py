@@ -99,13 +99,13 @@ def write_shrunken(source: Path, target: Path) -> None:
 
 def parity(args: CheckArguments) -> ParityResult:
     """Train on both sides, show the table. Raises: VerifyError naming the first step and value that is off."""
-    from swiftlite.llm.train.dpo import dpo_main
+    from swiftlite.llm.train.rlhf import rlhf_main
     from swiftlite.llm.train.sft import sft_main
-    from swiftlite.megatron.trainers.dpo import megatron_dpo_main
+    from swiftlite.megatron.trainers.rlhf import megatron_rlhf_main
     from swiftlite.megatron.trainers.sft import megatron_sft_main
     from swiftlite.train.plot import read_run
 
-    trainers = (dpo_main, megatron_dpo_main) if args.rlhf_type == "dpo" else (sft_main, megatron_sft_main)
+    trainers = (rlhf_main, megatron_rlhf_main) if args.rlhf_type else (sft_main, megatron_sft_main)
     with tempfile.TemporaryDirectory() as folder:
         model = str(args.model)
         if args.shrink:
@@ -113,7 +113,7 @@ def parity(args: CheckArguments) -> ParityResult:
             assert source is not None
             write_shrunken(source, Path(folder) / source.name)
             model = str(Path(folder) / source.name)
-        given = {"model_type": args.model_type, "template": args.template}
+        given = {"model_type": args.model_type, "template": args.template, "rlhf_type": args.rlhf_type}
         settings = {
             **SETTINGS, "model": model, "train_type": args.train_type, "train_iters": args.train_iters, "lr": args.lr,
             "max_length": args.max_length, "use_hf": args.use_hf, "trust_remote_code": args.trust_remote_code,

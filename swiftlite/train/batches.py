@@ -17,6 +17,20 @@ DUMMY = -1  # stands for a sample that is not there: it fills up the last batch 
 B = TypeVar("B")
 
 
+class Neighbour(int):
+    """A sample of a global batch that knows the one before it there; before the first one stands the last."""
+
+    before: int
+
+
+def neighbours(samples: Sequence[int]) -> list[int]:
+    """The same samples, those that are there as Neighbours."""
+    there = [Neighbour(i) for i in samples if i != DUMMY]
+    for sample, before in zip(there, [*there[-1:], *there[:-1]], strict=True):
+        sample.before = before
+    return [*there, *([DUMMY] * (len(samples) - len(there)))]
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How the samples of a global batch are divided: `num_microbatches` passes of `micro_batch_size` on each DP rank."""
@@ -31,12 +45,11 @@ class BatchPlan:
         return self.micro_batch_size * self.num_microbatches * self.dp_size
 
     def micro_batches(self, samples: Sequence[int]) -> list[list[int]]:
-        """This rank's samples, one list per pass. Every rank gets the same number of samples in every pass."""
-        per_pass = self.micro_batch_size * self.dp_size
+        """This rank's samples of a global batch, one list per pass, as Neighbours. Ranks get equally many in every pass."""
+        samples, per_pass = neighbours(samples), self.micro_batch_size * self.dp_size
         start = self.dp_rank * self.micro_batch_size
         return [
-            list(samples[begin + start : begin + start + self.micro_batch_size])
-            for begin in range(0, len(samples), per_pass)
+            samples[begin + start : begin + start + self.micro_batch_size] for begin in range(0, len(samples), per_pass)
         ]
 
 

@@ -98,7 +98,7 @@ class Best:
 
         Returns: whether it is the best so far.
         """
-        if self.metric not in evaluation:  # none; or a channel's, of which it had no rows
+        if self.metric not in evaluation:  # none; or a channel's or a kind of answers', of which it had no rows
             return False
         value, best = evaluation[self.metric], self.record.get(self.metric)
         if best is not None and (value <= best if self.greater else value >= best):

@@ -59,6 +59,7 @@ COMPANIONS = {
     "merge_lora": ["--train_type", "lora"],
     "tuner_settings": ["--train_type", "boft"],
     "simpo_gamma": ["--loss_type", "simpo"],
+    **dict.fromkeys(("loss_type", "desirable_weight", "undesirable_weight"), ["--rlhf_type", "kto"]),
 }
 # A value as it is usually typed, where the type does not say one.
 VALUES = {

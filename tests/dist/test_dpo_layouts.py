@@ -35,6 +35,8 @@ LORA = ["--ref_model", "none", "--train_type", "lora", "--lora_rank", "16", "--l
         "--lr_decay_style", "constant"]  # fmt: skip
 LORA_MOE = [*LORA, "--lr", "2.5e-3", "--train_iters", "20"]  # at a higher rate routing flips on rounding differences
 
+KTO = ["--rlhf_type", "kto", "--rpo_alpha", "none"]  # each pair as two answers
+
 # What one process runs: family, flags. The others are compared with the one they name.
 ALONE: dict[str, tuple[str, list[str]]] = {
     "dense": ("qwen3", []),
@@ -44,6 +46,7 @@ ALONE: dict[str, tuple[str, list[str]]] = {
     "lora": ("qwen3", LORA),
     "lora-moe": ("glm4_moe", LORA_MOE),
     "mla": ("moonlight", []),
+    "kto": ("qwen3", KTO),
 }
 # one process' run, world size, flags, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
@@ -70,6 +73,10 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "lora-moe-ep2": ("lora-moe", 2, [*LORA_MOE, *EP], None),
     "mla-tp2-sp": ("mla", 2, TP, None),
     "mla-ep2": ("mla", 2, EP, None),
+    "kto-dp2": ("kto", 2, KTO, None),
+    "kto-tp2-sp": ("kto", 2, [*KTO, *TP], None),
+    "kto-pp2-known": ("kto", 2, [*KTO, *UNEVEN, *KNOWN], None),
+    "kto-cp2": ("kto", 2, [*KTO, *CP], None),
     "control-double-layer": ("dense", 2, [], "double_layer"),
     "control-skip-norm-reduce": ("dense", 2, TP, "skip_norm_reduce"),
     "control-own-counts": ("dense", 2, [], "own_counts"),
@@ -137,7 +144,8 @@ def test_layout_equals_one_process(root: Path, name: str) -> None:
     assert [line["step"] for line in one] == [line["step"] for line in several]
     for mine, theirs in zip(several, one, strict=True):
         names = {n for n in theirs if n.startswith("eval_") or "/" in n or n == "nll_loss"}
-        assert names == {n for n in mine if n.startswith("eval_") or "/" in n or n == "nll_loss"} and len(names) > 6
+        assert names == {n for n in mine if n.startswith("eval_") or "/" in n or n == "nll_loss"}
+        assert len(names) >= {"kto": 5, "gkd": 1}.get(alone, 7)
         for metric in names:
             assert mine[metric] == pytest.approx(theirs[metric], rel=TOLERANCE, abs=TOLERANCE), metric
 

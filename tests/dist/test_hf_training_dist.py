@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from swiftlite.llm.train.dpo import dpo_main
+from swiftlite.llm.train.rlhf import rlhf_main
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.train.plot import read_run
 from tests.dist.launch import run_cases
@@ -27,11 +27,12 @@ CASES: dict[str, tuple[str, str, list[str], str | None]] = {
     "experts-recomputed": ("sft", "glm4_moe", ["--recompute", "full"], None),
     "dpo": ("dpo", "qwen3", ["--rpo_alpha", "0.3", "--precompute_ref_log_probs", "true"], None),
     "dpo-lora": ("dpo", "glm4_moe", LORA, None),
+    "kto": ("dpo", "qwen3", ["--rlhf_type", "kto"], None),
     "stopped": ("sft", "qwen3", [], "sigterm"),
     "unreduced": ("sft", "qwen3", [], "unreduced"),
 }
 COMPARED = ("step", "loss", "lr", "grad_norm", "eval_loss", "rewards/margins", "eval_rewards/margins", "loss_a", "loss_b",
-            "eval_loss_a", "eval_loss_b")  # fmt: skip
+            "eval_loss_a", "eval_loss_b", "kl", "eval_kl")  # fmt: skip
 
 
 def compared(line: dict[str, Any]) -> dict[str, float]:
@@ -58,7 +59,7 @@ def test_two_processes_equal_one(tiny_model: Callable[..., Path], tmp_path: Path
     for case, (command, _, _, fault) in CASES.items():
         if fault is not None:
             continue
-        {"sft": sft_main, "dpo": dpo_main}[command](words(case, one / case))
+        {"sft": sft_main, "dpo": rlhf_main}[command](words(case, one / case))
         alone, shared = (read_run(root / case / "logging.jsonl") for root in (one, two))
         assert [line["step"] for line in alone] == [1, 2, 3, 3, 4, 5, 6, 6]
         assert len(shared) == 8

@@ -31,7 +31,8 @@ import torch
 import torch.distributed as dist
 
 # What the process that all others are forked from imports.
-IMPORTED = ["tests.dist.worker", "tests.dist.worker_hf", "tests.dist.worker_hf_io", "swiftlite.megatron.trainers.dpo"]
+IMPORTED = ["tests.dist.worker", "tests.dist.worker_hf", "tests.dist.worker_hf_io", "swiftlite.megatron.trainers.dpo",
+            "swiftlite.megatron.trainers.kto"]  # fmt: skip
 
 
 class Ended(Exception):
@@ -135,13 +136,13 @@ def fault(name: str | None) -> Iterator[None]:
 
 def run_case(case: dict[str, Any]) -> None:
     from swiftlite.cli.main import main as swiftlite_main
-    from swiftlite.megatron.trainers.dpo import megatron_dpo_main
+    from swiftlite.megatron.trainers.rlhf import megatron_rlhf_main
     from swiftlite.megatron.trainers.sft import megatron_sft_main
 
     def export(words: list[str]) -> None:
         assert swiftlite_main(["export", *words]) == 0
 
-    commands = {"sft": megatron_sft_main, "dpo": megatron_dpo_main, "export": export}
+    commands = {"sft": megatron_sft_main, "dpo": megatron_rlhf_main, "export": export}
     with fault(case.get("fault")), suppress(Ended):
         commands[case.get("command", "sft")](case["argv"])
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from swiftlite.llm.model.names import local_part
-from swiftlite.llm.train.dpo import dpo_main
+from swiftlite.llm.train.rlhf import rlhf_main
 from swiftlite.llm.train.saving import whole
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.llm.train.trainer import HfTrainer
 from swiftlite.llm.train.ulysses import SequenceParts
 from tests.dist.worker import replaced
 
-COMMANDS = {"sft": sft_main, "dpo": dpo_main}
+COMMANDS = {"sft": sft_main, "dpo": rlhf_main}
 
 
 def sigterm(original: Any) -> Any:

@@ -13,8 +13,11 @@ import torch
 from swiftlite.cli.export import export_main
 from swiftlite.cli.main import find_route
 from swiftlite.llm.train.dpo import dpo_main
+from swiftlite.llm.train.rlhf import rlhf_main
 from swiftlite.megatron.trainers.dpo import DpoTrainer, megatron_dpo_main
 from swiftlite.megatron.trainers.pairs import PairBatch
+from swiftlite.megatron.trainers.rlhf import megatron_rlhf_main
+from swiftlite.megatron.trainers.with_reference import ReferenceTrainer
 from swiftlite.train.dpo_loss import LogProbs, PairLoss
 from swiftlite.train.meters import METERS
 from swiftlite.train.plot import read_run
@@ -25,7 +28,7 @@ ROWS = preference_rows(12)
 TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "qwen3_moe": "qwen3_moe", "mla": "moonlight"}
 STEPS = 20
 # Metrics that sums of many numbers make, near 0 in the first step: compared absolutely as well.
-REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "kl")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "rpo": {"rpo_alpha": 0.7},
     "simpo": {"rlhf_type": "simpo", "lr": 5e-4},
     "orpo": {"rlhf_type": "orpo"},
+    "kto": {"rlhf_type": "kto", "beta": 0.05, "lr": 1e-3},  # of each pair's two answers
 }
 CASES = [*(("qwen3", kind) for kind in KINDS), ("glm4_moe", "sigmoid"), ("qwen3_moe", "rpo"), ("mla", "sigmoid")]
 
@@ -90,9 +94,9 @@ CASES = [*(("qwen3", kind) for kind in KINDS), ("glm4_moe", "sigmoid"), ("qwen3_
 def test_equal_to_transformers(family: str, kind: str, run: Any, model_of: Callable[..., Path]) -> None:
     """20 steps in fp32 against a reference that differs from the policy."""
     flags = {"train_iters": STEPS, "save_weights_only": "true", **KINDS[kind]}
-    if "rlhf_type" not in flags:
+    if kind not in ("simpo", "orpo"):
         flags["ref_model"] = model_of(family, seed=1)
-    theirs, ours = (run(main, main.__name__, family, **flags) for main in (dpo_main, megatron_dpo_main))
+    theirs, ours = (run(main, main.__name__, family, **flags) for main in (rlhf_main, megatron_rlhf_main))
     compare(ours, theirs)
     assert len(values(ours, "loss")) == STEPS
     assert ours[-1]["loss"] < 0.75 * ours[0]["loss"]
@@ -121,8 +125,53 @@ def test_lora_in_other_ways_is_the_same(run: Any, model_of: Callable[..., Path],
     again = run(megatron_dpo_main, "whole", **flags)
     for name in ("step", "loss", "grad_norm", *REWARDS):
         assert values(again, name) == values(wanted, name), name
-    with pytest.raises(UsageError, match="merge them first, or give --ref_model"):
-        run(megatron_dpo_main, "further", **flags, adapters=tmp_path / "whole/iter_0000004")
+    adapters = tmp_path / "whole/iter_0000004"
+    with pytest.raises(UsageError, match="give the same directory with --ref_adapters"):
+        run(megatron_dpo_main, "further", **flags, adapters=adapters)
+    del flags["split_dataset_ratio"]
+    further = {**flags, "adapters": adapters, "ref_adapters": adapters}
+    theirs, ours = (run(main, main.__name__, **further) for main in (dpo_main, megatron_dpo_main))
+    compare(ours, theirs)
+    assert ours[0]["rewards/margins"] == pytest.approx(0, abs=1e-4) and ours[-1]["rewards/margins"] > 0.1
+    logged = [line["rewards/margins"] for line in run(dpo_main, "from base", **{**flags, "ref_adapters": adapters})]
+    assert logged[0] < -0.1, "the reference is another model than the start"
+
+
+def test_what_the_reference_said_is_kept(
+    run: Any, model_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same reference is not asked the same again; another one is, and where the file is cut off."""
+    monkeypatch.setenv("SWIFTLITE_CACHE", str(tmp_path / "cache"))
+    asked: list[int] = []
+    ask = ReferenceTrainer.ask
+    monkeypatch.setattr(ReferenceTrainer, "ask", lambda self, q: asked.append(len(q)) or ask(self, q))
+    flags: dict[str, Any] = {"precompute_ref_log_probs": "true", "train_iters": 1}
+    first = run(megatron_dpo_main, "one", **flags)
+    again = run(megatron_dpo_main, "two", **flags)
+    assert asked == [24] and [line["loss"] for line in again] == [line["loss"] for line in first]
+    (kept,) = (tmp_path / "cache/reference").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-4])
+    run(megatron_dpo_main, "three", **flags)
+    run(megatron_dpo_main, "four", **flags, ref_model=model_of("qwen3", seed=1))
+    assert asked == [24] * 3
+
+
+def test_labelled_answers_in_other_ways(run: Any) -> None:
+    """KTO with LoRA on both sides, in micro batches, joined, with what the reference said before training: one curve."""
+    flags = {**LORA, "rlhf_type": "kto", "undesirable_weight": 0.7, "split_dataset_ratio": 0.2, "eval_steps": 2}
+    wanted = run(rlhf_main, "hf", **flags, micro_batch_size=4)
+    evaluations = [line for line in wanted if "eval_loss" in line]
+    assert len(evaluations) == 2 and evaluations[-1]["eval_rewards/margins"] and any(line.get("kl") for line in wanted)
+    known: dict[str, Any] = {"precompute_ref_log_probs": "true", "micro_batch_size": 1}
+    for main, output, other in (
+        (megatron_rlhf_main, "one", {}), (megatron_rlhf_main, "known", known), (rlhf_main, "hf-known", known),
+        (megatron_rlhf_main, "free", {"padding_free": "true"}), (rlhf_main, "hf-free", {"padding_free": "true"}),
+    ):  # fmt: skip
+        found = run(main, output, **flags, **other)
+        compare(found, wanted)
+        for mine, line in zip((line for line in found if "eval_loss" in line), evaluations, strict=True):
+            for name in (n for n in line if n.startswith("eval_")):
+                assert mine[name] == pytest.approx(line[name], rel=1e-5, abs=1e-5), name
 
 
 def test_the_reference_has_no_dropout(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +292,7 @@ def test_metrics_have_their_names(run: Any) -> None:
         "loss_scale",
         "skipped_steps",
         "eval_loss",
+        "kl",
     }
     assert trained[0]["rewards/margins"] == pytest.approx(0, abs=1e-4), "the reference is the start"
     assert trained[-1]["rewards/accuracies"] == 1 and trained[-1]["loss"] < 0.8 * trained[0]["loss"]

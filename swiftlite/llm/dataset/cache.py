@@ -53,12 +53,12 @@ def fingerprint(template: Template) -> Json:
     facts["special_tokens"] = dict(template.special_tokens)
     if template.use_chat_template:
         source = template.chat.registered or json.dumps(template.tokenizer.chat_template)
-        facts["chat_template"] = _hash([source])
+        facts["chat_template"] = hash_of([source])
         if "strftime_now" in source:
             facts["date"] = str(date.today())
     facts["format"] = _FORMAT
     facts["version"] = f"{__version__}, tokenizers {version('tokenizers')}"
-    facts["code"] = _hash(map(_source, type(template).__mro__[:-1]))
+    facts["code"] = hash_of(map(_source, type(template).__mro__[:-1]))
     return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
 
 
@@ -77,15 +77,16 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         # Padding and truncation are settings of the last call.
         value = json.loads(tokenizer.backend_tokenizer.to_str())
         value.pop("padding", None), value.pop("truncation", None)
-        return _hash([*parts, json.dumps(value, sort_keys=True)])
+        return hash_of([*parts, json.dumps(value, sort_keys=True)])
     # Scores and merges are in its files only, and it may bring code.
     files = [getattr(tokenizer, f"{name}_file", None) for name in ("vocab", "merges")]
     contents = [hash_of_file(Path(file)) for file in files if file and Path(file).is_file()]
     vocab = json.dumps({str(token): i for token, i in tokenizer.get_vocab().items()}, sort_keys=True)
-    return _hash([*parts, *contents, vocab, _source(type(tokenizer))])
+    return hash_of([*parts, *contents, vocab, _source(type(tokenizer))])
 
 
-def _hash(texts: Iterable[str]) -> str:
+def hash_of(texts: Iterable[str]) -> str:
+    """xxh3_128 of texts in their order."""
     import xxhash
 
     digest = xxhash.xxh3_128()
@@ -122,7 +123,7 @@ def encode_cached(
             rows, template, max_drop_ratio=max_drop_ratio, name=name, num_proc=num_proc, rejects=rejects
         )
 
-    key = _hash([json.dumps(fingerprint(template)), *(json.dumps(row, default=str) for row in rows)])
+    key = hash_of([json.dumps(fingerprint(template)), *(json.dumps(row, default=str) for row in rows)])
     directory = cache_root() / "datasets" / key
     with ExitStack() as stack:
         try:
@@ -165,7 +166,7 @@ def _write_cache(dataset: EncodedDataset, num_rows: int, directory: Path) -> Non
         "row_indices": dataset.row_indices,
         "rows": [[*entry, index] for entry, index in zip(log, gone, strict=True)],
     }
-    write_json(directory / _DROPPED_FILE, {**facts, "hash": _hash([json.dumps(facts)])})
+    write_json(directory / _DROPPED_FILE, {**facts, "hash": hash_of([json.dumps(facts)])})
 
 
 def _from_cache(directory: Path, rows: list[Json], rejects: RejectsFile | None) -> EncodedDataset:
@@ -174,7 +175,7 @@ def _from_cache(directory: Path, rows: list[Json], rejects: RejectsFile | None) 
     path = directory / _DROPPED_FILE
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts.pop("hash") != _hash([json.dumps(facts)]):
+        if facts.pop("hash") != hash_of([json.dumps(facts)]):
             raise ValueError("its content has changed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
@@ -11,6 +10,7 @@ from swiftlite.llm.dataset.packing import pack_windows
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import TokenStore
 from swiftlite.llm.template.base import IGNORE_INDEX, MaxLengthError, Template
+from swiftlite.train.questions import Questions
 from swiftlite.utils.errors import DatasetError, TemplateError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
@@ -21,14 +21,14 @@ SIDES = ("chosen", "rejected")
 class PairDataset:
     """A map-style dataset of pairs. `[i]` -> {"pairs": [PAIR, ...], "length": tokens of all answers with their prompts}.
 
-    A PAIR is {"chosen": {"input_ids", "labels"}, "rejected": {...}, "reference"?: (log-probability of the chosen answer,
-    of the rejected one)}. An item is one pair, or with `capacity` as many as have room in so many tokens (a longer pair
-    is alone).
+    A PAIR is {"chosen": {"input_ids", "labels", "reference"?}, "rejected": {...}}. An item is one pair, or with `capacity`
+    as many as have room in so many tokens (a longer pair is alone).
 
     Args: rows: standard rows with `rejected_messages`. The rest as EncodedDataset.
     Attributes:
         pairs: number of pairs. sizes: tokens of each pair. items: pairs of each item. lengths: tokens of each item.
-        reference: log-probabilities [pairs][2] under the reference model, once somebody has computed them.
+        reference: log-probabilities under the reference model, of the chosen and the rejected answer of each pair, once
+            somebody has computed them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PairDataset:
             raise DatasetError(f"{name}: holds no rows; give a file with at least one")
         self.report = DropReport(rejects=rejects, log=[])
         self.store = TokenStore()
-        self.reference: Sequence[tuple[float, float]] | None = None
+        self.reference: Sequence[float] = ()
         with RowEncoder(template, num_proc if len(rows) > 512 else 1) as encode:
             encoded = encode(side for row in rows for side in _sides(row))
             for i, row in enumerate(rows):
@@ -61,7 +61,7 @@ class PairDataset:
         """All pairs of a store that another one had."""
         dataset = cls.__new__(cls)
         dataset.report = DropReport(total=len(store))
-        dataset.store, dataset.reference = store, None
+        dataset.store, dataset.reference = store, ()
         dataset._arrange(capacity, seed, name)
         return dataset
 
@@ -102,17 +102,20 @@ class PairDataset:
         return len(self.store)
 
     def pair(self, index: int) -> Json:
-        columns = self.store[index]
-        pair: Json = {side: {name: columns[f"{side}_{name}"] for name in ("input_ids", "labels")} for side in SIDES}
-        if self.reference is not None:
-            pair["reference"] = tuple(self.reference[index])
-        return pair
+        return {side: self.sequence(2 * index + number) for number, side in enumerate(SIDES)}
 
-    def singles(self) -> PairDataset:
-        """The same pairs, one an item."""
-        found = copy.copy(self)
-        found.items = [[i] for i in range(self.pairs)]
-        return found
+    def sequence(self, number: int) -> Sample:
+        """Answer `number` of all: chosen and rejected in turn."""
+        columns, side = self.store[number // 2], SIDES[number % 2]
+        found: Sample = {name: columns[f"{side}_{name}"] for name in ("input_ids", "labels")}
+        return {**found, "reference": self.reference[number]} if self.reference else found
+
+    def questions(self, batches: Iterable[Sequence[int]]) -> Questions[int]:
+        """What a reference is asked of all pairs, whatever the global batches are."""
+        return Questions(range(2 * self.pairs), self.sequence, self.remember)
+
+    def remember(self, keys: Sequence[int], values: Sequence[float]) -> None:
+        self.reference = values
 
     @property
     def lengths(self) -> list[int]:

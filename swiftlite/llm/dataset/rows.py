@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.llm.dataset.cache import FACTS_FILE, directory_of
+from swiftlite.llm.dataset.labels import labelled
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
 from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.register import register_dataset_info
-from swiftlite.llm.dataset.report import RejectsFile
+from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.sources import open_spec, parse_spec
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.types import Json, Settings
@@ -46,9 +47,9 @@ def open_stream(args: BaseArguments, state: Json | None = None) -> RowStream:
 
 
 def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Row], list[Row]]:
-    """(training rows, validation rows) in the standard form, see load_dataset."""
+    """(training rows, validation rows) in the standard form, see load_dataset. Of --rlhf_type kto: see `labelled`."""
     register_named(args)
-    return load_dataset(
+    train, val = load_dataset(
         args.dataset,
         val_datasets=args.val_dataset,
         split_dataset_ratio=args.split_dataset_ratio,
@@ -57,6 +58,12 @@ def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[
         stopping_strategy=args.stopping_strategy,
         **_reading(args, rejects),
     )
+    if getattr(args, "rlhf_type", None) != "kto":
+        return train, val
+    report = DropReport(rejects=rejects)
+    parts = labelled(train, report), labelled(val, report)
+    report.check(args.max_drop_ratio, "labels")
+    return parts
 
 
 def read_validation_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> list[Row]:

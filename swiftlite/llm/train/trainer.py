@@ -69,6 +69,7 @@ class HfTrainer:
     ) -> None:
         self.args, self.model = args, model
         self.tokenizer, self.objective = template.tokenizer, objective
+        self.template = template
         self.collate = counting(collate, objective, lengths, args.model_info.config)
         self.padding_free = template.padding_free
         self.chat = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
@@ -151,6 +152,7 @@ class HfTrainer:
             torch.distributed.all_reduce(self.counts)
             self.counts /= self.args.sequence_parallel_size  # ranks that share sequences count the same
         scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else None
+        self.prepare((batch, True) for batch in batches)
         for number, batch in enumerate(batches, 1):
             # A sharded model's gradients never stand whole on a rank.
             added_later = number < len(batches) and not self.args.fsdp
@@ -168,6 +170,12 @@ class HfTrainer:
         sums, length, stop = self.end_step(norm)
         skipped = self.state.global_step - self.scheduler.last_epoch  # the schedule waits in steps that overflow
         return Step({**sums, "data_s": data_seconds}, lr, length if updated else None, stop, scale, skipped)
+
+    def prepare(self, batches: Iterable[tuple[Batch, bool]]) -> None:
+        """What else is to be known of this rank's micro batches of a global batch before they run. Collective.
+
+        batches: with whether their samples count.
+        """
 
     def compute_loss(self, model: PreTrainedModel, inputs: Batch) -> Tensor:
         """This micro batch's share of the global batch's loss; ranks' gradients are averaged, hence the factor."""
@@ -206,16 +214,17 @@ class HfTrainer:
         assert run.val_set is not None
         self.model.eval()
         for samples in evaluation_samples(len(run.val_set), run.global_batch, self.args.eval_iters):
-            for passed in run.plan.micro_batches(samples):
-                there = [i for i in passed if i >= 0]
-                if not there and total and not self.args.fsdp:  # ranks run a sharded model together
+            # A rank without samples of its own runs one that counts nothing, so that all know the names.
+            passes = [[i for i in passed if i >= 0] for passed in run.plan.micro_batches(samples)]
+            batches = [(self.collate([run.val_set[i] for i in there or [0]]), bool(there)) for there in passes]
+            self.prepare(batches)
+            for batch, counts in batches:
+                if not counts and total and not self.args.fsdp:  # ranks run a sharded model together
                     continue
-                # A rank without samples of its own runs one that counts nothing, so that all know the names.
-                batch = self.inputs(self.collate([run.val_set[i] for i in there or [0]]))
                 with self.accelerator.autocast():
-                    sums = self.objective.sums(self.model, batch)
+                    sums = self.objective.sums(self.model, self.inputs(batch))
                 for name, value in sums.items():
-                    total[name] = total.get(name, 0.0) + value.double() * bool(there)
+                    total[name] = total.get(name, 0.0) + value.double() * counts
         added = torch.stack(list(total.values()))
         if get_world_size() > 1:
             torch.distributed.all_reduce(added)

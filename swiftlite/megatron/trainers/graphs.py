@@ -175,6 +175,7 @@ def obstacle(args: MegatronArguments, models: Sequence[MegatronModule], device: 
         "dropout of divided layers has generators of its own": bool(dropout) or (
             config.tensor_model_parallel_size > 1 and args.train_type == "lora" and bool(args.lora_dropout)
         ),
+        "mismatched answers are batches of their own": getattr(args, "rlhf_type", None) == "kto",
         "a dispatcher waits for the experts' token counts": not counts_stay_on_device(models),
     }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -1,4 +1,5 @@
-"""The reference model of preference training: the model as training began, --ref_model, or none of its own."""
+"""The reference of preference training: the model as training began, --ref_model, or with LoRA the policy without its
+adapters: no model of its own."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from swiftlite.checkpoint.vocabulary import grown, rows_of
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.wrapping import in_precision
+from swiftlite.megatron.tuners.lora import prepare_lora
 from swiftlite.train.reference import check_reference, reference_kind
 from swiftlite.utils.directories import Directory
 
@@ -26,8 +28,12 @@ def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Megatr
     Raises: UsageError if --ref_model has another vocabulary, or if the policy begins with adapters and it is missing.
     """
     kind = reference_kind(args)
-    if kind != "named":
-        return origin, args if kind == "start" else None
+    if kind in ("none", "adapters off"):
+        return origin, None
+    other = copy.copy(args)  # the same run, of another model or with other adapters
+    other.adapters, other.mcore_adapter = [args.ref_adapters] if args.ref_adapters else [], None
+    if kind == "start":
+        return origin, other
     directory = Path(str(args.ref_model)).expanduser()
     if not Directory(directory).is_megatron:
         info, _ = get_model_info_meta(
@@ -39,7 +45,6 @@ def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Megatr
     same = rows_of(stated) == rows_of(model)
     config = convert_hf_config(grown(stated, args.new_tokens if same else None))
     check_reference(args, config["padded_vocab_size"], args.description.padded_vocab_size)
-    other = copy.copy(args)  # the same run of another model
     other.apply_model_config(config)
     return directory, other
 
@@ -47,6 +52,9 @@ def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Megatr
 def build_reference(args: MegatronDpoArguments, directory: Path, variable_lengths: bool) -> list[MegatronModule]:
     """Its model chunks on this rank, in the dtype of the run, with its weights. Collective. args: see reference_of."""
     models = build_models(args, variable_seq_lengths=variable_lengths)
+    source = Checkpoint.open(directory, new_tokens=args.new_tokens)
+    if args.adapters:
+        prepare_lora(models, source, args)
     reference = [in_precision(model).requires_grad_(False).eval() for model in models]
-    load_weights(reference, Checkpoint.open(directory, new_tokens=args.new_tokens), args.allow_overflow)
+    load_weights(reference, source, args.allow_overflow)
     return reference

@@ -1,0 +1,127 @@
+"""AnswerDataset: answers that are each desirable or not, as token ids; for KTO on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from swiftlite.arguments.preference import DpoArguments
+from swiftlite.llm.dataset.encoded import EncodedDataset, Sample
+from swiftlite.llm.dataset.prepare import encode_and_pack
+from swiftlite.llm.dataset.preprocess import Row
+from swiftlite.llm.dataset.report import RejectsFile
+from swiftlite.llm.dataset.rows import read_rows
+from swiftlite.llm.template.collate import IGNORE_INDEX
+from swiftlite.train.batches import Neighbour, neighbours
+from swiftlite.train.questions import Questions
+from swiftlite.utils.directories import REJECTS_FILE
+from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
+from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    from swiftlite.llm.template.base import Template
+
+
+class AnswerDataset:
+    """A map-style dataset of answers with their prompts: `[i]` -> {"input_ids", "labels", "desirable", "reference"?}.
+
+    Of a Neighbour there is "mismatched" besides: its prompt with the answer of the sample before it in the global batch,
+    {"input_ids", "labels", "reference"?}; cut at `max_length`. That is how trl pairs them, within a global batch.
+
+    Args: samples: tokenised rows. desirable: of each sample.
+    Attributes: reference: log-probabilities under the reference model by (sample of the prompt, sample of the answer), once
+        somebody has computed them.
+    """
+
+    def __init__(self, samples: EncodedDataset, desirable: Sequence[bool], max_length: int | None) -> None:
+        self.samples, self.desirable = samples, desirable
+        self.max_length = max_length
+        self.reference: dict[tuple[int, int], float] = {}
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.samples.lengths
+
+    def content_hash(self) -> str:
+        return self.samples.store.content_hash([[i for i, good in enumerate(self.desirable) if good]])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Json]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Json:
+        item = {**self.sequence((index, index)), "desirable": self.desirable[index]}
+        if isinstance(index, Neighbour):
+            item["mismatched"] = self.sequence((index, index.before))
+        return item
+
+    def sequence(self, key: tuple[int, int]) -> Sample:
+        """The prompt of one sample with the answer of another, or its own."""
+        prompt, answer = (self.samples[i] for i in key)
+        found = {name: prompt[name] for name in ("input_ids", "labels")}
+        if key[0] != key[1]:
+            end, start = (_answer_start(sample) for sample in (prompt, answer))
+            ids = prompt["input_ids"][:end] + answer["input_ids"][start:]
+            labels = [IGNORE_INDEX] * end + answer["labels"][start:]
+            found = {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+        return {**found, "reference": self.reference[key]} if self.reference else found
+
+    def questions(self, batches: Iterable[Sequence[int]]) -> Questions[tuple[int, int]]:
+        """What a reference is asked in these global batches."""
+        keys: dict[tuple[int, int], None] = {}
+        for batch in batches:
+            for i in neighbours(batch):
+                if isinstance(i, Neighbour):
+                    keys.update({(int(i), int(i)): None, (int(i), int(i.before)): None})
+        return Questions(list(keys), self.sequence, self.remember)
+
+    def remember(self, keys: Sequence[tuple[int, int]], values: Sequence[float]) -> None:
+        self.reference = dict(zip(keys, values, strict=True))
+
+
+def _answer_start(sample: Sample) -> int:
+    """Where the tokens with a label begin."""
+    return next(t for t, label in enumerate(sample["labels"]) if t and label != IGNORE_INDEX)
+
+
+def say_balance(desirable: Sequence[bool], good: float, bad: float) -> None:
+    """Warn where the weights of the two kinds make up badly for how many there are of each, as trl does.
+
+    Args: good, bad: --desirable_weight, --undesirable_weight. Source: KTO 2402.01306, equation 8: the ratio of the weighted
+        numbers should be between 1 and 4/3.
+    """
+    count = sum(desirable)
+    others = len(desirable) - count
+    if not count or not others:
+        get_logger().warning(
+            "all %d answers are %sdesirable: KTO learns from the difference of both kinds; label some the other way",
+            len(desirable), "" if count else "un",
+        )  # fmt: skip
+        return
+    low, high = others * bad / count, 1.33 * others * bad / count
+    least, most = count * good / others / 1.33, count * good / others
+    if count != others and not (round(low, 2) <= good <= round(high, 2) or round(least, 2) <= bad <= round(most, 2)):
+        get_logger().warning(
+            "%d answers are desirable and %d are not: give --desirable_weight %.2f to %.2f, or --undesirable_weight %.2f "
+            "to %.2f", count, others, low, high, least, most,
+        )  # fmt: skip
+
+
+def load_answers(args: DpoArguments, template: Template) -> tuple[AnswerDataset, AnswerDataset | None]:
+    """(training answers, validation answers or None), with labels. Raises: UsageError without data; DatasetError."""
+    if not args.dataset:
+        raise UsageError("give the training data with --dataset FILE")
+    rejects = RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
+
+    def make(rows: list[Row], name: str) -> AnswerDataset:
+        samples = encode_and_pack(rows, args, template, rejects, name)
+        assert isinstance(samples, EncodedDataset)  # packing is refused
+        return AnswerDataset(samples, [rows[i]["label"] for i in samples.row_indices], args.max_length)
+
+    train_rows, val_rows = read_rows(args, rejects)
+    train = make(train_rows, "training data")
+    say_balance(train.desirable, args.desirable_weight, args.undesirable_weight)
+    return train, make(val_rows, "validation data") if val_rows else None
