@@ -91,20 +91,30 @@ def _once(read: Reader) -> Reader:
     return functools.cache(read)  # type: ignore[return-value]
 
 
-@typing.dataclass_transform(eq_default=False, field_specifiers=(field, run_setting))
+@typing.dataclass_transform(eq_default=False, kw_only_default=True, field_specifiers=(field, run_setting))
 def arguments(cls: type[T]) -> type[T]:
-    """`dataclass`, with aliases accepted by the constructor as well."""
-    cls = dataclass(eq=False, repr=False)(cls)  # compiling each class's would be a third of what `--help` takes
-    init = cls.__init__
+    """`dataclass` with keywords only, of which aliases are some.
 
-    @functools.wraps(init)
-    def __init__(self: Any, *args: object, **kwargs: object) -> None:
-        kwargs = canonical_names(type(self), kwargs)
-        self.__dict__.setdefault("_given", frozenset(kwargs))
-        init(self, *args, **kwargs)
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    dataclass would write and compile __init__ and __repr__ of each class: half of what `--help` takes.
+    """
+    cls = dataclass(eq=False, repr=False, init=False)(cls)
+    cls.__init__ = _init  # type: ignore[method-assign]
     return cls
+
+
+def _init(self: Any, **given: object) -> None:
+    """Raises: TypeError for an unknown keyword, UsageError for a wrong value."""
+    given = canonical_names(type(self), given)
+    self.__dict__.setdefault("_given", frozenset(given))
+    for f in dataclasses.fields(self):
+        if f.name in given:
+            value = given.pop(f.name)
+        else:
+            value = f.default if f.default_factory is MISSING else f.default_factory()
+        setattr(self, f.name, value)
+    if given:
+        raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument '{next(iter(given))}'")
+    self.__post_init__()
 
 
 @arguments
