@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from swiftlite.llm.dataset.register import register_dataset
     from swiftlite.llm.infer import infer_main
     from swiftlite.llm.model.loader import get_model_processor, get_model_tokenizer
+    from swiftlite.llm.template.loss_scale import register_loss_scale
     from swiftlite.llm.template.register import get_template
     from swiftlite.llm.train.dpo import dpo_main
     from swiftlite.llm.train.sft import pt_main, sft_main
     from swiftlite.megatron.trainers.dpo import megatron_dpo_main
     from swiftlite.megatron.trainers.sft import megatron_pt_main, megatron_sft_main
+    from swiftlite.train.plugins import Callback, register_callback, register_objective, register_optimizer
 
 _WHERE = {
+    "Callback": "swiftlite.train.plugins",
     "Checkpoint": "swiftlite.checkpoint.checkpoint",
     "convert_hf2mcore": "swiftlite.cli.export",
     "convert_mcore2hf": "swiftlite.cli.export",
@@ -45,13 +48,18 @@ _WHERE = {
     "megatron_sft_main": "swiftlite.megatron.trainers.sft",
     "pt_main": "swiftlite.llm.train.sft",
     "sft_main": "swiftlite.llm.train.sft",
+    "register_callback": "swiftlite.train.plugins",
     "register_dataset": "swiftlite.llm.dataset.register",
     "register_family": "swiftlite.families",
+    "register_loss_scale": "swiftlite.llm.template.loss_scale",
     "register_model": "swiftlite.families",
+    "register_objective": "swiftlite.train.plugins",
+    "register_optimizer": "swiftlite.train.plugins",
     "register_template": "swiftlite.families.templates",
 }
 
 __all__ = [
+    "Callback",
     "Checkpoint",
     "__version__",
     "convert_hf2mcore",
@@ -67,9 +75,13 @@ __all__ = [
     "megatron_pt_main",
     "megatron_sft_main",
     "pt_main",
+    "register_callback",
     "register_dataset",
     "register_family",
+    "register_loss_scale",
     "register_model",
+    "register_objective",
+    "register_optimizer",
     "register_template",
     "sft_main",
 ]

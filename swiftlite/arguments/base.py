@@ -455,7 +455,7 @@ class GenerationArguments(Arguments):
     )
 
 
-PLUGINS = "Python files that register models, templates or datasets"
+PLUGINS = "Python files that register models, templates, datasets, losses, optimizers, callbacks (examples/plugins)"
 
 
 @arguments

@@ -179,7 +179,7 @@ TRAIN_NOTES: dict[str, Note] = {
         Note("rejected", "belongs to Megatron: `swiftlite megatron sft`, pt or dpo"),
     ),
     **dict.fromkeys(("fp8", "fp8_backend"), Note("rejected", "`swiftlite megatron sft --fp8_format e4m3` trains in FP8")),
-    "callbacks": Note("rejected", "plugins register models, templates and datasets; there are no callbacks"),
+    "callbacks": Note("rejected", "a file of --external_plugins registers them, see examples/plugins/callback.py"),
     "eval_metric": Note("rejected", _BENCHMARKS),
     "target_parameters": Note("rejected", "each expert has layers with names; name them with --target_modules"),
     "moe_enable_deepep": Note("rejected", "say it with --moe_token_dispatcher_type flex"),

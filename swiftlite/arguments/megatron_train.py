@@ -10,7 +10,7 @@ from swiftlite.arguments.description import READ_FROM_CONFIG, ModelDescription
 from swiftlite.arguments.export import PlanArguments, PushArguments, megatron_kinds
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.arguments.parser import Note, arguments
-from swiftlite.arguments.train import BITSANDBYTES, PtArguments, SftArguments
+from swiftlite.arguments.train import BITSANDBYTES, OPTIMIZERS, PtArguments, SftArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
@@ -49,6 +49,8 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
             raise UsageError(f"--optim {self.optim}: Megatron's optimizer has fp32 states; leave it out")
         if self.optim == "muon":
             raise UsageError("--optim muon: needs whole matrices, which Megatron's ranks share; use `swiftlite sft`")
+        if self.optim not in OPTIMIZERS:
+            raise UsageError(f"--optim {self.optim}: Megatron divides Adam's states alone; use `swiftlite sft`")
         if self.train_type in PEFT_TUNERS:
             raise UsageError(
                 f"--train_type {self.train_type}: peft's layers fit transformers only; use `swiftlite sft`"

@@ -52,6 +52,7 @@ def field(
     aliases: Iterable[str] = (),
     choices: Iterable[str] | None = None,
     elsewhere: Mapping[str, str] | None = None,
+    plugins: bool = False,
     least: float | None = None,
     most: float | None = None,
     path: bool = False,
@@ -65,6 +66,7 @@ def field(
         aliases: other names that users type for the same thing; they work as flags, keys, keywords and attributes.
         choices: the allowed strings (None is allowed too where it is the default).
         elsewhere: strings that other tools allow -> what to use instead.
+        plugins: other strings are allowed beside files of --external_plugins, which may register them.
         least, most: limits of a number; they are allowed themselves.
         path: values may be paths; a leading ~ is the home directory, also where no shell has read the value.
         common: `--help` shows it; the others need `--help all` or `--help WORD`.
@@ -73,7 +75,7 @@ def field(
     """
     metadata = {
         "help": help, "aliases": tuple(aliases), "choices": None if choices is None else tuple(choices), "path": path,
-        "elsewhere": elsewhere,
+        "elsewhere": elsewhere, "plugins": plugins,
         "least": least, "most": most, "common": common, "resume": resume, "unavailable": unavailable,
     }  # fmt: skip
     if isinstance(default, list | dict):
@@ -137,7 +139,7 @@ class Arguments:
         """Convert and check each value by its declared type and choices. Subclasses call super() first."""
         said = notes(type(self))
         for spec in specs(type(self)).values():
-            value = spec.convert(getattr(self, spec.name))
+            value = spec.convert(getattr(self, spec.name), bool(getattr(self, "custom_register_path", None)))
             setattr(self, spec.name, value)
             note = said.get(spec.name)
             allowed = (False, None) if note is None or note.allowed is None else note.allowed
@@ -196,6 +198,7 @@ class Spec:
     most: float | None = None
     path: bool = False
     elsewhere: Mapping[str, str] | None = None
+    plugins: bool = False
     common: bool = False
     resume: str = "must match"
     unavailable: Note | str | Notes | None = None
@@ -207,7 +210,7 @@ class Spec:
             note = next((note[base.__name__] for base in cls.__mro__ if base.__name__ in note), None)
         return Note("default only", note) if isinstance(note, str) else note
 
-    def convert(self, value: object) -> object:
+    def convert(self, value: object, with_plugins: bool = False) -> object:
         if self.choices is None or value not in self.choices or typing.get_origin(self.type) is list:
             value = convert(value, self.type, self.name)  # a choice `none` is that, not the absence of one
         beyond = isinstance(value, int | float) and not (self.least or 0) <= value <= (self.most or math.inf)
@@ -218,7 +221,7 @@ class Spec:
             raise UsageError(f"--{self.name} {value}: must be {limit}")
         if self.path and value:
             value = [_home(item) for item in value] if isinstance(value, list) else _home(value)
-        if self.choices is not None and value is not None:
+        if self.choices is not None and value is not None and not (self.plugins and with_plugins):
             for item in value if isinstance(value, list) else [value]:
                 if item not in self.choices:
                     said = (self.elsewhere or {}).get(str(item), f"must be one of {', '.join(self.choices)}")

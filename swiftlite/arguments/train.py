@@ -25,6 +25,9 @@ BITSANDBYTES = {
 }  # fmt: skip
 
 
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw", "adam", "muon", *BITSANDBYTES)
+
+
 # Stages of DeepSpeed's ZeRO -> words of --fsdp.
 ZERO = {
     "zero0": [], "zero1": ["shard_grad_op"], "zero2": ["shard_grad_op"], "zero2_offload": ["shard_grad_op", "offload"],
@@ -99,8 +102,7 @@ class TrainArguments(Arguments):
         "adamw_torch", "AdamW of torch (or of Transformer Engine on Megatron); bitsandbytes' with states of 8 bits, or with "
         "states that move to the host while the GPU is full (paged); muon: torch's Muon for the layers' matrices, AdamW for "
         "the others",
-        aliases=["optimizer"],
-        choices=["adamw_torch", "adamw_torch_fused", "adamw", "adam", "muon", *BITSANDBYTES],
+        aliases=["optimizer"], plugins=True, choices=OPTIMIZERS,
         elsewhere={
             "dist_muon": "Megatron-core's own is not built in; use muon with `swiftlite sft`, or adamw_torch",
             "adafactor": "use adamw_torch, or adamw_8bit for states of a quarter of the size",
@@ -314,11 +316,14 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         aliases=["enable_liger_kernel"],
         unavailable={"MegatronArguments": Note("default", "Transformer Engine's fused kernels do its work")},
     )
-    neftune_noise_alpha: float | None = field(
-        None, "noise on the embeddings while training (NEFTune)", least=0, unavailable=ONLY_TRANSFORMERS
-    )
+    neftune_noise_alpha: float | None = field(None, "noise on the embeddings while training (NEFTune)", least=0)
     enable_dft_loss: bool = field(
         False, "weigh each token's loss by its probability (dynamic fine-tuning)", aliases=["use_dft_loss"],
+        unavailable={"DpoArguments": Note("rejected", "belongs to sft and pt")},
+    )  # fmt: skip
+    token_loss: str | None = field(
+        None, "what takes the place of each token's cross entropy: dft (as --enable_dft_loss), or a name that a file of "
+        "--external_plugins registers", choices=["dft"], plugins=True,
         unavailable={"DpoArguments": Note("rejected", "belongs to sft and pt")},
     )  # fmt: skip
     enable_channel_loss: bool = run_setting(
@@ -392,6 +397,10 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         super().__post_init__()
         if self.num_train_epochs is None and self.train_iters is None:
             self.num_train_epochs = 1.0
+        if self.enable_dft_loss:
+            if self.token_loss not in (None, "dft"):
+                raise UsageError(f"--token_loss {self.token_loss} with --enable_dft_loss: leave out one of them")
+            self.token_loss = "dft"
         self._settle_sharding()
         self._settle_quantisation()
         others = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "neftune_noise_alpha")
@@ -443,7 +452,7 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
             self.fsdp = [kind, *(["offload"] if "offload" in words else [])]
         if not self.fsdp:
             return
-        if self.optim in (*BITSANDBYTES, "muon"):
+        if self.optim in (*BITSANDBYTES, "muon") or self.optim not in OPTIMIZERS:
             raise UsageError(f"--fsdp with --optim {self.optim}: its states cannot be divided; use adamw_torch")
         if self.adapts and (self.train_type != "lora" or self.use_dora or self.begins_with_weights):
             raise UsageError(

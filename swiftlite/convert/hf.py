@@ -23,6 +23,7 @@ from swiftlite.weights.safetensors import (
     SafetensorsSource,
     ShardPlan,
     create_shards,
+    places_in,
     plan_shards,
     write_index,
 )
@@ -98,11 +99,6 @@ class HfPlan:
 
     def written(self, directory: Path) -> WeightSource:
         return SafetensorsSource(directory)
-
-
-def places_in(directory: Path, shards: Sequence[ShardPlan]) -> dict[str, tuple[Path, int]]:
-    """tensor -> (file, offset of its data)."""
-    return {name: (directory / shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
 
 
 def copy_jobs(

@@ -20,13 +20,13 @@ from swiftlite.train.checkpoints import Record, Start
 from swiftlite.train.flops import ModelFlops, flops_of
 from swiftlite.train.fp16 import say_skipped
 from swiftlite.train.intervals import Best, Intervals, names_of
-from swiftlite.train.meters import StepMeter, device_peak, peak_memory
+from swiftlite.train.meters import StepMeter, device_peak, peak_memory, peak_memory_text
 from swiftlite.train.metrics import Metrics, check_finite
 from swiftlite.train.order import Dataset, Samples, order_of, read_data_state, steps_of, write_data_state
+from swiftlite.train.plugins import CALLBACKS
 from swiftlite.train.schedule import warmup_and_decay
 from swiftlite.train.stop import StopSignal, say_how_to_go_on
 from swiftlite.utils.dist import barrier, get_world_size, is_main_process
-from swiftlite.utils.io import format_bytes
 from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.utils.text import format_seconds
 from swiftlite.utils.types import Json, Settings
@@ -134,10 +134,13 @@ class Run:
         if is_main_process():
             if self.best.saved(step, written[0].name, evaluation):
                 logger.info("best so far: %s", self.best.record)
-            self.stop.early = self.best.is_over(self.args.early_stop_interval)
+            if self.best.is_over(self.args.early_stop_interval):
+                self.stop.early = "no better evaluation"
             deleted = self.record.saved(written, self.args.save_total_limit, self.best.checkpoint)
             logger.info("saved %s", " and ".join(map(str, written)))
         self.written = [path for path in self.written + written if path not in deleted]
+        for callback in CALLBACKS:
+            callback.on_save(self, step, written)
 
     def write_data_state(self, step: int, directory: Path) -> None:
         """Where the data stands after `step`, into a checkpoint."""
@@ -194,6 +197,8 @@ def _steps(run: Run, engine: Engine, metrics: Metrics, done: int) -> tuple[int, 
         values = _values(step, result, engine.metrics(result.sums)["loss"])
         meter.add(result.sums)
         metrics.advance(step, values["loss"], values["lr"], values.get("grad_norm", 0.0))
+        for callback in CALLBACKS:
+            callback.on_step(run, step, values)
         run.stopped = result.stop and step < run.steps
         if run.stopped:
             logger.warning("%s: saving step %d of %d, then ending", run.stop.why, step, run.steps)
@@ -204,6 +209,8 @@ def _steps(run: Run, engine: Engine, metrics: Metrics, done: int) -> tuple[int, 
         if run.intervals.evaluates(step):
             evaluation = engine.evaluate()
             metrics.log(step, evaluation)
+            for callback in CALLBACKS:
+                callback.on_evaluate(run, step, evaluation)
             meter.restart_clock()
         if run.intervals.saves(step) or run.stopped:
             engine.save(partial(run.saved, step, evaluation))
@@ -257,7 +264,7 @@ def say_ended(run: Run, engine: Engine, step: int, last: Mapping[str, float], se
     else:
         logger.info(
             "%s step %d in %s; loss %.6g; peak memory %s", "stopped at" if run.stopped else "finished", step,
-            format_seconds(seconds), last["loss"], format_bytes(peak_memory()),
+            format_seconds(seconds), last["loss"], peak_memory_text(),
         )  # fmt: skip
     for path in run.written:
         logger.info("wrote %s", path)

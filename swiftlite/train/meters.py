@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from swiftlite.train.flops import ModelFlops, peak_flops
-from swiftlite.utils.io import peak_memory_bytes
+from swiftlite.utils.io import format_bytes, peak_memory_bytes
 
 # Name in logging.jsonl and TensorBoard -> what it is.
 METERS: dict[str, str] = {
@@ -131,3 +131,7 @@ def peak_memory() -> int:
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory_bytes()
+
+
+def peak_memory_text() -> str:
+    return format_bytes(peak_memory())

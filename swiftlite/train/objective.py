@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from swiftlite.train.channels import Channels
 from swiftlite.train.dpo_loss import IGNORE_INDEX
+from swiftlite.train.plugins import TokenLoss
 
 Batch = dict[str, Tensor]
 
@@ -39,14 +40,14 @@ class Objective(Protocol):
 class LanguageModeling:
     """Cross entropy on the labels, weighted by `loss_scale` where a batch has it; a mean over the tokens with a label.
 
-    by_probability: while training, each token's loss is weighted by its probability too (arXiv 2508.05629).
+    token_loss: while training, what takes the place of each token's cross entropy.
     channels: their losses are told one by one; batches say with `channels` [B, S] which one a token belongs to.
     """
 
     counts: tuple[str, ...] = ("trained_tokens",)
 
-    def __init__(self, by_probability: bool = False, channels: Channels | None = None) -> None:
-        self.by_probability, self.channels = by_probability, channels
+    def __init__(self, token_loss: TokenLoss | None = None, channels: Channels | None = None) -> None:
+        self.token_loss, self.channels = token_loss, channels
 
     def count(self, batch: Batch) -> list[int]:
         return [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())]
@@ -56,16 +57,16 @@ class LanguageModeling:
         targets = batch["labels"][:, 1:].flatten()
         # The last token predicts nothing, unless its label came along: the next rank's first one.
         logits = model(**inputs).logits[:, : batch["labels"].shape[1] - 1].flatten(0, 1).float()
-        weights, by_probability = batch.get("loss_scale"), self.by_probability and model.training
-        if weights is None and not by_probability and self.channels is None:
+        weights, token_loss = batch.get("loss_scale"), self.token_loss if model.training else None
+        counted = targets != IGNORE_INDEX
+        if weights is None and token_loss is None and self.channels is None:
             loss = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         else:
             losses = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
-            if by_probability:
-                losses = losses * torch.exp(-losses.detach())
+            if token_loss is not None:
+                losses = token_loss(losses) * counted
             losses = losses if weights is None else losses * weights[:, 1:].flatten()
             loss = losses.sum()
-        counted = targets != IGNORE_INDEX
         sums = {"loss": loss, "trained_tokens": counted.sum()}
         return sums | self.channels.sums(losses, counted, batch["channels"][:, 1:]) if self.channels else sums
 

@@ -10,6 +10,8 @@ from itertools import islice
 import torch
 
 from swiftlite.arguments.train import BITSANDBYTES, SftArguments, TrainArguments
+from swiftlite.arguments.train import OPTIMIZERS as BUILT_IN
+from swiftlite.train.plugins import OPTIMIZERS, registered
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.types import Json
 
@@ -89,6 +91,9 @@ def build_optimizer(model: torch.nn.Module, args: SftArguments) -> torch.optim.O
         optimizer: torch.optim.Optimizer = kind(groups, **settings)
     elif args.optim == "muon":
         optimizer = Muon(groups, _of_layers(model), settings)
+    elif args.optim not in BUILT_IN:
+        decay = {"lr": lr, "weight_decay": args.weight_decay}
+        optimizer = registered(OPTIMIZERS, args.optim, "optim")([{**decay, **group} for group in groups], args)
     else:
         optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
     optimizer.register_step_pre_hook(_zero_missing_gradients)

@@ -24,13 +24,13 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self.early = False  # --early_stop_interval, on rank 0
+        self.early = ""  # why the run is to end, on any rank: --early_stop_interval, a plugin
         self._since = 0.0
         self._previous: dict[int, Handler] = {}
 
     @property
     def requested(self) -> bool:
-        return self.number is not None or self.early
+        return self.number is not None or bool(self.early)
 
     def __enter__(self) -> StopSignal:
         try:
@@ -54,10 +54,10 @@ class StopSignal:
 
     @property
     def why(self) -> str:
-        return "no better evaluation" if self.early else self.sent.name
+        return self.early or self.sent.name
 
     def ended(self, stopped: bool) -> signal.Signals | None:
-        """The signal that a run ended by; None: it was done, or --early_stop_interval ended it."""
+        """The signal that a run ended by; None: it was done, or ended itself."""
         return self.sent if stopped and not self.early else None
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
 from swiftlite.utils.io import blame
 from swiftlite.utils.types import Config
-from swiftlite.weights.packed import PackedSource
+from swiftlite.weights.packed import PackedSource, from_stored
 from swiftlite.weights.safetensors import PlainTensors, SafetensorsSource, StoredTensor
 from swiftlite.weights.storage import Files, WeightSource, read_tensor
 
@@ -72,11 +72,6 @@ def block_of(quantisation: Config) -> tuple[int, int]:
     block = next(filter(None, (quantisation.get("weight_block_size"), *written)), BLOCK)
     rows, columns = block.split("x") if isinstance(block, str) else block
     return int(rows), int(columns)
-
-
-def from_stored(scales: Tensor) -> Tensor:
-    """Scales in fp32. Powers of two are stored as their exponents, by some tools as plain bytes."""
-    return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
 
 
 def as_stored(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,11 @@ MXFP4 = _pairs(torch.cat((_POSITIVE, -_POSITIVE)))
 INT4 = _pairs(torch.arange(-8.0, 8.0))
 
 
+def from_stored(scales: Tensor) -> Tensor:
+    """Scales in fp32. Powers of two are stored as their exponents, by some tools as plain bytes."""
+    return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
+
+
 def value_name(name: str) -> str | None:
     """What a stored tensor is called once it is unpacked; None for scales and shapes."""
     if name.endswith(PARTS):
@@ -62,9 +67,7 @@ class Packed:
         raw = self._read(self.data, rows, (start // 2, -(-stop // 2)), files)
         found = torch.index_select(self.pairs, 0, raw.view(-1).int()).view(len(raw), -1)
         found = found[:, start % 2 : start % 2 + stop - start]
-        scale = self._read(self.scale, rows, (low, high), files)
-        # Powers of two are stored as their exponents.
-        scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
+        scale = from_stored(self._read(self.scale, rows, (low, high), files))
         whole = (stop - start) // self.group
         found[:, : whole * self.group].view(len(raw), whole, -1).mul_(scale[:, :whole, None])
         found[:, whole * self.group :].mul_(scale[:, whole:])  # the last group may be cut

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from swiftlite.utils.errors import CheckpointError
-from swiftlite.weights.fp8 import BLOCK, Scales, as_stored, from_stored
+from swiftlite.weights.fp8 import BLOCK, Scales, as_stored
 from swiftlite.weights.ops import Shape
+from swiftlite.weights.packed import from_stored
 from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, Wrapped, decoder, read_tensor
 
 FORMS = ("block", "channel", "tensor")

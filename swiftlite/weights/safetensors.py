@@ -240,6 +240,11 @@ def _plan_shard(file: str, names: Iterable[str], specs: Mapping[str, TensorSpec]
     )
 
 
+def places_in(directory: Path, shards: Iterable[ShardPlan]) -> dict[str, tuple[Path, int]]:
+    """tensor -> (file, offset of its data)."""
+    return {name: (directory / shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
+
+
 def create_shards(directory: Path, shards: Iterable[ShardPlan]) -> None:
     """Make the files at their final size with their headers; tensors are then written in place, in any order."""
     for shard in shards:

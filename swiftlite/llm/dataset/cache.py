@@ -171,7 +171,7 @@ def _write_cache(dataset: EncodedDataset, num_rows: int, directory: Path) -> Non
 
 def _from_cache(directory: Path, rows: list[Json], rejects: RejectsFile | None) -> EncodedDataset:
     """Raises: DatasetError for one that is not as it was written."""
-    dataset = EncodedDataset.load(directory)
+    dataset = EncodedDataset.of(TokenStore.load(directory))
     path = directory / _DROPPED_FILE
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))

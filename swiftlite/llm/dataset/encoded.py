@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from queue import SimpleQueue
 
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
@@ -63,11 +62,6 @@ class EncodedDataset:
                     self.store.append(sample)
         self.lengths = self.store.lengths()
         self.report.check(max_drop_ratio, name)
-
-    @classmethod
-    def load(cls, directory: Path) -> EncodedDataset:
-        """One that `save` wrote, mapped into memory. Raises: DatasetError."""
-        return cls.of(TokenStore.load(directory))
 
     @classmethod
     def of(cls, store: TokenStore) -> EncodedDataset:

@@ -18,6 +18,7 @@ from swiftlite.llm.train.saving import FP32_FILE, OPTIMIZER, PREFIX, SCHEDULER, 
 from swiftlite.train import run_directory
 from swiftlite.train.checkpoints import Start, finished
 from swiftlite.train.order import Data
+from swiftlite.train.plugins import check_names
 from swiftlite.utils.dist import get_local_rank, get_world_size
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import read_json
@@ -72,6 +73,7 @@ def started(
         raise UsageError("give the model with --model DIR_OR_ID")
     with process_group(args.ddp_timeout, always=bool(args.fsdp)):
         resolve(args)
+        check_names(args)
         template = prepare_template(args)
         if args.output_dir is None:
             args.output_dir = run_directory.default_output_dir(args, "output")

@@ -33,6 +33,7 @@ from swiftlite.weights.safetensors import (
     SafetensorsSource,
     ShardPlan,
     create_shards,
+    places_in,
     plan_shards,
     read_header,
     write_index,
@@ -171,7 +172,7 @@ def write_pieces(directory: Path, shards: Sequence[ShardPlan], pieces: Iterable[
     if get_rank() == 0:
         create_shards(directory, shards)
     barrier()
-    places = {name: (directory / shard.file, offset) for shard in shards for name, offset in shard.offsets.items()}
+    places = places_in(directory, shards)
     with Files() as files:
         for name, values, first in pieces:
             file, offset = places[name]

@@ -23,6 +23,7 @@ from swiftlite.llm.train.run import run
 from swiftlite.llm.train.trainer import HfTrainer
 from swiftlite.train.channels import Channels
 from swiftlite.train.objective import Batch, LanguageModeling
+from swiftlite.train.plugins import token_loss_of
 from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def sft_main(args: SftArguments | Sequence[str]) -> Json:
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)
         channels = Channels.of(data) if args.enable_channel_loss else None
-        objective = LanguageModeling(args.enable_dft_loss, channels)
+        objective = LanguageModeling(token_loss_of(args), channels)
         collate = by_channel(template, channels) if channels else template.data_collator
         trainer = HfTrainer(args, model, template, objective, collate, sample_lengths)
         return run(trainer, data, start)

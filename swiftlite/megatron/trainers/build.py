@@ -17,7 +17,7 @@ from swiftlite.megatron.model.blocks.router import set_router_losses
 from swiftlite.megatron.model.config import virtual_stages
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.optimizer import build_optimizer, build_scheduler
-from swiftlite.megatron.trainers.wrapping import choose_overlap, wrap_models
+from swiftlite.megatron.trainers.wrapping import add_noise, choose_overlap, wrap_models
 from swiftlite.megatron.tuners.freeze import freeze_parameters, trained_weights
 from swiftlite.megatron.tuners.lora import load_given, prepare_lora
 from swiftlite.megatron.tuners.lora_plan import LoraPlan
@@ -86,6 +86,7 @@ def build(
         lora = prepare_lora(models, origin, args)
     else:
         trained = freeze_parameters(models, origin.bound, args)
+    add_noise(models, args.neftune_noise_alpha or 0.0)
     router_losses = set_router_losses(models, args)
     wrapped = wrap_models(models, args)
     optimizer = build_optimizer(wrapped, args)

@@ -174,7 +174,7 @@ def obstacle(args: MegatronArguments, models: Sequence[MegatronModule], device: 
         "fp8 changes its scales": bool(getattr(config, "fp8", None)),
         "dropout of divided layers has generators of its own": bool(dropout) or (
             config.tensor_model_parallel_size > 1 and args.train_type == "lora" and bool(args.lora_dropout)
-        ),
+        ) or (config.sequence_parallel and bool(args.neftune_noise_alpha)),
         "mismatched answers are batches of their own": getattr(args, "rlhf_type", None) == "kto",
         "a dispatcher waits for the experts' token counts": not counts_stay_on_device(models),
     }  # fmt: skip

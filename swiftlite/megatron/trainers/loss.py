@@ -11,6 +11,7 @@ from torch import Tensor
 from swiftlite.megatron.context import add_up, ranks
 from swiftlite.megatron.model.blocks.router import routing_of
 from swiftlite.megatron.trainers.batch import MicroBatch
+from swiftlite.train.plugins import TokenLoss
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
 LossFunction = Callable[[Tensor], LossResult]
@@ -37,21 +38,21 @@ def language_model_loss(
     loss_mask: Tensor,
     losses: Tensor,
     per_token: bool = True,
-    by_probability: bool = False,
+    token_loss: TokenLoss | None = None,
     report: Callable[[Tensor], dict[str, Tensor]] | None = None,
 ) -> LossResult:
     """Cross entropy summed over the weighted tokens of one micro batch.
 
     Args: loss_mask, losses: [B, S]. per_token: what is logged is a mean over all tokens; if not, over micro batches.
-        by_probability: each token's loss is weighted by its probability too. report: makes more sums of the weighted
-        losses [B, S].
+        token_loss: what takes the place of each token's cross entropy. report: makes more sums of the weighted losses
+        [B, S].
     Returns: (sum of weighted losses, number of tokens with a weight, both by name as they add up to what is logged). The
         schedule divides the gradients by the number of tokens of the whole global batch (or of the micro batch, without
         per-token loss), and without it divides the sum in place.
     """
     mask = loss_mask.float()
-    weighted = losses.float() * mask
-    weighted = weighted * torch.exp(-losses.detach().float()) if by_probability else weighted
+    losses = losses.float()
+    weighted = (losses if token_loss is None else token_loss(losses.flatten()).view_as(losses)) * mask
     total, more = weighted.sum(), report(weighted.detach()) if report else {}
     count = (mask != 0).sum().int()
     if per_token:

@@ -19,6 +19,7 @@ from swiftlite.megatron.trainers.run import run
 from swiftlite.train.channels import Channels
 from swiftlite.train.loop import Run
 from swiftlite.train.order import Data
+from swiftlite.train.plugins import token_loss_of
 from swiftlite.utils.types import Json
 
 
@@ -29,6 +30,7 @@ class SftTrainer(Trainer):
     channels: Channels | None = None
 
     def see(self, data: Data) -> None:
+        token_loss_of(self.args)  # a wrong name is told before the model is built
         if self.args.enable_channel_loss:
             self.channels = Channels.of(data)
             self.sums = (*self.sums, *self.channels.sum_names)
@@ -41,13 +43,11 @@ class SftTrainer(Trainer):
     def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
         per_token = self.args.calculate_per_token_loss or not model.training
-        by_probability = self.args.enable_dft_loss and model.training
+        token_loss = token_loss_of(self.args) if model.training else None
         report = None
         if self.channels is not None and batch.channels is not None:
             report = partial(self.channels.sums, counted=batch.loss_mask != 0, channels=batch.channels)
-        loss = partial(
-            language_model_loss, batch.loss_mask, per_token=per_token, by_probability=by_probability, report=report
-        )
+        loss = partial(language_model_loss, batch.loss_mask, per_token=per_token, token_loss=token_loss, report=report)
         return token_losses(model, batch), loss
 
     def divisor(self, batches: list[MicroBatch]) -> Tensor:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
+import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
@@ -25,6 +31,23 @@ def choose_overlap(args: MegatronArguments, parallel: ParallelState) -> None:
         args.overlap_grad_reduce = beside
     if args.overlap_param_gather is None:
         args.overlap_param_gather = beside and args.overlap_grad_reduce and args.train_type != "lora"
+
+
+def add_noise(models: Sequence[MegatronModule], alpha: float) -> None:
+    """NEFTune, as llm.train.device.add_noise. Embeddings are [S, B, H], S a part of the text where ranks share it."""
+
+    def noisy(module: Any, _: object, embedded: Tensor) -> Tensor:
+        if not module.training:
+            return embedded
+        apart = module.config.sequence_parallel and mpu.get_tensor_model_parallel_world_size() > 1
+        parts = mpu.get_context_parallel_world_size() * (mpu.get_tensor_model_parallel_world_size() if apart else 1)
+        limit = alpha / math.sqrt(parts * embedded.shape[0] * embedded.shape[2])
+        with get_cuda_rng_tracker().fork() if apart else nullcontext():  # else ranks hold the same tokens
+            return embedded + torch.empty_like(embedded).uniform_(-limit, limit)
+
+    for model in models if alpha else ():
+        if model.pre_process:
+            model.embedding.register_forward_hook(noisy)
 
 
 def in_precision(model: MegatronModule) -> MegatronModule:

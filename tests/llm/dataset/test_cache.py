@@ -12,6 +12,7 @@ from swiftlite.families.templates import get_template_meta
 from swiftlite.llm.dataset import EncodedDataset, PackedDataset, load_dataset
 from swiftlite.llm.dataset.cache import encode_cached, fingerprint, load_cached_dataset
 from swiftlite.llm.dataset.report import RejectsFile
+from swiftlite.llm.dataset.store import TokenStore
 from swiftlite.llm.template import get_template
 from swiftlite.llm.template.base import Template
 from swiftlite.utils.errors import DatasetError
@@ -33,13 +34,13 @@ def test_saved_and_mapped_samples_are_equal(make_template, tmp_path):
     rows[3] = {"messages": [ROWS[3]["messages"][0], {**ROWS[3]["messages"][1], "loss_scale": 0.25}], "label": True}
     dataset = EncodedDataset(rows, make_template(remove_unused_columns=False))
     dataset.store.save(tmp_path / "d")
-    loaded = EncodedDataset.load(tmp_path / "d")
+    loaded = EncodedDataset.of(TokenStore.load(tmp_path / "d"))
     assert list(loaded) == list(dataset)
     assert loaded[3]["label"] is True and set(loaded[3]["loss_scale"]) == {0.0, 0.25}
     assert loaded[-1] == dataset[699] and loaded.lengths == dataset.lengths
     (tmp_path / "d" / "labels.bin").write_bytes(b"\0" * 40)
     with pytest.raises(DatasetError, match="labels.bin is cut off"):
-        EncodedDataset.load(tmp_path / "d")
+        EncodedDataset.of(TokenStore.load(tmp_path / "d"))
 
 
 def test_processes_give_the_same(make_template):

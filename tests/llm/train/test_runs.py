@@ -29,6 +29,7 @@ from swiftlite.llm.train.trainer import HfTrainer
 from swiftlite.train.meters import METERS
 from swiftlite.train.objective import LanguageModeling
 from swiftlite.train.plot import read_run
+from swiftlite.train.plugins import by_probability
 from swiftlite.utils.errors import DatasetError, SwiftliteError, UsageError
 from tests.rows import preference_rows
 
@@ -288,7 +289,7 @@ def test_probable_tokens_count_more_with_dft(run: Any) -> None:
     labels = torch.tensor([[-100, 1, 2, -100, 3]])
     model = torch.nn.Module()
     model.forward = lambda **_: types.SimpleNamespace(logits=logits)  # type: ignore[method-assign]
-    objective = LanguageModeling(by_probability=True)
+    objective = LanguageModeling(by_probability)
     batch = {"labels": labels, "input_ids": labels}
     found = objective.sums(model, batch)["loss"]
     chosen = logits[0, :-1].log_softmax(-1)[[0, 1, 3], [1, 2, 3]]
