@@ -60,7 +60,9 @@ result, or is refused with the reason and with what to use instead: [flags.md](f
 | `llamafactory-cli train FILE.yaml` | `swiftlite sft FILE.yaml` (`pt`, `dpo`), or `swiftlite megatron sft FILE.yaml` |
 | `llamafactory-cli chat FILE.yaml` | `swiftlite infer FILE.yaml` |
 | `llamafactory-cli export FILE.yaml` | `swiftlite export FILE.yaml --merge_lora true` |
-| `swift deploy`, `swift rollout`, `swift eval` | vLLM, lm-evaluation-harness on the written directory |
+| `swift deploy` | the same: vLLM, SGLang or transformers; see [serve.md](serve.md) |
+| `swift eval` | `swiftlite eval`; benchmarks by lm-evaluation-harness |
+| `swift rollout` | vLLM on the written directory |
 | GRPO, PPO, GKD, KTO, ... | TRL, ms-swift or verl on the written directory; the result is converted here |
 
 ## What is different

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from swiftlite import __version__
 from swiftlite.arguments.flags import COMMON_NOTES, NO_BIASES, NO_CLASSES, NO_WEIGHTS, ONLY_TRANSFORMERS
-from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
+from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting, specs
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
 from swiftlite.utils.types import Json
@@ -483,7 +483,7 @@ class BaseArguments(RunArguments, DataArguments, TemplateArguments, ModelArgumen
         from swiftlite.families.hf_config import text_config
         from swiftlite.utils.io import write_json
 
-        values = {**without_secrets(self.to_dict()), **dict.fromkeys(SETTINGS, None)}
+        values = {**without_secrets(self.to_dict()), **dict.fromkeys(SETTINGS & {*specs(type(self))})}
         info = getattr(self, "model_info", None)
         if info is not None:
             values.update(model_dir=info.model_dir, max_model_len=info.max_model_len, is_moe_model=info.is_moe_model)

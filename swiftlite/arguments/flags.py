@@ -15,10 +15,7 @@ _OTHER_TUNER = (
 _NO_QUANTISING = Note(
     "rejected", "`export --fp8` writes FP8 weights; for other kinds export bf16 and use the tool of choice"
 )
-_ANSWERS = (
-    "transformers makes the answers here, which takes longer; serve the model's directory with vLLM for throughput"
-)
-_BENCHMARKS = "no benchmarks are run; give the written checkpoint to lm-evaluation-harness or evalscope"
+_BENCHMARKS = "belongs to `swiftlite eval`: --metrics judges answers, --eval_backend lm_eval runs benchmarks"
 _DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite megatron dpo`"
 
 # Why a field does not act, for the fields' records.
@@ -309,20 +306,37 @@ INFER_NOTES: dict[str, Note] = {
         ("quant_method", "quant_bits"), Note("rejected", "answers are computed with the weights as they are stored")
     ),
     **dict.fromkeys(
-        ("vllm_gpu_memory_utilization", "vllm_max_model_len", "vllm_tensor_parallel_size", "vllm_pipeline_parallel_size",
-         "vllm_enforce_eager", "vllm_max_num_seqs", "vllm_enable_prefix_caching", "vllm_speculative_config",
-         "vllm_limit_mm_per_prompt", "sglang_tp_size", "sglang_context_length", "sglang_mem_fraction_static", "lmdeploy_tp",
-         "lmdeploy_session_len", "lmdeploy_cache_max_entry_count", "lmdeploy_vision_batch_size"),
-        Note("default", _ANSWERS),
+        ("vllm_pipeline_parallel_size", "vllm_enforce_eager", "vllm_max_num_seqs", "vllm_enable_prefix_caching",
+         "vllm_speculative_config", "vllm_limit_mm_per_prompt", "lmdeploy_tp", "lmdeploy_session_len",
+         "lmdeploy_cache_max_entry_count", "lmdeploy_vision_batch_size"),
+        Note("default", "answers are the same without it; a server takes it: `swiftlite deploy ... -- --enforce-eager`"),
     ),
-    "infer_backend": Note("default", _ANSWERS, ("transformers", "pt", "huggingface", "hf", "vllm", "sglang", "lmdeploy")),
     **dict.fromkeys(
         ("logprobs", "top_logprobs", "structured_outputs_regex"),
-        Note("rejected", "serve the model's directory with vLLM, which gives them"),
+        Note("rejected", "ask a server that gives them: `swiftlite deploy --infer_backend vllm`"),
     ),
     "write_batch_size": Note("default", "answers are written as soon as a batch of --max_batch_size is done"),
-    "metric": Note("rejected", _BENCHMARKS),
+    "metric": Note("rejected", "answers are judged by `swiftlite eval --metrics`"),
     "reranker_use_activation": Note("rejected", NO_CLASSES),
     "result_dir": Note("rejected", "name the file with --result_path"),
     "deepspeed": Note("rejected", "belongs to training"),
+}  # fmt: skip
+
+_BEHIND = Note("rejected", "write the engine's own flags last, behind --: `-- --enforce-eager`")
+_ASKED = Note("rejected", "clients say it in their requests; generation_config.json where they do not")
+DEPLOY_NOTES: dict[str, Note] = {
+    **dict.fromkeys(
+        ("vllm_pipeline_parallel_size", "vllm_enforce_eager", "vllm_max_num_seqs", "vllm_enable_prefix_caching",
+         "vllm_speculative_config", "vllm_limit_mm_per_prompt", "vllm_max_lora_rank", "vllm_data_parallel_size",
+         "vllm_reasoning_parser", "vllm_engine_kwargs", "vllm_use_async_engine", "sglang_dp_size", "sglang_pp_size",
+         "sglang_ep_size", "sglang_kv_cache_dtype", "sglang_quantization", "sglang_disable_cuda_graph", "log_level",
+         "ssl_keyfile", "ssl_certfile", "max_logprobs"),
+        _BEHIND,
+    ),
+    **dict.fromkeys(
+        ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words", "stream"),
+        _ASKED,
+    ),
+    **dict.fromkeys(("quant_method", "quant_bits"), Note("rejected", "weights are served as they are stored")),
+    **dict.fromkeys(("verbose", "log_interval", "owned_by"), Note("default", "the engine says what it logs")),
 }  # fmt: skip

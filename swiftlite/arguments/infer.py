@@ -1,4 +1,4 @@
-"""Arguments of `swiftlite infer`."""
+"""Arguments of `swiftlite infer`, and what it shares with `deploy`: the engine that computes answers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,48 @@ from typing import ClassVar
 
 from swiftlite.arguments.base import BaseArguments, DataArguments, GenerationArguments
 from swiftlite.arguments.flags import INFER_NOTES
-from swiftlite.arguments.parser import Note, arguments, field, specs
+from swiftlite.arguments.parser import Arguments, Note, arguments, field, specs
 from swiftlite.utils.errors import UsageError
+
+# Flags of data, which commands that train on none refuse.
+ONLY_TRAINING = ("merge_lora", "padding_free", "loss_scale")
+_CALLED = {"pt": "transformers", "hf": "transformers", "huggingface": "transformers"}
 
 
 @arguments
-class InferArguments(GenerationArguments, BaseArguments):
+class EngineArguments(Arguments):
+    """Engine: what computes the answers"""
+
+    infer_backend: str | None = field(
+        None, "engine: transformers, vllm or sglang", choices=["transformers", *_CALLED, "vllm", "sglang", "lmdeploy"],
+        common=True,
+    )  # fmt: skip
+    tensor_parallel_size: int = field(
+        1, "vllm, sglang: GPUs that share each layer", aliases=["vllm_tensor_parallel_size", "sglang_tp_size"], least=1,
+        common=True,
+    )  # fmt: skip
+    max_model_len: int | None = field(
+        None, "longest conversation with its answer, in tokens (default: what the model holds)",
+        aliases=["vllm_max_model_len", "sglang_context_length"], least=1, common=True,
+    )  # fmt: skip
+    gpu_memory_utilization: float | None = field(
+        None, "vllm, sglang: share of a GPU's memory for weights and keys and values",
+        aliases=["vllm_gpu_memory_utilization", "sglang_mem_fraction_static"], least=0, most=1,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.infer_backend = _CALLED.get(self.infer_backend or "", self.infer_backend)
+
+
+@arguments
+class InferArguments(EngineArguments, GenerationArguments, BaseArguments):
     """Inference: chat, one prompt, or a dataset"""
 
     NOTES: ClassVar[Mapping[str, Note]] = {
         **{
             name: Note("rejected", "has no effect on inference")
-            for name in (*specs(DataArguments), "merge_lora", "padding_free", "loss_scale")
+            for name in (*specs(DataArguments), *ONLY_TRAINING)
             if name not in ("val_dataset", "columns", "dataset_info")
         },
         **INFER_NOTES,
@@ -27,7 +57,10 @@ class InferArguments(GenerationArguments, BaseArguments):
 
     prompt: str | None = field(None, "answer this and end", aliases=["query"], common=True)
     load_data_args: bool = field(False, "answer the validation data of the run that wrote the adapter or the model")
-    result_path: str | None = field(None, "JSONL file for the answers to --val_dataset", path=True, common=True)
+    result_path: str | None = field(
+        None, "JSONL file for the answers to --val_dataset; the same command goes on with one that was ended early",
+        path=True, common=True,
+    )  # fmt: skip
     max_batch_size: int = field(1, "rows of --val_dataset answered at once", least=1)
 
     def __post_init__(self) -> None:

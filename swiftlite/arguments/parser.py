@@ -129,11 +129,13 @@ class Arguments:
         RESUME: set on a part all of whose fields have the same `resume`.
         POSITIONAL: list field that leading words fill, in place of a config file.
         LATER: fields that `--help` of this command does not show first, although they are `common`.
+        REST: list field that the words behind a lone `--` fill.
     """
 
     NOTES: typing.ClassVar[Mapping[str, Note]] = {}
     POSITIONAL: typing.ClassVar[str | None] = None
     LATER: typing.ClassVar[Collection[str]] = ()
+    REST: typing.ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         """Convert and check each value by its declared type and choices. Subclasses call super() first."""
@@ -377,7 +379,8 @@ def parse(cls: type[A], argv: Sequence[str]) -> A:
 
     Raises: UsageError for an unknown flag (naming the nearest), a wrong value, or a flag that is refused.
     """
-    positional, flags = split_argv(argv)
+    at = list(argv).index("--") if cls.REST is not None and "--" in argv else len(argv)
+    positional, flags = split_argv(argv[:at])
     if "config" in flags and "config" not in alias_table(cls):
         positional += [word for words in flags.pop("config") for word in words]
     if cls.POSITIONAL is None and len(positional) > 1:
@@ -388,6 +391,8 @@ def parse(cls: type[A], argv: Sequence[str]) -> A:
     elif positional:
         values.update(_accept(cls, read_config_file(positional[0]), where=f"{positional[0]}: "))
     values.update(_accept(cls, {name: _flag_value(cls, name, times) for name, times in flags.items()}))
+    if cls.REST is not None and argv[at + 1 :]:
+        values[cls.REST] = list(argv[at + 1 :])
     return from_dict(cls, values)
 
 

@@ -110,7 +110,7 @@ def _check_names(args: Arguments) -> None:
 
 def _check_directories(args: Arguments) -> None:
     adapters = [*getattr(args, "adapters", ()), *filter(None, [getattr(args, "mcore_adapter", None)])]
-    if len(adapters) > 1:
+    if len(adapters) > 1 and not getattr(args, "serves", False):
         raise UsageError(
             f"--adapters {' '.join(adapters)}: one adapter at a time; merge the others into the model with "
             "`swiftlite export --merge_lora true`"

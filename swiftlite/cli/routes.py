@@ -84,6 +84,13 @@ ROUTES: dict[tuple[str, ...], Route] = {
         "chat with a model, or answer a dataset",
         "swiftlite infer --model Qwen/Qwen3-0.6B --adapters run/checkpoint-100 --prompt 'Who are you?'",
     ),
+    ("deploy",): Route(
+        "swiftlite.arguments.deploy:DeployArguments",
+        "swiftlite.cli.deploy:deploy_main",
+        False,
+        "serve a model under OpenAI's API with vLLM, SGLang or transformers",
+        "swiftlite deploy --model Qwen/Qwen3-0.6B --adapters run/checkpoint-100 --infer_backend vllm --port 8000",
+    ),
     ("export",): _EXPORT,
     ("megatron", "export"): _EXPORT,
     ("verify",): Route(
@@ -139,9 +146,8 @@ ROUTES: dict[tuple[str, ...], Route] = {
 
 # Commands of ms-swift that are none here -> what does their work.
 ELSEWHERE = {
-    "app": "chat in the terminal with `swiftlite infer --model DIR`; a web page: vLLM's server with any client",
+    "app": "chat in the terminal with `swiftlite infer --model DIR`; a web page: any that talks to `swiftlite deploy`",
     "web-ui": "write a config file and give it to a command: `swiftlite sft run.yaml`",
-    "deploy": "serve the directory with vLLM: `vllm serve DIR`; it holds the chat template that was trained",
     "eval": "give the directory to lm-evaluation-harness or evalscope",
     "rollout": "only dpo is trained here; GRPO with vLLM: TRL, verl or ms-swift on the Hugging Face directory",
     "sample": "answer a dataset with `swiftlite infer --val_dataset FILE --result_path OUT.jsonl`",

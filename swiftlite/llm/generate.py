@@ -12,6 +12,7 @@ from swiftlite.arguments.infer import InferArguments
 from swiftlite.checkpoint.files import end_tokens
 from swiftlite.checkpoint.info import ModelInfo
 from swiftlite.llm.pipeline import prepare_model_template
+from swiftlite.llm.stop_words import StopWords
 from swiftlite.llm.template.messages import Tools
 from swiftlite.utils.errors import TemplateError, UsageError
 from swiftlite.utils.types import Json
@@ -122,14 +123,6 @@ class Generator:
         device = self.model.device
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
-    def _end(self, text: str, start: int = 0) -> int:
-        """Where the first stop word begins, from `start` on; -1: nowhere. The last token may reach beyond it."""
-        return min((at for word in self.stop_words if (at := text.find(word, start)) >= 0), default=-1)
-
-    def _cut(self, text: str) -> str:
-        end = self._end(text)
-        return text if end < 0 else text[:end]
-
     def answer(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] = ()) -> list[str]:
         """The answers to several conversations, generated as one batch.
 
@@ -144,7 +137,7 @@ class Generator:
         with torch.inference_mode():
             out = self.model.generate(**inputs, generation_config=self._config(length), tokenizer=tokenizer)
         texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        return [self.template.answer_prefix + self._cut(text) for text in texts]
+        return [self.template.answer_prefix + StopWords(self.stop_words).cut(text) for text in texts]
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """The answer in pieces, as they are generated. Leaving the iterator early ends the generation."""
@@ -182,20 +175,12 @@ class Generator:
         try:
             if self.template.answer_prefix:
                 yield self.template.answer_prefix
-            held = max(map(len, self.stop_words), default=1) - 1  # what may be the beginning of a stop word
-            text, shown = "", 0
+            words = StopWords(self.stop_words)
             for piece in streamer:
-                text += piece
-                end = self._end(text, shown)
-                safe = len(text) - held if end < 0 else end
-                if safe > shown:
-                    yield text[shown:safe]
-                    shown = safe
-                if end >= 0:
+                yield from filter(None, [words.feed(piece)])
+                if words.ended:
                     break
-            else:
-                if text[shown:]:
-                    yield text[shown:]
+            yield from filter(None, [words.rest()])
         finally:
             abandoned.set()
             thread.join()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from swiftlite.utils.types import Json
 
-SETTINGS = frozenset({"hub_token"})
+SETTINGS = frozenset({"hub_token", "api_key"})
 _VARIABLES = r"(TOKEN|API_KEY|SECRET|PASSWORD)$"
 _SHORTEST = 8  # characters; shorter values are words, not secrets
 _FORMS = (

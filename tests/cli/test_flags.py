@@ -249,7 +249,8 @@ SCRIPTS = [
     }},
     {"command": "megatron sft", "flags": {"model": ["A/B"], "optimizer_cpu_offload": ["true"], "exp_avg_dtype": ["bf16"]}},
     {"command": "swift rlhf", "flags": {"rlhf_type": ["grpo"], "model": ["A/B"], "num_generations": ["8"]}},
-    {"command": "swift deploy", "flags": {"model": ["A/B"]}},
+    {"command": "swift deploy", "flags": {"model": ["A/B"], "infer_backend": ["vllm"], "served_model_name": ["B"]}},
+    {"command": "swift app", "flags": {"model": ["A/B"]}},
 ]  # fmt: skip
 
 
@@ -261,7 +262,7 @@ def test_table_of_scripts():
     rows = [line.strip("| ").split(" | ") for line in module.table(SCRIPTS).splitlines()[2:]]
     assert {row[0]: row[1] for row in rows} == {
         "swift sft": "1", "swift infer": "1", "megatron rlhf --rlhf_type dpo": "1", "megatron sft": "1",
-        "swift rlhf --rlhf_type grpo": "0", "swift deploy": "0",
+        "swift rlhf --rlhf_type grpo": "0", "swift deploy": "1", "swift app": "0",
     }  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def test_a_script_that_runs_unchanged(
             "| (together) | refused | --lr_warmup_fraction and",
         ),
         ("megatron sft --model A/B --fp8_recipe delayed", "| (together) | refused | --fp8_recipe delayed: say which"),
-        ("swift deploy --model A/B", "| deploy | is not a command here | serve the directory with vLLM"),
+        ("swift app --model A/B", "| app | is not a command here | chat in the terminal"),
     ],
 )
 def test_what_is_to_be_changed_is_said(
