@@ -63,7 +63,7 @@ class DeployArguments(EngineArguments, McoreArguments, BaseArguments):
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:
-        """Any: see swiftlite.cli.prepared."""
+        """Of each kind: see swiftlite.cli.prepared."""
         return {}
 
 

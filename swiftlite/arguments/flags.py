@@ -322,6 +322,19 @@ INFER_NOTES: dict[str, Note] = {
     "deepspeed": Note("rejected", "belongs to training"),
 }  # fmt: skip
 
+EVAL_NOTES: dict[str, Note] = {
+    **dict.fromkeys(("quant_method", "quant_bits"), Note("rejected", "weights are evaluated as they are stored")),
+    **dict.fromkeys(
+        ("num_beams", "stream", "response_prefix", "merge_lora", "padding_free"),
+        Note("rejected", "has no effect on evaluation"),
+    ),
+    "eval_url": Note("rejected", "give the model itself with --model; lm_eval asks a server with its own flags"),
+    **dict.fromkeys(
+        ("eval_output_dir", "eval_dataset_args", "eval_generation_config", "extra_eval_args", "eval_num_proc"),
+        Note("rejected", "write lm_eval's own flags last, behind --: `-- --gen_kwargs temperature=0`"),
+    ),
+}  # fmt: skip
+
 _BEHIND = Note("rejected", "write the engine's own flags last, behind --: `-- --enforce-eager`")
 _ASKED = Note("rejected", "clients say it in their requests; generation_config.json where they do not")
 DEPLOY_NOTES: dict[str, Note] = {

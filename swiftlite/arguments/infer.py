@@ -67,6 +67,10 @@ class InferArguments(EngineArguments, GenerationArguments, BaseArguments):
         super().__post_init__()
         if self.prompt is not None and self.val_dataset:
             raise UsageError("--prompt and --val_dataset: give one of them")
+        if self.infer_backend == "vllm" and not (self.val_dataset or self.load_data_args):
+            raise UsageError(
+                "--infer_backend vllm: answers a dataset here (--val_dataset FILE); chat with what `swiftlite deploy` serves"
+            )
         if self.load_data_args and (self.prompt is not None or self.val_dataset):
             raise UsageError("--load_data_args true: names the data; leave out --prompt and --val_dataset")
         if self.result_path is not None and not self.val_dataset and not self.load_data_args:

@@ -83,7 +83,8 @@ def prepare(args: DeployArguments, engine: str) -> Served:
         raise UsageError(f"--adapters: several are called {' '.join(directories)}; name them: --adapters a=DIR b=DIR")
     model = model or base_of_adapter(next(iter(directories.values())))
     directories, model = _merge(args, engine, directories, model, words)
-    args.model, args.mcore_model, args.mcore_adapter = model, None, None
+    args.model = model
+    args.mcore_model = args.mcore_adapter = None
     args.adapters = [str(path) for path in directories.values()]
     resolve(args)
     called = args.served_model_name or (name_of(str(name)) if os.path.exists(str(name)) else str(name))

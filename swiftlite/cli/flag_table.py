@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from swiftlite.arguments.deploy import DeployArguments
+from swiftlite.arguments.evaluate import EvalArguments
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.megatron_preference import MegatronDpoArguments
@@ -25,6 +26,7 @@ SECTIONS: tuple[tuple[str, type[Arguments], type[Arguments] | None], ...] = (
     ("`swiftlite sft` and `pt`, where they differ from `megatron sft`", SftArguments, MegatronSftArguments),
     ("`swiftlite dpo` and `rlhf`, where they differ from `sft`", DpoArguments, SftArguments),
     ("`swiftlite infer`, where it differs from `sft`", InferArguments, SftArguments),
+    ("`swiftlite eval`, where it differs from `infer`", EvalArguments, InferArguments),
     ("`swiftlite deploy`, where it differs from `infer`", DeployArguments, InferArguments),
 )
 

@@ -84,6 +84,13 @@ ROUTES: dict[tuple[str, ...], Route] = {
         "chat with a model, or answer a dataset",
         "swiftlite infer --model Qwen/Qwen3-0.6B --adapters run/checkpoint-100 --prompt 'Who are you?'",
     ),
+    ("eval",): Route(
+        "swiftlite.arguments.evaluate:EvalArguments",
+        "swiftlite.cli.evaluate:eval_main",
+        False,
+        "loss, perplexity, scores of answers and benchmarks of models, side by side",
+        "swiftlite eval --model Qwen/Qwen3-0.6B run/checkpoint-100 --val_dataset test.jsonl --metrics loss rouge",
+    ),
     ("deploy",): Route(
         "swiftlite.arguments.deploy:DeployArguments",
         "swiftlite.cli.deploy:deploy_main",
@@ -148,7 +155,6 @@ ROUTES: dict[tuple[str, ...], Route] = {
 ELSEWHERE = {
     "app": "chat in the terminal with `swiftlite infer --model DIR`; a web page: any that talks to `swiftlite deploy`",
     "web-ui": "write a config file and give it to a command: `swiftlite sft run.yaml`",
-    "eval": "give the directory to lm-evaluation-harness or evalscope",
     "rollout": "only dpo is trained here; GRPO with vLLM: TRL, verl or ms-swift on the Hugging Face directory",
     "sample": "answer a dataset with `swiftlite infer --val_dataset FILE --result_path OUT.jsonl`",
     "merge-lora": "`swiftlite export --adapters DIR --merge_lora true`",

@@ -39,6 +39,14 @@ class Generates(Protocol):
     def generate(self, **keywords: object) -> Tensor: ...
 
 
+class Answers(Protocol):
+    """What answers the conversations of a dataset."""
+
+    def check_room(self, messages: Sequence[Message], tools: Tools | None = None) -> None: ...
+
+    def answer(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] = ()) -> list[str]: ...
+
+
 @dataclass
 class Generator:
     """Answers conversations with a Hugging Face model; a template writes the prompts and says what ends an answer."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.parser import specs
 from swiftlite.checkpoint.info import load_args
 from swiftlite.checkpoint.resolve import as_arguments
+from swiftlite.llm.answers import answer_rows, answered_before, as_line
 from swiftlite.llm.dataset.encoded import place_of
-from swiftlite.llm.dataset.loader import Question, ReadOptions, read_questions
-from swiftlite.llm.dataset.preprocess import Row, RowError
-from swiftlite.llm.dataset.report import printable
+from swiftlite.llm.dataset.loader import ReadOptions, read_questions
 from swiftlite.llm.dataset.rows import read_rows, register_named
-from swiftlite.llm.generate import Generator, Message
+from swiftlite.llm.generate import Answers, Generator, Message
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
+from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.progress import progress_bar
 from swiftlite.utils.types import Json
@@ -30,16 +29,27 @@ logger = get_logger()
 HELP = "Type a message. `clear` starts a new conversation, `system TEXT` sets the system message, `exit` ends."
 
 
-def chat(generator: Generator, stream: bool = True) -> None:
-    """Talk with the model until `exit` or the end of the input. Ctrl-C ends an answer, not the chat."""
+def line_reader() -> Callable[[str], str]:
+    """Reads a line that can be edited, with earlier ones at hand: by prompt_toolkit where it is installed, else readline."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            from prompt_toolkit import PromptSession
+
+            return PromptSession[str]().prompt
     with suppress(ImportError):  # not on every system
         import readline  # noqa: F401  # input() then edits its line and remembers earlier ones
+    return input
+
+
+def chat(generator: Generator, stream: bool = True) -> None:
+    """Talk with the model until `exit` or the end of the input. Ctrl-C ends an answer, not the chat."""
+    ask = line_reader()
     logger.info(HELP)
     system: list[Message] = []
     history: list[Message] = []
     while True:
         try:
-            query = input("<<< ").strip()
+            query = ask("<<< ").strip()
         except (EOFError, KeyboardInterrupt):
             sys.stdout.write("\n")
             return
@@ -63,73 +73,48 @@ def chat(generator: Generator, stream: bool = True) -> None:
         history.append(generator.template.parse_response(text))
 
 
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def dimmed(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of an answer for a terminal: what stands between <think> and </think> is dim."""
+    text, thinks = "", False
+    for piece in pieces:
+        text += piece
+        while (at := text.find(tag := "</think>" if thinks else "<think>")) >= 0:
+            end = at + len(tag)
+            yield f"{text[:end]}{_PLAIN}" if thinks else f"{text[:at]}{_DIM}{tag}"
+            text, thinks = text[end:], not thinks
+        held = next(n for n in range(len(tag) - 1, -1, -1) if text.endswith(tag[:n]))  # it may be the tag's beginning
+        yield text[: len(text) - held]
+        text = text[len(text) - held :]
+    yield text + _PLAIN * thinks
+
+
 def write_answer(generator: Generator, messages: Sequence[Message], stream: bool) -> str:
-    """Write the answer to standard output, in pieces with `stream`. Returns: the text."""
-    text = ""
+    """Write the answer to standard output, in pieces with `stream`; thoughts are dim in a terminal. Returns: the text."""
+    said: list[str] = []
     pieces = generator.stream(messages) if stream and generator.num_beams == 1 else iter(generator.answer([messages]))
-    try:
+
+    def heard() -> Iterator[str]:
         for piece in pieces:
-            text += piece
+            said.append(piece)
+            yield piece
+
+    try:
+        for piece in dimmed(heard()) if sys.stdout.isatty() else heard():
             sys.stdout.write(piece)
             sys.stdout.flush()
     except KeyboardInterrupt:
         if hasattr(pieces, "close"):
             pieces.close()
+        sys.stdout.write(_PLAIN if sys.stdout.isatty() else "")
     sys.stdout.write("\n")
     sys.stdout.flush()
-    return text
+    return "".join(said)
 
 
-def split_row(standard: Json) -> tuple[list[Message], str | None]:
-    """`(messages up to where the model answers, reference answer)` of a standard row."""
-    messages, reference = list(standard["messages"]), None
-    while messages and messages[-1]["role"] == "assistant":
-        reference = messages.pop().get("content")
-    return messages, reference
-
-
-def answer_rows(generator: Generator, rows: Sequence[Question], batch_size: int) -> Iterator[Json]:
-    """Each row with `response` (the model's) and `labels` (the reference, where it has one).
-
-    Args: rows: what read_questions gives. A row that cannot be answered gets `response` None and `error`.
-    """
-    for start in range(0, len(rows), batch_size):
-        batch, good = [], []
-        conversations, tools = [], []
-        for place, raw, standard in rows[start : start + batch_size]:
-            row = dict(raw) if isinstance(raw, Mapping) else {"row": raw.row if isinstance(raw, RowError) else raw}
-            batch.append(row)
-            try:
-                if isinstance(standard, RowError):
-                    raise standard
-                messages, reference = split_row(standard)
-                generator.check_room(messages, standard.get("tools"))
-            except (RowError, TemplateError) as error:
-                row |= {"response": None, "error": f"{place}: {printable(str(error))}"}
-                continue
-            if reference is not None:
-                row["labels"] = reference
-            good.append(row)
-            conversations.append(messages)
-            tools.append(standard.get("tools"))
-        for row, text in zip(good, generator.answer(conversations, tools) if good else (), strict=True):
-            row["response"] = text
-        yield from batch
-
-
-def as_line(row: Json) -> str:
-    """A result as JSON that every reader takes: what is neither JSON nor a character in the row is written as text."""
-    try:
-        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
-        text.encode()
-    except (ValueError, TypeError, RecursionError):
-        kept = {key: value for key, value in row.items() if key in ("response", "labels", "error")}
-        rest = {str(key): ascii(value) for key, value in row.items() if key not in kept}
-        text = json.dumps({**rest, **kept}, default=str)
-    return text + "\n"
-
-
-def validation_data(args: InferArguments) -> list[tuple[str, Row, Json]]:
+def validation_data(args: InferArguments) -> list[tuple[str, Json, Json]]:
     """What the run that wrote the adapter, or the model, was evaluated on; as read_questions gives rows.
 
     Raises: UsageError where no args.json says it, or that run had no evaluation.
@@ -144,7 +129,7 @@ def validation_data(args: InferArguments) -> list[tuple[str, Row, Json]]:
     return [(place_of(row, number), row, row) for number, row in enumerate(rows)]
 
 
-def infer_dataset(generator: Generator, args: InferArguments) -> None:
+def infer_dataset(generator: Answers, args: InferArguments) -> None:
     """Answer `--val_dataset`; the result file appears when it is complete.
 
     Raises: DatasetError where no row could be answered; the file says why of each.
@@ -152,17 +137,23 @@ def infer_dataset(generator: Generator, args: InferArguments) -> None:
     register_named(args)
     options = ReadOptions(args.columns, args.use_hf, False, 1, args.hub_token)
     rows = validation_data(args) if args.load_data_args else read_questions(args.val_dataset, options, args.seed)
-    answered = progress_bar(answer_rows(generator, rows, args.max_batch_size), total=len(rows), desc="rows")
     path = None if args.result_path is None else Path(args.result_path)
-    errors = []
+    partial = None if path is None else path.with_name(path.name + ".partial")
+    before = [] if path is None or partial is None else answered_before(path, partial, rows)
+    left = rows[len(before) :]
+    answered = progress_bar(answer_rows(generator, left, args.max_batch_size), total=len(left), desc="rows")
+    errors = [str(row["error"]) for row in before if row.get("response") is None]
+    if before:
+        logger.info("%d of %d rows were answered before; %d are left", len(before), len(rows), len(left))
     if path is None:
         for row in answered:
             errors += [row["error"]] if row["response"] is None else []
             sys.stdout.write(as_line(row))
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as out:
+        assert partial is not None
+        write_text_atomic(partial, "".join(map(as_line, before)))
+        with open(partial, "a", encoding="utf-8") as out:
             for row in answered:
                 errors += [row["error"]] if row["response"] is None else []
                 out.write(as_line(row))
@@ -180,6 +171,13 @@ def infer_dataset(generator: Generator, args: InferArguments) -> None:
 def infer_main(args: InferArguments | Sequence[str]) -> None:
     """Chat, or with `--prompt` answer once, or with `--val_dataset` answer a file (see InferArguments)."""
     args = as_arguments(InferArguments, args)
+    if args.infer_backend == "vllm":
+        from swiftlite.llm.generate_vllm import VllmGenerator
+
+        infer_dataset(VllmGenerator.from_arguments(args), args)
+        return
+    if args.infer_backend in ("sglang", "lmdeploy"):
+        logger.warning("transformers answers; for throughput: --infer_backend vllm, or `swiftlite deploy` and a client")
     generator = Generator.from_arguments(args)
     stream = args.stream is not False
     if args.val_dataset or args.load_data_args:

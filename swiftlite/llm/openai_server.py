@@ -29,7 +29,8 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 App = Callable[[Event, Receive, Send], Awaitable[None]]
 
-CHAT, COMPLETIONS, HEALTH = "/v1/chat/completions", "/v1/completions", "/health"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HEALTH = "/health"
 _PATHS = (CHAT, COMPLETIONS, HEALTH, "/v1/models", "/v1/responses")
 
 

@@ -27,7 +27,7 @@ from swiftlite.cli.export import export_main
 from swiftlite.llm import engines, openai_server
 from swiftlite.llm.stop_words import StopWords
 from swiftlite.utils.errors import CheckpointError, UsageError
-from tests.serving import ASK, HELLO, SAID, TOOLS, teach
+from tests.serving import ASK, HELLO, SAID, TOOLS
 
 
 def arguments(*words: str) -> DeployArguments:
@@ -123,14 +123,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return root
 
 
-@pytest.fixture(scope="module")
-def chat_model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(tiny_model("qwen3", max_position_embeddings=512), directory)
-    teach(directory)
-    return directory
-
-
 def prepare(*words: str, engine: str = "vllm") -> engines.Served:
     args = parse(DeployArguments, list(words))
     check_command(args)
@@ -181,24 +173,6 @@ def test_megatron_checkpoints_are_converted_once(chat_model: Path, tmp_path: Pat
     os.utime(file)  # another checkpoint, for all that is known
     assert prepare("--model", str(mcore)).directory != first.directory
     assert len(list((cache / "models").iterdir())) == 2
-
-
-@pytest.fixture(scope="module")
-def adapter(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    directory = tmp_path_factory.mktemp("run") / "checkpoint-4"
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(chat_model), LoraConfig(r=6, target_modules=["q_proj", "v_proj"])
-    )
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    model.save_pretrained(directory)
-    return directory
 
 
 def test_adapters_beside_the_model_or_merged(chat_model: Path, adapter: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.template.trained import trained_chat
 from swiftlite.llm.train.batches import COUNTS, Collate, Lengths, counting
 from swiftlite.llm.train.device import accelerator_of, change_layers, place
+from swiftlite.llm.train.measure import sums_of
 from swiftlite.llm.train.optimization import Optimization
 from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
 from swiftlite.llm.train.saving import (
@@ -33,9 +34,8 @@ from swiftlite.llm.train.saving import (
     save_rng_state,
     whole,
 )
-from swiftlite.llm.train.sharding import release
 from swiftlite.llm.train.ulysses import SequenceParts
-from swiftlite.train.batches import StepBatches, evaluation_samples, to_device
+from swiftlite.train.batches import StepBatches, to_device
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.loop import Run, Step
 from swiftlite.train.objective import Batch, Objective
@@ -89,16 +89,20 @@ class HfTrainer:
         self.run, args = run, self.args
         change_layers(self.model, args)
         self.routers = RouterWatch.of(self.model, args)
-        self.place(self.model)
-        self.masked = self.padding_free and needs_mask(self.model, self.device)
-        if self.parts is not None:
-            self.parts.install(self.model)
+        self.bring_model()
         self.optimization = Optimization(self.model, args, self.accelerator, run.steps)
         self.wrapped, self.trained_weights = self.optimization.wrapped, self.optimization.trained_weights
         self.optimizer, self.scheduler = self.optimization.optimizer, self.optimization.scheduler
         self.batches = StepBatches(run.plan, run.order, run.steps, self._load_batches, self.device)
         self.wrapped.train()
         transformers.set_seed(args.seed)
+
+    def bring_model(self) -> None:
+        """To where it computes. Collective."""
+        self.place(self.model)
+        self.masked = self.padding_free and needs_mask(self.model, self.device)
+        if self.parts is not None:
+            self.parts.install(self.model)
 
     def place(self, model: PreTrainedModel) -> None:
         """Bring a model to this rank's device, or its share of it. Collective."""
@@ -207,30 +211,9 @@ class HfTrainer:
         sums = dict(zip([*names, "stop", *COUNTS, *self.objective.counts], found, strict=True))
         return sums, length, sums.pop("stop") > 0
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The last, smaller batch counts too."""
-        run, total = self.run, dict[str, Tensor]()
-        assert run.val_set is not None
-        self.model.eval()
-        for samples in evaluation_samples(len(run.val_set), run.global_batch, self.args.eval_iters):
-            # A rank without samples of its own runs one that counts nothing, so that all know the names.
-            passes = [[i for i in passed if i >= 0] for passed in run.plan.micro_batches(samples)]
-            batches = [(self.collate([run.val_set[i] for i in there or [0]]), bool(there)) for there in passes]
-            self.prepare(batches)
-            for batch, counts in batches:
-                if not counts and total and not self.args.fsdp:  # ranks run a sharded model together
-                    continue
-                with self.accelerator.autocast():
-                    sums = self.objective.sums(self.model, self.inputs(batch))
-                for name, value in sums.items():
-                    total[name] = total.get(name, 0.0) + value.double() * counts
-        added = torch.stack(list(total.values()))
-        if get_world_size() > 1:
-            torch.distributed.all_reduce(added)
-        self.model.train()
-        release(self.model)
-        metrics = self.objective.metrics(dict(zip(total, added.tolist(), strict=True)))
+        assert self.run.val_set is not None
+        metrics = self.objective.metrics(sums_of(self, self.run.val_set, self.run.plan))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     # ---- checkpoints ----
