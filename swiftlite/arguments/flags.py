@@ -280,13 +280,11 @@ _ONLINE = (
     "num_generations", "num_iterations", "steps_per_generation", "generation_batch_size", "max_completion_length",
     "response_length", "advantage_estimator", "scale_rewards", "kl_in_reward", "importance_sampling_level", "epsilon",
     "epsilon_high", "delta", "overlong_filter", "dynamic_sample", "log_completions", "async_generate",
-    "multi_turn_scheduler",
-    "max_turns", "teacher_model", "teacher_model_server", "teacher_adapters", "teacher_deepspeed", "lmbda", "seq_kd",
-    "gkd_logits_topk", "temperature", "top_p", "top_k",
-    "center_rewards_coefficient", "rollout_importance_sampling_mode",
+    "multi_turn_scheduler", "max_turns", "teacher_model_server", "teacher_adapters", "teacher_deepspeed", "seq_kd",
+    "gkd_logits_topk", "top_p", "top_k", "center_rewards_coefficient", "rollout_importance_sampling_mode",
 )  # fmt: skip
 OTHER_PREFERENCES = (
-    "dpo, cpo, simpo, orpo and kto are trained here; GRPO, PPO, GKD and reward models: TRL or ms-swift on the Hugging "
+    "dpo, cpo, simpo, orpo, kto and gkd are trained here; GRPO, PPO and reward models: TRL or ms-swift on the Hugging "
     "Face directory, verl for GRPO with vLLM at scale; convert the result here"
 )
 

@@ -21,8 +21,8 @@ class MegatronDpoArguments(MegatronSftArguments, DpoArguments):
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:
-        adapters = ("is_peft", "is_megatron_adapter")
-        return {**super().directory_kinds, "ref_model": ("is_hf", "is_megatron"), "ref_adapters": adapters}
+        models = dict.fromkeys(("ref_model", "teacher_model"), ("is_hf", "is_megatron"))
+        return {**super().directory_kinds, **models, "ref_adapters": ("is_peft", "is_megatron_adapter")}
 
     NOTES: ClassVar[Mapping[str, Note]] = {
         "mcore_ref_model": Note("rejected", "give it with --ref_model, which takes checkpoints of either format"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.flags import DPO_NOTES, OTHER_PREFERENCES
-from swiftlite.arguments.parser import Arguments, Note, arguments, field, run_setting
+from swiftlite.arguments.parser import Arguments, Note, arguments, field, run_setting, specs
 from swiftlite.arguments.train import SftArguments
 from swiftlite.utils.errors import UsageError
 
@@ -14,6 +14,8 @@ REFERENCE_FREE = ("cpo", "simpo", "orpo")
 PAIR_LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", *REFERENCE_FREE)
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 LOSS_TYPES = (*PAIR_LOSS_TYPES, *KTO_LOSS_TYPES)
+_OF_KTO = ("desirable_weight", "undesirable_weight")
+_OF_GKD = ("teacher_model", "lmbda", "temperature", "sft_alpha")
 SMOOTHED = ("sigmoid", "robust", "cpo", "simpo")
 
 
@@ -22,11 +24,16 @@ class PreferenceArguments(Arguments):
     """Preference: the loss on pairs, and the reference that the policy is held to"""
 
     rlhf_type: str = field(
-        "dpo", "dpo (a loss of --loss_type on pairs), cpo, simpo, orpo (those losses, without a reference), or kto (answers "
-        "that are each desirable or not)", unavailable=Note("default only", OTHER_PREFERENCES, (*REFERENCE_FREE, "kto")),
+        "dpo", "dpo (a loss of --loss_type on pairs), cpo, simpo, orpo (those losses, without a reference), kto (answers "
+        "that are each desirable or not), or gkd (distillation from --teacher_model)",
+        unavailable=Note("default only", OTHER_PREFERENCES, (*REFERENCE_FREE, "kto", "gkd")),
     )  # fmt: skip
     beta: float | None = field(
-        None, "strength of the pull to the reference (default: 0.1, simpo 2)", aliases=["pref_beta"], common=True
+        None,
+        "strength of the pull to the reference (default: 0.1, simpo 2); of gkd the kind of divergence: 0 forward KL, "
+        "1 reverse KL, 0.5 (default) Jensen-Shannon",
+        aliases=["pref_beta"],
+        common=True,
     )
     loss_type: str = field(
         "sigmoid", "loss of a pair's scores; of --rlhf_type kto: kto (default) or apo_zero_unpaired",
@@ -55,13 +62,25 @@ class PreferenceArguments(Arguments):
         "the reference answers the whole dataset once before training, then its memory is free; a run with the same "
         "data and reference finds the answers in ~/.cache/swiftlite, or $SWIFTLITE_CACHE",
     )
+    teacher_model: str | None = field(
+        None, "with --rlhf_type gkd: directory or id of the teacher, which has the same tokens", path=True
+    )
+    lmbda: float = field(
+        0.0, "with --rlhf_type gkd: share of answers that the student writes itself",
+        unavailable="the student's own answers would have to be written while it trains, which needs an inference engine: "
+        "TRL's GKDTrainer or ms-swift do that; --lmbda 0 learns on the data's answers",
+    )  # fmt: skip
+    temperature: float = field(1.0, "with --rlhf_type gkd: divides the logits of student and teacher", least=0)
+    sft_alpha: float = field(0.0, "with --rlhf_type gkd: weight of the answers' cross entropy, which is added", least=0)
 
     @property
     def has_reference(self) -> bool:
-        return self.loss_type not in REFERENCE_FREE
+        return self.loss_type not in REFERENCE_FREE and self.rlhf_type != "gkd"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rlhf_type == "gkd":
+            return self._settle_gkd()
         if self.rlhf_type == "kto":
             self._settle_kto()
         elif self.loss_type in KTO_LOSS_TYPES:
@@ -78,6 +97,20 @@ class PreferenceArguments(Arguments):
             self.rpo_alpha = 1.0
         self._check_loss()
 
+    def _settle_gkd(self) -> None:
+        other = {"loss_type", "label_smoothing", "rpo_alpha", "simpo_gamma", "ref_model", "ref_adapters", *_OF_KTO}
+        for name in sorted(other | {"precompute_ref_log_probs"}):
+            if getattr(self, name) != specs(type(self))[name].default:
+                raise UsageError(f"--{name}: has no meaning with --rlhf_type gkd; leave it out")
+        if self.teacher_model is None:
+            raise UsageError("--rlhf_type gkd: give the teacher with --teacher_model DIR_OR_ID")
+        self.beta = 0.5 if self.beta is None else self.beta
+        if not 0 <= self.beta <= 1 or not self.temperature:
+            raise UsageError(
+                f"--beta {self.beta} --temperature {self.temperature}: with --rlhf_type gkd the one is between 0 and 1, the "
+                "other above 0"
+            )
+
     def _settle_kto(self) -> None:
         if "loss_type" not in self.given:
             self.loss_type = "kto"
@@ -87,9 +120,10 @@ class PreferenceArguments(Arguments):
             raise UsageError(f"--rpo_alpha {self.rpo_alpha}: --rlhf_type kto adds no cross entropy; leave it out")
 
     def _check_loss(self) -> None:
-        for name in ("desirable_weight", "undesirable_weight"):
-            if name in self.given and self.rlhf_type != "kto":
-                raise UsageError(f"--{name}: goes with --rlhf_type kto only")
+        for kind, names in (("kto", _OF_KTO), ("gkd", _OF_GKD)):
+            for name in names:
+                if name in self.given and self.rlhf_type != kind:
+                    raise UsageError(f"--{name}: goes with --rlhf_type {kind} only")
         divides = self.loss_type in ("ipo", "sppo_hard")
         if self.beta is None or self.beta < 0 or (self.beta == 0 and (divides or not self.rpo_alpha)):
             way = "" if divides else "; 0 leaves the cross entropy of --rpo_alpha alone, which would have to be given"
@@ -120,10 +154,17 @@ class DpoArguments(PreferenceArguments, SftArguments):
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:
-        return {**super().directory_kinds, "ref_model": ("is_hf",), "ref_adapters": ("is_peft",)}
+        return {
+            **super().directory_kinds,
+            "ref_model": ("is_hf",),
+            "ref_adapters": ("is_peft",),
+            "teacher_model": ("is_hf",),
+        }
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rlhf_type == "gkd":  # the data is that of sft
+            return
         if "loss_scale" not in self.given:
             self.loss_scale = "last_round"  # the turns before the last answer are the same in both
         if self.loss_scale not in ("default", "last_round", "all"):

@@ -135,7 +135,7 @@ def _source(args: MegatronSftArguments, origin: str | Path) -> Checkpoint:
 def _model(args: MegatronSftArguments, source: Checkpoint, adapters: Adapters, trained: Trained) -> TrainingModel:
     bound = bind_map(grown(source.config, args.new_tokens), source.names)
     compared = isinstance(args, PreferenceArguments)
-    pairs = compared and args.rlhf_type != "kto"
+    pairs = compared and args.rlhf_type not in ("kto", "gkd")
     own_reference = compared and args.has_reference and not args.precompute_ref_log_probs
     own_reference = own_reference and (args.ref_model or args.train_type != "lora")
     return TrainingModel(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 from swiftlite.arguments.preference import DpoArguments
+from swiftlite.arguments.train import SftArguments
+from swiftlite.checkpoint.registry import get_model_info_meta
+from swiftlite.train.distill_loss import Divergence
 from swiftlite.train.dpo_loss import PairLoss
 from swiftlite.train.kto_loss import KtoLoss
 from swiftlite.utils.errors import UsageError
@@ -41,10 +46,48 @@ def kto_loss(args: DpoArguments) -> KtoLoss:
     return KtoLoss(args.loss_type, args.beta, args.desirable_weight, args.undesirable_weight)
 
 
-def check_reference(args: DpoArguments, rows: int | None, policy_rows: int | None) -> None:
-    """Args: rows, policy_rows: of the vocabularies. Raises: UsageError if they differ."""
+def model_directory(args: SftArguments, given: str) -> Path:
+    """Of a model beside the one in training: what a flag names, or what a hub's id comes to."""
+    directory = Path(given).expanduser()
+    if directory.is_dir():
+        return directory
+    info, _ = get_model_info_meta(
+        given,
+        use_hf=args.use_hf,
+        hub_token=args.hub_token,
+        need_template=False,
+        ignore_requirements=args.ignore_requirements,
+    )
+    return Path(info.model_dir)
+
+
+def divergence(args: DpoArguments) -> Divergence:
+    assert args.beta is not None  # after __post_init__
+    return Divergence(args.beta, args.temperature)
+
+
+def check_teacher(
+    args: DpoArguments, own: Mapping[str, int], theirs: Mapping[str, int], rows: Sequence[int | None]
+) -> None:
+    """Args: own, theirs: the tokenizers' vocabularies. rows: of both models. Raises: UsageError if they differ.
+
+    Rows that no token has may be fewer in one of the models.
+    """
+    if dict(own) != dict(theirs):
+        token = next(iter(dict(own).items() ^ dict(theirs).items()))[0]
+        raise UsageError(
+            f"--teacher_model {args.teacher_model}: its tokenizer has another vocabulary ({token!r}, for one); what it says "
+            "of the next token can be learnt only by a model that has the same tokens: take a teacher of the same family"
+        )
+    if any(count is not None and count <= max(own.values()) for count in rows):
+        raise UsageError(
+            f"--teacher_model {args.teacher_model}: its vocabulary, or the model's, lacks rows for some tokens"
+        )
+
+
+def check_reference(flag: str, given: str, rows: int | None, policy_rows: int | None) -> None:
+    """Args: flag, given: of the other model. rows, policy_rows: of the vocabularies. Raises: UsageError if they differ."""
     if rows != policy_rows:
         raise UsageError(
-            f"--ref_model {args.ref_model}: has {rows} rows in its vocabulary, the model has {policy_rows}; the reference "
-            "must read the same tokens"
+            f"--{flag} {given}: has {rows} rows in its vocabulary, the model has {policy_rows}; it must read the same tokens"
         )

@@ -60,6 +60,9 @@ COMPANIONS = {
     "tuner_settings": ["--train_type", "boft"],
     "simpo_gamma": ["--loss_type", "simpo"],
     **dict.fromkeys(("loss_type", "desirable_weight", "undesirable_weight"), ["--rlhf_type", "kto"]),
+    **dict.fromkeys(
+        ("teacher_model", "lmbda", "temperature", "sft_alpha"), ["--rlhf_type", "gkd", "--teacher_model", "DIR"]
+    ),
 }
 # A value as it is usually typed, where the type does not say one.
 VALUES = {
@@ -72,7 +75,7 @@ VALUES = {
     "task_type": "causal_lm", "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
     "lr_scheduler_kwargs": '{"min_lr": 1e-6}', "init_weights": "pissa", "fsdp": "full_shard",
     "deepspeed": "zero2", "quant_method": "bnb", "quant_bits": "4", "bnb_4bit_compute_dtype": "bf16",
-    "pipeline_model_parallel_layout": "Et|tL",
+    "pipeline_model_parallel_layout": "Et|tL", "lmbda": "0",
 }  # fmt: skip
 ALL = [(cls, flag) for _, cls, other in SECTIONS for flag in rows(cls, other)]
 

@@ -35,6 +35,7 @@ LORA = ["--ref_model", "none", "--train_type", "lora", "--lora_rank", "16", "--l
         "--lr_decay_style", "constant"]  # fmt: skip
 LORA_MOE = [*LORA, "--lr", "2.5e-3", "--train_iters", "20"]  # at a higher rate routing flips on rounding differences
 
+GKD = ["--rlhf_type", "gkd", "--rpo_alpha", "none", "--beta", "0.3", "--sft_alpha", "0.5"]
 KTO = ["--rlhf_type", "kto", "--rpo_alpha", "none"]  # each pair as two answers
 
 # What one process runs: family, flags. The others are compared with the one they name.
@@ -47,6 +48,7 @@ ALONE: dict[str, tuple[str, list[str]]] = {
     "lora-moe": ("glm4_moe", LORA_MOE),
     "mla": ("moonlight", []),
     "kto": ("qwen3", KTO),
+    "gkd": ("qwen3", GKD),
 }
 # one process' run, world size, flags, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
@@ -77,6 +79,10 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "kto-tp2-sp": ("kto", 2, [*KTO, *TP], None),
     "kto-pp2-known": ("kto", 2, [*KTO, *UNEVEN, *KNOWN], None),
     "kto-cp2": ("kto", 2, [*KTO, *CP], None),
+    "gkd-dp2": ("gkd", 2, GKD, None),
+    "gkd-tp2-sp": ("gkd", 2, [*GKD, *TP], None),
+    "gkd-pp2": ("gkd", 2, [*GKD, *UNEVEN], None),
+    "gkd-cp2": ("gkd", 2, [*GKD, *CP], None),
     "control-double-layer": ("dense", 2, [], "double_layer"),
     "control-skip-norm-reduce": ("dense", 2, TP, "skip_norm_reduce"),
     "control-own-counts": ("dense", 2, [], "own_counts"),
@@ -110,6 +116,8 @@ def argv(
             "rpo_alpha": 0.5, "logging_steps": 1, "save_steps": 1000,
             "save_weights_only": "true", "report_to": "none", "adam_eps": 1e-5,
         }  # fmt: skip
+        if "gkd" in flags:
+            common["teacher_model"] = common.pop("ref_model")
         return [word for name, value in common.items() for word in (f"--{name}", str(value))] + list(flags)
 
     return make
@@ -132,8 +140,9 @@ def root(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
 def test_the_pairs_are_learnable(root: Path, name: str) -> None:
     lines = [line for line in read_run(root / name / "logging.jsonl") if "loss" in line]
     assert len(lines) >= STEPS
-    assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
-    assert lines[-1]["rewards/margins"] > 1 + lines[0]["rewards/margins"]
+    # A teacher of random weights says much that is learnt slowly.
+    assert lines[-1]["loss"] < (0.85 if name == "gkd" else 0.75) * lines[0]["loss"]
+    assert name == "gkd" or lines[-1]["rewards/margins"] > 1 + lines[0]["rewards/margins"]
 
 
 @pytest.mark.parametrize("name", EQUAL)

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, str, list[str], str | None]] = {
     "dpo": ("dpo", "qwen3", ["--rpo_alpha", "0.3", "--precompute_ref_log_probs", "true"], None),
     "dpo-lora": ("dpo", "glm4_moe", LORA, None),
     "kto": ("dpo", "qwen3", ["--rlhf_type", "kto"], None),
+    "gkd": ("dpo", "qwen3", ["--rlhf_type", "gkd", "--teacher_model", "other"], None),
     "stopped": ("sft", "qwen3", [], "sigterm"),
     "unreduced": ("sft", "qwen3", [], "unreduced"),
 }
@@ -45,7 +46,8 @@ def test_two_processes_equal_one(tiny_model: Callable[..., Path], tmp_path: Path
     types = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
 
     def words(case: str, output: Path) -> list[str]:
-        _, family, flags, _ = CASES[case]
+        _, family, given, _ = CASES[case]
+        flags = [str(tiny_model(family, seed=1)) if word == "other" else word for word in given]
         return ["--model", str(tiny_model(family)), "--model_type", types[family], "--template", "qwen3", "--dataset",
                 str(data), "--split_dataset_ratio", "0.2", "--train_iters", "6", "--global_batch_size", "4",
                 "--micro_batch_size", "1", "--max_length", "200", "--torch_dtype", "float32", "--lr", "1e-3",

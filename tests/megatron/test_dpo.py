@@ -86,6 +86,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "simpo": {"rlhf_type": "simpo", "lr": 5e-4},
     "orpo": {"rlhf_type": "orpo"},
     "kto": {"rlhf_type": "kto", "beta": 0.05, "lr": 1e-3},  # of each pair's two answers
+    "gkd": {"rlhf_type": "gkd", "sft_alpha": 0.2, "temperature": 0.8},
 }
 CASES = [*(("qwen3", kind) for kind in KINDS), ("glm4_moe", "sigmoid"), ("qwen3_moe", "rpo"), ("mla", "sigmoid")]
 
@@ -95,7 +96,7 @@ def test_equal_to_transformers(family: str, kind: str, run: Any, model_of: Calla
     """20 steps in fp32 against a reference that differs from the policy."""
     flags = {"train_iters": STEPS, "save_weights_only": "true", **KINDS[kind]}
     if kind not in ("simpo", "orpo"):
-        flags["ref_model"] = model_of(family, seed=1)
+        flags["teacher_model" if kind == "gkd" else "ref_model"] = model_of(family, seed=1)
     theirs, ours = (run(main, main.__name__, family, **flags) for main in (rlhf_main, megatron_rlhf_main))
     compare(ours, theirs)
     assert len(values(ours, "loss")) == STEPS

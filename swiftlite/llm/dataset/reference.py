@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from swiftlite.arguments.train import SftArguments
-from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.llm.dataset.cache import cache_root, hash_of
 from swiftlite.llm.dataset.store import facts_of_files
 from swiftlite.train.questions import Questions
+from swiftlite.train.reference import model_directory
 from swiftlite.utils.dist import all_gather, is_main_process
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
@@ -64,13 +64,7 @@ def _identity(args: SftArguments) -> Json:
     """What decides the answers besides the tokens: bytes of the reference's weights, and how they are computed with."""
     directories = [Path(str(getattr(args, "mcore_model", None) or args.model_info.model_dir))]
     if args.ref_model:
-        directories = [Path(args.ref_model).expanduser()]
-        if not directories[0].is_dir():
-            info, _ = get_model_info_meta(
-                args.ref_model, use_hf=args.use_hf, hub_token=args.hub_token, need_template=False,
-                ignore_requirements=args.ignore_requirements,
-            )  # fmt: skip
-            directories = [Path(info.model_dir)]
+        directories = [model_directory(args, args.ref_model)]
     directories += [Path(args.ref_adapters)] if args.ref_adapters else []
     files = [
         sorted(f for f in d.rglob("*") if f.suffix in _WEIGHTS or f.name.endswith("config.json")) for d in directories

@@ -23,7 +23,7 @@ from swiftlite.train.reference import check_reference, reference_kind
 from swiftlite.utils.dist import all_gather
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def reference_model(args: DpoArguments, model: PreTrainedModel) -> PreTrainedModel | None:
@@ -39,19 +39,30 @@ def reference_model(args: DpoArguments, model: PreTrainedModel) -> PreTrainedMod
         # Ranks that divide it share the memory of what is read, not of a copy.
         reference = load_model(args) if args.fsdp else copy.deepcopy(model)
     else:
-        reference, _ = get_model_tokenizer(
-            str(args.ref_model), args.model_info.torch_dtype, args.device_map, use_hf=args.use_hf, need_template=False,
-            attn_impl=args.hf_attn_implementation, trust_remote_code=args.trust_remote_code, hub_token=args.hub_token,
-            ignore_requirements=args.ignore_requirements, new_special_tokens=args.new_special_tokens,
-        )  # fmt: skip
-        check_reference(args, embedding_rows(reference), embedding_rows(model))
+        reference, _ = read_model(args, str(args.ref_model))
+        check_reference("ref_model", str(args.ref_model), embedding_rows(reference), embedding_rows(model))
     if args.ref_adapters:
         reference = attach_adapter(reference, Path(args.ref_adapters))
     if not args.adapts:
         _round_like_trained(reference)
-    for config in (reference.config, reference.config.get_text_config()):
+    return frozen(reference)
+
+
+def read_model(args: DpoArguments, directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Another model than the one in training, and its tokenizer."""
+    model, tokenizer = get_model_tokenizer(
+        directory, args.model_info.torch_dtype, args.device_map, use_hf=args.use_hf, need_template=False,
+        attn_impl=args.hf_attn_implementation, trust_remote_code=args.trust_remote_code, hub_token=args.hub_token,
+        ignore_requirements=args.ignore_requirements, new_special_tokens=args.new_special_tokens,
+    )  # fmt: skip
+    return model, tokenizer
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """For answers without gradients."""
+    for config in (model.config, model.config.get_text_config()):
         config.use_cache = False
-    return reference.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
 
 
 def _round_like_trained(reference: PreTrainedModel) -> None:

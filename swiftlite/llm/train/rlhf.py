@@ -12,7 +12,8 @@ from swiftlite.utils.types import Json
 def rlhf_main(args: DpoArguments | Sequence[str]) -> Json:
     """As the function of its kind."""
     from swiftlite.llm.train.dpo import dpo_main
+    from swiftlite.llm.train.gkd import gkd_main
     from swiftlite.llm.train.kto import kto_main
 
     args = as_arguments(DpoArguments, args)
-    return {"kto": kto_main}.get(args.rlhf_type, dpo_main)(args)
+    return {"kto": kto_main, "gkd": gkd_main}.get(args.rlhf_type, dpo_main)(args)

@@ -176,6 +176,7 @@ def obstacle(args: MegatronArguments, models: Sequence[MegatronModule], device: 
             config.tensor_model_parallel_size > 1 and args.train_type == "lora" and bool(args.lora_dropout)
         ) or (config.sequence_parallel and bool(args.neftune_noise_alpha)),
         "mismatched answers are batches of their own": getattr(args, "rlhf_type", None) == "kto",
+        "the positions with labels differ": getattr(args, "rlhf_type", None) == "gkd",
         "a dispatcher waits for the experts' token counts": not counts_stay_on_device(models),
     }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -22,14 +22,22 @@ def token_losses(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
 
     Other stages give the hidden states that the next one takes. Rows that pad the vocabulary count for nothing.
     """
+    return _forward(model, batch, labels=batch.labels, loss_mask=batch.loss_mask)
+
+
+def token_logits(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    """As `token_losses`, but logits [B, S, V] of this rank's rows V of the vocabulary; -inf for rows that pad it."""
+    return _forward(model, batch)
+
+
+def _forward(model: torch.nn.Module, batch: MicroBatch, **labels: Tensor) -> Tensor:
     with routing_of(batch.router_tokens()):
         output: Tensor = model(
             input_ids=batch.tokens,
             position_ids=batch.position_ids,
             attention_mask=None,
-            labels=batch.labels,
-            loss_mask=batch.loss_mask,
             packed_seq_params=batch.packed_seq_params,
+            **labels,
         )
     return output
 

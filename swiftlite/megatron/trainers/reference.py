@@ -34,17 +34,24 @@ def reference_of(args: MegatronDpoArguments, origin: Path) -> tuple[Path, Megatr
     other.adapters, other.mcore_adapter = [args.ref_adapters] if args.ref_adapters else [], None
     if kind == "start":
         return origin, other
-    directory = Path(str(args.ref_model)).expanduser()
+    return other_model(args, other, "ref_model", str(args.ref_model), origin)
+
+
+def other_model(
+    args: MegatronDpoArguments, other: MegatronDpoArguments, flag: str, given: str, origin: Path
+) -> tuple[Path, MegatronDpoArguments]:
+    """(directory, `other` made to build it) of a model that a flag names. Raises: UsageError for another vocabulary."""
+    directory = Path(given).expanduser()
     if not Directory(directory).is_megatron:
         info, _ = get_model_info_meta(
-            str(args.ref_model), use_hf=args.use_hf, hub_token=args.hub_token, need_template=False,
+            given, use_hf=args.use_hf, hub_token=args.hub_token, need_template=False,
             ignore_requirements=args.ignore_requirements,
         )  # fmt: skip
         directory = Path(info.model_dir)
     stated, model = read_config(checkpoint_root(directory)), read_config(checkpoint_root(origin))
     same = rows_of(stated) == rows_of(model)
     config = convert_hf_config(grown(stated, args.new_tokens if same else None))
-    check_reference(args, config["padded_vocab_size"], args.description.padded_vocab_size)
+    check_reference(flag, given, config["padded_vocab_size"], args.description.padded_vocab_size)
     other.apply_model_config(config)
     return directory, other
 

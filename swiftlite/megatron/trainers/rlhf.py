@@ -12,7 +12,8 @@ from swiftlite.utils.types import Json
 def megatron_rlhf_main(args: MegatronDpoArguments | Sequence[str]) -> Json:
     """As the function of its kind."""
     from swiftlite.megatron.trainers.dpo import megatron_dpo_main
+    from swiftlite.megatron.trainers.gkd import megatron_gkd_main
     from swiftlite.megatron.trainers.kto import megatron_kto_main
 
     args = as_arguments(MegatronDpoArguments, args)
-    return {"kto": megatron_kto_main}.get(args.rlhf_type, megatron_dpo_main)(args)
+    return {"kto": megatron_kto_main, "gkd": megatron_gkd_main}.get(args.rlhf_type, megatron_dpo_main)(args)
