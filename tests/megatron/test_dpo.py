@@ -106,10 +106,13 @@ def test_equal_to_transformers(family: str, kind: str, run: Any, model_of: Calla
 LORA = {"train_type": "lora", "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 0, "lr": 5e-3}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "glm4_moe", "mla"])
-def test_lora_equals_transformers(family: str, run: Any) -> None:
+@pytest.mark.parametrize(
+    "family, more",
+    [("qwen3", {}), ("glm4_moe", {}), ("mla", {}), ("qwen3", {"modules_to_save": "lm_head,model.norm", "lr": 2e-3})],
+)
+def test_lora_equals_transformers(family: str, more: dict[str, Any], run: Any) -> None:
     """20 steps in fp32 from the same A and B; the reference is the model with its adapters off."""
-    flags = {"train_iters": STEPS, "save_weights_only": "true", "rpo_alpha": 0.2, **LORA}
+    flags = {"train_iters": STEPS, "save_weights_only": "true", "rpo_alpha": 0.2, **LORA, **more}
     theirs, ours = (run(main, main.__name__, family, **flags) for main in (dpo_main, megatron_dpo_main))
     compare(ours, theirs)
     assert ours[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)

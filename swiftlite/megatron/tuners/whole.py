@@ -18,6 +18,7 @@ from torch import Tensor
 
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.megatron.shards import LiveMap, iter_shards
+from swiftlite.utils.errors import UsageError
 from swiftlite.weights.rule import Entry
 from swiftlite.weights.shard import read_shard
 from swiftlite.weights.storage import Files, WeightSource
@@ -49,7 +50,7 @@ class WholeWeights(torch.nn.Module):
     """Those of one model chunk on this rank: parameters, and the buffers of the same modules, which no step moves."""
 
     def __init__(self, model: MegatronModule, origin: Checkpoint, names: Collection[str]) -> None:
-        """names: Hugging Face names, as `saved_weights` finds them."""
+        """names: Hugging Face names, as `saved_weights` finds them. Raises: UsageError for what is a part of a tensor."""
         super().__init__()
         self.origin = origin
         self.places: dict[str, _Place] = {}
@@ -63,6 +64,10 @@ class WholeWeights(torch.nn.Module):
         for shard in iter_shards([model]):
             entry, offset = live.entry(shard)
             if entry.hf[0] in names:
+                if id(shard.data) not in owners:
+                    raise UsageError(
+                        f"--modules_to_save: {entry.hf[0]} is no parameter of its own on Megatron; leave it out"
+                    )
                 name = entry.hf[0].replace(".", "/")
                 self.places[name] = _Place(*owners[id(shard.data)], entry, offset, _under(entry.hf[0], shard))
                 if isinstance(shard.data, torch.nn.Parameter):
