@@ -19,7 +19,8 @@ GROUPS = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "seconds that processes have to save after a signal (default 1800)",
     },
     "swiftlite": {
-        "SWIFTLITE_CACHE": "where tokenised data is kept (default ~/.cache/swiftlite)",
+        "SWIFTLITE_API_KEY": "key that clients of `swiftlite deploy` must give",
+        "SWIFTLITE_CACHE": "where tokenised data and models for serving are kept (default ~/.cache/swiftlite)",
         "SWIFTLITE_LOG_LEVEL": "DEBUG, INFO (default), WARNING or ERROR",
     },
     "Read by libraries, shown by `swiftlite env`": {
@@ -43,6 +44,7 @@ GROUPS = {
         "SWIFTLITE_PARENT": "the process whose end ends this one",
     },
     "Set by swiftlite, unless you set them": {
+        "VLLM_API_KEY": "what `swiftlite deploy` tells vLLM of the key",
         "NVIDIA_TF32_OVERRIDE": "0 during the precision check: products in full fp32",
         "TOKENIZERS_PARALLELISM": "false where several processes tokenise",
         "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1: pickles load data only, never code",

@@ -26,6 +26,7 @@ class EvalArguments(EngineArguments, GenerationArguments, BaseArguments):
             if name not in ("val_dataset", "columns", "dataset_info", "max_drop_ratio", "dataset_num_proc")
         },
         **EVAL_NOTES,
+        "adapters": Note("rejected", "an adapter is a model of its own here: --model BASE ADAPTER_DIR"),
         "output_dir": Note("rejected", "evaluation writes only --result_path"),
     }
     REST: ClassVar[str | None] = "engine_args"
@@ -76,8 +77,6 @@ class EvalArguments(EngineArguments, GenerationArguments, BaseArguments):
         super().__post_init__()
         if not self.model:
             raise UsageError("eval: give one or more models with --model DIR_OR_ID [DIR_OR_ID ...]")
-        if self.adapters:
-            raise UsageError("--adapters: an adapter is a model of its own here: --model BASE ADAPTER_DIR")
         if self.eval_backend == "lm_eval":
             if not self.tasks:
                 raise UsageError("--eval_backend lm_eval: name benchmarks with --tasks gsm8k mmlu")

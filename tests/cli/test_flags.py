@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from swiftlite.arguments.evaluate import EvalArguments
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
@@ -51,6 +52,8 @@ COMPANIONS = {
     "gpu_memory": ["--dry_run", "true"],
     "cached_val_dataset": ["--cached_dataset", "DIR"],
     "result_path": ["--val_dataset", "FILE"],
+    "tasks": ["--eval_backend", "lm_eval"],
+    "eval_backend": ["--tasks", "NAME"],
     "dataset": ["--to_cached_dataset", "true"],
     "adapters": ["--train_type", "lora"],
     "quant_method": ["--quant_bits", "4", "--train_type", "lora"],
@@ -97,6 +100,8 @@ def _value(cls, flag):
 def _parse(cls, flag):
     name, known = alias_table(cls).get(flag, flag), alias_table(cls)
     base = [] if name in ("model", "mcore_model") or cls is ExportArguments else ["--model", "DIR"]
+    if cls is EvalArguments and name not in ("tasks", "eval_backend"):
+        base += ["--val_dataset", "FILE"]
     beside = COMPANIONS.get(name, [])
     return parse(
         cls, [*base, *(beside if not beside or beside[0][2:] in known else []), f"--{flag}", _value(cls, flag)]

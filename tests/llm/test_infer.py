@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.parser import parse
 from swiftlite.llm import infer
-from swiftlite.utils.errors import DatasetError
+from swiftlite.utils.errors import DatasetError, UsageError
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -254,3 +256,120 @@ def test_adapters_are_added(model_dir: str, generator: infer.Generator, tmp_path
         assert torch.allclose(loaded.model(ids).logits, expected, atol=1e-5)
         assert not torch.allclose(generator.model(ids).logits, expected, atol=1e-2)
     assert loaded._room(10) == 246  # the model's facts are found behind the adapter
+
+
+# ---- results of an earlier run ----
+
+
+def test_a_run_that_was_ended_goes_on(
+    model_dir: str, generator: infer.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, result = tmp_path / "rows.jsonl", tmp_path / "rows.out"
+    questions = ["Hello", "What?", "Who?", "Where?"]
+    file.write_text("\n".join(json.dumps({"query": text, "response": "known"}) for text in questions))
+    whole = answered(model_dir, monkeypatch, generator, file)
+    asked: list[str] = []
+
+    def counting(conversations: Any, tools: Any = ()) -> list[str]:
+        asked.extend(conversation[-1]["content"] for conversation in conversations)
+        if "Where?" in asked and ended:
+            raise KeyboardInterrupt
+        return answer(conversations, tools)
+
+    ended, answer = True, generator.answer
+    monkeypatch.setattr(generator, "answer", counting)
+    result.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        answered(model_dir, monkeypatch, generator, file)
+    partial = result.with_name("rows.out.partial")
+    lines = partial.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3 and not result.exists()
+    partial.write_bytes(b"".join(lines[:2]) + lines[2][:-9])  # a kill in the middle of a line
+    ended, asked[:] = False, []
+    assert answered(model_dir, monkeypatch, generator, file) == whole and asked == ["Who?", "Where?"]
+    assert not partial.exists()
+    asked.clear()
+    file.write_text(file.read_text() + "\n" + json.dumps({"query": "More?"}))
+    assert answered(model_dir, monkeypatch, generator, file)[:4] == whole and asked == ["More?"]
+    kept = result.read_bytes()
+    file.write_text(json.dumps({"query": "Another"}))
+    with pytest.raises(UsageError, match=r"holds results of other rows \(line 1\); name another file, or remove it"):
+        answered(model_dir, monkeypatch, generator, file)
+    file.write_text(json.dumps({"query": "Hello", "response": "known"}))
+    with pytest.raises(UsageError, match="holds 5 rows, the data 1"):
+        answered(model_dir, monkeypatch, generator, file)
+    assert result.read_bytes() == kept
+
+
+# ---- what a terminal shows ----
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_thoughts_are_dim(size: int) -> None:
+    text = "a <b <think>\nwhy</th\n</think>\n\nso <think>x"
+    shown = "".join(infer.dimmed(text[at : at + size] for at in range(0, len(text), size)))
+    assert shown == "a <b \x1b[2m<think>\nwhy</th\n</think>\x1b[0m\n\nso \x1b[2m<think>x\x1b[0m"
+    assert "".join(infer.dimmed(["no ", "<thoughts"])) == "no <thoughts"
+
+
+# ---- vLLM ----
+
+
+class FakeParams:
+    @classmethod
+    def from_optional(cls, **settings: Any) -> dict[str, Any]:
+        return settings
+
+
+class FakeLLM:
+    """The part of vLLM's interface that is used (vllm/entrypoints/llm.py, 0.33)."""
+
+    default_sampling_params: dict[str, Any] | None = None
+
+    def __init__(self, **loading: Any) -> None:
+        self.loading, self.asked = loading, list[Any]()
+        made.append(self)
+
+    def get_default_sampling_params(self) -> object:
+        self.default_sampling_params = {"temperature": 0.6, "top_k": 20}
+        return object()
+
+    def generate(self, prompts: Any, params: Any, *, use_tqdm: bool, lora_request: Any) -> list[Any]:
+        self.asked += [(prompt["prompt_token_ids"], params, lora_request) for prompt in prompts]
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=f"answer {len(self.asked)}")]) for _ in prompts]
+
+
+made: list[FakeLLM] = []
+
+
+def test_vllm_answers_the_same_prompts(
+    model_dir: str, generator: infer.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, result = tmp_path / "rows.jsonl", tmp_path / "rows.out"
+    file.write_text(json.dumps({"query": QUESTION[0]["content"]}) + "\n" + json.dumps({"query": "word " * 3000}))
+    words = ["--infer_backend", "vllm", "--val_dataset", str(file), "--result_path", str(result), "--stop_words", "x",
+             "--vllm_tensor_parallel_size", "2", "--vllm_gpu_memory_utilization", "0.8", "--max_model_len",
+             "200"]  # fmt: skip
+    with pytest.raises(UsageError, match="vllm: is not installed; pip install vllm, or .* `swiftlite deploy"):
+        infer.infer_main(arguments(model_dir, *words))
+    request = ModuleType("vllm.lora.request")
+    request.LoRARequest = tuple  # type: ignore[attr-defined]
+    vllm = ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = FakeLLM, FakeParams  # type: ignore[attr-defined]
+    modules = {"vllm": vllm, "vllm.lora": ModuleType("vllm.lora"), "vllm.lora.request": request}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    infer.infer_main(arguments(model_dir, *words))
+    (engine,) = made
+    assert engine.loading == {
+        "model": model_dir, "seed": 42, "dtype": "float32", "tensor_parallel_size": 2, "trust_remote_code": False,
+        "max_model_len": 200, "gpu_memory_utilization": 0.8,
+    }  # fmt: skip
+    ((ids, params, lora),) = engine.asked
+    assert ids == generator.template.encode_prompt(QUESTION) and lora is None
+    assert params == {"temperature": 0.0, "top_k": 20, "stop": ["x"], "max_tokens": 12,
+                      "stop_token_ids": generator.template.stop_token_ids}  # fmt: skip
+    rows = [json.loads(line) for line in result.read_text().splitlines()]
+    assert rows[0]["response"] == "answer 1" and "tokens" in rows[1]["error"]
+    with pytest.raises(UsageError, match="answers a dataset here"):
+        arguments(model_dir, "--infer_backend", "vllm")
