@@ -322,6 +322,14 @@ SHIMS = (
         guard_checkpoint_reader,
     ),
     Shim(
+        "no_compile",
+        "0.16-0.19",
+        "cpu",
+        "jit_fuser is torch.compile, which needs a C++ compiler on a CPU and takes longer than a small run",
+        "megatron.core.jit can be switched off before its users are imported",
+        cpu.run_uncompiled,
+    ),
+    Shim(
         "gates_of_shared_groups",
         "0.16",
         "always",
@@ -354,14 +362,6 @@ SHIMS = (
         "the second copy of tied embeddings (last pipeline stage) is moved with Tensor.cuda()",
         "a tied model builds with two pipeline stages on a CPU without it",
         cpu.tensor_cuda_is_identity,
-    ),
-    Shim(
-        "no_compile",
-        "0.16-0.19",
-        "cpu",
-        "jit_fuser is torch.compile, which needs a C++ compiler on a CPU and takes longer than a small run",
-        "megatron.core.jit can be switched off before its users are imported",
-        cpu.run_uncompiled,
     ),
     Shim(
         "te_general_gemm",

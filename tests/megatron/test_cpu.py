@@ -91,3 +91,17 @@ def test_nothing_that_runs_names_cuda() -> None:
             assert not named, f"{module.__name__}.{function.__qualname__}"
             looked_at += 1
     assert looked_at > 300
+
+
+def test_nothing_that_runs_is_compiled() -> None:
+    """Also not what a shim has put a function of its own around: to compile takes longer than a tiny run."""
+    if backend.setup().is_cuda:
+        return
+    for module in cpu.core_modules():
+        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        for function in [
+            f for owner in (module, *own) for f in vars(owner).values() if isinstance(f, types.FunctionType)
+        ]:
+            around = [cell.cell_contents for cell in function.__closure__ or ()]
+            compiled = [f for f in (function, *around) if hasattr(f, "_torchdynamo_orig_callable")]
+            assert not compiled, f"{module.__name__}: {function.__qualname__}"

@@ -112,6 +112,11 @@ def read_template(source: str, sandboxed: bool) -> Read:
     return Read(marshal.dumps(environment.compile(source)), frozenset(map(str, names)))
 
 
+def kept(source: str, sandboxed: bool) -> Read | None:
+    """What `keep` got in this process."""
+    return _READ.get((source, sandboxed))
+
+
 def keep(source: str, sandboxed: bool, read: Read) -> None:
     """Let this process, and those that it forks, have the code of a template at hand."""
     _READ[source, sandboxed] = read

@@ -171,11 +171,11 @@ class ChatTemplate:
         if source not in self._read:
             from jinja2 import TemplateSyntaxError
 
-            from swiftlite.llm.template.environment import keep, read_template
+            from swiftlite.llm.template.environment import keep, kept, read_template
 
             work = partial(read_template, source, self.is_own)
             try:
-                read = run_bounded(work) if self.is_own else work()
+                read = kept(source, self.is_own) or (run_bounded(work) if self.is_own else work())
                 keep(source, self.is_own, read)
                 self._read[source] = read.names
             except (LimitError, TemplateSyntaxError, RecursionError):  # told by what is written with it
