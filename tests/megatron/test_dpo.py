@@ -108,7 +108,13 @@ LORA = {"train_type": "lora", "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 
 
 @pytest.mark.parametrize(
     "family, more",
-    [("qwen3", {}), ("glm4_moe", {}), ("mla", {}), ("qwen3", {"modules_to_save": "lm_head,model.norm", "lr": 2e-3})],
+    # At a higher rate the MoE's routing flips on rounding differences, on some processors.
+    [
+        ("qwen3", {}),
+        ("glm4_moe", {"lr": 2.5e-3}),
+        ("mla", {}),
+        ("qwen3", {"modules_to_save": "lm_head,model.norm", "lr": 2e-3}),
+    ],  # fmt: skip
 )
 def test_lora_equals_transformers(family: str, more: dict[str, Any], run: Any) -> None:
     """20 steps in fp32 from the same A and B; the reference is the model with its adapters off."""
