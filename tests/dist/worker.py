@@ -4,7 +4,7 @@ A job names a module with `run_case`; here a case is a command (default: Megatro
 or none.
 
 Faults: 'double_layer' doubles one layer's gradients, 'skip_norm_reduce' leaves out the all-reduce of norm gradients,
-'end_after_6' ends the run after step 6 as if it had been killed there, 'kill_in_save' kills the process after the second
+'end_after_5' ends the run after that step as if it had been killed there, 'kill_in_save' kills the process after the second
 checkpoint is written, before it is renamed, 'kill_in_background' from the process that begins to write the second
 checkpoint, 'own_counts' weighs preference losses by the pairs and tokens of this rank alone, 'places_in_order' gives
 ranks of context parallelism successive parts of a text, 'loss_of_one_rank' counts the tokens of the first of them only.
@@ -69,17 +69,19 @@ def fault(name: str | None) -> Iterator[None]:
 
         return changed
 
-    def end_after_6(original: Any) -> Any:
+    def end_after(original: Any) -> Any:
+        last = int(str(name).rpartition("_")[2])
+
         def changed(self: Any, step: int, *args: Any) -> None:
             original(self, step, *args)
-            if step == 6:
+            if step == last:
                 raise Ended
 
         return changed
 
     def kill_in_save(original: Any) -> Any:
         def changed(source: Path, target: Path) -> None:
-            if target.name == "iter_0000008":
+            if target.name == "iter_0000006":
                 os.killpg(0, signal.SIGKILL)  # with the helpers that saving starts
             original(source, target)
 
@@ -122,7 +124,7 @@ def fault(name: str | None) -> Iterator[None]:
             "_allreduce_non_tensor_model_parallel_grads",
             lambda _: lambda *args, **kwargs: None,
         ),
-        "end_after_6": (Metrics, "advance", end_after_6),
+        **dict.fromkeys(("end_after_5", "end_after_6"), (Metrics, "advance", end_after)),
         "kill_in_save": (checkpoint, "replace_directory", kill_in_save),
         "own_counts": (DpoTrainer, "count", own_counts),
         "kill_in_background": (background.BackgroundWriter, "start", kill_in_background),

@@ -114,7 +114,7 @@ LORA = {"train_type": "lora", "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 
         ("glm4_moe", {"lr": 2.5e-3}),
         ("mla", {}),
         ("qwen3", {"modules_to_save": "lm_head,model.norm", "lr": 2e-3}),
-    ],  # fmt: skip
+    ],
 )
 def test_lora_equals_transformers(family: str, more: dict[str, Any], run: Any) -> None:
     """20 steps in fp32 from the same A and B; the reference is the model with its adapters off."""
