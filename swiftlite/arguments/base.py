@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from swiftlite import __version__
-from swiftlite.arguments.flags import COMMON_NOTES, NO_BIASES, NO_CLASSES, NO_WEIGHTS, ONLY_TRANSFORMERS
+from swiftlite.arguments.flags import COMMON_NOTES, NO_BIASES, NO_WEIGHTS, ONLY_TRANSFORMERS
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting, specs
+from swiftlite.arguments.task import TaskArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.secrets import SETTINGS, remember, without_secrets
 from swiftlite.utils.types import Json
@@ -128,7 +129,7 @@ class RunArguments(Arguments):
 
 
 @arguments
-class ModelArguments(Arguments):
+class ModelArguments(TaskArguments):
     """Model: which checkpoint, and how it is read"""
 
     model: str | None = field(
@@ -142,8 +143,6 @@ class ModelArguments(Arguments):
     use_hf: bool = run_setting(False, "download from Hugging Face instead of ModelScope", common=True)
     hub_token: str | None = run_setting(None, "access token of the hub")
     new_special_tokens: list[str] = field([], "tokens to add; an item that ends in .txt is a file of tokens")
-    task_type: str | None = field(None, "what the model is for", choices=["causal_lm", "seq_cls"])
-    num_labels: int | None = field(None, "number of classes of a seq_cls model", unavailable=NO_CLASSES)
     device_map: object = run_setting(
         None,
         "where transformers puts the layers: auto, cpu, cuda:0 or a JSON map",
@@ -177,8 +176,6 @@ class ModelArguments(Arguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         remember(self.hub_token)
-        if self.task_type == "seq_cls":
-            raise UsageError(f"--task_type seq_cls: {NO_CLASSES}")
         if isinstance(self.device_map, str) and self.device_map.startswith("{"):
             self.device_map = convert(self.device_map, dict, "device_map")
 

@@ -9,7 +9,7 @@ from swiftlite.arguments.base import BaseArguments, DataArguments, GenerationArg
 from swiftlite.arguments.flags import EVAL_NOTES
 from swiftlite.arguments.infer import EngineArguments
 from swiftlite.arguments.parser import Note, arguments, field, specs
-from swiftlite.arguments.preference import LOSS_TYPES
+from swiftlite.arguments.task import PAIR_LOSS_TYPES
 from swiftlite.utils.errors import UsageError
 
 METRICS = ("loss", "exact_match", "choice", "rouge")
@@ -45,7 +45,7 @@ class EvalArguments(EngineArguments, GenerationArguments, BaseArguments):
         choices=["sft", "pt", "dpo"],
         common=True,
     )
-    loss_type: str = field("sigmoid", "with --objective dpo: loss of a pair's scores", choices=LOSS_TYPES)
+    loss_type: str = field("sigmoid", "with --objective dpo: loss of a pair's scores", choices=PAIR_LOSS_TYPES)
     beta: float | None = field(None, "with --objective dpo: strength of the pull to the reference")
     ref_model: str | None = field(None, "with --objective dpo: reference (default: an adapter's base)", path=True)
     checkpoint: str = field("newest", "which checkpoint of a run", choices=["newest", "best"])

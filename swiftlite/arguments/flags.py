@@ -29,7 +29,6 @@ NO_BIASES = {
 NO_MTP = {
     "MegatronDpoArguments": Note("rejected", "preference training has no multi-token-prediction loss; leave it out")
 }
-NO_CLASSES = "models that classify are not supported yet; leave it out to train one that writes text"
 ONLY_TRANSFORMERS = {
     "MegatronArguments": Note("rejected", "acts with transformers only (`swiftlite sft`); leave it out")
 }
@@ -221,7 +220,6 @@ TRAIN_NOTES: dict[str, Note] = {
         Note("rejected", _OTHER_TUNER),
     ),
     "bnb_4bit_quant_storage": Note("default", "packed weights lie in bytes, and each GPU holds them all", ("uint8",)),
-    "problem_type": Note("rejected", NO_CLASSES),
     "optim_args": Note("rejected", "AdamW is set by --adam_beta1, --adam_beta2, --adam_eps and --weight_decay"),
     **dict.fromkeys(
         ("eval_use_evalscope", "eval_dataset", "eval_dataset_args", "eval_limit", "eval_generation_config",
@@ -254,10 +252,6 @@ TRAIN_NOTES: dict[str, Note] = {
         ("rlhf_type", "pref_beta", "pref_loss", "beta", "rpo_alpha", "ref_model", "mcore_ref_model", "ref_adapters"),
         Note("rejected", _DPO),
     ),
-    "loss_type": Note(
-        "default", "the loss is cross entropy, weighted by --loss_scale; preference losses belong to `swiftlite dpo`, those "
-        "of embedding, reranking and classifying models are not supported", allowed=("cross_entropy", "loss_scale"),
-    ),
     "use_distributed_optimizer": Note(
         "default", "the optimizer is always the distributed one, so that one checkpoint format serves every layout",
         allowed=("true",),
@@ -281,10 +275,10 @@ _ONLINE = (
     "response_length", "advantage_estimator", "scale_rewards", "kl_in_reward", "importance_sampling_level", "epsilon",
     "epsilon_high", "delta", "overlong_filter", "dynamic_sample", "log_completions", "async_generate",
     "multi_turn_scheduler", "max_turns", "teacher_model_server", "teacher_adapters", "teacher_deepspeed", "seq_kd",
-    "gkd_logits_topk", "top_p", "top_k", "center_rewards_coefficient", "rollout_importance_sampling_mode",
+    "gkd_logits_topk", "top_p", "top_k", "rollout_importance_sampling_mode",
 )  # fmt: skip
 OTHER_PREFERENCES = (
-    "dpo, cpo, simpo, orpo, kto and gkd are trained here; GRPO, PPO and reward models: TRL or ms-swift on the Hugging "
+    "dpo, cpo, simpo, orpo, kto, gkd and reward models (rm) are trained here; GRPO and PPO: TRL or ms-swift on the Hugging "
     "Face directory, verl for GRPO with vLLM at scale; convert the result here"
 )
 
@@ -315,7 +309,7 @@ INFER_NOTES: dict[str, Note] = {
     ),
     "write_batch_size": Note("default", "answers are written as soon as a batch of --max_batch_size is done"),
     "metric": Note("rejected", "answers are judged by `swiftlite eval --metrics`"),
-    "reranker_use_activation": Note("rejected", NO_CLASSES),
+    "reranker_use_activation": Note("rejected", "scores are logits; their sigmoid is a probability"),
     "result_dir": Note("rejected", "name the file with --result_path"),
     "deepspeed": Note("rejected", "belongs to training"),
 }  # fmt: skip

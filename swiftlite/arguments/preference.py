@@ -1,4 +1,4 @@
-"""Arguments of training on preference pairs (`swiftlite dpo`, `swiftlite rlhf --rlhf_type dpo`)."""
+"""Arguments of training on preference pairs (`swiftlite dpo`, `swiftlite rlhf --rlhf_type dpo`, kto, rm, ...)."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.flags import DPO_NOTES, OTHER_PREFERENCES
-from swiftlite.arguments.parser import Arguments, Note, arguments, field, run_setting, specs
+from swiftlite.arguments.parser import Note, arguments, field, run_setting, specs
+from swiftlite.arguments.task import KTO_LOSS_TYPES, PAIR_LOSS_TYPES, REFERENCE_FREE
 from swiftlite.arguments.train import SftArguments
 from swiftlite.utils.errors import UsageError
 
-REFERENCE_FREE = ("cpo", "simpo", "orpo")
-PAIR_LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", *REFERENCE_FREE)
-KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
-LOSS_TYPES = (*PAIR_LOSS_TYPES, *KTO_LOSS_TYPES)
 _OF_KTO = ("desirable_weight", "undesirable_weight")
 _OF_GKD = ("teacher_model", "lmbda", "temperature", "sft_alpha")
 SMOOTHED = ("sigmoid", "robust", "cpo", "simpo")
 
 
 @arguments
-class PreferenceArguments(Arguments):
+class PreferenceArguments(SftArguments):
     """Preference: the loss on pairs, and the reference that the policy is held to"""
 
     rlhf_type: str = field(
         "dpo", "dpo (a loss of --loss_type on pairs), cpo, simpo, orpo (those losses, without a reference), kto (answers "
-        "that are each desirable or not), or gkd (distillation from --teacher_model)",
-        unavailable=Note("default only", OTHER_PREFERENCES, (*REFERENCE_FREE, "kto", "gkd")),
+        "that are each desirable or not), gkd (distillation from --teacher_model), or rm (a reward model)",
+        unavailable={
+            "MegatronDpoArguments": Note("default only", OTHER_PREFERENCES, (*REFERENCE_FREE, "kto", "gkd")),
+            "DpoArguments": Note("default only", OTHER_PREFERENCES, (*REFERENCE_FREE, "kto", "gkd", "rm")),
+        },
     )  # fmt: skip
     beta: float | None = field(
         None,
@@ -35,10 +35,6 @@ class PreferenceArguments(Arguments):
         aliases=["pref_beta"],
         common=True,
     )
-    loss_type: str = field(
-        "sigmoid", "loss of a pair's scores; of --rlhf_type kto: kto (default) or apo_zero_unpaired",
-        aliases=["pref_loss"], choices=LOSS_TYPES, common=True,
-    )  # fmt: skip
     desirable_weight: float = field(1.0, "with --rlhf_type kto: weight of the desirable answers' losses", least=0)
     undesirable_weight: float = field(1.0, "with --rlhf_type kto: weight of the undesirable answers' losses", least=0)
     label_smoothing: float = field(
@@ -49,6 +45,10 @@ class PreferenceArguments(Arguments):
         aliases=["pref_ftx", "cpo_alpha"], least=0,
     )  # fmt: skip
     simpo_gamma: float = field(1.0, "margin between the two answers that --loss_type simpo asks for")
+    center_rewards_coefficient: float | None = field(
+        None, "with --rlhf_type rm: weight of the squared sum of a pair's scores, which pulls them to 0", least=0,
+        unavailable={"MegatronDpoArguments": Note("rejected", "reward models are trained by `swiftlite rlhf`")},
+    )  # fmt: skip
     ref_model: str | None = field(
         None, "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",
         path=True, common=True,
@@ -75,22 +75,47 @@ class PreferenceArguments(Arguments):
 
     @property
     def has_reference(self) -> bool:
-        return self.loss_type not in REFERENCE_FREE and self.rlhf_type != "gkd"
+        return self.loss_type not in REFERENCE_FREE and self.rlhf_type not in ("gkd", "rm")
+
+    @property
+    def trains_reward_model(self) -> bool:
+        return self.rlhf_type == "rm"
+
+    @property
+    def loss_types(self) -> tuple[str, ...]:
+        others = {"rm": (), "gkd": (), "kto": KTO_LOSS_TYPES}
+        return others.get(self.rlhf_type, PAIR_LOSS_TYPES)
+
+    @property
+    def trained_for(self) -> str:
+        return f"--rlhf_type {self.rlhf_type}"
+
+    @property
+    def reads_labels(self) -> bool:
+        return False
+
+    @property
+    def pools(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.trains_reward_model:
+            return self._settle_reward_model()
+        if self.center_rewards_coefficient is not None:
+            raise UsageError("--center_rewards_coefficient: goes with --rlhf_type rm only")
         if self.rlhf_type == "gkd":
             return self._settle_gkd()
         if self.rlhf_type == "kto":
             self._settle_kto()
-        elif self.loss_type in KTO_LOSS_TYPES:
-            raise UsageError(f"--loss_type {self.loss_type}: goes with --rlhf_type kto only")
         elif self.rlhf_type != "dpo":
-            if "loss_type" in self.given and self.loss_type != self.rlhf_type:
+            if self.loss_type is not None and self.loss_type != self.rlhf_type:
                 raise UsageError(
                     f"--loss_type {self.loss_type}: --rlhf_type {self.rlhf_type} has its own; leave it out"
                 )
             self.loss_type = self.rlhf_type
+        if self.loss_type is None:
+            self.loss_type = "sigmoid"
         if self.beta is None:
             self.beta = 2.0 if self.loss_type == "simpo" else 0.1
         if self.rpo_alpha is None and not self.has_reference:
@@ -112,12 +137,20 @@ class PreferenceArguments(Arguments):
             )
 
     def _settle_kto(self) -> None:
-        if "loss_type" not in self.given:
+        if self.loss_type is None:
             self.loss_type = "kto"
-        if self.loss_type not in KTO_LOSS_TYPES:
-            raise UsageError(f"--loss_type {self.loss_type}: of --rlhf_type kto are {' and '.join(KTO_LOSS_TYPES)}")
         if self.rpo_alpha is not None:
             raise UsageError(f"--rpo_alpha {self.rpo_alpha}: --rlhf_type kto adds no cross entropy; leave it out")
+
+    def _settle_reward_model(self) -> None:
+        """A model with one number for its answer to a conversation."""
+        names = ("beta", "label_smoothing", "rpo_alpha", "simpo_gamma", "ref_model", "ref_adapters",
+                 "precompute_ref_log_probs", *_OF_KTO, *_OF_GKD)  # fmt: skip
+        given = next((name for name in names if name in self.given and getattr(self, name)), None)
+        if given:
+            raise UsageError(f"--{given}: --rlhf_type rm has no reference and one loss; leave it out")
+        self.task_type, self.num_labels = "seq_cls", 1
+        self.problem_type = "regression"
 
     def _check_loss(self) -> None:
         for kind, names in (("kto", _OF_KTO), ("gkd", _OF_GKD)):
@@ -144,7 +177,7 @@ class PreferenceArguments(Arguments):
 
 
 @arguments
-class DpoArguments(PreferenceArguments, SftArguments):
+class DpoArguments(PreferenceArguments):
     """Direct preference optimisation
 
     Rows have `messages` and `rejected_messages` (or `rejected_response`, `chosen` and `rejected`, ...).

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import ClassVar
 
 from swiftlite.arguments.base import BaseArguments, TunerArguments, normalize_dtype
 from swiftlite.arguments.flags import ONLY_TRANSFORMERS, TRAIN_NOTES
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
+from swiftlite.arguments.task import LOSS_TYPES, TASK_LOSSES
+from swiftlite.arguments.zero import ZERO, zero_words
 from swiftlite.utils.errors import UsageError
 
 # transformers' names of schedules -> ours. Where a name has settings, this is what their defaults come to.
@@ -26,29 +27,6 @@ BITSANDBYTES = {
 
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw", "adam", "muon", *BITSANDBYTES)
-
-
-# Stages of DeepSpeed's ZeRO -> words of --fsdp.
-ZERO = {
-    "zero0": [], "zero1": ["shard_grad_op"], "zero2": ["shard_grad_op"], "zero2_offload": ["shard_grad_op", "offload"],
-    "zero3": ["full_shard"], "zero3_offload": ["full_shard", "offload"],
-}  # fmt: skip
-
-
-def zero_words(given: str) -> list[str]:
-    """Words of --fsdp that divide as `--deepspeed given` does, a stage's name or a JSON file. Raises: UsageError."""
-    name = given
-    if given.endswith(".json"):
-        try:
-            with open(given, encoding="utf-8") as file:
-                zero = json.load(file).get("zero_optimization") or {}
-            places = [(zero.get(part) or {}).get("device", "none") for part in ("offload_param", "offload_optimizer")]
-            name = f"zero{int(zero.get('stage', 0))}" + ("_offload" if set(places) != {"none"} else "")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UsageError(f"--deepspeed {given}: is no configuration of DeepSpeed's ({error})") from None
-    if name not in ZERO:
-        raise UsageError(f"--deepspeed {given}: must be one of {', '.join(ZERO)}, or a JSON file of such a stage")
-    return list(ZERO[name])
 
 
 @arguments
@@ -310,6 +288,10 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
 
     NOTES: ClassVar[Mapping[str, Note]] = TRAIN_NOTES
 
+    loss_type: str | None = field(
+        None, "what is minimised (default: the first of those that --task_type or --rlhf_type has, see docs/objectives.md)",
+        aliases=["pref_loss"], choices=LOSS_TYPES, common=True,
+    )  # fmt: skip
     use_liger_kernel: bool = run_setting(
         False,
         "liger-kernel's norms, rotary embedding and SwiGLU, where it knows the model",
@@ -401,6 +383,12 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
             if self.token_loss not in (None, "dft"):
                 raise UsageError(f"--token_loss {self.token_loss} with --enable_dft_loss: leave out one of them")
             self.token_loss = "dft"
+        if self.loss_type not in (None, *self.loss_types):
+            raise UsageError(
+                f"--loss_type {self.loss_type}: {self.trained_for} has {', '.join(self.loss_types) or 'none'}"
+            )
+        if self.pools:
+            self._check_pooled()
         self._settle_sharding()
         self._settle_quantisation()
         others = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "neftune_noise_alpha")
@@ -408,6 +396,32 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         if self.sequence_parallel_size > 1 and beside:
             raise UsageError(
                 f"--sequence_parallel_size with --{beside}: it is of whole sequences; leave out one of them"
+            )
+
+    @property
+    def loss_types(self) -> tuple[str, ...]:
+        """Those that fit what is trained, the default first."""
+        return TASK_LOSSES[self.task_type or "causal_lm"]
+
+    @property
+    def trained_for(self) -> str:
+        """In words of a message: what says which losses fit."""
+        return f"--task_type {self.task_type or 'causal_lm'}"
+
+    def _check_pooled(self) -> None:
+        """What has no meaning where a conversation is read as a whole."""
+        if self.truncation_strategy == "split":
+            raise UsageError("--truncation_strategy split: one conversation has one label; use delete, left or right")
+        asked = {
+            "enable_dft_loss": self.enable_dft_loss, "enable_channel_loss": self.enable_channel_loss,
+            "token_loss": self.token_loss is not None,
+            "loss_scale": "loss_scale" in self.given and self.loss_scale != "default",
+            "sequence_parallel_size": self.sequence_parallel_size > 1,
+        }  # fmt: skip
+        name = next((name for name, is_asked in asked.items() if is_asked), None)
+        if name is not None:
+            raise UsageError(
+                f"--{name}: is for the tokens of answers; {self.trained_for} takes one of all; leave it out"
             )
 
     def _settle_quantisation(self) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from swiftlite.arguments.base import BaseArguments
-from swiftlite.arguments.parser import Arguments, parse, specs
+from swiftlite.arguments.parser import Arguments, notes, parse, specs
 from swiftlite.checkpoint.files import check_side_files
 from swiftlite.checkpoint.info import ARGS_FILE, load_args
 from swiftlite.checkpoint.new_tokens import read_special_tokens
 from swiftlite.checkpoint.preflight import custom_files, preflight
 from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.families import MODEL_MAPPING
+from swiftlite.families.hf_config import classes_of
 from swiftlite.utils.directories import Directory, expect
 from swiftlite.utils.errors import CheckpointError, UsageError
 from swiftlite.utils.io import only_data, read_json
@@ -31,8 +32,8 @@ A = TypeVar("A", bound=Arguments)
 B = TypeVar("B", bound=BaseArguments)
 
 # What args.json next to weights or adapters tells later commands, where the user says nothing.
-RECORDED = ("model_type", "template", "template_backend", "task_type", "num_labels", "agent_template", "response_prefix",
-            "system", "enable_thinking", "add_non_thinking_prefix")  # fmt: skip
+RECORDED = ("model_type", "template", "template_backend", "task_type", "num_labels", "problem_type", "agent_template",
+            "response_prefix", "system", "enable_thinking", "add_non_thinking_prefix")  # fmt: skip
 # What it tells only those that ask the model or pass it on: after `pt`, plain text; a further `sft` is a conversation's.
 RECORDED_TO_ASK = ("use_chat_template",)
 
@@ -77,7 +78,7 @@ def take_recorded(args: BaseArguments, directory: str | os.PathLike[str]) -> Jso
         except UsageError as error:
             raise CheckpointError(f"{root / ARGS_FILE}: {error}; fix or remove the file") from None
         settled.add(name)
-        if value != known[name].default and name not in ("model_type", "task_type"):
+        if value not in (known[name].default, "causal_lm") and name != "model_type":
             taken.append(f"{name} {value if len(str(value)) <= 60 else f'{str(value)[:60]}...'!r}")
     if taken:
         get_logger().info("%s says: %s", root / ARGS_FILE, ", ".join(taken))
@@ -214,6 +215,15 @@ def resolve(args: B, *, download_model: bool | None = None, need_template: bool 
     check_side_files(Path(args.model_info.model_dir))
     args.model_type = args.model_info.model_type
     args.task_type = args.model_info.task_type
+    if args.task_type == "seq_cls":
+        there, args.num_labels = classes_of(args.model_info.config), args.model_info.num_labels
+        if there not in (None, args.num_labels):
+            raise UsageError(
+                f"--num_labels {args.num_labels}: the head in {args.model_info.model_dir} has {there}; begin with the model "
+                "that it was trained from"
+            )
+        args.problem_type = args.problem_type or args.model_info.config.get("problem_type")
+    _check_task(args)
     if args.template_backend == "auto" and "template" in args.given:
         args.template_backend = "swift"
     args.template = args.template or args.model_meta.template
@@ -221,6 +231,14 @@ def resolve(args: B, *, download_model: bool | None = None, need_template: bool 
         args.max_length = args.model_info.max_model_len
     args.set_dtype(str(args.model_info.torch_dtype).removeprefix("torch."))
     return args
+
+
+def _check_task(args: BaseArguments) -> None:
+    """Raises: UsageError for a model of a task that this command is not for, where its directory says the task."""
+    note = notes(type(args)).get("task_type")
+    known = (None, "causal_lm", *((note.allowed or ()) if note is not None else ()))
+    if note is not None and args.task_type not in known and not getattr(args, "trains_reward_model", False):
+        raise UsageError(f"{args.model_info.model_dir} is a model of --task_type {args.task_type}: {note.reason}")
 
 
 def the_adapter(args: BaseArguments) -> Path:

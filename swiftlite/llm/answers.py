@@ -7,9 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from swiftlite.arguments.base import BaseArguments, DataArguments
+from swiftlite.arguments.infer import InferArguments
+from swiftlite.arguments.parser import specs
+from swiftlite.checkpoint.info import load_args
+from swiftlite.llm.dataset.encoded import place_of
 from swiftlite.llm.dataset.loader import Question
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.report import printable
+from swiftlite.llm.dataset.rows import read_rows
 from swiftlite.llm.generate import Answers, Message
 from swiftlite.utils.errors import TemplateError, UsageError
 from swiftlite.utils.types import Json
@@ -64,7 +70,7 @@ def as_line(row: Json) -> str:
     return text + "\n"
 
 
-_ADDED = ("response", "labels", "error")
+_ADDED = ("response", "labels", "error", "name", "logits", "rejected")  # the last three by models that classify
 
 
 def answered_before(path: Path, partial: Path, rows: Sequence[Question]) -> list[Json]:
@@ -99,3 +105,21 @@ def _bare(row: Json) -> Json:
 def as_row(raw: object) -> Json:
     """A raw row as it begins a result."""
     return dict(raw) if isinstance(raw, Mapping) else {"row": raw.row if isinstance(raw, RowError) else raw}
+
+
+_TASK = ("task_type", "num_labels", "problem_type")
+
+
+def validation_data(args: InferArguments) -> list[tuple[str, Json, Json]]:
+    """What the run that wrote the adapter, or the model, was evaluated on; as read_questions gives rows.
+
+    Raises: UsageError where no args.json says it, or that run had no evaluation.
+    """
+    directory = Path(args.adapters[0] if args.adapters else args.model_info.model_dir).expanduser()
+    recorded = load_args(directory)
+    names = (*specs(DataArguments), *(_TASK if recorded.get("rlhf_type") is None else ()), "use_hf")
+    kept = {name: recorded[name] for name in names if recorded.get(name) is not None and not name.startswith("cached")}
+    if not kept.get("val_dataset") and not (kept.get("dataset") and kept.get("split_dataset_ratio")):
+        raise UsageError(f"--load_data_args true: {directory} names no validation data; name it with --val_dataset")
+    rows = read_rows(BaseArguments(**{**kept, "streaming": False}))[1]
+    return [(place_of(row, number), row, row) for number, row in enumerate(rows)]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.checkpoint.files import end_tokens
@@ -20,7 +20,7 @@ from swiftlite.utils.types import Json
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
 
     from swiftlite.llm.template.base import Template
 
@@ -47,6 +47,23 @@ class Answers(Protocol):
     def answer(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools | None] = ()) -> list[str]: ...
 
 
+def load_for_inference(args: InferArguments) -> tuple[PreTrainedModel, Template]:
+    """(model, template) of what `args` names, on the GPU if there is one, with adapters."""
+    import torch
+
+    torch.manual_seed(args.seed)
+    model, template = prepare_model_template(args)
+    if len(args.adapters) > 1:
+        raise UsageError("--adapters: one at a time; merge the others with `swiftlite export --merge_lora true`")
+    for adapter in args.adapters:
+        from swiftlite.llm.model.tuner import attach_adapter
+
+        model = attach_adapter(model, Path(adapter))
+    if args.device_map is None and torch.cuda.is_available():
+        model = model.to("cuda")  # type: ignore[arg-type]  # transformers' wrapper hides the method's own type
+    return model.eval(), template
+
+
 @dataclass
 class Generator:
     """Answers conversations with a Hugging Face model; a template writes the prompts and says what ends an answer."""
@@ -63,21 +80,9 @@ class Generator:
 
     @classmethod
     def from_arguments(cls, args: InferArguments) -> Generator:
-        """Load what `args` names, put it on the GPU if there is one, add adapters."""
-        import torch
-
-        torch.manual_seed(args.seed)
-        model, template = prepare_model_template(args)
-        if len(args.adapters) > 1:
-            raise UsageError("--adapters: one at a time; merge the others with `swiftlite export --merge_lora true`")
-        for adapter in args.adapters:
-            from swiftlite.llm.model.tuner import attach_adapter
-
-            model = attach_adapter(model, Path(adapter))
-        if args.device_map is None and torch.cuda.is_available():
-            model = model.to("cuda")  # type: ignore[arg-type]  # transformers' wrapper hides the method's own type
+        model, template = load_for_inference(args)
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words")
-        return cls(model.eval(), template, **{name: getattr(args, name) for name in names})
+        return cls(cast("Generates", model), template, **{name: getattr(args, name) for name in names})
 
     def _config(self, prompt_length: int) -> GenerationConfig:
         """The model's own generation config with the user's settings over it."""

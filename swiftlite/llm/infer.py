@@ -6,18 +6,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from swiftlite.arguments.base import BaseArguments, DataArguments
 from swiftlite.arguments.infer import InferArguments
-from swiftlite.arguments.parser import specs
-from swiftlite.checkpoint.info import load_args
-from swiftlite.checkpoint.resolve import as_arguments
-from swiftlite.llm.answers import answer_rows, answered_before, as_line
-from swiftlite.llm.dataset.encoded import place_of
-from swiftlite.llm.dataset.loader import ReadOptions, read_questions
-from swiftlite.llm.dataset.rows import read_rows, register_named
-from swiftlite.llm.generate import Answers, Generator, Message
+from swiftlite.checkpoint.resolve import as_arguments, resolve
+from swiftlite.llm.answers import answer_rows, answered_before, as_line, validation_data
+from swiftlite.llm.dataset.loader import Question, ReadOptions, read_questions
+from swiftlite.llm.dataset.rows import register_named
+from swiftlite.llm.generate import Generator, Message
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
@@ -114,34 +111,20 @@ def write_answer(generator: Generator, messages: Sequence[Message], stream: bool
     return "".join(said)
 
 
-def validation_data(args: InferArguments) -> list[tuple[str, Json, Json]]:
-    """What the run that wrote the adapter, or the model, was evaluated on; as read_questions gives rows.
-
-    Raises: UsageError where no args.json says it, or that run had no evaluation.
-    """
-    directory = Path(args.adapters[0] if args.adapters else args.model_info.model_dir).expanduser()
-    recorded = load_args(directory)
-    names = (*specs(DataArguments), "use_hf")
-    kept = {name: recorded[name] for name in names if recorded.get(name) is not None and not name.startswith("cached")}
-    if not kept.get("val_dataset") and not (kept.get("dataset") and kept.get("split_dataset_ratio")):
-        raise UsageError(f"--load_data_args true: {directory} names no validation data; name it with --val_dataset")
-    rows = read_rows(BaseArguments(**{**kept, "streaming": False}))[1]
-    return [(place_of(row, number), row, row) for number, row in enumerate(rows)]
-
-
-def infer_dataset(generator: Answers, args: InferArguments) -> None:
+def infer_dataset(answer: Callable[[Sequence[Question], int], Iterator[Json]], args: InferArguments) -> None:
     """Answer `--val_dataset`; the result file appears when it is complete.
 
+    Args: answer: (rows, rows at once) -> each with its answer, see answer_rows.
     Raises: DatasetError where no row could be answered; the file says why of each.
     """
     register_named(args)
     options = ReadOptions(args.columns, args.use_hf, False, 1, args.hub_token)
     rows = validation_data(args) if args.load_data_args else read_questions(args.val_dataset, options, args.seed)
     path = None if args.result_path is None else Path(args.result_path)
-    partial = None if path is None else path.with_name(path.name + ".partial")
-    before = [] if path is None or partial is None else answered_before(path, partial, rows)
+    unfinished = None if path is None else path.with_name(path.name + ".unfinished")
+    before = [] if path is None or unfinished is None else answered_before(path, unfinished, rows)
     left = rows[len(before) :]
-    answered = progress_bar(answer_rows(generator, left, args.max_batch_size), total=len(left), desc="rows")
+    answered = progress_bar(answer(left, args.max_batch_size), total=len(left), desc="rows")
     errors = [str(row["error"]) for row in before if row.get("response") is None]
     if before:
         logger.info("%d of %d rows were answered before; %d are left", len(before), len(rows), len(left))
@@ -151,15 +134,15 @@ def infer_dataset(generator: Answers, args: InferArguments) -> None:
             sys.stdout.write(as_line(row))
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        assert partial is not None
-        write_text_atomic(partial, "".join(map(as_line, before)))
-        with open(partial, "a", encoding="utf-8") as out:
+        assert unfinished is not None
+        write_text_atomic(unfinished, "".join(map(as_line, before)))
+        with open(unfinished, "a", encoding="utf-8") as out:
             for row in answered:
                 errors += [row["error"]] if row["response"] is None else []
                 out.write(as_line(row))
                 out.flush()
             os.fsync(out.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     where = f"; results in {path}" if path is not None else ""
     if len(errors) == len(rows):
         raise DatasetError(f"none of {len(rows)} rows could be answered, the first: {errors[0][:300]}{where}")
@@ -168,20 +151,45 @@ def infer_dataset(generator: Answers, args: InferArguments) -> None:
         logger.warning("%d of %d rows could not be answered, the first: %s", len(errors), len(rows), errors[0][:300])
 
 
+def classify(args: InferArguments) -> None:
+    """What a model with a head says of `--prompt` or of the rows of `--val_dataset`."""
+    from swiftlite.llm.classify import Classifier
+
+    if args.prompt is None and not args.val_dataset and not args.load_data_args:
+        raise UsageError("this model classifies and does not chat: give --prompt TEXT or --val_dataset FILE")
+    classifier = Classifier.from_arguments(args)
+    if args.prompt is not None:
+        (logits,) = classifier.logits([{"messages": [{"role": "user", "content": args.prompt}]}])
+        if isinstance(logits, TemplateError):
+            raise logits
+        sys.stdout.write(as_line(classifier.said(logits)))
+        return
+    infer_dataset(classifier.answer_rows, args)
+    if classifier.summary():
+        logger.info("%s", classifier.summary())
+
+
 def infer_main(args: InferArguments | Sequence[str]) -> None:
-    """Chat, or with `--prompt` answer once, or with `--val_dataset` answer a file (see InferArguments)."""
+    """Chat, or with `--prompt` answer once, or with `--val_dataset` answer a file (see InferArguments).
+
+    A model that classifies or scores says so of the prompt or of each row.
+    """
     args = as_arguments(InferArguments, args)
+    resolve(args)
+    if args.task_type == "seq_cls":
+        classify(args)
+        return
     if args.infer_backend == "vllm":
         from swiftlite.llm.generate_vllm import VllmGenerator
 
-        infer_dataset(VllmGenerator.from_arguments(args), args)
+        infer_dataset(partial(answer_rows, VllmGenerator.from_arguments(args)), args)
         return
     if args.infer_backend in ("sglang", "lmdeploy"):
         logger.warning("transformers answers; for throughput: --infer_backend vllm, or `swiftlite deploy` and a client")
     generator = Generator.from_arguments(args)
     stream = args.stream is not False
     if args.val_dataset or args.load_data_args:
-        infer_dataset(generator, args)
+        infer_dataset(partial(answer_rows, generator), args)
     elif args.prompt is not None:
         write_answer(generator, [{"role": "user", "content": args.prompt}], stream)
     else:

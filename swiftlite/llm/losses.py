@@ -13,9 +13,9 @@ from swiftlite.llm.model.tuner import attach_adapter
 from swiftlite.llm.pipeline import prepare_model_template
 from swiftlite.llm.template.collate import sample_lengths
 from swiftlite.llm.train.measure import sums_of
+from swiftlite.llm.train.objectives import by_channel
 from swiftlite.llm.train.preference import PairCollator, Preference, pair_lengths
 from swiftlite.llm.train.reference import reference_model
-from swiftlite.llm.train.sft import by_channel
 from swiftlite.llm.train.trainer import HfTrainer
 from swiftlite.train.batches import BatchPlan
 from swiftlite.train.channels import Channels

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 def prepare_template(args: BaseArguments) -> Template:
     """The template with its tokenizer, without a model. Resolves `args` if that has not happened."""
     from swiftlite.families.templates import JINJA
+    from swiftlite.llm.dataset.rows import settle_labels
     from swiftlite.llm.template.parity import check_parity
     from swiftlite.llm.template.register import get_template
 
     if not hasattr(args, "model_info"):
         resolve(args, download_model=False)
+    settle_labels(args)  # before a run is held against what its directory records
     _, tokenizer = _load(args, load_model=False)
     if args.template is None:
         if args.use_chat_template and not tokenizer.chat_template:
@@ -41,6 +43,7 @@ def prepare_template(args: BaseArguments) -> Template:
         "template_backend": args.template_backend,
         "enable_thinking": args.enable_thinking,
         "add_non_thinking_prefix": args.add_non_thinking_prefix,
+        "pooled": args.pools,
     }
     template = get_template(args.template, tokenizer, **options)
     args.template_backend = template.template_backend  # what `auto` has come to
@@ -50,7 +53,12 @@ def prepare_template(args: BaseArguments) -> Template:
 
 def load_model(args: BaseArguments) -> PreTrainedModel:
     """The Hugging Face model of resolved `args`, its vocabulary grown for --new_special_tokens."""
-    return _load(args, load_model=True)[0]
+    from swiftlite.llm.model.heads import prepare_head
+
+    model, tokenizer = _load(args, load_model=True)
+    if args.task_type == "seq_cls":
+        prepare_head(model, tokenizer, args)
+    return model
 
 
 def prepare_model_template(args: BaseArguments) -> tuple[PreTrainedModel, Template]:
@@ -101,8 +109,18 @@ def _load(args: BaseArguments, load_model: bool) -> Loaded:
         need_template=False,
         ignore_requirements=args.ignore_requirements,
         allow_overflow=args.allow_overflow,
-        model_kwargs=_quantised(args) if load_model else None,
+        **(_keywords(args) if load_model else {}),
     )
+
+
+def _keywords(args: BaseArguments) -> Json:
+    """Of get_model_tokenizer, for weights that are quantised while they are loaded and for models with a head."""
+    from swiftlite.llm.model.heads import classifier_class, head_keywords
+
+    if args.task_type != "seq_cls":
+        return {"model_kwargs": _quantised(args)}
+    made = classifier_class(args.model_info.config)
+    return {"model_kwargs": {**_quantised(args), **head_keywords(args)}, "automodel_class": made}
 
 
 def _quantised(args: BaseArguments) -> Json:

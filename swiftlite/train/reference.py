@@ -37,12 +37,12 @@ def reference_kind(args: DpoArguments) -> Reference:
 
 
 def pair_loss(args: DpoArguments) -> PairLoss:
-    assert args.beta is not None  # after __post_init__
+    assert args.beta is not None and args.loss_type is not None  # after __post_init__
     return PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha, args.simpo_gamma)
 
 
 def kto_loss(args: DpoArguments) -> KtoLoss:
-    assert args.beta is not None  # after __post_init__
+    assert args.beta is not None and args.loss_type is not None  # after __post_init__
     return KtoLoss(args.loss_type, args.beta, args.desirable_weight, args.undesirable_weight)
 
 

@@ -12,12 +12,12 @@ import pytest
 
 from swiftlite.arguments.evaluate import EvalArguments
 from swiftlite.arguments.export import ExportArguments
-from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.parallel import OPTIMIZER_DTYPES
 from swiftlite.arguments.parser import alias_table, from_dict, given_values, notes, parse, specs
 from swiftlite.arguments.preference import DpoArguments
-from swiftlite.arguments.train import SftArguments
+from swiftlite.arguments.task import PROBLEMS
+from swiftlite.arguments.train import PtArguments, SftArguments
 from swiftlite.cli.flag_table import SECTIONS, rows, status, table
 from swiftlite.cli.routes import ROUTES
 from swiftlite.utils.errors import UsageError
@@ -62,10 +62,12 @@ COMPANIONS = {
     "merge_lora": ["--train_type", "lora"],
     "tuner_settings": ["--train_type", "boft"],
     "simpo_gamma": ["--loss_type", "simpo"],
-    **dict.fromkeys(("loss_type", "desirable_weight", "undesirable_weight"), ["--rlhf_type", "kto"]),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), ["--rlhf_type", "kto"]),
     **dict.fromkeys(
         ("teacher_model", "lmbda", "temperature", "sft_alpha"), ["--rlhf_type", "gkd", "--teacher_model", "DIR"]
     ),
+    **dict.fromkeys(("num_labels", "problem_type"), ["--task_type", "seq_cls"]),
+    "center_rewards_coefficient": ["--rlhf_type", "rm"],
 }
 # A value as it is usually typed, where the type does not say one.
 VALUES = {
@@ -75,7 +77,8 @@ VALUES = {
     "moe_token_drop_policy": "position", "loss_scale": "last_round", "truncation_strategy": "left", "bf16": "true",
     "label_smoothing": "0.1", "recompute_granularity": "full", "min_lr": "1e-5", "lr": "1e-4",
     "moe_token_dispatcher_type": "allgather", "columns": '{"text1": "query"}',
-    "task_type": "causal_lm", "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
+    "task_type": "seq_cls", "problem_type": "regression", "num_labels": "3",
+    "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
     "lr_scheduler_kwargs": '{"min_lr": 1e-6}', "init_weights": "pissa", "fsdp": "full_shard",
     "deepspeed": "zero2", "quant_method": "bnb", "quant_bits": "4", "bnb_4bit_compute_dtype": "bf16",
     "pipeline_model_parallel_layout": "Et|tL", "lmbda": "0",
@@ -88,6 +91,8 @@ def _value(cls, flag):
     spec, note = specs(cls).get(name), notes(cls).get(name)
     if note is not None and note.kind == "default" and note.allowed:
         return note.allowed[0]
+    if name == "loss_type":
+        return "ipo" if issubclass(cls, DpoArguments) else "cross_entropy"  # choices of all commands stand in one field
     if name in VALUES or spec is None:
         return VALUES.get(name, "1")
     if spec.choices:
@@ -120,8 +125,8 @@ def test_flag_does_what_the_table_says(cls, flag):
     elif kind == "default here":
         assert flag not in _parse(cls, flag).given
     elif kind == "default only":
-        spec = specs(cls)[alias_table(cls)[flag]]
-        if spec.convert(_value(cls, flag)) in (spec.default, False, None):
+        spec, note = specs(cls)[alias_table(cls)[flag]], notes(cls)[alias_table(cls)[flag]]
+        if spec.convert(_value(cls, flag)) in (spec.default, False, None, *(note.allowed or ())):
             _parse(cls, flag)
         else:
             with pytest.raises(UsageError, match=re.escape(text)):
@@ -143,11 +148,42 @@ def test_notes_by_command_name_commands():
                 assert set(spec.unavailable) <= {base.__name__ for c in commands for base in c.__mro__}, spec.name
 
 
-@pytest.mark.parametrize("words", [["--task_type", "seq_cls"], ["--num_labels", "2"]])
-@pytest.mark.parametrize("cls", [SftArguments, MegatronSftArguments, ExportArguments, InferArguments])
-def test_classification_is_refused(cls, words):
-    with pytest.raises(UsageError, match=f"{words[0]} {words[1]}: .*classif"):
+@pytest.mark.parametrize(
+    "cls, words, said",
+    [
+        (SftArguments, ["--num_labels", "2"], "--num_labels 2: goes with --task_type seq_cls"),
+        (
+            SftArguments,
+            ["--task_type", "seq_cls", "--num_labels", "1", "--problem_type", PROBLEMS[0]],
+            "is a regression",
+        ),
+        (SftArguments, ["--task_type", "seq_cls", "--loss_type", "infonce"], "--task_type seq_cls has cross_entropy"),
+        (SftArguments, ["--task_type", "seq_cls", "--truncation_strategy", "split"], "one conversation has one label"),
+        (SftArguments, ["--task_type", "seq_cls", "--loss_scale", "all"], "--loss_scale: is for the tokens of answers"),
+        (SftArguments, ["--task_type", "clip"], "--task_type clip: must be one of causal_lm, seq_cls, embedding"),
+        (PtArguments, ["--task_type", "seq_cls"], "--task_type seq_cls: pt trains on text"),
+        (DpoArguments, ["--task_type", "embedding"], "--task_type embedding: --rlhf_type says"),
+        (DpoArguments, ["--rlhf_type", "rm", "--ref_model", "DIR"], "--ref_model: --rlhf_type rm has no reference"),
+        (DpoArguments, ["--rlhf_type", "rm", "--loss_type", "ipo"], "--rlhf_type rm has none"),
+        (DpoArguments, ["--loss_type", "infonce"], "--rlhf_type dpo has sigmoid, ipo"),
+        (DpoArguments, ["--center_rewards_coefficient", "0.01"], "goes with --rlhf_type rm only"),
+    ],
+)
+def test_what_does_not_fit_a_task_is_refused(cls, words, said):
+    with pytest.raises(UsageError, match=said):
         parse(cls, ["--model", "DIR", *words])
+
+
+def test_a_reward_model_is_one_number():
+    args = parse(DpoArguments, ["--model", "DIR", "--rlhf_type", "rm", "--center_rewards_coefficient", "0.01"])
+    assert (args.task_type, args.num_labels, args.problem_type, args.has_reference) == (
+        "seq_cls",
+        1,
+        "regression",
+        False,
+    )
+    again = from_dict(DpoArguments, given_values(args))
+    assert again.to_dict() == args.to_dict()
 
 
 def test_megatrons_names_of_what_is_trained_fully():
@@ -309,7 +345,7 @@ def test_other_libraries_words(words, name, value):
 
 def test_losses_that_mean_cross_entropy():
     parse(SftArguments, ["--model", "A/B", "--loss_type", "loss_scale"])
-    with pytest.raises(UsageError, match="infonce: only cross_entropy or loss_scale .*not supported"):
+    with pytest.raises(UsageError, match="infonce: --task_type causal_lm has cross_entropy, loss_scale"):
         parse(SftArguments, ["--model", "A/B", "--loss_type", "infonce"])
 
 

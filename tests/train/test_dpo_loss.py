@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from swiftlite.arguments.preference import LOSS_TYPES, REFERENCE_FREE
+from swiftlite.arguments.task import PAIR_LOSS_TYPES, REFERENCE_FREE
 from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs, sum_log_probs
 
 LENGTHS = [(9, 4, 7), (12, 6, 2), (5, 3, 9)]  # prompt, chosen answer, rejected answer
@@ -90,7 +90,7 @@ def trl_loss(
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
 
 
-WITH_REFERENCE = [name for name in LOSS_TYPES if name not in REFERENCE_FREE]
+WITH_REFERENCE = [name for name in PAIR_LOSS_TYPES if name not in REFERENCE_FREE]
 
 
 @pytest.mark.parametrize("loss_type, rpo_alpha", [*((name, None) for name in WITH_REFERENCE), ("hinge", 0.7)])

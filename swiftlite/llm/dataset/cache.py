@@ -38,9 +38,10 @@ _SEQUENCES = "sequences"
 _SETTINGS = (
     "default_system", "max_length", "truncation_strategy", "use_chat_template", "loss_scale", "template_backend",
     "enable_thinking", "add_non_thinking_prefix", "agent_template", "suffix", "stop_words", "remove_unused_columns",
+    "pooled",
 )  # fmt: skip
 # Grows when rows are read, written or stored differently.
-_FORMAT = 2
+_FORMAT = 3
 # What a cached dataset of another release may differ in: it was written on purpose.
 _OF_RELEASE = ("version", "code")
 

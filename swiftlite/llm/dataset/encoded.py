@@ -103,9 +103,9 @@ def samples_of(encoded: Outcome, report: DropReport, place: str, row: object) ->
     if isinstance(encoded, TemplateError):
         report.drop("cannot be encoded", place, str(encoded), row)
         return []
-    # The first token is nobody's prediction.
+    # The first token is nobody's prediction. A sample with a label of its own needs none on tokens.
     parts = encoded if isinstance(encoded, list) else [encoded]
-    kept = [part for part in parts if part["labels"][1:].count(IGNORE_INDEX) < len(part["labels"]) - 1]
+    kept = [p for p in parts if "label" in p or p["labels"][1:].count(IGNORE_INDEX) < len(p["labels"]) - 1]
     if not kept:
         report.drop("no assistant text with a loss", place, "", row)
     channel = row.get("channel") if isinstance(row, dict) else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from swiftlite.llm.dataset.classes import Labels
 from swiftlite.llm.dataset.preprocess import Row, RowError, preprocess
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.sources import Item, Source, Spec, open_spec, parse_spec
@@ -39,7 +40,8 @@ class ReadOptions:
 
     columns: old column name -> new one. use_hf: ids without a prefix are Hugging Face's. num_proc: processes that parse
     CSV, Parquet and text, and fetch from hubs. model_name, model_author: text for {{NAME}} and {{AUTHOR}} in the rows
-    (self-cognition data); of two values the first is for rows with "tag": "zh".
+    (self-cognition data); of two values the first is for rows with "tag": "zh". answered: False where conversations are
+    read rather than answered, see preprocess. labels: how the column `label` is read, None where it is not.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +51,8 @@ class ReadOptions:
     hub_token: str | None = None
     model_name: Sequence[str] = ()
     model_author: Sequence[str] = ()
+    answered: bool = True
+    labels: Labels | None = None
 
 
 def load_dataset(
@@ -67,26 +71,26 @@ def load_dataset(
     interleave_prob: Sequence[float] | None = None,
     stopping_strategy: str = "first_exhausted",
     rejects: RejectsFile | None = None,
+    answered: bool = True,
+    labels: Labels | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """Read datasets into rows {"messages": [...], "tools"?: [...], "rejected_messages"?: [...], "label"?: ...}.
 
     Args:
         datasets: `[hf::|ms::]ID[:SUBSET/SUBSET][#N]`: files, directories, registered names or hub ids. N rows are
             chosen by seed (above the number of rows, whole rounds of it and a choice for the rest).
-        val_datasets: the same, for evaluation. split_dataset_ratio: share of the training rows taken for evaluation
-            where val_datasets is empty, by seed, at least one row.
+        val_datasets: the same, for evaluation. split_dataset_ratio: share of the training rows taken for it, by seed.
         max_drop_ratio: DatasetError if more of a dataset's rows cannot be used; fewer are counted in a warning.
         interleave_prob: one probability per dataset: rows are drawn from them in turn, each in its order, until one
             is used up (stopping_strategy 'first_exhausted') or until each was, others starting anew
             ('all_exhausted'). None: one dataset after the other.
-        columns, num_proc, model_name, model_author, use_hf, hub_token: see ReadOptions.
+        columns, num_proc, model_name, model_author, use_hf, hub_token, answered, labels: see ReadOptions.
         rejects: where rows that cannot be used are written.
     Returns: (train rows, validation rows), in the files' order: shuffling is the trainer's.
-    Raises: DatasetError for what cannot be read, and with the reasons where too many rows are dropped.
+    Raises: DatasetError for what cannot be read, or where too many rows are dropped.
     """
-    options = ReadOptions(
-        columns or {}, use_hf, False, num_proc, hub_token, _as_list(model_name), _as_list(model_author)
-    )
+    name, author = _as_list(model_name), _as_list(model_author)
+    options = ReadOptions(columns or {}, use_hf, False, num_proc, hub_token, name, author, answered, labels)
 
     def load(specs: Sequence[str] | str) -> list[list[Row]]:
         return [
@@ -180,7 +184,9 @@ def standard_row(item: Any, source: Source, options: ReadOptions, answered: bool
             item, columns = source.preprocess(item), {}
             if item is None:
                 raise RowError("left out by the dataset's own preprocess")
-        row = preprocess(item, columns, answered)
+        row = preprocess(item, columns, answered and options.answered)
+        if options.labels is not None:
+            row["label"] = options.labels.read(row)
         return _fill(row, raw, {"NAME": options.model_name, "AUTHOR": options.model_author})
     except RowError as error:
         error.row = raw

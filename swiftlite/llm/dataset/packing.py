@@ -66,8 +66,13 @@ def pack_windows(lengths: Sequence[int], capacity: int, seed: int, window: int =
 
 
 def joined(samples: Sequence[Json]) -> Json:
-    """One sequence of samples end to end: positions start anew in each, `sample_lengths` are their tokens."""
+    """One sequence of samples end to end: positions start anew in each, `sample_lengths` are their tokens.
+
+    Samples' own labels become a list under `label`.
+    """
     row = join_rows(samples)
+    if "label" in samples[0]:
+        row["label"] = [sample["label"] for sample in samples]
     row["sample_lengths"] = [len(sample["input_ids"]) for sample in samples]
     row["length"] = len(row["input_ids"])
     row["channels"] = [sample.get("channel") for sample in samples]

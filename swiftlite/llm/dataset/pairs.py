@@ -21,8 +21,8 @@ SIDES = ("chosen", "rejected")
 class PairDataset:
     """A map-style dataset of pairs. `[i]` -> {"pairs": [PAIR, ...], "length": tokens of all answers with their prompts}.
 
-    A PAIR is {"chosen": {"input_ids", "labels", "reference"?}, "rejected": {...}}. An item is one pair, or with `capacity`
-    as many as have room in so many tokens (a longer pair is alone).
+    A PAIR is {"chosen": {"input_ids", "labels", "reference"?}, "rejected": {...}, "margin"?: how much better the chosen one
+    is}. An item is one pair, or with `capacity` as many as have room in so many tokens (a longer pair is alone).
 
     Args: rows: standard rows with `rejected_messages`. The rest as EncodedDataset.
     Attributes:
@@ -95,14 +95,16 @@ class PairDataset:
             return self.report.drop("both answers are the same", place, "", row)
         columns = {f"{side}_{name}": values[name] for side, values in zip(SIDES, pair, strict=True)
                    for name in ("input_ids", "labels")}  # fmt: skip
-        return self.store.append(columns)
+        return self.store.append({**columns, **({"margin": row["margin"]} if "margin" in row else {})})
 
     @property
     def pairs(self) -> int:
         return len(self.store)
 
     def pair(self, index: int) -> Json:
-        return {side: self.sequence(2 * index + number) for number, side in enumerate(SIDES)}
+        pair: Json = {side: self.sequence(2 * index + number) for number, side in enumerate(SIDES)}
+        margin = self.store[index].get("margin")
+        return pair if margin is None else {**pair, "margin": margin}
 
     def sequence(self, number: int) -> Sample:
         """Answer `number` of all: chosen and rejected in turn."""

@@ -1,8 +1,8 @@
 """Any row -> {"messages": [...], ...}. Formats are recognised by their columns; rows that fit none raise RowError.
 
 A standard row holds `messages` (role in system, user, assistant, tool; content text; `tool_calls` with argument
-objects; `reasoning_content`), and where given `tools`, `rejected_messages`, `label`, `channel`. Other columns are left
-out, but rows with images, video or sound are refused: a text model would learn to answer without them.
+objects; `reasoning_content`), and where given `tools`, `rejected_messages`, `label`, `margin`, `channel`. Other columns are
+left out, but rows with images, video or sound are refused: a text model would learn to answer without them.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ _LARGEST = 1e308  # Python prints no whole number that is much longer
 def preprocess(row: object, columns: Mapping[str, str] | None = None, answered: bool = True) -> Row:
     """Bring a row into the standard form.
 
-    Args: columns: old column name -> new one, applied first. answered: False for questions to a model: the answer may
-        be missing or empty.
+    Args: columns: old column name -> new one, applied first. answered: False for what a model is to answer or to read:
+        the answer may be missing or empty, and plain text is the user's.
     Returns: a new dict; the row is not changed.
     Raises: RowError with the reason.
     """
@@ -89,7 +89,16 @@ def preprocess(row: object, columns: Mapping[str, str] | None = None, answered: 
         out["label"] = named["label"]
     if isinstance(named.get("channel"), str | int | float):
         out["channel"] = str(named["channel"])
+    if "margin" in named:
+        out["margin"] = _margin(named["margin"])
     return out
+
+
+def _margin(value: object) -> float:
+    """How much better a chosen answer is, for reward models."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowError("margin is not a number", short(ascii(value)))
+    return float(value)
 
 
 def _is_missing(value: object) -> bool:
@@ -118,8 +127,8 @@ def _find_messages(row: Row, answered: bool) -> list[Message]:
         turns += [] if response is None else [{"role": "assistant", "content": response}]
         return _conversation([*_history(row.get("history")), *turns], _text(row, _SYSTEM))
     if isinstance(row.get("text"), str):
-        # Plain text for pre-training: all of it is the model's.
-        return _conversation([{"role": "assistant", "content": row["text"]}], None)
+        # Plain text for pre-training is all the model's.
+        return _conversation([{"role": "assistant" if answered else "user", "content": row["text"]}], None)
     columns = ", ".join(sorted(map(str, row)))[:200] or "none"
     raise RowError("no known format", f"columns {columns}; use messages, conversations, query/response or --columns")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.llm.dataset.cache import FACTS_FILE, directory_of
+from swiftlite.llm.dataset.classes import Labels, problem_of
 from swiftlite.llm.dataset.labels import labelled
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
 from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.sources import open_spec, parse_spec
-from swiftlite.utils.errors import DatasetError
+from swiftlite.utils.errors import DatasetError, UsageError
+from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json, Settings
 
 
@@ -33,12 +35,38 @@ def register_named(args: BaseArguments) -> None:
         register_dataset_info(file)
 
 
+def settle_labels(args: BaseArguments) -> None:
+    """Where rows have labels and nobody says of which kind, take that of the first row.
+
+    Raises: UsageError for a model that neither --num_labels nor a head of its own gives classes.
+    """
+    if not args.reads_labels or args.problem_type is not None:
+        return
+    if args.num_labels is None:
+        raise UsageError("--task_type seq_cls: give the number of classes with --num_labels")
+    register_named(args)
+    options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, answered=False)
+    rows = RowStream(args.dataset, options) if args.dataset else ()
+    args.problem_type = problem_of(args.num_labels, rows)
+    get_logger().info("labels: %s (--problem_type)", args.problem_type)
+
+
 def open_stream(args: BaseArguments, state: Json | None = None) -> RowStream:
     """The training rows one by one, from `state` on."""
     register_named(args)
     return RowStream(
         args.dataset,
-        ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, args.model_name, args.model_author),
+        ReadOptions(
+            args.columns,
+            args.use_hf,
+            True,
+            1,
+            args.hub_token,
+            args.model_name,
+            args.model_author,
+            not args.pools,
+            Labels.of(args),
+        ),
         interleave_prob=args.interleave_prob or None,
         stopping_strategy=args.stopping_strategy,
         seed=str(args.data_seed),
@@ -74,4 +102,7 @@ def read_validation_rows(args: BaseArguments, rejects: RejectsFile | None = None
 
 def _reading(args: BaseArguments, rejects: RejectsFile | None) -> Settings:
     names = ("columns", "max_drop_ratio", "model_name", "model_author", "use_hf", "hub_token")
-    return {"seed": args.data_seed or 0, "rejects": rejects, **{name: getattr(args, name) for name in names}}
+    same = {name: getattr(args, name) for name in names}
+    return {
+        "seed": args.data_seed or 0, "rejects": rejects, "answered": not args.pools, "labels": Labels.of(args), **same
+    }  # fmt: skip

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from swiftlite.arguments.base import PEFT_TUNERS, TunerArguments
+from swiftlite.arguments.train import SftArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.text import nearest, one_line
 from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+# What peft calls a task; with SEQ_CLS it trains the head fully.
+PEFT_TASKS = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
 
 
 def lora_size(args: TunerArguments) -> Json:
@@ -86,7 +91,7 @@ def hold_beginnings(model: nn.Module, optimizer: torch.optim.Optimizer, rank: in
     optimizer.register_step_post_hook(after)
 
 
-def other_config(args: TunerArguments, targets: list[str] | str, kept: list[str]) -> PeftConfig:
+def other_config(args: SftArguments, targets: list[str] | str, kept: list[str]) -> PeftConfig:
     """peft's config of a tuner that is not LoRA. Raises: UsageError for settings that it has not."""
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -98,7 +103,8 @@ def other_config(args: TunerArguments, targets: list[str] | str, kept: list[str]
             raise UsageError(
                 f"--tuner_settings {name}: {make.__name__} of peft has no such setting{nearest(name, known)}"
             )
-    own: Json = {"target_modules": targets, "modules_to_save": kept or None, "task_type": "CAUSAL_LM"}
+    task = PEFT_TASKS[args.task_type or "causal_lm"]
+    own: Json = {"target_modules": targets, "modules_to_save": kept or None, "task_type": task}
     if args.train_type == "ia3" and args.target_modules == ["all-linear"]:
         del own["target_modules"]  # it is for a few layers, which peft knows of each model
     try:

@@ -159,7 +159,11 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: type | N
         raise CheckpointError(
             f"{model_dir}: file and config.json give {name} different shapes{seen}; the two do not belong together"
         )
-    check_names(loading["missing_keys"], unexpected, model_dir)
+    missing = loading["missing_keys"]
+    if automodel_class is not None and classes_of(model_info.config) is None:  # a new head instead of the old one
+        missing = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+        unexpected = [name for name in unexpected if not name.startswith("lm_head.")]
+    check_names(missing, unexpected, model_dir)
     keep_declared_frozen(model)
     _freeze_other_parts(model)
     return model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swiftlite.arguments.base import PEFT_TUNERS, TunerArguments
 from swiftlite.arguments.train import SftArguments
-from swiftlite.llm.model.adapters import begin, lora_size, other_config
+from swiftlite.llm.model.adapters import PEFT_TASKS, begin, lora_size, other_config
 from swiftlite.llm.model.names import NO_GRADIENTS, Stored, checkpoint_tensors
 from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import CheckpointError, ConfigError, UsageError
@@ -195,12 +195,14 @@ def check_settings(args: SftArguments) -> None:
         return
     from transformers import AutoConfig
 
+    from swiftlite.llm.model.heads import classifier_class
     from swiftlite.llm.model.loader import auto_class
 
+    make = classifier_class if args.task_type == "seq_cls" else auto_class
     code = args.trust_remote_code
     config = AutoConfig.from_pretrained(args.model_info.model_dir, trust_remote_code=code)
     with torch.device("meta"):
-        prepare_model(auto_class(args.model_info.config).from_config(config, trust_remote_code=code), args)
+        prepare_model(make(args.model_info.config).from_config(config, trust_remote_code=code), args)
 
 
 def held_in_fp32(model: PreTrainedModel) -> set[str]:
@@ -230,7 +232,7 @@ def lora_targets(linear: set[str], args: TunerArguments) -> set[str] | str:
 
 
 # Linear layers that are not projections of attention or feed-forward layers: output layers and routers.
-NO_PROJECTIONS = {"lm_head", "embed_out", "gate", "wg", "router", "shared_expert_gate"}
+NO_PROJECTIONS = {"lm_head", "embed_out", "score", "gate", "wg", "router", "shared_expert_gate"}
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
@@ -260,11 +262,11 @@ def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
     split_experts(model)
     linear = linear_layers(model)
     targets = lora_targets({name.rpartition(".")[2] for name in linear}, args)
-    tied = model.get_output_embeddings() is not None and (
-        model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    )
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
     new_rows = getattr(model, "new_token_ids", None)
-    kept = [name for name in ("embed_tokens", *(() if tied else ("lm_head",))) if name not in args.modules_to_save]
+    ends = ("embed_tokens", *(() if tied or head is None else ("lm_head",)))
+    kept = [name for name in ends if name not in args.modules_to_save]
     together = tied and {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in args.modules_to_save}
     if args.train_type != "lora":
         other = other_config(args, sorted(targets) if isinstance(targets, set) else targets, args.modules_to_save)
@@ -281,7 +283,7 @@ def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
         modules_to_save=list(args.modules_to_save) or None,  # peft changes it
         trainable_token_indices={name: new_rows for name in kept} if new_rows and kept and not together else None,
         ensure_weight_tying=bool(together),
-        task_type="CAUSAL_LM",
+        task_type=PEFT_TASKS[args.task_type or "causal_lm"],  # type: ignore[arg-type]  # peft's names as text
     )
     adapted = _with_adapters(model, config)
     if args.init_weights != "true":

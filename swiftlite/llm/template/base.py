@@ -155,10 +155,13 @@ class Template(TemplateOptions):
             kwargs: what the official template takes besides, such as `enable_thinking` or `date_string`.
         Raises: TemplateError where the official template cannot write the conversation.
         """
+        return self.chat.bounded(lambda: self._written(messages, tools, add_generation_prompt, kwargs))
+
+    def _written(self, messages: Sequence[Message], tools: Tools | None, generation: bool, kwargs: Json) -> str:
         if not self.use_chat_template:
             return _contents(messages)
         whole, tools, _ = self._prepared(messages, tools)
-        return self.chat.bounded(lambda: self.chat.write(whole, tools, add_generation_prompt, self._options(kwargs)))
+        return self.chat.write(whole, tools, generation, self._options(kwargs))
 
     def encode_prompt(self, messages: Sequence[Message], tools: Tools | None = None, **kwargs: object) -> list[int]:
         """Token ids of the conversation up to where the model answers, for generation."""
@@ -272,6 +275,8 @@ class Template(TemplateOptions):
             raise TemplateError("a row has no messages; give 'messages': [{'role': ..., 'content': ...}, ...]")
         if isinstance(tools, str):
             tools = _parse_tools(tools)
+        if self.pooled and role_of(messages[-1]) != "assistant":
+            return self._written(self._with_arguments(messages), tools, True, {}), []
         text, spans = self._plain_text(messages) if not self.use_chat_template else self._chat_text(messages, tools)
         stopped, holds_ends = False, self.use_chat_template and self.chat.is_tagged(tools)
         for span in spans:
@@ -283,9 +288,9 @@ class Template(TemplateOptions):
             calls = self.use_chat_template and messages[-1].get("tool_calls")
             text += self.traits.call_end or self.suffix if calls else self.suffix
             spans[-1][1] = len(text)
-        if self.loss_scale == "all":
+        if self.loss_scale == "all" and not self.pooled:
             return text, list(weigh(text, 0, len(text), 1.0, self.weights))
-        return text, list(self._weighted(text, spans, messages))
+        return text, [] if self.pooled else list(self._weighted(text, spans, messages))
 
     def _plain_text(self, messages: Sequence[Message]) -> tuple[str, list[list[int]]]:
         """Contents end to end."""
@@ -419,6 +424,8 @@ class Template(TemplateOptions):
         encoded: Json = {"input_ids": ids, "labels": labels, "length": len(ids)}
         if weights is not None and any(weight not in (0.0, 1.0) for weight in weights):
             encoded["loss_scale"] = weights
+        if self.pooled and "label" in row:
+            encoded["label"] = row["label"]
         if not self.remove_unused_columns:
             encoded.update({key: value for key, value in row.items() if key not in ("messages", "tools", *encoded)})
         return encoded

@@ -29,6 +29,8 @@ class TemplateOptions:
     loss_scale: 'default' (all answers), 'last_round' or 'all' (every token), and '+NAME' for weights by pattern, see
         `swiftlite.llm.template.loss_scale`.
     sequence_parallel_size: batches are padded to a multiple of it.
+    pooled: a conversation is encoded to be read as a whole: no token has a label, and one that ends with a question ends
+        with what opens the answer. A row's `label` stays with it.
     response_prefix: what the answer starts with at generation, instead of the template's own.
     template_backend: whose text is written: 'swift', that of this type; 'jinja', the tokenizer's own chat template;
         'auto': the tokenizer's if it has one.
@@ -48,6 +50,7 @@ class TemplateOptions:
     padding_side: str = "right"
     loss_scale: str = "default"
     sequence_parallel_size: int = 1
+    pooled: bool = False
     response_prefix: str | None = None
     template_backend: str = "swift"
     max_pixels: int | None = None

@@ -14,6 +14,7 @@ def rlhf_main(args: DpoArguments | Sequence[str]) -> Json:
     from swiftlite.llm.train.dpo import dpo_main
     from swiftlite.llm.train.gkd import gkd_main
     from swiftlite.llm.train.kto import kto_main
+    from swiftlite.llm.train.reward import reward_main
 
     args = as_arguments(DpoArguments, args)
-    return {"kto": kto_main, "gkd": gkd_main}.get(args.rlhf_type, dpo_main)(args)
+    return {"kto": kto_main, "gkd": gkd_main, "rm": reward_main}.get(args.rlhf_type, dpo_main)(args)

@@ -22,6 +22,7 @@ from swiftlite.checkpoint.files import CONFIG, copy_side_files
 from swiftlite.checkpoint.new_tokens import copy_tokenizer, enter_tokens
 from swiftlite.checkpoint.vocabulary import rows_of
 from swiftlite.llm.model import tuner
+from swiftlite.llm.model.heads import head_changes
 from swiftlite.llm.model.loader import embedding_rows, id_of
 from swiftlite.llm.model.names import Others, Stored, check_names, checkpoint_tensors, load_tensors, local_part
 from swiftlite.llm.template.trained import Chat
@@ -114,7 +115,8 @@ def write_weights(model: PreTrainedModel, directory: Path, args: BaseArguments) 
     for name, stored in sorted(checkpoint_tensors(model).items(), key=lambda i: (i[0] not in first, "lm_head" in i[0])):
         places.setdefault((id(stored.owner), stored.first), (name, stored))
     tensors = dict(places.values())
-    carried = Others.of(info.config).carried(source, tensors)
+    head = head_changes(info.config)
+    carried = {} if head else Others.of(info.config).carried(source, tensors)
     if carried:
         get_logger().info("%d tensors of MTP blocks, which transformers does not train, are carried over", len(carried))
     unchanged = SafetensorsSource(source) if any(of == name for name, of in carried.items()) else None
@@ -148,7 +150,7 @@ def write_weights(model: PreTrainedModel, directory: Path, args: BaseArguments) 
         # transformers would write them anew in its own release's form, which other releases and tools may not read.
         rows = embedding_rows(model)
         grown = rows_of(read_json(source / CONFIG)) not in (None, rows)
-        copy_side_files(source, directory, {"vocab_size": rows} if grown else {}, dtype)
+        copy_side_files(source, directory, {**head, **({"vocab_size": rows} if grown else {})}, dtype)
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
