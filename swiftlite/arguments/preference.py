@@ -24,7 +24,6 @@ class PreferenceArguments(SftArguments):
         "dpo", "dpo (a loss of --loss_type on pairs), cpo, simpo, orpo (those losses, without a reference), kto (answers "
         "that are each desirable or not), gkd (distillation from --teacher_model), or rm (a reward model)",
         unavailable={
-            "MegatronDpoArguments": Note("default only", OTHER_PREFERENCES, (*REFERENCE_FREE, "kto", "gkd")),
             "DpoArguments": Note("default only", OTHER_PREFERENCES, (*REFERENCE_FREE, "kto", "gkd", "rm")),
         },
     )  # fmt: skip
@@ -47,7 +46,6 @@ class PreferenceArguments(SftArguments):
     simpo_gamma: float = field(1.0, "margin between the two answers that --loss_type simpo asks for")
     center_rewards_coefficient: float | None = field(
         None, "with --rlhf_type rm: weight of the squared sum of a pair's scores, which pulls them to 0", least=0,
-        unavailable={"MegatronDpoArguments": Note("rejected", "reward models are trained by `swiftlite rlhf`")},
     )  # fmt: skip
     ref_model: str | None = field(
         None, "directory or id of the reference (default: the start weights; with LoRA the model without adapters)",

@@ -40,7 +40,7 @@ class TaskArguments(Arguments):
             "DpoArguments": Note("default only", "--rlhf_type says what pairs train", ("causal_lm",)),
             "ExportArguments": Note("default only", "is neither converted nor tokenised here yet", ("causal_lm", "seq_cls")),
             "InferArguments": Note("default only", "inference writes text, or says classes", ("causal_lm", "seq_cls")),
-            "MegatronSftArguments": Note("default only", _ON_MEGATRON, ("causal_lm",)),
+            "MegatronSftArguments": Note("default only", _ON_MEGATRON, ("causal_lm", "seq_cls")),
             "SftArguments": Note("default only", "is not trained yet", ("causal_lm", "seq_cls")),
             "PtArguments": Note("default only", "pt trains on text; use `swiftlite sft`", ("causal_lm",)),
         },
@@ -49,7 +49,6 @@ class TaskArguments(Arguments):
         None, "classes of --task_type seq_cls, or numbers that it predicts (default: what the model's head has)", least=1,
         unavailable={
             **dict.fromkeys(("DpoArguments", "PtArguments"), _WITHOUT),
-            "MegatronSftArguments": Note("default only", _ON_MEGATRON),
         },
     )  # fmt: skip
     problem_type: str | None = field(
@@ -57,7 +56,6 @@ class TaskArguments(Arguments):
         choices=PROBLEMS,
         unavailable={
             **dict.fromkeys(("DpoArguments", "PtArguments"), _WITHOUT),
-            "MegatronSftArguments": Note("default only", _ON_MEGATRON),
         },
     )  # fmt: skip
 

@@ -135,10 +135,9 @@ class Adapter:
 
 
 def is_other_kind(directory: Path) -> bool:
-    """Whether it holds DoRA, an adapter of peft that is no LoRA, or a head beside it: peft's alone to read."""
+    """Whether it holds DoRA, or an adapter of peft that is no LoRA: peft's alone to read."""
     stated = read_json(directory / ADAPTER_CONFIG, optional=True)
-    has_head = stated.get("task_type") == "SEQ_CLS"
-    return stated.get("peft_type") in PEFT_TUNERS.values() or bool(stated.get("use_dora")) or has_head
+    return stated.get("peft_type") in PEFT_TUNERS.values() or bool(stated.get("use_dora"))
 
 
 _Opened = tuple[WeightSource, Sequence[Path], Mapping[str, object]]  # source, files, what the config has to say besides

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from swiftlite.arguments.base import BaseArguments
+from swiftlite.checkpoint.adapter import ADAPTER_WEIGHTS
 from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import first_of, with_changes
 from swiftlite.families.hf_config import CLASSIFIER, classes_of, wrapped_family
+from swiftlite.utils.directories import find_iteration
 from swiftlite.utils.errors import ConfigError, UsageError
+from swiftlite.utils.io import read_json
 from swiftlite.utils.types import Config, Json
+from swiftlite.weights.dcp_file import TorchDistSource
 from swiftlite.weights.head import HEAD, Headed, initial_head
+from swiftlite.weights.lora import PEFT_PREFIX
+from swiftlite.weights.safetensors import SafetensorsSource
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,24 @@ class Head:
     num_labels: int
     seed: int | None
     changes: Mapping[str, object]
+
+
+def head_of(args: BaseArguments, config: Config, pad_token_id: int | None = None) -> Head | None:
+    """The head that a run with these arguments gives a model of this config.json; None where the model writes text.
+
+    Raises: as plan_head; UsageError where nothing says how many scores there are, or a classifier is to write text.
+    """
+    has = classes_of(config)
+    if args.task_type == "seq_cls":
+        num_labels = args.num_labels or has
+        if num_labels is None:
+            raise UsageError("--task_type seq_cls: give the number of classes with --num_labels")
+        return plan_head(config, num_labels, getattr(args, "seed", 0), args.problem_type, pad_token_id)
+    if has is not None:
+        raise UsageError(
+            f"{config['architectures'][0]} gives {has} scores, not text; add --task_type seq_cls, or take its base model"
+        )
+    return None
 
 
 def plan_head(
@@ -42,6 +68,31 @@ def plan_head(
     names = {str(i): f"LABEL_{i}" for i in range(num_labels)}
     labels = {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
     return Head(num_labels, seed, {"architectures": [classifier_of(config)], **labels, **changes})
+
+
+def head_of_adapter(directory: Path, config: Config, root: Path) -> Head | None:
+    """That of the model which an adapter belongs to, where it holds one. config, root: of its base model."""
+    rows = rows_of_head(directory)
+    return None if rows is None else plan_head(config, rows, 0, pad_token_id=padding_of(root))
+
+
+def rows_of_head(directory: Path) -> int | None:
+    """Of the score head that an adapter holds; None without one."""
+    is_peft = (directory / ADAPTER_WEIGHTS).is_file()
+    source = SafetensorsSource(directory) if is_peft else TorchDistSource(find_iteration(directory))
+    held = next((name for name in source.names if name.removeprefix(PEFT_PREFIX) == HEAD), None)
+    return None if held is None else source.spec(held).shape[0]
+
+
+def padding_of(root: Path) -> int | None:
+    """Number of the padding token by which transformers' classifiers find the last one, as the tokenizer's files have it."""
+    stated = read_json(root / "tokenizer_config.json", optional=True)
+    pad = stated.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, Mapping) else pad
+    known = {int(i): token for i, token in (stated.get("added_tokens_decoder") or {}).items()}
+    for token in read_json(root / "tokenizer.json", optional=True).get("added_tokens") or ():
+        known.setdefault(token["id"], token)
+    return next((i for i, token in known.items() if pad is not None and token["content"] == pad), None)
 
 
 def classifier_of(config: Config) -> str:

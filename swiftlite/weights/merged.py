@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swiftlite.utils.errors import ConfigError, MapError, ShapeError
 from swiftlite.utils.types import Config
+from swiftlite.weights import head as scores
 from swiftlite.weights.lora import A, B, LoraConfig
 from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.storage import Extent, Files, TensorSpec, WeightSource, Wrapped, read_tensor
@@ -67,6 +68,8 @@ def read_extras(names: Mapping[str, str], source: WeightSource, config: Config, 
             raise ShapeError(f"{name} has shape {list(shape)}, the base model needs {list(wanted)}")
     for key, found in (("modules_to_save", whole), ("trainable_token_indices", rows)):
         for module in _modules(config, key):
+            if module == "classifier" and scores.HEAD in whole:
+                continue  # peft names both that models of SEQ_CLS may have
             if not any(f".{target}".rpartition(".")[0].endswith(f".{module}") for target in found):
                 raise MapError(f"adapter_config.json: {key} names {module}, but the adapter holds no such tensor")
     _check_tied(whole, source, config, bound)

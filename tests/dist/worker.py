@@ -7,7 +7,8 @@ Faults: 'double_layer' doubles one layer's gradients, 'skip_norm_reduce' leaves 
 'end_after_5' ends the run after that step as if it had been killed there, 'kill_in_save' kills the process after the second
 checkpoint is written, before it is renamed, 'kill_in_background' from the process that begins to write the second
 checkpoint, 'own_counts' weighs preference losses by the pairs and tokens of this rank alone, 'places_in_order' gives
-ranks of context parallelism successive parts of a text, 'loss_of_one_rank' counts the tokens of the first of them only.
+ranks of context parallelism successive parts of a text, 'loss_of_one_rank' counts the tokens of the first of them only,
+'own_scores' leaves the gradients of a score head to each rank's part of the sequence.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def fault(name: str | None) -> Iterator[None]:
 
     from swiftlite.megatron import background
     from swiftlite.megatron import state as checkpoint
+    from swiftlite.megatron.model.head import ScoreHead
     from swiftlite.megatron.trainers import base, batch
     from swiftlite.megatron.trainers.dpo import DpoTrainer
     from swiftlite.train.metrics import Metrics
@@ -115,7 +117,15 @@ def fault(name: str | None) -> Iterator[None]:
 
         return changed
 
+    def own_scores(original: Any) -> Any:
+        def changed(self: Any, *args: Any) -> None:
+            original(self, *args)
+            self.weight.sequence_parallel = False
+
+        return changed
+
     places = {
+        "own_scores": (ScoreHead, "__init__", own_scores),
         "places_in_order": (batch, "places", places_in_order),
         "loss_of_one_rank": (batch.MicroBatch, "part", loss_of_one_rank),
         "double_layer": (base, "finalize_model_grads", double_layer),

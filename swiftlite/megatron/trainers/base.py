@@ -74,7 +74,8 @@ class Trainer:
     # ---- what a subclass says ----
 
     loader: type[BatchLoader] = BatchLoader
-    sums: tuple[str, ...]  # what the loss function reports of a micro batch: scalars, to add up over batches and ranks
+    # What the loss function reports of a micro batch: scalars, to add up over batches and ranks. Evaluations may have more.
+    sums: tuple[str, ...]
     references = 0  # other models that answer the same batches, for the meters
 
     def divisor(self, batches: list[MicroBatch]) -> Tensor:
@@ -100,7 +101,7 @@ class Trainer:
         args = self.args
         self.variable_lengths, self.pairs = variable_lengths(args, self.parallel), pairs_of(args.model_info.config)
         micro, passes = run.plan.micro_batch_size, run.plan.num_microbatches
-        self.built = build(args, self.parallel, self.origin_dir, run.steps, passes, run.global_batch)
+        self.built = build(args, self.parallel, self.origin_dir, self.pad_token_id, run.steps, passes, run.global_batch)
         self.models, self.optimizer = self.built.models, self.built.optimizer
         self.scheduler = self.built.scheduler
         self.files = RunFiles(args, self.built.origin, self.built.lora, self.chat)
@@ -260,7 +261,8 @@ class Trainer:
         """Samples in a last, partial batch count like all others."""
         for model in self.models:
             model.eval()
-        total = torch.zeros(len(self.sums), device=self.device)
+        names = self.sums
+        total = torch.zeros(len(names), device=self.device)
         assert self.run.val_set is not None and self.val_loader is not None
         with torch.no_grad():
             for samples in evaluation_samples(len(self.run.val_set), self.run.global_batch, self.args.eval_iters):
@@ -268,7 +270,7 @@ class Trainer:
                 total += self.run_batches(batches, forward_only=True)
         for model in self.models:
             model.train()
-        sums = dict(zip(self.sums, reduce_over_ranks(total).tolist(), strict=True))
+        sums = dict(zip(names, reduce_over_ranks(total).tolist(), strict=True))
         return {f"eval_{name}": value for name, value in self.metrics(sums).items()}
 
     # ---- checkpoints ----

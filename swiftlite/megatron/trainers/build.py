@@ -11,6 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.checkpoint import Checkpoint
+from swiftlite.checkpoint.head import head_of, with_head
 from swiftlite.megatron.distributed import ParallelState
 from swiftlite.megatron.hf_io import load_weights
 from swiftlite.megatron.model.blocks.router import set_router_losses
@@ -66,11 +67,13 @@ def variable_lengths(args: MegatronSftArguments, parallel: ParallelState) -> boo
 
 
 def build(
-    args: MegatronSftArguments, parallel: ParallelState, origin_dir: Path, steps: int, passes: int, global_batch: int
-) -> Built:
+    args: MegatronSftArguments, parallel: ParallelState, origin_dir: Path, pad_token_id: int, steps: int, passes: int,
+    global_batch: int,
+) -> Built:  # fmt: skip
     """Models without the origin's weights, their optimizer and its schedule. Collective.
 
-    Args: passes: micro batches of a step on each rank. Raises: UsageError for settings that do not fit together.
+    Args: pad_token_id: config.json of a classifier has to tell it. passes: micro batches of a step on each rank.
+    Raises: UsageError for settings that do not fit together.
     """
     stages = virtual_stages(args)
     if stages and passes % parallel.pp_size:
@@ -80,6 +83,7 @@ def build(
         )
     choose_overlap(args, parallel)
     origin = Checkpoint.open(origin_dir, new_tokens=args.new_tokens)
+    origin = with_head(origin, head_of(args, origin.config, pad_token_id))
     models = build_models(args, variable_seq_lengths=variable_lengths(args, parallel))
     lora = trained = None
     if args.train_type == "lora":

@@ -14,6 +14,8 @@ def megatron_rlhf_main(args: MegatronDpoArguments | Sequence[str]) -> Json:
     from swiftlite.megatron.trainers.dpo import megatron_dpo_main
     from swiftlite.megatron.trainers.gkd import megatron_gkd_main
     from swiftlite.megatron.trainers.kto import megatron_kto_main
+    from swiftlite.megatron.trainers.reward import megatron_reward_main
 
     args = as_arguments(MegatronDpoArguments, args)
-    return {"kto": megatron_kto_main, "gkd": megatron_gkd_main}.get(args.rlhf_type, megatron_dpo_main)(args)
+    others = {"kto": megatron_kto_main, "gkd": megatron_gkd_main, "rm": megatron_reward_main}
+    return others.get(args.rlhf_type, megatron_dpo_main)(args)

@@ -14,6 +14,7 @@ from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.prepare import load_data
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
+from swiftlite.megatron.trainers.classification import ClassificationTrainer
 from swiftlite.megatron.trainers.loss import LossFunction, language_model_loss, token_losses
 from swiftlite.megatron.trainers.run import run
 from swiftlite.train.channels import Channels
@@ -67,7 +68,8 @@ def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> Json:
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`; of a dry run `output_dir` only.
     Raises: SwiftliteError for everything a user can fix, before anything is written where possible.
     """
-    return run(as_arguments(MegatronSftArguments, args), SftTrainer, load_data)
+    args = as_arguments(MegatronSftArguments, args)
+    return run(args, ClassificationTrainer if args.task_type == "seq_cls" else SftTrainer, load_data)
 
 
 def megatron_pt_main(args: MegatronPtArguments | Sequence[str]) -> Json:

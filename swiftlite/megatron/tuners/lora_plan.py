@@ -114,19 +114,23 @@ def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
     rank = args.lora_rank
     scale = LoraConfig(rank, args.lora_alpha, args.use_rslora).scale("", rank)
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": args.model or args.mcore_model,
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if bound.model.num_labels else "CAUSAL_LM",
+        "base_model_name_or_path": args.model or args.mcore_model,
         "r": rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "use_rslora": args.use_rslora,
         "target_modules": targets if isinstance(targets, str) else sorted(targets), "bias": "none",
         "inference_mode": True,
     }  # fmt: skip
-    whole = saved_weights(bound, args.modules_to_save)
+    to_save = list(
+        dict.fromkeys((*args.modules_to_save, *(["score"] if bound.model.num_labels else [])))
+    )  # as peft does
+    whole = saved_weights(bound, to_save)
     twice = next((name for name in chosen if f"{name}.weight" in whole), None)
     if twice:
         raise UsageError(f"--modules_to_save: {twice} has LoRA too; leave it out there or in --target_modules")
     if whole:
         embedding = bound.own_name(EMBEDDING)
         tied = bound.model.tied and embedding in whole
-        names = [name for name in args.modules_to_save if not tied or name.rpartition(".")[2] != "lm_head"]
+        names = [name for name in to_save if not tied or name.rpartition(".")[2] != "lm_head"]
         # As peft writes it.
         own = [bound.module_name(embedding).removesuffix(".weight")] if tied else []
         config["modules_to_save"] = list(dict.fromkeys((*names, *own)))
