@@ -36,8 +36,8 @@ LORA = ["--ref_model", "none", "--train_type", "lora", "--lora_rank", "16", "--l
         "--lr_decay_style", "constant", "--train_iters", "8"]  # fmt: skip
 LORA_MOE = [*LORA, "--lr", "2.5e-3", "--train_iters", "17"]  # at a higher rate routing flips on rounding differences
 
-GKD = ["--rlhf_type", "gkd", "--rpo_alpha", "none", "--beta", "0.3", "--sft_alpha", "0.5"]
-KTO = ["--rlhf_type", "kto", "--rpo_alpha", "none"]  # each pair as two answers
+GKD = ["--rlhf_type", "gkd", "--rpo_alpha", "none", "--beta", "0.3", "--sft_alpha", "0.5", "--train_iters", "8"]
+KTO = ["--rlhf_type", "kto", "--rpo_alpha", "none", "--train_iters", "8"]  # each pair as two answers
 
 # What one process runs: family, flags. The others are compared with the one they name.
 ALONE: dict[str, tuple[str, list[str]]] = {
