@@ -27,6 +27,7 @@ MODEL_AND_DATA = {"model", "dataset"}
 # Example -> the kind of tiny model that stands in for its model, and that model's type.
 STAND_INS = {
     "dpo.yaml": ("qwen2", "qwen2_5"),
+    "kto.yaml": ("qwen2", "qwen2_5"),
     "lora.yaml": ("qwen2", "qwen2_5"),
     "megatron_dense.yaml": ("qwen2", "qwen2_5"),
     "megatron_dpo_lora.yaml": ("qwen3_moe", "qwen3_moe"),
