@@ -13,6 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "swiftlite"
 GAP = "..."  # what an error fills in
+PROGRAMMERS = ("AssertionError", "AttributeError", "IndexError", "TypeError")  # mistakes in code that uses swiftlite
 # Rooms of the code as sections, in the order in which people meet them.
 SECTIONS = {
     "Flags and config files": ("arguments", "cli", "api.py"),
@@ -55,15 +56,11 @@ def messages() -> Iterator[Message]:
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             # `raise UsageError(...)`, `wrong = UsageError(...)`
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id.endswith("Error")
-                and node.args
-            ):
+            named = isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Name) and node.func.id
+            if named and named.endswith("Error") and named not in PROGRAMMERS:
                 text = " ".join(_text(node.args[0]).replace("......", GAP).split())
                 if len(text.replace(GAP, "").strip(" :,;()")) > 12:
-                    yield Message(path.relative_to(PACKAGE).as_posix(), node.func.id, text)
+                    yield Message(path.relative_to(PACKAGE).as_posix(), named, text)
 
 
 def section_of(file: str) -> str:

@@ -26,6 +26,7 @@ from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     from swiftlite.checkpoint.checkpoint import Checkpoint as Checkpoint
+    from swiftlite.train.plugins import Callback
 
 Rows = Sequence[Mapping[str, object]]
 Data = str | Path | Sequence[str | Path] | Rows
@@ -60,7 +61,7 @@ class Run:
 
 def train(
     objective: str, model: str | Path, dataset: Data, output_dir: str | Path, *, side: str = "transformers",
-    **settings: object,
+    callbacks: Sequence[Callback] = (), **settings: object,
 ) -> Run:  # fmt: skip
     """Train in this process; on several GPUs start the script with `torchrun --nproc_per_node N`.
 
@@ -69,18 +70,26 @@ def train(
         model: directory or hub id; with side="megatron" also a directory that `convert` wrote.
         dataset: files, hub ids or registered names as --dataset takes them, or rows themselves.
         side: transformers or megatron. settings: flags of the command, without dashes.
+        callbacks: called in this run beside those of `swiftlite.register_callback`.
     Returns: the run. The same call again resumes it where it stopped.
     Raises: UsageError for a wrong setting; other SwiftliteErrors for what is wrong with model or data.
     """
     if side not in ("transformers", "megatron"):
         raise UsageError(f"side {side}: must be transformers or megatron")
     words = ("megatron", objective) if side == "megatron" else (objective,)
-    trainable = sorted({words[-1] for words, route in ROUTES.items() if route.launch and words[-1] != "export"})
+    trainable = sorted({words[-1] for words, route in ROUTES.items() if route.launch and ".train" in route.handler})
     if words not in ROUTES or objective not in trainable:
         raise UsageError(f"objective {objective}: must be one of {', '.join(trainable)}")
     place = "mcore_model" if side == "megatron" and Directory(Path(model)).is_megatron else "model"
     given = {place: str(model), "dataset": _names(dataset), "output_dir": str(output_dir), **settings}
-    summary = cast(Json, _run(ROUTES[words], given))
+    from swiftlite.train.plugins import CALLBACKS  # torch
+
+    before = len(CALLBACKS)
+    CALLBACKS.extend(callbacks)
+    try:
+        summary = cast(Json, _run(ROUTES[words], given))
+    finally:
+        del CALLBACKS[before : before + len(callbacks)]
     return Run(Path(str(summary["output_dir"])), summary)
 
 

@@ -48,13 +48,21 @@ def test_wrong_words_say_what_is_allowed() -> None:
 
 def test_both_sides_from_rows_and_back(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model("qwen2")
-    run = train("sft", model, ROWS, tmp_path / "hf", **SHORT)
+    seen: list[int] = []
+
+    class Watch(swiftlite.Callback):
+        def on_step(self, run: object, step: int, values: object) -> None:
+            seen.append(step)
+
+    run = train("sft", model, ROWS, tmp_path / "hf", callbacks=[Watch()], **SHORT)
+    assert seen == [1, 2]
     assert [line["step"] for line in run.history][:2] == [1, 2] and run.checkpoint.name == "checkpoint-2"
     again = train("sft", model, ROWS, tmp_path / "hf", **SHORT, extend=True, num_train_epochs=None)
     assert again.summary["iteration"] == 2  # the same rows, the same run
     mcore = convert(model, tmp_path / "mcore", to="mcore")
     other = train("sft", mcore, ROWS, tmp_path / "megatron", side="megatron", **SHORT)
     assert other.history[0]["loss"] == pytest.approx(run.history[0]["loss"], rel=1e-5)
+    assert seen == [1, 2]  # of that run only
     back = convert(other.checkpoint, tmp_path / "back", to="hf")
     assert (back / "config.json").is_file()
 
