@@ -126,7 +126,7 @@ def trial(name: str, length: int, args: argparse.Namespace) -> dict[str, float] 
 
 def longest(name: str, memory: int, args: argparse.Namespace) -> tuple[int, int]:
     """(longest length of which the plan says that it fits, longest one that did in at most four trials)."""
-    length, too_long = STEP, 1 << 21
+    length, too_long = STEP, args.most + STEP
     while too_long - length > STEP:
         middle = (length + too_long) // 2 // STEP * STEP
         fits_there = predicted(name, middle, args) <= memory
@@ -139,7 +139,7 @@ def longest(name: str, memory: int, args: argparse.Namespace) -> tuple[int, int]
             length = (fits + length) // 2 // STEP * STEP if fits else length * 4 // 5 // STEP * STEP
         else:
             fits = max(fits, length)
-            length = length * 5 // 4 // STEP * STEP
+            length = min(length * 5 // 4, args.most) // STEP * STEP
         if length in (fits, 0):
             break
     return expected, fits
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rows", default=".*", help="regular expression of row names")
     parser.add_argument("--length", type=int, default=16384, help="at which peaks are compared")
     parser.add_argument("--longest", default=".*", help="rows whose longest length is looked for")
+    parser.add_argument("--most", type=int, default=1 << 17, help="longest length that is tried")
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="tiny models, for a CPU")
     parser.add_argument("--seconds", type=float, default=560, help="start no trial after so long")

@@ -270,9 +270,11 @@ class TrainingModel:
             kept, extra = row * len(parts), max((sum(part.values()) for part in parts), default=0)
         in_flight = layout.in_flight(rank, num_microbatches)
         total = math.ceil(kept * in_flight) + extra
-        if rank == layout.pp - 1:  # logits in the model's dtype, in fp32, and their gradient
+        if rank == layout.pp - 1:
+            # The fused loss writes their gradient over a copy of the logits; the plain one makes both in fp32.
             rows = self.bound.model.num_labels or self.bound.model.vocab // layout.tp
-            total += logits_at_once(self.args, tokens, rows) * rows * (width + 8)
+            fused = self.args.cross_entropy_loss_fusion is not False
+            total += logits_at_once(self.args, tokens, rows) * rows * (2 * width if fused else width + 8)
         return total, math.ceil(sum(part.get(name, 0) for part in parts for name in away - made_again) * in_flight)
 
     def _recomputed(self, layout: Layout) -> set[str]:
@@ -318,7 +320,8 @@ class TrainingModel:
             return {"latents": tokens * (m.q_lora + m.kv_down_rows) * 2, "qkv": qkv, "attention output": output}
         gates = m.q_rows if self.args.description.attention_output_gate else 0
         qkv = tokens * (m.q_rows + gates + 2 * m.kv_rows) // tp
-        return {"qkv": qkv, "attention output": output}
+        before = {"qkv before norms": qkv} if self.args.description.qk_layernorm else {}
+        return {"qkv": qkv, "attention output": output, **before}
 
     def _scores_are_kept(self, layout: Layout) -> bool:
         return self.args.attention_backend == "unfused" and layout.recompute is None

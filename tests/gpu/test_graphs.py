@@ -25,6 +25,9 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "moe": ("glm4_5:default", "sft", []),
     "moe lora": ("glm4_5:default", "sft", LORA),
     "dpo": ("qwen3:default", "dpo", LORA),
+    "fp8 blockwise": ("qwen3:default", "sft", ["--fp8_format", "e4m3", "--fp8_recipe", "blockwise"]),
+    "fp8 tensorwise": ("qwen3:default", "sft", ["--fp8_format", "hybrid", "--fp8_recipe", "tensorwise"]),
+    "fp8 delayed": ("qwen3:default", "sft", ["--fp8_format", "hybrid", "--fp8_recipe", "delayed"]),
 }
 
 

@@ -109,3 +109,9 @@ def test_optimizer_states_of_other_kinds(name: str, train: Callable[..., Any], t
         shutil.rmtree(after / f"iter_00000{STEPS}")
         (after / "latest_checkpointed_iteration.txt").write_text(str(STEPS // 2))
         assert distance(plain, train("dense", after.name, *flags)) < 0.01
+
+
+def test_activations_on_the_host(train: Callable[..., Any]) -> None:
+    modules = ["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"]
+    flags = ["--fine_grained_activation_offloading", "true", "--offload_modules", *modules]
+    assert distance(train("dense", "plain"), train("dense", "offloaded", *flags)) < 0.01

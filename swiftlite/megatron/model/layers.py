@@ -62,8 +62,14 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Ten
 class CompiledRMSNorm(RMSNorm):
     """RMSNorm as one kernel forward and two backward, for narrow rows such as heads, of which there are many."""
 
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.offloaded: bool = config.fine_grained_activation_offloading
+
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
+        if self.offloaded:  # what comes back from the host is contiguous, and the compiled backward pass insists
+            x = x.contiguous()
         return _compiled(_rms_norm)(x, self.weight, self.eps, self.zero_centered_gamma)  # type: ignore[no-any-return]
 
 

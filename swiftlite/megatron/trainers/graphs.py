@@ -171,7 +171,6 @@ def obstacle(args: MegatronArguments, models: Sequence[MegatronModule], device: 
         "fp16 changes its loss scale": config.fp16,
         "context parallelism has not been tried with one": config.context_parallel_size > 1,
         "linear attention asks where packed samples end": args.packing and config.linear_attention_freq is not None,
-        "fp8 changes its scales": bool(getattr(config, "fp8", None)),
         "dropout of divided layers has generators of its own": bool(dropout) or (
             config.tensor_model_parallel_size > 1 and args.train_type == "lora" and bool(args.lora_dropout)
         ) or (config.sequence_parallel and bool(args.neftune_noise_alpha)),
