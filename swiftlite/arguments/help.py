@@ -8,7 +8,6 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass
-from typing import Any
 
 from swiftlite.arguments.parser import Arguments, Spec, notes, show_value, specs
 
@@ -128,7 +127,7 @@ def _text(spec: Spec, aliases: bool) -> str:
     return "; ".join(filter(None, facts))
 
 
-def metavar(hint: Any, path: bool = False) -> str:
+def metavar(hint: object, path: bool = False) -> str:
     """What stands for a value: `N`, `true|false`, `PATH ...`."""
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -11,6 +11,7 @@ from swiftlite.checkpoint.adapter import ADAPTER_WEIGHTS
 from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import first_of, with_changes
+from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.families.hf_config import CLASSIFIER, classes_of, wrapped_family
 from swiftlite.utils.directories import find_iteration
 from swiftlite.utils.errors import ConfigError, UsageError
@@ -111,6 +112,11 @@ def classifier_of(config: Config) -> str:
 def headed(config: Config, head: Head | None) -> Json:
     """config.json of the model with this head."""
     return with_changes(config, head.changes if head is not None else {})
+
+
+def trained_config(args: BaseArguments, config: Config) -> Json:
+    """config.json of what a run trains: with rows for its new tokens and the head that it asks for. Raises: as head_of."""
+    return headed(grown(config, args.new_tokens), head_of(args, config))
 
 
 def with_head(source: Checkpoint, head: Head | None) -> Checkpoint:

@@ -15,7 +15,7 @@ from swiftlite.convert.hf import HfPlan, copy_job
 from swiftlite.megatron.background import Write
 from swiftlite.megatron.shards import LiveMap, iter_shards
 from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
-from swiftlite.utils.io import replace_directory
+from swiftlite.utils.io import format_bytes, replace_directory
 from swiftlite.utils.logger import get_logger
 from swiftlite.weights import stream
 from swiftlite.weights.fp8 import FP8
@@ -54,6 +54,7 @@ def load_weights(
             read += data.nbytes
     found = {name: dtype for part in all_gather(overflowed) for name, dtype in part.items()}
     check_overflow(found, next(iter(found.values()), torch.float32), allow_overflow)
+    get_logger().info("loaded %s from %s on this rank", format_bytes(read), origin.root)
     return read
 
 

@@ -18,9 +18,8 @@ from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.preference import PreferenceArguments
 from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.checkpoint import Checkpoint
-from swiftlite.checkpoint.head import head_of, headed
+from swiftlite.checkpoint.head import trained_config
 from swiftlite.checkpoint.planned import PlannedSource
-from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.convert.conversion import Plan
 from swiftlite.convert.mcore import McorePlan
 from swiftlite.plan.layouts import command, own_layout, print_layouts
@@ -134,8 +133,7 @@ def _source(args: MegatronSftArguments, origin: str | Path) -> Checkpoint:
 
 
 def _model(args: MegatronSftArguments, source: Checkpoint, adapters: Adapters, trained: Trained) -> TrainingModel:
-    config = grown(source.config, args.new_tokens)
-    bound = bind_map(headed(config, head_of(args, config)), source.names)
+    bound = bind_map(trained_config(args, source.config), source.names)
     compared = isinstance(args, PreferenceArguments)
     pairs = compared and args.rlhf_type not in ("kto", "gkd")
     own_reference = compared and args.has_reference and not args.precompute_ref_log_probs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,9 +22,14 @@ def gather_rows(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tenso
     return gathered
 
 
+class _Context(torch.autograd.function.FunctionCtx):
+    counts: list[int]
+    group: dist.ProcessGroup | None
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: _Context, tensor: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
         ctx.counts, ctx.group = counts, group
         most = max(counts)
         padded = tensor.new_zeros(most, *tensor.shape[1:])
@@ -36,7 +39,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         total = gradient.contiguous()
         dist.all_reduce(total, group=ctx.group)
         rank = dist.get_rank(ctx.group)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ T = TypeVar("T")
 # Cross entropies of tokens [N], fp32, with gradients -> the losses that take their place, [N].
 TokenLoss = Callable[[Tensor], Tensor]
 # Groups of parameters as torch's optimizers take them (with their weight decay and learning rates), arguments -> optimizer.
-MakeOptimizer = Callable[[Sequence[Any], TrainArguments], Optimizer]
+MakeOptimizer = Callable[[Sequence[object], TrainArguments], Optimizer]
 
 
 class Callback:

@@ -37,7 +37,7 @@ class RMSNorm(torch.nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps, self.zero_centered_gamma)
 
 
-def layer_norm(config: Any) -> torch.nn.Module:
+def layer_norm(config: TransformerConfig) -> torch.nn.Module:
     """A norm of hidden states, of the kind that the model's other norms are."""
     if backend.setup().spec == "local":
         return RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -62,8 +62,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Ten
 class CompiledRMSNorm(RMSNorm):
     """RMSNorm as one kernel forward and two backward, for narrow rows such as heads, of which there are many."""
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
         self.offloaded: bool = config.fine_grained_activation_offloading
 
     def forward(self, x: Tensor) -> Tensor:

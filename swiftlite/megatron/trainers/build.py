@@ -24,10 +24,6 @@ from swiftlite.megatron.tuners.lora import load_given, prepare_lora
 from swiftlite.megatron.tuners.lora_plan import LoraPlan
 from swiftlite.train.flops import ModelFlops
 from swiftlite.utils.errors import UsageError
-from swiftlite.utils.io import format_bytes
-from swiftlite.utils.logger import get_logger
-
-logger = get_logger()
 
 
 @dataclass
@@ -46,8 +42,7 @@ class Built:
 
     def load_origin(self, allow_overflow: bool) -> None:
         """Load the weights that the run begins with. Collective."""
-        read = load_weights(self.models, self.origin, allow_overflow)
-        logger.info("loaded %s from %s on this rank", format_bytes(read), self.origin.root)
+        load_weights(self.models, self.origin, allow_overflow)
         if self.lora:
             load_given(self.models, self.lora)
         self.optimizer.reload_model_params()

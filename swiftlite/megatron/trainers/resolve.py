@@ -9,10 +9,9 @@ import torch
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.checkpoint import checkpoint_root
-from swiftlite.checkpoint.head import head_of, headed
+from swiftlite.checkpoint.head import trained_config
 from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.resolve import resolve
-from swiftlite.checkpoint.vocabulary import grown
 from swiftlite.llm.dataset.rows import check_sources
 from swiftlite.llm.pipeline import plan_tokens
 from swiftlite.megatron.tuners.freeze import plan_freeze
@@ -37,7 +36,7 @@ def resolve_run(args: MegatronSftArguments) -> str:
     origin = os.path.expanduser(args.mcore_model) if args.mcore_model else args.model_info.model_dir
     config = read_config(checkpoint_root(origin))
     args.new_tokens = plan_tokens(args, config)  # type: ignore[attr-defined]
-    args.apply_model_config(convert_hf_config(headed(grown(config, args.new_tokens), head_of(args, config))))
+    args.apply_model_config(convert_hf_config(trained_config(args, config)))
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         if args.description.num_experts or args.description.multi_latent_attention:
             logger.info("--sequence_parallel true: tensor-parallel training of this model needs it")

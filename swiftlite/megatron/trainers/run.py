@@ -10,7 +10,6 @@ import torch
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.hub import check_hub_id, push
-from swiftlite.llm.dataset.rows import settle_labels
 from swiftlite.llm.pipeline import prepare_template
 from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.trained import trained_chat
@@ -44,7 +43,6 @@ def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Dat
         return {"output_dir": args.output_dir}
     check_machine(args)
     template = prepare_template(args)
-    settle_labels(args)  # before the output directory is compared with this run
     with ExitStack() as held:
         parallel = held.enter_context(parallel_groups(args))
         name_version(args)

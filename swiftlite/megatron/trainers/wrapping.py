@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -36,7 +35,7 @@ def choose_overlap(args: MegatronArguments, parallel: ParallelState) -> None:
 def add_noise(models: Sequence[MegatronModule], alpha: float) -> None:
     """NEFTune, as llm.train.device.add_noise. Embeddings are [S, B, H], S a part of the text where ranks share it."""
 
-    def noisy(module: Any, _: object, embedded: Tensor) -> Tensor:
+    def noisy(module: MegatronModule, _: object, embedded: Tensor) -> Tensor:
         if not module.training:
             return embedded
         apart = module.config.sequence_parallel and mpu.get_tensor_model_parallel_world_size() > 1
