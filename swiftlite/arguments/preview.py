@@ -41,6 +41,11 @@ class PreviewArguments(BaseArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.groups:
+            raise UsageError(
+                f"--task_type {self.task_type}: preview shows conversations; `swiftlite sft` counts the rows that it cannot "
+                "use, and writes them to OUTPUT_DIR/rejects.jsonl"
+            )
         if not self.dataset:
             raise UsageError("preview: give the data with --dataset")
         if self.model is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.arguments.base import BaseArguments, TunerArguments, normalize_dtype
+from swiftlite.arguments.base import TunerArguments, normalize_dtype
 from swiftlite.arguments.flags import ONLY_TRANSFORMERS, TRAIN_NOTES
+from swiftlite.arguments.groups import GroupArguments
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
 from swiftlite.arguments.task import LOSS_TYPES, TASK_LOSSES
 from swiftlite.arguments.zero import ZERO, zero_words
@@ -283,7 +284,7 @@ class TrainArguments(Arguments):
 
 
 @arguments
-class SftArguments(TrainArguments, TunerArguments, BaseArguments):
+class SftArguments(TrainArguments, TunerArguments, GroupArguments):
     """Supervised fine-tuning"""
 
     NOTES: ClassVar[Mapping[str, Note]] = TRAIN_NOTES
@@ -358,22 +359,16 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
         unavailable={"MegatronArguments": Note("rejected", "sequences are divided by --context_parallel_size")},
     )
     experts_impl: str | None = run_setting(
-        None,
-        "how experts are computed, with transformers 5",
-        choices=["grouped_mm", "batched_mm", "eager"],
+        None, "how experts are computed, with transformers 5", choices=["grouped_mm", "batched_mm", "eager"],
         unavailable={
             "MegatronArguments": Note("default", "--moe_grouped_gemm and --moe_grouped_impl say it"),
-            "SftArguments": Note(
-                "default", "transformers takes grouped products where torch has them", ("grouped_mm",)
-            ),
+            "SftArguments": Note("default", "transformers takes grouped products where torch has them", ("grouped_mm",)),
         },
-    )
+    )  # fmt: skip
     ddp_timeout: int = run_setting(
-        1800,
-        "seconds after which an exchange gives up",
-        least=1,
+        1800, "seconds after which an exchange gives up", least=1,
         unavailable={"MegatronArguments": Note("rejected", "give it in minutes with --distributed_timeout_minutes")},
-    )
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -384,11 +379,11 @@ class SftArguments(TrainArguments, TunerArguments, BaseArguments):
                 raise UsageError(f"--token_loss {self.token_loss} with --enable_dft_loss: leave out one of them")
             self.token_loss = "dft"
         if self.loss_type not in (None, *self.loss_types):
-            raise UsageError(
-                f"--loss_type {self.loss_type}: {self.trained_for} has {', '.join(self.loss_types) or 'none'}"
-            )
+            fits = ", ".join(self.loss_types) or "none"
+            raise UsageError(f"--loss_type {self.loss_type}: {self.trained_for} has {fits}")
         if self.pools:
             self._check_pooled()
+        self.settle_groups(self.loss_type or next(iter(self.loss_types), None))
         self._settle_sharding()
         self._settle_quantisation()
         others = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "neftune_noise_alpha")

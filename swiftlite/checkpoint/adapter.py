@@ -135,9 +135,11 @@ class Adapter:
 
 
 def is_other_kind(directory: Path) -> bool:
-    """Whether it holds DoRA, or an adapter of peft that is no LoRA: peft's alone to read."""
+    """Whether it holds DoRA, an adapter of peft that is no LoRA, or one of an embedding model, whose names are not those of the
+    base's files: peft's alone to read."""
     stated = read_json(directory / ADAPTER_CONFIG, optional=True)
-    return stated.get("peft_type") in PEFT_TUNERS.values() or bool(stated.get("use_dora"))
+    of_vectors = stated.get("task_type") == "FEATURE_EXTRACTION"
+    return stated.get("peft_type") in PEFT_TUNERS.values() or bool(stated.get("use_dora")) or of_vectors
 
 
 _Opened = tuple[WeightSource, Sequence[Path], Mapping[str, object]]  # source, files, what the config has to say besides

@@ -10,10 +10,11 @@ import importlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from swiftlite.arguments.groups import GROUP_FLAGS
 from swiftlite.arguments.parser import Arguments, alias_table, notes, parse, specs, split_argv
 from swiftlite.arguments.port import PortArguments
 from swiftlite.cli.routes import ELSEWHERE, ROUTES
@@ -39,6 +40,8 @@ _PROCESSES = {"nproc_per_node": "NPROC_PER_NODE", "num_processes": "NPROC_PER_NO
 _SUBSTITUTED = re.compile(r"\$\(\((.*?)\)\)|\$\(expr (.*?)\)|`expr (.*?)`")
 _ARITHMETIC = re.compile(r"[\d\s+*/()-]+")
 _PROGRAMS = {"swift", "megatron", "swiftlite"}
+# Environment variables that are flags here.
+_SETTINGS = {name.upper() for name in (*GROUP_FLAGS, "infonce_hard_negatives")}
 _ENDS = {";", "&", "&&", "||", "|", "(", ")", "{", "}", "then", "do", "else", "nohup", "exec", "time", "sudo", "env"}
 _NOTHING = re.compile(r"`\s*#[^`]*`")  # a comment between lines that continue
 _UNFINISHED = re.compile(r"\$\([^()]*\)|`[^`]*`")
@@ -74,15 +77,28 @@ def port_main(args: PortArguments) -> dict[str, int]:
         raise UsageError(f"{path}: holds no `swift ...` or `megatron ...` command")
     good = True
     for found in commands:
-        ported = port(found.words)
+        environment, settings = _settings(found.environment)
+        ported = port([*found.words, *settings])
         good &= ported.runs
-        line = " ".join([*found.environment, *map(_quote, ported.command)])
+        line = " ".join([*environment, *map(_quote, ported.command)])
         sys.stdout.write(f"# line {found.line}: {'runs unchanged' if ported.runs else 'needs changes'}\n{line}\n\n")
         sys.stdout.write("| flag | here | to change |\n|---|---|---|\n")
         for row in ported.rows:
             sys.stdout.write("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |\n")
         sys.stdout.write("\n")
     return {"exit_code": 0 if good else 1}
+
+
+def _settings(environment: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what stays environment, words of flags): settings of losses that ms-swift reads from the environment."""
+    kept, words = [], list[str]()
+    for assigned in environment:
+        name, _, value = assigned.partition("=")
+        if name in _SETTINGS:
+            words += [f"--{name.lower()}", *shlex.split(value)]
+        else:
+            kept.append(assigned)
+    return kept, words
 
 
 def _quote(word: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.checkpoint.chat import copy_chat
+from swiftlite.checkpoint.sentence import copy_sentence_files
 from swiftlite.llm.model.tuner import attach_adapter
 from swiftlite.llm.pipeline import load_model
 from swiftlite.llm.train.saving import write_weights
@@ -25,7 +26,9 @@ def merge_in_memory(args: ExportArguments, adapter: Path, output_dir: Path) -> N
         flag = "--to_mcore" if args.to_mcore else "--dry_run"
         raise UsageError(f"{flag} true: {adapter} is no plain LoRA; merge it first, with --merge_lora true alone")
     check_output(output_dir, _KIND, args.exist_ok, [args.model_info.model_dir, adapter])
-    get_logger().info("%s is no plain LoRA: peft merges it, with the whole model in memory", adapter)
+    get_logger().info(
+        "%s is no plain LoRA of a model that writes text: peft merges it, with the whole model in memory", adapter
+    )
     merged = attach_adapter(load_model(args), adapter).merge_and_unload()
     real = Path(os.path.realpath(output_dir))
     scratch = real.with_name(f".{real.name}.tmp-{os.getpid()}")
@@ -33,6 +36,8 @@ def merge_in_memory(args: ExportArguments, adapter: Path, output_dir: Path) -> N
     try:
         write_weights(merged, scratch, args)
         copy_chat(adapter, scratch)
+        if args.task_type == "embedding":
+            copy_sentence_files(adapter, scratch)
         args.save(scratch)
         mark_output(scratch, _KIND)
         replace_directory(scratch, real)

@@ -10,7 +10,7 @@ from swiftlite.checkpoint.info import first_of
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.checkpoint.vocabulary import NewTokens, rows_of
-from swiftlite.llm.model.loader import Loaded, get_model_tokenizer, id_of, load_tokenizer
+from swiftlite.llm.model.loader import Loaded, backbone_class, get_model_tokenizer, id_of, load_tokenizer
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Config, Json
@@ -117,6 +117,8 @@ def _keywords(args: BaseArguments) -> Json:
     """Of get_model_tokenizer, for weights that are quantised while they are loaded and for models with a head."""
     from swiftlite.llm.model.heads import classifier_class, head_keywords
 
+    if args.task_type == "embedding":
+        return {"model_kwargs": _quantised(args), "automodel_class": backbone_class()}
     if args.task_type != "seq_cls":
         return {"model_kwargs": _quantised(args)}
     made = classifier_class(args.model_info.config)

@@ -91,10 +91,9 @@ class VectorLoss:
 
         group: the ranks whose texts are negatives of each other: those of data parallelism. None: all.
         """
-        mine = replace(mine, values=mine.units)
-        if self.loss_type == "infonce":
-            return self._infonce(mine, group)
-        return self._pairs(mine, group)
+        with torch.autocast(mine.values.device.type, enabled=False):  # cosines are divided by a small temperature
+            mine = replace(mine, values=mine.units)
+            return self._infonce(mine, group) if self.loss_type == "infonce" else self._pairs(mine, group)
 
     def total(self, loss_sum: Tensor, rows: Tensor) -> Tensor:
         """Mean over rows, of sums that may be one micro batch's while `rows` are the global batch's: results add up."""

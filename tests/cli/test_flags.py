@@ -12,6 +12,7 @@ import pytest
 
 from swiftlite.arguments.evaluate import EvalArguments
 from swiftlite.arguments.export import ExportArguments
+from swiftlite.arguments.groups import GROUP_FLAGS
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.parallel import OPTIMIZER_DTYPES
 from swiftlite.arguments.parser import alias_table, from_dict, given_values, notes, parse, specs
@@ -68,6 +69,13 @@ COMPANIONS = {
     ),
     **dict.fromkeys(("num_labels", "problem_type"), ["--task_type", "seq_cls"]),
     "center_rewards_coefficient": ["--rlhf_type", "rm"],
+    **dict.fromkeys(
+        (name for name in GROUP_FLAGS if name.startswith(("infonce", "max"))), ["--task_type", "embedding"]
+    ),
+    **dict.fromkeys(
+        (name for name in GROUP_FLAGS if name.startswith("generative")), ["--task_type", "generative_reranker"]
+    ),
+    "listwise_reranker_temperature": ["--task_type", "generative_reranker", "--loss_type", "listwise_reranker"],
 }
 # A value as it is usually typed, where the type does not say one.
 VALUES = {

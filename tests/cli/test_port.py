@@ -54,6 +54,17 @@ def test_comments_and_ends_of_commands() -> None:
     ]
 
 
+def test_settings_in_the_environment_become_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of ms-swift's losses; other variables stay where they are."""
+    script = tmp_path / "run.sh"
+    script.write_text("INFONCE_TEMPERATURE=0.02 INFONCE_HARD_NEGATIVES=3 NPROC_PER_NODE=2 \\\n"
+                      "swift sft --model m --task_type embedding --loss_type infonce --dataset a.jsonl\n")  # fmt: skip
+    assert main(["port", str(script)]) == 0
+    out = capsys.readouterr().out
+    assert "NPROC_PER_NODE=2 swiftlite sft" in out and "INFONCE" not in out
+    assert "--infonce_temperature 0.02" in out and "--infonce_hard_negatives 3" in out
+
+
 def test_a_script_that_runs_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,12 @@ pytestmark = pytest.mark.dist
 
 # 15 rows, of which 3 are for evaluation: two on one rank, one on the other.
 ROWS = [{**row, "channel": "ab"[i % 2]} for i, row in enumerate(preference_rows(15))]
+LABELLED = [{**row, "label": number % 2} for number, row in enumerate(ROWS)]
+# Losses that look at the micro batches of all ranks: a row of each here, both rows in one process.
+TOGETHER = {
+    "vectors": ["--task_type", "embedding", "--infonce_include_qq", "true", "--infonce_include_dd", "true"],
+    "vectors-online": ["--task_type", "embedding", "--loss_type", "online_contrastive"],
+}
 LORA = ["--train_type", "lora", "--lora_dropout", "0", "--lr", "1e-2"]
 # Name -> command, model, flags, fault.
 CASES: dict[str, tuple[str, str, list[str], str | None]] = {
@@ -29,6 +35,7 @@ CASES: dict[str, tuple[str, str, list[str], str | None]] = {
     "dpo-lora": ("dpo", "glm4_moe", LORA, None),
     "kto": ("dpo", "qwen3", ["--rlhf_type", "kto"], None),
     "gkd": ("dpo", "qwen3", ["--rlhf_type", "gkd", "--teacher_model", "other"], None),
+    **{name: ("sft", "qwen3", flags, None) for name, flags in TOGETHER.items()},
     "stopped": ("sft", "qwen3", [], "sigterm"),
     "unreduced": ("sft", "qwen3", [], "unreduced"),
 }
@@ -41,21 +48,23 @@ def compared(line: dict[str, Any]) -> dict[str, float]:
 
 
 def test_two_processes_equal_one(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data, labelled = tmp_path / "data.jsonl", tmp_path / "labelled.jsonl"
+    for path, rows in ((data, ROWS), (labelled, LABELLED)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     types = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
 
-    def words(case: str, output: Path) -> list[str]:
+    def words(case: str, output: Path, ranks: int = 1) -> list[str]:
         _, family, given, _ = CASES[case]
+        micro, file = (2 // ranks if case in TOGETHER else 1), (labelled if case == "vectors-online" else data)
         flags = [str(tiny_model(family, seed=1)) if word == "other" else word for word in given]
         return ["--model", str(tiny_model(family)), "--model_type", types[family], "--template", "qwen3", "--dataset",
-                str(data), "--split_dataset_ratio", "0.2", "--train_iters", "6", "--global_batch_size", "4",
-                "--micro_batch_size", "1", "--max_length", "200", "--torch_dtype", "float32", "--lr", "1e-3",
+                str(file), "--split_dataset_ratio", "0.2", "--train_iters", "6", "--global_batch_size", "4",
+                "--micro_batch_size", str(micro), "--max_length", "200", "--torch_dtype", "float32", "--lr", "1e-3",
                 "--logging_steps", "1", "--eval_steps", "3", "--report_to", "none", "--output_dir", str(output),
                 *flags]  # fmt: skip
 
     one, two = tmp_path / "one", tmp_path / "two"
-    cases = [(command, words(name, two / name), fault) for name, (command, _, _, fault) in CASES.items()]
+    cases = [(command, words(name, two / name, 2), fault) for name, (command, _, _, fault) in CASES.items()]
     code, errors = run_cases(2, cases, "tests.dist.worker_hf")
     assert code == 0, errors[-3000:]
     for case, (command, _, _, fault) in CASES.items():

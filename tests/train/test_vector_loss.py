@@ -113,6 +113,13 @@ def test_false_negatives_are_left_out() -> None:
     torch.testing.assert_close(value, cross_entropy(torch.tensor([[6.0, 6.9]]), torch.tensor([0])))
 
 
+def test_autocast_does_not_round_cosines() -> None:
+    vectors = as_vectors(columns(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = VectorLoss().sums(vectors)["loss"]
+    torch.testing.assert_close(inside, VectorLoss().sums(vectors)["loss"], rtol=0, atol=0)
+
+
 def test_metrics() -> None:
     vectors = as_vectors(columns(3))
     found = VectorLoss().metrics({name: float(value) for name, value in VectorLoss().sums(vectors).items()})

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from swiftlite.llm.dataset.preprocess import Message, Row, RowError, _conversation, _is_missing
+from swiftlite.llm.dataset.preprocess import Message, Row, RowError, conversation, is_missing
 from swiftlite.utils.text import short
 
 # Columns by which each part is known, of ms-swift, sentence-transformers, FlagEmbedding and MTEB; the first that is there.
@@ -29,7 +29,7 @@ def group_row(row: object, columns: Mapping[str, str] | None = None, answered: b
     that a model is asked about: nothing but the query need be there. Raises: RowError with the reason."""
     if not isinstance(row, Mapping):
         raise RowError("not an object", type(row).__name__)
-    named = {(columns or {}).get(key, key): value for key, value in row.items() if not _is_missing(value)}
+    named = {(columns or {}).get(key, key): value for key, value in row.items() if not is_missing(value)}
     media = next((key for key, value in named.items() if value and _MEDIA.fullmatch(str(key))), None)
     if media:
         raise RowError("has images, video or sound, which are not trained on", f"column {media}")
@@ -52,7 +52,7 @@ def _query(row: Row) -> tuple[list[Message], list[list[Message]]]:
     given = next((key for key in _POSITIVES if key in row), None)
     positives = _documents(row, given, "positive")
     if "messages" in row:
-        messages = _conversation(row["messages"], None)
+        messages = conversation(row["messages"], None)
         if not positives and len(messages) > 1 and messages[-1]["role"] == "assistant":
             positives, messages = [messages[-1:]], messages[:-1]
     else:
@@ -62,7 +62,7 @@ def _query(row: Row) -> tuple[list[Message], list[list[Message]]]:
             raise RowError("no known format", f"columns {columns}; use messages and positive_messages, query and response, "
                            "anchor and positive, or --columns")  # fmt: skip
         value = row[key]
-        messages = _conversation([{"role": "user", "content": value}] if isinstance(value, str) else value, None)
+        messages = conversation([{"role": "user", "content": value}] if isinstance(value, str) else value, None)
     system = row.get("system")
     if isinstance(system, str) and system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
@@ -81,7 +81,7 @@ def _documents(row: Row, key: str | None, name: str) -> list[list[Message]]:
     if value and all(isinstance(item, Mapping) for item in value):
         value = [value]  # one conversation
     documents = [
-        _conversation([{"role": "assistant", "content": item}] if isinstance(item, str) else item, None)
+        conversation([{"role": "assistant", "content": item}] if isinstance(item, str) else item, None)
         for item in value
     ]
     if not all(map(text_of, documents)):

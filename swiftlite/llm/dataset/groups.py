@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import TypeVar
 
+from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
 from swiftlite.llm.dataset.group_rows import text_of
 from swiftlite.llm.dataset.preprocess import Message, Row, RowError
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
+from swiftlite.llm.dataset.rows import read_rows
 from swiftlite.llm.dataset.store import TokenStore
 from swiftlite.llm.template.base import MaxLengthError, Outcome, Template
 from swiftlite.llm.template.limits import check_characters, check_length
-from swiftlite.utils.errors import DatasetError, TemplateError
+from swiftlite.utils.directories import REJECTS_FILE
+from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.types import Json
 
 T = TypeVar("T")
@@ -267,3 +270,23 @@ def parts_of(item: Json) -> list[list[int]]:
     """The token ids of each sample of a group."""
     ends = list(accumulate(item["sizes"]))
     return [item["input_ids"][end - size : end] for size, end in zip(item["sizes"], ends, strict=True)]
+
+
+def load_groups(args: SftArguments, template: Template) -> tuple[GroupDataset, GroupDataset | None]:
+    """(training groups, validation groups or None). Raises: UsageError without data; DatasetError."""
+    if not args.dataset:
+        raise UsageError("give the training data with --dataset FILE")
+    rejects = RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
+    loss = args.loss_type or args.loss_types[0]
+    grouping = Grouping(
+        args.task_type or "", loss, args.max_positive_samples, args.max_negative_samples, args.data_seed or 0
+    )
+
+    def make(rows: list[Row], name: str) -> GroupDataset:
+        return GroupDataset(
+            rows, template, grouping, max_drop_ratio=args.max_drop_ratio, name=name, num_proc=args.dataset_num_proc,
+            rejects=rejects,
+        )  # fmt: skip
+
+    train_rows, val_rows = read_rows(args, rejects)
+    return make(train_rows, "training data"), make(val_rows, "validation data") if val_rows else None

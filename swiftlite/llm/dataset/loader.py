@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from swiftlite.llm.dataset.classes import Labels
+from swiftlite.llm.dataset.group_rows import group_row
 from swiftlite.llm.dataset.preprocess import Row, RowError, preprocess
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.sources import Item, Source, Spec, open_spec, parse_spec
@@ -42,6 +43,7 @@ class ReadOptions:
     CSV, Parquet and text, and fetch from hubs. model_name, model_author: text for {{NAME}} and {{AUTHOR}} in the rows
     (self-cognition data); of two values the first is for rows with "tag": "zh". answered: False where conversations are
     read rather than answered, see preprocess. labels: how the column `label` is read, None where it is not.
+    grouped: rows are texts that belong together, see group_rows.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class ReadOptions:
     model_author: Sequence[str] = ()
     answered: bool = True
     labels: Labels | None = None
+    grouped: bool = False
 
 
 def load_dataset(
@@ -73,6 +76,7 @@ def load_dataset(
     rejects: RejectsFile | None = None,
     answered: bool = True,
     labels: Labels | None = None,
+    grouped: bool = False,
 ) -> tuple[list[Row], list[Row]]:
     """Read datasets into rows {"messages": [...], "tools"?: [...], "rejected_messages"?: [...], "label"?: ...}.
 
@@ -81,16 +85,15 @@ def load_dataset(
             chosen by seed (above the number of rows, whole rounds of it and a choice for the rest).
         val_datasets: the same, for evaluation. split_dataset_ratio: share of the training rows taken for it, by seed.
         max_drop_ratio: DatasetError if more of a dataset's rows cannot be used; fewer are counted in a warning.
-        interleave_prob: one probability per dataset: rows are drawn from them in turn, each in its order, until one
-            is used up (stopping_strategy 'first_exhausted') or until each was, others starting anew
-            ('all_exhausted'). None: one dataset after the other.
-        columns, num_proc, model_name, model_author, use_hf, hub_token, answered, labels: see ReadOptions.
+        interleave_prob: one probability per dataset: rows are drawn from them in turn, each in its order, until one is
+            used up (stopping_strategy 'first_exhausted') or each was once ('all_exhausted'). None: one after the other.
+        columns, num_proc, model_name, model_author, use_hf, hub_token, answered, labels, grouped: see ReadOptions.
         rejects: where rows that cannot be used are written.
     Returns: (train rows, validation rows), in the files' order: shuffling is the trainer's.
     Raises: DatasetError for what cannot be read, or where too many rows are dropped.
     """
     name, author = _as_list(model_name), _as_list(model_author)
-    options = ReadOptions(columns or {}, use_hf, False, num_proc, hub_token, name, author, answered, labels)
+    options = ReadOptions(columns or {}, use_hf, False, num_proc, hub_token, name, author, answered, labels, grouped)
 
     def load(specs: Sequence[str] | str) -> list[list[Row]]:
         return [
@@ -184,6 +187,8 @@ def standard_row(item: Any, source: Source, options: ReadOptions, answered: bool
             item, columns = source.preprocess(item), {}
             if item is None:
                 raise RowError("left out by the dataset's own preprocess")
+        if options.grouped:
+            return group_row(item, columns, answered)
         row = preprocess(item, columns, answered and options.answered)
         if options.labels is not None:
             row["label"] = options.labels.read(row)

@@ -72,7 +72,7 @@ def preprocess(row: object, columns: Mapping[str, str] | None = None, answered: 
     if not isinstance(row, Mapping):
         raise RowError("not an object", type(row).__name__)
     # Null columns come from tables that hold several formats; they say nothing. Tables of numbers write NaN for null.
-    named = {(columns or {}).get(key, key): value for key, value in row.items() if not _is_missing(value)}
+    named = {(columns or {}).get(key, key): value for key, value in row.items() if not is_missing(value)}
     media = next((key for key in _MEDIA if named.get(key)), None)
     if media:
         raise RowError(_SEES_NOTHING, f"column {media}")
@@ -101,14 +101,14 @@ def _margin(value: object) -> float:
     return float(value)
 
 
-def _is_missing(value: object) -> bool:
+def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _find_messages(row: Row, answered: bool) -> list[Message]:
     for key in ("messages", "conversations", "conversation"):
         if key in row:
-            messages = _conversation(row[key], _text(row, _SYSTEM))
+            messages = conversation(row[key], _text(row, _SYSTEM))
             if messages[-1]["role"] != "assistant" and _chosen(row) is not None:
                 messages = [*messages, *_answer_of(row, "chosen")]
             return messages
@@ -116,19 +116,19 @@ def _find_messages(row: Row, answered: bool) -> list[Message]:
     if isinstance(prompt, list):
         answer = completion if isinstance(completion, list) else row.get("chosen")
         if isinstance(answer, list) or not answered:
-            return _conversation([*prompt, *(answer or ())], None)
+            return conversation([*prompt, *(answer or ())], None)
     if isinstance(row.get("chosen"), list):
-        return _conversation(row["chosen"], _text(row, _SYSTEM))
+        return conversation(row["chosen"], _text(row, _SYSTEM))
     query, response = _text(row, _QUERY), _text(row, _RESPONSE)
     if query is not None and (response is not None or not answered):
         if "instruction" in row and isinstance(row.get("input"), str) and row["input"]:
             query = f"{query}\n{row['input']}" if query else row["input"]
         turns = [{"role": "user", "content": query}]
         turns += [] if response is None else [{"role": "assistant", "content": response}]
-        return _conversation([*_history(row.get("history")), *turns], _text(row, _SYSTEM))
+        return conversation([*_history(row.get("history")), *turns], _text(row, _SYSTEM))
     if isinstance(row.get("text"), str):
         # Plain text for pre-training is all the model's.
-        return _conversation([{"role": "assistant" if answered else "user", "content": row["text"]}], None)
+        return conversation([{"role": "assistant" if answered else "user", "content": row["text"]}], None)
     columns = ", ".join(sorted(map(str, row)))[:200] or "none"
     raise RowError("no known format", f"columns {columns}; use messages, conversations, query/response or --columns")
 
@@ -147,12 +147,12 @@ def _answer_of(row: Row, key: str) -> list[Message]:
         value = [value]
     if not isinstance(value, (list, tuple)):
         raise RowError(f"{'chosen' if key == 'chosen' else 'rejected'} answer is not text", type(value).__name__)
-    return _conversation(value, None)
+    return conversation(value, None)
 
 
 def _find_rejected(row: Row, messages: list[Message]) -> list[Message] | None:
     if "rejected_messages" in row:
-        rejected = _conversation(row["rejected_messages"], None)
+        rejected = conversation(row["rejected_messages"], None)
         _check_answers(rejected)
         return rejected
     key = next((key for key in _REJECTED if key in row), None)
@@ -161,7 +161,7 @@ def _find_rejected(row: Row, messages: list[Message]) -> list[Message] | None:
     answer = _answer_of(row, key)
     prompt = row["prompt"] if isinstance(row.get("prompt"), list) else []
     if isinstance(row[key], list) and (prompt or answer[0]["role"] != "assistant"):  # a whole conversation
-        rejected = _conversation([*prompt, *row[key]], _text(row, _SYSTEM))
+        rejected = conversation([*prompt, *row[key]], _text(row, _SYSTEM))
         _check_answers(rejected)
         return rejected
     end = len(messages)
@@ -195,7 +195,7 @@ def _history(history: object) -> list[Message]:
     ]
 
 
-def _conversation(messages: object, system: str | None) -> list[Message]:
+def conversation(messages: object, system: str | None) -> list[Message]:
     if isinstance(messages, str):
         messages = _from_json(messages, "messages is text but not JSON")
     if not isinstance(messages, (list, tuple)):
@@ -254,7 +254,7 @@ def _messages_of(message: object) -> list[Message]:
             out["reasoning_content"] = reasoning
     out.update(_weight(message))
     for key in _MESSAGE_EXTRAS:
-        if not _is_missing(message.get(key)):
+        if not is_missing(message.get(key)):
             out[key] = _plain(message[key], key)
     return [out]
 

@@ -104,5 +104,6 @@ def _reading(args: BaseArguments, rejects: RejectsFile | None) -> Settings:
     names = ("columns", "max_drop_ratio", "model_name", "model_author", "use_hf", "hub_token")
     same = {name: getattr(args, name) for name in names}
     return {
-        "seed": args.data_seed or 0, "rejects": rejects, "answered": not args.pools, "labels": Labels.of(args), **same
+        "seed": args.data_seed or 0, "rejects": rejects, "answered": not args.pools, "labels": Labels.of(args),
+        "grouped": args.groups, **same,
     }  # fmt: skip

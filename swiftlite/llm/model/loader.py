@@ -151,8 +151,10 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: type | N
         check_side_files(Path(model_dir))
         way = "; or use the unquantised checkpoint" if model_info.quant_method else ""
         raise CheckpointError(f"the model in {model_dir} could not be loaded: {reason(error)}{way}") from error
-    others = Others.of(model_info.config or {})
-    unexpected = [name for name in loading["unexpected_keys"] if not others.has(name)]
+    others, headless = Others.of(model_info.config or {}), automodel_class is backbone_class()
+    unexpected = [
+        n for n in loading["unexpected_keys"] if not (others.has(n) or (headless and n.startswith("lm_head.")))
+    ]
     for found in sorted(loading["mismatched_keys"]):  # transformers 4 tells names only
         name, *shapes = [found] if isinstance(found, str) else found
         seen = ": {} and {}".format(*map(list, shapes)) if shapes else ""
@@ -167,6 +169,13 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: type | N
     keep_declared_frozen(model)
     _freeze_other_parts(model)
     return model
+
+
+def backbone_class() -> type:
+    """The class of transformers that builds a model without its output layer, for embeddings."""
+    from transformers import AutoModel
+
+    return AutoModel
 
 
 def auto_class(config: Config) -> Any:

@@ -196,13 +196,14 @@ def check_settings(args: SftArguments) -> None:
     from transformers import AutoConfig
 
     from swiftlite.llm.model.heads import classifier_class
-    from swiftlite.llm.model.loader import auto_class
+    from swiftlite.llm.model.loader import auto_class, backbone_class
 
     make = classifier_class if args.task_type == "seq_cls" else auto_class
+    made = backbone_class() if args.task_type == "embedding" else make(args.model_info.config)
     code = args.trust_remote_code
     config = AutoConfig.from_pretrained(args.model_info.model_dir, trust_remote_code=code)
     with torch.device("meta"):
-        prepare_model(make(args.model_info.config).from_config(config, trust_remote_code=code), args)
+        prepare_model(made.from_config(config, trust_remote_code=code), args)
 
 
 def held_in_fp32(model: PreTrainedModel) -> set[str]:
@@ -293,7 +294,8 @@ def lora_model(model: PreTrainedModel, args: SftArguments) -> Any:
         module, part, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")
         if part:  # the same as on Megatron
             rank, into = parameter.shape
-            parameter.data.copy_(initial_a(module, rank, into, args.seed))
+            named = f"{model.base_model_prefix}.{module}" if args.task_type == "embedding" else module
+            parameter.data.copy_(initial_a(named, rank, into, args.seed))
     return adapted
 
 

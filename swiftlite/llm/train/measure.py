@@ -30,8 +30,12 @@ def sums_of(engine: HfTrainer, val_set: Samples, plan: BatchPlan) -> dict[str, f
         batches = [(engine.collate([val_set[i] for i in there or [0]]), bool(there)) for there in passes]
         engine.prepare(batches)
         for batch, counts in batches:
-            if not counts and total and not engine.args.fsdp:  # ranks run a sharded model together
+            gathers = getattr(engine.objective, "gathers", False)
+            # Ranks run a sharded model together, and look at each other's texts.
+            if not counts and total and not (engine.args.fsdp or gathers):
                 continue
+            if gathers and not counts:
+                batch["absent"] = torch.ones(())
             with engine.accelerator.autocast():
                 sums = engine.objective.sums(engine.model, engine.inputs(batch))
             for name, value in sums.items():

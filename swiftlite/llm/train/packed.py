@@ -42,10 +42,10 @@ def _leak(model: PreTrainedModel, device: torch.device, with_mask: bool, joined:
     changed[:, :_HALF] = (tokens[:, :_HALF] + vocabulary // 2) % vocabulary
     positions = torch.arange(_HALF if joined else 2 * _HALF, device=device).repeat(2 if joined else 1).unsqueeze(0)
     extra = {"attention_mask": block_diagonal_mask(positions, model.dtype)} if with_mask else {}
-    if model.get_output_embeddings() is None:  # a head that gives numbers of chosen tokens
+    if hasattr(model, "score"):  # a head that gives numbers of chosen tokens
         extra["pooled"] = torch.arange(2 * _HALF, device=device)
     first, second = (
-        model(input_ids=ids, position_ids=positions, use_cache=False, **extra).logits.flatten(0, -2)[_HALF:].float()
+        model(input_ids=ids, position_ids=positions, use_cache=False, **extra)[0].flatten(0, -2)[_HALF:].float()
         for ids in (tokens, changed)
     )
     return float((first - second).abs().max())

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from swiftlite.llm.model import tuner
 from swiftlite.llm.model.heads import head_changes
 from swiftlite.llm.model.loader import embedding_rows, id_of
 from swiftlite.llm.model.names import Others, Stored, check_names, checkpoint_tensors, load_tensors, local_part
-from swiftlite.llm.template.trained import Chat
 from swiftlite.utils.dist import all_gather, barrier, get_rank, get_world_size
 from swiftlite.utils.io import read_json, replace_directory
 from swiftlite.utils.logger import get_logger
@@ -54,6 +53,12 @@ SHARDED_OPTIMIZER = "optimizer.safetensors"  # of a sharded model: tensor PARAME
 MAX_SHARD_BYTES = 5 * 10**9
 
 
+class Beside(Protocol):
+    """What is written next to weights or adapters; base: the directory of the model that they come from."""
+
+    def write(self, directory: Path, base: Path) -> None: ...
+
+
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory that becomes `target` when the block has ended: a killed save leaves no checkpoint. Collective."""
@@ -76,7 +81,7 @@ def rng_file() -> str:
 
 
 def save_model(
-    model: PreTrainedModel, directory: Path, args: SftArguments, tokenizer: PreTrainedTokenizerBase, chat: Chat | None
+    model: PreTrainedModel, directory: Path, args: SftArguments, tokenizer: PreTrainedTokenizerBase, chat: Beside | None
 ) -> None:
     """Weights or adapters, next to the files of the model that they come from. Collective; rank 0 has `chat`."""
     base = Path(args.model_info.model_dir)
@@ -116,7 +121,8 @@ def write_weights(model: PreTrainedModel, directory: Path, args: BaseArguments) 
         places.setdefault((id(stored.owner), stored.first), (name, stored))
     tensors = dict(places.values())
     head = head_changes(info.config)
-    carried = {} if head else Others.of(info.config).carried(source, tensors)
+    writes_text = not head and args.task_type != "embedding"
+    carried = Others.of(info.config).carried(source, tensors) if writes_text else {}
     if carried:
         get_logger().info("%d tensors of MTP blocks, which transformers does not train, are carried over", len(carried))
     unchanged = SafetensorsSource(source) if any(of == name for name, of in carried.items()) else None

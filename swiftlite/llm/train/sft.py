@@ -15,6 +15,7 @@ from swiftlite.llm.dataset.prepare import load_data
 from swiftlite.llm.model.tuner import prepare_model
 from swiftlite.llm.template.collate import sample_lengths
 from swiftlite.llm.train.begin import started
+from swiftlite.llm.train.grouped import train_groups
 from swiftlite.llm.train.objectives import objective_of
 from swiftlite.llm.train.run import run
 from swiftlite.llm.train.trainer import HfTrainer
@@ -29,6 +30,8 @@ def sft_main(args: SftArguments | Sequence[str]) -> Json:
     Raises: SwiftliteError for everything a user can fix.
     """
     args = as_arguments(SftArguments, args)
+    if args.task_type in ("embedding", "generative_reranker"):
+        return train_groups(args)
     with started(args, load_data) as (model, template, data, start):
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
         model = prepare_model(model, args)

@@ -27,6 +27,7 @@ from swiftlite.llm.train.packed import block_diagonal_mask, needs_mask
 from swiftlite.llm.train.saving import (
     PREFIX,
     STATE,
+    Beside,
     load_model,
     load_rng_state,
     new_directory,
@@ -72,7 +73,7 @@ class HfTrainer:
         self.template = template
         self.collate = counting(collate, objective, lengths, args.model_info.config)
         self.padding_free = template.padding_free
-        self.chat = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
+        self.chat: Beside | None = trained_chat(template) if get_rank() == 0 else None  # rank 0 writes it
         self.state = transformers.TrainerState()
         self.accelerator = accelerator_of(args)
         self.parts: SequenceParts | None = None
@@ -242,6 +243,9 @@ class HfTrainer:
 
     def next_command(self) -> Sequence[object]:
         args, last = self.args, self.run.root / f"{PREFIX}{self.state.global_step}"
+        if args.task_type == "embedding":
+            ask = f"SentenceTransformer({str(last)!r}).encode(['text'])"
+            return "python", "-c", f"from sentence_transformers import SentenceTransformer; print({ask})"
         if not args.adapts:
             return "swiftlite", "infer", "--model", last, *args.loading_words(hub=False)
         base = ("--model", args.model) if args.model else ()  # an adapter knows its base

@@ -9,6 +9,7 @@ from pathlib import Path
 from swiftlite.arguments.parser import alias_table
 from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.dataset import DATASET_MAPPING, preprocess, register_dataset_info
+from swiftlite.llm.dataset.group_rows import group_row
 from swiftlite.llm.template.loss_scale import PATTERNS, STRATEGIES
 
 TEXT = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -23,6 +24,9 @@ def test_rows():
     assert len(rows) == 10
     assert sum("rejected_messages" in row for row in rows) == 2 and sum("tools" in row for row in rows) == 1
     assert rows[8]["label"] is False
+    groups = [group_row(json.loads(line)) for line in blocks("jsonl")[1].splitlines()]
+    assert [len(row["negative_messages"]) for row in groups] == [1, 2, 2, 1, 0, 0]
+    assert [row.get("label") for row in groups] == [None] * 4 + [0.8, 0.0]
 
 
 def test_registrations(tmp_path):
