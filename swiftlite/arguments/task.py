@@ -16,6 +16,7 @@ TASK_LOSSES: dict[str, tuple[str, ...]] = {
     "reranker": ("pointwise_reranker", "listwise_reranker"),
     "generative_reranker": ("pointwise_reranker", "listwise_reranker"),
 }
+GROUPED = ("embedding", "reranker", "generative_reranker")
 # Losses of pairs of answers, and those of them that need no reference.
 REFERENCE_FREE = ("cpo", "simpo", "orpo")
 PAIR_LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", *REFERENCE_FREE)
@@ -38,10 +39,17 @@ class TaskArguments(Arguments):
         choices=TASKS, common=True,
         unavailable={
             "DpoArguments": Note("default only", "--rlhf_type says what pairs train", ("causal_lm",)),
-            "ExportArguments": Note("default only", "is neither converted nor tokenised here yet", ("causal_lm", "seq_cls")),
-            "InferArguments": Note("default only", "inference writes text, or says classes", ("causal_lm", "seq_cls")),
+            "ExportArguments": Note(
+                "default only", "is neither converted nor tokenised here yet", ("causal_lm", "seq_cls", "embedding")
+            ),
+            "InferArguments": Note(
+                "default only", "inference writes text, or says classes; for vectors, sentence-transformers: "
+                "SentenceTransformer(DIR).encode(texts)", ("causal_lm", "seq_cls"),
+            ),
             "MegatronSftArguments": Note("default only", _ON_MEGATRON, ("causal_lm", "seq_cls")),
-            "SftArguments": Note("default only", "is not trained yet", ("causal_lm", "seq_cls")),
+            "SftArguments": Note(
+                "default only", "is not trained yet", ("causal_lm", "seq_cls", "embedding", "generative_reranker")
+            ),
             "PtArguments": Note("default only", "pt trains on text; use `swiftlite sft`", ("causal_lm",)),
         },
     )  # fmt: skip
@@ -73,6 +81,11 @@ class TaskArguments(Arguments):
             raise UsageError(
                 f"--num_labels 1 with --problem_type {self.problem_type}: one number is a regression; classes are at least 2"
             )
+
+    @property
+    def groups(self) -> bool:
+        """Are rows a query or anchor with texts that belong to it?"""
+        return self.task_type in GROUPED
 
     @property
     def reads_labels(self) -> bool:

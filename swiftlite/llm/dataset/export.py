@@ -31,6 +31,10 @@ def export_cached_dataset(args: ExportArguments) -> Path:
     """
     if not args.dataset:
         raise UsageError("--to_cached_dataset true: give the data with --dataset")
+    if args.groups:
+        raise UsageError(
+            f"--to_cached_dataset true: not of --task_type {args.task_type}; give --dataset to the training"
+        )
     if args.streaming:
         raise UsageError("--to_cached_dataset true: writes whole datasets; leave out --streaming")
     if args.model is None:
