@@ -135,8 +135,8 @@ class Adapter:
 
 
 def is_other_kind(directory: Path) -> bool:
-    """Whether it holds DoRA, an adapter of peft that is no LoRA, or one of an embedding model, whose names are not those of the
-    base's files: peft's alone to read."""
+    """Whether peft alone reads it: DoRA, an adapter that is no LoRA, or one of an embedding model, whose names are not
+    those of the base's files."""
     stated = read_json(directory / ADAPTER_CONFIG, optional=True)
     of_vectors = stated.get("task_type") == "FEATURE_EXTRACTION"
     return stated.get("peft_type") in PEFT_TUNERS.values() or bool(stated.get("use_dora")) or of_vectors

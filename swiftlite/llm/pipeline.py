@@ -10,7 +10,6 @@ from swiftlite.checkpoint.info import first_of
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.checkpoint.vocabulary import NewTokens, rows_of
-from swiftlite.llm.dataset.rows import settle_labels
 from swiftlite.llm.model.loader import Loaded, backbone_class, get_model_tokenizer, id_of, load_tokenizer
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger

@@ -27,7 +27,7 @@ from swiftlite.utils.types import Config, Json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 Loaded: TypeAlias = (
     "tuple[Any, PreTrainedTokenizerBase]"  # (model, None where only the tokenizer is asked for; tokenizer)
@@ -171,7 +171,7 @@ def _load_model(model_dir: str, model_info: ModelInfo, automodel_class: type | N
     return model
 
 
-def backbone_class() -> type:
+def backbone_class() -> type[AutoModel]:
     """The class of transformers that builds a model without its output layer, for embeddings."""
     from transformers import AutoModel
 
