@@ -121,7 +121,7 @@ def infer_dataset(answer: Callable[[Sequence[Question], int], Iterator[Json]], a
     options = ReadOptions(args.columns, args.use_hf, False, 1, args.hub_token)
     rows = validation_data(args) if args.load_data_args else read_questions(args.val_dataset, options, args.seed)
     path = None if args.result_path is None else Path(args.result_path)
-    unfinished = None if path is None else path.with_name(path.name + ".unfinished")
+    unfinished = None if path is None else path.with_name(path.name + ".partial")
     before = [] if path is None or unfinished is None else answered_before(path, unfinished, rows)
     left = rows[len(before) :]
     answered = progress_bar(answer(left, args.max_batch_size), total=len(left), desc="rows")

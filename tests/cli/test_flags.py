@@ -100,7 +100,7 @@ def _value(cls, flag):
     if note is not None and note.kind == "default" and note.allowed:
         return note.allowed[0]
     if name == "loss_type":
-        return "ipo" if issubclass(cls, DpoArguments) else "cross_entropy"  # choices of all commands stand in one field
+        return "cross_entropy" if issubclass(cls, SftArguments) and not issubclass(cls, DpoArguments) else "ipo"
     if name in VALUES or spec is None:
         return VALUES.get(name, "1")
     if spec.choices:
