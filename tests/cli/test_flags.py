@@ -205,6 +205,7 @@ def test_docs_are_what_the_generator_writes():
 
 # Fields that the arguments themselves turn into another setting, and that setting.
 TURNED_INTO = {
+    "enable_dft_loss": "token_loss",
     "dataset_dir": "dataset_info",
     "max_samples": "dataset",
     "deepspeed": "fsdp",
@@ -272,7 +273,7 @@ def test_every_flag_that_acts_is_read_somewhere(words):
 # Flags that speak of files or directories but whose value is none; and the three that expand ~ where they read it.
 NO_PATHS = {
     "model_type", "exist_ok", "thread_count", "max_shard_size", "save_safetensors", "add_version", "dry_run",
-    "push_to_hub", "wandb_exp_name", "new_special_tokens", "system", "loss_scale",
+    "push_to_hub", "wandb_exp_name", "new_special_tokens", "system", "loss_scale", "token_loss",
 }  # fmt: skip
 
 
