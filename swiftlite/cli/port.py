@@ -310,7 +310,7 @@ def _row(cls: type[Arguments], flag: str, values: list[str]) -> tuple[str, str, 
         return shown, f"acts: {spec.help}", ""
     try:
         value = spec.convert(values if len(values) != 1 else values[0]) if values else True
-        if note is not None and value not in (spec.default, False, None):
+        if note is not None and value not in (spec.default, False, None, *(note.allowed or ())):
             return shown, "refused", note.reason
     except UsageError as error:
         return shown, "refused", str(error)

@@ -20,8 +20,9 @@ def blocks(language):
 
 
 def test_rows():
-    rows = [preprocess(json.loads(line)) for line in blocks("jsonl")[0].splitlines()]
-    assert len(rows) == 10
+    lines = [json.loads(line) for line in blocks("jsonl")[0].splitlines()]
+    rows = [preprocess(line) for line in lines[:10]] + [preprocess(line, answered=False) for line in lines[10:]]
+    assert [row.get("label") for row in rows[10:]] == [1, [0, 2]]
     assert sum("rejected_messages" in row for row in rows) == 2 and sum("tools" in row for row in rows) == 1
     assert rows[8]["label"] is False
     groups = [group_row(json.loads(line)) for line in blocks("jsonl")[1].splitlines()]
