@@ -188,6 +188,7 @@ def test_rows_that_cannot_be_answered_cost_only_themselves(
                "no role", "tokens", "characters")  # fmt: skip
     assert all(reason in row["error"] for reason, row in zip(reasons, done[1:10], strict=True))
     file.write_bytes(b"\n".join(lines[1:3]))
+    file.with_suffix(".out").unlink()  # results of other rows are never overwritten
     with pytest.raises(
         DatasetError, match=r"none of 2 rows could be answered, the first: .*rows.jsonl:1: not an object"
     ):
