@@ -193,7 +193,7 @@ def test_rows_that_cannot_be_answered_cost_only_themselves(
         DatasetError, match=r"none of 2 rows could be answered, the first: .*rows.jsonl:1: not an object"
     ):
         answered(model_dir, monkeypatch, generator, file)
-    with pytest.raises(DatasetError, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         answered(model_dir, monkeypatch, generator, tmp_path / "absent.jsonl")
 
 
