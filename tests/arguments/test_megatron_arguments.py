@@ -94,7 +94,7 @@ def test_precision_by_flag_and_contradiction():
         ({"recompute_method": "uniform"}, "need --recompute_granularity full"),
         ({"recompute": "some"}, "--recompute some: must be full, selective or none"),
         ({"attention_backend": "fast"}, "--attention_backend fast: must be one of"),
-        ({"train_type": "lora", "lora_bias": "all"}, "--lora_bias all: with LoRA on Megatron nothing but adapters"),
+        ({"train_type": "lora", "lora_bias": "all"}, "--lora_bias all: with LoRA on Megatron biases stay as they are"),
         ({"adapters": ["DIR"]}, "--adapters, --mcore_adapter and --merge_lora: need --train_type lora"),
         ({"save_steps": 0}, "--save_steps 0: must be at least 1"),
     ],
