@@ -19,6 +19,12 @@ from swiftlite.cli.routes import ROUTES
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def width(monkeypatch):
+    """Of the terminal: test workers say 80."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 @arguments
 class Part(Arguments):
     """Part: shared settings"""

@@ -136,7 +136,7 @@ SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other activation": (lambda d: _config(d, hidden_act="gelu"), "hidden_act 'gelu' is not 'silu'"),
     "sliding window": (lambda d: _config(d, use_sliding_window=True), "sliding window"),
     "not normalised": (lambda d: _config(d, norm_topk_prob=False), "norm_topk_prob false with a sigmoid router"),
-    "classifier": (lambda d: _config(d, architectures=["Glm4MoeForSequenceClassification"]), "Classification"),
+    "classifier": (lambda d: _config(d, architectures=["Glm4MoeForSequenceClassification"]), "missing tensor: score.weight"),
     "quantised": (lambda d: _config(d, quantization_config={"quant_method": "gptq"}), "gptq"),
 }  # fmt: skip
 
