@@ -184,7 +184,7 @@ def test_preview_shows_answers_without_a_label(
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--loss_type", "sigmoid"], "of --rlhf_type kto are kto and apo_zero_unpaired"),
+        (["--loss_type", "sigmoid"], "--loss_type sigmoid: --rlhf_type kto has kto, apo_zero_unpaired"),
         (["--rpo_alpha", "1"], "adds no cross entropy"),
         (["--packing", "true", "--max_length", "9"], "--padding_free true joins"),
         (["--loss_scale", "all"], "must know where answers begin"),
@@ -193,6 +193,8 @@ def test_preview_shows_answers_without_a_label(
 def test_what_does_not_go_together(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parse(DpoArguments, ["--model", "A/B", "--rlhf_type", "kto", *words])
-    for others in (["--loss_type", "kto"], ["--desirable_weight", "2"]):
-        with pytest.raises(UsageError, match="goes with --rlhf_type kto only"):
-            parse(DpoArguments, ["--model", "A/B", *others])
+    elsewhere = {"--loss_type": ("kto", "--loss_type kto: --rlhf_type dpo has sigmoid, ipo"),
+                 "--desirable_weight": ("2", "goes with --rlhf_type kto only")}  # fmt: skip
+    for flag, (value, said) in elsewhere.items():
+        with pytest.raises(UsageError, match=said):
+            parse(DpoArguments, ["--model", "A/B", flag, value])
