@@ -43,3 +43,12 @@ def answer_rows(count: int) -> list[dict[str, Any]]:
          "label": i % 5 < 3}
         for i in range(count)
     ]  # fmt: skip
+
+
+# Pairs of different lengths: ranks hold different numbers of tokens.
+UNEVEN_PAIRS = [
+    {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
+                  {"role": "assistant", "content": f"It is {2 * i}. " + "The capital of France is Paris. " * (i % 4)}],
+     "rejected_response": "No idea" + " at all" * (i % 3)}
+    for i in range(11)
+]  # fmt: skip

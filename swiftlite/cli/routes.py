@@ -155,7 +155,7 @@ ROUTES: dict[tuple[str, ...], Route] = {
 ELSEWHERE = {
     "app": "chat in the terminal with `swiftlite infer --model DIR`; a web page: any that talks to `swiftlite deploy`",
     "web-ui": "write a config file and give it to a command: `swiftlite sft run.yaml`",
-    "rollout": "only dpo is trained here; GRPO with vLLM: TRL, verl or ms-swift on the Hugging Face directory",
+    "rollout": "models are not trained on their own answers here; GRPO: TRL, verl or ms-swift on the Hugging Face directory",
     "sample": "answer a dataset with `swiftlite infer --val_dataset FILE --result_path OUT.jsonl`",
     "merge-lora": "`swiftlite export --adapters DIR --merge_lora true`",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.arguments.infer import InferArguments
+from swiftlite.llm.answers import as_row
 from swiftlite.llm.dataset.classes import Labels
 from swiftlite.llm.dataset.loader import Question
 from swiftlite.llm.dataset.preprocess import Row, RowError
@@ -85,7 +86,7 @@ class Classifier:
             others = [{"messages": row["rejected_messages"]} for row in good if self._is_pair(row)]
             rejected = iter(self.logits(others) if others else ())
             for place, raw, standard in part:
-                row = dict(raw) if isinstance(raw, Mapping) else {"row": raw.row if isinstance(raw, RowError) else raw}
+                row = as_row(raw)
                 logits = standard if isinstance(standard, RowError) else next(found)
                 other = None if isinstance(standard, RowError) or not self._is_pair(standard) else next(rejected)
                 if isinstance(logits, Exception) or isinstance(standard, RowError):

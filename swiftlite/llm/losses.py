@@ -9,7 +9,7 @@ from swiftlite.arguments.preference import DpoArguments
 from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.pairs import PairDataset
-from swiftlite.llm.model.tuner import attach_adapter
+from swiftlite.llm.model.tuner import attach_adapter, without_cache
 from swiftlite.llm.pipeline import prepare_model_template
 from swiftlite.llm.template.collate import sample_lengths
 from swiftlite.llm.train.measure import sums_of
@@ -41,8 +41,7 @@ def losses(args: SftArguments, data: Mapping[str, Sequence[dict[str, object]]]) 
     reference = reference_model(args, model) if isinstance(args, DpoArguments) and args.ref_model else None
     for adapter in args.adapters:
         model = attach_adapter(model, Path(adapter))
-    for config in (model.config, model.config.get_text_config()):
-        config.use_cache = False
+    without_cache(model)
     if isinstance(args, DpoArguments):
         pairs = Preference(pair_loss(args), model, reference, args.has_reference)
         engine = HfTrainer(args, model, template, pairs, PairCollator(template), pair_lengths)

@@ -11,19 +11,13 @@ import pytest
 
 from swiftlite.train.plot import read_run
 from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_cases, run_layouts
+from tests.rows import UNEVEN_PAIRS
 
 pytestmark = pytest.mark.dist
 
 STEPS = 6
 TOLERANCE = 1e-5  # relative, of loss and gradient norm, in fp32
 
-# Pairs of different lengths: ranks hold different numbers of tokens.
-ROWS = [
-    {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
-                  {"role": "assistant", "content": f"It is {2 * i}. " + "The capital of France is Paris. " * (i % 4)}],
-     "rejected_response": "No idea" + " at all" * (i % 3)}
-    for i in range(11)
-]  # fmt: skip
 TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
 PP = ["--pipeline_model_parallel_size", "2"]
 SMALL = ["--micro_batch_size", "2"]  # see test_layouts.py
@@ -102,7 +96,7 @@ def argv(
     steps.
     """
     root = tmp_path_factory.mktemp("data")
-    for name, rows in (("train", ROWS[:8]), ("val", ROWS[8:])):
+    for name, rows in (("train", UNEVEN_PAIRS[:8]), ("val", UNEVEN_PAIRS[8:])):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def model(family: str, seed: int) -> Path:

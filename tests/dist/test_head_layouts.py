@@ -11,6 +11,7 @@ import pytest
 
 from swiftlite.train.plot import read_run
 from tests.dist.launch import curve, largest_difference, run_cases, run_layouts
+from tests.rows import UNEVEN_PAIRS
 
 pytestmark = pytest.mark.dist
 
@@ -25,12 +26,6 @@ MODELS: dict[str, dict[str, Any]] = {
 WORDS = ("good", "bad at all", "neither of them")
 LABELLED = [
     {"messages": [{"role": "user", "content": f"Film {i}: {WORDS[i % 3]}. " + "It is long. " * (i % 4)}], "label": i % 3}
-    for i in range(11)
-]  # fmt: skip
-PAIRS = [
-    {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
-                  {"role": "assistant", "content": f"It is {2 * i}. " + "The capital of France is Paris. " * (i % 4)}],
-     "rejected_response": "No idea" + " at all" * (i % 3)}
     for i in range(11)
 ]  # fmt: skip
 TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
@@ -74,7 +69,7 @@ def case(
 ) -> Callable[..., dict[str, Any]]:
     """`case("classes", OUTPUT_DIR, flags)`: what the worker takes; the same 8 rows at every step, 3 for evaluation."""
     root = tmp_path_factory.mktemp("data")
-    for name, rows in (("sft", LABELLED), ("dpo", PAIRS)):
+    for name, rows in (("sft", LABELLED), ("dpo", UNEVEN_PAIRS)):
         for part, some in (("train", rows[:8]), ("val", rows[8:])):
             (root / f"{name}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 

@@ -10,12 +10,10 @@ from swiftlite.llm.dataset.encoded import EncodedDataset, Sample
 from swiftlite.llm.dataset.prepare import encode_and_pack
 from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.report import RejectsFile
-from swiftlite.llm.dataset.rows import read_rows
+from swiftlite.llm.dataset.rows import made_of_rows
 from swiftlite.llm.template.collate import IGNORE_INDEX
 from swiftlite.train.batches import Neighbour, neighbours
 from swiftlite.train.questions import Questions
-from swiftlite.utils.directories import REJECTS_FILE
-from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
 
@@ -112,16 +110,12 @@ def say_balance(desirable: Sequence[bool], good: float, bad: float) -> None:
 
 def load_answers(args: DpoArguments, template: Template) -> tuple[AnswerDataset, AnswerDataset | None]:
     """(training answers, validation answers or None), with labels. Raises: UsageError without data; DatasetError."""
-    if not args.dataset:
-        raise UsageError("give the training data with --dataset FILE")
-    rejects = RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
 
-    def make(rows: list[Row], name: str) -> AnswerDataset:
+    def make(rows: list[Row], rejects: RejectsFile | None, name: str) -> AnswerDataset:
         samples = encode_and_pack(rows, args, template, rejects, name)
         assert isinstance(samples, EncodedDataset)  # packing is refused
         return AnswerDataset(samples, [rows[i]["label"] for i in samples.row_indices], args.max_length)
 
-    train_rows, val_rows = read_rows(args, rejects)
-    train = make(train_rows, "training data")
+    train, val = made_of_rows(args, make)
     say_balance(train.desirable, args.desirable_weight, args.undesirable_weight)
-    return train, make(val_rows, "validation data") if val_rows else None
+    return train, val

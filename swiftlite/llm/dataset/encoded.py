@@ -54,8 +54,7 @@ class EncodedDataset:
         self.report = DropReport(rejects=rejects, log=[])
         self.row_indices: list[int] = []
         self.store = TokenStore()
-        # A few rows are encoded faster than processes start.
-        with RowEncoder(template, num_proc if len(rows) > 2 * _BATCH else 1) as encode:
+        with RowEncoder.of(rows, template, num_proc) as encode:
             for i, encoded in enumerate(encode(rows)):
                 for sample in samples_of(encoded, self.report, place_of(rows[i], i), rows[i]):
                     self.row_indices.append(i)
@@ -123,6 +122,11 @@ class RowEncoder:
         self._numbers = itertools.count()
         self._children = [_Child(template) for _ in range(num_proc)] if num_proc > 1 else []
         self._writer = None if self._children else template.writer()
+
+    @classmethod
+    def of(cls, rows: Sequence[Json], template: Template, num_proc: int) -> RowEncoder:
+        """One for these rows: a few are encoded faster than processes start."""
+        return cls(template, num_proc if len(rows) > 2 * _BATCH else 1)
 
     def __enter__(self) -> RowEncoder:
         return self

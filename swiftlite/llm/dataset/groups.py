@@ -21,12 +21,11 @@ from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
 from swiftlite.llm.dataset.group_rows import text_of
 from swiftlite.llm.dataset.preprocess import Message, Row, RowError
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
-from swiftlite.llm.dataset.rows import read_rows
+from swiftlite.llm.dataset.rows import made_of_rows
 from swiftlite.llm.dataset.store import TokenStore
 from swiftlite.llm.template.base import MaxLengthError, Outcome, Template
 from swiftlite.llm.template.limits import check_characters, check_length
-from swiftlite.utils.directories import REJECTS_FILE
-from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
+from swiftlite.utils.errors import DatasetError, TemplateError
 from swiftlite.utils.types import Json
 
 T = TypeVar("T")
@@ -200,7 +199,7 @@ class GroupDataset:
         self.store = TokenStore()
         encoder = (
             TextEncoder(template) if grouping.task_type == "embedding"
-            else RowEncoder(template, num_proc if len(rows) > 512 else 1)
+            else RowEncoder.of(rows, template, num_proc)
         )  # fmt: skip
         waiting: deque[tuple[str, Row, Group]] = deque()
         with encoder as encode:
@@ -274,19 +273,15 @@ def parts_of(item: Json) -> list[list[int]]:
 
 def load_groups(args: SftArguments, template: Template) -> tuple[GroupDataset, GroupDataset | None]:
     """(training groups, validation groups or None). Raises: UsageError without data; DatasetError."""
-    if not args.dataset:
-        raise UsageError("give the training data with --dataset FILE")
-    rejects = RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
     loss = args.loss_type or args.loss_types[0]
     grouping = Grouping(
         args.task_type or "", loss, args.max_positive_samples, args.max_negative_samples, args.data_seed or 0
     )
 
-    def make(rows: list[Row], name: str) -> GroupDataset:
+    def make(rows: list[Row], rejects: RejectsFile | None, name: str) -> GroupDataset:
         return GroupDataset(
             rows, template, grouping, max_drop_ratio=args.max_drop_ratio, name=name, num_proc=args.dataset_num_proc,
             rejects=rejects,
         )  # fmt: skip
 
-    train_rows, val_rows = read_rows(args, rejects)
-    return make(train_rows, "training data"), make(val_rows, "validation data") if val_rows else None
+    return made_of_rows(args, make)

@@ -48,7 +48,7 @@ class PairDataset:
         self.report = DropReport(rejects=rejects, log=[])
         self.store = TokenStore()
         self.reference: Sequence[float] = ()
-        with RowEncoder(template, num_proc if len(rows) > 512 else 1) as encode:
+        with RowEncoder.of(rows, template, num_proc) as encode:
             encoded = encode(side for row in rows for side in _sides(row))
             for i, row in enumerate(rows):
                 pair = next(encoded), next(encoded)

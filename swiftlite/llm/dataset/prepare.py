@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swiftlite.arguments.base import BaseArguments
@@ -19,11 +18,10 @@ from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.report import RejectsFile
-from swiftlite.llm.dataset.rows import open_stream, read_rows, read_validation_rows
+from swiftlite.llm.dataset.rows import made_of_rows, open_stream, read_validation_rows, rejects_of
 from swiftlite.llm.dataset.store import facts_of_files
 from swiftlite.llm.dataset.streaming import StreamedDataset
 from swiftlite.train.order import Data
-from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
 
@@ -53,14 +51,9 @@ def load_data(args: BaseArguments, template: Template) -> Data:
         get_logger().info("%s: %d samples", " ".join(args.cached_dataset), len(train))
         paths, parts = _cached_for_evaluation(args)
         return train, load(paths, parts=parts)
-    rejects = RejectsFile(Path(args.output_dir) / REJECTS_FILE) if args.output_dir else None
     if args.streaming:
-        return _streamed(args, template, capacity, rejects)
-    train_rows, val_rows = read_rows(args, rejects)
-    return (
-        encode_and_pack(train_rows, args, template, rejects, "training data"),
-        encode_and_pack(val_rows, args, template, rejects, "validation data") if val_rows else None,
-    )
+        return _streamed(args, template, capacity)
+    return made_of_rows(args, lambda rows, rejects, name: encode_and_pack(rows, args, template, rejects, name))
 
 
 def _cached_for_evaluation(args: BaseArguments) -> tuple[list[str], tuple[str, ...]]:
@@ -100,7 +93,8 @@ def encode_and_pack(
     return PackedDataset(dataset, capacity, args.data_seed or 0, name=name, in_order=in_order)
 
 
-def _streamed(args: BaseArguments, template: Template, capacity: int | None, rejects: RejectsFile | None) -> Data:
+def _streamed(args: BaseArguments, template: Template, capacity: int | None) -> Data:
+    rejects = rejects_of(args)
     files = open_stream(args).files  # names that are wrong are told before the model is built
     val_set = None
     if args.val_dataset:
@@ -137,12 +131,7 @@ def load_pairs(args: DpoArguments, template: Template) -> tuple[PairDataset, Pai
             raise DatasetError(f"--cached_dataset {' '.join(args.cached_dataset)}: has no training part")
         train_set = PairDataset.of(train, capacity, seed, "training data")
         return train_set, PairDataset.of(val, capacity, seed, "validation data") if val else None
-    rejects = RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
-    train_rows, val_rows = read_rows(args, rejects)
-    train_set = make_pairs(train_rows, args, template, rejects, "training data", capacity)
-    if not val_rows:
-        return train_set, None
-    return train_set, make_pairs(val_rows, args, template, rejects, "validation data", capacity)
+    return made_of_rows(args, lambda rows, rejects, name: make_pairs(rows, args, template, rejects, name, capacity))
 
 
 def make_pairs(

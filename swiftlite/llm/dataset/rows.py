@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.llm.dataset.cache import FACTS_FILE, directory_of
 from swiftlite.llm.dataset.classes import Labels, problem_of
@@ -11,9 +14,13 @@ from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.sources import open_spec, parse_spec
+from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json, Settings
+
+T = TypeVar("T")
+Make = Callable[[list[Row], RejectsFile | None, str], T]  # rows, where unused ones are written, what messages call them
 
 
 def check_sources(args: BaseArguments) -> None:
@@ -92,6 +99,20 @@ def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[
     parts = labelled(train, report), labelled(val, report)
     report.check(args.max_drop_ratio, "labels")
     return parts
+
+
+def made_of_rows(args: BaseArguments, make: Make[T]) -> tuple[T, T | None]:
+    """(what `make` makes of the training rows, of the validation rows or None). Raises: UsageError without data."""
+    if not args.dataset:
+        raise UsageError("give the training data with --dataset FILE")
+    rejects = rejects_of(args)
+    train, val = read_rows(args, rejects)
+    return make(train, rejects, "training data"), make(val, rejects, "validation data") if val else None
+
+
+def rejects_of(args: BaseArguments) -> RejectsFile | None:
+    """Where a run writes the rows that it cannot use."""
+    return RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
 
 
 def read_validation_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> list[Row]:

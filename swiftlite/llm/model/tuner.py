@@ -206,6 +206,12 @@ def check_settings(args: SftArguments) -> None:
         prepare_model(made.from_config(config, trust_remote_code=code), args)
 
 
+def without_cache(model: PreTrainedModel) -> None:
+    """Have a model keep no keys and values: of no use in training, and they hide where joined samples begin."""
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
+
+
 def held_in_fp32(model: PreTrainedModel) -> set[str]:
     """Names of the parameters whose dtype `prepare_model` raised."""
     return getattr(model, _HELD, set())

@@ -82,8 +82,7 @@ def started(
             data = load(args, template)
             tuner.check_settings(args)
             model = load_model(args)
-            for config in (model.config, model.config.get_text_config()):
-                config.use_cache = False  # of no use in training, and it hides where joined samples begin
+            tuner.without_cache(model)
             yield model, template, data, start
 
 

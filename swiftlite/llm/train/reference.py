@@ -12,7 +12,7 @@ import torch
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.llm.dataset.reference import cached_answers
 from swiftlite.llm.model.loader import embedding_rows, get_model_tokenizer
-from swiftlite.llm.model.tuner import attach_adapter
+from swiftlite.llm.model.tuner import attach_adapter, without_cache
 from swiftlite.llm.pipeline import load_model
 from swiftlite.llm.train.preference import Compared, answers_batch
 from swiftlite.llm.train.trainer import HfTrainer
@@ -60,8 +60,7 @@ def read_model(args: DpoArguments, directory: str) -> tuple[PreTrainedModel, Pre
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
     """For answers without gradients."""
-    for config in (model.config, model.config.get_text_config()):
-        config.use_cache = False
+    without_cache(model)
     return model.requires_grad_(False).eval()
 
 

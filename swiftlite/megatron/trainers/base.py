@@ -6,7 +6,7 @@ A subclass says what a forward pass computes (`forward_step`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,19 @@ from swiftlite.train.loop import Run, Step
 
 # What megatron-core's schedules call: (output of the model, loss function of that output) of the next batch.
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
+
+
+@contextmanager
+def evaluating(models: Sequence[MegatronModule]) -> Iterator[None]:
+    """Without dropout."""
+    training = models[0].training
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in models:
+            model.train(training)
 
 
 class Trainer:
@@ -259,17 +272,13 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Samples in a last, partial batch count like all others."""
-        for model in self.models:
-            model.eval()
-        names = self.sums
-        total = torch.zeros(len(names), device=self.device)
         assert self.run.val_set is not None and self.val_loader is not None
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.models):
+            names = self.sums
+            total = torch.zeros(len(names), device=self.device)
             for samples in evaluation_samples(len(self.run.val_set), self.run.global_batch, self.args.eval_iters):
                 batches = self.val_loader.load(self.run.plan.micro_batches(samples))
                 total += self.run_batches(batches, forward_only=True)
-        for model in self.models:
-            model.train()
         sums = dict(zip(names, reduce_over_ranks(total).tolist(), strict=True))
         return {f"eval_{name}": value for name, value in self.metrics(sums).items()}
 

@@ -26,7 +26,7 @@ from swiftlite.llm.dataset.prepare import load_data
 from swiftlite.llm.model.loader import load_tokenizer
 from swiftlite.llm.template.base import Template
 from swiftlite.megatron.trainers.batch import MicroBatch
-from swiftlite.megatron.trainers.loss import LossFunction, LossResult, token_logits
+from swiftlite.megatron.trainers.loss import LossFunction, LossResult, token_outputs
 from swiftlite.megatron.trainers.reference import build_reference, other_model
 from swiftlite.megatron.trainers.run import run as run_trainer
 from swiftlite.megatron.trainers.sft import SftTrainer
@@ -92,11 +92,11 @@ class GkdTrainer(SftTrainer):
             zero = logits.new_zeros(())
             return zero, zero.int(), {"logits": logits[batch.loss_mask != 0]}
 
-        return token_logits(model, batch), report
+        return token_outputs(model, batch), report
 
     def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
-        return token_logits(model, batch), partial(self.loss, batch)
+        return token_outputs(model, batch), partial(self.loss, batch)
 
     def loss(self, batch: MicroBatch, logits: Tensor) -> LossResult:
         there = batch.loss_mask != 0

@@ -17,11 +17,12 @@ from swiftlite.arguments.megatron_preference import MegatronDpoArguments
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.answers import load_answers
 from swiftlite.megatron.context import ranks
+from swiftlite.megatron.trainers.base import evaluating
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import LossResult, reduce_over_ranks
 from swiftlite.megatron.trainers.pairs import AnswerBatch, ComparingLoader, LabelledBatch, LabelledLoader
 from swiftlite.megatron.trainers.run import run as run_trainer
-from swiftlite.megatron.trainers.with_reference import ReferenceTrainer, evaluating
+from swiftlite.megatron.trainers.with_reference import ReferenceTrainer
 from swiftlite.train.dpo_loss import LogProbs
 from swiftlite.train.kto_loss import SUMS, KtoLoss
 from swiftlite.train.loop import Run

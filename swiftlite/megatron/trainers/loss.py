@@ -25,8 +25,9 @@ def token_losses(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     return _forward(model, batch, labels=batch.labels, loss_mask=batch.loss_mask)
 
 
-def token_logits(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
-    """As `token_losses`, but logits [B, S, V] of this rank's rows V of the vocabulary; -inf for rows that pad it."""
+def token_outputs(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    """As `token_losses`, but logits [B, S, V] of this rank's rows V of the vocabulary, -inf for rows that pad it; or the
+    scores [B, S, W] of a head."""
     return _forward(model, batch)
 
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from swiftlite.llm.model.heads import last_token
 from swiftlite.llm.template.collate import sample_lengths
 from swiftlite.megatron.context import add_up, places, ranks
-from swiftlite.megatron.model.blocks.router import routing_of
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch
-from swiftlite.megatron.trainers.loss import LossFunction, LossResult
+from swiftlite.megatron.trainers.loss import LossFunction, LossResult, token_outputs
 from swiftlite.utils.types import Json
 
 
@@ -109,18 +108,3 @@ class PooledTrainer(Trainer):
         if self.parallel.cp_rank:  # of ranks that share samples, and compute one loss, the first one reports it
             seen = {name: torch.zeros_like(value) for name, value in seen.items()}
         return self.minimised(sums), seen[self.counted].int(), seen
-
-
-def token_outputs(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
-    """One micro batch through one model chunk: what its head gives for each token [B, S, W] on the last pipeline stage.
-
-    Other stages give the hidden states that the next one takes.
-    """
-    with routing_of(batch.router_tokens()):
-        output: Tensor = model(
-            input_ids=batch.tokens,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            packed_seq_params=batch.packed_seq_params,
-        )
-    return output

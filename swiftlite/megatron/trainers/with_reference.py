@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swiftlite.arguments.megatron_preference import MegatronDpoArguments
 from swiftlite.llm.dataset.reference import cached_answers
-from swiftlite.megatron.trainers.base import Trainer
+from swiftlite.megatron.trainers.base import Trainer, evaluating
 from swiftlite.megatron.trainers.loss import LossFunction, LossResult, reduce_over_ranks, token_losses
 from swiftlite.megatron.trainers.pairs import AnswerBatch, AnswerLoader
 from swiftlite.megatron.trainers.reference import build_reference, reference_of
@@ -25,19 +25,6 @@ from swiftlite.train.questions import Questions, asked
 from swiftlite.utils.logger import get_logger
 
 logger = get_logger()
-
-
-@contextmanager
-def evaluating(models: Sequence[MegatronModule]) -> Iterator[None]:
-    """Without dropout."""
-    training = models[0].training
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model in models:
-            model.train(training)
 
 
 class ReferenceTrainer(Trainer):
