@@ -74,7 +74,9 @@ def write_random_model(config: Config, directory: Path, seed: int = 0) -> None:
         noise = torch.randn(shape, generator=generator)
         is_norm = len(shape) == 1 and not name.endswith("bias")
         is_zero = zero_centred and "layernorm" in bound.rule(name).mcore.replace("_", "")
-        tensors[name] = (0 if is_zero else 1) + 0.1 * noise if is_norm else 0.05 * noise
+        # A state that forgets within a token has outputs near 0, whose norm makes rounding large; this one remembers.
+        centre = -1 if name.endswith("A_log") else 0 if is_zero else 1
+        tensors[name] = centre + 0.1 * noise if is_norm else 0.05 * noise
     for duplicate in bound.duplicates:
         if "{layer}" not in duplicate.name and duplicate.name != "lm_head.weight":
             of = duplicate.of if duplicate.of in tensors else "model.embed_tokens.weight"

@@ -170,7 +170,7 @@ def test_what_cannot_be_distilled() -> None:
         ([], "give the teacher with --teacher_model"),
         (["--teacher_model", "A/C", "--lmbda", "0.5"], "TRL's GKDTrainer or ms-swift do that"),
         (["--teacher_model", "A/C", "--beta", "2"], "between 0 and 1"),
-        (["--teacher_model", "A/C", "--loss_type", "ipo"], "no meaning with --rlhf_type gkd"),
+        (["--teacher_model", "A/C", "--loss_type", "ipo"], "--rlhf_type gkd has none"),
     ):
         with pytest.raises(UsageError, match=said):
             parse(DpoArguments, [*words, *more])
