@@ -72,7 +72,7 @@ def test_files_of_chat_and_export(tmp_path: Path) -> None:
 
 def test_rows_are_limited_as_there(tmp_path: Path) -> None:
     """`max_samples`: at most so many, where `#N` takes some twice; names are those of dataset_info.json."""
-    from swiftlite.llm.dataset.prepare import open_stream, read_rows
+    from swiftlite.llm.dataset.rows import open_stream, read_rows
 
     rows = [{"instruction": f"{i}?", "input": "", "output": f"{i}"} for i in range(5)]
     (tmp_path / "a,b.json").write_text(json.dumps(rows))

@@ -17,6 +17,7 @@ from tests.dist.test_layouts import ROWS, TOLERANCE
 pytestmark = pytest.mark.dist
 
 STEPS = 8
+SMALL = ["--micro_batch_size", "2"]  # see test_layouts.py
 TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
 TP_ONLY = ["--tensor_model_parallel_size", "2"]
 PP = ["--pipeline_model_parallel_size", "2"]
@@ -41,7 +42,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {
 }  # fmt: skip
 # kind, world size, flags, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
-    "dense-dp2": ("dense", 2, [], None),
+    "dense-dp2": ("dense", 2, SMALL, None),
     "dense-dp2-overlap": ("dense", 2, ["--overlap_grad_reduce", "true", "--overlap_param_gather", "true"], None),
     "dense-tp2-sp": ("dense", 2, TP, None),
     "dense-cp2": ("dense", 2, CP, None),
@@ -53,7 +54,7 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "dense-vpp2": ("dense", 2, [*PP, "--num_virtual_stages_per_pipeline_rank", "2"], None),
     "dense-pp2-recompute": ("dense", 2, [*PP, "--recompute", "full"], None),
     "some-tp2-sp": ("some", 2, TP, None),
-    "moe-dp2": ("moe", 2, [], None),
+    "moe-dp2": ("moe", 2, SMALL, None),
     "moe-ep2": ("moe", 2, EP, None),
     "moe-tp2": ("moe", 2, TP, None),
     "moe-tp2-etp1": ("moe", 2, [*TP, "--expert_tensor_parallel_size", "1"], None),
@@ -108,7 +109,7 @@ def argv(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> C
         common = {
             "model": models[family], "model_type": MODEL_TYPES.get(family, family), "dataset": data,
             "output_dir": output_dir,
-            "torch_dtype": "float32", "micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS, "lr": 4e-3,
+            "torch_dtype": "float32", "micro_batch_size": 4, "global_batch_size": 8, "train_iters": STEPS, "lr": 4e-3,
             "lr_decay_style": "constant", "logging_steps": 1, "save_steps": 1000, "train_type": "lora",
             "lora_rank": 16, "lora_alpha": 16, "lora_dropout": 0, "adam_eps": 1e-5, "report_to": "none",
             "save_total_limit": 9,
