@@ -9,7 +9,7 @@ from swiftlite.arguments.base import PEFT_TUNERS
 from swiftlite.arguments.description import READ_FROM_CONFIG, ModelDescription
 from swiftlite.arguments.export import PlanArguments, PushArguments, megatron_kinds
 from swiftlite.arguments.parallel import MegatronArguments
-from swiftlite.arguments.parser import Note, arguments
+from swiftlite.arguments.parser import Note, arguments, field
 from swiftlite.arguments.train import BITSANDBYTES, OPTIMIZERS, PtArguments, SftArguments
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
@@ -31,6 +31,10 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
         "system",
         "push_to_hub",
         "hub_model_id",
+    )
+
+    skip_train: bool = field(
+        False, "train and write nothing: tell the losses of --val_dataset in this layout, then stop"
     )
 
     @property
@@ -69,6 +73,12 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
             self.moe_shared_expert_overlap = False
         elif self.adapters or self.mcore_adapter or self.merge_lora:
             raise UsageError("--adapters, --mcore_adapter and --merge_lora: need --train_type lora")
+        if self.skip_train:
+            for name in ("dataset", "cached_dataset", "cached_val_dataset", "streaming", "push_to_hub"):
+                if getattr(self, name):
+                    raise UsageError(f"--skip_train true: evaluates --val_dataset alone; leave out --{name}")
+            if not self.val_dataset:
+                raise UsageError("--skip_train true: give the data with --val_dataset FILE")
 
     def _describe(self, model: ModelDescription) -> None:
         super()._describe(model)

@@ -25,7 +25,8 @@ def check_command(args: Arguments) -> None:
             args.model or args.adapters or getattr(args, "mcore_model", None) or getattr(args, "mcore_adapter", None)
         ):
             raise UsageError("give the model with --model DIR_OR_ID")
-        if args.trains and not (args.dataset or args.cached_dataset or getattr(args, "dry_run", False)):
+        reads_none = any(getattr(args, name, False) for name in ("dry_run", "skip_train"))
+        if args.trains and not (args.dataset or args.cached_dataset or reads_none):
             raise UsageError("give the training data with --dataset FILE")
     preflight(args)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -186,6 +187,28 @@ def train(run: Run, engine: Engine, start: Start | None) -> Json:
         return {**last, "iteration": step, "seconds": seconds, "output_dir": str(run.root), "signal": signal}
     finally:
         engine.release()
+
+
+def evaluate(run: Run, engine: Engine) -> Json:
+    """The validation losses of the model that training would begin with; nothing is written. Collective.
+
+    Returns: them, by names with `eval_`.
+    """
+    try:
+        engine.setup(run)
+        engine.load(None)
+        for line in engine.describe():
+            logger.info("%s", line)
+        began = time.perf_counter()
+        found = engine.evaluate()
+        seconds = format_seconds(time.perf_counter() - began)
+    finally:
+        engine.release()
+    values = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
+    logger.info("%s in %s; peak memory %s", values, seconds, peak_memory_text())
+    if is_main_process():
+        print(json.dumps(found))  # noqa: T201
+    return found
 
 
 def _steps(run: Run, engine: Engine, metrics: Metrics, done: int) -> tuple[int, dict[str, float]]:

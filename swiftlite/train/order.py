@@ -172,7 +172,7 @@ def steps_of(dataset: Dataset, args: TrainArguments, global_batch_size: int) -> 
 
     Raises: UsageError for a stream without --train_iters: nobody knows how long it is.
     """
-    if not is_stream(dataset) and len(dataset) < global_batch_size:
+    if not is_stream(dataset) and len(dataset) < global_batch_size and not getattr(args, "skip_train", False):
         get_logger().warning(
             "the training data has %d samples, fewer than the global batch of %d: each step repeats samples; lower "
             "--global_batch_size", len(dataset), global_batch_size,

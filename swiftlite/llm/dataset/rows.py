@@ -53,7 +53,8 @@ def settle_labels(args: BaseArguments) -> None:
         raise UsageError("--task_type seq_cls: give the number of classes with --num_labels")
     register_named(args)
     options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, answered=False)
-    rows = RowStream(args.dataset, options) if args.dataset else ()
+    sources = args.dataset or args.val_dataset
+    rows = RowStream(sources, options) if sources else ()
     args.problem_type = problem_of(args.num_labels, rows)
     get_logger().info("labels: %s (--problem_type)", args.problem_type)
 
@@ -112,7 +113,8 @@ def made_of_rows(args: BaseArguments, make: Make[T]) -> tuple[T, T | None]:
 
 def rejects_of(args: BaseArguments) -> RejectsFile | None:
     """Where a run writes the rows that it cannot use."""
-    return RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if args.output_dir else None
+    writes = args.output_dir and not getattr(args, "skip_train", False)
+    return RejectsFile(f"{args.output_dir}/{REJECTS_FILE}") if writes else None
 
 
 def read_validation_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> list[Row]:

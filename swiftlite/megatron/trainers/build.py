@@ -85,6 +85,9 @@ def build(
         lora = prepare_lora(models, origin, args)
     else:
         trained = freeze_parameters(models, origin.bound, args)
+    if args.skip_train:  # no buffers of gradients, no states
+        for model in models:
+            model.requires_grad_(False)
     add_noise(models, args.neftune_noise_alpha or 0.0)
     router_losses = set_router_losses(models, args)
     wrapped = wrap_models(models, args)

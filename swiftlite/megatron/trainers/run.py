@@ -19,7 +19,7 @@ from swiftlite.megatron.trainers import run_directory
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.machine import check_machine
 from swiftlite.megatron.trainers.resolve import explain_out_of_memory, print_run, resolve_run
-from swiftlite.train.loop import Run, train
+from swiftlite.train.loop import Run, evaluate, train
 from swiftlite.train.order import Data
 from swiftlite.train.run_directory import held as hold_directory
 from swiftlite.train.run_directory import name_version
@@ -45,16 +45,25 @@ def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Dat
     template = prepare_template(args)
     with ExitStack() as held:
         parallel = held.enter_context(parallel_groups(args))
-        name_version(args)
-        start = held.enter_context(hold_directory(args, run_directory.prepare))
+        start = None
+        if args.skip_train:
+            # One set of samples is read, and stands for both.
+            args.dataset, args.val_dataset, args.split_dataset_ratio = args.val_dataset, [], 0.0
+        else:
+            name_version(args)
+            start = held.enter_context(hold_directory(args, run_directory.prepare))
         if start is not None:
             start.check(check_file)
         train_set, val_set = load(args, template)
+        if args.skip_train:
+            val_set = train_set  # type: ignore[assignment]  # nothing streams here
         chat = trained_chat(template) if parallel.rank == 0 else None  # rank 0 writes it
         trainer = trainer_class(args, parallel, template.pad_token_id, origin, chat)
         trainer.see((train_set, val_set))
         training = Run(args, train_set, val_set, parallel.dp_rank, parallel.dp_size, trainer.metrics)
         try:
+            if args.skip_train:
+                return evaluate(training, trainer)
             result = train(training, trainer, start)
         except torch.OutOfMemoryError as error:
             raise explain_out_of_memory(args, origin, (train_set, val_set)) from error
