@@ -29,6 +29,7 @@ PACKAGE = ROOT / "swiftlite"
 # What another flag needs besides.
 PUSH = ["--push_to_hub", "true", "--hub_model_id", "ORG/NAME"]
 COMPANIONS = {
+    "skip_train": ["--val_dataset", "FILE"],
     "to_mcore": ["--model", "DIR"],
     "to_hf": ["--mcore_model", "DIR"],
     "recompute_method": ["--recompute_granularity", "full"],

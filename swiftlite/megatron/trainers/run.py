@@ -47,8 +47,8 @@ def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Dat
         parallel = held.enter_context(parallel_groups(args))
         start = None
         if args.skip_train:
-            # One set of samples is read, and stands for both.
-            args.dataset, args.val_dataset, args.split_dataset_ratio = args.val_dataset, [], 0.0
+            args.dataset, args.val_dataset = args.val_dataset, []  # one set of samples is read, and stands for both
+            args.split_dataset_ratio = 0.0
         else:
             name_version(args)
             start = held.enter_context(hold_directory(args, run_directory.prepare))
