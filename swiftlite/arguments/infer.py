@@ -58,7 +58,7 @@ class InferArguments(EngineArguments, GenerationArguments, BaseArguments):
     prompt: str | None = field(None, "answer this and end", aliases=["query"], common=True)
     load_data_args: bool = field(False, "answer the validation data of the run that wrote the adapter or the model")
     result_path: str | None = field(
-        None, "JSONL file for the answers to --val_dataset; the same command goes on with one that was ended early",
+        None, "JSONL file for the answers to --val_dataset; the same command resumes one that was ended early",
         path=True, common=True,
     )  # fmt: skip
     max_batch_size: int = field(1, "rows of --val_dataset answered at once", least=1)

@@ -8,9 +8,11 @@ twice that.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -130,6 +132,25 @@ class MemoryUse:
         return self.weights + self.gradients + self.optimizer + self.activations + self.overhead
 
 
+class Form(NamedTuple):
+    """What tensors that take the same memory have in common.
+
+    rows: of a vocabulary, else 0. size: elements, of one row where there are rows. adapter: elements of LoRA beside it.
+    """
+
+    rows: int
+    size: int
+    divided: bool
+    is_expert: bool
+    is_buffer: bool
+    is_trained: bool
+    adapter: int
+
+    def whole(self, tp: int = 1) -> int:
+        """Elements over all TP ranks. Rows of a vocabulary are padded, so that every rank has as many."""
+        return math.ceil(self.rows / tp) * tp * self.size if self.rows else self.size
+
+
 @dataclass(frozen=True)
 class TrainingModel:
     """What the formulas need to know.
@@ -161,11 +182,28 @@ class TrainingModel:
                 by_place["first" if entry.mcore.startswith("embedding.") else "last"].append(entry)
         return by_place
 
+    @cached_property
+    def forms(self) -> dict[int | str, Counter[Form]]:
+        """Of each place in `entries`, how many entries have which form: a layer has few, however many experts."""
+        return {place: Counter(map(self._form, entries)) for place, entries in self.entries.items()}
+
+    def _form(self, entry: Entry) -> Form:
+        rows = entry.shape[0] if "vocab" in entry.rule.hf[0].dims else 0
+        return Form(
+            rows=rows,
+            size=math.prod(entry.shape[1:] if rows else entry.shape),
+            divided=entry.mcore.endswith(_DIVIDED),
+            is_expert=entry.expert is not None,
+            is_buffer=entry.rule.is_buffer,
+            is_trained=self._is_trained(entry),
+            adapter=self._adapter_size(entry),
+        )
+
     @property
     def num_trained(self) -> int:
         """What gets gradients and optimizer states."""
-        entries = [entry for part in self.entries.values() for entry in part]
-        return sum(self._adapter_size(e) + math.prod(e.shape) * self._is_trained(e) for e in entries)
+        counted = sum(self.forms.values(), Counter[Form]())
+        return sum(number * (form.adapter + form.whole() * form.is_trained) for form, number in counted.items())
 
     def _is_trained(self, entry: Entry) -> bool:
         """The weight itself; what Megatron keeps in one matrix is trained together."""
@@ -182,15 +220,18 @@ class TrainingModel:
         """Parameters of the whole model without MTP blocks; buffers do not count."""
         return sum(math.prod(e.shape) for part in self.entries.values() for e in part if not e.rule.is_buffer)
 
-    def stage(self, layout: Layout, rank: int) -> list[Entry]:
-        """Entries of a pipeline stage; with tied embeddings the last one has a copy."""
-        found = [e for layer in self._placed(layout).layers(rank) for e in self.entries[layer]]
+    def stage(self, layout: Layout, rank: int) -> Counter[Form]:
+        """What a pipeline stage has of each form; with tied embeddings the last one has a copy."""
+        places: list[int | str] = [*self._placed(layout).layers(rank)]
         if rank == 0:
-            found += self.entries["first"]
+            places.append("first")
         if rank == layout.pp - 1:
-            found += self.entries["last"]
+            places.append("last")
             if self.bound.model.tied and layout.pp > 1:
-                found += self.entries["first"]
+                places.append("first")
+        found = Counter[Form]()
+        for place in places:
+            found.update(self.forms[place])
         return found
 
     def _placed(self, layout: Layout) -> Layout:
@@ -199,19 +240,16 @@ class TrainingModel:
     def elements(self, layout: Layout, rank: int, trained: bool = False) -> tuple[int, int, int]:
         """(dense parameters, expert parameters, fp32 buffers) on one GPU of a pipeline stage; of what is trained only."""
         dense = experts = buffers = 0
-        for entry in self.stage(layout, rank):
-            if trained and not self._is_trained(entry):
+        for form, number in self.stage(layout, rank).items():
+            if trained and not form.is_trained:
                 continue
-            shape = entry.shape
-            if "vocab" in entry.rule.hf[0].dims:  # rows are padded, so that every rank has as many
-                shape = (math.ceil(shape[0] / layout.tp) * layout.tp, *shape[1:])
-            size = math.prod(shape)
-            if entry.rule.is_buffer:
+            size = number * form.whole(layout.tp)
+            if form.is_buffer:
                 buffers += size
-            elif entry.expert is not None:
+            elif form.is_expert:
                 experts += size
             else:
-                dense += size // layout.tp if entry.mcore.endswith(_DIVIDED) else size
+                dense += number * (form.whole(layout.tp) // layout.tp) if form.divided else size
         return dense, experts // (layout.ep * layout.etp), buffers
 
     def need(self, layout: Layout, micro_batch_size: int, seq_length: int, num_microbatches: int) -> MemoryUse:
@@ -231,9 +269,9 @@ class TrainingModel:
             )
         dense, experts, _ = self.elements(layout, rank, trained=True)
         # Adapters are in fp32, at most whole on each TP rank.
-        adapters = [(entry, self._adapter_size(entry)) for entry in self.stage(layout, rank)]
-        beside = sum(size for entry, size in adapters if entry.expert is None)
-        in_experts = sum(size for entry, size in adapters if entry.expert is not None) // layout.ep
+        forms = self.stage(layout, rank).items()
+        beside = sum(number * form.adapter for form, number in forms if not form.is_expert)
+        in_experts = sum(number * form.adapter for form, number in forms if form.is_expert) // layout.ep
         weights += 4 * (beside + in_experts)
         dense, experts = dense + beside, experts + in_experts
         states = math.ceil(dense / (layout.dp * layout.cp)) + math.ceil(experts / layout.expert_dp)
