@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, cast
 
 from swiftlite.arguments.parser import Arguments, from_dict
@@ -38,6 +39,11 @@ class Run:
 
     directory: Path
     summary: Json
+
+    @property
+    def stopped_by(self) -> Signals | None:
+        """The signal that ended it before its last step, all saved: the same call resumes it. None: it is done."""
+        return cast(Signals | None, self.summary.get("signal"))
 
     @property
     def history(self) -> list[Json]:
@@ -71,7 +77,7 @@ def train(
         dataset: files, hub ids or registered names as --dataset takes them, or rows themselves.
         side: transformers or megatron. settings: flags of the command, without dashes.
         callbacks: called in this run beside those of `swiftlite.register_callback`.
-    Returns: the run. The same call again resumes it where it stopped.
+    Returns: the run, also where SIGTERM, SIGHUP or Ctrl-C ended it early: ask `stopped_by`. The same call again resumes it.
     Raises: UsageError for a wrong setting; other SwiftliteErrors for what is wrong with model or data.
     """
     if side not in ("transformers", "megatron"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,6 +66,20 @@ def test_both_sides_from_rows_and_back(tiny_model: Callable[..., Path], tmp_path
     assert seen == [1, 2]  # of that run only
     back = convert(other.checkpoint, tmp_path / "back", to="hf")
     assert (back / "config.json").is_file()
+
+
+def test_a_run_that_a_signal_ended_says_so(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    class Terminate(swiftlite.Callback):
+        def on_step(self, run: object, step: int, values: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    settings = {**SHORT, "train_iters": 4}
+    run = train("sft", tiny_model("qwen2"), ROWS, tmp_path / "run", callbacks=[Terminate()], **settings)
+    assert run.stopped_by == signal.SIGTERM and run.checkpoint.name == f"checkpoint-{run.summary['iteration']}"
+    assert run.summary["iteration"] < 4
+    again = train("sft", tiny_model("qwen2"), ROWS, tmp_path / "run", **settings)
+    assert again.stopped_by is None and again.summary["iteration"] == 4
+    assert [line["step"] for line in again.history] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
