@@ -19,6 +19,8 @@ from swiftlite.utils.io import existing_parent, format_bytes, probe_disk
 from swiftlite.utils.text import one_line
 from swiftlite.utils.types import Json
 
+_MEGATRON = ("megatron sft, pt, dpo; precision check", "pip install 'swiftlite[megatron]'")
+_SERVER = ("deploy without vLLM or SGLang", "pip install 'swiftlite[serve]'")
 # Distribution, module, what needs it, how it is installed.
 PACKAGES = (
     ("torch", "torch", "everything", "pip install torch"),
@@ -28,14 +30,24 @@ PACKAGES = (
     ("datasets", "datasets", "--dataset of a hub", "pip install datasets"),
     ("modelscope", "modelscope", "models and data of ModelScope", "pip install modelscope"),
     ("safetensors", "safetensors", "everything", "pip install safetensors"),
-    ("megatron-core", "megatron.core", "megatron sft, pt, dpo; precision check",
-     "pip install 'swiftlite[megatron]'"),
+    ("megatron-core", "megatron.core", *_MEGATRON),
+    ("psutil", "psutil", *_MEGATRON),
     ("transformer-engine", "transformer_engine", "megatron at full speed, FP8, context parallelism on GPUs",
      "pip install --no-build-isolation 'swiftlite[te]'"),
     ("flash-attn", "flash_attn", "--attn_impl flash_attention_2", "pip install --no-build-isolation flash-attn"),
     ("flash-linear-attention", "fla", "Qwen3.5 and Qwen3-Next at full speed", "pip install flash-linear-attention"),
     ("liger-kernel", "liger_kernel", "--use_liger_kernel true", "pip install liger-kernel"),
     ("bitsandbytes", "bitsandbytes", "--quant_method bnb, 8-bit optimizers", "pip install 'swiftlite[qlora]'"),
+    ("transformers", "transformers.cli.serving", *_SERVER),
+    ("fastapi", "fastapi", *_SERVER),
+    ("uvicorn", "uvicorn", *_SERVER),
+    ("openai", "openai", *_SERVER),
+    ("vllm", "vllm", "deploy and infer --infer_backend vllm", "pip install vllm"),
+    ("sglang", "sglang", "deploy --infer_backend sglang", "pip install sglang"),
+    ("rouge-score", "rouge_score", "eval --metrics rouge", "pip install 'swiftlite[eval]'"),
+    ("lm-eval", "lm_eval", "eval --eval_backend lm_eval", "pip install 'lm-eval[hf]'"),
+    ("plotly", "plotly", "plot --html", "pip install 'swiftlite[html]'"),
+    ("mkdocs-material", "material", "make docs, in the source tree", "pip install -e '.[docs]'"),
     ("triton", "triton", "exchanges between two GPUs, gradients of experts", "pip install triton"),
     ("wandb", "wandb", "--report_to wandb", "pip install wandb"),
     ("swanlab", "swanlab", "--report_to swanlab", "pip install swanlab"),
