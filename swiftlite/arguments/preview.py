@@ -27,8 +27,9 @@ class PreviewArguments(BaseArguments):
     show_ids: bool = field(False, "list each token with its id and weight", common=True)
     color: str = field("auto", "colours in the terminal", choices=["auto", "always", "never"])
     rlhf_type: str | None = field(
-        None, "rows as this command reads them; kto: each answer has a label", choices=["kto"], common=True
-    )
+        None, "rows as this command reads them; kto: each answer has a label; dpo, rm: pairs of answers",
+        choices=["kto", "dpo", "rm"], common=True,
+    )  # fmt: skip
     html: str | None = field(None, "also write the report as this HTML file", path=True, common=True)
 
     @property
@@ -46,6 +47,13 @@ class PreviewArguments(BaseArguments):
                 f"--task_type {self.task_type}: preview shows conversations; `swiftlite sft` counts the rows that it cannot "
                 "use, and writes them to OUTPUT_DIR/rejects.jsonl"
             )
+        if self.rlhf_type is not None:
+            if self.pools:
+                raise UsageError(
+                    f"--task_type {self.task_type} with --rlhf_type {self.rlhf_type}: leave out one of them"
+                )
+            if "loss_scale" not in self.given:
+                self.loss_scale = "last_round"  # as the command has it
         if not self.dataset:
             raise UsageError("preview: give the data with --dataset")
         if self.model is None:

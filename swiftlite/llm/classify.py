@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.llm.answers import as_row
-from swiftlite.llm.dataset.classes import Labels
+from swiftlite.llm.dataset.classes import Labels, names_of
 from swiftlite.llm.dataset.loader import Question
 from swiftlite.llm.dataset.preprocess import Row, RowError
 from swiftlite.llm.dataset.report import printable
@@ -45,9 +45,7 @@ class Classifier:
         model, template = load_for_inference(args)
         kind = "regression" if args.num_labels == 1 else "single_label_classification"
         labels = Labels(args.problem_type or kind, args.num_labels or 1)
-        named = [str(name) for name in (model.config.id2label or {}).values()]
-        plain = all(name == f"LABEL_{i}" for i, name in enumerate(named))
-        return cls(model, template, labels, () if plain or args.num_labels == 1 else named)
+        return cls(model, template, labels, names_of(model.config.id2label, labels.num_labels))
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Row]) -> list[Tensor | TemplateError]:

@@ -15,63 +15,45 @@ from pathlib import Path
 
 from swiftlite.arguments.preview import PreviewArguments
 from swiftlite.checkpoint.resolve import as_arguments, resolve
-from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.loader import PlacedRow
 from swiftlite.llm.dataset.packing import pack_in_order, pack_windows
 from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.dataset.rows import open_stream, read_rows
 from swiftlite.llm.pipeline import prepare_template
-from swiftlite.llm.template.base import IGNORE_INDEX, Template
+from swiftlite.llm.preview_rows import (
+    PAIRED,
+    Shown,
+    Token,
+    encoded,
+    read_as_a_whole,
+    shown_of,
+    told_beside,
+    trained_share,
+)
+from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.parity import differences
 from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.types import Json
 
 _STREAMED_ROWS = 1000
 _BINS = 12
 _LENGTHS_PNG = "lengths.png"
 
 
-@dataclass(frozen=True)
-class Token:
-    """A token of a row: id, its text (of a character that is divided over tokens only the first has it), loss weight."""
-
-    id: int
-    text: str
-    weight: float
-
-
 @dataclass
 class Preview:
-    """What the report shows. lengths: tokens of every sample. shown: (row number, tokens) of some samples."""
+    """What the report shows. lengths: tokens of every sample. shown: some samples."""
 
     title: str
     facts: list[str]
     table: list[str]
     dropped: list[str]
-    shown: list[tuple[int, list[Token]]]
+    shown: list[Shown]
     lengths: list[int]
     notes: list[str] = field(default_factory=list)
-
-
-def tokens_of(template: Template, sample: Json, text: str | None = None) -> list[Token]:
-    """The tokens of an encoded sample. text: what it was encoded from; it gives divided characters their text."""
-    ids = sample["input_ids"]
-    weights = sample.get("loss_scale") or [float(label != IGNORE_INDEX) for label in sample["labels"]]
-    texts: list[str] | None = None
-    if text is not None and getattr(template.tokenizer, "is_fast", False):
-        whole = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        if list(whole["input_ids"]) == ids:
-            reached, texts = 0, []
-            for _, end in whole["offset_mapping"]:
-                texts.append(text[reached : max(reached, end)])
-                reached = max(reached, end)
-    if texts is None:
-        texts = [str(template.tokenizer.decode([token])) for token in ids]
-    return [Token(*values) for values in zip(ids, texts, weights, strict=True)]
 
 
 def make_preview(args: PreviewArguments, template: Template) -> Preview:
@@ -84,24 +66,20 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
         if args.streaming
         else [row for part in read_rows(args, rejects) for row in part]
     )
-    samples = EncodedDataset(
-        rows, template, max_drop_ratio=1.0, name="data", num_proc=args.dataset_num_proc, rejects=rejects
-    )
+    samples = encoded(args, rows, template, rejects)
     report = rejects.report
     report.total = len(rows) + report.dropped - samples.report.dropped
-    shown = []
-    for i in range(min(args.num_rows, len(samples))):
-        row = rows[samples.row_indices[i]]
-        text, _ = template.training_text(row)
-        shown.append((samples.row_indices[i], tokens_of(template, samples[i], text)))
+    kept = [rows[i] for i in samples.row_indices]
+    shown = [
+        one for i in range(min(args.num_rows, len(samples))) for one in shown_of(args, template, samples, i, kept[i])
+    ]
     facts = [
         f"template {template.template_type} ({template.template_backend}), loss scale {args.loss_scale}, max length "
         f"{template.max_length}, truncation {args.truncation_strategy}",
-        f"{len(samples)} samples, {sum(samples.lengths)} tokens, {_trained_share(samples):.1%} of them with a loss",
+        f"{len(samples)} {'pairs' if args.rlhf_type in PAIRED else 'samples'}, {sum(samples.lengths)} tokens"
+        + ("" if read_as_a_whole(args) else f", {trained_share(samples):.1%} of them with a loss"),
+        *told_beside(args, kept),
     ]
-    if args.rlhf_type == "kto":
-        good = sum(rows[i]["label"] for i in samples.row_indices)
-        facts.append(f"{good} desirable, {len(samples) - good} undesirable answers")
     found = list(differences(template))
     notes = [f"differs from the checkpoint's own chat template: {line}" for line in found[:3]]
     if found[3:]:
@@ -121,11 +99,6 @@ def _first_rows(args: PreviewArguments, rejects: RejectsFile) -> Iterator[Placed
             rejects.write(place, row.reason, row.seen, row.row)
         else:
             yield PlacedRow(row, place)
-
-
-def _trained_share(samples: EncodedDataset) -> float:
-    trained = sum(label != IGNORE_INDEX for sample in samples for label in sample["labels"][1:])
-    return trained / max(1, sum(samples.lengths))
 
 
 def _packing(args: PreviewArguments, lengths: Sequence[int]) -> Iterator[str]:
@@ -158,13 +131,12 @@ def as_text(preview: Preview, color: bool, show_ids: bool, width: int = 100) -> 
     lines += [paint(_RED, f"note: {note}") for note in preview.notes]
     key = f"{paint(_GREEN, 'trained on')}, {paint(_YELLOW, 'with another weight than 1')}, {paint(_DIM, 'not trained on')}"
     lines += ["", key if color else "⟦trained on⟧, ⟦trained on with weight 2⟧×2, the rest is not trained on"]
-    for number, tokens in preview.shown:
-        trained = sum(token.weight > 0 for token in tokens)
-        lines += ["", paint(_BOLD, f"row {number}: {len(tokens)} tokens, {trained} trained on")]
-        lines.append("".join(_run(text, weight, color, paint) for text, weight in _runs(tokens)))
+    for shown in preview.shown:
+        lines += ["", paint(_BOLD, f"row {shown.row}: {len(shown.tokens)} tokens, {shown.told}")]
+        lines.append("".join(_run(text, weight, color, paint) for text, weight in _runs(shown.tokens)))
         if show_ids:
             lines += ["", f"{'token':>6} {'id':>8} {'weight':>7}  text"]
-            lines += [f"{i:>6} {t.id:>8} {t.weight:>7g}  {t.text!r}" for i, t in enumerate(tokens)]
+            lines += [f"{i:>6} {t.id:>8} {t.weight:>7g}  {t.text!r}" for i, t in enumerate(shown.tokens)]
     lines += ["", paint(_BOLD, "rows"), *preview.table]
     lines += [paint(_RED, f"  {line}") for line in preview.dropped]
     lines += ["", paint(_BOLD, "tokens per sample"), *histogram(preview.lengths, width)]
@@ -256,8 +228,9 @@ def as_html(preview: Preview) -> str:
         "<p><span class='w1'>trained on</span> <span class='wx'>another weight than 1</span> "
         "<span class='w0'>not trained on</span></p>",
     ]
-    for number, tokens in preview.shown:
-        parts.append(f"<h2>row {number}: {len(tokens)} tokens</h2><pre>{''.join(map(_html_token, tokens))}</pre>")
+    for shown in preview.shown:
+        heading = html.escape(f"row {shown.row}: {len(shown.tokens)} tokens, {shown.told}")
+        parts.append(f"<h2>{heading}</h2><pre>{''.join(map(_html_token, shown.tokens))}</pre>")
     parts.append("<h2>rows</h2><pre>" + html.escape("\n".join(preview.table + preview.dropped)) + "</pre>")
     parts.append("<h2>tokens per sample</h2>" + _html_histogram(preview.lengths) + "</html>")
     return "\n".join(parts) + "\n"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from swiftlite.cli.main import main
-from swiftlite.llm.preview import _runs, as_html, as_text, histogram, preview_main, tokens_of
+from swiftlite.llm.preview import _runs, as_html, as_text, histogram, preview_main
+from swiftlite.llm.preview_rows import tokens_of
 from swiftlite.llm.template import get_template
 
 ROWS = [
@@ -62,7 +64,7 @@ def test_colours_ids_and_weights(words, capsys):
                             "default+ignore_empty_think"])  # fmt: skip
     out = capsys.readouterr().out
     assert "\033[32mParis é. <|im_end|>\033[0m" in out and "\033[2m<think>\033[0m" in out
-    number, tokens = preview.shown[0]
+    tokens = preview.shown[0].tokens
     for i, token in enumerate(tokens):
         assert f"{i:>6} {token.id:>8} {token.weight:>7g}  {token.text!r}" in out
     plain = as_text(preview, color=False, show_ids=False)
@@ -79,6 +81,76 @@ def test_streamed_preview_and_bad_input(words, capsys, tmp_path):
     empty.write_text("{}\n")
     assert main(["preview", *words[:5], str(empty)]) == 1
     assert "no row is left" in capsys.readouterr().err
+
+
+def _preview(tmp_path, capsys, model, rows, *flags):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = ["--max_length", "200", "--html", str(tmp_path / "r.html"), "--max_drop_ratio", "1", *flags]
+    preview_main(["--model", str(model), "--model_type", "qwen3", "--dataset", str(data), *shown])
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def named(tiny_model, tmp_path):
+    """A classifier's directory, whose config has names for three classes."""
+    directory = tmp_path / "classifier"
+    shutil.copytree(tiny_model("qwen3"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    names = {"2": "product", "0": "delivery", "1": "payment"}
+    config |= {"architectures": ["Qwen3ForSequenceClassification"], "id2label": names}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "labels, flags, told, counted",
+    [
+        ([2, 0, 2], ["--num_labels", "3"], ["2", "0", "2"], "rows of each class: 0: 1, 1: 0, 2: 2"),
+        (
+            [[0, 2], [], [1]],
+            ["--num_labels", "3"],
+            ["0, 2", "no class", "1"],
+            "rows of each class: 0: 1, 1: 1, 2: 1",
+        ),
+        ([0.5, -2, 3], ["--num_labels", "1"], ["0.5", "-2", "3"], "labels from -2 to 3, mean 0.5"),
+        ([[0.5, 1.0]] * 2, ["--num_labels", "2"], ["0.5, 1"] * 2, "labels from 0.5 to 1, mean 0.75"),
+    ],
+)
+def test_labels_are_shown(tiny_model, tmp_path, capsys, labels, flags, told, counted):
+    rows = [{"text": f"Where is {i}?", "label": label} for i, label in enumerate(labels)]
+    rows.append({"text": "Which?", "label": 9 if flags[1] == "3" else "much"})
+    out = _preview(tmp_path, capsys, tiny_model("qwen3"), rows, "--task_type", "seq_cls", *flags)
+    heads = re.findall(r"^row \d: \d+ tokens, (.*)$", out, re.M)
+    assert heads == [f"label {text}" for text in told]
+    assert counted in out.splitlines() and "with a loss" not in out
+    assert "Where is 0?" in out and "⟦Where" not in out
+    page = (tmp_path / "r.html").read_text()
+    assert all(f"tokens, {head}</h2>" in page for head in heads)
+    assert f"{len(labels)} of {len(rows)} rows used" in out and re.search("label (out of range|of a wrong kind)", out)
+
+
+def test_classes_are_shown_by_the_names_of_the_model(named, tmp_path, capsys):
+    rows = [{"text": f"Where is {i}?", "label": label} for i, label in enumerate([1, 2])]
+    out = _preview(tmp_path, capsys, named, rows, "--task_type", "seq_cls")
+    assert re.findall(r"tokens, (.*)$", out, re.M)[-2:] == ["label 1 (payment)", "label 2 (product)"]
+    assert "rows of each class: 0 (delivery): 0, 1 (payment): 1, 2 (product): 1" in out
+
+
+def test_pairs_are_shown_with_their_margins(tiny_model, tmp_path, capsys):
+    rows = [{**row, "rejected_response": f"No, {i}."} for i, row in enumerate(ROWS[:3])]
+    rows[1]["margin"], rows[2]["margin"] = 2, 0.25
+    rows += [ROWS[3], {**rows[0], "margin": "much"}]
+    out = _preview(tmp_path, capsys, tiny_model("qwen3"), rows, "--rlhf_type", "rm")
+    heads = re.findall(r"^row (.*): \d+ tokens, (.*)$", out, re.M)
+    told = {0: "no margin", 1: "margin 2", 2: "margin 0.25"}
+    assert heads == [(f"{i}, {side}", told[i]) for i in range(3) for side in ("chosen", "rejected")]
+    assert "2 of 3 pairs have a margin, from 0.25 to 2" in out and "3 pairs, " in out
+    assert "No, 1.<|im_end|>" in out and "⟦No" not in out
+    assert "no rejected answer" in out and "margin is not a number" in out
+    out = _preview(tmp_path, capsys, tiny_model("qwen3"), rows, "--rlhf_type", "dpo")
+    assert out.count("No, 1.<|im_end|>⟧") == 1 and "have a margin" not in out
+    assert main(["preview", "--model", "DIR", "--dataset", "F", "--task_type", "seq_cls", "--rlhf_type", "rm"]) == 2
 
 
 def test_histogram_counts_all():

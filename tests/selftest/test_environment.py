@@ -43,7 +43,9 @@ def test_what_is_missing_is_told_with_its_remedy(
 def test_every_extra_is_known_with_its_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     del extras["dev"]  # for tests
     lines = {(distribution, how) for distribution, _, _, how in environment.PACKAGES}
     for extra, requirements in extras.items():
@@ -53,7 +55,9 @@ def test_every_extra_is_known_with_its_line(
     monkeypatch.setattr(environment, "_is_there", lambda module: module in ("torch", "fastapi", "openai"))
     assert main(["env", "--json", "true"]) == 0
     missing = json.loads(capsys.readouterr().out)["missing"]
-    assert missing["deploy without vLLM or SGLang"] == "pip install 'swiftlite[serve]'"  # uvicorn and a newer transformers
+    assert (
+        missing["deploy without vLLM or SGLang"] == "pip install 'swiftlite[serve]'"
+    )  # uvicorn and a newer transformers
     assert missing["eval --metrics rouge"] == "pip install 'swiftlite[eval]'"
     assert missing["plot --html"] == "pip install 'swiftlite[html]'"
     assert missing["make docs, in the source tree"] == "pip install -e '.[docs]'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -112,6 +112,28 @@ def problem_of(num_labels: int, rows: Iterable[tuple[str, Row | RowError]]) -> s
         if value is not None:
             break
     return "single_label_classification"
+
+
+def names_of(id2label: Mapping[int | str, object] | None, num_labels: int) -> list[str]:
+    """Names of the classes, as a config.json has them; none where they are numbers (LABEL_0), or not of so many classes."""
+    named = {int(number): str(name) for number, name in (id2label or {}).items()}
+    plain = all(name == f"LABEL_{number}" for number, name in named.items())
+    return (
+        []
+        if plain or num_labels == 1 or set(named) != set(range(num_labels))
+        else [named[i] for i in range(num_labels)]
+    )
+
+
+def values_of(label: Label) -> Sequence[int | float]:
+    """The classes or numbers of a label."""
+    return label if isinstance(label, list) else [label]
+
+
+def label_text(label: Label, names: Sequence[str] = ()) -> str:
+    """`2 (refund)`, `0 (late), 3 (rude)`, `no class`, `0.5`: a label for people to read."""
+    shown = [f"{v} ({names[int(v)]})" if isinstance(v, int) and names else f"{v:g}" for v in values_of(label)]
+    return ", ".join(shown) or "no class"
 
 
 def labels_of(sample: Json) -> list[Label]:

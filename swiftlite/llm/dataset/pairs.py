@@ -26,7 +26,8 @@ class PairDataset:
 
     Args: rows: standard rows with `rejected_messages`. The rest as EncodedDataset.
     Attributes:
-        pairs: number of pairs. sizes: tokens of each pair. items: pairs of each item. lengths: tokens of each item.
+        pairs: number of pairs. row_indices: index in `rows` of each pair. sizes: tokens of each pair. items: pairs of each
+            item. lengths: tokens of each item.
         reference: log-probabilities under the reference model, of the chosen and the rejected answer of each pair, once
             somebody has computed them.
     """
@@ -47,12 +48,14 @@ class PairDataset:
             raise DatasetError(f"{name}: holds no rows; give a file with at least one")
         self.report = DropReport(rejects=rejects, log=[])
         self.store = TokenStore()
+        self.row_indices: list[int] = []
         self.reference: Sequence[float] = ()
         with RowEncoder.of(rows, template, num_proc) as encode:
             encoded = encode(side for row in rows for side in _sides(row))
             for i, row in enumerate(rows):
                 pair = next(encoded), next(encoded)
                 self._add(pair, place_of(row, i), row)
+                self.row_indices += [i] * (self.pairs - len(self.row_indices))
         self.report.check(max_drop_ratio, name)
         self._arrange(capacity, seed, name)
 
@@ -62,6 +65,7 @@ class PairDataset:
         dataset = cls.__new__(cls)
         dataset.report = DropReport(total=len(store))
         dataset.store, dataset.reference = store, ()
+        dataset.row_indices = list(range(len(store)))
         dataset._arrange(capacity, seed, name)
         return dataset
 
