@@ -26,9 +26,14 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 
 def words_of(row: Mapping[str, Any]) -> list[str]:
-    """The flags as typed. `--gradient_accumulation_steps 1 16 / 1` is how such data writes `$(expr 16 / 1)`: 16."""
+    """The flags as typed. `--gradient_accumulation_steps 1 16 / 1` is how such data writes `$(expr 16 / 1)`: 16.
+
+    JSON files of --fsdp are not here to be read: `fsdp2` stands for what is in those of ms-swift.
+    """
     words = []
     for name, values in row["flags"].items():
+        if name == "fsdp":
+            values = ["fsdp2" if value.endswith(".json") else value for value in values]
         words += [f"--{name}", *(values[1:2] if "/" in values else values)]
     return words
 

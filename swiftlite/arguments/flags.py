@@ -206,7 +206,6 @@ TRAIN_NOTES: dict[str, Note] = {
     "use_logits_to_keep": Note(
         "default", "the loss is of the positions that have labels, whether or not logits of the others are made"
     ),
-    "fsdp_config": Note("default", "--fsdp shards each layer, and checkpoints are one Hugging Face directory in any case"),
     "tuner_backend": Note(
         "default", "adapters are PEFT's; Unsloth's kernels compute the same, faster on one GPU", allowed=("peft", "unsloth")
     ),
@@ -219,7 +218,6 @@ TRAIN_NOTES: dict[str, Note] = {
          "galore_with_embedding"),
         Note("rejected", _OTHER_TUNER),
     ),
-    "bnb_4bit_quant_storage": Note("default", "packed weights lie in bytes, and each GPU holds them all", ("uint8",)),
     "optim_args": Note("rejected", "AdamW is set by --adam_beta1, --adam_beta2, --adam_eps and --weight_decay"),
     **dict.fromkeys(
         ("eval_use_evalscope", "eval_dataset", "eval_dataset_args", "eval_limit", "eval_generation_config",

@@ -1,8 +1,10 @@
-"""What DeepSpeed's stages come to here: words of --fsdp."""
+"""What DeepSpeed's stages and other tools' files of FSDP come to here: words of --fsdp."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from swiftlite.utils.errors import UsageError
 
@@ -27,3 +29,60 @@ def zero_words(given: str) -> list[str]:
     if name not in ZERO:
         raise UsageError(f"--deepspeed {given}: must be one of {', '.join(ZERO)}, or a JSON file of such a stage")
     return list(ZERO[name])
+
+
+# How a file of accelerate's or transformers' says what is divided -> the word of --fsdp.
+_STRATEGIES = {
+    "1": "full_shard", "full_shard": "full_shard", "2": "shard_grad_op", "shard_grad_op": "shard_grad_op", "3": "none",
+    "no_shard": "none", "true": "full_shard", "false": "shard_grad_op",
+}  # fmt: skip
+_ON = (True, "true", "True")
+
+
+@dataclass(frozen=True)
+class FsdpFile:
+    """words: of --fsdp. recomputes, offloads: are activations computed again, or moved to the host?"""
+
+    words: list[str]
+    recomputes: bool
+    offloads: bool
+
+
+def fsdp_file(given: str, flag: str) -> FsdpFile:
+    """Read a JSON file of FSDP: ms-swift's {"fsdp": ..., "fsdp_config": {...}}, accelerate's, or what --fsdp_config takes.
+
+    Its other settings say how weights are loaded, wrapped and saved, which changes no result. given: also JSON itself.
+    Raises: UsageError for what is no such file, or divides in a way that there is none of here.
+    """
+    try:
+        whole = _mapping(json.loads(given) if given.startswith("{") else _read(given))
+        inner = _mapping(whole.get("fsdp_config", whole))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"--{flag} {given}: is no configuration of FSDP ({error})") from None
+    settings = {name.removeprefix("fsdp_"): value for name, value in inner.items()}
+    known = ("sharding_strategy", "reshard_after_forward", "offload_params", "activation_checkpointing", "version")
+    if not {"fsdp", "fsdp_config"} & set(whole) and not set(known) & set(settings):
+        raise UsageError(f"--{flag} {given}: is no configuration of FSDP; it has none of {', '.join(known)}")
+    said = whole.get("fsdp", [])
+    words = said.split() if isinstance(said, str) else [str(word) for word in said or []]
+    for name in ("sharding_strategy", "reshard_after_forward"):
+        if settings.get(name) is not None:
+            value = str(settings[name]).lower()
+            if value not in _STRATEGIES:
+                raise UsageError(f"--{flag} {given}: {name} {settings[name]}: must be full_shard or shard_grad_op")
+            words.append(_STRATEGIES[value])
+    if settings.get("offload_params") in _ON:
+        words.append("offload")
+    recomputes, offloads = (settings.get(f"activation_{name}") in _ON for name in ("checkpointing", "cpu_offload"))
+    return FsdpFile(words or ["full_shard"], recomputes, offloads)
+
+
+def _read(path: str) -> object:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise TypeError("must be an object with settings")
+    return value

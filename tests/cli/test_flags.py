@@ -89,6 +89,7 @@ VALUES = {
     "task_type": "seq_cls", "problem_type": "regression", "num_labels": "3",
     "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
     "lr_scheduler_kwargs": '{"min_lr": 1e-6}', "init_weights": "pissa", "fsdp": "full_shard",
+    "fsdp_config": '{"reshard_after_forward": true}', "bnb_4bit_quant_storage": "bfloat16",
     "deepspeed": "zero2", "quant_method": "bnb", "quant_bits": "4", "bnb_4bit_compute_dtype": "bf16",
     "pipeline_model_parallel_layout": "Et|tL", "lmbda": "0",
 }  # fmt: skip
@@ -210,6 +211,7 @@ TURNED_INTO = {
     "dataset_dir": "dataset_info",
     "max_samples": "dataset",
     "deepspeed": "fsdp",
+    "fsdp_config": "fsdp",
     "lr_scheduler_kwargs": "min_lr",
     "debug": "--debug",
     "gradient_accumulation_steps": "batch_sizes",

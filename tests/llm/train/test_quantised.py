@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint import preflight
 from swiftlite.cli.main import main
+from swiftlite.llm import pipeline
 from swiftlite.llm.train.sft import sft_main
 from swiftlite.train.plot import read_run
 from swiftlite.train.schedule import build_optimizer
@@ -33,12 +35,16 @@ def test_lora_on_quantised_weights(bits: str, tiny_model: Any, tmp_path: Path) -
     pytest.importorskip("bitsandbytes")
     model = tiny_model("qwen3", hidden_size=64, intermediate_size=128, head_dim=32)
     found = {}
-    for name, flags in {"plain": (), "packed": ("--quant_bits", bits, "--quant_method", "bnb")}.items():
+    ways = {"plain": (), "packed": ("--quant_bits", bits, "--quant_method", "bnb")}
+    if bits == "4":
+        ways["stored"] = ("--quant_bits", bits, "--bnb_4bit_quant_storage", "bfloat16")
+    for name, flags in ways.items():
         sft_main([*words(model, tmp_path, *flags), "--output_dir", str(tmp_path / name)])
         found[name] = [line["loss"] for line in read_run(tmp_path / name / "logging.jsonl")]
     plain, packed = found["plain"], found["packed"]
     assert packed != plain and packed == pytest.approx(plain, rel=0.02)
     assert packed[-1] < 0.9 * packed[0]
+    assert found.get("stored", packed) == packed  # the same bytes, seen as other numbers
     sft_main(
         [*words(model, tmp_path, "--quant_bits", bits, "--train_iters", "6"), "--output_dir", str(tmp_path / "packed")]
     )
@@ -56,11 +62,21 @@ def test_lora_on_quantised_weights(bits: str, tiny_model: Any, tmp_path: Path) -
         ({"quant_bits": 3}, "must be 4 or 8"),
         ({"quant_bits": 4, "train_type": "full"}, "trains LoRA alone"),
         ({"quant_bits": 4, "fsdp": ["full_shard"]}, "cannot be divided"),
+        ({"quant_bits": 4, "bnb_4bit_quant_storage": "int4"}, "--bnb_4bit_quant_storage int4: must be"),
     ],
 )
 def test_refusals(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         SftArguments(**{"train_type": "lora", **flags})
+
+
+def test_what_bitsandbytes_is_told(monkeypatch: Any) -> None:
+    monkeypatch.setattr("transformers.BitsAndBytesConfig", dict)
+    for given, stored in [({}, "uint8"), ({"bnb_4bit_quant_storage": "bf16"}, "bfloat16")]:
+        args = SftArguments(train_type="lora", quant_bits=4, bnb_4bit_compute_dtype="fp32", **given)
+        args.model_info = SimpleNamespace(quant_method=None, torch_dtype=torch.bfloat16)
+        told = pipeline._quantised(args)["quantization_config"]
+        assert told["bnb_4bit_quant_storage"] == stored and told["bnb_4bit_compute_dtype"] == "float32"
 
 
 @pytest.mark.parametrize("flags", [["--quant_bits", "4"], ["--optim", "paged_adamw_8bit"]])
