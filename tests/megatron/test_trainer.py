@@ -332,7 +332,9 @@ def test_sigterm_saves_and_ends(sft: Callable[..., Any], tmp_path: Path, monkeyp
     assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
 
 
-def test_best_and_limit(sft: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_limit_and_early_stopping(
+    sft: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The checkpoint of the best evaluation stays next to the newest; what a kill left behind does not count."""
     monkeypatch.setattr(SftTrainer, "evaluate", lambda self: {"eval_loss": float(self.position.iteration)})
     (tmp_path / "run/.iter_0000003.saving").mkdir(parents=True)
@@ -340,6 +342,10 @@ def test_best_and_limit(sft: Callable[..., Any], tmp_path: Path, monkeypatch: py
     sft(split_dataset_ratio=0.3, save_steps=1, eval_steps=1, save_total_limit=2)
     assert {path.name for path in (tmp_path / "run").glob("iter_*")} == {"iter_0000001", "iter_0000004"}
     assert json.loads((tmp_path / "run/best.json").read_text())["step"] == 1
+    # Steps 2 and 3 are no better than step 1: the run ends, after the step in hand, as one that is done.
+    stopped = sft("early", split_dataset_ratio=0.3, save_steps=1, eval_steps=1, early_stop_interval=2, train_iters=8)
+    assert (stopped["iteration"], stopped["signal"]) == (4, None)
+    assert (tmp_path / "early/latest_checkpointed_iteration.txt").read_text() == "4"
 
 
 def test_epochs_are_when_checkpoints_are_written(sft: Callable[..., Any], tmp_path: Path) -> None:
