@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,8 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "dpo": ("dpo", "qwen3", ["--rpo_alpha", "0.3", "--precompute_ref_log_probs", "true"]),
     "dpo-lora": ("dpo", "qwen3", LORA),
     "dpo-live": ("dpo", "qwen3", []),
+    "classes": ("sft", "qwen3", ["--task_type", "seq_cls", "--num_labels", "3"]),
+    "reward-lora": ("dpo", "qwen3", ["--rlhf_type", "rm", *LORA]),
 }
 FSDP = ["--fsdp", "full_shard", "auto_wrap"]
 SHARDING = {**dict.fromkeys(CASES, FSDP), "full": ["--fsdp", "fsdp2 offload"], "zero2": ["--deepspeed", "zero2"]}
@@ -40,7 +43,8 @@ SHARDING = {**dict.fromkeys(CASES, FSDP), "full": ["--fsdp", "fsdp2 offload"], "
 
 def test_two_processes_with_half_a_model_equal_one(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(15)))
+    rows = [{**row, "label": number % 3} for number, row in enumerate(preference_rows(15))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     types = {"qwen3": "qwen3", "glm4_moe": "glm4_5"}
 
     def words(case: str, output: Path, *more: str) -> list[str]:
@@ -73,13 +77,14 @@ def test_two_processes_with_half_a_model_equal_one(tiny_model: Callable[..., Pat
     assert halved["grad_norm"] == pytest.approx(first["grad_norm"] / 2, rel=1e-5), "the comparison sees a lost factor"
     for case in ("full", "bf16", "zero2", "experts"):
         check_saved(two / case)
+    check_saved(two / "classes", transformers.AutoModelForSequenceClassification)
     check_resumed(one, two, words)
 
 
-def check_saved(run: Path) -> None:
+def check_saved(run: Path, kind: Any = transformers.AutoModelForCausalLM) -> None:
     """The last checkpoint is a directory of transformers', with the values that the ranks held."""
     held = torch.load(run / "weights.pt")
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint-8", output_loading_info=True)
+    model, report = kind.from_pretrained(run / "checkpoint-8", output_loading_info=True)
     assert not any(report.values()), report
     loaded = dict(model.named_parameters())
     assert set(loaded) == set(held)

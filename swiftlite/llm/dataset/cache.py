@@ -10,12 +10,14 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swiftlite import __version__
+from swiftlite.llm.dataset.classes import Labels
 from swiftlite.llm.dataset.encoded import EncodedDataset, place_of
 from swiftlite.llm.dataset.packing import PackedDataset, pack_windows
 from swiftlite.llm.dataset.pairs import PairDataset
@@ -23,7 +25,7 @@ from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import JoinedStore, TokenStore, hash_of_file
 from swiftlite.llm.template.base import Template
 from swiftlite.utils.errors import DatasetError
-from swiftlite.utils.io import write_json
+from swiftlite.utils.io import read_json, write_json
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.text import short
 from swiftlite.utils.types import Json
@@ -191,10 +193,18 @@ def _from_cache(directory: Path, rows: list[Json], rejects: RejectsFile | None) 
 
 
 def write_cached_dataset(
-    directory: Path, template: Template, parts: Mapping[str, EncodedDataset | PackedDataset | PairDataset]
+    directory: Path,
+    template: Template,
+    parts: Mapping[str, EncodedDataset | PackedDataset | PairDataset],
+    labels: Labels | None = None,
 ) -> None:
-    """Write tokenised, perhaps packed data: `cached_dataset.json`, one folder per part. The directory exists."""
+    """Write tokenised, perhaps packed data: `cached_dataset.json`, one folder per part. The directory exists.
+
+    labels: how those of the samples were read, None where they have none.
+    """
     facts: Json = {"format": 1, "encoding": fingerprint(template), "packing_length": None}
+    if labels is not None:
+        facts["labels"] = asdict(labels)
     for name, part in parts.items():
         source = part.dataset if isinstance(part, PackedDataset) else part
         source.store.save(directory / name)
@@ -212,18 +222,41 @@ def write_cached_dataset(
     write_json(directory / FACTS_FILE, facts)
 
 
+def labels_written(path: str) -> Labels | None:
+    """How the labels of a tokenised dataset were read; None where it has none, or is none."""
+    facts = read_json(directory_of(path)[0] / FACTS_FILE, optional=True)
+    return _labels(facts)
+
+
+def _labels(facts: Json) -> Labels | None:
+    try:
+        return Labels(str(facts["labels"]["problem_type"]), int(facts["labels"]["num_labels"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def load_cached_dataset(
-    paths: Sequence[str], template: Template, packing_length: int | None, parts: Sequence[str] = ("train",)
+    paths: Sequence[str],
+    template: Template,
+    packing_length: int | None,
+    parts: Sequence[str] = ("train",),
+    labels: Labels | None = None,
 ) -> EncodedDataset | PackedDataset | None:
     """Parts (the first of `parts` that is there) of tokenised datasets, end to end, mapped; None if none has any.
 
     Args: paths: directories; DIR/train and DIR/val are parts of DIR. packing_length: tokens of a packed sequence, None
-        without packing. Raises: DatasetError naming the first setting that differs from this run's.
+        without packing. labels: as this run reads them.
+    Raises: DatasetError naming the first setting that differs from this run's.
     """
     stores: list[TokenStore] = []
     sequences: list[list[int]] = []
     for path in paths:
         directory, name, facts = _part(path, parts, template)
+        if _labels(facts) != labels:
+            raise DatasetError(
+                f"--cached_dataset {path}: was written {_said(_labels(facts))}, this run is {_said(labels)}; use the same "
+                "setting or write it again"
+            )
         if facts["packing_length"] not in (None, packing_length):
             raise DatasetError(
                 f"--cached_dataset {path}: is packed to {facts['packing_length']} tokens, this run "
@@ -250,6 +283,10 @@ def load_cached_dataset(
     if packing_length is None:
         return dataset
     return PackedDataset(dataset, packing_length, sequences=sequences, name=f"{' '.join(paths)} ({parts[0]})")
+
+
+def _said(labels: Labels | None) -> str:
+    return f"with --num_labels {labels.num_labels} --problem_type {labels.problem_type}" if labels else "without labels"
 
 
 def load_cached_pairs(paths: Sequence[str], template: Template, parts: Sequence[str] = ("train",)) -> TokenStore | None:

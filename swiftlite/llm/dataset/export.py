@@ -12,6 +12,7 @@ from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.parser import as_words, specs
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.dataset.cache import write_cached_dataset
+from swiftlite.llm.dataset.classes import Labels
 from swiftlite.llm.dataset.prepare import encode_and_pack, make_pairs
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.dataset.rows import read_rows
@@ -61,7 +62,7 @@ def export_cached_dataset(args: ExportArguments) -> Path:
         parts = {"train": make(train_rows, args, template, rejects, "training data")}
         if val_rows:
             parts["val"] = make(val_rows, args, template, rejects, "validation data")
-        write_cached_dataset(scratch, template, parts)
+        write_cached_dataset(scratch, template, parts, Labels.of(args))
         args.save(scratch)
         check()
         mark_output(scratch, "cached dataset")

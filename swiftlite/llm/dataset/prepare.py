@@ -13,6 +13,7 @@ from swiftlite.llm.dataset.cache import (
     load_cached_dataset,
     load_cached_pairs,
 )
+from swiftlite.llm.dataset.classes import Labels
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.pairs import PairDataset
@@ -44,7 +45,7 @@ def load_data(args: BaseArguments, template: Template) -> Data:
         template.padding_free = True
     capacity = packing_capacity(args)
     if args.cached_dataset:
-        load = partial(load_cached_dataset, template=template, packing_length=capacity)
+        load = partial(load_cached_dataset, template=template, packing_length=capacity, labels=Labels.of(args))
         train = load(args.cached_dataset)
         if train is None:
             raise DatasetError(f"--cached_dataset {' '.join(args.cached_dataset)}: has no training part")

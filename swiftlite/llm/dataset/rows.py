@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from swiftlite.arguments.base import BaseArguments
-from swiftlite.llm.dataset.cache import FACTS_FILE, directory_of
+from swiftlite.llm.dataset.cache import FACTS_FILE, directory_of, labels_written
 from swiftlite.llm.dataset.classes import Labels, problem_of
 from swiftlite.llm.dataset.labels import labelled
 from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
@@ -43,7 +43,7 @@ def register_named(args: BaseArguments) -> None:
 
 
 def settle_labels(args: BaseArguments) -> None:
-    """Where rows have labels and nobody says of which kind, take that of the first row.
+    """Where rows have labels and nobody says of which kind, take that of the first row, or of tokenised data.
 
     Raises: UsageError for a model that neither --num_labels nor a head of its own gives classes.
     """
@@ -53,9 +53,10 @@ def settle_labels(args: BaseArguments) -> None:
         raise UsageError("--task_type seq_cls: give the number of classes with --num_labels")
     register_named(args)
     options = ReadOptions(args.columns, args.use_hf, True, 1, args.hub_token, answered=False)
-    sources = args.dataset or args.val_dataset
+    sources, tokenised = args.dataset or args.val_dataset, args.cached_dataset or args.cached_val_dataset
     rows = RowStream(sources, options) if sources else ()
-    args.problem_type = problem_of(args.num_labels, rows)
+    written = labels_written(tokenised[0]) if tokenised else None
+    args.problem_type = written.problem_type if written else problem_of(args.num_labels, rows)
     get_logger().info("labels: %s (--problem_type)", args.problem_type)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -206,6 +207,54 @@ def test_pairs_are_written_and_read(cached, tiny_model, tmp_path):
     assert losses["cache"] == losses["rows"] and len(set(losses["rows"])) == 3
     words[words.index("--cached_dataset") + 1] = str(samples)
     assert main([*words[:-1], str(tmp_path / "j")]) == 1
+
+
+def test_classifiers_and_reward_models_read_it(cached, tiny_model, tmp_path, capsys):
+    """The same losses from the cache as from the rows, on both sides; labels of another kind are refused."""
+    pytest.importorskip("megatron.core")
+    texts = [f"{'good' if i % 3 else 'bad'} film {i} " * (i % 4 + 1) for i in range(8)]
+    (tmp_path / "films.jsonl").write_text(
+        "\n".join(json.dumps({"text": text, "label": [i % 3] * (i % 2)}) for i, text in enumerate(texts))
+    )
+    several = ["--task_type", "seq_cls", "--num_labels", "3"]
+    code, films, err = cached("films", *several, data=tmp_path / "films.jsonl")
+    assert code == 0, err
+    row = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+    for name in "ab":  # half of the pairs have a margin
+        lines = [{**row, "rejected_response": f"{name} {i}", **({"margin": i} if i % 2 else {})} for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        code, _, err = cached(f"pairs-{name}", "--template_mode", "rlhf", data=tmp_path / f"{name}.jsonl")
+        assert code == 0, err
+    common = ["--model", str(tiny_model("qwen3")), "--model_type", "qwen3", "--max_length", "100", "--train_iters", "2",
+              "--global_batch_size", "4", "--micro_batch_size", "2", "--torch_dtype", "float32", "--lr", "1e-3",
+              "--logging_steps", "1", "--save_weights_only", "true", "--report_to", "none"]  # fmt: skip
+    rows = ["--dataset", *(str(tmp_path / f"{name}.jsonl") for name in "ab")]
+    pairs = ["--cached_dataset", *(str(tmp_path / f"pairs-{name}") for name in "ab")]
+    ways = {
+        "films": (["sft"], several, ["--dataset", str(tmp_path / "films.jsonl")], ["--cached_dataset", str(films)]),
+        "pairs": (["rlhf"], ["--rlhf_type", "rm"], rows, pairs),
+    }
+    for name, (command, flags, *sources) in ways.items():
+        found = []
+        for number, (side, source) in enumerate([((), sources[0]), ((), sources[1]), (("megatron",), sources[1])]):
+            where = tmp_path / f"{name}-{number}"
+            assert main([*side, *command, *common, *flags, *source, "--output_dir", str(where)]) == 0
+            lines = map(json.loads, (where / "logging.jsonl").read_text().splitlines())
+            found.append([line["loss"] for line in lines])
+        assert found[1] == found[0] == pytest.approx(found[2], rel=1e-5) and len(found[0]) == 2, name
+    capsys.readouterr()
+    other, plain = tmp_path / "other", cached("plain", data=tmp_path / "a.jsonl")[1]
+    wrong = [
+        (several[:2], "give the number of classes with --num_labels"),
+        ([*several[:3], "4"], "with --num_labels 3 --problem_type multi_label_.*, this run is with --num_labels 4"),
+        ([*several, "--problem_type", "regression"], "this run is with --num_labels 3 --problem_type regression"),
+        ([], "pooled true, this run has false"),
+    ]
+    for flags, said in wrong:
+        assert main(["sft", *common, *flags, "--cached_dataset", str(films), "--output_dir", str(other)]) != 0
+        assert re.search(said, capsys.readouterr().err)
+    assert main(["sft", *common, *several, "--cached_dataset", str(plain), "--output_dir", str(other)]) == 1
+    assert "pooled false, this run has true" in capsys.readouterr().err and not other.exists()
 
 
 def test_fingerprint_holds_everything_that_decides_ids_and_labels(tiny_tokenizer_dir):
