@@ -26,6 +26,7 @@ TRAINING_SCRIPTS = ("multi_node.sh", "resume_elsewhere.sh")
 MODEL_AND_DATA = {"model", "dataset"}
 # Example -> the kind of tiny model that stands in for its model, and that model's type.
 STAND_INS = {
+    "classify.yaml": ("qwen2", "qwen2_5"),
     "dpo.yaml": ("qwen2", "qwen2_5"),
     "kto.yaml": ("qwen2", "qwen2_5"),
     "lora.yaml": ("qwen2", "qwen2_5"),
@@ -34,6 +35,7 @@ STAND_INS = {
     "megatron_lora_moe.yaml": ("qwen3_moe", "qwen3_moe"),
     "multi_node.sh": ("qwen3_moe", "qwen3_moe"),
     "resume_elsewhere.sh": ("qwen2", "qwen2_5"),
+    "reward.yaml": ("qwen2", "qwen2_5"),
 }
 
 
