@@ -41,6 +41,7 @@ class DeployArguments(EngineArguments, McoreArguments, BaseArguments):
     )
     checkpoint: str = field("newest", "which checkpoint of a run", choices=["newest", "best"], common=True)
     dry_run: bool = field(False, "print the engine's command and start nothing", common=True)
+    vllm_enforce_eager: bool = field(False, "vllm: no CUDA graphs, which start slowly and take memory")
     engine_args: list[str] = field([], "the engine's own flags; better written last, behind --")
 
     def __post_init__(self) -> None:

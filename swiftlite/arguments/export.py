@@ -7,13 +7,15 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from swiftlite.arguments.base import PLUGINS, BaseArguments, normalize_dtype
-from swiftlite.arguments.flags import EXPORT_NOTES
+from swiftlite.arguments.flags import EXPORT_NOTES, NO_QUANTISING
 from swiftlite.arguments.parser import Arguments, Note, arguments, field
 from swiftlite.utils.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
+# What ms-swift and Megatron call a scale for 128 x 128 numbers.
+FP8_CALLED = {"fp8": "block", "blockwise": "block"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -122,9 +124,14 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
     to_hf: bool = field(False, "Megatron-core torch_dist -> Hugging Face", common=True)
     fp8: str | None = field(
         None,
-        "with --to_hf true (from either format) or --merge_lora true: write matrices in FP8, with a scale for 128 x 128 "
-        "numbers, a row or a tensor",
-        choices=["block", "channel", "tensor"],
+        "with --to_hf true (from either format, the default) or --merge_lora true: write matrices in FP8, with a scale for "
+        "128 x 128 numbers (also called fp8 and blockwise), a row or a tensor",
+        aliases=["quant_method", "fp8_recipe"],
+        choices=["block", "channel", "tensor", *FP8_CALLED],
+        elsewhere={
+            **dict.fromkeys(("delayed", "tensorwise", "mxfp8"), "is how a run multiplies; use block"),
+            **dict.fromkeys(("awq", "bnb", "gptq", "gptq_v2", "hqq"), NO_QUANTISING),
+        },
         common=True,
     )
     to_cached_dataset: bool = field(
@@ -166,12 +173,15 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
             raise UsageError(
                 "--push_to_hub true: pushes Hugging Face directories; not with --to_mcore, --to_cached_dataset"
             )
+        if self.fp8:
+            self.fp8 = FP8_CALLED.get(self.fp8, self.fp8)
+            others = (self.to_mcore, self.to_cached_dataset, self.merge_lora, self.push_to_hub, self.adapters)
+            self.to_hf = self.to_hf or not (any(others) or self.mcore_adapter)  # what else would be written
+            self._check_fp8(self.fp8)
         if self.to_mcore and self.to_hf:
             raise UsageError("--to_mcore true and --to_hf true: give one direction")
         if self.to_hf and not (self.mcore_model or self.mcore_adapter or self.adapters or (self.fp8 and self.model)):
             raise UsageError("--to_hf true: give the Megatron checkpoint with --mcore_model DIR")
-        if self.fp8:
-            self._check_fp8(self.fp8)
         if self.to_mcore and not (self.model or self.adapters or self.mcore_adapter):
             raise UsageError("--to_mcore true: give the Hugging Face checkpoint with --model DIR_OR_ID")
         self.test_convert_dtype = normalize_dtype(self.test_convert_dtype, "test_convert_dtype") or "float32"

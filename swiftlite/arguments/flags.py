@@ -12,9 +12,8 @@ _NO_PARALLEL = "conversion streams tensors and makes no model, so its result is 
 _OTHER_TUNER = (
     "no tuner of peft; --train_type says which there are, --optim adamw_8bit and --recompute full save memory"
 )
-_NO_QUANTISING = Note(
-    "rejected", "`export --fp8` writes FP8 weights; for other kinds export bf16 and use the tool of choice"
-)
+NO_QUANTISING = "`export --fp8` writes FP8 weights; for other kinds export bf16 and use the tool of choice"
+_NO_QUANTISING = Note("rejected", NO_QUANTISING)
 _BENCHMARKS = "belongs to `swiftlite eval`: --metrics judges answers, --eval_backend lm_eval runs benchmarks"
 _DPO = "belongs to preference training: `swiftlite dpo` or `swiftlite megatron dpo`"
 
@@ -103,7 +102,7 @@ COMMON_NOTES: dict[str, Note] = {
 }
 
 EXPORT_NOTES: dict[str, Note] = {
-    **dict.fromkeys(("quant_method", "quant_bits"), _NO_QUANTISING),
+    "quant_bits": _NO_QUANTISING,
     **dict.fromkeys(
         ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
          "expert_tensor_parallel_size", "context_parallel_size", "sequence_parallel", "decoder_first_pipeline_num_layers",
@@ -115,10 +114,9 @@ EXPORT_NOTES: dict[str, Note] = {
     "export_legacy_format": Note("default", "files are safetensors", allowed=("false",)),
     "export_quantization_bit": _NO_QUANTISING,
     "save_missing_weights": Note("default", "every tensor of the source is accounted for, or the command fails"),
-    **dict.fromkeys(
-        ("fp8_format", "fp8_recipe", "fp8_param_gather"),
-        Note("rejected", "belongs to training; --fp8 block writes FP8 weights"),
-    ),
+    "load_data_args": Note("rejected", "name the data that is tokenised with --dataset"),
+    "fp8_format": Note("default", "FP8 weights are e4m3; --fp8 block writes them", allowed=("e4m3",)),
+    "fp8_param_gather": Note("default", "conversion gathers nothing; --fp8 block writes FP8 weights"),
 }  # fmt: skip
 
 _BATCHES = "samples are token ids before training begins, so a batch takes no time worth dividing (see data_s)"
@@ -306,7 +304,6 @@ INFER_NOTES: dict[str, Note] = {
         Note("rejected", "ask a server that gives them: `swiftlite deploy --infer_backend vllm`"),
     ),
     "write_batch_size": Note("default", "answers are written as soon as a batch of --max_batch_size is done"),
-    "metric": Note("rejected", "answers are judged by `swiftlite eval --metrics`"),
     "reranker_use_activation": Note("rejected", "scores are logits; their sigmoid is a probability"),
     "result_dir": Note("rejected", "name the file with --result_path"),
     "deepspeed": Note("rejected", "belongs to training"),
@@ -329,7 +326,7 @@ _BEHIND = Note("rejected", "write the engine's own flags last, behind --: `-- --
 _ASKED = Note("rejected", "clients say it in their requests; generation_config.json where they do not")
 DEPLOY_NOTES: dict[str, Note] = {
     **dict.fromkeys(
-        ("vllm_pipeline_parallel_size", "vllm_enforce_eager", "vllm_max_num_seqs", "vllm_enable_prefix_caching",
+        ("vllm_pipeline_parallel_size", "vllm_max_num_seqs", "vllm_enable_prefix_caching",
          "vllm_speculative_config", "vllm_limit_mm_per_prompt", "vllm_max_lora_rank", "vllm_data_parallel_size",
          "vllm_reasoning_parser", "vllm_engine_kwargs", "vllm_use_async_engine", "sglang_dp_size", "sglang_pp_size",
          "sglang_ep_size", "sglang_kv_cache_dtype", "sglang_quantization", "sglang_disable_cuda_graph", "log_level",

@@ -62,6 +62,10 @@ class InferArguments(EngineArguments, GenerationArguments, BaseArguments):
         path=True, common=True,
     )  # fmt: skip
     max_batch_size: int = field(1, "rows of --val_dataset answered at once", least=1)
+    metric: str | None = field(
+        None, "also say how near the answers are to those of the data: acc (equal texts) or rouge; see `swiftlite eval`",
+        choices=["acc", "rouge"],
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,5 +77,7 @@ class InferArguments(EngineArguments, GenerationArguments, BaseArguments):
             )
         if self.load_data_args and (self.prompt is not None or self.val_dataset):
             raise UsageError("--load_data_args true: names the data; leave out --prompt and --val_dataset")
+        if self.metric is not None and not self.val_dataset and not self.load_data_args:
+            raise UsageError(f"--metric {self.metric}: judges answers to --val_dataset FILE")
         if self.result_path is not None and not self.val_dataset and not self.load_data_args:
             raise UsageError(f"--result_path {self.result_path}: needs --val_dataset FILE")

@@ -54,6 +54,7 @@ def vllm_words(args: DeployArguments, served: Served) -> list[str]:
         if len(served.adapters) > 1:
             words += ["--max-loras", str(len(served.adapters))]
         words += ["--lora-modules", *_named(served)]
+    words += ["--enforce-eager"] * args.vllm_enforce_eager
     return words + (["--trust-remote-code"] if args.trust_remote_code else [])
 
 

@@ -15,6 +15,7 @@ from swiftlite.llm.answers import answer_rows, answered_before, as_line, validat
 from swiftlite.llm.dataset.loader import Question, ReadOptions, read_questions
 from swiftlite.llm.dataset.rows import register_named
 from swiftlite.llm.generate import Generator, Message
+from swiftlite.llm.scores import Judged
 from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
@@ -124,7 +125,12 @@ def infer_dataset(answer: Callable[[Sequence[Question], int], Iterator[Json]], a
     unfinished = None if path is None else path.with_name(path.name + ".partial")
     before = [] if path is None or unfinished is None else answered_before(path, unfinished, rows)
     left = rows[len(before) :]
+    judged = Judged(args.metric) if args.metric and args.task_type != "seq_cls" else None  # a classifier always says it
     answered = progress_bar(answer(left, args.max_batch_size), total=len(left), desc="rows")
+    if judged is not None:
+        for row in before:
+            judged.add(row)
+        answered = map(judged.add, answered)
     errors = [str(row["error"]) for row in before if row.get("response") is None]
     if before:
         logger.info("%d of %d rows were answered before; %d are left", len(before), len(rows), len(left))
@@ -147,6 +153,8 @@ def infer_dataset(answer: Callable[[Sequence[Question], int], Iterator[Json]], a
     if len(errors) == len(rows):
         raise DatasetError(f"none of {len(rows)} rows could be answered, the first: {errors[0][:300]}{where}")
     logger.info("%d rows answered, %d could not be%s", len(rows) - len(errors), len(errors), where)
+    if judged is not None:
+        logger.info("%s", judged)
     if errors:
         logger.warning("%d of %d rows could not be answered, the first: %s", len(errors), len(rows), errors[0][:300])
 

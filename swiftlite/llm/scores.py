@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from swiftlite.llm.template.messages import split_thinking
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.types import Json
 
 Pairs = Sequence[tuple[str, str]]  # (answer, reference)
 
@@ -18,6 +19,27 @@ _SAID = re.compile(
 _ALONE = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])(?:[).:：、]|\s*$|\n)")
 # Words, and single characters of scripts that write none apart.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+
+
+class Judged:
+    """Answered rows beside their references; as text what --metric says of them. Raises: UsageError without rouge-score."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = {"acc": "exact_match"}.get(metric, metric)
+        self.pairs: list[tuple[str, str]] = []
+        scores(self.metric, [("", "")])  # what is missing is told before anything is answered
+
+    def add(self, row: Json) -> Json:
+        """Note a row with `response` and `labels`. Returns: it."""
+        if row.get("response") is not None and row.get("labels") is not None:
+            self.pairs.append((row["response"], row["labels"]))
+        return row
+
+    def __str__(self) -> str:
+        if not self.pairs:
+            return "--metric: no row has an answer to compare with"
+        found = ", ".join(f"{name} {value:.4f}" for name, value in scores(self.metric, self.pairs).items())
+        return f"{found} of {len(self.pairs)} rows"
 
 
 def scores(metric: str, pairs: Pairs) -> dict[str, float]:

@@ -44,7 +44,7 @@ ENGINE_WORDS = [
      "vllm serve /m/base --served-model-name base --host 0.0.0.0 --port 9000 --dtype bfloat16 --max-model-len 4096 "
      "--gpu-memory-utilization 0.8 --tensor-parallel-size 2 --enable-lora --max-lora-rank 16 --max-loras 2 "
      "--lora-modules a=/a b=/b --trust-remote-code"),
-    ("vllm", ["--", "--enforce-eager", "--max-num-seqs", "8"], SERVED,
+    ("vllm", ["--vllm_enforce_eager", "true", "--", "--max-num-seqs", "8"], SERVED,
      "vllm serve /m/tuned --served-model-name tuned --host 127.0.0.1 --port 8000 --enforce-eager --max-num-seqs 8"),
     ("sglang", [], SERVED,
      "sglang serve --model-path /m/tuned --served-model-name tuned --host 127.0.0.1 --port 8000"),

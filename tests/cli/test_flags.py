@@ -53,7 +53,7 @@ COMPANIONS = {
     "gpus": ["--dry_run", "true"],
     "gpu_memory": ["--dry_run", "true"],
     "cached_val_dataset": ["--cached_dataset", "DIR"],
-    "result_path": ["--val_dataset", "FILE"],
+    **dict.fromkeys(("result_path", "metric"), ["--val_dataset", "FILE"]),
     "tasks": ["--eval_backend", "lm_eval"],
     "eval_backend": ["--tasks", "NAME"],
     "dataset": ["--to_cached_dataset", "true"],

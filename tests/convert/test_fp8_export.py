@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from swiftlite.arguments.export import ExportArguments
+from swiftlite.arguments.parser import parse
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import read_config
 from swiftlite.cli.main import main
 from swiftlite.convert.quantised import check_rounding
-from swiftlite.utils.errors import CheckpointError, VerifyError
+from swiftlite.utils.errors import CheckpointError, UsageError, VerifyError
 from swiftlite.weights.fp8 import Scales, open_source
 from swiftlite.weights.quantise import FORMS, Quantised, scale_name
 from swiftlite.weights.safetensors import SafetensorsSource
@@ -239,12 +241,30 @@ def test_a_number_that_is_off_is_found(plain: tuple[Path, Path], tmp_path: Path)
         check_rounding(source, tmp_path / "out")
 
 
+def test_names_of_other_tools(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """`swift export --quant_method fp8`, `megatron export --fp8_recipe blockwise`: what --fp8 block writes."""
+    ways = {
+        "block": ["export", "--to_hf", "true", "--fp8", "block"],
+        "swift": ["export", "--quant_method", "fp8"],
+        "mcore": ["megatron", "export", "--to_hf", "true", "--fp8_recipe", "blockwise", "--fp8_format", "e4m3",
+                  "--fp8_param_gather", "true", "--tensor_model_parallel_size", "2"],
+    }  # fmt: skip
+    common = ["--model", str(plain[0]), "--model_type", "glm4_5", "--output_dir"]
+    written = []
+    for name, words in ways.items():
+        assert main([*words, *common, str(tmp_path / name)]) == 0
+        written.append([(tmp_path / name / file).read_bytes() for file in ("model.safetensors", "config.json")])
+    assert written[0] == written[1] == written[2]
+    for flags, said in [(["--quant_method", "gptq"], "export bf16"), (["--fp8_recipe", "mxfp8"], "; use block")]:
+        with pytest.raises(UsageError, match=said):
+            parse(ExportArguments, flags)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--to_mcore", "true"], "writes a Hugging Face model"),
         (["--push_to_hub", "true", "--hub_model_id", "a/b"], "writes a Hugging Face model"),
-        ([], "nothing to do"),
         (["--to_hf", "true", "--test_convert_precision", "true"], "rounds weights, so the models differ"),
         (["--to_hf", "true", "--adapters", "."], "writes a Hugging Face model"),
     ],

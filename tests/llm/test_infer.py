@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,30 @@ def test_data_set(model_dir: str, generator: infer.Generator, monkeypatch: pytes
     ]
     assert [row["response"] for row in found] == [generator.answer([c])[0] for c in conversations]
     assert list(result.parent.iterdir()) == [result]  # nothing half-written is left
+
+
+def test_answers_are_judged(
+    model_dir: str,
+    generator: infer.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(infer.Generator, "from_arguments", lambda _args: generator)
+    said = generator.answer([QUESTION])[0]
+    answers = [said, f" {said}\n", "Paris.", None]
+    rows = [{"messages": [*QUESTION, *([{"role": "assistant", "content": a}] if a else [])]} for a in answers]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--val_dataset", str(source), "--result_path", str(tmp_path / "out.jsonl")]
+    for _ in range(2):  # also of results that were there before
+        caplog.clear()
+        infer.infer_main(arguments(model_dir, *data, "--metric", "acc"))
+        assert "exact_match 0.6667 of 3 rows" in caplog.text
+    infer.infer_main(arguments(model_dir, *data, "--metric", "rouge"))
+    assert re.search(r"rouge1 0\.\d+, rouge2 0\.\d+, rougeL 0\.\d+ of 3 rows", caplog.text)
+    with pytest.raises(UsageError, match="--metric acc: judges answers to --val_dataset"):
+        arguments(model_dir, "--prompt", "Hi", "--metric", "acc")
 
 
 def answered(model_dir: str, monkeypatch: pytest.MonkeyPatch, generator: infer.Generator, file: Path) -> list[Any]:
