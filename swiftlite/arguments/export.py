@@ -176,7 +176,7 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         if self.fp8:
             self.fp8 = FP8_CALLED.get(self.fp8, self.fp8)
             others = (self.to_mcore, self.to_cached_dataset, self.merge_lora, self.push_to_hub, self.adapters)
-            self.to_hf = self.to_hf or not (any(others) or self.mcore_adapter)  # what else would be written
+            self.to_hf = self.to_hf or bool(self.model and not (any(others) or self.mcore_adapter))  # what else
             self._check_fp8(self.fp8)
         if self.to_mcore and self.to_hf:
             raise UsageError("--to_mcore true and --to_hf true: give one direction")

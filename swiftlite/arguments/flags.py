@@ -279,7 +279,6 @@ OTHER_PREFERENCES = (
 )
 
 DPO_NOTES: dict[str, Note] = {
-    "loss_weights": Note("rejected", "one loss at a time: --loss_type; cross entropy beside it: --rpo_alpha"),
     "reference_free": Note("default", "there is a reference", allowed=("false",)),
     "f_divergence_type": Note("default", "the loss is of the reverse KL divergence", allowed=("reverse_kl",)),
     **dict.fromkeys(("ref_model_type", "ref_model_revision"), Note("default", "--ref_model's directory says it")),

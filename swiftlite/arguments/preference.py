@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from swiftlite.arguments.flags import DPO_NOTES, OTHER_PREFERENCES
 from swiftlite.arguments.parser import Note, arguments, field, run_setting, specs
-from swiftlite.arguments.task import KTO_LOSS_TYPES, PAIR_LOSS_TYPES, REFERENCE_FREE
+from swiftlite.arguments.task import KTO_LOSS_TYPES, MIXABLE, PAIR_LOSS_TYPES, REFERENCE_FREE
 from swiftlite.arguments.train import SftArguments
 from swiftlite.utils.errors import UsageError
 
@@ -42,6 +42,10 @@ class PreferenceArguments(SftArguments):
     rpo_alpha: float | None = field(
         None, "weight of the chosen answers' cross entropy that is added (default: none; cpo, simpo, orpo 1)",
         aliases=["pref_ftx", "cpo_alpha"], least=0,
+    )  # fmt: skip
+    loss_weights: list[str] = field(
+        [], "several losses of --loss_type added up (MPO), sft being the chosen answers' cross entropy: a number for each, "
+        "or sigmoid=0.8 bco_pair=0.2 sft=1; without it 1 each",
     )  # fmt: skip
     simpo_gamma: float = field(1.0, "margin between the two answers that --loss_type simpo asks for")
     center_rewards_coefficient: float | None = field(
@@ -96,8 +100,19 @@ class PreferenceArguments(SftArguments):
     def pools(self) -> bool:
         return False
 
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Weights of several losses; empty where there is one."""
+        return {name: float(weight) for name, _, weight in (item.partition("=") for item in self.loss_weights)}
+
     def __post_init__(self) -> None:
+        given: object = self.loss_type
+        several = [str(name) for name in given] if isinstance(given, list) and len(given) > 1 else []
+        if several:
+            self.loss_type = next((name for name in several if name != "sft"), several[0])
         super().__post_init__()
+        if several or self.loss_weights:
+            self._mix(several)
         if self.trains_reward_model:
             return self._settle_reward_model()
         if self.center_rewards_coefficient is not None:
@@ -119,6 +134,27 @@ class PreferenceArguments(SftArguments):
         if self.rpo_alpha is None and not self.has_reference:
             self.rpo_alpha = 1.0
         self._check_loss()
+
+    def _mix(self, names: list[str]) -> None:
+        """--loss_weights becomes `name=weight` of each loss. names: of several that --loss_type gave."""
+        said = f"--loss_type {' '.join(names)} --loss_weights {' '.join(self.loss_weights)}"
+        named = all("=" in item for item in self.loss_weights)
+        if not names and named:
+            names = [item.partition("=")[0] for item in self.loss_weights]
+        weights = [item.rpartition("=")[2] for item in self.loss_weights] or ["1"] * len(names)
+        if self.rlhf_type != "dpo":
+            raise UsageError(f"{said}: losses are added up with --rlhf_type dpo only")
+        unknown = [name for name in names if name not in (*MIXABLE, "sft")]
+        if unknown or len(set(names)) != len(names) or len(names) < 2:
+            raise UsageError(f"{said}: must be two or more of {', '.join(MIXABLE)}, sft, each of them once")
+        if len(weights) != len(names) or not all(_is_weight(weight) for weight in weights):
+            raise UsageError(f"{said}: give a number for each of the {len(names)} losses, 0 or more")
+        if "sft" in names and self.rpo_alpha:
+            raise UsageError(
+                f"--rpo_alpha {self.rpo_alpha}: is the weight of sft, which --loss_weights gives; leave it out"
+            )
+        self.loss_type = next(name for name in names if name != "sft")
+        self.loss_weights = [f"{name}={weight}" for name, weight in zip(names, weights, strict=True)]
 
     def _settle_gkd(self) -> None:
         other = {"loss_type", "label_smoothing", "rpo_alpha", "simpo_gamma", "ref_model", "ref_adapters", *_OF_KTO}
@@ -155,15 +191,16 @@ class PreferenceArguments(SftArguments):
             for name in names:
                 if name in self.given and self.rlhf_type != kind:
                     raise UsageError(f"--{name}: goes with --rlhf_type {kind} only")
-        divides = self.loss_type in ("ipo", "sppo_hard")
+        divides = bool({self.loss_type, *self.mixture} & {"ipo", "sppo_hard"})
         if self.beta is None or self.beta < 0 or (self.beta == 0 and (divides or not self.rpo_alpha)):
             way = "" if divides else "; 0 leaves the cross entropy of --rpo_alpha alone, which would have to be given"
             raise UsageError(f"--beta {self.beta}: must be above 0 with --loss_type {self.loss_type}{way}")
-        if self.label_smoothing and self.loss_type not in SMOOTHED:
+        kinds = {self.loss_type, *self.mixture}
+        if self.label_smoothing and not kinds & set(SMOOTHED):
             raise UsageError(
                 f"--label_smoothing {self.label_smoothing}: goes with --loss_type {', '.join(SMOOTHED)} only"
             )
-        if self.loss_type == "robust" and self.label_smoothing >= 0.5:
+        if "robust" in kinds and self.label_smoothing >= 0.5:
             raise UsageError(f"--label_smoothing {self.label_smoothing}: --loss_type robust divides by 1 - 2 x it")
         if "simpo_gamma" in self.given and self.loss_type != "simpo":
             raise UsageError("--simpo_gamma: goes with --loss_type simpo only")
@@ -172,6 +209,13 @@ class PreferenceArguments(SftArguments):
         for name in ("ref_model", "ref_adapters", "precompute_ref_log_probs"):
             if getattr(self, name):
                 raise UsageError(f"--{name}: --loss_type {self.loss_type} has no reference; leave it out")
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 0 <= float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 @arguments

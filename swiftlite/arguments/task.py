@@ -19,7 +19,8 @@ TASK_LOSSES: dict[str, tuple[str, ...]] = {
 GROUPED = ("embedding", "reranker", "generative_reranker")
 # Losses of pairs of answers, and those of them that need no reference.
 REFERENCE_FREE = ("cpo", "simpo", "orpo")
-PAIR_LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", *REFERENCE_FREE)
+MIXABLE = ("sigmoid", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", "bco_pair")  # of whole answers' scores
+PAIR_LOSS_TYPES = (MIXABLE[0], "ipo", *MIXABLE[1:], *REFERENCE_FREE)
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 _OF_TASKS = dict.fromkeys(name for names in TASK_LOSSES.values() for name in names)
 LOSS_TYPES = (*_OF_TASKS, *PAIR_LOSS_TYPES, *KTO_LOSS_TYPES)

@@ -6,7 +6,7 @@ Letters: P pairs, B sequences (2P: all chosen ones, then all rejected ones), S t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ class PairLoss:
     Without a reference (cpo, simpo, orpo) the scores are the policy's log-probabilities; ipo, simpo and orpo take them per
     token. beta: strength of the pull to the reference, factor on the scores (ipo: the temperature tau; orpo: weight of the
     odds ratio). label_smoothing: probability that a label is wrong. rpo_alpha: weight of the chosen answers' cross entropy,
-    see `total`. gamma: margin that simpo asks for.
+    see `total`. gamma: margin that simpo asks for. mixture: several losses with their weights, in place of `loss_type`.
     Sources: DPO 2305.18290, IPO 2310.12036, SLiC 2305.10425, robust 2403.00409, SPPO 2405.00675, APO 2408.06266,
-    CPO 2401.08417, SimPO 2405.14734, ORPO 2403.07691 (arXiv).
+    CPO 2401.08417, SimPO 2405.14734, ORPO 2403.07691, BCO 2404.04656, mixtures (MPO) 2411.10442 (arXiv).
     """
 
     loss_type: str = "sigmoid"
@@ -37,6 +37,7 @@ class PairLoss:
     label_smoothing: float = 0.0
     rpo_alpha: float | None = None
     gamma: float = 0.0
+    mixture: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def per_token(self) -> bool:
@@ -45,7 +46,8 @@ class PairLoss:
     def __call__(self, policy: LogProbs, reference: LogProbs | None) -> Tensor:
         """Losses [P], with gradients into `policy`; the chosen answers' cross entropy is not in them."""
         chosen, rejected = policy.scores(reference, self.per_token)
-        return PAIR_LOSSES[self.loss_type](self, chosen, rejected)
+        parts = self.mixture or {self.loss_type: 1.0}
+        return torch.stack([w * PAIR_LOSSES[name](self, chosen, rejected) for name, w in parts.items()]).sum(0)
 
     def total(self, loss_sum: Tensor, pairs: Tensor, nll_sum: Tensor, chosen_tokens: Tensor) -> Tensor:
         """Mean pair loss + rpo_alpha x mean cross entropy over the chosen answers' tokens, of a whole global batch.
@@ -132,6 +134,7 @@ PAIR_LOSSES: Mapping[str, Callable[[PairLoss, Tensor, Tensor], Tensor]] = {
     "sppo_hard": lambda loss, c, r: (c - 0.5 / loss.beta) ** 2 + (r + 0.5 / loss.beta) ** 2,
     "apo_zero": lambda loss, c, r: 1 - torch.sigmoid(loss.beta * c) + torch.sigmoid(loss.beta * r),
     "apo_down": lambda loss, c, r: torch.sigmoid(loss.beta * c) + 1 - torch.sigmoid(loss.beta * (c - r)),
+    "bco_pair": lambda loss, c, r: -logsigmoid(loss.beta * c) - logsigmoid(-loss.beta * r),
     "cpo": lambda loss, c, r: _smoothed(loss, loss.beta * (c - r)),
     "simpo": lambda loss, c, r: _smoothed(loss, loss.beta * (c - r) - loss.gamma),
     "orpo": _odds_ratio,

@@ -38,7 +38,9 @@ def reference_kind(args: DpoArguments) -> Reference:
 
 def pair_loss(args: DpoArguments) -> PairLoss:
     assert args.beta is not None and args.loss_type is not None  # after __post_init__
-    return PairLoss(args.loss_type, args.beta, args.label_smoothing, args.rpo_alpha, args.simpo_gamma)
+    mixture = args.mixture
+    rpo_alpha = mixture.pop("sft", args.rpo_alpha)
+    return PairLoss(args.loss_type, args.beta, args.label_smoothing, rpo_alpha, args.simpo_gamma, mixture)
 
 
 def kto_loss(args: DpoArguments) -> KtoLoss:

@@ -64,6 +64,7 @@ COMPANIONS = {
     "merge_lora": ["--train_type", "lora"],
     "tuner_settings": ["--train_type", "boft"],
     "simpo_gamma": ["--loss_type", "simpo"],
+    "loss_weights": ["--loss_type", "sigmoid", "sft", "--loss_weights", "0.5"],
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), ["--rlhf_type", "kto"]),
     **dict.fromkeys(
         ("teacher_model", "lmbda", "temperature", "sft_alpha"), ["--rlhf_type", "gkd", "--teacher_model", "DIR"]
@@ -90,6 +91,7 @@ VALUES = {
     "optim": "adamw_torch", "target_regex": ".*", "device_map": "auto",
     "lr_scheduler_kwargs": '{"min_lr": 1e-6}', "init_weights": "pissa", "fsdp": "full_shard",
     "fsdp_config": '{"reshard_after_forward": true}', "bnb_4bit_quant_storage": "bfloat16",
+    "loss_weights": "1",
     "deepspeed": "zero2", "quant_method": "bnb", "quant_bits": "4", "bnb_4bit_compute_dtype": "bf16",
     "pipeline_model_parallel_layout": "Et|tL", "lmbda": "0",
 }  # fmt: skip
@@ -212,6 +214,7 @@ TURNED_INTO = {
     "max_samples": "dataset",
     "deepspeed": "fsdp",
     "fsdp_config": "fsdp",
+    "loss_weights": "mixture",
     "lr_scheduler_kwargs": "min_lr",
     "debug": "--debug",
     "gradient_accumulation_steps": "batch_sizes",
@@ -307,6 +310,21 @@ SCRIPTS = [
     {"command": "swift rlhf", "flags": {"rlhf_type": ["grpo"], "model": ["A/B"], "num_generations": ["8"]}},
     {"command": "swift deploy", "flags": {"model": ["A/B"], "infer_backend": ["vllm"], "served_model_name": ["B"]}},
     {"command": "swift app", "flags": {"model": ["A/B"]}},
+    {"command": "swift sft", "flags": {
+        "model": ["A/B"], "tuner_type": ["lora"], "quant_bits": ["4"], "bnb_4bit_quant_storage": ["bfloat16"],
+    }},
+    {"command": "swift sft", "flags": {"model": ["A/B"], "fsdp": ["./examples/fsdp2.json"]}},
+    {"command": "swift rlhf", "flags": {
+        "rlhf_type": ["dpo"], "model": ["A/B"], "loss_type": ["sigmoid", "bco_pair", "sft"],
+        "loss_weights": ["0.8", "0.2", "1.0"], "rpo_alpha": ["0.0"],
+    }},
+    {"command": "swift export", "flags": {"model": ["A/B"], "quant_method": ["fp8"], "output_dir": ["B-FP8"]}},
+    {"command": "megatron export", "flags": {
+        "model": ["A/B"], "to_hf": ["true"], "fp8_recipe": ["blockwise"], "fp8_format": ["e4m3"],
+        "fp8_param_gather": ["true"],
+    }},
+    {"command": "swift infer", "flags": {"model": ["DIR"], "load_data_args": ["true"], "metric": ["acc"]}},
+    {"command": "swift deploy", "flags": {"model": ["A/B"], "infer_backend": ["vllm"], "vllm_enforce_eager": ["true"]}},
 ]  # fmt: skip
 
 
@@ -317,8 +335,9 @@ def test_table_of_scripts():
     spec.loader.exec_module(module)
     rows = [line.strip("| ").split(" | ") for line in module.table(SCRIPTS).splitlines()[2:]]
     assert {row[0]: row[1] for row in rows} == {
-        "swift sft": "1", "swift infer": "1", "megatron rlhf --rlhf_type dpo": "1", "megatron sft": "1",
-        "swift rlhf --rlhf_type grpo": "0", "swift deploy": "1", "swift app": "0",
+        "swift sft": "3", "swift infer": "2", "megatron rlhf --rlhf_type dpo": "1", "megatron sft": "1",
+        "swift rlhf --rlhf_type grpo": "0", "swift deploy": "2", "swift app": "0", "swift rlhf --rlhf_type dpo": "1",
+        "swift export": "1", "megatron export": "1",
     }  # fmt: skip
 
 

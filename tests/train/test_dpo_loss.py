@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.arguments.megatron_preference import MegatronDpoArguments
+from swiftlite.arguments.parser import from_dict, given_values, parse
+from swiftlite.arguments.preference import DpoArguments
 from swiftlite.arguments.task import PAIR_LOSS_TYPES, REFERENCE_FREE
 from swiftlite.train.dpo_loss import LogProbs, PairLoss, answer_log_probs, sum_log_probs
+from swiftlite.train.reference import pair_loss
+from swiftlite.utils.errors import UsageError
 
 LENGTHS = [(9, 4, 7), (12, 6, 2), (5, 3, 9)]  # prompt, chosen answer, rejected answer
 
@@ -93,13 +98,20 @@ def trl_loss(
 WITH_REFERENCE = [name for name in PAIR_LOSS_TYPES if name not in REFERENCE_FREE]
 
 
-@pytest.mark.parametrize("loss_type, rpo_alpha", [*((name, None) for name in WITH_REFERENCE), ("hinge", 0.7)])
+MIXED = ["--loss_type", "sft", "bco_pair", "sigmoid", "--loss_weights", "1.5", "0.2", "0.8"]
+
+
+@pytest.mark.parametrize(
+    "loss_type, rpo_alpha", [*((name, None) for name in WITH_REFERENCE), ("hinge", 0.7), ("mixed", None)]
+)
 def test_equal_to_trl(
     loss_type: str, rpo_alpha: float | None, models: tuple[Any, Any], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Loss, gradients, log-probabilities, rewards, margins and accuracy."""
     kinds = {"loss_type": [loss_type]} if rpo_alpha is None else {
         "loss_type": [loss_type, "sft"], "loss_weights": [1.0, rpo_alpha]}  # fmt: skip
+    if loss_type == "mixed":
+        kinds = {"loss_type": MIXED[1:4], "loss_weights": [float(weight) for weight in MIXED[5:]]}
     smoothing = 0.2 if loss_type == "robust" else 0.0
     theirs, metrics = trl_loss(models, tiny_model, tmp_path, label_smoothing=smoothing, **kinds)
     theirs.backward()
@@ -107,6 +119,8 @@ def test_equal_to_trl(
     models[0].zero_grad()
 
     ours = PairLoss(loss_type, 0.3, smoothing, rpo_alpha)
+    if loss_type == "mixed":
+        ours = pair_loss(parse(DpoArguments, ["--model", "DIR", "--beta", "0.3", *MIXED]))
     with torch.no_grad():
         reference = of_model(models[1])
     sums = ours.sums(of_model(models[0]), reference)
@@ -128,6 +142,31 @@ def test_equal_to_trl(
         "logps/rejected",
     ):
         assert mine[name] == pytest.approx(metrics[name], rel=1e-4), name
+
+
+def test_words_of_mixtures() -> None:
+    one, other = (
+        parse(DpoArguments, ["--model", "DIR", *words])
+        for words in (MIXED, ["--loss_weights", "sft=1.5", "bco_pair=0.2", "sigmoid=0.8"])
+    )
+    assert one.mixture == other.mixture == {"sft": 1.5, "bco_pair": 0.2, "sigmoid": 0.8}
+    assert one.loss_type == other.loss_type == "bco_pair"
+    again = from_dict(MegatronDpoArguments, given_values(one))
+    assert again.mixture == one.mixture and pair_loss(again) == pair_loss(one)
+    assert parse(DpoArguments, ["--loss_type", "sigmoid", "sft"]).mixture == {"sigmoid": 1.0, "sft": 1.0}
+    assert parse(DpoArguments, ["--loss_type", "hinge"]).mixture == {}
+    for words, said in [
+        (["--loss_type", "sigmoid", "ipo"], "must be two or more of sigmoid, hinge"),
+        (["--loss_type", "sigmoid", "sigmoid"], "each of them once"),
+        (["--loss_type", "sigmoid", "--loss_weights", "1"], "must be two or more of"),
+        (["--loss_type", "sigmoid", "sft", "--loss_weights", "1"], "a number for each of the 2 losses"),
+        (["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "-1"], "a number for each of the 2 losses"),
+        (["--loss_type", "sigmoid", "sft", "--rpo_alpha", "0.5"], "--rpo_alpha 0.5: is the weight of sft"),
+        (["--rlhf_type", "kto", "--loss_weights", "kto=1", "sft=1"], "added up with --rlhf_type dpo only"),
+        (["--loss_type", "hinge", "sft", "--label_smoothing", "0.1"], "goes with --loss_type sigmoid, robust"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            parse(DpoArguments, words)
 
 
 def log_probs(*values: float) -> LogProbs:
