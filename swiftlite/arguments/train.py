@@ -10,7 +10,7 @@ from swiftlite.arguments.flags import ONLY_TRANSFORMERS, TRAIN_NOTES
 from swiftlite.arguments.groups import GroupArguments
 from swiftlite.arguments.parser import Arguments, Note, arguments, convert, field, run_setting
 from swiftlite.arguments.task import LOSS_TYPES, TASK_LOSSES
-from swiftlite.arguments.zero import ZERO, fsdp_file, zero_words
+from swiftlite.arguments.zero import ZERO, divided
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 
@@ -20,13 +20,11 @@ SCHEDULES_CALLED = {
     "polynomial": "linear", "inverse_sqrt": "inverse-square-root", "warmup_stable_decay": "WSD",
 }  # fmt: skip
 
-
 # Optimizers of bitsandbytes by transformers' names.
 BITSANDBYTES = {
     "adamw_8bit": "AdamW8bit", "adamw_bnb_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit",
     "paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit",
 }  # fmt: skip
-
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw", "adam", "muon", *BITSANDBYTES)
 
@@ -338,7 +336,7 @@ class SftArguments(TrainArguments, TunerArguments, GroupArguments):
     bnb_4bit_use_double_quant: bool = field(
         True, "quantise the scales of 4-bit weights too", aliases=["double_quantization"], unavailable=ONLY_TRANSFORMERS
     )
-    bnb_4bit_quant_storage: str = field(
+    bnb_4bit_quant_storage: str | None = field(
         "uint8", "dtype of the tensors that hold packed 4-bit weights: uint8, or bfloat16, float16, float32, as it is where "
         "FSDP divides them", unavailable=ONLY_TRANSFORMERS,
     )  # fmt: skip
@@ -433,9 +431,7 @@ class SftArguments(TrainArguments, TunerArguments, GroupArguments):
         """--quant_bits alone means bitsandbytes."""
         self.bnb_4bit_compute_dtype = normalize_dtype(self.bnb_4bit_compute_dtype, "bnb_4bit_compute_dtype")
         if self.bnb_4bit_quant_storage != "uint8":
-            self.bnb_4bit_quant_storage = (
-                normalize_dtype(self.bnb_4bit_quant_storage, "bnb_4bit_quant_storage") or "uint8"
-            )
+            self.bnb_4bit_quant_storage = normalize_dtype(self.bnb_4bit_quant_storage, "bnb_4bit_quant_storage")
         if self.quant_method not in (None, "bnb", "bitsandbytes"):
             raise UsageError(
                 f"--quant_method {self.quant_method}: weights are quantised for training with bitsandbytes alone, which "
@@ -459,37 +455,15 @@ class SftArguments(TrainArguments, TunerArguments, GroupArguments):
 
     def _settle_sharding(self) -> None:
         """--fsdp, or what --deepspeed or files come to, becomes [], or full_shard or shard_grad_op, perhaps offload."""
-        files = [item for item in self.fsdp if item.endswith(".json")]
-        words = [word for item in self.fsdp if item not in files for word in item.replace(",", " ").split()]
-        off = bool(words) and not set(words) - {"none", "false"}
-        if not off:
-            words += [word for file in files for word in self._of_file(file, "fsdp")]
-            words += self._of_file(self.fsdp_config, "fsdp_config") if self.fsdp_config else []
-        if self.deepspeed not in (None, "none"):
-            divided = zero_words(self.deepspeed)
-            if words and words != divided:
-                raise UsageError(f"--deepspeed {self.deepspeed} with --fsdp: both divide the model; leave out one")
-            words = divided
-        known = ("full_shard", "shard_grad_op", "fsdp2", "fsdp2_offload", "auto_wrap", "offload", "none", "false")
-        unknown = next((word for word in words if word not in known), None)
-        if unknown:
-            raise UsageError(f"--fsdp {unknown}: must be full_shard or shard_grad_op, and offload after it")
-        self.fsdp = []
-        if set(words) - {"none", "false"}:
-            kind = "shard_grad_op" if "shard_grad_op" in words else "full_shard"
-            self.fsdp = [kind, *(["offload"] if {"offload", "fsdp2_offload"} & set(words) else [])]
-        self._check_sharding()
-
-    def _of_file(self, given: str, flag: str) -> list[str]:
-        """The words of --fsdp that a file comes to. Where it keeps activations few, --recompute full does, if not given."""
-        found = fsdp_file(given, flag)
-        if (found.recomputes or found.offloads) and "recompute" not in self.given:
+        division = divided(self.fsdp, self.fsdp_config, self.deepspeed)
+        self.fsdp = division.words
+        if (division.recomputes or division.offloads) and "recompute" not in self.given:
             self.recompute = "full"
             self.__dict__["_given"] = self.given | {"recompute"}
-        if found.offloads:
+        if division.offloads:
             now = "are recomputed" if self.recompute == "full" else "stay on the GPU, --recompute full would save them"
-            get_logger().info("%s: activations %s, not moved to the host; results are the same", given, now)
-        return found.words
+            get_logger().info("--fsdp: activations %s, not moved to the host; results are the same", now)
+        self._check_sharding()
 
     def _check_sharding(self) -> None:
         if not self.fsdp:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from swiftlite.utils.errors import UsageError
@@ -40,15 +40,39 @@ _ON = (True, "true", "True")
 
 
 @dataclass(frozen=True)
-class FsdpFile:
-    """words: of --fsdp. recomputes, offloads: are activations computed again, or moved to the host?"""
+class Division:
+    """words: of --fsdp. recomputes, offloads: are activations to be computed again, or moved to the host?"""
 
     words: list[str]
-    recomputes: bool
-    offloads: bool
+    recomputes: bool = False
+    offloads: bool = False
 
 
-def fsdp_file(given: str, flag: str) -> FsdpFile:
+def divided(fsdp: Sequence[str], fsdp_config: str | None, deepspeed: str | None) -> Division:
+    """What the three flags come to. words: [], or full_shard or shard_grad_op, and perhaps offload. Raises: UsageError."""
+    files = [(item, "fsdp") for item in fsdp if item.endswith(".json")]
+    words = [word for item in fsdp if not item.endswith(".json") for word in item.replace(",", " ").split()]
+    found: list[Division] = []
+    if not words or set(words) - {"none", "false"}:  # else it is off
+        files += [(fsdp_config, "fsdp_config")] if fsdp_config else []
+        found = [fsdp_file(*file) for file in files]
+        words += [word for part in found for word in part.words]
+    if deepspeed not in (None, "none"):
+        as_staged = zero_words(str(deepspeed))
+        if words and words != as_staged:
+            raise UsageError(f"--deepspeed {deepspeed} with --fsdp: both divide the model; leave out one")
+        words = as_staged
+    known = ("full_shard", "shard_grad_op", "fsdp2", "fsdp2_offload", "auto_wrap", "offload", "none", "false")
+    unknown = next((word for word in words if word not in known), None)
+    if unknown:
+        raise UsageError(f"--fsdp {unknown}: must be full_shard or shard_grad_op, and offload after it")
+    said = set(words)
+    kind = ["shard_grad_op" if "shard_grad_op" in said else "full_shard"] if said - {"none", "false"} else []
+    offload = ["offload"] if kind and said & {"offload", "fsdp2_offload"} else []
+    return Division([*kind, *offload], any(part.recomputes for part in found), any(part.offloads for part in found))
+
+
+def fsdp_file(given: str, flag: str) -> Division:
     """Read a JSON file of FSDP: ms-swift's {"fsdp": ..., "fsdp_config": {...}}, accelerate's, or what --fsdp_config takes.
 
     Its other settings say how weights are loaded, wrapped and saved, which changes no result. given: also JSON itself.
@@ -63,8 +87,8 @@ def fsdp_file(given: str, flag: str) -> FsdpFile:
     known = ("sharding_strategy", "reshard_after_forward", "offload_params", "activation_checkpointing", "version")
     if not {"fsdp", "fsdp_config"} & set(whole) and not set(known) & set(settings):
         raise UsageError(f"--{flag} {given}: is no configuration of FSDP; it has none of {', '.join(known)}")
-    said = whole.get("fsdp", [])
-    words = said.split() if isinstance(said, str) else [str(word) for word in said or []]
+    said = whole.get("fsdp")
+    words = said.split() if isinstance(said, str) else [str(w) for w in said] if isinstance(said, list) else []
     for name in ("sharding_strategy", "reshard_after_forward"):
         if settings.get(name) is not None:
             value = str(settings[name]).lower()
@@ -74,7 +98,7 @@ def fsdp_file(given: str, flag: str) -> FsdpFile:
     if settings.get("offload_params") in _ON:
         words.append("offload")
     recomputes, offloads = (settings.get(f"activation_{name}") in _ON for name in ("checkpointing", "cpu_offload"))
-    return FsdpFile(words or ["full_shard"], recomputes, offloads)
+    return Division(words or ["full_shard"], recomputes, offloads)
 
 
 def _read(path: str) -> object:

@@ -140,6 +140,6 @@ def _quantised(args: BaseArguments) -> Json:
         "bnb_4bit_compute_dtype": args.bnb_4bit_compute_dtype or args.model_info.torch_dtype,
         "bnb_4bit_quant_type": args.bnb_4bit_quant_type,
         "bnb_4bit_use_double_quant": args.bnb_4bit_use_double_quant,
-        "bnb_4bit_quant_storage": args.bnb_4bit_quant_storage,
+        "bnb_4bit_quant_storage": args.bnb_4bit_quant_storage or "uint8",
     }
     return {"quantization_config": BitsAndBytesConfig(**(four if args.quant_bits == 4 else {"load_in_8bit": True}))}

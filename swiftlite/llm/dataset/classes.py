@@ -114,7 +114,7 @@ def problem_of(num_labels: int, rows: Iterable[tuple[str, Row | RowError]]) -> s
     return "single_label_classification"
 
 
-def names_of(id2label: Mapping[int | str, object] | None, num_labels: int) -> list[str]:
+def names_of(id2label: Mapping[int, object] | Mapping[str, object] | None, num_labels: int) -> list[str]:
     """Names of the classes, as a config.json has them; none where they are numbers (LABEL_0), or not of so many classes."""
     named = {int(number): str(name) for number, name in (id2label or {}).items()}
     plain = all(name == f"LABEL_{number}" for number, name in named.items())
