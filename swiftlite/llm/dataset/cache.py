@@ -63,6 +63,15 @@ def fingerprint(template: Template) -> Json:
     return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
 
 
+def difference(encoding: Json, wanted: Json) -> str | None:
+    """How the fingerprint of written data differs from that of a run, None where the rows are encoded alike."""
+    for name in (*wanted, *(name for name in encoding if name not in wanted)):
+        if name not in _OF_RELEASE and wanted.get(name) != encoding.get(name):
+            then, now = (short(json.dumps(facts.get(name), ensure_ascii=False)) for facts in (encoding, wanted))
+            return f"was written with {name} {then}, this run has {now}"
+    return None
+
+
 def _source(thing: type | Callable[..., object]) -> str:
     """Python text of a class or function, which plug-ins may bring; its name where there is none."""
     try:
@@ -289,15 +298,9 @@ def _part(path: str, parts: Sequence[str], template: Template) -> tuple[Path, st
         raise DatasetError(
             f"--cached_dataset {path}: has no {FACTS_FILE}; write it with `swiftlite export --to_cached_dataset true`"
         ) from None
-    wanted = fingerprint(template)
-    encoding = facts["encoding"]
-    for name in (*wanted, *(name for name in encoding if name not in wanted)):
-        if name not in _OF_RELEASE and wanted.get(name) != encoding.get(name):
-            then, now = (short(json.dumps(facts.get(name), ensure_ascii=False)) for facts in (encoding, wanted))
-            raise DatasetError(
-                f"--cached_dataset {path}: was written with {name} {then}, this run has {now}; use the same setting or "
-                "write it again"
-            )
+    differs = difference(facts["encoding"], fingerprint(template))
+    if differs is not None:
+        raise DatasetError(f"--cached_dataset {path}: {differs}; use the same setting or write it again")
     if named is not None and named not in facts:
         raise DatasetError(f"{path}: {directory} has no part {named}")
     return directory, named or next((part for part in parts if part in facts), None), facts

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from swiftlite.arguments.base import BaseArguments
+from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.llm.dataset.cache import (
     directory_of,
@@ -18,7 +19,7 @@ from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.report import RejectsFile
-from swiftlite.llm.dataset.rows import made_of_rows, open_stream, read_validation_rows, rejects_of
+from swiftlite.llm.dataset.rows import made_of_rows, open_stream, read_rows, read_validation_rows, rejects_of
 from swiftlite.llm.dataset.store import facts_of_files
 from swiftlite.llm.dataset.streaming import StreamedDataset
 from swiftlite.train.order import Data
@@ -91,6 +92,18 @@ def encode_and_pack(
         return dataset
     in_order = args.packing_strategy == "sequential"
     return PackedDataset(dataset, capacity, args.data_seed or 0, name=name, in_order=in_order)
+
+
+def encode_parts(
+    args: ExportArguments, template: Template, rejects: RejectsFile
+) -> dict[str, EncodedDataset | PackedDataset | PairDataset]:
+    """`train`, and `val` if there is validation data: samples, perhaps packed, or pairs, as --template_mode says."""
+    train_rows, val_rows = read_rows(args, rejects)
+    make = make_pairs if args.template_mode == "rlhf" else encode_and_pack
+    parts = {"train": make(train_rows, args, template, rejects, "training data")}
+    if val_rows:
+        parts["val"] = make(val_rows, args, template, rejects, "validation data")
+    return parts
 
 
 def _streamed(args: BaseArguments, template: Template, capacity: int | None) -> Data:
