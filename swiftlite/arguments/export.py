@@ -139,8 +139,8 @@ class ExportArguments(PlanArguments, PushArguments, TeacherArguments, McoreArgum
         False, "write --dataset as token ids, which both trainers read by memory map", common=True
     )
     template_mode: str = field(
-        "train", "with --to_cached_dataset true: samples of sft and pt, or preference pairs (rlhf)",
-        choices=["train", "rlhf"],
+        "train", "with --to_cached_dataset true: samples of sft and pt, preference pairs (rlhf) or labelled answers (kto)",
+        choices=["train", "rlhf", "kto"],
     )  # fmt: skip
     to_teacher_logits: bool = field(
         False, "have --teacher_model (default: --model) answer --dataset, tokenised as --model reads it, and write what it "
@@ -203,13 +203,15 @@ class ExportArguments(PlanArguments, PushArguments, TeacherArguments, McoreArgum
                 raise UsageError(f"--{name}: {_NOT_TAUGHT.get(name, _NO_TEACHER)}")
         if self.dataset and not self.trains:
             raise UsageError("--dataset: converting a model reads no data; --to_cached_dataset true tokenises it")
-        if self.template_mode == "rlhf":
+        if self.template_mode != "train":
             if self.to_teacher_logits:
-                raise UsageError("--template_mode rlhf: --rlhf_type gkd trains on the samples of sft; leave it out")
+                raise UsageError(
+                    f"--template_mode {self.template_mode}: --rlhf_type gkd trains on the samples of sft; leave it out"
+                )
             if "loss_scale" not in self.given:
                 self.loss_scale = "last_round"  # as preference training has it
             if self.packing:
-                raise UsageError("--packing true: pairs are packed where they are trained on; leave it out")
+                raise UsageError("--packing true: pairs and answers are packed where they are trained on; leave it out")
 
     def _check_fp8(self, form: str) -> None:
         adapter = (self.adapters or self.mcore_adapter) and not self.merge_lora

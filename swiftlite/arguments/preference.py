@@ -207,19 +207,9 @@ class DpoArguments(PreferenceArguments):
             raise UsageError("--streaming true: not available for preference pairs; leave it out")
         if self.packing_strategy == "sequential":
             raise UsageError("--packing_strategy sequential: pairs are packed by best fit; leave it out")
-        if self.rlhf_type == "kto":
-            self._check_answers()
-        if self.packing and self.group_by_length:
-            raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")
-
-    def _check_answers(self) -> None:
-        if self.packing:
-            raise UsageError(
-                "--packing true: not with --rlhf_type kto; --padding_free true joins answers without padding"
-            )
-        if self.cached_dataset:
-            raise UsageError("--cached_dataset: holds no labels of --rlhf_type kto; give the rows with --dataset")
-        if self.loss_scale == "all":
+        if self.rlhf_type == "kto" and self.loss_scale == "all":
             raise UsageError(
                 "--loss_scale all: --rlhf_type kto must know where answers begin; use last_round or default"
             )
+        if self.packing and self.group_by_length:
+            raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")

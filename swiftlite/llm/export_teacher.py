@@ -13,7 +13,7 @@ from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.parser import as_words, specs
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.llm.dataset.export import inputs_of_data, output_of_data, training_words
-from swiftlite.llm.dataset.prepare import encode_parts
+from swiftlite.llm.dataset.prepare import encode, encode_parts
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.dataset.teacher import TeacherWriter, key_of
 from swiftlite.llm.pipeline import prepare_template
@@ -59,7 +59,7 @@ def _ask(args: ExportArguments, directory: Path) -> None:
     """Fill the directory, from where it ends."""
     template = prepare_template(args)
     template.padding_free = False
-    parts = encode_parts(args, template, RejectsFile(directory / REJECTS_FILE))
+    parts = encode_parts(args, template, RejectsFile(directory / REJECTS_FILE), encode)
     # By what is asked, so that nothing is asked twice.
     samples = {key_of(part[i]): (part, i) for part in parts.values() for i in range(len(part))}
     teacher = Teacher(args, template)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from swiftlite import __version__
 from swiftlite.llm.dataset.encoded import EncodedDataset, place_of
@@ -30,6 +30,8 @@ from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from swiftlite.llm.dataset.answers import AnswerDataset
 
 FACTS_FILE = "cached_dataset.json"
 _DROPPED_FILE = "dropped.json"
@@ -199,8 +201,18 @@ def _from_cache(directory: Path, rows: list[Json], rejects: RejectsFile | None) 
 # ---- tokenised datasets ----
 
 
+Part: TypeAlias = "EncodedDataset | PackedDataset | PairDataset | AnswerDataset"
+# What a dataset holds that is no samples of sft: what it is called, how it is written, who trains on it.
+_KINDS = {
+    "pairs": ("preference pairs", "--template_mode rlhf", "swiftlite dpo"),
+    "answers": ("labelled answers", "--template_mode kto", "swiftlite rlhf --rlhf_type kto"),
+}
+
+
 def write_cached_dataset(
-    directory: Path, template: Template, parts: Mapping[str, EncodedDataset | PackedDataset | PairDataset]
+    directory: Path,
+    template: Template,
+    parts: Mapping[str, Part],
 ) -> None:
     """Write tokenised, perhaps packed data: `cached_dataset.json`, one folder per part. The directory exists."""
     facts: Json = {"format": 1, "encoding": fingerprint(template), "packing_length": None}
@@ -210,6 +222,8 @@ def write_cached_dataset(
         facts[name] = {"samples": len(source), "tokens": sum(source.lengths)}
         if isinstance(part, PairDataset):
             facts["pairs"] = True
+        elif not isinstance(part, EncodedDataset | PackedDataset):
+            facts["answers"] = True
         elif isinstance(part, PackedDataset):
             facts["packing_length"] = part.capacity
             facts[name] |= {"sequences": len(part), "fill_rate": round(part.fill_rate, 6)}
@@ -239,8 +253,7 @@ def load_cached_dataset(
                 + (f"packs to {packing_length}" if packing_length else "does not pack")
                 + f"; use --packing true --packing_length {facts['packing_length']}"
             )
-        if facts.get("pairs"):
-            raise DatasetError(f"--cached_dataset {path}: holds preference pairs; train on them with `swiftlite dpo`")
+        _check_kind(path, facts, None)
         if name is None:
             continue
         store = TokenStore.load(directory / name)
@@ -261,19 +274,32 @@ def load_cached_dataset(
     return PackedDataset(dataset, packing_length, sequences=sequences, name=f"{' '.join(paths)} ({parts[0]})")
 
 
-def load_cached_pairs(paths: Sequence[str], template: Template, parts: Sequence[str] = ("train",)) -> TokenStore | None:
-    """As `load_cached_dataset`, of preference pairs that `--template_mode rlhf` wrote."""
+def load_cached_store(
+    paths: Sequence[str], template: Template, kind: str, parts: Sequence[str] = ("train",)
+) -> TokenStore | None:
+    """As `load_cached_dataset`, of what --template_mode wrote. kind: pairs, or answers with labels."""
     stores = []
     for path in paths:
         directory, name, facts = _part(path, parts, template)
-        if not facts.get("pairs"):
-            raise DatasetError(
-                f"--cached_dataset {path}: holds no preference pairs; write them with `swiftlite export "
-                "--to_cached_dataset true --template_mode rlhf`"
-            )
+        _check_kind(path, facts, kind)
         if name is not None:
             stores.append(TokenStore.load(directory / name))
     return _joined(stores) if stores else None
+
+
+def _check_kind(path: str, facts: Json, wanted: str | None) -> None:
+    """Raises: DatasetError for data of another kind. wanted: None: samples."""
+    found = next((kind for kind in _KINDS if facts.get(kind)), None)
+    if found == wanted:
+        return
+    if found is not None:
+        name, _, command = _KINDS[found]
+        raise DatasetError(f"--cached_dataset {path}: holds {name}; train on them with `{command}`")
+    assert wanted is not None
+    name, mode, _ = _KINDS[wanted]
+    raise DatasetError(
+        f"--cached_dataset {path}: holds no {name}; write them with `swiftlite export --to_cached_dataset true {mode}`"
+    )
 
 
 def _joined(stores: Sequence[TokenStore]) -> TokenStore:

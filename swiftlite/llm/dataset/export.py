@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from swiftlite.arguments.base import ModelArguments, TemplateArguments
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.parser import as_words, specs
 from swiftlite.checkpoint.resolve import resolve
-from swiftlite.llm.dataset.cache import write_cached_dataset
-from swiftlite.llm.dataset.prepare import encode_parts
+from swiftlite.llm.dataset.answers import make_answers
+from swiftlite.llm.dataset.cache import Part, write_cached_dataset
+from swiftlite.llm.dataset.prepare import encode_and_pack, encode_parts, make_pairs
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.pipeline import prepare_template
 from swiftlite.utils.directories import REJECTS_FILE
@@ -21,6 +23,13 @@ from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.utils.output import check_output, mark_output
+
+# By --template_mode.
+_MAKES: dict[str, Callable[..., Part]] = {
+    "train": encode_and_pack,
+    "rlhf": make_pairs,
+    "kto": make_answers,
+}
 
 
 def export_data(args: ExportArguments) -> Path:
@@ -48,7 +57,8 @@ def export_cached_dataset(args: ExportArguments) -> Path:
     scratch = real.with_name(f".{real.name}.tmp-{os.getpid()}")
     scratch.mkdir(parents=True)
     try:
-        parts = encode_parts(args, template, RejectsFile(scratch / REJECTS_FILE))
+        make = _MAKES[args.template_mode]
+        parts = encode_parts(args, template, RejectsFile(scratch / REJECTS_FILE), make)
         write_cached_dataset(scratch, template, parts)
         args.save(scratch)
         check()
@@ -58,8 +68,10 @@ def export_cached_dataset(args: ExportArguments) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
     tokens = sum(parts["train"].lengths)
     get_logger().info("wrote %s: %d training samples, %d tokens", output, len(parts["train"]), tokens)
-    command = "dpo" if args.template_mode == "rlhf" else "sft"
-    log_next("swiftlite", command, "--cached_dataset", output, *training_words(args))
+    commands = {"rlhf": ("dpo",), "kto": ("rlhf", "--rlhf_type", "kto")}
+    log_next(
+        "swiftlite", *commands.get(args.template_mode, ("sft",)), "--cached_dataset", output, *training_words(args)
+    )
     return output
 
 
