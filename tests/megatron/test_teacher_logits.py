@@ -100,9 +100,11 @@ def test_few_tokens_teach(setting: Setting, few: Path) -> None:
         ("mcore", "few", {}),
         ("mcore", "free", {"padding_free": "true", "micro_batch_size": 4}),
         ("hf", "free", {"padding_free": "true", "micro_batch_size": 4}),
-        ("hf", "left", {"padding_side": "left", "train_iters": 3}),
+        ("hf", "left", {"padding_side": "left"}),
+        ("hf", "streamed", {"streaming": "true"}),
+        ("mcore", "streamed", {"streaming": "true"}),
     ):
-        found = setting.train(side, name, **flags, **other)
+        found = setting.train(side, name, **flags, **other, train_iters=3)
         for line in ("loss", "grad_norm", "nll_loss"):
             mine, theirs = ([value[line] for value in lines if line in value] for lines in (found, wanted))
             assert mine == pytest.approx(theirs[: len(mine)], rel=1e-5), (side, name, line)
@@ -112,6 +114,33 @@ def test_few_tokens_teach(setting: Setting, few: Path) -> None:
         for name, model in (("before", setting.models[0]), ("after", setting.root / "few/hf/checkpoint-20"))
     )
     assert wanted[0]["loss"] < before and after < 0.7 * before
+
+
+@pytest.mark.parametrize("rows", [320, 350])
+def test_another_number_of_rows(rows: int, setting: Setting, tiny_model: Callable[..., Path]) -> None:
+    """Of the vocabulary, as models of one family have it: those that both have count, as with the teacher itself."""
+    teacher = tiny_model("qwen3", seed=1, vocab_size=rows, initializer_range=0.05)
+    known = setting.export(f"rows-{rows}", 1000, teacher_model=teacher)
+    assert TeacherLogits(known).ids.shape[1] == rows
+    live = setting.train("hf", f"live-{rows}", teacher_model=teacher, train_iters=3)
+    for side in SIDES:
+        found = setting.train(side, f"known-{rows}", teacher_logits=known, train_iters=3)
+        for name in ("loss", "grad_norm"):
+            assert [line[name] for line in found] == pytest.approx([line[name] for line in live], rel=1e-5), side
+
+
+def test_half_precision(setting: Setting) -> None:
+    """A bf16 teacher's log-probabilities are kept in float16: as near to it as its own logits are exact."""
+    bf16 = {"torch_dtype": "bfloat16"}
+    known = setting.export("half", 1000, **bf16)
+    kept = TeacherLogits(known)
+    assert kept.log_probs.dtype == torch.float16 and kept.rest.dtype == torch.float32
+    assert (known / "log_probs.bin").stat().st_size == 2 * kept.ids.numel()
+    for side in SIDES:
+        flags = {"train_iters": 1, "sft_alpha": 0, **bf16}
+        live = setting.train(side, "half-live", teacher_model=setting.models[1], **flags)
+        found = setting.train(side, "half-known", teacher_logits=known, **flags)
+        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in live], rel=5e-3)
 
 
 def test_packed(setting: Setting, few: Path) -> None:
@@ -188,6 +217,10 @@ def test_what_cannot_be_used(setting: Setting, whole: Path, tiny_model: Callable
             with pytest.raises(kind, match=said):
                 setting.train(side, "refused", **{"teacher_logits": whole, **flags})
     assert not (setting.root / "refused").exists() or not list((setting.root / "refused").rglob("checkpoint-*"))
+    stream = {"streaming": "true", "dataset": other, "train_iters": 2}
+    for side in SIDES:
+        with pytest.raises(DatasetError, match="has no answer to a sample of .* tokens; write it with"):
+            setting.train(side, "refused-stream", teacher_logits=whole, **stream)
     for flags, said in (
         ({"packing": "true"}, "sample by sample, and its answers serve packed training"),
         ({"template_mode": "rlhf"}, "trains on the samples of sft"),

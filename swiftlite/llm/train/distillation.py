@@ -44,7 +44,7 @@ class Distillation(LanguageModeling):
         there = targets != IGNORE_INDEX
         inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
         student = self._logits(model, inputs, there)
-        losses = self._distances(student, inputs, batch, there)
+        losses = self._distances(student[:, : self.rows], inputs, batch, there)
         entropies = cross_entropy(student.float(), targets[there], reduction="none")
         if "loss_scale" in batch:
             losses, entropies = (values * batch["loss_scale"][:, 1:][there] for values in (losses, entropies))
@@ -57,13 +57,13 @@ class Distillation(LanguageModeling):
             told = Top(*(batch[name] for name in TOLD))[batch["told"][:, 1:][there]]
             return self.divergence.of_top(student, told.within(self.rows))
         with torch.no_grad():
-            teacher = self._logits(self.teacher, inputs, there)
+            teacher = self._logits(self.teacher, inputs, there)[:, : self.rows]
         return self.divergence(student, teacher)
 
     def _logits(self, model: torch.nn.Module, inputs: Batch, there: Tensor) -> Tensor:
         """[N, V] of the positions before tokens with a label."""
         logits: Tensor = model(**inputs).logits
-        return logits[:, : there.shape[1], : self.rows][there]
+        return logits[:, : there.shape[1]][there]
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         return {**super().metrics(sums), "nll_loss": sums["nll"] / max(sums["trained_tokens"], 1.0)}
