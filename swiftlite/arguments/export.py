@@ -211,7 +211,7 @@ class ExportArguments(PlanArguments, PushArguments, TeacherArguments, McoreArgum
             if "loss_scale" not in self.given:
                 self.loss_scale = "last_round"  # as preference training has it
             if self.packing:
-                raise UsageError("--packing true: pairs and answers are packed where they are trained on; leave it out")
+                raise UsageError("--packing true: answers and pairs are packed where they are trained on; leave it out")
 
     def _check_fp8(self, form: str) -> None:
         adapter = (self.adapters or self.mcore_adapter) and not self.merge_lora
