@@ -34,6 +34,7 @@ LORA_MOE = [*LORA, "--lr", "2.5e-3", "--train_iters", "17"]  # at a higher rate 
 GKD = ["--rlhf_type", "gkd", "--rpo_alpha", "none", "--beta", "0.3", "--sft_alpha", "0.5", "--train_iters", "8"]
 TAUGHT = [*GKD, "--teacher_logits", "20"]  # what the teacher said before: the 20 likeliest tokens of each position
 KTO = ["--rlhf_type", "kto", "--rpo_alpha", "none", "--train_iters", "8"]  # each pair as two answers
+KTO_PACKED = [*KTO, *PACKED, "--packing_length", "1000"]
 
 # What one process runs: family, flags. The others are compared with the one they name.
 ALONE: dict[str, tuple[str, list[str]]] = {
@@ -45,6 +46,7 @@ ALONE: dict[str, tuple[str, list[str]]] = {
     "lora-moe": ("glm4_moe", LORA_MOE),
     "mla": ("moonlight", []),
     "kto": ("qwen3", KTO),
+    "kto-packed": ("qwen3", KTO_PACKED),
     "gkd": ("qwen3", GKD),
     "taught": ("qwen3", TAUGHT),
 }
@@ -78,6 +80,7 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "kto-tp2-sp": ("kto", 2, [*KTO, *TP], None),
     "kto-pp2-known": ("kto", 2, [*KTO, *UNEVEN, *KNOWN], None),
     "kto-cp2": ("kto", 2, [*KTO, *CP], None),
+    "kto-packed-cp2": ("kto-packed", 2, [*KTO_PACKED, *CP], None),
     "gkd-dp2": ("gkd", 2, GKD, None),
     "gkd-tp2-sp": ("gkd", 2, [*GKD, *TP], None),
     "gkd-pp2": ("gkd", 2, [*GKD, *UNEVEN], None),
@@ -168,7 +171,7 @@ def test_layout_equals_one_process(root: Path, name: str) -> None:
     for mine, theirs in zip(several, one, strict=True):
         names = {n for n in theirs if n.startswith("eval_") or "/" in n or n == "nll_loss"}
         assert names == {n for n in mine if n.startswith("eval_") or "/" in n or n == "nll_loss"}
-        assert len(names) >= {"kto": 5, "gkd": 1, "taught": 1}.get(alone, 7)
+        assert len(names) >= {"kto": 5, "kto-packed": 5, "gkd": 1, "taught": 1}.get(alone, 7)
         for metric in names:
             assert mine[metric] == pytest.approx(theirs[metric], rel=TOLERANCE, abs=TOLERANCE), metric
 
