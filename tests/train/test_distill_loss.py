@@ -15,6 +15,7 @@ import torch
 
 from swiftlite.arguments.parser import parse
 from swiftlite.arguments.preference import DpoArguments
+from swiftlite.checkpoint.preflight import preflight
 from swiftlite.llm.train import gkd
 from swiftlite.train.distill_loss import Divergence, Parts, Top, top_of
 from swiftlite.train.plot import read_run
@@ -223,6 +224,7 @@ def test_what_cannot_be_distilled() -> None:
         parse(DpoArguments, ["--model", "A/B", "--teacher_model", "A/C"])
     args = parse(DpoArguments, [*words, "--teacher_model", "A/C", "--packing", "true", "--max_length", "8"])
     assert args.beta == 0.5 and args.loss_scale == "default" and not args.has_reference
+    preflight(parse(DpoArguments, [*words, "--teacher_model", "A/C", "--dataset", "A/D"]))  # ids of a hub
     own = {"a": 0, "b": 1}
     check_teacher("A/C", own, dict(own))
     check_teacher_rows("A/C", 2, own)
