@@ -56,7 +56,7 @@ result, or is refused with the reason and with what to use instead: [flags.md](f
 | `megatron sft`, `megatron pt`, `megatron rlhf --rlhf_type dpo` | `swiftlite megatron sft`, `pt`, `rlhf` |
 | `swift infer`, `swift export --merge_lora true` | `swiftlite infer`, `swiftlite export --merge_lora true` |
 | `megatron export --to_mcore true`, `--to_hf true` | the same; layouts (TP, PP, EP) are not needed |
-| `swift export --to_cached_dataset true` | the same; `--template_mode rlhf` for pairs |
+| `swift export --to_cached_dataset true` | the same; `--template_mode rlhf` for pairs, `kto` for labelled answers |
 | `llamafactory-cli train FILE.yaml` | `swiftlite sft FILE.yaml` (`pt`, `dpo`), or `swiftlite megatron sft FILE.yaml` |
 | `llamafactory-cli chat FILE.yaml` | `swiftlite infer FILE.yaml` |
 | `llamafactory-cli export FILE.yaml` | `swiftlite export FILE.yaml --merge_lora true` |

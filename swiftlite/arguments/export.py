@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from swiftlite.arguments.base import PLUGINS, BaseArguments, normalize_dtype
 from swiftlite.arguments.flags import EXPORT_NOTES, NO_QUANTISING
 from swiftlite.arguments.parser import Arguments, Note, arguments, field
+from swiftlite.arguments.task import TeacherArguments
 from swiftlite.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 
 # What ms-swift and Megatron call a scale for 128 x 128 numbers.
 FP8_CALLED = {"fp8": "block", "blockwise": "block"}
+_NO_TEACHER = (
+    "--to_teacher_logits true asks a whole Hugging Face model; merge or convert it first (--merge_lora, --to_hf)"
+)
+_NOT_TAUGHT = {
+    "packing": "the teacher reads sample by sample, and its answers serve packed training too; leave it out",
+    "dry_run": "--to_teacher_logits true has no plan; leave it out",
+}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -105,7 +113,7 @@ class PushArguments(Arguments):
 
 
 @arguments
-class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArguments):
+class ExportArguments(PlanArguments, PushArguments, TeacherArguments, McoreArguments, BaseArguments):
     """Export: what is converted and how it is checked"""
 
     NOTES: ClassVar[Mapping[str, Note]] = {
@@ -138,9 +146,17 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         False, "write --dataset as token ids, which both trainers read by memory map", common=True
     )
     template_mode: str = field(
-        "train", "with --to_cached_dataset true: samples of sft and pt, or preference pairs (rlhf)",
-        choices=["train", "rlhf"],
+        "train", "with --to_cached_dataset true: samples of sft and pt, preference pairs (rlhf) or labelled answers (kto)",
+        choices=["train", "rlhf", "kto"],
     )  # fmt: skip
+    to_teacher_logits: bool = field(
+        False, "have --teacher_model (default: --model) answer --dataset, tokenised as --model reads it, and write what it "
+        "thinks of each token of an answer, for `rlhf --rlhf_type gkd --teacher_logits DIR`; the same command goes on where "
+        "it stopped", common=True,
+    )  # fmt: skip
+    teacher_topk: int = field(
+        64, "with --to_teacher_logits true: so many likeliest tokens are kept one by one, the others as one", least=1
+    )
     test_convert_precision: bool = field(
         False, "run both models on one conversation and fail where they disagree", common=True
     )
@@ -159,19 +175,11 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.to_cached_dataset and (self.to_mcore or self.to_hf or self.merge_lora):
+        self._check_data()
+        if self.push_to_hub and (self.to_mcore or self.trains):
             raise UsageError(
-                "--to_cached_dataset true: converts no model; leave out --to_mcore, --to_hf and --merge_lora"
-            )
-        if self.template_mode == "rlhf" and "loss_scale" not in self.given:
-            self.loss_scale = "last_round"  # as preference training has it
-        if self.template_mode == "rlhf" and self.packing:
-            raise UsageError("--packing true: pairs are packed where they are trained on; leave it out")
-        if self.dataset and not self.to_cached_dataset:
-            raise UsageError("--dataset: converting a model reads no data; --to_cached_dataset true tokenises it")
-        if self.push_to_hub and (self.to_mcore or self.to_cached_dataset):
-            raise UsageError(
-                "--push_to_hub true: pushes Hugging Face directories; not with --to_mcore, --to_cached_dataset"
+                "--push_to_hub true: pushes Hugging Face directories; not with --to_mcore, --to_cached_dataset and "
+                "--to_teacher_logits"
             )
         if self.fp8:
             self.fp8 = FP8_CALLED.get(self.fp8, self.fp8)
@@ -191,6 +199,30 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         if self.max_length is None:
             self.max_length = 2048
 
+    def _check_data(self) -> None:
+        flag = "to_cached_dataset" if self.to_cached_dataset else "to_teacher_logits"
+        if self.trains and (self.to_mcore or self.to_hf or self.merge_lora):
+            raise UsageError(f"--{flag} true: converts no model; leave out --to_mcore, --to_hf and --merge_lora")
+        if self.to_cached_dataset and self.to_teacher_logits:
+            raise UsageError("--to_cached_dataset and --to_teacher_logits: one at a time; both read --dataset")
+        for name in ("teacher_model", "temperature", "teacher_topk"):
+            if name in self.given and not self.to_teacher_logits:
+                raise UsageError(f"--{name}: goes with --to_teacher_logits true only")
+        for name in ("packing", "adapters", "mcore_model", "mcore_adapter", "dry_run"):
+            if self.to_teacher_logits and getattr(self, name):
+                raise UsageError(f"--{name}: {_NOT_TAUGHT.get(name, _NO_TEACHER)}")
+        if self.dataset and not self.trains:
+            raise UsageError("--dataset: converting a model reads no data; --to_cached_dataset true tokenises it")
+        if self.template_mode != "train":
+            if self.to_teacher_logits:
+                raise UsageError(
+                    f"--template_mode {self.template_mode}: --rlhf_type gkd trains on the samples of sft; leave it out"
+                )
+            if "loss_scale" not in self.given:
+                self.loss_scale = "last_round"  # as preference training has it
+            if self.packing:
+                raise UsageError("--packing true: answers and pairs are packed where they are trained on; leave it out")
+
     def _check_fp8(self, form: str) -> None:
         adapter = (self.adapters or self.mcore_adapter) and not self.merge_lora
         pushed = self.push_to_hub and not (self.to_hf or self.merge_lora)
@@ -207,7 +239,8 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
         reads = self.to_mcore or self.merge_lora or self.push_to_hub or self.fp8
         # An adapter's base is read for its config only, unless both sides are computed.
         adapter = (self.adapters or self.mcore_adapter) and not (self.merge_lora or self.test_convert_precision)
-        return megatron_kinds(self, bool(reads and not adapter and self.mcore_model is None and not self.dry_run))
+        kinds = megatron_kinds(self, bool(reads and not adapter and self.mcore_model is None and not self.dry_run))
+        return {**kinds, "teacher_model": ("is_hf",)}
 
     @property
     def needs_megatron(self) -> bool:
@@ -215,7 +248,7 @@ class ExportArguments(PlanArguments, PushArguments, McoreArguments, BaseArgument
 
     @property
     def trains(self) -> bool:
-        return self.to_cached_dataset
+        return self.to_cached_dataset or self.to_teacher_logits
 
     @property
     def written_dtype(self) -> torch.dtype | None:

@@ -270,19 +270,39 @@ _ONLINE = (
     "num_generations", "num_iterations", "steps_per_generation", "generation_batch_size", "max_completion_length",
     "response_length", "advantage_estimator", "scale_rewards", "kl_in_reward", "importance_sampling_level", "epsilon",
     "epsilon_high", "delta", "overlong_filter", "dynamic_sample", "log_completions", "async_generate",
-    "multi_turn_scheduler", "max_turns", "teacher_model_server", "teacher_adapters", "teacher_deepspeed", "seq_kd",
-    "gkd_logits_topk", "top_p", "top_k", "rollout_importance_sampling_mode",
+    "multi_turn_scheduler", "max_turns", "top_p", "top_k", "rollout_importance_sampling_mode",
 )  # fmt: skip
 OTHER_PREFERENCES = (
-    "dpo, cpo, simpo, orpo, kto, gkd and reward models (rm) are trained here; GRPO and PPO: TRL or ms-swift on the Hugging "
-    "Face directory, verl for GRPO with vLLM at scale; convert the result here"
+    "dpo, cpo, simpo, orpo, kto, gkd on the data's answers and reward models (rm) are trained here; GRPO, PPO, gkd on the "
+    "student's own answers: TRL or ms-swift on the Hugging Face directory, verl for GRPO with vLLM at scale; convert the "
+    "result here"
 )
+_KEPT = "`swiftlite export --to_teacher_logits true`, then --teacher_logits DIR"
+_TEACHER: dict[str, Note] = {
+    "gkd_logits_topk": Note("rejected", f"--teacher_topk K says it where a teacher's answers are kept: {_KEPT}"),
+    "teacher_model_server": Note(
+        "rejected", f"give the teacher's directory with --teacher_model, or have it answer before training: {_KEPT}"
+    ),
+    "offload_teacher_model": Note(
+        "default", f"the teacher stays where it is; for training without it in memory: {_KEPT}", allowed=("false",)
+    ),
+    "teacher_adapters": Note("rejected", "merge them into the teacher: `swiftlite export --merge_lora true`"),
+    "teacher_deepspeed": Note(
+        "default", "the teacher is divided over the ranks as the model is", allowed=("zero0", "zero1", "zero2", "zero3")
+    ),
+    "seq_kd": Note(
+        "default",
+        "for a teacher's answers as data: `swiftlite infer --val_dataset FILE` writes them",
+        allowed=("false",),
+    ),
+}
 
 DPO_NOTES: dict[str, Note] = {
     "reference_free": Note("default", "there is a reference", allowed=("false",)),
     "f_divergence_type": Note("default", "the loss is of the reverse KL divergence", allowed=("reverse_kl",)),
     **dict.fromkeys(("ref_model_type", "ref_model_revision"), Note("default", "--ref_model's directory says it")),
     **dict.fromkeys(_ONLINE, Note("rejected", OTHER_PREFERENCES)),
+    **_TEACHER,
     "stage": Note("default", "the command says it: sft, pt or dpo", allowed=("dpo",)),
     "mcore_ref_model": Note("rejected", "the reference is a Hugging Face model here: give it with --ref_model"),
     "calculate_per_token_loss": AVERAGED_PAIRS,

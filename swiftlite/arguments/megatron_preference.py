@@ -21,8 +21,10 @@ class MegatronDpoArguments(MegatronSftArguments, DpoArguments):
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:
-        models = dict.fromkeys(("ref_model", "teacher_model"), ("is_hf", "is_megatron"))
-        return {**super().directory_kinds, **models, "ref_adapters": ("is_peft", "is_megatron_adapter")}
+        kinds = ("is_hf", "is_megatron", *(["config"] if self.dry_run else []))
+        models = dict.fromkeys(("ref_model", "teacher_model"), kinds)
+        others = {"ref_adapters": ("is_peft", "is_megatron_adapter"), "teacher_logits": ("is_teacher_logits",)}
+        return {**super().directory_kinds, **models, **others}
 
     NOTES: ClassVar[Mapping[str, Note]] = {
         "mcore_ref_model": Note("rejected", "give it with --ref_model, which takes checkpoints of either format"),

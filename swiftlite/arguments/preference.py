@@ -7,22 +7,28 @@ from typing import ClassVar
 
 from swiftlite.arguments.flags import DPO_NOTES, OTHER_PREFERENCES
 from swiftlite.arguments.parser import Note, arguments, field, run_setting, specs
-from swiftlite.arguments.task import KTO_LOSS_TYPES, MIXABLE, PAIR_LOSS_TYPES, REFERENCE_FREE
+from swiftlite.arguments.task import (
+    KTO_LOSS_TYPES,
+    MIXABLE,
+    PAIR_LOSS_TYPES,
+    REFERENCE_FREE,
+    TeacherArguments,
+)
 from swiftlite.arguments.train import SftArguments
 from swiftlite.utils.errors import UsageError
 
 _OF_KTO = ("desirable_weight", "undesirable_weight")
-_OF_GKD = ("teacher_model", "lmbda", "temperature", "sft_alpha")
+_OF_GKD = ("teacher_model", "teacher_logits", "lmbda", "temperature", "sft_alpha")
 SMOOTHED = ("sigmoid", "robust", "cpo", "simpo")
 
 
 @arguments
-class PreferenceArguments(SftArguments):
+class PreferenceArguments(TeacherArguments, SftArguments):
     """Preference: the loss on pairs, and the reference that the policy is held to"""
 
     rlhf_type: str = field(
         "dpo", "dpo (a loss of --loss_type on pairs), cpo, simpo, orpo (those losses, without a reference), kto (answers "
-        "that are each desirable or not), gkd (distillation from --teacher_model), or rm (a reward model)",
+        "that are each desirable or not), gkd (distillation from --teacher_model or --teacher_logits), rm (a reward model)",
         unavailable={
             "DpoArguments": Note("default only", OTHER_PREFERENCES, (*REFERENCE_FREE, "kto", "gkd", "rm")),
         },
@@ -64,15 +70,15 @@ class PreferenceArguments(SftArguments):
         "the reference answers the whole dataset once before training, then its memory is free; a run with the same "
         "data and reference finds the answers in ~/.cache/swiftlite, or $SWIFTLITE_CACHE",
     )
-    teacher_model: str | None = field(
-        None, "with --rlhf_type gkd: directory or id of the teacher, which has the same tokens", path=True
-    )
+    teacher_logits: str | None = field(
+        None, "with --rlhf_type gkd: directory that `export --to_teacher_logits true` wrote, in place of the teacher",
+        path=True,
+    )  # fmt: skip
     lmbda: float = field(
         0.0, "with --rlhf_type gkd: share of answers that the student writes itself",
         unavailable="the student's own answers would have to be written while it trains, which needs an inference engine: "
         "TRL's GKDTrainer or ms-swift do that; --lmbda 0 learns on the data's answers",
     )  # fmt: skip
-    temperature: float = field(1.0, "with --rlhf_type gkd: divides the logits of student and teacher", least=0)
     sft_alpha: float = field(0.0, "with --rlhf_type gkd: weight of the answers' cross entropy, which is added", least=0)
 
     @property
@@ -161,14 +167,14 @@ class PreferenceArguments(SftArguments):
         for name in sorted(other | {"precompute_ref_log_probs"}):
             if getattr(self, name) != specs(type(self))[name].default:
                 raise UsageError(f"--{name}: has no meaning with --rlhf_type gkd; leave it out")
-        if self.teacher_model is None:
-            raise UsageError("--rlhf_type gkd: give the teacher with --teacher_model DIR_OR_ID")
-        self.beta = 0.5 if self.beta is None else self.beta
-        if not 0 <= self.beta <= 1 or not self.temperature:
+        if (self.teacher_model is None) == (self.teacher_logits is None):
             raise UsageError(
-                f"--beta {self.beta} --temperature {self.temperature}: with --rlhf_type gkd the one is between 0 and 1, the "
-                "other above 0"
+                "--rlhf_type gkd: give the teacher with --teacher_model DIR_OR_ID, or what it said before with "
+                "--teacher_logits DIR (`swiftlite export --to_teacher_logits true` writes it)"
             )
+        self.beta = 0.5 if self.beta is None else self.beta
+        if not 0 <= self.beta <= 1:
+            raise UsageError(f"--beta {self.beta}: with --rlhf_type gkd it is between 0 and 1")
 
     def _settle_kto(self) -> None:
         if self.loss_type is None:
@@ -234,6 +240,7 @@ class DpoArguments(PreferenceArguments):
             "ref_model": ("is_hf",),
             "ref_adapters": ("is_peft",),
             "teacher_model": ("is_hf",),
+            "teacher_logits": ("is_teacher_logits",),
         }
 
     def __post_init__(self) -> None:
@@ -250,19 +257,9 @@ class DpoArguments(PreferenceArguments):
             raise UsageError("--streaming true: not available for preference pairs; leave it out")
         if self.packing_strategy == "sequential":
             raise UsageError("--packing_strategy sequential: pairs are packed by best fit; leave it out")
-        if self.rlhf_type == "kto":
-            self._check_answers()
-        if self.packing and self.group_by_length:
-            raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")
-
-    def _check_answers(self) -> None:
-        if self.packing:
-            raise UsageError(
-                "--packing true: not with --rlhf_type kto; --padding_free true joins answers without padding"
-            )
-        if self.cached_dataset:
-            raise UsageError("--cached_dataset: holds no labels of --rlhf_type kto; give the rows with --dataset")
-        if self.loss_scale == "all":
+        if self.rlhf_type == "kto" and self.loss_scale == "all":
             raise UsageError(
                 "--loss_scale all: --rlhf_type kto must know where answers begin; use last_round or default"
             )
+        if self.packing and self.group_by_length:
+            raise UsageError("--packing true: packed sequences have one length; leave out --group_by_length")

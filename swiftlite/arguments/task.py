@@ -97,3 +97,18 @@ class TaskArguments(Arguments):
     def pools(self) -> bool:
         """Is a conversation read as a whole and its last token taken, rather than answered?"""
         return self.task_type not in (None, "causal_lm")
+
+
+@arguments
+class TeacherArguments(Arguments):
+    """Distillation: the teacher"""
+
+    teacher_model: str | None = field(
+        None, "directory or id of the teacher of --rlhf_type gkd, which has the same tokens as the model", path=True
+    )
+    temperature: float = field(1.0, "of --rlhf_type gkd: divides the logits of student and teacher", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature:
+            raise UsageError(f"--temperature {self.temperature}: divides logits, so it must be above 0")

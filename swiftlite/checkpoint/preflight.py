@@ -119,7 +119,7 @@ def _check_directories(args: Arguments) -> None:
     for flag, kinds in args.directory_kinds.items():
         value = getattr(args, flag)
         for given in value if isinstance(value, list) else [value] if value else []:
-            if flag not in ("model", "ref_model") or _is_local(given, flag):
+            if flag not in ("model", "ref_model", "teacher_model") or _is_local(given, flag):
                 expect("" if flag == args.POSITIONAL else flag, given, *kinds)
 
 

@@ -128,10 +128,10 @@ def export_main(args: ExportArguments | Sequence[str]) -> Path:
 
 
 def _export(args: ExportArguments) -> Path:
-    if args.to_cached_dataset:
-        from swiftlite.llm.dataset.export import export_cached_dataset  # imports transformers' tokenizers
+    if args.to_cached_dataset or args.to_teacher_logits:
+        from swiftlite.llm.dataset.export import export_data  # imports transformers' tokenizers
 
-        return export_cached_dataset(args)
+        return export_data(args)
     if args.adapters or args.mcore_adapter:
         return _export_adapter(_ready(args))
     if args.merge_lora:
@@ -142,4 +142,4 @@ def _export(args: ExportArguments) -> Path:
         return convert_mcore2hf(args)
     if args.push_to_hub and args.model and (Path(args.model) / "config.json").is_file():
         return Path(args.model)
-    raise UsageError("nothing to do: give --to_mcore true or --to_hf true, or --to_cached_dataset true")
+    raise UsageError("nothing to do: give --to_mcore, --to_hf, --to_cached_dataset or --to_teacher_logits true")

@@ -16,7 +16,7 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Config, Json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from swiftlite.llm.template.base import Template
 
@@ -59,6 +59,16 @@ def load_model(args: BaseArguments) -> PreTrainedModel:
     if args.task_type == "seq_cls":
         prepare_head(model, tokenizer, args)
     return model
+
+
+def read_model(args: BaseArguments, directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Another model than the one in training, and its tokenizer."""
+    model, tokenizer = get_model_tokenizer(
+        directory, args.model_info.torch_dtype, args.device_map, use_hf=args.use_hf, need_template=False,
+        attn_impl=args.hf_attn_implementation, trust_remote_code=args.trust_remote_code, hub_token=args.hub_token,
+        ignore_requirements=args.ignore_requirements, new_special_tokens=args.new_special_tokens,
+    )  # fmt: skip
+    return model, tokenizer
 
 
 def prepare_model_template(args: BaseArguments) -> tuple[PreTrainedModel, Template]:

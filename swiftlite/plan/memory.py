@@ -46,6 +46,10 @@ _OFFLOADED = {
 # Of a sequence that is divided, each rank has at least so many tokens: fewer are no work for a GPU.
 LEAST_TOKENS = 4096
 
+# What a divergence between student and teacher keeps for each of the student's logits (measured): of the mixture that
+# --beta between 0 and 1 makes, of a KL divergence, of a teacher whose likeliest tokens alone are known.
+DIVERGENCE_BYTES = {"mixture": 52, "kl": 28, "top": 25}
+
 # Logits of a pass up to which they are made at once, and of a chunk beyond that: 4 GB and 1 GB in bf16.
 MOST_LOGITS = 1 << 31
 CHUNK_LOGITS = 1 << 29
@@ -156,7 +160,8 @@ class TrainingModel:
     """What the formulas need to know.
 
     args: MegatronArguments with the model's fields set. dtype: of the weights. sequences: of a sample; a preference pair
-    has two. reference: a frozen model of this size stays next to the trained one.
+    has two. beside: a frozen model that stays next to the trained one. loss_bytes: that a loss of whole distributions takes
+    for each logit, see DIVERGENCE_BYTES; None: cross entropy.
     adapters: Hugging Face module -> rank, of a run that trains LoRA adapters. trained: Hugging Face names of the weights
     that are trained themselves; None: all, or none beside adapters.
     """
@@ -165,7 +170,8 @@ class TrainingModel:
     args: MegatronArguments
     dtype: torch.dtype
     sequences: int = 1
-    reference: bool = False
+    beside: BoundMap | None = None
+    loss_bytes: int | None = None
     adapters: Mapping[str, int] | None = None
     trained: Collection[str] | None = None
 
@@ -252,6 +258,20 @@ class TrainingModel:
                 dense += number * (form.whole(layout.tp) // layout.tp) if form.divided else size
         return dense, experts // (layout.ep * layout.etp), buffers
 
+    @cached_property
+    def other(self) -> TrainingModel | None:
+        """The frozen model."""
+        return None if self.beside is None else replace(self, bound=self.beside, beside=None, adapters=None, trained=())
+
+    def _beside_bytes(self, layout: Layout, rank: int) -> int:
+        """Weights of the frozen model on one GPU of a pipeline stage."""
+        if self.other is None:
+            return 0
+        if self.other.bound.model.num_layers != sum(layout.stages):
+            layout = replace(layout, stages=())
+        dense, experts, buffers = self.other.elements(layout, rank)
+        return (dense + experts) * self.dtype.itemsize + 4 * buffers
+
     def need(self, layout: Layout, micro_batch_size: int, seq_length: int, num_microbatches: int) -> MemoryUse:
         """Bytes on the GPU of the pipeline stage that takes most."""
         tokens = micro_batch_size * self.sequences * seq_length // layout.cp
@@ -260,8 +280,7 @@ class TrainingModel:
 
     def _stage_need(self, layout: Layout, rank: int, tokens: int, num_microbatches: int) -> MemoryUse:
         dense, experts, buffers = self.elements(layout, rank)
-        width = self.dtype.itemsize
-        weights = ((dense + experts) * width + 4 * buffers) * (2 if self.reference else 1)
+        weights = (dense + experts) * self.dtype.itemsize + 4 * buffers + self._beside_bytes(layout, rank)
         if self.args.fp8_format:  # beside each weight of a layer its FP8 form, and that transposed
             ends = (rank == 0) + (rank == layout.pp - 1)
             weights += 2 * max(
@@ -312,7 +331,11 @@ class TrainingModel:
             # The fused loss writes their gradient over a copy of the logits; the plain one makes both in fp32.
             rows = self.bound.model.num_labels or self.bound.model.vocab // layout.tp
             fused = self.args.cross_entropy_loss_fusion is not False
-            total += logits_at_once(self.args, tokens, rows) * rows * (2 * width if fused else width + 8)
+            if self.loss_bytes is None:
+                total += logits_at_once(self.args, tokens, rows) * rows * (2 * width if fused else width + 8)
+            else:  # those of all tokens with a label, taken to be all, and a teacher's of the whole step
+                kept = width * num_microbatches if self.beside is not None else 0
+                total += tokens * rows * (2 * width + self.loss_bytes + kept)
         return total, math.ceil(sum(part.get(name, 0) for part in parts for name in away - made_again) * in_flight)
 
     def _recomputed(self, layout: Layout) -> set[str]:

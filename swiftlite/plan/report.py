@@ -8,25 +8,21 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-
-import torch
 
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
-from swiftlite.arguments.preference import PreferenceArguments
-from swiftlite.checkpoint.bind import bind_map
-from swiftlite.checkpoint.checkpoint import Checkpoint
-from swiftlite.checkpoint.head import trained_config
 from swiftlite.checkpoint.planned import PlannedSource
 from swiftlite.convert.conversion import Plan
 from swiftlite.convert.mcore import McorePlan
 from swiftlite.plan.layouts import command, own_layout, print_layouts
 from swiftlite.plan.memory import TrainingModel
+from swiftlite.plan.model import Adapters as Adapters
+from swiftlite.plan.model import Trained as Trained
+from swiftlite.plan.model import source_of, training_model
 from swiftlite.utils.io import DiskSpeed, existing_parent, format_bytes, peak_memory_bytes, probe_disk
 from swiftlite.utils.text import format_seconds, printable
-from swiftlite.weights.rule import BoundMap
 from swiftlite.weights.storage import TensorSpec
 from swiftlite.weights.stream import planned_bytes
 
@@ -122,28 +118,6 @@ def _disk(directory: Path, total: int, speed: DiskSpeed | None) -> str:
 # ---- training ----
 
 
-# Hugging Face module -> rank, of a run that trains only adapters; Hugging Face names, of one that freezes the others.
-Adapters = Callable[[BoundMap], Mapping[str, int] | None]
-Trained = Callable[[BoundMap], Collection[str] | None]
-
-
-def _source(args: MegatronSftArguments, origin: str | Path) -> Checkpoint:
-    """Of the weights, which are not read: config.json is held against the tensors that are there, if there are some."""
-    return Checkpoint.open(Path(origin), weights=bool(args.mcore_model) or any(Path(origin).glob("*.safetensors")))
-
-
-def _model(args: MegatronSftArguments, source: Checkpoint, adapters: Adapters, trained: Trained) -> TrainingModel:
-    bound = bind_map(trained_config(args, source.config), source.names)
-    compared = isinstance(args, PreferenceArguments)
-    pairs = compared and args.rlhf_type not in ("kto", "gkd")
-    own_reference = compared and args.has_reference and not args.precompute_ref_log_probs
-    own_reference = own_reference and (args.ref_model or args.train_type != "lora")
-    return TrainingModel(
-        bound, args, args.dtype or torch.float32, sequences=2 if pairs and not args.packing else 1,
-        reference=bool(own_reference), adapters=adapters(bound), trained=trained(bound),
-    )  # fmt: skip
-
-
 def out_of_memory(
     args: MegatronSftArguments, origin: str | Path, adapters: Adapters, trained: Trained, gpus: int, length: int,
     available: int,
@@ -151,7 +125,7 @@ def out_of_memory(
     """What a step of `length` tokens takes, beside what a GPU has, and which layout takes less."""
     layout = own_layout(args, gpus)
     micro, accumulated, batch = args.batch_sizes(layout.dp)
-    model = _model(args, _source(args, origin), adapters, trained)
+    model = training_model(args, source_of(args, origin), adapters, trained)
     need = model.need(layout, micro, length, accumulated)
     parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
     said = ", ".join(
@@ -169,10 +143,10 @@ def out_of_memory(
 
 def print_training(args: MegatronSftArguments, origin: str | Path, adapters: Adapters, trained: Trained) -> None:
     """Bytes, files, memory, time, layouts and command of a training command; `args` have the model's fields set."""
-    source = _source(args, origin)
+    source = source_of(args, origin)
     planned = source.source.stored_bytes if isinstance(source.source, PlannedSource) else 0
     files = [file for file in source.source.files if not planned and file.suffix != ".metadata"]
-    model = _model(args, source, adapters, trained)
+    model = training_model(args, source, adapters, trained)
     stored = checkpoint_bytes(model, with_optimizer=False)
     read = planned or sum(file.stat().st_size for file in files)
     saved = checkpoint_bytes(model, with_optimizer=not args.no_save_optim)
@@ -184,12 +158,25 @@ def print_training(args: MegatronSftArguments, origin: str | Path, adapters: Ada
     _rows(
         [
             ("model", f"{model.num_parameters:,} parameters, {model.num_trained:,} trained"),
+            *_other_rows(model),
             ("reads", f"{format_bytes(read)}{f' in {len(files)} files' if files else ''}"),
             ("saves", f"{format_bytes(saved)} in each checkpoint{hf}"),
             ("disk", _disk(Path(str(args.output_dir)), saved, speed) + times),
         ]
     )
     print_layouts(args, model, command((), args, _PARALLEL))
+
+
+def _other_rows(model: TrainingModel) -> list[tuple[str, str]]:
+    """What is in memory besides the trained model."""
+    if model.other is None:
+        return []
+    size = format_bytes(checkpoint_bytes(model.other, with_optimizer=False))
+    weights = f"{model.other.num_parameters:,} parameters beside the model, {size}"
+    if model.loss_bytes is None:
+        return [("reference", weights)]
+    more = "its logits of a step are among the activations; --teacher_logits takes neither"
+    return [("teacher", f"{weights}; {more}")]
 
 
 def checkpoint_bytes(model: TrainingModel, with_optimizer: bool) -> int:

@@ -1,6 +1,6 @@
 """How far a student's next-token distributions are from a teacher's; shared by both sides. Imports torch only.
 
-N: positions, V: vocabulary, or this rank's part of it.
+N: positions, V: vocabulary, or this rank's part of it, K: tokens of a teacher that are known.
 """
 
 from __future__ import annotations
@@ -30,6 +30,38 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Top:
+    """What a teacher thinks most likely at each position; log-probabilities of its logits divided by a temperature.
+
+    ids: [N, K], any integers. log_probs: [N, K]. rest: [N], of all other tokens together, -inf where there are none.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+    def __getitem__(self, which: Tensor) -> Top:
+        """Of some positions: numbers, or a mask."""
+        return Top(self.ids[which], self.log_probs[which], self.rest[which])
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> Top:
+        return Top(move(self.ids), move(self.log_probs), move(self.rest))
+
+    def within(self, rows: int) -> Top:
+        """Without tokens beyond a vocabulary of `rows`, of which a student knows nothing."""
+        return Top(self.ids, self.log_probs.masked_fill(self.ids >= rows, -torch.inf), self.rest)
+
+
+def top_of(logits: Tensor, k: int, temperature: float) -> Top:
+    """The K likeliest of each position, all of them if there are fewer: of logits [N, V]; int32, fp32, fp32."""
+    log_probs = (logits.float() / temperature).log_softmax(-1)
+    found = log_probs.topk(min(k, log_probs.shape[1]), -1)
+    # Not 1 less the others' sum: what is left of it is rounding where the rest is small.
+    rest = log_probs.scatter(1, found.indices, -torch.inf).logsumexp(-1)
+    return Top(found.indices.int(), found.values, rest)
+
+
+@dataclass(frozen=True)
 class Divergence:
     """The generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, equation 1), as trl computes it.
 
@@ -44,13 +76,43 @@ class Divergence:
         """Divergences [N], fp32, of logits [N, V], with gradients into the student's."""
         parts = parts or Parts()
         s, t = (self._log_probs(logits, parts) for logits in (student, teacher.detach()))
+        return parts.total(self._terms(s, t).sum(-1))
+
+    def of_top(self, student: Tensor, teacher: Top, parts: Parts | None = None, first: int = 0) -> Tensor:
+        """As a call, from what is known of the teacher: all tokens but its K likeliest count as one.
+
+        So it is a divergence of K + 1 outcomes: it is 0 only where student and teacher agree on each of them, it is never
+        above the whole one, and it is that where K is the vocabulary. Without the rest, probabilities of the K made to add
+        up to 1, the student could give any probability to the others.
+
+        Args: first: row of the vocabulary that the student's logits [N, V] begin with.
+        """
+        parts = parts or Parts()
+        s, rows = self._log_probs(student, parts), student.shape[1]
+        # They add up to 1 but for the rounding that they were stored with, and for tokens left out by `within`.
+        t = torch.cat([teacher.log_probs.float(), teacher.rest.float()[:, None]], -1).log_softmax(-1)
+        t, t_rest = t[:, :-1], t[:, -1]
+        places = teacher.ids.long() - first
+        here = (places >= 0) & (places < rows) & (t > -torch.inf)
+        others = torch.ones(len(s), rows + 1, dtype=torch.bool, device=s.device)
+        others.scatter_(1, torch.where(here, places, rows), False)
+        left = parts.total((s.exp() * others[:, :rows]).sum(-1))
+        s_rest = left.clamp(min=torch.finfo(left.dtype).tiny).log()
+        known = torch.where(here, s.gather(1, places.clamp(0, rows - 1)), 0.0)
+        terms = self._terms(known, torch.where(here, t, 0.0)) * here
+        has_rest = t_rest > -torch.inf
+        rest = self._terms(torch.where(has_rest, s_rest, 0.0), torch.where(has_rest, t_rest, 0.0)) * has_rest
+        return parts.total(terms.sum(-1)) + rest
+
+    def _terms(self, s: Tensor, t: Tensor) -> Tensor:
+        """What each token, or each set of them, adds to the divergence, from log-probabilities."""
         if self.beta == 0:
-            return parts.total(_kl(t, s))
+            return _term(t, s)
         if self.beta == 1:
-            return parts.total(_kl(s, t))
+            return _term(s, t)
         weight = torch.tensor(self.beta, device=s.device)
         mixture = torch.logaddexp(s + torch.log1p(-weight), t + torch.log(weight))
-        return parts.total(self.beta * _kl(t, mixture) + (1 - self.beta) * _kl(s, mixture))
+        return self.beta * _term(t, mixture) + (1 - self.beta) * _term(s, mixture)
 
     def _log_probs(self, logits: Tensor, parts: Parts) -> Tensor:
         logits = logits.float() / self.temperature
@@ -58,6 +120,6 @@ class Divergence:
         return logits - parts.shared(parts.total(logits.exp().sum(-1)).log())[:, None]
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Sum over the last axis of P (log P - log Q), from log-probabilities."""
-    return (p.exp() * (p - q)).sum(-1)
+def _term(p: Tensor, q: Tensor) -> Tensor:
+    """P (log P - log Q), from log-probabilities."""
+    return p.exp() * (p - q)

@@ -50,9 +50,14 @@ class Questions(Generic[K]):
 
         digest = xxhash.xxh3_128()
         for row in self:
-            for name in ("input_ids", "labels"):
-                digest.update(array("q", [len(row[name]), *row[name]]).tobytes())
+            digest.update(question_bytes(row))
         return digest.hexdigest()
+
+
+def question_bytes(row: Json) -> bytes:
+    """Tokens and labels of a sequence, by which an answer to it is known."""
+    columns = (row["input_ids"], row["labels"])
+    return b"".join(array("q", [len(values), *values]).tobytes() for values in columns)
 
 
 class Asking(Protocol[K]):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.preference import DpoArguments
-from swiftlite.arguments.train import SftArguments
 from swiftlite.checkpoint.registry import get_model_info_meta
 from swiftlite.train.distill_loss import Divergence
 from swiftlite.train.dpo_loss import PairLoss
@@ -48,7 +48,7 @@ def kto_loss(args: DpoArguments) -> KtoLoss:
     return KtoLoss(args.loss_type, args.beta, args.desirable_weight, args.undesirable_weight)
 
 
-def model_directory(args: SftArguments, given: str) -> Path:
+def model_directory(args: BaseArguments, given: str) -> Path:
     """Of a model beside the one in training: what a flag names, or what a hub's id comes to."""
     directory = Path(given).expanduser()
     if directory.is_dir():
@@ -68,23 +68,23 @@ def divergence(args: DpoArguments) -> Divergence:
     return Divergence(args.beta, args.temperature)
 
 
-def check_teacher(
-    args: DpoArguments, own: Mapping[str, int], theirs: Mapping[str, int], rows: Sequence[int | None]
-) -> None:
-    """Args: own, theirs: the tokenizers' vocabularies. rows: of both models. Raises: UsageError if they differ.
-
-    Rows that no token has may be fewer in one of the models.
-    """
+def check_teacher(teacher: str, own: Mapping[str, int], theirs: Mapping[str, int]) -> None:
+    """Args: teacher: as it was named. own, theirs: vocabularies of the tokenizers. Raises: UsageError if they differ."""
     if dict(own) != dict(theirs):
         token = next(iter(dict(own).items() ^ dict(theirs).items()))[0]
         raise UsageError(
-            f"--teacher_model {args.teacher_model}: its tokenizer has another vocabulary ({token!r}, for one); what it says "
-            "of the next token can be learnt only by a model that has the same tokens: take a teacher of the same family"
+            f"--teacher_model {teacher}: its tokenizer has another vocabulary ({token!r}, for one); what it says of the "
+            "next token can be learnt only by a model that has the same tokens: take a teacher of the same family"
         )
-    if any(count is not None and count <= max(own.values()) for count in rows):
-        raise UsageError(
-            f"--teacher_model {args.teacher_model}: its vocabulary, or the model's, lacks rows for some tokens"
-        )
+
+
+def check_teacher_rows(teacher: str, rows: int, own: Mapping[str, int]) -> None:
+    """Args: rows: of the vocabulary that a model, or student and teacher, have; those that no token has may be missing.
+
+    Raises: UsageError if there are tokens without one.
+    """
+    if rows <= max(own.values()):
+        raise UsageError(f"--teacher_model {teacher}: its vocabulary, or the model's, lacks rows for some tokens")
 
 
 def check_reference(flag: str, given: str, rows: int | None, policy_rows: int | None) -> None:

@@ -12,6 +12,7 @@ from swiftlite.utils.errors import CheckpointError, UsageError
 TRACKER = "latest_checkpointed_iteration.txt"
 ADAPTER_CONFIG = "adapter_config.json"
 REJECTS_FILE = "rejects.jsonl"
+TEACHER_FILE = "teacher_logits.json"
 # Beside Megatron's checkpoints: the tensors of a model's other parts than its text model, as Hugging Face files.
 CARRIED = "carried"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)|iter_(\d+)|v(\d+)-.*")
@@ -81,6 +82,10 @@ class Directory:
     def is_hf(self) -> bool:
         return self.has("config.json") and self.has_weights
 
+    @property
+    def is_teacher_logits(self) -> bool:
+        return self.has(TEACHER_FILE)
+
     @cached_property
     def newest(self) -> Directory | None:
         """The newest checkpoint of a run; that of the newest `v0-DATE` directory where there are such."""
@@ -131,6 +136,8 @@ def what_it_is(directory: Path) -> tuple[str, str]:
         return "has weights but no config.json", "copy that of the model to it"
     if found.has("cached_dataset.json"):
         return "is tokenised data", f"give it with --cached_dataset {directory}"
+    if found.is_teacher_logits:
+        return "is what a teacher said", f"give it with --teacher_logits {directory}"
     if found.has("mp_rank_*", "iter_*/mp_rank_*"):
         return "has Megatron's old per-rank format", "save it as torch_dist first (--ckpt-format)"
     if found.has("config.json"):

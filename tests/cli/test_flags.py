@@ -69,6 +69,7 @@ COMPANIONS = {
     **dict.fromkeys(
         ("teacher_model", "lmbda", "temperature", "sft_alpha"), ["--rlhf_type", "gkd", "--teacher_model", "DIR"]
     ),
+    "teacher_logits": ["--rlhf_type", "gkd"],
     **dict.fromkeys(("num_labels", "problem_type"), ["--task_type", "seq_cls"]),
     "center_rewards_coefficient": ["--rlhf_type", "rm"],
     **dict.fromkeys(
@@ -79,6 +80,7 @@ COMPANIONS = {
     ),
     "listwise_reranker_temperature": ["--task_type", "generative_reranker", "--loss_type", "listwise_reranker"],
 }
+EXPORT_COMPANIONS = dict.fromkeys(("teacher_model", "temperature", "teacher_topk"), ["--to_teacher_logits", "true"])
 # A value as it is usually typed, where the type does not say one.
 VALUES = {
     "tuner_settings": '{"boft_block_size": 8}', "train_type": "lora",
@@ -120,6 +122,8 @@ def _parse(cls, flag):
     if cls is EvalArguments and name not in ("tasks", "eval_backend"):
         base += ["--val_dataset", "FILE"]
     beside = COMPANIONS.get(name, [])
+    if cls is ExportArguments:
+        beside = EXPORT_COMPANIONS.get(name, beside)
     return parse(
         cls, [*base, *(beside if not beside or beside[0][2:] in known else []), f"--{flag}", _value(cls, flag)]
     )

@@ -89,7 +89,7 @@ def test_a_script_that_runs_unchanged(
         ("swift sft --model A/B --no_such_flag 4", "| --no_such_flag 4 | unknown | leave it out"),
         (
             "swift rlhf --rlhf_type grpo --model A/B",
-            "| --rlhf_type grpo | refused | dpo, cpo, simpo, orpo, kto, gkd and reward models (rm) are trained here",
+            "| --rlhf_type grpo | refused | dpo, cpo, simpo, orpo, kto, gkd on the data's answers and reward models (rm)",
         ),
         (
             "swift sft --model A/B --warmup_ratio 0.1 --warmup_steps 3",

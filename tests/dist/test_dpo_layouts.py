@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from swiftlite.cli.export import export_main
 from swiftlite.train.plot import read_run
 from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, run_cases, run_layouts
 from tests.rows import UNEVEN_PAIRS
@@ -31,7 +32,9 @@ LORA = ["--ref_model", "none", "--train_type", "lora", "--lora_rank", "16", "--l
 LORA_MOE = [*LORA, "--lr", "2.5e-3", "--train_iters", "17"]  # at a higher rate routing flips on rounding differences
 
 GKD = ["--rlhf_type", "gkd", "--rpo_alpha", "none", "--beta", "0.3", "--sft_alpha", "0.5", "--train_iters", "8"]
+TAUGHT = [*GKD, "--teacher_logits", "20"]  # what the teacher said before: the 20 likeliest tokens of each position
 KTO = ["--rlhf_type", "kto", "--rpo_alpha", "none", "--train_iters", "8"]  # each pair as two answers
+KTO_PACKED = [*KTO, *PACKED, "--packing_length", "1000"]
 
 # What one process runs: family, flags. The others are compared with the one they name.
 ALONE: dict[str, tuple[str, list[str]]] = {
@@ -43,8 +46,11 @@ ALONE: dict[str, tuple[str, list[str]]] = {
     "lora-moe": ("glm4_moe", LORA_MOE),
     "mla": ("moonlight", []),
     "kto": ("qwen3", KTO),
+    "kto-packed": ("qwen3", KTO_PACKED),
     "gkd": ("qwen3", GKD),
+    "taught": ("qwen3", TAUGHT),
 }
+DISTILLED = ("gkd", "taught")
 # one process' run, world size, flags, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "dense-dp2": ("dense", 2, SMALL, None),
@@ -74,10 +80,14 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "kto-tp2-sp": ("kto", 2, [*KTO, *TP], None),
     "kto-pp2-known": ("kto", 2, [*KTO, *UNEVEN, *KNOWN], None),
     "kto-cp2": ("kto", 2, [*KTO, *CP], None),
+    "kto-packed-cp2": ("kto-packed", 2, [*KTO_PACKED, *CP], None),
     "gkd-dp2": ("gkd", 2, GKD, None),
     "gkd-tp2-sp": ("gkd", 2, [*GKD, *TP], None),
     "gkd-pp2": ("gkd", 2, [*GKD, *UNEVEN], None),
     "gkd-cp2": ("gkd", 2, [*GKD, *CP], None),
+    "gkd-taught-cp2": ("gkd", 2, [*GKD, "--teacher_logits", "999", *CP], None),  # all tokens are the teacher itself
+    "taught-tp2-sp": ("taught", 2, [*TAUGHT, *TP], None),
+    "taught-pp2": ("taught", 2, [*TAUGHT, *UNEVEN], None),
     "control-double-layer": ("dense", 2, [], "double_layer"),
     "control-skip-norm-reduce": ("dense", 2, TP, "skip_norm_reduce"),
     "control-own-counts": ("dense", 2, [], "own_counts"),
@@ -113,7 +123,19 @@ def argv(
         }  # fmt: skip
         if "gkd" in flags:
             common["teacher_model"] = common.pop("ref_model")
+        if "--teacher_logits" in flags:
+            at = flags.index("--teacher_logits") + 1
+            flags = (*flags[:at], str(said(common, flags[at])), *flags[at + 1 :])
+            del common["teacher_model"]
         return [word for name, value in common.items() for word in (f"--{name}", str(value))] + list(flags)
+
+    def said(common: dict[str, Any], k: str) -> Path:
+        """What the teacher says, its `k` likeliest tokens."""
+        if not (made := root / f"top-{k}").exists():
+            names = ("model", "model_type", "teacher_model", "dataset", "val_dataset", "torch_dtype")
+            words = [word for name in names for word in (f"--{name}", str(common[name]))]
+            export_main([*words, "--to_teacher_logits", "true", "--teacher_topk", k, "--output_dir", str(made)])
+        return made
 
     return make
 
@@ -136,8 +158,8 @@ def test_the_pairs_are_learnable(root: Path, name: str) -> None:
     lines = [line for line in read_run(root / name / "logging.jsonl") if "loss" in line]
     assert len(lines) >= STEPS
     # A teacher of random weights says much that is learnt slowly.
-    assert lines[-1]["loss"] < (0.85 if name == "gkd" else 0.75) * lines[0]["loss"]
-    assert name == "gkd" or lines[-1]["rewards/margins"] > 1 + lines[0]["rewards/margins"]
+    assert lines[-1]["loss"] < (0.85 if name in DISTILLED else 0.75) * lines[0]["loss"]
+    assert name in DISTILLED or lines[-1]["rewards/margins"] > 1 + lines[0]["rewards/margins"]
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -149,7 +171,7 @@ def test_layout_equals_one_process(root: Path, name: str) -> None:
     for mine, theirs in zip(several, one, strict=True):
         names = {n for n in theirs if n.startswith("eval_") or "/" in n or n == "nll_loss"}
         assert names == {n for n in mine if n.startswith("eval_") or "/" in n or n == "nll_loss"}
-        assert len(names) >= {"kto": 5, "gkd": 1}.get(alone, 7)
+        assert len(names) >= {"kto": 5, "kto-packed": 5, "gkd": 1, "taught": 1}.get(alone, 7)
         for metric in names:
             assert mine[metric] == pytest.approx(theirs[metric], rel=TOLERANCE, abs=TOLERANCE), metric
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from swiftlite.cli.export import export_main
 from swiftlite.train.plot import read_run
 from tests.dist.launch import run_cases
 from tests.dist.test_hf_training_dist import compared
@@ -27,6 +28,7 @@ CASES: dict[str, tuple[str, str, dict[str, object], list[str], str | None]] = {
     "dpo": ("dpo", "qwen3", {}, ["--rpo_alpha", "0.3", "--precompute_ref_log_probs", "true"], None),
     "dpo-lora": ("dpo", "qwen3", {}, [*LORA, "--padding_free", "true"], None),
     "dpo-live": ("dpo", "qwen3", {}, [], None),
+    "taught": ("dpo", "qwen3", {}, ["--rlhf_type", "gkd", "--teacher_logits", "made", "--micro_batch_size", "2"], None),
     "places": ("sft", "qwen3", {}, [], "places"),
 }
 TYPES = {"qwen3": "qwen3", "glm4_moe": "glm4_5", "gemma3_text": "gemma3_text"}
@@ -38,12 +40,17 @@ def test_two_processes_that_share_sequences_equal_one(tiny_model: Callable[..., 
 
     def words(case: str, output: Path, *more: str) -> list[str]:
         _, family, config, flags, _ = CASES[case]
+        flags = [str(tmp_path / word) if word == "made" else word for word in flags]
         return ["--model", str(tiny_model(family, **config)), "--model_type", TYPES[family], "--template", "qwen3",
                 "--dataset", str(data), "--split_dataset_ratio", "0.2", "--train_iters", "8", "--global_batch_size", "4",
                 "--micro_batch_size", "1", "--max_length", "201", "--torch_dtype", "float32", "--lr", "1e-3",
                 "--logging_steps", "1", "--eval_steps", "4", "--report_to", "none", "--output_dir", str(output),
                 *flags, *more]  # fmt: skip
 
+    student, teacher = (str(tiny_model("qwen3", seed=seed)) for seed in (0, 1))
+    export_main(["--to_teacher_logits", "true", "--model", student, "--model_type", "qwen3", "--template", "qwen3",
+                 "--teacher_model", teacher, "--teacher_topk", "20", "--dataset", str(data), "--max_length", "201",
+                 "--torch_dtype", "float32", "--output_dir", str(tmp_path / "made")])  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     shared = ("--sequence_parallel_size", "2")
     cases = [(command, words(n, two / n, *shared), fault) for n, (command, *_, fault) in CASES.items()]

@@ -21,7 +21,7 @@ from swiftlite.megatron.trainers.with_reference import ReferenceTrainer
 from swiftlite.train.dpo_loss import LogProbs, PairLoss
 from swiftlite.train.meters import METERS
 from swiftlite.train.plot import read_run
-from swiftlite.utils.errors import UsageError
+from swiftlite.utils.errors import DatasetError, UsageError
 from tests.rows import preference_rows
 
 ROWS = preference_rows(12)
@@ -182,6 +182,33 @@ def test_labelled_answers_in_other_ways(run: Any) -> None:
         for mine, line in zip((line for line in found if "eval_loss" in line), evaluations, strict=True):
             for name in (n for n in line if n.startswith("eval_")):
                 assert mine[name] == pytest.approx(line[name], rel=1e-5, abs=1e-5), name
+
+
+def test_labelled_answers_packed(run: Any, model_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Packed, both sides are one curve; a sequence of all answers is their global batch. A cached dataset is the rows."""
+    flags = {**LORA, "rlhf_type": "kto", "undesirable_weight": 0.7, "packing": "true", "max_length": 150}
+    batches = {"packing_length": 400, "global_batch_size": 2, "micro_batch_size": 1}
+    wanted = run(rlhf_main, "hf", **flags, **batches)
+    assert any(line.get("kl") for line in wanted)
+    compare(run(megatron_rlhf_main, "mcore", **flags, **batches), wanted)
+    compare(run(megatron_rlhf_main, "known", **flags, **batches, precompute_ref_log_probs="true"), wanted)
+    made = tmp_path / "made"
+    words = {"dataset": None, "cached_dataset": made}
+    same = {
+        "model": model_of("qwen3"), "model_type": "qwen3", "template": "qwen3", "dataset": tmp_path / "data.jsonl",
+        "max_length": 150, "to_cached_dataset": "true", "template_mode": "kto", "output_dir": made,
+    }  # fmt: skip
+    export_main([word for name, value in same.items() for word in (f"--{name}", str(value))])
+    for name, main in (("cached-hf", rlhf_main), ("cached", megatron_rlhf_main)):
+        compare(run(main, name, **flags, **batches, **words), wanted)
+    with pytest.raises(
+        DatasetError, match="holds labelled answers; train on them with `swiftlite rlhf --rlhf_type kto`"
+    ):
+        run(dpo_main, "refused", **words, max_length=150)
+    unpaired = {**flags, "loss_type": "apo_zero_unpaired", "train_iters": 3}
+    one = {"packing_length": 5000, "global_batch_size": 1, "micro_batch_size": 1}
+    apart = {"packing": None, "global_batch_size": 24, "micro_batch_size": 8}
+    compare(run(megatron_rlhf_main, "one", **{**unpaired, **one}), run(rlhf_main, "apart", **{**unpaired, **apart}))
 
 
 def test_the_reference_has_no_dropout(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

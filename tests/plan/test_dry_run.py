@@ -166,6 +166,45 @@ def test_preference_plan(air: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "swiftlite megatron dpo" in rows(texts[1])["command"] and "2 x 4096 tokens" in texts[1]
 
 
+def test_models_beside_the_trained_one(
+    air: Path, tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A teacher's weights and its logits of a step, in the size that it has; a reference of LoRA that has adapters."""
+    student = str(tiny_model("qwen3", vocab_size=151552, num_hidden_layers=4))
+    words = ["--model", student, "--model_type", "qwen3", "--max_length", "4096", "--output_dir", str(tmp_path / "run")]
+    words += ["--dry_run", "true", "--gpus", "2", "--torch_dtype", "bfloat16", "--pipeline_model_parallel_size", "2"]
+    words += ["--global_batch_size", "4", "--gpu_memory", "900GB"]
+
+    def plan(*flags: str) -> tuple[float, float, str]:
+        assert main(["megatron", "rlhf", *words, *flags]) == 0
+        text = capsys.readouterr().out
+        (line,) = [line for line in text.splitlines() if line.endswith("<- your flags")]
+        weights, _, _, activations, _ = (float(number) for number in line.split()[7:12])
+        return weights, activations, text
+
+    (tmp_path / "said").mkdir()
+    (tmp_path / "said/teacher_logits.json").write_text("{}")
+    gkd = ["--rlhf_type", "gkd"]
+    live, logits, told = plan(*gkd, "--teacher_model", str(air))
+    known, few, silent = plan(*gkd, "--teacher_logits", str(tmp_path / "said"))
+    small, reverse, _ = plan(*gkd, "--teacher_model", student, "--beta", "1")
+    assert "parameters beside the model" in rows(told)["teacher"] and "--teacher_logits" in rows(told)["teacher"]
+    assert "teacher" not in rows(silent) and live > known + 105, "its weights, on two stages"
+    tokens, vocabulary, passes = 4096, 151552, 4
+    assert known <= small < known + 0.1
+    assert logits - few == pytest.approx(tokens * vocabulary * (2 * passes + 52 - 25) / 1e9, abs=0.2)
+    assert logits - reverse == pytest.approx(tokens * vocabulary * (52 - 28) / 1e9, abs=0.2)
+    own, kto = plan("--rlhf_type", "dpo"), plan("--rlhf_type", "kto")
+    other = plan("--rlhf_type", "kto", "--ref_model", str(air))
+    assert kto[0] == own[0] and other[0] > own[0] + 105 and "reference" in rows(own[2])
+    lora = ["--train_type", "lora", "--rlhf_type", "kto"]
+    assert "reference" not in rows(plan(*lora)[2])
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    assert "reference" in rows(plan(*lora, "--ref_adapters", str(tmp_path / "adapter"))[2])
+
+
 def test_a_dry_run_starts_no_processes(air: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     monkeypatch.setattr("swiftlite.cli.launcher.launch", lambda *args: pytest.fail("torchrun was started"))

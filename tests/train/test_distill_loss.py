@@ -15,10 +15,11 @@ import torch
 
 from swiftlite.arguments.parser import parse
 from swiftlite.arguments.preference import DpoArguments
+from swiftlite.checkpoint.preflight import preflight
 from swiftlite.llm.train import gkd
-from swiftlite.train.distill_loss import Divergence, Parts
+from swiftlite.train.distill_loss import Divergence, Parts, Top, top_of
 from swiftlite.train.plot import read_run
-from swiftlite.train.reference import check_teacher
+from swiftlite.train.reference import check_teacher, check_teacher_rows
 from swiftlite.train.schedule import build_optimizer
 from swiftlite.utils.errors import UsageError
 from tests.rows import preference_rows
@@ -64,10 +65,12 @@ class _Meeting:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_a_vocabulary_in_parts(beta: float) -> None:
-    """Each rank has the whole loss, and the gradient of its part."""
+@pytest.mark.parametrize("k", [None, 3, 11])
+def test_a_vocabulary_in_parts(beta: float, k: int | None) -> None:
+    """Each rank has the whole loss, and the gradient of its part; of a teacher's `k` likeliest tokens, too."""
     student, teacher = (values.flatten(0, 1) for values in logits())
-    whole = Divergence(beta)(student, teacher)
+    top = None if k is None else top_of(teacher, k, 1.0)
+    whole = Divergence(beta)(student, teacher) if top is None else Divergence(beta).of_top(student, top)
     (wanted,) = torch.autograd.grad(whole.sum(), student)
     meeting, sizes = _Meeting(), [7, 4]
 
@@ -92,7 +95,11 @@ def test_a_vocabulary_in_parts(beta: float) -> None:
 
         parts = Parts(Total.apply, Shared.apply, lambda v: torch.stack(meeting.gather(rank, v)).amax(0))
         mine = student.detach().split(sizes, -1)[rank].clone().requires_grad_()
-        losses = Divergence(beta)(mine, teacher.split(sizes, -1)[rank], parts)
+        losses = (
+            Divergence(beta)(mine, teacher.split(sizes, -1)[rank], parts)
+            if top is None
+            else Divergence(beta).of_top(mine, top, parts, first=sum(sizes[:rank]))
+        )
         losses.sum().backward()
         return losses.detach(), mine.grad
 
@@ -101,6 +108,43 @@ def test_a_vocabulary_in_parts(beta: float) -> None:
     for losses, _ in found:
         torch.testing.assert_close(losses, whole.detach())
     torch.testing.assert_close(torch.cat([gradient for _, gradient in found], -1), wanted)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_likeliest_tokens(beta: float) -> None:
+    """All of them are the teacher itself; the fewer they are, the less is seen; the same as of K + 1 outcomes."""
+    student, teacher = (values.flatten(0, 1) for values in logits())
+    loss = Divergence(beta, 0.7)
+    whole = loss(student, teacher)
+    (wanted,) = torch.autograd.grad(whole.sum(), student)
+    for k in (11, 20):
+        mine = loss.of_top(student, top_of(teacher, k, 0.7))
+        torch.testing.assert_close(mine, whole, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(mine.sum(), student)[0], wanted, rtol=1e-6, atol=1e-6)
+    seen = [loss.of_top(student, top_of(teacher, k, 0.7)).detach() for k in (1, 4, 8)]
+    for few, more in zip(seen, [*seen[1:], whole.detach()], strict=True):
+        assert (few <= more + 1e-5).all() and few.sum() < more.sum()
+    outcomes = []
+    for values in (student, teacher):
+        p, ids = (values / 0.7).softmax(-1), (teacher / 0.7).topk(4).indices
+        named = p.gather(1, ids)
+        outcomes.append(torch.cat([named, 1 - named.sum(-1, keepdim=True)], -1).log())
+    torch.testing.assert_close(seen[1], Divergence(beta)(*outcomes).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_that_a_student_has_not() -> None:
+    """Rows of the teacher beyond the student's count for nothing, as where both models are there."""
+    student, teacher = (values.flatten(0, 1) for values in logits())
+    top = top_of(teacher, 11, 1.0).within(8)
+    torch.testing.assert_close(
+        Divergence(0.3).of_top(student[:, :8], top), Divergence(0.3)(student[:, :8], teacher[:, :8])
+    )
+    few = top_of(teacher, 3, 1.0)
+    rounded = Top(few.ids, few.log_probs.half(), few.rest)
+    torch.testing.assert_close(
+        Divergence(0.3).of_top(student, rounded), Divergence(0.3).of_top(student, few), rtol=2e-3, atol=2e-4
+    )
+    assert few.ids.dtype == torch.int32 and few.log_probs.shape == (15, 3) and few.rest.shape == (15,)
 
 
 def test_equal_to_trls_trainer(
@@ -112,8 +156,8 @@ def test_equal_to_trls_trainer(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     seen: list[Any] = []
-    load = gkd.load_data
-    monkeypatch.setattr(gkd, "load_data", lambda *args: seen.append(load(*args)) or seen[-1])
+    load = gkd.load_taught
+    monkeypatch.setattr(gkd, "load_taught", lambda *args: seen.append(load(*args)) or seen[-1])
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in preference_rows(8)))
     directory, teacher = (tiny_model("qwen3", seed=seed) for seed in (0, 1))
@@ -171,6 +215,8 @@ def test_what_cannot_be_distilled() -> None:
         (["--teacher_model", "A/C", "--lmbda", "0.5"], "TRL's GKDTrainer or ms-swift do that"),
         (["--teacher_model", "A/C", "--beta", "2"], "between 0 and 1"),
         (["--teacher_model", "A/C", "--loss_type", "ipo"], "--rlhf_type gkd has none"),
+        (["--teacher_model", "A/C", "--teacher_logits", "DIR"], "give the teacher with --teacher_model"),
+        (["--teacher_model", "A/C", "--temperature", "0"], "must be above 0"),
     ):
         with pytest.raises(UsageError, match=said):
             parse(DpoArguments, [*words, *more])
@@ -178,9 +224,11 @@ def test_what_cannot_be_distilled() -> None:
         parse(DpoArguments, ["--model", "A/B", "--teacher_model", "A/C"])
     args = parse(DpoArguments, [*words, "--teacher_model", "A/C", "--packing", "true", "--max_length", "8"])
     assert args.beta == 0.5 and args.loss_scale == "default" and not args.has_reference
+    preflight(parse(DpoArguments, [*words, "--teacher_model", "A/C", "--dataset", "A/D"]))  # ids of a hub
     own = {"a": 0, "b": 1}
-    check_teacher(args, own, dict(own), [4, 2])
+    check_teacher("A/C", own, dict(own))
+    check_teacher_rows("A/C", 2, own)
     with pytest.raises(UsageError, match="another vocabulary .'[bc]', for one.* same family"):
-        check_teacher(args, own, {"a": 0, "c": 1}, [4, 4])
+        check_teacher("A/C", own, {"a": 0, "c": 1})
     with pytest.raises(UsageError, match="lacks rows for some"):
-        check_teacher(args, own, own, [4, 1])
+        check_teacher_rows("A/C", 1, own)

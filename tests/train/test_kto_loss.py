@@ -114,24 +114,33 @@ def test_mismatched_answers(template: Any) -> None:
     assert [[int(i) for passed in rank for i in passed] for rank in two] == [[3, 4], [1, 0]]
     text = template.tokenizer.decode
     for place, index in enumerate(one):
-        item = dataset[index]
-        assert dataset[two[place % 2][place // 2][0]] == item
-        before = dataset[order[place - 1]]
+        (item,) = dataset[index]["answers"]
+        assert dataset[two[place % 2][place // 2][0]]["answers"] == [item]
+        (before,) = dataset[order[place - 1]]["answers"]
         prompt, answer = (text([t for t, label in zip(x["input_ids"], x["labels"], strict=True) if (label == -100) == kept])
                           for x, kept in ((item, True), (before, False)))  # fmt: skip
         found = text(item["mismatched"]["input_ids"])
         assert found.startswith(prompt.rstrip("\n")) and answer in found and item["desirable"] == (index < 3)
-    short = AnswerDataset(samples, dataset.desirable, 12)[one[0]]["mismatched"]
+    short = AnswerDataset(samples, dataset.desirable, 12)[one[0]]["answers"][0]["mismatched"]
     assert len(short["input_ids"]) == len(short["labels"]) == 12
     assert [getattr(i, "before", None) for i in neighbours([7, 8, DUMMY])] == [8, 7, None]
     questions = dataset.questions([order])
-    assert len(questions) == 8 and "mismatched" not in dataset[3]
+    assert len(questions) == 8 and "mismatched" not in dataset[3]["answers"][0]
     questions.remember([float(i) for i in range(8)])
-    assert {dataset[i]["reference"] for i in one} | {dataset[i]["mismatched"]["reference"] for i in one} == set(
-        range(8)
-    )
+    answers = [dataset[i]["answers"][0] for i in one]
+    assert {a["reference"] for a in answers} | {a["mismatched"]["reference"] for a in answers} == set(range(8))
     changed = AnswerDataset(samples, [not good for good in dataset.desirable], None)
     assert changed.content_hash() != dataset.content_hash()
+    packed = AnswerDataset(samples, dataset.desirable, None, capacity=2 * max(samples.lengths))
+    assert 1 < len(packed) < 5 and packed.content_hash() != dataset.content_hash()
+    batch = neighbours(range(len(packed)))
+    flat = [i for item in packed.items for i in item]
+    assert sorted(flat) == list(range(5)) and packed.lengths == [packed[i]["length"] for i in batch]
+    answers = [answer for i in batch for answer in packed[i]["answers"]]
+    for place, (index, before) in enumerate(zip(flat, [flat[-1], *flat[:-1]], strict=True)):
+        assert answers[place]["desirable"] == dataset.desirable[index]
+        assert answers[place]["mismatched"] == packed.sequence((index, before)) != packed.sequence((index, index))
+    assert len(packed.questions([batch])) == 10
 
 
 def test_labels_and_rows_without_one() -> None:
@@ -186,7 +195,7 @@ def test_preview_shows_answers_without_a_label(
     [
         (["--loss_type", "sigmoid"], "--loss_type sigmoid: --rlhf_type kto has kto, apo_zero_unpaired"),
         (["--rpo_alpha", "1"], "adds no cross entropy"),
-        (["--packing", "true", "--max_length", "9"], "--padding_free true joins"),
+        (["--streaming", "true"], "not available for preference pairs"),
         (["--loss_scale", "all"], "must know where answers begin"),
     ],
 )

@@ -14,9 +14,10 @@ from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from swiftlite import __version__
+from swiftlite.arguments.task import TaskArguments
 from swiftlite.llm.dataset.classes import Labels
 from swiftlite.llm.dataset.encoded import EncodedDataset, place_of
 from swiftlite.llm.dataset.packing import PackedDataset, pack_windows
@@ -32,6 +33,8 @@ from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from swiftlite.llm.dataset.answers import AnswerDataset
 
 FACTS_FILE = "cached_dataset.json"
 _DROPPED_FILE = "dropped.json"
@@ -63,6 +66,15 @@ def fingerprint(template: Template) -> Json:
     facts["version"] = f"{__version__}, tokenizers {version('tokenizers')}"
     facts["code"] = hash_of(map(_source, type(template).__mro__[:-1]))
     return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
+
+
+def difference(encoding: Json, wanted: Json) -> str | None:
+    """How the fingerprint of written data differs from that of a run, None where the rows are encoded alike."""
+    for name in (*wanted, *(name for name in encoding if name not in wanted)):
+        if name not in _OF_RELEASE and wanted.get(name) != encoding.get(name):
+            then, now = (short(json.dumps(facts.get(name), ensure_ascii=False)) for facts in (encoding, wanted))
+            return f"was written with {name} {then}, this run has {now}"
+    return None
 
 
 def _source(thing: type | Callable[..., object]) -> str:
@@ -192,17 +204,26 @@ def _from_cache(directory: Path, rows: list[Json], rejects: RejectsFile | None) 
 # ---- tokenised datasets ----
 
 
+Part: TypeAlias = "EncodedDataset | PackedDataset | PairDataset | AnswerDataset"
+# What a dataset holds that is no samples of sft: what it is called, how it is written, who trains on it.
+_KINDS = {
+    "pairs": ("preference pairs", "--template_mode rlhf", "swiftlite dpo"),
+    "answers": ("labelled answers", "--template_mode kto", "swiftlite rlhf --rlhf_type kto"),
+}
+
+
 def write_cached_dataset(
     directory: Path,
     template: Template,
-    parts: Mapping[str, EncodedDataset | PackedDataset | PairDataset],
-    labels: Labels | None = None,
+    parts: Mapping[str, Part],
+    task: TaskArguments | None = None,
 ) -> None:
     """Write tokenised, perhaps packed data: `cached_dataset.json`, one folder per part. The directory exists.
 
-    labels: how those of the samples were read, None where they have none.
+    task: says how the samples' labels were read.
     """
     facts: Json = {"format": 1, "encoding": fingerprint(template), "packing_length": None}
+    labels = Labels.of(task) if task is not None else None
     if labels is not None:
         facts["labels"] = asdict(labels)
     for name, part in parts.items():
@@ -211,6 +232,8 @@ def write_cached_dataset(
         facts[name] = {"samples": len(source), "tokens": sum(source.lengths)}
         if isinstance(part, PairDataset):
             facts["pairs"] = True
+        elif not isinstance(part, EncodedDataset | PackedDataset):
+            facts["answers"] = True
         elif isinstance(part, PackedDataset):
             facts["packing_length"] = part.capacity
             facts[name] |= {"sequences": len(part), "fill_rate": round(part.fill_rate, 6)}
@@ -240,14 +263,15 @@ def load_cached_dataset(
     template: Template,
     packing_length: int | None,
     parts: Sequence[str] = ("train",),
-    labels: Labels | None = None,
+    task: TaskArguments | None = None,
 ) -> EncodedDataset | PackedDataset | None:
     """Parts (the first of `parts` that is there) of tokenised datasets, end to end, mapped; None if none has any.
 
     Args: paths: directories; DIR/train and DIR/val are parts of DIR. packing_length: tokens of a packed sequence, None
-        without packing. labels: as this run reads them.
+        without packing. task: says how this run reads labels.
     Raises: DatasetError naming the first setting that differs from this run's.
     """
+    labels = Labels.of(task) if task is not None else None
     stores: list[TokenStore] = []
     sequences: list[list[int]] = []
     for path in paths:
@@ -263,8 +287,7 @@ def load_cached_dataset(
                 + (f"packs to {packing_length}" if packing_length else "does not pack")
                 + f"; use --packing true --packing_length {facts['packing_length']}"
             )
-        if facts.get("pairs"):
-            raise DatasetError(f"--cached_dataset {path}: holds preference pairs; train on them with `swiftlite dpo`")
+        _check_kind(path, facts, None)
         if name is None:
             continue
         store = TokenStore.load(directory / name)
@@ -289,19 +312,32 @@ def _said(labels: Labels | None) -> str:
     return f"with --num_labels {labels.num_labels} --problem_type {labels.problem_type}" if labels else "without labels"
 
 
-def load_cached_pairs(paths: Sequence[str], template: Template, parts: Sequence[str] = ("train",)) -> TokenStore | None:
-    """As `load_cached_dataset`, of preference pairs that `--template_mode rlhf` wrote."""
+def load_cached_store(
+    paths: Sequence[str], template: Template, kind: str, parts: Sequence[str] = ("train",)
+) -> TokenStore | None:
+    """As `load_cached_dataset`, of what --template_mode wrote. kind: pairs, or answers with labels."""
     stores = []
     for path in paths:
         directory, name, facts = _part(path, parts, template)
-        if not facts.get("pairs"):
-            raise DatasetError(
-                f"--cached_dataset {path}: holds no preference pairs; write them with `swiftlite export "
-                "--to_cached_dataset true --template_mode rlhf`"
-            )
+        _check_kind(path, facts, kind)
         if name is not None:
             stores.append(TokenStore.load(directory / name))
     return _joined(stores) if stores else None
+
+
+def _check_kind(path: str, facts: Json, wanted: str | None) -> None:
+    """Raises: DatasetError for data of another kind. wanted: None: samples."""
+    found = next((kind for kind in _KINDS if facts.get(kind)), None)
+    if found == wanted:
+        return
+    if found is not None:
+        name, _, command = _KINDS[found]
+        raise DatasetError(f"--cached_dataset {path}: holds {name}; train on them with `{command}`")
+    assert wanted is not None
+    name, mode, _ = _KINDS[wanted]
+    raise DatasetError(
+        f"--cached_dataset {path}: holds no {name}; write them with `swiftlite export --to_cached_dataset true {mode}`"
+    )
 
 
 def _joined(stores: Sequence[TokenStore]) -> TokenStore:
@@ -326,15 +362,9 @@ def _part(path: str, parts: Sequence[str], template: Template) -> tuple[Path, st
         raise DatasetError(
             f"--cached_dataset {path}: has no {FACTS_FILE}; write it with `swiftlite export --to_cached_dataset true`"
         ) from None
-    wanted = fingerprint(template)
-    encoding = facts["encoding"]
-    for name in (*wanted, *(name for name in encoding if name not in wanted)):
-        if name not in _OF_RELEASE and wanted.get(name) != encoding.get(name):
-            then, now = (short(json.dumps(facts.get(name), ensure_ascii=False)) for facts in (encoding, wanted))
-            raise DatasetError(
-                f"--cached_dataset {path}: was written with {name} {then}, this run has {now}; use the same setting or "
-                "write it again"
-            )
+    differs = difference(facts["encoding"], fingerprint(template))
+    if differs is not None:
+        raise DatasetError(f"--cached_dataset {path}: {differs}; use the same setting or write it again")
     if named is not None and named not in facts:
         raise DatasetError(f"{path}: {directory} has no part {named}")
     return directory, named or next((part for part in parts if part in facts), None), facts

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.store import TokenStore, type_of
@@ -21,6 +22,9 @@ from swiftlite.llm.template.jinja import RowWriter
 from swiftlite.utils.errors import DatasetError, TemplateError
 from swiftlite.utils.processes import end_with_parent
 from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    from swiftlite.llm.dataset.teacher import TeacherLogits
 
 _BATCH = 256
 
@@ -37,7 +41,10 @@ class EncodedDataset:
         rejects: where rows that are left out are written.
     Attributes:
         report: DropReport. lengths: tokens per kept sample. row_indices: index in `rows` of each sample.
+        teacher: what one thinks of the samples, where it was asked before training.
     """
+
+    teacher: TeacherLogits | None = None
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +12,10 @@ from swiftlite.arguments.base import ModelArguments, TemplateArguments
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.parser import as_words, specs
 from swiftlite.checkpoint.resolve import resolve
-from swiftlite.llm.dataset.cache import write_cached_dataset
-from swiftlite.llm.dataset.classes import Labels
-from swiftlite.llm.dataset.prepare import encode_and_pack, make_pairs
+from swiftlite.llm.dataset.answers import make_answers
+from swiftlite.llm.dataset.cache import Part, write_cached_dataset
+from swiftlite.llm.dataset.prepare import encode_and_pack, encode_parts, make_pairs
 from swiftlite.llm.dataset.report import RejectsFile
-from swiftlite.llm.dataset.rows import read_rows
 from swiftlite.llm.pipeline import prepare_template
 from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.dist import is_main_process
@@ -24,30 +24,32 @@ from swiftlite.utils.io import replace_directory
 from swiftlite.utils.logger import get_logger, log_next
 from swiftlite.utils.output import check_output, mark_output
 
+# By --template_mode.
+_MAKES: dict[str, Callable[..., Part]] = {
+    "train": encode_and_pack,
+    "rlhf": make_pairs,
+    "kto": make_answers,
+}
+
+
+def export_data(args: ExportArguments) -> Path:
+    """What `export` makes of --dataset."""
+    if args.to_cached_dataset:
+        return export_cached_dataset(args)
+    from swiftlite.llm.export_teacher import export_teacher_logits  # imports transformers' models
+
+    return export_teacher_logits(args)
+
 
 def export_cached_dataset(args: ExportArguments) -> Path:
     """Read, tokenise and perhaps pack `--dataset` (and --val_dataset) with the model's template; no weights are needed.
 
     Returns: the directory. Raises: UsageError, DatasetError.
     """
-    if not args.dataset:
-        raise UsageError("--to_cached_dataset true: give the data with --dataset")
-    if args.groups:
-        raise UsageError(
-            f"--to_cached_dataset true: not of --task_type {args.task_type}; give --dataset to the training"
-        )
-    if args.streaming:
-        raise UsageError("--to_cached_dataset true: writes whole datasets; leave out --streaming")
-    if args.model is None:
-        raise UsageError(
-            "--to_cached_dataset true: give the model, whose tokenizer and template are used, with --model"
-        )
-    name = Path(args.dataset[0].split("#")[0]).stem or "dataset"
-    output = Path(args.output_dir or f"{name}-cached")
+    output = output_of_data(args, "cached")
     if not is_main_process():
         return output
-    inputs = [args.model, *(path.split("#")[0] for path in (*args.dataset, *args.val_dataset))]
-    check = partial(check_output, output, "cached dataset", args.exist_ok, inputs)
+    check = partial(check_output, output, "cached dataset", args.exist_ok, inputs_of_data(args))
     check()
     resolve(args, download_model=False)
     template = prepare_template(args)
@@ -55,14 +57,9 @@ def export_cached_dataset(args: ExportArguments) -> Path:
     scratch = real.with_name(f".{real.name}.tmp-{os.getpid()}")
     scratch.mkdir(parents=True)
     try:
-        rejects = RejectsFile(scratch / REJECTS_FILE)
-        train_rows, val_rows = read_rows(args, rejects)
-        pairs = args.template_mode == "rlhf"
-        make = make_pairs if pairs else encode_and_pack
-        parts = {"train": make(train_rows, args, template, rejects, "training data")}
-        if val_rows:
-            parts["val"] = make(val_rows, args, template, rejects, "validation data")
-        write_cached_dataset(scratch, template, parts, Labels.of(args))
+        make = _MAKES[args.template_mode]
+        parts = encode_parts(args, template, RejectsFile(scratch / REJECTS_FILE), make)
+        write_cached_dataset(scratch, template, parts, args)
         args.save(scratch)
         check()
         mark_output(scratch, "cached dataset")
@@ -71,11 +68,34 @@ def export_cached_dataset(args: ExportArguments) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
     tokens = sum(parts["train"].lengths)
     get_logger().info("wrote %s: %d training samples, %d tokens", output, len(parts["train"]), tokens)
-    log_next("swiftlite", "dpo" if pairs else "sft", "--cached_dataset", output, *_training_words(args))
+    commands = {"rlhf": ("dpo",), "kto": ("rlhf", "--rlhf_type", "kto")}
+    log_next(
+        "swiftlite", *commands.get(args.template_mode, ("sft",)), "--cached_dataset", output, *training_words(args)
+    )
     return output
 
 
-def _training_words(args: ExportArguments) -> list[str]:
+def output_of_data(args: ExportArguments, suffix: str) -> Path:
+    """Where what is made of --dataset is written. Raises: UsageError for arguments that nothing can be made of."""
+    flag = "to_cached_dataset" if args.to_cached_dataset else "to_teacher_logits"
+    if not args.dataset:
+        raise UsageError(f"--{flag} true: give the data with --dataset")
+    if args.groups:
+        raise UsageError(f"--{flag} true: not of --task_type {args.task_type}; give --dataset to the training")
+    if args.streaming:
+        raise UsageError(f"--{flag} true: reads whole datasets; leave out --streaming")
+    if args.model is None:
+        raise UsageError(f"--{flag} true: give the model, whose tokenizer and template are used, with --model")
+    name = Path(args.dataset[0].split("#")[0]).stem or "dataset"
+    return Path(args.output_dir or f"{name}-{suffix}")
+
+
+def inputs_of_data(args: ExportArguments) -> list[str]:
+    """What is read."""
+    return [str(args.model), *(path.split("#")[0] for path in (*args.dataset, *args.val_dataset))]
+
+
+def training_words(args: ExportArguments) -> list[str]:
     """Model and template as they were given here; tokens fit no other. The longest sample has another default there."""
     same = {*specs(ModelArguments), *specs(TemplateArguments), "packing", "packing_length", "custom_register_path"}
     words = as_words(args, without=(set(specs(type(args))) - same) | {"hub_token"})

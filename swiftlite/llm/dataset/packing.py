@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.template.collate import join_rows
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    from swiftlite.llm.dataset.teacher import TeacherLogits
 
 WINDOW = 10_000
 
@@ -86,6 +90,7 @@ class PackedDataset:
     """
 
     is_packed = True
+    teacher: TeacherLogits | None = None  # as an EncodedDataset's
 
     def __init__(
         self,

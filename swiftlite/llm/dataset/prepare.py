@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from swiftlite.arguments.base import BaseArguments
+from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.llm.dataset.cache import (
     directory_of,
     encode_cached,
     load_cached_dataset,
-    load_cached_pairs,
+    load_cached_store,
 )
-from swiftlite.llm.dataset.classes import Labels
 from swiftlite.llm.dataset.encoded import EncodedDataset
 from swiftlite.llm.dataset.packing import PackedDataset
 from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.report import RejectsFile
-from swiftlite.llm.dataset.rows import made_of_rows, open_stream, read_validation_rows, rejects_of
+from swiftlite.llm.dataset.rows import made_of_rows, open_stream, read_rows, read_validation_rows, rejects_of
 from swiftlite.llm.dataset.store import facts_of_files
 from swiftlite.llm.dataset.streaming import StreamedDataset
-from swiftlite.train.order import Data
+from swiftlite.train.order import Data, Samples
 from swiftlite.utils.errors import DatasetError, UsageError
 from swiftlite.utils.logger import get_logger
 
 if TYPE_CHECKING:
     from swiftlite.llm.template.base import Template
 
+T = TypeVar("T")
 Dataset = EncodedDataset | PackedDataset | StreamedDataset
 
 
@@ -45,23 +47,30 @@ def load_data(args: BaseArguments, template: Template) -> Data:
         template.padding_free = True
     capacity = packing_capacity(args)
     if args.cached_dataset:
-        load = partial(load_cached_dataset, template=template, packing_length=capacity, labels=Labels.of(args))
-        train = load(args.cached_dataset)
-        if train is None:
-            raise DatasetError(f"--cached_dataset {' '.join(args.cached_dataset)}: has no training part")
+
+        def cached(paths: Sequence[str], parts: Sequence[str]) -> Samples | None:
+            return load_cached_dataset(paths, template, capacity, parts, args)
+
+        train, val = load_cached(args, cached)
         get_logger().info("%s: %d samples", " ".join(args.cached_dataset), len(train))
-        paths, parts = _cached_for_evaluation(args)
-        return train, load(paths, parts=parts)
+        return train, val
     if args.streaming:
         return _streamed(args, template, capacity)
     return made_of_rows(args, lambda rows, rejects, name: encode_and_pack(rows, args, template, rejects, name))
 
 
-def _cached_for_evaluation(args: BaseArguments) -> tuple[list[str], tuple[str, ...]]:
-    """(directories, parts of them that serve): a directory of --cached_val_dataset serves as a whole without `val`."""
+def load_cached(args: BaseArguments, load: Callable[[Sequence[str], Sequence[str]], T | None]) -> tuple[T, T | None]:
+    """(training part, validation part or None) of --cached_dataset; a directory of --cached_val_dataset serves as a whole
+    without `val`.
+
+    Args: load: (directories, parts of them that serve) -> what is there. Raises: DatasetError without a training part.
+    """
+    train = load(args.cached_dataset, ("train",))
+    if train is None:
+        raise DatasetError(f"--cached_dataset {' '.join(args.cached_dataset)}: has no training part")
     if args.cached_val_dataset:
-        return args.cached_val_dataset, ("val", "train")
-    return [str(directory_of(path)[0]) for path in args.cached_dataset], ("val",)
+        return train, load(args.cached_val_dataset, ("val", "train"))
+    return train, load([str(directory_of(path)[0]) for path in args.cached_dataset], ("val",))
 
 
 def packing_capacity(args: BaseArguments) -> int | None:
@@ -80,18 +89,35 @@ def packing_capacity(args: BaseArguments) -> int | None:
     return int(capacity)
 
 
+def encode(
+    rows: list[Row], args: BaseArguments, template: Template, rejects: RejectsFile | None, name: str
+) -> EncodedDataset:
+    make = encode_cached if args.load_from_cache_file else EncodedDataset
+    return make(
+        rows, template, max_drop_ratio=args.max_drop_ratio, name=name, num_proc=args.dataset_num_proc, rejects=rejects
+    )
+
+
 def encode_and_pack(
     rows: list[Row], args: BaseArguments, template: Template, rejects: RejectsFile | None, name: str
 ) -> EncodedDataset | PackedDataset:
-    make = encode_cached if args.load_from_cache_file else EncodedDataset
-    dataset = make(
-        rows, template, max_drop_ratio=args.max_drop_ratio, name=name, num_proc=args.dataset_num_proc, rejects=rejects
-    )
+    dataset = encode(rows, args, template, rejects, name)
     capacity = packing_capacity(args)
     if capacity is None:
         return dataset
     in_order = args.packing_strategy == "sequential"
     return PackedDataset(dataset, capacity, args.data_seed or 0, name=name, in_order=in_order)
+
+
+def encode_parts(
+    args: ExportArguments, template: Template, rejects: RejectsFile, make: Callable[..., T]
+) -> dict[str, T]:
+    """`train`, and `val` if there is validation data. make: one of encode, encode_and_pack, make_pairs, make_answers."""
+    train_rows, val_rows = read_rows(args, rejects)
+    parts = {"train": make(train_rows, args, template, rejects, "training data")}
+    if val_rows:
+        parts["val"] = make(val_rows, args, template, rejects, "validation data")
+    return parts
 
 
 def _streamed(args: BaseArguments, template: Template, capacity: int | None) -> Data:
@@ -125,11 +151,7 @@ def load_pairs(args: DpoArguments, template: Template) -> tuple[PairDataset, Pai
         template.padding_free = True
     capacity, seed = packing_capacity(args), args.data_seed or 0
     if args.cached_dataset:
-        load = partial(load_cached_pairs, template=template)
-        paths, parts = _cached_for_evaluation(args)
-        train, val = load(args.cached_dataset), load(paths, parts=parts)
-        if train is None:
-            raise DatasetError(f"--cached_dataset {' '.join(args.cached_dataset)}: has no training part")
+        train, val = load_cached(args, lambda paths, parts: load_cached_store(paths, template, "pairs", parts))
         train_set = PairDataset.of(train, capacity, seed, "training data")
         return train_set, PairDataset.of(val, capacity, seed, "validation data") if val else None
     return made_of_rows(args, lambda rows, rejects, name: make_pairs(rows, args, template, rejects, name, capacity))

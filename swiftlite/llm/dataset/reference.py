@@ -60,17 +60,20 @@ def _read(path: Path, count: int) -> list[float] | None:
     return numbers.tolist() if len(numbers) == count else None
 
 
+def facts_of_weights(directory: Path) -> Json:
+    """What tells one model from another, see facts_of_files."""
+    files = (f for f in directory.rglob("*") if f.suffix in _WEIGHTS or f.name.endswith("config.json"))
+    return facts_of_files(sorted(files))
+
+
 def _identity(args: SftArguments) -> Json:
     """What decides the answers besides the tokens: bytes of the reference's weights, and how they are computed with."""
     directories = [Path(str(getattr(args, "mcore_model", None) or args.model_info.model_dir))]
     if args.ref_model:
         directories = [model_directory(args, args.ref_model)]
     directories += [Path(args.ref_adapters)] if args.ref_adapters else []
-    files = [
-        sorted(f for f in d.rglob("*") if f.suffix in _WEIGHTS or f.name.endswith("config.json")) for d in directories
-    ]
     facts = {name: getattr(args, name, None) for name in _SETTINGS}
     return {
-        **facts, "weights": [facts_of_files(found) for found in files], "dtype": str(args.model_info.torch_dtype),
+        **facts, "weights": [facts_of_weights(found) for found in directories], "dtype": str(args.model_info.torch_dtype),
         "side": type(args).__name__,
     }  # fmt: skip

@@ -84,7 +84,7 @@ def open_stream(args: BaseArguments, state: Json | None = None) -> RowStream:
 
 
 def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Row], list[Row]]:
-    """(training rows, validation rows) in the standard form, see load_dataset. Of --rlhf_type kto: see `labelled`."""
+    """(training rows, validation rows) in the standard form, see load_dataset. For KTO: see `labelled`."""
     register_named(args)
     train, val = load_dataset(
         args.dataset,
@@ -95,7 +95,7 @@ def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[
         stopping_strategy=args.stopping_strategy,
         **_reading(args, rejects),
     )
-    if getattr(args, "rlhf_type", None) != "kto":
+    if "kto" not in (getattr(args, "rlhf_type", None), getattr(args, "template_mode", None)):
         return train, val
     report = DropReport(rejects=rejects)
     parts = labelled(train, report), labelled(val, report)

@@ -21,6 +21,7 @@ from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.types import Json
 
 STORE_FILE = "store.json"
+DESIRABLE = "desirable"  # name under which samples have the label of KTO
 _HASHED_BYTES, _BLOCK_BYTES = 256 << 20, 1 << 20
 # Columns that are as long as the tokens, by the end of their name: array type code.
 _TYPES = {"input_ids": "i", "labels": "i", "loss_scale": "f"}
@@ -102,6 +103,10 @@ class TokenStore:
             return [0] * self._count
         return [offsets[i + 1] - offsets[i] for i in range(self._count)]
 
+    def extras(self, name: str) -> list[object]:
+        """What each sample has under a name that is no column of numbers, None without."""
+        return [self._extras.get(i, {}).get(name) for i in range(self._count)]
+
     def extra_values(self, name: str) -> set[object]:
         """What the samples have under a name that is no column of numbers; None of those that have nothing."""
         found = {extras.get(name) for extras in self._extras.values()}
@@ -172,6 +177,9 @@ class JoinedStore(TokenStore):
 
     def lengths(self, name: str = "input_ids") -> list[int]:
         return [length for store in self.stores for length in store.lengths(name)]
+
+    def extras(self, name: str) -> list[object]:
+        return [value for store in self.stores for value in store.extras(name)]
 
     def extra_values(self, name: str) -> set[object]:
         return set().union(*(store.extra_values(name) for store in self.stores))

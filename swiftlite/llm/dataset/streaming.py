@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from swiftlite.llm.dataset.encoded import RowEncoder, samples_of
 from swiftlite.llm.dataset.loader import RowStream
@@ -21,6 +22,9 @@ from swiftlite.llm.dataset.store import TokenStore
 from swiftlite.llm.template.base import Template
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.types import Json
+
+if TYPE_CHECKING:
+    from swiftlite.llm.dataset.teacher import TeacherLogits
 
 State = Json
 # A window's first sample, its epoch and number, and the state of the rows (None: at their beginning).
@@ -50,6 +54,7 @@ class StreamedDataset:
     """
 
     is_streaming = True
+    teacher: TeacherLogits | None = None  # as an EncodedDataset's
 
     def __init__(
         self,

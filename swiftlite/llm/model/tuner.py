@@ -212,6 +212,12 @@ def without_cache(model: PreTrainedModel) -> None:
         config.use_cache = False
 
 
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """For answers without gradients."""
+    without_cache(model)
+    return model.requires_grad_(False).eval()
+
+
 def held_in_fp32(model: PreTrainedModel) -> set[str]:
     """Names of the parameters whose dtype `prepare_model` raised."""
     return getattr(model, _HELD, set())

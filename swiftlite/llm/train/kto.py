@@ -15,9 +15,8 @@ from torch import Tensor
 
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.checkpoint.resolve import as_arguments
-from swiftlite.llm.dataset.answers import load_answers
+from swiftlite.llm.dataset.answers import answers_of, load_answers
 from swiftlite.llm.model.tuner import prepare_model
-from swiftlite.llm.template.collate import sample_lengths
 from swiftlite.llm.train.begin import started
 from swiftlite.llm.train.preference import Compared, answers_batch
 from swiftlite.llm.train.reference import ReferenceTrainer, reference_model
@@ -47,12 +46,18 @@ class AnswerCollator:
         self.template, self.compares = template, compares
 
     def __call__(self, items: Sequence[Json]) -> Batch:
-        batch = answers_batch(self.template, items)
-        batch["desirable"] = torch.tensor([item["desirable"] for item in items])
+        answers = answers_of(items)
+        batch = answers_batch(self.template, answers)
+        batch["desirable"] = torch.tensor([answer["desirable"] for answer in answers])
         if self.compares:
-            others = answers_batch(self.template, [item.get("mismatched", item) for item in items])
+            others = answers_batch(self.template, [answer.get("mismatched", answer) for answer in answers])
             batch.update({f"{_OTHER}{name}": value for name, value in others.items()})
         return batch
+
+
+def answer_lengths(item: Json) -> list[int]:
+    """Tokens of each answer with its prompt."""
+    return [len(answer["input_ids"]) for answer in item["answers"]]
 
 
 class Kto(Compared):
@@ -127,5 +132,5 @@ def kto_main(args: DpoArguments | Sequence[str]) -> Json:
         loss = kto_loss(args)
         collate = AnswerCollator(template, loss.compares)
         return run_trainer(
-            KtoTrainer(args, model, template, Kto(loss, model, reference), collate, sample_lengths), data, start
+            KtoTrainer(args, model, template, Kto(loss, model, reference), collate, answer_lengths), data, start
         )

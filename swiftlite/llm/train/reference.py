@@ -11,9 +11,9 @@ import torch
 
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.llm.dataset.reference import cached_answers
-from swiftlite.llm.model.loader import embedding_rows, get_model_tokenizer
-from swiftlite.llm.model.tuner import attach_adapter, without_cache
-from swiftlite.llm.pipeline import load_model
+from swiftlite.llm.model.loader import embedding_rows
+from swiftlite.llm.model.tuner import attach_adapter, frozen
+from swiftlite.llm.pipeline import load_model, read_model
 from swiftlite.llm.train.preference import Compared, answers_batch
 from swiftlite.llm.train.trainer import HfTrainer
 from swiftlite.train.checkpoints import Start
@@ -23,7 +23,7 @@ from swiftlite.train.reference import check_reference, reference_kind
 from swiftlite.utils.dist import all_gather
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def reference_model(args: DpoArguments, model: PreTrainedModel) -> PreTrainedModel | None:
@@ -46,22 +46,6 @@ def reference_model(args: DpoArguments, model: PreTrainedModel) -> PreTrainedMod
     if not args.adapts:
         _round_like_trained(reference)
     return frozen(reference)
-
-
-def read_model(args: DpoArguments, directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Another model than the one in training, and its tokenizer."""
-    model, tokenizer = get_model_tokenizer(
-        directory, args.model_info.torch_dtype, args.device_map, use_hf=args.use_hf, need_template=False,
-        attn_impl=args.hf_attn_implementation, trust_remote_code=args.trust_remote_code, hub_token=args.hub_token,
-        ignore_requirements=args.ignore_requirements, new_special_tokens=args.new_special_tokens,
-    )  # fmt: skip
-    return model, tokenizer
-
-
-def frozen(model: PreTrainedModel) -> PreTrainedModel:
-    """For answers without gradients."""
-    without_cache(model)
-    return model.requires_grad_(False).eval()
 
 
 def _round_like_trained(reference: PreTrainedModel) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NAME = "ulysses"  # of the attention implementation, as transformers counts them
 # A position predicts the next token's label, which may be on the next rank: parts of these have one more at the end.
-_OF_NEXT = ("labels", "loss_scale", "sequence_ids", "channels")
+_OF_NEXT = ("labels", "loss_scale", "sequence_ids", "channels", "told")
 
 
 class SequenceParts:

@@ -1,7 +1,8 @@
 """`swiftlite megatron rlhf --rlhf_type gkd`: distillation on megatron-core, off-policy; see llm/train/gkd.py.
 
 The teacher answers all micro batches of a step before the student runs: of each position with a label its logits are kept,
-of this rank's rows of the vocabulary. Shapes: B rows, S tokens, N positions with a label, V rows on this rank.
+of this rank's rows of the vocabulary. Or batches have what it said before (--teacher_logits).
+Shapes: B rows, S tokens, N positions with a label, V rows on this rank.
 """
 
 from __future__ import annotations
@@ -22,19 +23,18 @@ from torch import Tensor
 
 from swiftlite.arguments.megatron_preference import MegatronDpoArguments
 from swiftlite.checkpoint.resolve import as_arguments
-from swiftlite.llm.dataset.prepare import load_data
-from swiftlite.llm.model.loader import load_tokenizer
-from swiftlite.llm.template.base import Template
+from swiftlite.llm.dataset.taught import load_taught
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.loss import LossFunction, LossResult, token_outputs
 from swiftlite.megatron.trainers.reference import build_reference, other_model
 from swiftlite.megatron.trainers.run import run as run_trainer
 from swiftlite.megatron.trainers.sft import SftTrainer
+from swiftlite.megatron.trainers.taught import TaughtBatch, TaughtLoader
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.distill_loss import Divergence, Parts
 from swiftlite.train.loop import Run
 from swiftlite.train.order import Data
-from swiftlite.train.reference import check_teacher, divergence, model_directory
+from swiftlite.train.reference import divergence
 from swiftlite.utils.types import Json
 
 
@@ -51,21 +51,29 @@ class GkdTrainer(SftTrainer):
     """The divergence from a teacher + sft_alpha x cross entropy, means over the tokens of the global batch."""
 
     sums = ("loss", "nll", "trained_tokens")
-    references = 1
 
     args: MegatronDpoArguments
+    known_rows: int | None = None  # of the vocabulary of a teacher that has answered before
 
     @cached_property
     def divergence(self) -> Divergence:
         return divergence(self.args)
 
+    def see(self, data: Data) -> None:
+        super().see(data)
+        known = getattr(data[0], "teacher", None)
+        if known is not None:
+            self.loader, self.known_rows = TaughtLoader, known.rows
+
     def setup(self, run: Run) -> None:
-        other = copy.copy(self.args)
-        other.adapters, other.mcore_adapter = [], None
-        named = str(self.args.teacher_model)
-        self.teacher_dir, self.teacher_args = other_model(self.args, other, "teacher_model", named, self.origin_dir)
+        self.references = int(self.known_rows is None)
         self.teacher: list[MegatronModule] = []
         self.taught: dict[int, Tensor] = {}  # id of a micro batch -> logits [N, V]
+        if self.known_rows is None:
+            other = copy.copy(self.args)
+            other.adapters, other.mcore_adapter = [], None
+            named = str(self.args.teacher_model)
+            self.teacher_dir, self.teacher_args = other_model(self.args, other, "teacher_model", named, self.origin_dir)
         super().setup(run)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -73,10 +81,13 @@ class GkdTrainer(SftTrainer):
 
     def load(self, start: Start | None) -> int:
         done = super().load(start)
-        self.teacher = build_reference(self.teacher_args, self.teacher_dir, self.variable_lengths)
+        if self.known_rows is None:
+            self.teacher = build_reference(self.teacher_args, self.teacher_dir, self.variable_lengths)
         return done
 
     def run_batches(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
+        if self.known_rows is not None:
+            return super().run_batches(batches, forward_only)
         with torch.no_grad():
             answers = self.passes(self.teacher, batches, self.teach, forward_only=True)
         self.taught = {id(batch): answer["logits"] for batch, answer in zip(batches, answers, strict=False)}
@@ -101,23 +112,22 @@ class GkdTrainer(SftTrainer):
     def loss(self, batch: MicroBatch, logits: Tensor) -> LossResult:
         there = batch.loss_mask != 0
         weights, student = batch.loss_mask[there], logits[there].float()
-        rows, rank = student.shape[1], mpu.get_tensor_model_parallel_rank()
-        used = max(
-            1, min(rows, (self.args.description.padded_vocab_size or rows) - rank * rows)
-        )  # the others pad the vocabulary
-        teacher = self.taught[id(batch)]
-        losses = self.divergence(student[:, :used], teacher[:, :used], PARTS) * weights
+        losses = self.distances(batch, student, there) * weights
         nll = (vocab_parallel_cross_entropy(student.clone(), batch.labels[there]) * weights).sum()
         total, count = losses.sum() + self.args.sft_alpha * nll, there.sum().int()
         return total, count, {"loss": total.detach().clone(), "nll": nll.detach(), "trained_tokens": count}
 
-
-def _load(args: MegatronDpoArguments, template: Template) -> Data:
-    tokenizer = load_tokenizer(
-        str(model_directory(args, str(args.teacher_model))), trust_remote_code=args.trust_remote_code
-    )
-    check_teacher(args, template.tokenizer.get_vocab(), tokenizer.get_vocab(), [])
-    return load_data(args, template)
+    def distances(self, batch: MicroBatch, student: Tensor, there: Tensor) -> Tensor:
+        """[N] from the student's logits [N, V]."""
+        own, rank = student.shape[1], mpu.get_tensor_model_parallel_rank()
+        rows = self.args.description.padded_vocab_size or own
+        if self.known_rows is not None:
+            rows = min(rows, self.known_rows)
+        used = max(1, min(own, rows - rank * own))  # the others pad the vocabulary
+        if isinstance(batch, TaughtBatch):
+            top = batch.top[batch.told[there]].within(rows)
+            return self.divergence.of_top(student[:, :used], top, PARTS, first=rank * own)
+        return self.divergence(student[:, :used], self.taught[id(batch)][:, :used], PARTS)
 
 
 def megatron_gkd_main(args: MegatronDpoArguments | Sequence[str]) -> Json:
@@ -127,4 +137,4 @@ def megatron_gkd_main(args: MegatronDpoArguments | Sequence[str]) -> Json:
     Returns: the last log line's values, `iteration`, `seconds`, `output_dir`.
     Raises: SwiftliteError for everything a user can fix, before anything is written where possible.
     """
-    return run_trainer(as_arguments(MegatronDpoArguments, args), GkdTrainer, _load)
+    return run_trainer(as_arguments(MegatronDpoArguments, args), GkdTrainer, load_taught)

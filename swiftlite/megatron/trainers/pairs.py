@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swiftlite.llm.dataset.answers import AnswerDataset
+from swiftlite.llm.dataset.answers import AnswerDataset, answers_of
 from swiftlite.llm.dataset.pairs import PairDataset, sequences_of
 from swiftlite.megatron.context import add_up, ranks
 from swiftlite.megatron.trainers.batch import BatchLoader, MicroBatch
@@ -91,8 +91,11 @@ class LabelledLoader(AnswerLoader):
 
     dataset: AnswerDataset
 
+    def answers(self, samples: Sequence[int]) -> list[Json]:
+        return answers_of(super().answers(samples))
+
     def complete(self, samples: Sequence[int], batch: MicroBatch) -> LabelledBatch:
-        desirable = torch.tensor([self.dataset.desirable[i] for i in samples if i >= 0], dtype=torch.bool)
+        desirable = torch.tensor([answer["desirable"] for answer in self.answers(samples)], dtype=torch.bool)
         return LabelledBatch(**vars(super().complete(samples, batch)), desirable=desirable)
 
 
@@ -115,4 +118,4 @@ class MismatchedLoader(AnswerLoader):
     """From an AnswerDataset: its prompts with other answers."""
 
     def answers(self, samples: Sequence[int]) -> list[Json]:
-        return [item["mismatched"] for item in super().answers(samples)]
+        return [answer["mismatched"] for answer in answers_of(super().answers(samples))]

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from swiftlite.arguments.parser import alias_table
-from swiftlite.arguments.train import SftArguments
+from swiftlite.arguments.preference import DpoArguments
 from swiftlite.llm.dataset import DATASET_MAPPING, preprocess, register_dataset_info
 from swiftlite.llm.dataset.group_rows import group_row
 from swiftlite.llm.template.loss_scale import PATTERNS, STRATEGIES
@@ -43,7 +43,7 @@ def test_registrations(tmp_path):
 
 
 def test_flags_and_names():
-    known = {*alias_table(SftArguments), "to_cached_dataset", "template_mode", "num_rows", "html"}
+    known = {*alias_table(DpoArguments), "to_cached_dataset", "template_mode", "num_rows", "html"}
     assert set(re.findall(r"--(\w+)", TEXT)) <= known
     for name in re.findall(r"`\+(\w+)`", TEXT):
         assert name in PATTERNS

@@ -63,6 +63,7 @@ def test_equal_to_trl(
     kind: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fp32, 20 steps: loss and gradient norm within 1e-5 relative, and the loss falls."""
+    from swiftlite.llm.dataset.answers import answers_of
     from swiftlite.llm.train import kto
 
     seen: list[Any] = []
@@ -80,7 +81,7 @@ def test_equal_to_trl(
     kto_main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     mine = read_run(tmp_path / "ours/logging.jsonl")
     rows = []
-    for item in seen[0][0]:
+    for item in answers_of(list(seen[0][0])):
         labels = list(item["labels"])
         while labels[-1] == -100:  # the line's end behind the end token: nothing reads it
             labels.pop()
