@@ -35,6 +35,9 @@ def trl_run(directory: Path, reference: Path, output: Path, rows: list[Any], **c
 
             return dataset.map(mismatch, batched=True, batch_size=BATCH)
 
+        def _get_train_sampler(self, *_: Any) -> Any:  # before transformers 5.2 in any order, unless KL is asked for
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
     model, ref = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (directory, reference))
     args = trl.KTOConfig(
         output_dir=str(output), max_steps=STEPS, lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1,

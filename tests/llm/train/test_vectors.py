@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import normalize
 
 from swiftlite.checkpoint.sentence import write_sentence_files
@@ -154,6 +155,9 @@ def test_batches_of_any_layout(tiny_model: Callable[..., Path], tmp_path: Path) 
         assert parts_of(asked[0])[1] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="AutoProcessor of transformers 4 reads no adapter"
+)
 def test_lora(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """sentence-transformers loads the adapter as it is, and merged; both give what peft gives."""
     base = tiny_model("qwen3")
