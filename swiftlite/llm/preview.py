@@ -10,17 +10,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 from swiftlite.arguments.preview import PreviewArguments
 from swiftlite.checkpoint.resolve import as_arguments, resolve
 from swiftlite.llm.dataset.encoded import EncodedDataset
-from swiftlite.llm.dataset.loader import PlacedRow
+from swiftlite.llm.dataset.groups import GroupDataset, Grouping, TextEncoder, samples_of
 from swiftlite.llm.dataset.packing import pack_in_order, pack_windows
-from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.report import RejectsFile
-from swiftlite.llm.dataset.rows import open_stream, read_rows
+from swiftlite.llm.dataset.rows import first_rows, read_rows
 from swiftlite.llm.pipeline import prepare_template
 from swiftlite.llm.template.base import IGNORE_INDEX, Template
 from swiftlite.llm.template.parity import differences
@@ -28,7 +26,7 @@ from swiftlite.utils.directories import REJECTS_FILE
 from swiftlite.utils.errors import DatasetError
 from swiftlite.utils.io import write_text_atomic
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.types import Json
+from swiftlite.utils.types import Json, Settings
 
 _STREAMED_ROWS = 1000
 _BINS = 12
@@ -80,25 +78,20 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
     limit = args.max_drop_ratio
     args.max_drop_ratio = 1.0  # told, not enforced
     rows = (
-        list(_first_rows(args, rejects))
+        first_rows(args, _STREAMED_ROWS, rejects)
         if args.streaming
         else [row for part in read_rows(args, rejects) for row in part]
     )
-    samples = EncodedDataset(
-        rows, template, max_drop_ratio=1.0, name="data", num_proc=args.dataset_num_proc, rejects=rejects
-    )
+    settings: Settings = {"max_drop_ratio": 1.0, "name": "data", "num_proc": args.dataset_num_proc, "rejects": rejects}
+    samples: EncodedDataset | GroupDataset
+    if args.groups:
+        samples = GroupDataset(rows, template, Grouping.of(args, str(args.loss_type)), **settings)
+        shown, lengths, facts = _shown_groups(args, template, samples)
+    else:
+        samples = EncodedDataset(rows, template, **settings)
+        shown, lengths, facts = _shown_samples(args, template, samples, rows)
     report = rejects.report
-    report.total = len(rows) + report.dropped - samples.report.dropped
-    shown = []
-    for i in range(min(args.num_rows, len(samples))):
-        row = rows[samples.row_indices[i]]
-        text, _ = template.training_text(row)
-        shown.append((samples.row_indices[i], tokens_of(template, samples[i], text)))
-    facts = [
-        f"template {template.template_type} ({template.template_backend}), loss scale {args.loss_scale}, max length "
-        f"{template.max_length}, truncation {args.truncation_strategy}",
-        f"{len(samples)} samples, {sum(samples.lengths)} tokens, {_trained_share(samples):.1%} of them with a loss",
-    ]
+    report.total = samples.report.total + report.dropped - samples.report.dropped
     if args.rlhf_type == "kto":
         good = sum(rows[i]["label"] for i in samples.row_indices)
         facts.append(f"{good} desirable, {len(samples) - good} undesirable answers")
@@ -110,17 +103,41 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
         notes.append(
             f"{report.dropped} of {report.total} rows dropped: training stops above --max_drop_ratio {limit:g}"
         )
-    facts += list(_packing(args, samples.lengths))
+    facts += [] if args.groups else list(_packing(args, lengths))
     dropped = [f"{reason}: {place}" for reason, places in report.examples.items() for place in places]
-    return Preview(", ".join(args.dataset), facts, report.table().splitlines(), dropped, shown, samples.lengths, notes)
+    return Preview(", ".join(args.dataset), facts, report.table().splitlines(), dropped, shown, lengths, notes)
 
 
-def _first_rows(args: PreviewArguments, rejects: RejectsFile) -> Iterator[PlacedRow]:
-    for place, row in islice(open_stream(args), _STREAMED_ROWS):
-        if isinstance(row, RowError):
-            rejects.write(place, row.reason, row.seen, row.row)
-        else:
-            yield PlacedRow(row, place)
+Shown = tuple[list[tuple[int, list[Token]]], list[int], list[str]]  # some samples, lengths of all, facts
+
+
+def _shown_samples(args: PreviewArguments, template: Template, samples: EncodedDataset, rows: Sequence[Json]) -> Shown:
+    shown = []
+    for i in range(min(args.num_rows, len(samples))):
+        text, _ = template.training_text(rows[samples.row_indices[i]])
+        shown.append((samples.row_indices[i], tokens_of(template, samples[i], text)))
+    facts = [
+        f"template {template.template_type} ({template.template_backend}), loss scale {args.loss_scale}, max length "
+        f"{template.max_length}, truncation {args.truncation_strategy}",
+        f"{len(samples)} samples, {sum(samples.lengths)} tokens, {_trained_share(samples):.1%} of them with a loss",
+    ]
+    return shown, list(samples.lengths), facts
+
+
+def _shown_groups(args: PreviewArguments, template: Template, groups: GroupDataset) -> Shown:
+    """Each text of a group by itself. None of its tokens has a loss: the last one is taken for the whole."""
+    count = min(args.num_rows, len(groups))
+    shown = [
+        (groups.row_indices[i], tokens_of(template, sample)) for i in range(count) for sample in samples_of([groups[i]])
+    ]
+    lengths = [size for group in groups for size in group["sizes"]]
+    written = f"template {template.template_type} ({template.template_backend})"
+    plain = TextEncoder.of(template, str(args.task_type)) is not None
+    facts = [
+        f"{'plain text' if plain else written}, max length {template.max_length}, truncation {args.truncation_strategy}",
+        f"{len(groups)} groups of {len(lengths)} texts, {sum(lengths)} tokens; the last token of each text is judged",
+    ]
+    return shown, lengths, facts
 
 
 def _trained_share(samples: EncodedDataset) -> float:
