@@ -20,6 +20,18 @@ from swiftlite.weights.storage import TensorSpec, WeightSource
 __all__ = ["architecture_of", "bind_map", "convert_hf_config", "flatten_config", "text_config", "wrapped_family"]
 
 EMBEDDING = "model.embed_tokens.weight"
+_AROUND = "model."  # how names begin in models with an output layer
+
+
+def is_bare(names: Iterable[str]) -> bool:
+    """Has the class of a model without its output layer written these tensors, such as those of Qwen3-Embedding?"""
+    held = set(names)
+    return EMBEDDING.removeprefix(_AROUND) in held and EMBEDDING not in held
+
+
+def whole_name(name: str) -> str:
+    """What a tensor of such a model is called in one with an output layer."""
+    return _AROUND + name
 
 
 def naming_of(config: Config, names: Iterable[str]) -> Naming | None:

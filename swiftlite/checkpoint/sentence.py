@@ -27,8 +27,12 @@ class SentenceFiles:
     width: int
     max_length: int | None
 
-    def write(self, directory: Path, base: Path) -> None:
-        """Into a checkpoint's directory; next to an adapter the tokenizer too, without which it is not loaded."""
+    def write(self, directory: Path, base: Path | None = None) -> None:
+        """Into a checkpoint's directory; next to an adapter the tokenizer too, without which it is not loaded.
+
+        base: where the model's own files are, if not there.
+        """
+        base = base or directory
         write_sentence_files(base, directory, self.width, self.max_length)
         if (directory / ADAPTER_CONFIG).is_file() and not (directory / "tokenizer_config.json").is_file():
             copy_tokenizer(base, directory, {})
@@ -57,8 +61,9 @@ def write_sentence_files(base: Path, directory: Path, width: int, max_length: in
 
 
 def copy_sentence_files(source: Path, target: Path) -> None:
-    """Those of an adapter, next to the model that it is merged into."""
+    """Those of a model, or of an adapter, next to what it becomes; nothing where there are none."""
     for name in ("modules.json", *_SETTINGS):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    shutil.copytree(source / _POOLING, target / _POOLING)
+    if (source / _POOLING).is_dir():
+        shutil.copytree(source / _POOLING, target / _POOLING, dirs_exist_ok=True)

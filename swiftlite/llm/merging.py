@@ -36,8 +36,7 @@ def merge_in_memory(args: ExportArguments, adapter: Path, output_dir: Path) -> N
     try:
         write_weights(merged, scratch, args)
         copy_chat(adapter, scratch)
-        if args.task_type == "embedding":
-            copy_sentence_files(adapter, scratch)
+        copy_sentence_files(adapter, scratch)
         args.save(scratch)
         mark_output(scratch, _KIND)
         replace_directory(scratch, real)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import TypeVar
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.arguments.groups import GroupArguments
+from swiftlite.arguments.task import JUDGING_WORDS, TaskArguments
 from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
 from swiftlite.llm.dataset.group_rows import text_of
@@ -315,13 +316,12 @@ def group_facts(items: Sequence[Json]) -> dict[str, Tensor]:
     return {**facts, "roles": torch.tensor(roles, dtype=torch.int64), "pair_labels": labels}
 
 
-def judging_tokens(template: Template, settings: Mapping[str, object]) -> tuple[int, int]:
-    """Numbers of the words by which a generative reranker agrees and disagrees. settings: flags by name; else yes and no.
+def judging_tokens(args: TaskArguments, template: Template) -> tuple[int, int]:
+    """Numbers of the words by which a generative reranker agrees and disagrees.
 
     Raises: UsageError for a word that is not one token.
     """
-    words = {"generative_reranker_positive_token": "yes", "generative_reranker_negative_token": "no"}
-    yes, no = (_token_of(template, str(settings.get(flag, word)), flag) for flag, word in words.items())
+    yes, no = (_token_of(template, getattr(args, flag), flag) for flag in JUDGING_WORDS)
     return yes, no
 
 

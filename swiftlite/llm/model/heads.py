@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.checkpoint.info import with_changes
-from swiftlite.families.hf_config import classes_of
+from swiftlite.families.hf_config import classes_of, is_backbone
 from swiftlite.utils.errors import ConfigError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Config, Json
@@ -63,7 +63,9 @@ def prepare_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arg
 
 
 def head_changes(config: Config) -> Json:
-    """What the config.json of a written classifier says besides what its source does."""
+    """What config.json of a written classifier, or of a model without output layer, says besides what its source does."""
+    if is_backbone(config):
+        return {"architectures": config["architectures"]}
     return {} if classes_of(config) is None else {name: config[name] for name in HEAD_KEYS if name in config}
 
 

@@ -13,6 +13,7 @@ from swiftlite.checkpoint.adapter import Adapter
 from swiftlite.checkpoint.chat import Chat
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.new_tokens import copy_tokenizer
+from swiftlite.checkpoint.sentence import SentenceFiles
 from swiftlite.checkpoint.side_files import write_megatron_lm_args
 from swiftlite.convert.conversion import Options, convert, write_into
 from swiftlite.convert.hf import SHARD_BYTES, CarriedPlan, HfTarget
@@ -32,7 +33,7 @@ class RunFiles:
     """Args: origin: what the run starts from. chat: what directories tell of it, on rank 0."""
 
     def __init__(
-        self, args: MegatronSftArguments, origin: Checkpoint, lora: LoraPlan | None, chat: Chat | None
+        self, args: MegatronSftArguments, origin: Checkpoint, lora: LoraPlan | None, chat: Chat | SentenceFiles | None
     ) -> None:
         self.args, self.origin = args, origin
         self.lora, self.chat = lora, chat
