@@ -42,7 +42,7 @@ CLASSES = ["--task_type", "seq_cls", "--num_labels", "3"]
 EMBEDDING = ["--task_type", "embedding", "--lr", "3e-4"]
 RERANKER = ["--task_type", "reranker", "--loss_type", "listwise_reranker"]
 GENERATIVE = ["--task_type", "generative_reranker", "--generative_reranker_positive_token", "y", "--max_length", "400",
-              "--generative_reranker_negative_token", "n"]  # fmt: skip
+              "--generative_reranker_negative_token", "n", "--loss_type", "listwise_reranker", "--lr", "1e-3"]  # fmt: skip
 LORA = ["--train_type", "lora", "--lora_rank", "4", "--lora_dropout", "0", "--lr", "1e-3"]
 REWARD = ["--rlhf_type", "rm", "--center_rewards_coefficient", "0.1"]
 
@@ -85,7 +85,6 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "reranker-vpp2": ("reranker", 2, [*PP, "--num_virtual_stages_per_pipeline_rank", "2"], None),
     "reranker-free-cp2": ("reranker-free", 2, CP, None),
     "reranker-moe-ep2": ("reranker-moe", 2, EP, None),
-    "generative-tp2": ("generative", 2, TP[:2], None),
     "generative-tp2-sp": ("generative", 2, TP, None),
     "generative-pp2": ("generative", 2, PP, None),
     "generative-cp2": ("generative", 2, CP, None),

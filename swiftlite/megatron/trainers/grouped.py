@@ -130,9 +130,11 @@ class GenerativeRerankerTrainer(_OfLastTokens, RerankerTrainer):
     def read(self, outputs: Tensor) -> Tensor:
         """[N, 1] of logits [N, V]. Collective."""
         rows = outputs.shape[-1]
-        here = mpu.get_tensor_model_parallel_rank()
-        found = [outputs[:, w % rows] if w // rows == here else outputs.new_zeros(len(outputs)) for w in self.words]
-        yes, no = reduce_from_tensor_model_parallel_region(torch.stack([each.float() for each in found]))
+        words = torch.tensor(self.words, device=outputs.device)
+        mine = words // rows == mpu.get_tensor_model_parallel_rank()
+        # Gradients go back on ranks that have neither word, too: what follows is collective.
+        found = torch.where(mine, outputs[:, words % rows].float(), 0.0)
+        yes, no = reduce_from_tensor_model_parallel_region(found).unbind(1)
         return (yes - no)[:, None]
 
 
