@@ -414,6 +414,11 @@ class SftArguments(TrainArguments, TunerArguments, GroupArguments):
             "sequence_parallel_size": self.sequence_parallel_size > 1,
         }  # fmt: skip
         name = next((name for name, is_asked in asked.items() if is_asked), None)
+        if name == "sequence_parallel_size":
+            raise UsageError(
+                f"--sequence_parallel_size: {self.trained_for} takes one token of each text; long texts are divided by "
+                "`megatron sft --context_parallel_size`"
+            )
         if name is not None:
             raise UsageError(
                 f"--{name}: is for the tokens of answers; {self.trained_for} takes one of all; leave it out"

@@ -18,11 +18,9 @@ from swiftlite.checkpoint.chat import copy_chat
 from swiftlite.checkpoint.files import copy_side_files
 from swiftlite.checkpoint.info import read_config
 from swiftlite.checkpoint.new_tokens import enter_tokens
-from swiftlite.checkpoint.sentence import copy_sentence_files
 from swiftlite.checkpoint.side_files import MANIFEST
 from swiftlite.checkpoint.tensors import ModelTensors, open_hf, open_mcore
 from swiftlite.checkpoint.vocabulary import GrownSource, NewTokens, grown, rows_of
-from swiftlite.families.hf_config import is_backbone
 from swiftlite.utils.directories import CARRIED, TRACKER, Directory, find_iteration
 from swiftlite.utils.errors import CheckpointError
 from swiftlite.utils.io import format_bytes, write_json
@@ -140,11 +138,8 @@ class Checkpoint(ModelTensors):
         copy_side_files(self.root, target, self.changes, dtype)
         if self.new_tokens is not None:
             enter_tokens(target, self.new_tokens.ids)
-        if is_backbone(self.config):
-            copy_sentence_files(self.root, target)
         if self.adapter is not None:
             copy_chat(self.adapter.root, target)
-            copy_sentence_files(self.adapter.root, target)
 
     def write_manifest(self, directory: Path) -> None:
         """Record names, order, dtypes, shapes and files of the Hugging Face checkpoint, so that the way back has them."""

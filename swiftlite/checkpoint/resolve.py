@@ -216,8 +216,6 @@ def resolve(args: B, *, download_model: bool | None = None, need_template: bool 
     check_side_files(Path(args.model_info.model_dir))
     args.model_type = args.model_info.model_type
     args.task_type = args.model_info.task_type
-    if args.trains and args.groups and "task_type" not in args.given:
-        raise UsageError(f"{args.model_info.model_dir} is a model of --task_type {args.task_type}; add that")
     if args.has_head:
         there, args.num_labels = classes_of(args.model_info.config), args.model_info.num_labels
         if there not in (None, args.num_labels):
@@ -237,7 +235,10 @@ def resolve(args: B, *, download_model: bool | None = None, need_template: bool 
 
 
 def _check_task(args: BaseArguments) -> None:
-    """Raises: UsageError for a model of a task that this command is not for, where its directory says the task."""
+    """Raises: UsageError for a model of a task that this command is not for, where its directory says the task; for one that
+    is trained otherwise than conversations are."""
+    if args.trains and args.groups and "task_type" not in args.given:
+        raise UsageError(f"{args.model_info.model_dir} is a model of --task_type {args.task_type}; add that")
     note = notes(type(args)).get("task_type")
     known = (None, "causal_lm", *((note.allowed or ()) if note is not None else ()))
     if note is not None and args.task_type not in known and not getattr(args, "trains_reward_model", False):

@@ -12,6 +12,7 @@ import torch
 
 from swiftlite.checkpoint.bind import (
     architecture_of,
+    as_backbone,
     bind_map,
     bind_source,
     is_bare,
@@ -23,7 +24,6 @@ from swiftlite.checkpoint.bind import (
 from swiftlite.checkpoint.planned import PlannedSource
 from swiftlite.checkpoint.side_files import read_manifest
 from swiftlite.families import family_of
-from swiftlite.families.hf_config import as_backbone
 from swiftlite.families.records import Family
 from swiftlite.utils.directories import CARRIED, find_iteration
 from swiftlite.utils.errors import CheckpointError

@@ -10,6 +10,7 @@ from swiftlite.families.records import Derived, Family, Refuse, Rules
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.io import blame
+from swiftlite.utils.types import Config, Json
 
 
 def wrapped_family(config: Mapping[str, Any]) -> Family | None:
@@ -50,13 +51,13 @@ def _causal(body: str) -> str:
     return body.removesuffix("Text") + _CAUSAL
 
 
-def as_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
+def as_backbone(config: Config) -> Json:
     """The config.json of the same model without its output layer."""
     name = str(config["architectures"][0])
     return {**config, "architectures": [name.removesuffix(_CAUSAL) + BACKBONE if name.endswith(_CAUSAL) else name]}
 
 
-def is_backbone(config: Mapping[str, Any] | None) -> bool:
+def is_backbone(config: Config | None) -> bool:
     """Has this model no output layer, as embedding models have none?"""
     name = str(((config or {}).get("architectures") or [""])[0])
     return name.endswith(BACKBONE) and has_family(language_model(name))

@@ -42,7 +42,7 @@ CLASSES = ["--task_type", "seq_cls", "--num_labels", "3"]
 EMBEDDING = ["--task_type", "embedding", "--lr", "3e-4"]
 RERANKER = ["--task_type", "reranker", "--loss_type", "listwise_reranker"]
 GENERATIVE = ["--task_type", "generative_reranker", "--generative_reranker_positive_token", "y", "--max_length", "400",
-              "--generative_reranker_negative_token", "n", "--loss_type", "listwise_reranker", "--lr", "1e-3"]  # fmt: skip
+              "--generative_reranker_negative_token", "n", "--loss_type", "listwise_reranker", "--lr", "3e-4"]  # fmt: skip
 LORA = ["--train_type", "lora", "--lora_rank", "4", "--lora_dropout", "0", "--lr", "1e-3"]
 REWARD = ["--rlhf_type", "rm", "--center_rewards_coefficient", "0.1"]
 

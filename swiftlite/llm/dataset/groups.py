@@ -204,7 +204,10 @@ class GroupDataset:
 
     Args: rows: in the form of group_rows.py. The rest as EncodedDataset. Groups that cannot be used, that stand in the data
         twice, or of which a sample is too long, are left out and counted in `report`.
+    task_type: what the groups are for. words: see judging_tokens, of --task_type generative_reranker.
     """
+
+    words: tuple[int, int] = (-1, -1)
 
     def __init__(
         self,
@@ -222,6 +225,7 @@ class GroupDataset:
         self.report = DropReport(rejects=rejects, log=[])
         self.store = TokenStore()
         encoder = TextEncoder.of(template, grouping.task_type) or RowEncoder.of(rows, template, num_proc)
+        self.task_type = grouping.task_type
         self.row_indices: list[int] = []  # of each group
         waiting: deque[tuple[int, Row, Group]] = deque()
         with encoder as encode:
@@ -233,10 +237,10 @@ class GroupDataset:
         self.lengths = self.store.lengths()
 
     @classmethod
-    def of(cls, store: TokenStore) -> GroupDataset:
+    def of(cls, store: TokenStore, task_type: str) -> GroupDataset:
         """All groups of a store that another one had."""
         dataset = cls.__new__(cls)
-        dataset.report = DropReport(total=len(store))
+        dataset.report, dataset.task_type = DropReport(total=len(store)), task_type
         dataset.store, dataset.lengths = store, store.lengths()
         dataset.row_indices = list(range(len(store)))
         return dataset
@@ -321,15 +325,12 @@ def judging_tokens(args: TaskArguments, template: Template) -> tuple[int, int]:
 
     Raises: UsageError for a word that is not one token.
     """
-    yes, no = (_token_of(template, getattr(args, flag), flag) for flag in JUDGING_WORDS)
-    return yes, no
-
-
-def _token_of(template: Template, word: str, flag: str) -> int:
-    ids = template.tokenize(word)
-    if len(ids) != 1:
-        raise UsageError(f"--{flag} {word}: is {len(ids)} tokens of this model; choose a word that is one")
-    return ids[0]
+    words = args.generative_reranker_positive_token, args.generative_reranker_negative_token
+    found = [template.tokenize(word) for word in words]
+    for flag, word, ids in zip(JUDGING_WORDS, words, found, strict=True):
+        if len(ids) != 1:
+            raise UsageError(f"--{flag} {word}: is {len(ids)} tokens of this model; choose a word that is one")
+    return found[0][0], found[1][0]
 
 
 def load_groups(args: SftArguments, template: Template) -> tuple[GroupDataset, GroupDataset | None]:
@@ -342,4 +343,7 @@ def load_groups(args: SftArguments, template: Template) -> tuple[GroupDataset, G
             rejects=rejects,
         )  # fmt: skip
 
-    return made_of_rows(args, make)
+    train, val = made_of_rows(args, make)
+    if args.task_type == "generative_reranker":
+        train.words = judging_tokens(args, template)
+    return train, val

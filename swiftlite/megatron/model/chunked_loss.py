@@ -35,7 +35,7 @@ class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
         finally:
             del self.__dict__["output_layer"]
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> object:
         """megatron-core looks for the weight of an output layer on the last stage, which embedding models do not have."""
         after = self.__dict__["post_process"]
         headless = isinstance(getattr(self, "output_layer", None), NoHead)

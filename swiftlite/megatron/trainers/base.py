@@ -21,9 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
-from swiftlite.checkpoint.chat import Chat
-from swiftlite.checkpoint.sentence import SentenceFiles
-from swiftlite.llm.template.base import Template
+from swiftlite.checkpoint.chat import Beside
 from swiftlite.megatron import backend
 from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import BackgroundWriter
@@ -40,7 +38,6 @@ from swiftlite.train.batches import StepBatches, evaluation_samples
 from swiftlite.train.checkpoints import Start
 from swiftlite.train.flops import ModelFlops, pairs_of
 from swiftlite.train.loop import Run, Step
-from swiftlite.train.order import Data
 
 # What megatron-core's schedules call: (output of the model, loss function of that output) of the next batch.
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
@@ -73,12 +70,11 @@ class Trainer:
         parallel: ParallelState,
         pad_token_id: int,
         origin: str | Path,
-        chat: Chat | None = None,
+        chat: Beside | None = None,
     ) -> None:
         self.args, self.parallel = args, parallel
         self.pad_token_id = pad_token_id
-        self.origin_dir = Path(origin)
-        self.chat: Chat | SentenceFiles | None = chat
+        self.origin_dir, self.chat = Path(origin), chat
         self.device = backend.setup().device
         self.position = Position()
         self.models: list[MegatronModule] = []
@@ -107,8 +103,8 @@ class Trainer:
         """(output of the model, loss function of that output), as megatron-core's schedules call it."""
         raise NotImplementedError
 
-    def see(self, data: Data, template: Template) -> None:
-        """What a run trains on and evaluates with, and what has encoded it, before anything else."""
+    def see(self, data: tuple[Any, Any]) -> None:  # as train.order.Data
+        """What a run trains on and evaluates with, before anything else."""
 
     # ---- setting up ----
 

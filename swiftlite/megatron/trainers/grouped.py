@@ -7,17 +7,14 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.sentence import SentenceFiles
-from swiftlite.llm.dataset.groups import GroupDataset, group_facts, judging_tokens, samples_of
-from swiftlite.llm.template.base import Template
+from swiftlite.llm.dataset.groups import GroupDataset, group_facts, samples_of
 from swiftlite.megatron.context import add_up
 from swiftlite.megatron.model.head import at_last_tokens, judge_last_tokens
 from swiftlite.megatron.shards import unwrap
@@ -37,17 +34,10 @@ class GroupLoader(PooledLoader):
     """
 
     dataset: GroupDataset
-    task_type: str
-
-    @classmethod
-    def of(cls, dataset: Any, args: MegatronSftArguments, *rest: Any, **others: Any) -> Self:
-        made = super().of(dataset, args, *rest, **others)
-        made.task_type = str(args.task_type)
-        return made
 
     def last(self, ids: Sequence[int]) -> int:
         """Texts may end with the token of padding, which transformers' classifiers do not read."""
-        return super().last(ids) if self.task_type == "reranker" else len(ids) - 1
+        return super().last(ids) if self.dataset.task_type == "reranker" else len(ids) - 1
 
     def groups(self, samples: Sequence[int]) -> list[Json]:
         return [self.dataset[i] for i in samples if i >= 0]
@@ -68,7 +58,7 @@ class GroupLoader(PooledLoader):
     def complete(self, samples: Sequence[int], batch: MicroBatch) -> PooledBatch:
         facts = group_facts(self.groups(samples))
         groups = facts["groups"]
-        if self.task_type == "embedding":
+        if self.dataset.task_type == "embedding":
             columns = [groups, facts["roles"], facts["pair_labels"][groups]]
         else:
             columns = [groups, facts.get("relevant", groups)]
@@ -81,11 +71,10 @@ class RerankerTrainer(PooledTrainer):
 
     loader = GroupLoader
 
-    def __init__(self, args: MegatronSftArguments, *rest: Any) -> None:
-        super().__init__(args, *rest)
+    def see(self, data: Data) -> None:
+        args, nothing = self.args, torch.zeros(0)
         self.ranking = RankingLoss(args.loss_type or args.loss_types[0], args.listwise_reranker_temperature)
         self.counted = self.ranking.counted
-        nothing = torch.zeros(0)
         self.sums = tuple(self.ranking.sums(nothing, nothing, nothing))
 
     def count(self, batch: PooledBatch) -> float:
@@ -101,8 +90,9 @@ class RerankerTrainer(PooledTrainer):
 class _OfLastTokens(PooledTrainer):
     """Of models that compute the last tokens alone in place of their output layer."""
 
-    def forward_step(self, batches: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)
+        assert isinstance(batch, PooledBatch)
         with at_last_tokens(batch.ends):
             return super().forward_step(iter([batch]), model)
 
@@ -118,9 +108,10 @@ class _OfLastTokens(PooledTrainer):
 class GenerativeRerankerTrainer(_OfLastTokens, RerankerTrainer):
     """... of how much likelier than `no` the word `yes` is as the answer, in logits."""
 
-    def see(self, data: Data, template: Template) -> None:
-        super().see(data, template)
-        self.words = judging_tokens(self.args, template)
+    def see(self, data: Data) -> None:
+        super().see(data)
+        assert isinstance(data[0], GroupDataset)
+        self.words = data[0].words
 
     def setup(self, run: Run) -> None:
         super().setup(run)
@@ -144,13 +135,9 @@ class EmbeddingTrainer(_OfLastTokens):
     loader = GroupLoader
     counted = "rows"
 
-    def __init__(self, args: MegatronSftArguments, *rest: Any) -> None:
-        super().__init__(args, *rest)
-        self.vector_loss = VectorLoss.of(args, args.loss_type or args.loss_types[0])
+    def see(self, data: Data) -> None:
+        self.vector_loss = VectorLoss.of(self.args, self.args.loss_type or self.args.loss_types[0])
         self.sums = self.vector_loss.names
-
-    def see(self, data: Data, template: Template) -> None:
-        super().see(data, template)
         if self.parallel.rank == 0:
             self.chat = SentenceFiles(self.args.description.hidden_size, self.args.max_length)
 

@@ -59,7 +59,7 @@ def run(args: A, trainer_class: type[Trainer], load: Callable[[A, Template], Dat
             val_set = train_set  # type: ignore[assignment]  # nothing streams here
         chat = trained_chat(template) if parallel.rank == 0 else None  # rank 0 writes it
         trainer = trainer_class(args, parallel, template.pad_token_id, origin, chat)
-        trainer.see((train_set, val_set), template)
+        trainer.see((train_set, val_set))
         training = Run(args, train_set, val_set, parallel.dp_rank, parallel.dp_size, trainer.metrics)
         try:
             if args.skip_train:

@@ -13,7 +13,6 @@ from swiftlite.arguments.megatron_train import MegatronPtArguments, MegatronSftA
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.groups import load_groups
 from swiftlite.llm.dataset.prepare import load_data
-from swiftlite.llm.template.base import Template
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.classification import ClassificationTrainer
@@ -33,7 +32,7 @@ class SftTrainer(Trainer):
     sums: tuple[str, ...] = ("loss", "trained_tokens")
     channels: Channels | None = None
 
-    def see(self, data: Data, template: Template) -> None:
+    def see(self, data: Data) -> None:
         token_loss_of(self.args)  # a wrong name is told before the model is built
         if self.args.enable_channel_loss:
             self.channels = Channels.of(data)
