@@ -61,6 +61,11 @@ def test_links_lead_to_files_and_headings(file: Path) -> None:
         assert not anchor or anchor in anchors(there), f"{file.name}: {target}"
 
 
+def test_the_table_of_objectives_is_what_the_commands_say() -> None:
+    made, text = tool("make_objectives"), (DOCS / "objectives.md").read_text(encoding="utf-8")
+    assert text == made.written(text), "run python docs/make_objectives.py"
+
+
 def test_every_page_is_in_the_menu() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 

@@ -17,6 +17,8 @@ TASK_LOSSES: dict[str, tuple[str, ...]] = {
     "generative_reranker": ("pointwise_reranker", "listwise_reranker"),
 }
 GROUPED = ("embedding", "reranker", "generative_reranker")
+HEADED = ("seq_cls", "reranker")
+JUDGING_WORDS = ("generative_reranker_positive_token", "generative_reranker_negative_token")
 # Losses of pairs of answers, and those of them that need no reference.
 REFERENCE_FREE = ("cpo", "simpo", "orpo")
 MIXABLE = ("sigmoid", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", "bco_pair")  # of whole answers' scores
@@ -25,7 +27,6 @@ KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 _OF_TASKS = dict.fromkeys(name for names in TASK_LOSSES.values() for name in names)
 LOSS_TYPES = (*_OF_TASKS, *PAIR_LOSS_TYPES, *KTO_LOSS_TYPES)
 
-_ON_MEGATRON = "is not trained on Megatron yet; use `swiftlite sft`"
 _WITHOUT = Note("rejected", "belongs to `swiftlite sft` and to what is done with its model")
 
 
@@ -40,16 +41,9 @@ class TaskArguments(Arguments):
         choices=TASKS, common=True,
         unavailable={
             "DpoArguments": Note("default only", "--rlhf_type says what pairs train", ("causal_lm",)),
-            "ExportArguments": Note(
-                "default only", "is neither converted nor tokenised here yet", ("causal_lm", "seq_cls", "embedding")
-            ),
             "InferArguments": Note(
-                "default only", "inference writes text, or says classes; for vectors, sentence-transformers: "
-                "SentenceTransformer(DIR).encode(texts)", ("causal_lm", "seq_cls"),
-            ),
-            "MegatronSftArguments": Note("default only", _ON_MEGATRON, ("causal_lm", "seq_cls")),
-            "SftArguments": Note(
-                "default only", "is not trained yet", ("causal_lm", "seq_cls", "embedding", "generative_reranker")
+                "default only", "inference writes text, classes or scores; for vectors, sentence-transformers: "
+                "SentenceTransformer(DIR).encode(texts)", ("causal_lm", "seq_cls", "reranker", "generative_reranker"),
             ),
             "PtArguments": Note("default only", "pt trains on text; use `swiftlite sft`", ("causal_lm",)),
         },
@@ -68,10 +62,24 @@ class TaskArguments(Arguments):
         },
     )  # fmt: skip
 
+    generative_reranker_positive_token: str = field(
+        "yes", "word with which --task_type generative_reranker agrees",
+        unavailable={**dict.fromkeys(("DpoArguments", "PtArguments"), _WITHOUT)},
+    )  # fmt: skip
+    generative_reranker_negative_token: str = field(
+        "no", "word with which it does not", unavailable={**dict.fromkeys(("DpoArguments", "PtArguments"), _WITHOUT)}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in JUDGING_WORDS:
+            if name in self.given and self.task_type != "generative_reranker":
+                raise UsageError(f"--{name} {getattr(self, name)}: goes with --task_type generative_reranker; add that")
         if self.task_type == "seq_cls":
             self._check_labels()
+            return
+        if self.task_type == "reranker" and self.num_labels in (None, 1):
+            self.num_labels = 1
             return
         for name in ("num_labels", "problem_type"):
             if name in self.given and getattr(self, name) is not None:
@@ -82,6 +90,11 @@ class TaskArguments(Arguments):
             raise UsageError(
                 f"--num_labels 1 with --problem_type {self.problem_type}: one number is a regression; classes are at least 2"
             )
+
+    @property
+    def has_head(self) -> bool:
+        """Does a score head stand in place of the output layer?"""
+        return self.task_type in HEADED
 
     @property
     def groups(self) -> bool:

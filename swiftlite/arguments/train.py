@@ -61,8 +61,7 @@ class TrainArguments(Arguments):
         "min_lr_ratio and decay_type with warmup_stable_decay",
     )  # fmt: skip
     lr_wsd_decay_style: str = field(
-        "exponential", "shape of the end of --lr_decay_style WSD",
-        choices=["exponential", "linear", "cosine", "minus_sqrt"],
+        "exponential", "shape of the end of --lr_decay_style WSD", choices=["exponential", "linear", "cosine", "minus_sqrt"],
     )  # fmt: skip
     lr_wsd_decay_iters: int | None = field(None, "steps of that end (default: a tenth of the schedule)", least=1)
     lr_decay_iters: int | None = field(None, "steps until --min_lr (default: all)")
@@ -422,10 +421,12 @@ class SftArguments(TrainArguments, TunerArguments, GroupArguments):
             "sequence_parallel_size": self.sequence_parallel_size > 1,
         }  # fmt: skip
         name = next((name for name, is_asked in asked.items() if is_asked), None)
-        if name is not None:
+        if name == "sequence_parallel_size":
             raise UsageError(
-                f"--{name}: is for the tokens of answers; {self.trained_for} takes one of all; leave it out"
+                f"--{name}: {self.trained_for} takes one token; long texts: `megatron sft --context_parallel_size`"
             )
+        if name is not None:
+            raise UsageError(f"--{name}: is for the tokens of answers; {self.trained_for} takes one; leave it out")
 
     def _settle_quantisation(self) -> None:
         """--quant_bits alone means bitsandbytes."""

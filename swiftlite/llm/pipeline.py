@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.train import SftArguments
-from swiftlite.checkpoint.info import first_of
+from swiftlite.checkpoint.info import first_of, with_changes
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.checkpoint.vocabulary import NewTokens, rows_of
@@ -56,8 +56,11 @@ def load_model(args: BaseArguments) -> PreTrainedModel:
     from swiftlite.llm.model.heads import prepare_head
 
     model, tokenizer = _load(args, load_model=True)
-    if args.task_type == "seq_cls":
+    if args.has_head:
         prepare_head(model, tokenizer, args)
+    if args.task_type == "embedding":
+        said = {"architectures": [type(model).__name__]}
+        args.model_info.config = with_changes(args.model_info.config, said)
     return model
 
 
@@ -129,7 +132,7 @@ def _keywords(args: BaseArguments) -> Json:
 
     if args.task_type == "embedding":
         return {"model_kwargs": _quantised(args), "automodel_class": backbone_class()}
-    if args.task_type != "seq_cls":
+    if not args.has_head:
         return {"model_kwargs": _quantised(args)}
     made = classifier_class(args.model_info.config)
     return {"model_kwargs": {**_quantised(args), **head_keywords(args)}, "automodel_class": made}

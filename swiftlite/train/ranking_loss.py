@@ -26,6 +26,12 @@ class RankingLoss:
         """Of `sums`, what `loss` is divided by."""
         return "groups" if self.loss_type == "listwise_reranker" else "pairs"
 
+    def count(self, groups: Tensor) -> int:
+        """How many of them a micro batch has, by its samples' `groups`."""
+        if self.counted == "pairs":
+            return len(groups)
+        return int(groups[-1]) + 1 if len(groups) else 0
+
     def __call__(self, scores: Tensor, groups: Tensor, relevant: Tensor) -> Tensor:
         """Losses [B] or [R] of scores [B]. groups: int64 [B], from 0 on, in order. relevant: float [B], 1 where the document
         answers, 0 where not; or how likely it does, for pointwise."""
@@ -37,6 +43,9 @@ class RankingLoss:
 
     def sums(self, scores: Tensor, groups: Tensor, relevant: Tensor) -> dict[str, Tensor]:
         """What `total` and `metrics` take: scalars to add up over batches and ranks; `loss` has gradients."""
+        if not len(groups):
+            names = ("loss", "pairs", "groups", "correct", "compared", "first", "reciprocal", "margin")
+            return {name: scores.float().sum() for name in names}  # 0
         losses = self(scores, groups, relevant)
         seen = scores.detach().float()
         listed, answers = _by_group(seen, groups), _by_group(relevant.to(seen), groups)

@@ -17,7 +17,7 @@ from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.parallel import OPTIMIZER_DTYPES
 from swiftlite.arguments.parser import alias_table, from_dict, given_values, notes, parse, specs
 from swiftlite.arguments.preference import DpoArguments
-from swiftlite.arguments.task import PROBLEMS
+from swiftlite.arguments.task import JUDGING_WORDS, PROBLEMS
 from swiftlite.arguments.train import PtArguments, SftArguments
 from swiftlite.cli.flag_table import SECTIONS, rows, status, table
 from swiftlite.cli.routes import ROUTES
@@ -75,9 +75,7 @@ COMPANIONS = {
     **dict.fromkeys(
         (name for name in GROUP_FLAGS if name.startswith(("infonce", "max"))), ["--task_type", "embedding"]
     ),
-    **dict.fromkeys(
-        (name for name in GROUP_FLAGS if name.startswith("generative")), ["--task_type", "generative_reranker"]
-    ),
+    **dict.fromkeys(JUDGING_WORDS, ["--task_type", "generative_reranker"]),
     "listwise_reranker_temperature": ["--task_type", "generative_reranker", "--loss_type", "listwise_reranker"],
 }
 EXPORT_COMPANIONS = dict.fromkeys(("teacher_model", "temperature", "teacher_topk"), ["--to_teacher_logits", "true"])
