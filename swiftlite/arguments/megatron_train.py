@@ -65,8 +65,8 @@ class MegatronSftArguments(PlanArguments, PushArguments, MegatronArguments, SftA
             self.save_safetensors = True
         if self.model is None and self.mcore_model is None:
             raise UsageError("give the weights with --model HF_DIR_OR_ID or --mcore_model DIR (a converted checkpoint)")
-        if self.task_type == "seq_cls" and self.mtp_num_layers:
-            raise UsageError("--mtp_num_layers: a classifier predicts no tokens; leave it out")
+        if self.pools and self.mtp_num_layers:
+            raise UsageError(f"--mtp_num_layers: --task_type {self.task_type} predicts no tokens; leave it out")
         if self.train_type == "lora":
             if self.moe_shared_expert_overlap:
                 get_logger().info("--moe_shared_expert_overlap: off, adapters exchange activations by themselves")

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.flags import NO_WEIGHTS
+from swiftlite.arguments.groups import GROUP_FLAGS, GroupArguments
 from swiftlite.arguments.parser import Note, arguments, field
+from swiftlite.arguments.task import GROUPED, TASK_LOSSES
 from swiftlite.utils.errors import UsageError
 
 
 @arguments
-class PreviewArguments(BaseArguments):
+class PreviewArguments(GroupArguments):
     """Preview: rows as the model will see them"""
 
     NOTES: ClassVar[Mapping[str, Note]] = {
@@ -21,6 +22,11 @@ class PreviewArguments(BaseArguments):
         "group_by_length": Note("rejected", "has no effect: preview makes no batches"),
         "cached_dataset": Note("rejected", "preview reads rows, not tokens"),
         "load_from_cache_file": Note("rejected", "has no effect: preview reads rows"),
+        **{
+            name: Note("rejected", "has no effect: preview computes no losses")
+            for name in GROUP_FLAGS
+            if not name.startswith("max_")
+        },
     }
 
     num_rows: int = field(3, "rows that are shown", common=True, least=0)
@@ -29,6 +35,10 @@ class PreviewArguments(BaseArguments):
     rlhf_type: str | None = field(
         None, "rows as this command reads them; kto: each answer has a label; dpo, rm: pairs of answers",
         choices=["kto", "dpo", "rm"], common=True,
+    )  # fmt: skip
+    loss_type: str | None = field(
+        None, "groups as this loss of --task_type reads them",
+        choices=[*TASK_LOSSES["embedding"], *TASK_LOSSES["reranker"]],
     )  # fmt: skip
     html: str | None = field(None, "also write the report as this HTML file", path=True, common=True)
 
@@ -42,11 +52,12 @@ class PreviewArguments(BaseArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.groups:
-            raise UsageError(
-                f"--task_type {self.task_type}: preview shows conversations; `swiftlite sft` counts the rows that it cannot "
-                "use, and writes them to OUTPUT_DIR/rejects.jsonl"
-            )
+        known = TASK_LOSSES[self.task_type] if self.task_type in GROUPED else ()
+        if self.loss_type not in (None, *known):
+            fits = ", ".join(known) or "none that preview asks for"
+            raise UsageError(f"--loss_type {self.loss_type}: --task_type {self.task_type or 'causal_lm'} has {fits}")
+        self.loss_type = self.loss_type or next(iter(known), None)
+        self.settle_groups(self.loss_type)
         if self.rlhf_type is not None:
             if self.pools:
                 raise UsageError(

@@ -17,6 +17,7 @@ TASK_LOSSES: dict[str, tuple[str, ...]] = {
     "generative_reranker": ("pointwise_reranker", "listwise_reranker"),
 }
 GROUPED = ("embedding", "reranker", "generative_reranker")
+HEADED = ("seq_cls", "reranker")
 # Losses of pairs of answers, and those of them that need no reference.
 REFERENCE_FREE = ("cpo", "simpo", "orpo")
 MIXABLE = ("sigmoid", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", "bco_pair")  # of whole answers' scores
@@ -25,7 +26,6 @@ KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 _OF_TASKS = dict.fromkeys(name for names in TASK_LOSSES.values() for name in names)
 LOSS_TYPES = (*_OF_TASKS, *PAIR_LOSS_TYPES, *KTO_LOSS_TYPES)
 
-_ON_MEGATRON = "is not trained on Megatron yet; use `swiftlite sft`"
 _WITHOUT = Note("rejected", "belongs to `swiftlite sft` and to what is done with its model")
 
 
@@ -40,16 +40,12 @@ class TaskArguments(Arguments):
         choices=TASKS, common=True,
         unavailable={
             "DpoArguments": Note("default only", "--rlhf_type says what pairs train", ("causal_lm",)),
-            "ExportArguments": Note(
-                "default only", "is neither converted nor tokenised here yet", ("causal_lm", "seq_cls", "embedding")
-            ),
             "InferArguments": Note(
-                "default only", "inference writes text, or says classes; for vectors, sentence-transformers: "
-                "SentenceTransformer(DIR).encode(texts)", ("causal_lm", "seq_cls"),
+                "default only", "inference writes text, classes or scores; for vectors, sentence-transformers: "
+                "SentenceTransformer(DIR).encode(texts)", ("causal_lm", "seq_cls", "reranker", "generative_reranker"),
             ),
-            "MegatronSftArguments": Note("default only", _ON_MEGATRON, ("causal_lm", "seq_cls")),
-            "SftArguments": Note(
-                "default only", "is not trained yet", ("causal_lm", "seq_cls", "embedding", "generative_reranker")
+            "MegatronSftArguments": Note(
+                "default only", "is not trained on Megatron yet; use `swiftlite sft`", ("causal_lm", "seq_cls")
             ),
             "PtArguments": Note("default only", "pt trains on text; use `swiftlite sft`", ("causal_lm",)),
         },
@@ -73,6 +69,9 @@ class TaskArguments(Arguments):
         if self.task_type == "seq_cls":
             self._check_labels()
             return
+        if self.task_type == "reranker" and self.num_labels in (None, 1):
+            self.num_labels = 1
+            return
         for name in ("num_labels", "problem_type"):
             if name in self.given and getattr(self, name) is not None:
                 raise UsageError(f"--{name} {getattr(self, name)}: goes with --task_type seq_cls; add that")
@@ -82,6 +81,11 @@ class TaskArguments(Arguments):
             raise UsageError(
                 f"--num_labels 1 with --problem_type {self.problem_type}: one number is a regression; classes are at least 2"
             )
+
+    @property
+    def has_head(self) -> bool:
+        """Does a score head stand in place of the output layer?"""
+        return self.task_type in HEADED
 
     @property
     def groups(self) -> bool:

@@ -40,7 +40,7 @@ def head_of(args: BaseArguments, config: Config, pad_token_id: int | None = None
     Raises: as plan_head; UsageError where nothing says how many scores there are, or a classifier is to write text.
     """
     has = classes_of(config)
-    if args.task_type == "seq_cls":
+    if args.has_head:
         num_labels = args.num_labels or has
         if num_labels is None:
             raise UsageError("--task_type seq_cls: give the number of classes with --num_labels")

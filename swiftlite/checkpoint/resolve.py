@@ -215,7 +215,7 @@ def resolve(args: B, *, download_model: bool | None = None, need_template: bool 
     check_side_files(Path(args.model_info.model_dir))
     args.model_type = args.model_info.model_type
     args.task_type = args.model_info.task_type
-    if args.task_type == "seq_cls":
+    if args.has_head:
         there, args.num_labels = classes_of(args.model_info.config), args.model_info.num_labels
         if there not in (None, args.num_labels):
             raise UsageError(

@@ -119,7 +119,7 @@ def infer_dataset(answer: Callable[[Sequence[Question], int], Iterator[Json]], a
     Raises: DatasetError where no row could be answered; the file says why of each.
     """
     register_named(args)
-    options = ReadOptions(args.columns, args.use_hf, False, 1, args.hub_token)
+    options = ReadOptions(args.columns, args.use_hf, False, 1, args.hub_token, grouped=args.groups)
     rows = validation_data(args) if args.load_data_args else read_questions(args.val_dataset, options, args.seed)
     path = None if args.result_path is None else Path(args.result_path)
     unfinished = None if path is None else path.with_name(path.name + ".partial")
@@ -177,6 +177,20 @@ def classify(args: InferArguments) -> None:
         logger.info("%s", classifier.summary())
 
 
+def rerank(args: InferArguments) -> None:
+    """What a reranker says of the documents in the rows of `--val_dataset`."""
+    from swiftlite.llm.rerank import DocumentJudge
+
+    if not args.val_dataset and not args.load_data_args:
+        raise UsageError(
+            "this model scores documents and does not chat: give --val_dataset FILE, rows of a query and documents"
+        )
+    judge = DocumentJudge.from_arguments(args)
+    infer_dataset(judge.answer_rows, args)
+    if judge.summary():
+        logger.info("%s", judge.summary())
+
+
 def infer_main(args: InferArguments | Sequence[str]) -> None:
     """Chat, or with `--prompt` answer once, or with `--val_dataset` answer a file (see InferArguments).
 
@@ -186,6 +200,9 @@ def infer_main(args: InferArguments | Sequence[str]) -> None:
     resolve(args)
     if args.task_type == "seq_cls":
         classify(args)
+        return
+    if args.groups:
+        rerank(args)
         return
     if args.infer_backend == "vllm":
         from swiftlite.llm.generate_vllm import VllmGenerator

@@ -56,7 +56,7 @@ def load_model(args: BaseArguments) -> PreTrainedModel:
     from swiftlite.llm.model.heads import prepare_head
 
     model, tokenizer = _load(args, load_model=True)
-    if args.task_type == "seq_cls":
+    if args.has_head:
         prepare_head(model, tokenizer, args)
     return model
 
@@ -129,7 +129,7 @@ def _keywords(args: BaseArguments) -> Json:
 
     if args.task_type == "embedding":
         return {"model_kwargs": _quantised(args), "automodel_class": backbone_class()}
-    if args.task_type != "seq_cls":
+    if not args.has_head:
         return {"model_kwargs": _quantised(args)}
     made = classifier_class(args.model_info.config)
     return {"model_kwargs": {**_quantised(args), **head_keywords(args)}, "automodel_class": made}

@@ -21,16 +21,7 @@ from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.dataset.rows import open_stream, read_rows
 from swiftlite.llm.pipeline import prepare_template
-from swiftlite.llm.preview_rows import (
-    PAIRED,
-    Shown,
-    Token,
-    encoded,
-    read_as_a_whole,
-    shown_of,
-    told_beside,
-    trained_share,
-)
+from swiftlite.llm.preview_rows import Shown, Token, encoded, lengths_of, shown_of, told_beside, told_of
 from swiftlite.llm.template.base import Template
 from swiftlite.llm.template.parity import differences
 from swiftlite.utils.directories import REJECTS_FILE
@@ -67,19 +58,13 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
         else [row for part in read_rows(args, rejects) for row in part]
     )
     samples = encoded(args, rows, template, rejects)
-    report = rejects.report
-    report.total = len(rows) + report.dropped - samples.report.dropped
+    report, lengths = rejects.report, lengths_of(samples)
+    report.total = samples.report.total + report.dropped - samples.report.dropped
     kept = [rows[i] for i in samples.row_indices]
     shown = [
         one for i in range(min(args.num_rows, len(samples))) for one in shown_of(args, template, samples, i, kept[i])
     ]
-    facts = [
-        f"template {template.template_type} ({template.template_backend}), loss scale {args.loss_scale}, max length "
-        f"{template.max_length}, truncation {args.truncation_strategy}",
-        f"{len(samples)} {'pairs' if args.rlhf_type in PAIRED else 'samples'}, {sum(samples.lengths)} tokens"
-        + ("" if read_as_a_whole(args) else f", {trained_share(samples):.1%} of them with a loss"),
-        *told_beside(args, kept),
-    ]
+    facts = [*told_of(args, template, samples), *told_beside(args, kept)]
     found = list(differences(template))
     notes = [f"differs from the checkpoint's own chat template: {line}" for line in found[:3]]
     if found[3:]:
@@ -88,9 +73,9 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
         notes.append(
             f"{report.dropped} of {report.total} rows dropped: training stops above --max_drop_ratio {limit:g}"
         )
-    facts += list(_packing(args, samples.lengths))
+    facts += [] if args.groups else list(_packing(args, lengths))
     dropped = [f"{reason}: {place}" for reason, places in report.examples.items() for place in places]
-    return Preview(", ".join(args.dataset), facts, report.table().splitlines(), dropped, shown, samples.lengths, notes)
+    return Preview(", ".join(args.dataset), facts, report.table().splitlines(), dropped, shown, lengths, notes)
 
 
 def _first_rows(args: PreviewArguments, rejects: RejectsFile) -> Iterator[PlacedRow]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,14 +10,15 @@ from dataclasses import dataclass
 from swiftlite.arguments.preview import PreviewArguments
 from swiftlite.llm.dataset.classes import label_text, names_of, values_of
 from swiftlite.llm.dataset.encoded import EncodedDataset
+from swiftlite.llm.dataset.groups import GroupDataset, Grouping, TextEncoder, samples_of
 from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.report import RejectsFile
 from swiftlite.llm.template.base import IGNORE_INDEX, Template
-from swiftlite.utils.types import Json
+from swiftlite.utils.types import Json, Settings
 
 _CLASSES = 20  # that are counted by name
 PAIRED = ("dpo", "rm")  # what --rlhf_type trains on pairs of answers
-Samples = EncodedDataset | PairDataset
+Samples = EncodedDataset | PairDataset | GroupDataset
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,18 @@ def tokens_of(template: Template, sample: Json, text: str | None = None) -> list
 
 
 def encoded(args: PreviewArguments, rows: Sequence[Json], template: Template, rejects: RejectsFile) -> Samples:
-    """Samples, or pairs of answers where they are trained on. Raises: DatasetError where no row can be used."""
-    kind = PairDataset if args.rlhf_type in PAIRED else EncodedDataset
-    return kind(rows, template, max_drop_ratio=1.0, name="data", num_proc=args.dataset_num_proc, rejects=rejects)
+    """Samples, or pairs of answers or groups where they are trained on. Raises: DatasetError where no row can be used."""
+    settings: Settings = {"max_drop_ratio": 1.0, "name": "data", "num_proc": args.dataset_num_proc, "rejects": rejects}
+    if args.groups:
+        return GroupDataset(rows, template, Grouping.of(args, str(args.loss_type)), **settings)
+    return (PairDataset if args.rlhf_type in PAIRED else EncodedDataset)(rows, template, **settings)
+
+
+def lengths_of(samples: Samples) -> list[int]:
+    """Tokens of each sample, of groups of each text."""
+    if isinstance(samples, GroupDataset):
+        return [size for group in samples for size in group["sizes"]]
+    return list(samples.lengths)
 
 
 def read_as_a_whole(args: PreviewArguments) -> bool:
@@ -66,8 +77,12 @@ def read_as_a_whole(args: PreviewArguments) -> bool:
 
 
 def shown_of(args: PreviewArguments, template: Template, samples: Samples, i: int, row: Json) -> Iterator[Shown]:
-    """Sample `i`, made of `row`; of a pair both answers."""
+    """Sample `i`, made of `row`; of a pair both answers, of a group each text."""
     number = str(samples.row_indices[i])
+    if isinstance(samples, GroupDataset):
+        said = _judged(samples[i])
+        yield from (Shown(number, tokens_of(template, text), next(said)) for text in samples_of([samples[i]]))
+        return
     parts: list[tuple[str, Json, Json]] = [(number, samples[i], row)]
     if isinstance(samples, PairDataset):
         others = {"chosen": row, "rejected": {**row, "messages": row["rejected_messages"]}}
@@ -82,6 +97,30 @@ def shown_of(args: PreviewArguments, template: Template, samples: Samples, i: in
         elif args.rlhf_type == "rm":
             told = f"margin {row['margin']:g}" if "margin" in row else "no margin"
         yield Shown(name, tokens, told)
+
+
+def _judged(group: Json) -> Iterator[str]:
+    """What the loss takes each text of a group for."""
+    if "relevant" in group:
+        yield from (f"relevant {value:g}" for value in group["relevant"])
+        return
+    yield "anchor"
+    yield f"positive, label {group['label']:g}" if "label" in group else "positive"
+    yield from itertools.repeat("negative")
+
+
+def told_of(args: PreviewArguments, template: Template, samples: Samples) -> Iterator[str]:
+    """How rows are written, and how many there are."""
+    cut = f"max length {template.max_length}, truncation {args.truncation_strategy}"
+    written = f"template {template.template_type} ({template.template_backend})"
+    if isinstance(samples, GroupDataset):
+        lengths = lengths_of(samples)
+        yield f"{'plain text' if TextEncoder.of(template, samples.task_type) else written}, {cut}"
+        yield f"{len(samples)} groups of {len(lengths)} texts, {sum(lengths)} tokens; the last token of a text is judged"
+        return
+    yield f"{written}, loss scale {args.loss_scale}, {cut}"
+    counted = f"{len(samples)} {'pairs' if args.rlhf_type in PAIRED else 'samples'}, {sum(samples.lengths)} tokens"
+    yield counted + ("" if read_as_a_whole(args) else f", {_trained_share(samples):.1%} of them with a loss")
 
 
 def told_beside(args: PreviewArguments, rows: Sequence[Json]) -> Iterator[str]:
@@ -107,7 +146,7 @@ def _names(args: PreviewArguments) -> list[str]:
     return names_of((args.model_info.config or {}).get("id2label"), args.num_labels or 0)
 
 
-def trained_share(samples: Samples) -> float:
+def _trained_share(samples: EncodedDataset | PairDataset) -> float:
     answers = map(samples.sequence, range(2 * samples.pairs)) if isinstance(samples, PairDataset) else samples
     trained = sum(label != IGNORE_INDEX for sample in answers for label in sample["labels"][1:])
     return trained / max(1, sum(samples.lengths))

@@ -26,6 +26,12 @@ class RankingLoss:
         """Of `sums`, what `loss` is divided by."""
         return "groups" if self.loss_type == "listwise_reranker" else "pairs"
 
+    def count(self, groups: Tensor) -> int:
+        """How many of them a micro batch has, by its samples' `groups`."""
+        if self.counted == "pairs":
+            return len(groups)
+        return int(groups[-1]) + 1 if len(groups) else 0
+
     def __call__(self, scores: Tensor, groups: Tensor, relevant: Tensor) -> Tensor:
         """Losses [B] or [R] of scores [B]. groups: int64 [B], from 0 on, in order. relevant: float [B], 1 where the document
         answers, 0 where not; or how likely it does, for pointwise."""

@@ -19,6 +19,8 @@ from swiftlite.train.gather import gather_rows
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from swiftlite.arguments.groups import GroupArguments
+
 ANCHOR, POSITIVE = 0, 1
 NEGATIVE = 2
 _PAIRS = ("cosine_similarity", "contrastive", "online_contrastive")  # of anchor and positive, with a label
@@ -76,6 +78,14 @@ class VectorLoss:
     include_qq: bool = False
     include_dd: bool = False
     margin: float = 0.5
+
+    @classmethod
+    def of(cls, args: GroupArguments, loss_type: str) -> VectorLoss:
+        """What the flags say."""
+        return cls(
+            loss_type, args.infonce_temperature, args.infonce_use_batch, args.infonce_mask_fake_negative,
+            args.infonce_fake_neg_margin, args.infonce_include_qq, args.infonce_include_dd,
+        )  # fmt: skip
 
     @property
     def needs_labels(self) -> bool:

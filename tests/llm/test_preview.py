@@ -13,6 +13,7 @@ from swiftlite.cli.main import main
 from swiftlite.llm.preview import _runs, as_html, as_text, histogram, preview_main
 from swiftlite.llm.preview_rows import tokens_of
 from swiftlite.llm.template import get_template
+from swiftlite.utils.errors import DatasetError, UsageError
 
 ROWS = [
     {
@@ -158,3 +159,29 @@ def test_histogram_counts_all():
     assert sum(int(line.split()[1]) for line in lines[:-1]) == 6
     assert lines[-1] == "shortest 1, median 50, 95 % up to 99, longest 100"
     assert histogram([5])[0].split()[:2] == ["5", "1"]
+
+
+def test_groups(words, capsys, tmp_path):
+    """Each text of a group as the model reads it; rows that this loss cannot use are counted."""
+    data = tmp_path / "groups.jsonl"
+    rows = [{"query": "q one", "pos": "it is", "neg": ["no", "never"]}, {"query": "q two", "pos": "so", "label": 0}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words[words.index("--dataset") + 1] = str(data)
+    shown = preview_main([*words, "--task_type", "embedding"])
+    out = capsys.readouterr().out
+    assert "plain text, max length 200" in out and "1 groups of 4 texts" in out
+    assert ["".join(token.text for token in each.tokens) for each in shown.shown] == ["q one", "it is", "no", "never"]
+    assert "1 of 2 rows used" in out and "a label that is not 1" in out
+    preview_main([*words, "--task_type", "reranker"])
+    out = capsys.readouterr().out
+    assert "2 groups of 4 texts" in out and re.findall(r"tokens, (.*)$", out, re.M) == [
+        "relevant 1", "relevant 0", "relevant 0", "relevant 0",
+    ]  # fmt: skip
+    assert "<|im_start|>user\nq one<|im_end|>\n<|im_start|>assistant\n" in out
+    preview_main([*words, "--task_type", "generative_reranker", "--max_length", "300"])
+    assert "<Query>: q two\n<Document>: so<|im_end|>" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--task_type embedding has infonce"):
+        preview_main([*words, "--task_type", "embedding", "--loss_type", "listwise_reranker"])
+    data.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(DatasetError):
+        preview_main([*words, "--task_type", "embedding"])

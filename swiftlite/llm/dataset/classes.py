@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from swiftlite.arguments.task import TaskArguments
-from swiftlite.llm.dataset.preprocess import Row, RowError
+from swiftlite.llm.dataset.preprocess import Row, RowError, plain_label
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.text import short
 from swiftlite.utils.types import Json
@@ -48,7 +47,7 @@ class Labels:
         """
         if "label" not in row:
             raise RowError("no label", f"keys {', '.join(sorted(row))}; name the column with --columns")
-        value = _plain(row["label"])
+        value = plain_label(row["label"])
         if self.problem_type == "regression":
             return self._numbers(value)
         if self.problem_type == "multi_label_classification":
@@ -88,15 +87,6 @@ class Labels:
         return found
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return int(value) if isinstance(value, bool) else value
-
-
 def problem_of(num_labels: int, rows: Iterable[tuple[str, Row | RowError]]) -> str:
     """The kind of labels where nobody says it: one number, or what the first row has that has any.
 
@@ -105,7 +95,7 @@ def problem_of(num_labels: int, rows: Iterable[tuple[str, Row | RowError]]) -> s
     if num_labels == 1:
         return "regression"
     for _, row in islice(rows, _TRIED):
-        value = _plain(row.get("label")) if not isinstance(row, RowError) else None
+        value = plain_label(row.get("label")) if not isinstance(row, RowError) else None
         if isinstance(value, list):
             whole = all(isinstance(item, int) for item in value)
             return "multi_label_classification" if whole else "regression"

@@ -6,12 +6,11 @@ conversations: documents, or texts near and far), and where given `label`, a num
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 
-from swiftlite.llm.dataset.preprocess import Message, Row, RowError, conversation, is_missing
+from swiftlite.llm.dataset.preprocess import Message, Row, RowError, conversation, is_missing, plain_label
 from swiftlite.utils.text import short
 
 # Columns by which each part is known, of ms-swift, sentence-transformers, FlagEmbedding and MTEB; the first that is there.
@@ -90,14 +89,10 @@ def _documents(row: Row, key: str | None, name: str) -> list[list[Message]]:
 
 
 def _number(value: object, column: str) -> float:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
-    if not isinstance(value, int | float) or not math.isfinite(value):  # True is 1
+    label = plain_label(value)
+    if not isinstance(label, int | float) or not math.isfinite(label):
         raise RowError("label is not a number", f"{column} is {short(ascii(value))}")
-    return float(value)
+    return float(label)
 
 
 def text_of(messages: list[Message]) -> str:

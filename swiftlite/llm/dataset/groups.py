@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
+from swiftlite.arguments.groups import GroupArguments
 from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
 from swiftlite.llm.dataset.group_rows import text_of
@@ -25,7 +29,8 @@ from swiftlite.llm.dataset.rows import made_of_rows
 from swiftlite.llm.dataset.store import TokenStore
 from swiftlite.llm.template.base import MaxLengthError, Outcome, Template
 from swiftlite.llm.template.limits import check_characters, check_length
-from swiftlite.utils.errors import DatasetError, TemplateError
+from swiftlite.train.vector_loss import ANCHOR, NEGATIVE, POSITIVE
+from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 from swiftlite.utils.types import Json
 
 T = TypeVar("T")
@@ -60,6 +65,12 @@ class Grouping:
     max_positives: int | None = 1
     max_negatives: int | None = None
     seed: int = 42
+
+    @classmethod
+    def of(cls, args: GroupArguments, loss: str) -> Grouping:
+        """What the flags say."""
+        most = args.max_positive_samples, args.max_negative_samples
+        return cls(args.task_type or "", loss, *most, args.data_seed or 0)
 
     def groups(self, row: Row, number: int) -> list[Group]:
         """Raises: RowError for a row that this loss cannot learn from."""
@@ -133,11 +144,19 @@ def _said(messages: Sequence[Message]) -> str:
 class TextEncoder:
     """Texts as token ids with the tokens that the tokenizer itself adds, as sentence-transformers encodes them.
 
+    pairs: query and document go to the tokenizer as two texts, as sentence-transformers' CrossEncoder gives them.
     A text that is too long is cut with --truncation_strategy left or right; its end token stays.
     """
 
-    def __init__(self, template: Template) -> None:
-        self.template = template
+    def __init__(self, template: Template, pairs: bool = False) -> None:
+        self.template, self.pairs = template, pairs
+
+    @classmethod
+    def of(cls, template: Template, task_type: str) -> TextEncoder | None:
+        """None where the chat template writes the samples of a task."""
+        if task_type == "embedding" or (task_type == "reranker" and not template.use_chat_template):
+            return cls(template, pairs=task_type == "reranker")
+        return None
 
     def __enter__(self) -> TextEncoder:
         return self
@@ -148,16 +167,19 @@ class TextEncoder:
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
         rest = iter(samples)
         while batch := list(islice(rest, _BATCH)):
-            yield from self.encode([text_of(sample["messages"]) for sample in batch])
+            yield from self.encode([self._texts(sample["messages"]) for sample in batch])
 
-    def encode(self, texts: Sequence[str]) -> list[Outcome]:
-        """input_ids of each, or what is wrong with it."""
+    def _texts(self, messages: list[Message]) -> tuple[str, ...]:
+        return (text_of(messages[:-1]), text_of(messages[-1:])) if self.pairs else (text_of(messages),)
+
+    def encode(self, samples: Sequence[tuple[str, ...]]) -> list[Outcome]:
+        """input_ids of each, of one text or two, or what is wrong with it."""
         template, tokenizer = self.template, self.template.tokenizer
         found: list[Outcome] = []
-        for text in texts:
+        for texts in samples:
             try:
-                check_characters(text)
-                check_length(text)
+                check_characters("".join(texts))
+                check_length("".join(texts))
                 found.append({})
             except TemplateError as error:
                 found.append(error)
@@ -167,7 +189,8 @@ class TextEncoder:
         good = [i for i, outcome in enumerate(found) if not isinstance(outcome, TemplateError)]
         options = {"truncation": True, "max_length": template.max_length} if cut else {}
         plain = {"return_attention_mask": False, "verbose": False, **options}
-        encoded = tokenizer([texts[i] for i in good], **plain)["input_ids"] if good else ()
+        given = [list(column) for column in zip(*(samples[i] for i in good), strict=True)]
+        encoded = tokenizer(*given, **plain)["input_ids"] if good else ()
         for i, ids in zip(good, encoded, strict=True):
             too_long = template.max_length is not None and len(ids) > template.max_length
             found[i] = MaxLengthError(len(ids), template.max_length or 0) if too_long else {"input_ids": list(ids)}
@@ -197,16 +220,15 @@ class GroupDataset:
             raise DatasetError(f"{name}: holds no rows; give a file with at least one")
         self.report = DropReport(rejects=rejects, log=[])
         self.store = TokenStore()
-        encoder = (
-            TextEncoder(template) if grouping.task_type == "embedding"
-            else RowEncoder.of(rows, template, num_proc)
-        )  # fmt: skip
-        waiting: deque[tuple[str, Row, Group]] = deque()
+        encoder = TextEncoder.of(template, grouping.task_type) or RowEncoder.of(rows, template, num_proc)
+        self.task_type = grouping.task_type
+        self.row_indices: list[int] = []  # of each group
+        waiting: deque[tuple[int, Row, Group]] = deque()
         with encoder as encode:
             encoded = iter(encode(self._samples(rows, grouping, waiting)))
             for first in encoded:
-                place, row, group = waiting.popleft()
-                self._add([first, *islice(encoded, len(group.samples) - 1)], group, place, row)
+                number, row, group = waiting.popleft()
+                self._add([first, *islice(encoded, len(group.samples) - 1)], group, number, row)
         self.report.check(max_drop_ratio, name)
         self.lengths = self.store.lengths()
 
@@ -216,10 +238,11 @@ class GroupDataset:
         dataset = cls.__new__(cls)
         dataset.report = DropReport(total=len(store))
         dataset.store, dataset.lengths = store, store.lengths()
+        dataset.row_indices = list(range(len(store)))
         return dataset
 
     def _samples(
-        self, rows: Sequence[Row], grouping: Grouping, waiting: deque[tuple[str, Row, Group]]
+        self, rows: Sequence[Row], grouping: Grouping, waiting: deque[tuple[int, Row, Group]]
     ) -> Iterator[Sample]:
         """What is to be encoded; `waiting` gets the groups that it makes up."""
         seen: dict[int, str] = {}  # a row that `#N` repeats stands in one place
@@ -237,10 +260,11 @@ class GroupDataset:
                 if seen.setdefault(key, place) != place:
                     self.report.drop("the same pair twice", place, f"as {seen[key]}", row)
                     continue
-                waiting.append((place, row, group))
+                waiting.append((number, row, group))
                 yield from group.samples
 
-    def _add(self, encoded: Sequence[Outcome], group: Group, place: str, row: Row) -> None:
+    def _add(self, encoded: Sequence[Outcome], group: Group, number: int, row: Row) -> None:
+        place = place_of(row, number)
         for sample in encoded:
             if isinstance(sample, MaxLengthError):
                 return self.report.drop("longer than --max_length", place, sample.seen, row)
@@ -250,6 +274,7 @@ class GroupDataset:
                 return self.report.drop("has a text without tokens", place, "", row)
         samples = [list(sample["input_ids"]) for sample in encoded if isinstance(sample, dict)]
         flat = [token for ids in samples for token in ids]
+        self.row_indices.append(number)
         return self.store.append({"input_ids": flat, "sizes": [len(ids) for ids in samples], **group.facts})
 
     def content_hash(self) -> str:
@@ -271,12 +296,46 @@ def parts_of(item: Json) -> list[list[int]]:
     return [item["input_ids"][end - size : end] for size, end in zip(item["sizes"], ends, strict=True)]
 
 
+def samples_of(items: Sequence[Json]) -> list[Json]:
+    """The samples of groups as rows for a template, without labels."""
+    return [{"input_ids": ids, "labels": [-100] * len(ids)} for item in items for ids in parts_of(item)]
+
+
+def group_facts(items: Sequence[Json]) -> dict[str, Tensor]:
+    """What losses are told of the samples of R groups besides their tokens.
+
+    Returns: `groups` int64 [B], to which one each sample belongs, from 0 on. For embeddings `roles` [B], see Vectors, and
+    `pair_labels` [R] (NaN: none); for rerankers `relevant` [B].
+    """
+    counts = [len(item["sizes"]) for item in items]
+    facts = {"groups": torch.repeat_interleave(torch.arange(len(items)), torch.tensor(counts, dtype=torch.int64))}
+    if items and "relevant" in items[0]:
+        return {**facts, "relevant": torch.tensor([value for item in items for value in item["relevant"]])}
+    roles = [role for count in counts for role in (ANCHOR, POSITIVE, *[NEGATIVE] * (count - 2))]
+    labels = torch.tensor([item.get("label", float("nan")) for item in items])
+    return {**facts, "roles": torch.tensor(roles, dtype=torch.int64), "pair_labels": labels}
+
+
+def judging_tokens(template: Template, settings: Mapping[str, object]) -> tuple[int, int]:
+    """Numbers of the words by which a generative reranker agrees and disagrees. settings: flags by name; else yes and no.
+
+    Raises: UsageError for a word that is not one token.
+    """
+    words = {"generative_reranker_positive_token": "yes", "generative_reranker_negative_token": "no"}
+    yes, no = (_token_of(template, str(settings.get(flag, word)), flag) for flag, word in words.items())
+    return yes, no
+
+
+def _token_of(template: Template, word: str, flag: str) -> int:
+    ids = template.tokenize(word)
+    if len(ids) != 1:
+        raise UsageError(f"--{flag} {word}: is {len(ids)} tokens of this model; choose a word that is one")
+    return ids[0]
+
+
 def load_groups(args: SftArguments, template: Template) -> tuple[GroupDataset, GroupDataset | None]:
     """(training groups, validation groups or None). Raises: UsageError without data; DatasetError."""
-    loss = args.loss_type or args.loss_types[0]
-    grouping = Grouping(
-        args.task_type or "", loss, args.max_positive_samples, args.max_negative_samples, args.data_seed or 0
-    )
+    grouping = Grouping.of(args, args.loss_type or args.loss_types[0])
 
     def make(rows: list[Row], rejects: RejectsFile | None, name: str) -> GroupDataset:
         return GroupDataset(

@@ -366,3 +366,13 @@ def _from_json(text: str, reason: str) -> Any:
         raise RowError(reason, str(error)) from None
     except RecursionError:
         raise RowError("nested too deeply") from None
+
+
+def plain_label(value: object) -> object:
+    """A label as JSON has it: text that is JSON is what it says, as cells of CSV need it; true and false are 1 and 0."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return int(value) if isinstance(value, bool) else value

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # What peft calls a task; with SEQ_CLS it trains the head fully.
 PEFT_TASKS = {
-    "causal_lm": "CAUSAL_LM", "generative_reranker": "CAUSAL_LM", "seq_cls": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION",
+    "causal_lm": "CAUSAL_LM", "generative_reranker": "CAUSAL_LM", "seq_cls": "SEQ_CLS", "reranker": "SEQ_CLS",
+    "embedding": "FEATURE_EXTRACTION",
 }  # fmt: skip
 
 

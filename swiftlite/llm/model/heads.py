@@ -31,7 +31,7 @@ def classifier_class(config: Config) -> type[AutoModelForSequenceClassification]
     kind = config.get("model_type")
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES and not config.get("auto_map"):
         raise ConfigError(
-            f"--task_type seq_cls: the installed transformers has no ...ForSequenceClassification of model type {kind!r}"
+            f"--task_type: the installed transformers has no ...ForSequenceClassification of model type {kind!r}"
         )
     return AutoModelForSequenceClassification
 

@@ -198,7 +198,7 @@ def check_settings(args: SftArguments) -> None:
     from swiftlite.llm.model.heads import classifier_class
     from swiftlite.llm.model.loader import auto_class, backbone_class
 
-    make = classifier_class if args.task_type == "seq_cls" else auto_class
+    make = classifier_class if args.has_head else auto_class
     made = backbone_class() if args.task_type == "embedding" else make(args.model_info.config)
     code = args.trust_remote_code
     config = AutoConfig.from_pretrained(args.model_info.model_dir, trust_remote_code=code)

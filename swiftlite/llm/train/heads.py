@@ -30,8 +30,12 @@ class PooledCollator:
     def __init__(self, template: Template) -> None:
         self.template = template
 
+    def last(self, ids: Sequence[int]) -> int:
+        """Which token of a sample counts."""
+        return last_token(ids, self.template.pad_token_id)
+
     def rows(self, rows: Sequence[Json]) -> Batch:
-        template, pad = self.template, self.template.pad_token_id
+        template = self.template
         batch: Batch = template.data_collator(rows)
         width, before = batch["input_ids"].shape[1], 0
         found: list[int] = []
@@ -40,7 +44,7 @@ class PooledCollator:
             if not template.padding_free:
                 before = number * width + (width - len(ids) if template.padding_side == "left" else 0)
             for start, length in zip(accumulate(lengths, initial=0), lengths, strict=False):
-                found.append(before + start + last_token(ids[start : start + length], pad))
+                found.append(before + start + self.last(ids[start : start + length]))
             before += len(ids)
         del batch["labels"]
         batch.pop("loss_scale", None)

@@ -30,7 +30,7 @@ def sft_main(args: SftArguments | Sequence[str]) -> Json:
     Raises: SwiftliteError for everything a user can fix.
     """
     args = as_arguments(SftArguments, args)
-    if args.task_type in ("embedding", "generative_reranker"):
+    if args.groups:
         return train_groups(args)
     with started(args, load_data) as (model, template, data, start):
         transformers.set_seed(args.seed)  # adapters begin the same on all ranks
