@@ -167,7 +167,7 @@ def _stock_limit(args: Described) -> str | None:
     """Why stock Megatron-LM cannot compute this model, or None. Judged by settings and blocks."""
     scaling, rope = args.rope_scaling or {}, args.rope_type
     if args.num_labels is not None:
-        return "it has no classifiers on top of such models"
+        return "it has no such models that classify, or have no output layer"
     if args.softmax_scale is not None:
         return f"it has no argument for the scale of attention scores; this model has {args.softmax_scale}"
     if args.window_rope is not None:

@@ -40,7 +40,8 @@ class ModelDescription:
     moe_layer_freq: which layers have experts, every N-th, or like [0]*1+[1]*45. moe_router_topk: experts of a token.
     Latent attention: ranks and widths of a head's parts. dsa_indexer_topk: tokens that an indexer chooses for each token's
     attention, in the layers of the pattern dsa_indexer_layers; others take the choice of the layer before.
-    num_labels: of a classifier, whose score head takes the place of the output layer; None: it is a language model.
+    num_labels: of a classifier, whose score head takes the place of the output layer; 0: there is nothing in that place;
+    None: it is a language model.
     """
 
     num_layers: int

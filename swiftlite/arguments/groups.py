@@ -9,17 +9,11 @@ from swiftlite.utils.errors import UsageError
 # Beginnings of flags -> where they act.
 _ACTS = {
     "infonce": "--loss_type infonce", "listwise": "--loss_type listwise_reranker",
-    "generative": "--task_type generative_reranker", "max": "--task_type embedding, reranker or generative_reranker",
+    "max": "--task_type embedding, reranker or generative_reranker",
 }  # fmt: skip
-_OF_SFT = {
-    "MegatronSftArguments": Note(
-        "rejected", "embedding models and rerankers are not trained on Megatron yet; use `swiftlite sft`"
-    ),
-    **dict.fromkeys(
-        ("DpoArguments", "PtArguments"),
-        Note("rejected", "belongs to `swiftlite sft --task_type embedding` and rerankers"),
-    ),
-}
+_OF_SFT = dict.fromkeys(
+    ("DpoArguments", "PtArguments"), Note("rejected", "belongs to `sft --task_type embedding` and rerankers")
+)
 _OTHERWISE = {
     "packing": "join texts with --padding_free true", "streaming": "leave it out", "cached_dataset": "give --dataset",
 }  # fmt: skip
@@ -55,10 +49,6 @@ class GroupArguments(BaseArguments):
         None, "negatives of a row that are taken; of more, a choice by --data_seed (default: all, rerankers 7)",
         aliases=["infonce_hard_negatives"], least=0, unavailable=_OF_SFT,
     )  # fmt: skip
-    generative_reranker_positive_token: str = field(
-        "yes", "word with which --task_type generative_reranker agrees", unavailable=_OF_SFT
-    )
-    generative_reranker_negative_token: str = field("no", "word with which it does not", unavailable=_OF_SFT)
     listwise_reranker_temperature: float = field(
         1.0, "what scores are divided by in --loss_type listwise_reranker", unavailable=_OF_SFT
     )
@@ -87,8 +77,7 @@ class GroupArguments(BaseArguments):
             )
 
     def _check_flags(self, loss: str | None) -> None:
-        acts = {"infonce": loss == "infonce", "listwise": loss == "listwise_reranker", "max": self.groups,
-                "generative": self.task_type == "generative_reranker"}  # fmt: skip
+        acts = {"infonce": loss == "infonce", "listwise": loss == "listwise_reranker", "max": self.groups}
         for name in GROUP_FLAGS:
             kind = name.partition("_")[0]
             if name in self.given and not acts[kind]:

@@ -18,6 +18,7 @@ TASK_LOSSES: dict[str, tuple[str, ...]] = {
 }
 GROUPED = ("embedding", "reranker", "generative_reranker")
 HEADED = ("seq_cls", "reranker")
+JUDGING_WORDS = ("generative_reranker_positive_token", "generative_reranker_negative_token")
 # Losses of pairs of answers, and those of them that need no reference.
 REFERENCE_FREE = ("cpo", "simpo", "orpo")
 MIXABLE = ("sigmoid", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", "bco_pair")  # of whole answers' scores
@@ -44,9 +45,6 @@ class TaskArguments(Arguments):
                 "default only", "inference writes text, classes or scores; for vectors, sentence-transformers: "
                 "SentenceTransformer(DIR).encode(texts)", ("causal_lm", "seq_cls", "reranker", "generative_reranker"),
             ),
-            "MegatronSftArguments": Note(
-                "default only", "is not trained on Megatron yet; use `swiftlite sft`", ("causal_lm", "seq_cls")
-            ),
             "PtArguments": Note("default only", "pt trains on text; use `swiftlite sft`", ("causal_lm",)),
         },
     )  # fmt: skip
@@ -64,8 +62,19 @@ class TaskArguments(Arguments):
         },
     )  # fmt: skip
 
+    generative_reranker_positive_token: str = field(
+        "yes", "word with which --task_type generative_reranker agrees",
+        unavailable={**dict.fromkeys(("DpoArguments", "PtArguments"), _WITHOUT)},
+    )  # fmt: skip
+    generative_reranker_negative_token: str = field(
+        "no", "word with which it does not", unavailable={**dict.fromkeys(("DpoArguments", "PtArguments"), _WITHOUT)}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in JUDGING_WORDS:
+            if name in self.given and self.task_type != "generative_reranker":
+                raise UsageError(f"--{name} {getattr(self, name)}: goes with --task_type generative_reranker; add that")
         if self.task_type == "seq_cls":
             self._check_labels()
             return

@@ -423,8 +423,9 @@ class SftArguments(TrainArguments, TunerArguments, GroupArguments):
         }  # fmt: skip
         name = next((name for name, is_asked in asked.items() if is_asked), None)
         if name is not None:
+            divided = "; `megatron sft --context_parallel_size` divides long texts" if name.startswith("seq") else ""
             raise UsageError(
-                f"--{name}: is for the tokens of answers; {self.trained_for} takes one of all; leave it out"
+                f"--{name}: is for the tokens of answers; {self.trained_for} takes one of all; leave it out{divided}"
             )
 
     def _settle_quantisation(self) -> None:

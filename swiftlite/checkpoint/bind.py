@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from swiftlite.checkpoint.info import check_counts
 from swiftlite.families import family_of, has_family
-from swiftlite.families.hf_config import architecture_of, convert_hf_config, text_config, wrapped_family
+from swiftlite.families.hf_config import architecture_of, as_backbone, convert_hf_config, text_config, wrapped_family
 from swiftlite.families.records import Family
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.io import blame
@@ -17,9 +17,23 @@ from swiftlite.weights.rule import NAMINGS, BoundMap, Duplicate, Naming, Source,
 from swiftlite.weights.shape import ModelShape
 from swiftlite.weights.storage import TensorSpec, WeightSource
 
-__all__ = ["architecture_of", "bind_map", "convert_hf_config", "flatten_config", "text_config", "wrapped_family"]
+__all__ = [
+    "architecture_of", "as_backbone", "bind_map", "convert_hf_config", "flatten_config", "text_config", "wrapped_family",
+]  # fmt: skip
 
 EMBEDDING = "model.embed_tokens.weight"
+_AROUND = "model."  # how names begin in models with an output layer
+
+
+def is_bare(names: Iterable[str]) -> bool:
+    """Has the class of a model without its output layer written these tensors, such as those of Qwen3-Embedding?"""
+    held = set(names)
+    return EMBEDDING.removeprefix(_AROUND) in held and EMBEDDING not in held
+
+
+def whole_name(name: str) -> str:
+    """What a tensor of such a model is called in one with an output layer."""
+    return _AROUND + name
 
 
 def naming_of(config: Config, names: Iterable[str]) -> Naming | None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from swiftlite.checkpoint.files import end_tokens, update_config
+from swiftlite.checkpoint.files import copy_sentence_files, end_tokens, update_config
 from swiftlite.utils.io import read_json, write_json
 
 JINJA, GENERATION = "chat_template.jinja", "generation_config.json"
+
+
+class Beside(Protocol):
+    """What is written next to weights or adapters. base: the directory of the model that they come from, if another."""
+
+    def write(self, directory: Path, base: Path | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,9 @@ class Chat:
 
 
 def copy_chat(source: Path, target: Path) -> None:
-    """Let what an adapter became in `target`, merged or in another format, have the chat of its directory `source`."""
+    """Let what an adapter became in `target`, merged or in another format, have the chat of its directory `source`, or what
+    sentence-transformers reads there."""
+    copy_sentence_files(source, target)
     file, config = source / JINJA, source / "tokenizer_config.json"
     jinja = file.read_text(encoding="utf-8") if file.is_file() else _template_in(config)
     ids = end_tokens(read_json(source / GENERATION, optional=True).get("eos_token_id"))

@@ -59,7 +59,8 @@ class Checkpoint(ModelTensors):
         config = read_config(root)
         mcore = is_megatron(directory)
         tensors = open_mcore(directory, root, config, weights) if mcore else open_hf(directory, config, weights)
-        found = cls(**vars(tensors), directory=directory, root=root)
+        changes = {} if tensors.config == config else {"architectures": tensors.config["architectures"]}
+        found = cls(**vars(tensors), directory=directory, root=root, changes=changes)
         return found if new_tokens is None else found._grown(new_tokens)
 
     def shape_of(self, name: str) -> tuple[int, ...]:

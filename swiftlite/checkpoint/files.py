@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swiftlite.checkpoint.info import with_changes
+from swiftlite.families.hf_config import is_backbone
 from swiftlite.utils.errors import CheckpointError, ConfigError
 from swiftlite.utils.io import blame, is_inside, read_json, write_json
 from swiftlite.utils.logger import warn_once
@@ -30,6 +31,8 @@ SIDE_FILES = (
 )  # fmt: skip
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 BIN_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
+SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+POOLING = "1_Pooling"  # how these files call the directory of what is taken of a text's tokens
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -166,6 +169,17 @@ def copy_side_files(
     for path in files:
         shutil.copyfile(path, target / path.name)
     update_config(target / CONFIG, {"quantization_config": None, **changes}, dtype)
+    if is_backbone(read_json(target / CONFIG)):
+        copy_sentence_files(source, target)
+
+
+def copy_sentence_files(source: Path, target: Path) -> None:
+    """What sentence-transformers reads of an embedding model, or of its adapter, next to what it becomes, if it is there."""
+    for name in SENTENCE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (source / POOLING).is_dir():
+        shutil.copytree(source / POOLING, target / POOLING, dirs_exist_ok=True)
 
 
 def update_config(path: Path, changes: Mapping[str, object], dtype: torch.dtype | None = None) -> None:

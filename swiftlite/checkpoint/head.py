@@ -12,7 +12,7 @@ from swiftlite.checkpoint.bind import bind_map
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.info import first_of, with_changes
 from swiftlite.checkpoint.vocabulary import grown
-from swiftlite.families.hf_config import CLASSIFIER, classes_of, wrapped_family
+from swiftlite.families.hf_config import BACKBONE, CLASSIFIER, classes_of, is_backbone, wrapped_family
 from swiftlite.utils.directories import find_iteration
 from swiftlite.utils.errors import ConfigError, UsageError
 from swiftlite.utils.io import read_json
@@ -25,8 +25,8 @@ from swiftlite.weights.safetensors import SafetensorsSource
 
 @dataclass(frozen=True)
 class Head:
-    """A score head in the place of an output layer. seed: of its weights, None for one that the model has. changes: what
-    config.json says of it.
+    """A score head in the place of an output layer, or nothing (num_labels 0). seed: of its weights, None for one that the
+    model has. changes: what config.json says of it.
     """
 
     num_labels: int
@@ -40,11 +40,17 @@ def head_of(args: BaseArguments, config: Config, pad_token_id: int | None = None
     Raises: as plan_head; UsageError where nothing says how many scores there are, or a classifier is to write text.
     """
     has = classes_of(config)
+    if args.task_type == "embedding":
+        return Head(0, None, {"architectures": [backbone_of(config)]})
     if args.has_head:
         num_labels = args.num_labels or has
         if num_labels is None:
             raise UsageError("--task_type seq_cls: give the number of classes with --num_labels")
         return plan_head(config, num_labels, getattr(args, "seed", 0), args.problem_type, pad_token_id)
+    if is_backbone(config):
+        raise UsageError(
+            f"{config['architectures'][0]} has no output layer, so it writes no text; add --task_type embedding"
+        )
     if has is not None:
         raise UsageError(
             f"{config['architectures'][0]} gives {has} scores, not text; add --task_type seq_cls, or take its base model"
@@ -100,11 +106,22 @@ def classifier_of(config: Config) -> str:
     """transformers' class that classifies with a language model. Raises: ConfigError where it has none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
 
-    name, kind = str((config.get("architectures") or [""])[0]), config.get("model_type")
-    found = CLASSES.get(str(kind))
+    return _class_in(CLASSES, config, CLASSIFIER)
+
+
+def backbone_of(config: Config) -> str:
+    """transformers' class of a language model without its output layer. Raises: ConfigError where it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES as CLASSES
+
+    return _class_in(CLASSES, config, BACKBONE)
+
+
+def _class_in(classes: Mapping[str, object], config: Config, kind: str) -> str:
+    name, model_type = str((config.get("architectures") or [""])[0]), config.get("model_type")
+    found = classes.get(str(model_type))
     if found is None or wrapped_family(config) is not None:
         raise ConfigError(
-            f"transformers has no {CLASSIFIER} class of {name} (model_type {kind!r}); take another base model"
+            f"transformers has no {kind} class of {name} (model_type {model_type!r}); take another base model"
         )
     return str(found)
 
@@ -120,15 +137,17 @@ def trained_config(args: BaseArguments, config: Config) -> Json:
 
 
 def with_head(source: Checkpoint, head: Head | None) -> Checkpoint:
-    """A model seen as a classifier; a language model without output layer and MTP blocks, which classifiers do not have."""
+    """A model seen with this head; a language model without its own output layer and MTP blocks."""
     if head is None:
         return source
     config, changes = headed(source.config, head), {**source.changes, **head.changes}
-    if head.seed is None:
+    if head.seed is None and head.num_labels:
         return replace(source, config=config, changes=changes)
     bound = bind_map(config).as_stored({n: source.shape_of(n) for n in source.bound.fused if n in source.names})
     kept = [name for name in source.names if all(part in bound.by_hf for part in bound.parts(name))]
     dtypes = {name: source.dtypes[name] for name in kept}
+    if head.seed is None:
+        return replace(source, config=config, changes=changes, bound=bound, names=kept, copies={}, dtypes=dtypes)
     std = float(first_of(config, "initializer_range") or 0.02)
     values = initial_head(head.num_labels, bound.model.hidden, std, head.seed)
     return replace(

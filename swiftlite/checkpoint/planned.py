@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from swiftlite.checkpoint.bind import bind_map, resolve_copy
+from swiftlite.checkpoint.bind import bind_map, is_bare, resolve_copy, whole_name
+from swiftlite.families.hf_config import as_backbone
 from swiftlite.utils.io import blame, read_json
 from swiftlite.utils.types import Config
 from swiftlite.weights.fp8 import ACTIVATION_SCALES, SCALES
@@ -23,7 +24,9 @@ class PlannedSource(SafetensorsSource):
     def __init__(self, directory: Path, config: Config) -> None:
         """Without an index: all tensors that the config describes, MTP blocks too."""
         self.directory = directory
-        bound = bind_map(config, self._index, with_mtp=not self._index)
+        names = self._index
+        self.config = as_backbone(config) if self._bare else config
+        bound = bind_map(self.config, names, with_mtp=not self._index)
         fused = [name for name in self._index if name in bound.fused]
         shapes = {name: bound.shape(name) for name in (*(fused if self._index else bound.stored_names), *bound.by_hf)}
         kept = {name for name in shapes if bound.rule(name).keep_dtype}
@@ -42,7 +45,9 @@ class PlannedSource(SafetensorsSource):
     @cached_property
     def _index(self) -> Mapping[str, str]:
         """Of the weights as they are read."""
-        return {plain: file for name, file in super()._index.items() if (plain := value_name(name))}
+        stored = {plain: file for name, file in super()._index.items() if (plain := value_name(name))}
+        self._bare = is_bare(stored)
+        return {whole_name(name): file for name, file in stored.items()} if self._bare else stored
 
     def _file(self, name: str) -> Path:
         return self.directory / self._index.get(name, SINGLE)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from swiftlite.checkpoint import hub, info
 from swiftlite.checkpoint.model_type import Facts, choose, likely
 from swiftlite.families import MODEL_MAPPING, families
-from swiftlite.families.hf_config import classes_of, language_model, text_config
+from swiftlite.families.hf_config import classes_of, is_backbone, language_model, text_config
 from swiftlite.families.records import ModelMeta, Release, TemplateMeta
 from swiftlite.families.rope import check_agreement
 from swiftlite.families.templates import TEMPLATE_MAPPING
@@ -306,10 +306,11 @@ def get_model_info_meta(
         resolved, meta, explanation = _resolve_type(facts, need_template, registry, templates)
         _tell(f"{model_dir}{f' is of type {resolved}' if resolved else ''}: {explanation}")
     _check_requirements(meta.model_type, meta.requires, ignore_requirements)
+    natural = "embedding" if is_backbone(config) else "seq_cls" if num_labels or classes_of(config) else "causal_lm"
     known: Settings = {
         "model_type": resolved, "model_dir": model_dir, "explanation": explanation,
         "num_labels": num_labels or classes_of(config),
         "torch_dtype": info.to_torch_dtype(torch_dtype) or info.to_torch_dtype(meta.torch_dtype),
-        "task_type": task_type or meta.task_type or ("seq_cls" if num_labels or classes_of(config) else "causal_lm"),
+        "task_type": task_type or meta.task_type or natural,
     }  # fmt: skip
     return info.describe(config, **known), meta

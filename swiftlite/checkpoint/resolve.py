@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.parser import Arguments, notes, parse, specs
+from swiftlite.arguments.task import JUDGING_WORDS
 from swiftlite.checkpoint.files import check_side_files
 from swiftlite.checkpoint.info import ARGS_FILE, load_args
 from swiftlite.checkpoint.new_tokens import read_special_tokens
@@ -32,8 +33,8 @@ A = TypeVar("A", bound=Arguments)
 B = TypeVar("B", bound=BaseArguments)
 
 # What args.json next to weights or adapters tells later commands, where the user says nothing.
-RECORDED = ("model_type", "template", "template_backend", "task_type", "num_labels", "problem_type", "agent_template",
-            "response_prefix", "system", "enable_thinking", "add_non_thinking_prefix")  # fmt: skip
+RECORDED = ("model_type", "template", "template_backend", "task_type", "num_labels", "problem_type", *JUDGING_WORDS,
+            "agent_template", "response_prefix", "system", "enable_thinking", "add_non_thinking_prefix")  # fmt: skip
 # What it tells only those that ask the model or pass it on: after `pt`, plain text; a further `sft` is a conversation's.
 RECORDED_TO_ASK = ("use_chat_template",)
 
@@ -234,7 +235,10 @@ def resolve(args: B, *, download_model: bool | None = None, need_template: bool 
 
 
 def _check_task(args: BaseArguments) -> None:
-    """Raises: UsageError for a model of a task that this command is not for, where its directory says the task."""
+    """Raises: UsageError for a model of a task that this command is not for, where its directory says the task; for one that
+    is trained otherwise than conversations are."""
+    if args.trains and args.groups and "task_type" not in args.given:
+        raise UsageError(f"{args.model_info.model_dir} is a model of --task_type {args.task_type}; add that")
     note = notes(type(args)).get("task_type")
     known = (None, "causal_lm", *((note.allowed or ()) if note is not None else ()))
     if note is not None and args.task_type not in known and not getattr(args, "trains_reward_model", False):

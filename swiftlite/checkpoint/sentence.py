@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from swiftlite.checkpoint.files import POOLING, SENTENCE_FILES
 from swiftlite.checkpoint.new_tokens import copy_tokenizer
 from swiftlite.utils.directories import ADAPTER_CONFIG
 from swiftlite.utils.io import read_json, write_json
 
-_POOLING = "1_Pooling"
-_SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
+_SETTINGS = SENTENCE_FILES[1:]
 # The modules' names in every release; the newest have others, too.
 _MODULES = (
     ("", "sentence_transformers.models.Transformer"),
-    (_POOLING, "sentence_transformers.models.Pooling"),
+    (POOLING, "sentence_transformers.models.Pooling"),
     ("2_Normalize", "sentence_transformers.models.Normalize"),
 )
 
@@ -27,8 +26,12 @@ class SentenceFiles:
     width: int
     max_length: int | None
 
-    def write(self, directory: Path, base: Path) -> None:
-        """Into a checkpoint's directory; next to an adapter the tokenizer too, without which it is not loaded."""
+    def write(self, directory: Path, base: Path | None = None) -> None:
+        """Into a checkpoint's directory; next to an adapter the tokenizer too, without which it is not loaded.
+
+        base: where the model's own files are, if not there.
+        """
+        base = base or directory
         write_sentence_files(base, directory, self.width, self.max_length)
         if (directory / ADAPTER_CONFIG).is_file() and not (directory / "tokenizer_config.json").is_file():
             copy_tokenizer(base, directory, {})
@@ -40,11 +43,11 @@ def write_sentence_files(base: Path, directory: Path, width: int, max_length: in
     width: numbers of a vector. max_length: tokens to which texts are cut, None: what the model's config allows.
     """
     modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(_MODULES)]
-    write_json(directory / "modules.json", modules)
-    (directory / _POOLING).mkdir(exist_ok=True)
+    write_json(directory / SENTENCE_FILES[0], modules)
+    (directory / POOLING).mkdir(exist_ok=True)
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
     write_json(
-        directory / _POOLING / "config.json",
+        directory / POOLING / "config.json",
         {"word_embedding_dimension": width, **{f"pooling_mode_{mode}": False for mode in modes},
          "pooling_mode_lasttoken": True, "include_prompt": True},
     )  # fmt: skip
@@ -54,11 +57,3 @@ def write_sentence_files(base: Path, directory: Path, width: int, max_length: in
     if max_length is not None or lengths:
         known = {"do_lower_case": False, **lengths}
         write_json(directory / _SETTINGS[1], known if max_length is None else {**known, "max_seq_length": max_length})
-
-
-def copy_sentence_files(source: Path, target: Path) -> None:
-    """Those of an adapter, next to the model that it is merged into."""
-    for name in ("modules.json", *_SETTINGS):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    shutil.copytree(source / _POOLING, target / _POOLING)

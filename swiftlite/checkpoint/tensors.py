@@ -10,7 +10,17 @@ from typing import Literal
 
 import torch
 
-from swiftlite.checkpoint.bind import architecture_of, bind_map, bind_source, naming_of, resolve_copy, wrapped_family
+from swiftlite.checkpoint.bind import (
+    architecture_of,
+    as_backbone,
+    bind_map,
+    bind_source,
+    is_bare,
+    naming_of,
+    resolve_copy,
+    whole_name,
+    wrapped_family,
+)
 from swiftlite.checkpoint.planned import PlannedSource
 from swiftlite.checkpoint.side_files import read_manifest
 from swiftlite.families import family_of
@@ -65,9 +75,16 @@ class ModelTensors:
         return Joined(self.source, self.bound.fused.values()) if self.bound.fused else self.source
 
 
-def open_hf(directory: Path, config: Json, weights: bool) -> ModelTensors:
+def open_hf(directory: Path, config: Config, weights: bool) -> ModelTensors:
     """Of a model directory. weights: see Checkpoint.open."""
-    source = open_source(directory, config) if weights else PlannedSource(directory, config)
+    source: SafetensorsSource
+    if weights:
+        source = open_source(directory, config)
+        if is_bare(source.tensors):
+            config, source.tensors = as_backbone(config), {whole_name(n): t for n, t in source.tensors.items()}
+    else:
+        source = PlannedSource(directory, config)
+        config = source.config
     shapes = {name: t.spec.shape for name, t in source.tensors.items()}
     bound = bind_source(config, source, source.tensors).as_stored(shapes)
     coverage = bound.check(shapes, str(directory))

@@ -17,6 +17,7 @@ from pathlib import Path
 from swiftlite.arguments.groups import GROUP_FLAGS
 from swiftlite.arguments.parser import Arguments, alias_table, notes, parse, specs, split_argv
 from swiftlite.arguments.port import PortArguments
+from swiftlite.arguments.task import JUDGING_WORDS
 from swiftlite.cli.routes import ELSEWHERE, ROUTES
 from swiftlite.utils.errors import SwiftliteError, UsageError
 
@@ -41,7 +42,7 @@ _SUBSTITUTED = re.compile(r"\$\(\((.*?)\)\)|\$\(expr (.*?)\)|`expr (.*?)`")
 _ARITHMETIC = re.compile(r"[\d\s+*/()-]+")
 _PROGRAMS = {"swift", "megatron", "swiftlite"}
 # Environment variables that are flags here.
-_SETTINGS = {name.upper() for name in (*GROUP_FLAGS, "infonce_hard_negatives")}
+_SETTINGS = {name.upper() for name in (*GROUP_FLAGS, *JUDGING_WORDS, "infonce_hard_negatives")}
 _ENDS = {";", "&", "&&", "||", "|", "(", ")", "{", "}", "then", "do", "else", "nohup", "exec", "time", "sudo", "env"}
 _NOTHING = re.compile(r"`\s*#[^`]*`")  # a comment between lines that continue
 _UNFINISHED = re.compile(r"\$\([^()]*\)|`[^`]*`")

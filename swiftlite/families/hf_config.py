@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from swiftlite.families import families, family_of
+from swiftlite.families import families, family_of, has_family
 from swiftlite.families.records import Derived, Family, Refuse, Rules
 from swiftlite.families.rope import flatten_config
 from swiftlite.utils.errors import ConfigError
 from swiftlite.utils.io import blame
+from swiftlite.utils.types import Config, Json
 
 
 def wrapped_family(config: Mapping[str, Any]) -> Family | None:
@@ -20,6 +21,8 @@ def wrapped_family(config: Mapping[str, Any]) -> Family | None:
 
 
 CLASSIFIER = "ForSequenceClassification"
+_CAUSAL = "ForCausalLM"
+BACKBONE = "Model"  # how transformers names a model without an output layer
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -35,9 +38,29 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def language_model(architecture: str) -> str:
-    """The class with the same layers that writes text, of one that classifies; any other itself."""
+    """The class with the same layers that writes text, of one that classifies or has no output layer; any other itself."""
     body = architecture.removesuffix(CLASSIFIER)
-    return architecture if body == architecture else f"{body.removesuffix('Text')}ForCausalLM"
+    if body == architecture:
+        body = architecture.removesuffix(BACKBONE)
+        if body == architecture or not has_family(_causal(body)):
+            return architecture
+    return _causal(body)
+
+
+def _causal(body: str) -> str:
+    return body.removesuffix("Text") + _CAUSAL
+
+
+def as_backbone(config: Config) -> Json:
+    """The config.json of the same model without its output layer."""
+    name = str(config["architectures"][0])
+    return {**config, "architectures": [name.removesuffix(_CAUSAL) + BACKBONE if name.endswith(_CAUSAL) else name]}
+
+
+def is_backbone(config: Config | None) -> bool:
+    """Has this model no output layer, as embedding models have none?"""
+    name = str(((config or {}).get("architectures") or [""])[0])
+    return name.endswith(BACKBONE) and has_family(language_model(name))
 
 
 def classes_of(config: Mapping[str, Any] | None) -> int | None:
@@ -63,7 +86,7 @@ _TOP_KEYS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the text model alone, as if it were no part of another one; the whole of any other model."""
     family = wrapped_family(config)
-    if classes_of(config) is not None:
+    if classes_of(config) is not None or is_backbone(config):
         if "text_config" in config:
             raise ConfigError(
                 f"{config['architectures'][0]} of a model that reads images too has no Megatron mapping; take that of its "
@@ -93,9 +116,11 @@ def convert_hf_config(
         if patched:
             result = _apply(family.patches, flat, result)
             result["architectures"] = architecture
+    if flat.get("use_bidirectional_attention") or flat.get("is_causal") is False:
+        raise ConfigError("this model cannot be converted: its tokens see what follows them, which Megatron's do not")
     labels = classes_of(config)
-    if labels is not None:  # its head is no output layer: it is tied to nothing
-        result |= {"num_labels": labels, "untie_embeddings_and_output_weights": True}
+    if labels is not None or is_backbone(config):  # its head, if any, is no output layer: it is tied to nothing
+        result |= {"num_labels": labels or 0, "untie_embeddings_and_output_weights": True}
     return result
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from swiftlite.arguments.export import ExportArguments
 from swiftlite.checkpoint.chat import copy_chat
-from swiftlite.checkpoint.sentence import copy_sentence_files
 from swiftlite.llm.model.tuner import attach_adapter
 from swiftlite.llm.pipeline import load_model
 from swiftlite.llm.train.saving import write_weights
@@ -36,8 +35,6 @@ def merge_in_memory(args: ExportArguments, adapter: Path, output_dir: Path) -> N
     try:
         write_weights(merged, scratch, args)
         copy_chat(adapter, scratch)
-        if args.task_type == "embedding":
-            copy_sentence_files(adapter, scratch)
         args.save(scratch)
         mark_output(scratch, _KIND)
         replace_directory(scratch, real)

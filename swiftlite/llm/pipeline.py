@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.train import SftArguments
-from swiftlite.checkpoint.info import first_of
+from swiftlite.checkpoint.info import first_of, with_changes
 from swiftlite.checkpoint.new_tokens import read_special_tokens, resized_vocab_size
 from swiftlite.checkpoint.resolve import resolve
 from swiftlite.checkpoint.vocabulary import NewTokens, rows_of
@@ -58,6 +58,9 @@ def load_model(args: BaseArguments) -> PreTrainedModel:
     model, tokenizer = _load(args, load_model=True)
     if args.has_head:
         prepare_head(model, tokenizer, args)
+    if args.task_type == "embedding":
+        said = {"architectures": [type(model).__name__]}
+        args.model_info.config = with_changes(args.model_info.config, said)
     return model
 
 

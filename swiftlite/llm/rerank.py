@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from swiftlite.arguments.infer import InferArguments
-from swiftlite.checkpoint.info import load_args
 from swiftlite.llm.answers import as_row
 from swiftlite.llm.dataset.groups import TextEncoder, answered, judged, judging_tokens
 from swiftlite.llm.dataset.loader import Question
@@ -46,8 +44,8 @@ class DocumentJudge:
         loss = RankingLoss()
         if args.task_type == "reranker":
             return cls(model, template, "reranker", Reranker(loss))
-        trained = load_args(Path(args.adapters[0] if args.adapters else args.model_info.model_dir).expanduser())
-        return cls(model, template, "generative_reranker", GenerativeReranker(loss, *judging_tokens(template, trained)))
+        scorer = GenerativeReranker(loss, *judging_tokens(args, template))
+        return cls(model, template, "generative_reranker", scorer)
 
     @torch.inference_mode()
     def scores(self, rows: Sequence[Row]) -> list[list[float] | TemplateError]:

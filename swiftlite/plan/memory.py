@@ -329,7 +329,8 @@ class TrainingModel:
         total = math.ceil(kept * in_flight) + extra
         if rank == layout.pp - 1:
             # The fused loss writes their gradient over a copy of the logits; the plain one makes both in fp32.
-            rows = self.bound.model.num_labels or self.bound.model.vocab // layout.tp
+            labels = self.bound.model.num_labels
+            rows = self.bound.model.vocab // layout.tp if labels is None else max(labels, 1)
             fused = self.args.cross_entropy_loss_fusion is not False
             if self.loss_bytes is None:
                 total += logits_at_once(self.args, tokens, rows) * rows * (2 * width if fused else width + 8)

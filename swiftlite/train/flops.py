@@ -123,7 +123,7 @@ def model_flops(config: Config, mtp_layers: int = 0) -> ModelFlops:
         }  # fmt: skip
         return sum(times * math.prod(dims) for times, dims in tensors.values() if len(dims) == 2)
 
-    head = shape.hidden * (shape.num_labels or shape.vocab)
+    head = shape.hidden * (shape.vocab if shape.num_labels is None else shape.num_labels)
     layers = {kind: weights(family.weights.layer, kind) for kind in {*shape.layer_kinds, shape.mtp_kind}}
     total = sum(layers[kind] for kind in shape.layer_kinds) + head
     total += mtp_layers * (layers[shape.mtp_kind] + 2 * shape.hidden**2 + head)

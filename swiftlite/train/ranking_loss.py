@@ -43,6 +43,9 @@ class RankingLoss:
 
     def sums(self, scores: Tensor, groups: Tensor, relevant: Tensor) -> dict[str, Tensor]:
         """What `total` and `metrics` take: scalars to add up over batches and ranks; `loss` has gradients."""
+        if not len(groups):
+            names = ("loss", "pairs", "groups", "correct", "compared", "first", "reciprocal", "margin")
+            return {name: scores.float().sum() for name in names}  # 0
         losses = self(scores, groups, relevant)
         seen = scores.detach().float()
         listed, answers = _by_group(seen, groups), _by_group(relevant.to(seen), groups)

@@ -92,6 +92,15 @@ class VectorLoss:
         return self.loss_type in _PAIRS
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of `sums`."""
+        if self.loss_type == "infonce":
+            return ("loss", "rows", "margin", "compared", "correct")
+        if self.loss_type == "cosine_similarity":
+            return ("loss", "rows", "cosines", "labels", "cc", "ll", "cl")
+        return ("loss", "rows", "labels", "positive", "negative", "correct")
+
+    @property
     def gathers(self) -> bool:
         """Does a rank's loss depend on the other ranks' texts? Then `sums` is collective."""
         return self.loss_type == "online_contrastive" or (self.loss_type == "infonce" and self.use_batch)

@@ -54,7 +54,10 @@ def move_files(source: Path, target: Path) -> None:
     give_usual_modes(source)
     sync_tree(source)
     for path in sorted(source.iterdir()):
-        path.replace(target / path.name)
+        if path.is_dir():
+            replace_directory(path, target / path.name)
+        else:
+            path.replace(target / path.name)
     sync_directory(target)
     source.rmdir()
 

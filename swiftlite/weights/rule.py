@@ -160,8 +160,8 @@ class WeightMap:
             layer = Layer(self.hf_layer.format(index=index), "decoder.layers", index)
             entries += self._entries(self.layer, layer, kind, model)
         duplicates = [d for d in self.duplicates if d.when.test(model, NO_LAYER) and "{layer}" not in d.name]
-        # Classifiers have no such blocks, whatever config.json says.
-        for index in range(model.num_mtp if self.mtp_layer and not model.num_labels else 0):
+        # Without an output layer there are no such blocks, whatever config.json says.
+        for index in range(model.num_mtp if self.mtp_layer and model.num_labels is None else 0):
             assert self.mtp_layer is not None
             prefix = self.mtp_layer.format(index=index, number=model.num_layers + index)
             layers.append(prefix)
@@ -354,12 +354,16 @@ class BoundMap:
         """The map's name for a tensor, or a module, that another release or tool names otherwise."""
         for stored, live in self.modules:
             name = name.replace(live, stored)
+        if self.model.num_labels == 0 and not name.startswith(_TEXT_PARTS):
+            name = _TEXT_PARTS[0] + name
         return name if self.naming is None else self.naming(text_name(name))
 
     def module_name(self, name: str) -> str:
         """What transformers' classes call one of the map's names, or a module of such a name."""
         for stored, live in self.modules:
             name = name.replace(stored, live)
+        if self.model.num_labels == 0:  # the class of such a model has nothing around it
+            name = name.removeprefix(_TEXT_PARTS[0])
         return name if self.naming is None else self.live(text_name(name))
 
     def is_carried(self, name: str) -> bool:

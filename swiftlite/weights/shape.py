@@ -30,7 +30,8 @@ class ModelShape:
     one expert, shared_ffn = width of all shared experts together, moe_layers[l] = layer l has experts, linear_layers[l] =
     it has linear attention (() = none has), of key_heads x key_dim and value_heads x value_dim, with a convolution over
     conv_kernel tokens. indexed_layers[l] = it has an indexer (() = none has), of index_heads x index_dim. num_labels =
-    rows of a classifier's head. Sizes that the model does not have are 0.
+    rows of a classifier's head (0 = there is no head, None = there is an output layer). Sizes that the model does not have
+    are 0.
     """
 
     num_layers: int
@@ -65,7 +66,7 @@ class ModelShape:
     indexed_layers: tuple[bool, ...] = ()
     index_heads: int = 0
     index_dim: int = 0
-    num_labels: int = 0
+    num_labels: int | None = None
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -203,7 +204,7 @@ class ModelShape:
             indexed_layers=layer_pattern(get("dsa_indexer_layers"), num_layers) if get("dsa_indexer_layers") else (),
             index_heads=int(get("dsa_indexer_n_heads") or 0),
             index_dim=int(get("dsa_indexer_head_dim") or 0),
-            num_labels=int(get("num_labels") or 0),
+            num_labels=None if (labels := get("num_labels")) is None else int(labels),
         )
 
 

@@ -1,4 +1,4 @@
-"""Classifiers and reward models under parallel layouts: the same steps as in one process, full and with LoRA."""
+"""Classifiers, reward models, embedding models and rerankers under parallel layouts: the same steps as in one process."""
 
 from __future__ import annotations
 
@@ -28,12 +28,22 @@ LABELLED = [
     {"messages": [{"role": "user", "content": f"Film {i}: {WORDS[i % 3]}. " + "It is long. " * (i % 4)}], "label": i % 3}
     for i in range(11)
 ]  # fmt: skip
+NAMES = "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo".split()
+GROUPS = [
+    {"query": f"Who is number {i}? {name}", "pos": f"It is{' really' * (i % 3)} {NAMES[5 * i % 11]}",
+     "neg": [NAMES[i - 5], f"the fox of {i}"][: 1 + i % 2]} for i, name in enumerate(NAMES)
+]  # fmt: skip
 TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
 PP = ["--pipeline_model_parallel_size", "2"]
 EP = ["--expert_model_parallel_size", "2"]
 CP = ["--context_parallel_size", "2"]
 PACKED = ["--packing", "true", "--max_length", "200", "--global_batch_size", "2", "--micro_batch_size", "1"]
 CLASSES = ["--task_type", "seq_cls", "--num_labels", "3"]
+EMBEDDING = ["--task_type", "embedding", "--lr", "3e-4"]
+RERANKER = ["--task_type", "reranker", "--loss_type", "listwise_reranker"]
+GENERATIVE = ["--task_type", "generative_reranker", "--generative_reranker_positive_token", "y", "--max_length", "400",
+              "--generative_reranker_negative_token", "n", "--loss_type", "listwise_reranker", "--lr", "3e-4"]  # fmt: skip
+LORA = ["--train_type", "lora", "--lora_rank", "4", "--lora_dropout", "0", "--lr", "1e-3"]
 REWARD = ["--rlhf_type", "rm", "--center_rewards_coefficient", "0.1"]
 
 # What one process runs: command, family, flags. The others are compared with the one they name.
@@ -43,6 +53,12 @@ ALONE: dict[str, tuple[str, str, list[str]]] = {
     "classes-moe": ("sft", "qwen3_moe", CLASSES),
     "reward-mla": ("dpo", "moonlight", [*REWARD, "--lr", "2e-4"]),
     "reward": ("dpo", "qwen3", REWARD),
+    "embedding": ("sft", "qwen3", EMBEDDING),
+    "embedding-lora": ("sft", "qwen3", [*EMBEDDING, *LORA]),
+    "reranker": ("sft", "qwen3", RERANKER),
+    "reranker-free": ("sft", "qwen3", [*RERANKER, "--padding_free", "true"]),
+    "reranker-moe": ("sft", "qwen3_moe", RERANKER),
+    "generative": ("sft", "qwen3", GENERATIVE),
 }
 # one process' run, world size, flags, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
@@ -58,6 +74,21 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "reward-dp2": ("reward", 2, [], None),
     "reward-tp2-sp": ("reward", 2, TP, None),
     "reward-pp2": ("reward", 2, PP, None),
+    # Negatives are of all ranks' micro batches: half as large ones on two ranks are the same batch.
+    "embedding-dp2": ("embedding", 2, ["--micro_batch_size", "1"], None),
+    "embedding-tp2": ("embedding", 2, TP[:2], None),
+    "embedding-pp2": ("embedding", 2, PP, None),
+    "embedding-cp2": ("embedding", 2, CP, None),
+    "embedding-lora-tp2-sp": ("embedding-lora", 2, TP, None),
+    "reranker-dp2": ("reranker", 2, [], None),
+    "reranker-tp2-sp": ("reranker", 2, TP, None),
+    "reranker-vpp2": ("reranker", 2, [*PP, "--num_virtual_stages_per_pipeline_rank", "2"], None),
+    "reranker-free-cp2": ("reranker-free", 2, CP, None),
+    "reranker-moe-ep2": ("reranker-moe", 2, EP, None),
+    "generative-tp2-sp": ("generative", 2, TP, None),
+    "generative-pp2": ("generative", 2, PP, None),
+    "generative-cp2": ("generative", 2, CP, None),
+    "control-other-batch": ("embedding", 2, [], None),
     "control-own-scores": ("classes", 2, TP, "own_scores"),
 }  # fmt: skip
 EQUAL = [name for name in LAYOUTS if not name.startswith("control-")]
@@ -69,16 +100,17 @@ def case(
 ) -> Callable[..., dict[str, Any]]:
     """`case("classes", OUTPUT_DIR, flags)`: what the worker takes; the same 8 rows at every step, 3 for evaluation."""
     root = tmp_path_factory.mktemp("data")
-    for name, rows in (("sft", LABELLED), ("dpo", UNEVEN_PAIRS)):
+    for name, rows in (("sft", LABELLED), ("dpo", UNEVEN_PAIRS), ("groups", GROUPS)):
         for part, some in (("train", rows[:8]), ("val", rows[8:])):
             (root / f"{name}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 
     def make(alone: str, output_dir: Path, flags: list[str]) -> dict[str, Any]:
         command, family, own = ALONE[alone]
+        data = command if command == "dpo" or "seq_cls" in own else "groups"
         common = {
             "model": tiny_mla(0) if family == "moonlight" else tiny_model(family, **MODELS[family]),
-            "model_type": family, "dataset": root / f"{command}-train.jsonl",
-            "val_dataset": root / f"{command}-val.jsonl", "eval_steps": 4, "output_dir": output_dir,
+            "model_type": family, "dataset": root / f"{data}-train.jsonl",
+            "val_dataset": root / f"{data}-val.jsonl", "eval_steps": 4, "output_dir": output_dir,
             "torch_dtype": "float32", "micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS, "lr": 1e-3,
             "logging_steps": 1, "save_steps": 1000, "save_weights_only": "true", "report_to": "none", "adam_eps": 1e-5,
         }  # fmt: skip
@@ -119,6 +151,8 @@ def test_a_planted_mistake_is_seen(root: Path) -> None:
     """Scores of a rank's own part of the sequence, whose gradients nobody adds up."""
     name = "control-own-scores"
     assert largest_difference(curve(root / "classes"), curve(root / name)) > 100 * TOLERANCE
+    name = "control-other-batch"  # micro batches of 2 on two ranks are a batch of 4
+    assert largest_difference(curve(root / "embedding"), curve(root / name)) > 100 * TOLERANCE
 
 
 def test_a_killed_run_goes_on_under_another_layout(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from swiftlite.megatron.trainers.rlhf import megatron_rlhf_main
 from swiftlite.megatron.trainers.with_reference import ReferenceTrainer
 from swiftlite.train.dpo_loss import LogProbs, PairLoss
 from swiftlite.train.meters import METERS
-from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import DatasetError, UsageError
+from tests.megatron.conftest import values
 from tests.rows import preference_rows
 
 ROWS = preference_rows(12)
@@ -31,39 +30,14 @@ STEPS = 20
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "kl")
 
 
-@pytest.fixture(scope="module")
-def model_of(tiny_model: Callable[..., Path], tiny_mla: Callable[[int], Path]) -> Callable[..., Path]:
-    """model_of("qwen3", seed=1) -> a tiny model with an odd vocabulary; "mla": latent attention and experts."""
-
-    def make(family: str, seed: int = 0, **overrides: Any) -> Path:
-        if family == "mla":
-            return tiny_mla(seed)
-        return tiny_model(family, seed=seed, **{"vocab_size": 333, "initializer_range": 0.02, **overrides})
-
-    return make
-
-
 @pytest.fixture
-def run(model_of: Callable[..., Path], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+def run(train: Any) -> Callable[..., list[dict[str, Any]]]:
     """run(main, output, family, flag=value...) on ROWS -> the lines of logging.jsonl."""
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
     def start(main: Any, output: str, family: str = "qwen3", **flags: Any) -> list[dict[str, Any]]:
-        settings = {
-            "model": model_of(family), "model_type": TYPES[family], "template": "qwen3", "dataset": data,
-            "output_dir": tmp_path / output, "torch_dtype": "float32", "global_batch_size": 4, "micro_batch_size": 2,
-            "lr": 1e-3, "adam_eps": 1e-5, "train_iters": 4, "logging_steps": 1, "max_length": 200, "report_to": "none",
-            **flags,
-        }  # fmt: skip
-        main([word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))])
-        return read_run(tmp_path / output / "logging.jsonl")
+        return train(main, output, ROWS, family, **{"model_type": TYPES[family], **flags})
 
     return start
-
-
-def values(lines: list[dict[str, Any]], name: str) -> list[float]:
-    return [line[name] for line in lines if name in line]
 
 
 def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:

@@ -19,8 +19,8 @@ from swiftlite.megatron.trainers.classification import ClassificationTrainer
 from swiftlite.megatron.trainers.pooled import PooledBatch
 from swiftlite.megatron.trainers.reward import RewardTrainer, megatron_reward_main
 from swiftlite.megatron.trainers.sft import megatron_sft_main
-from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import UsageError
+from tests.megatron.conftest import values
 from tests.rows import preference_rows
 
 WORDS = ("good", "bad at all", "neither of them")
@@ -31,38 +31,16 @@ LABELLED = [
 LORA = {"train_type": "lora", "lora_rank": 4, "lora_dropout": 0, "lr": 5e-3}
 
 
-@pytest.fixture(scope="module")
-def model_of(tiny_model: Callable[..., Path], tiny_mla: Callable[[int], Path]) -> Callable[[str], Path]:
-    """A tiny language model; "mla": DeepSeek-V3's latent attention and experts."""
-
-    def make(family: str) -> Path:
-        return tiny_mla(0) if family == "mla" else tiny_model(family, vocab_size=333, initializer_range=0.02)
-
-    return make
-
-
 @pytest.fixture
-def run(model_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+def run(train: Any) -> Callable[..., list[dict[str, Any]]]:
     """run(main, output, family, flag=value...) -> the lines of logging.jsonl."""
 
     def start(main: Any, output: str, family: str = "qwen3", **flags: Any) -> list[dict[str, Any]]:
-        reward = flags.get("rlhf_type") == "rm"
-        data = tmp_path / "data.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in (preference_rows(12) if reward else LABELLED)))
-        settings = {
-            "model": model_of(family), "template": "qwen3", "dataset": data,
-            "output_dir": tmp_path / output, "torch_dtype": "float32", "global_batch_size": 4, "micro_batch_size": 2,
-            "lr": 1e-3, "adam_eps": 1e-5, "train_iters": 4, "logging_steps": 1, "max_length": 200, "report_to": "none",
-            **({} if reward else {"task_type": "seq_cls", "num_labels": 3}), **flags,
-        }  # fmt: skip
-        main([word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))])
-        return read_run(tmp_path / output / "logging.jsonl")
+        if flags.get("rlhf_type") == "rm":
+            return train(main, output, preference_rows(12), family, **flags)
+        return train(main, output, LABELLED, family, **{"task_type": "seq_cls", "num_labels": 3, **flags})
 
     return start
-
-
-def values(lines: list[dict[str, Any]], name: str) -> list[float]:
-    return [line[name] for line in lines if name in line]
 
 
 Seen = list[tuple[list[list[int]], torch.Tensor]]

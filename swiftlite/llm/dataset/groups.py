@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import TypeVar
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.arguments.groups import GroupArguments
+from swiftlite.arguments.task import JUDGING_WORDS, TaskArguments
 from swiftlite.arguments.train import SftArguments
 from swiftlite.llm.dataset.encoded import RowEncoder, Sample, place_of
 from swiftlite.llm.dataset.group_rows import text_of
@@ -203,7 +204,10 @@ class GroupDataset:
 
     Args: rows: in the form of group_rows.py. The rest as EncodedDataset. Groups that cannot be used, that stand in the data
         twice, or of which a sample is too long, are left out and counted in `report`.
+    task_type: what the groups are for. words: see judging_tokens, of --task_type generative_reranker.
     """
+
+    words: tuple[int, int] = (-1, -1)
 
     def __init__(
         self,
@@ -233,10 +237,10 @@ class GroupDataset:
         self.lengths = self.store.lengths()
 
     @classmethod
-    def of(cls, store: TokenStore) -> GroupDataset:
+    def of(cls, store: TokenStore, task_type: str) -> GroupDataset:
         """All groups of a store that another one had."""
         dataset = cls.__new__(cls)
-        dataset.report = DropReport(total=len(store))
+        dataset.report, dataset.task_type = DropReport(total=len(store)), task_type
         dataset.store, dataset.lengths = store, store.lengths()
         dataset.row_indices = list(range(len(store)))
         return dataset
@@ -316,21 +320,17 @@ def group_facts(items: Sequence[Json]) -> dict[str, Tensor]:
     return {**facts, "roles": torch.tensor(roles, dtype=torch.int64), "pair_labels": labels}
 
 
-def judging_tokens(template: Template, settings: Mapping[str, object]) -> tuple[int, int]:
-    """Numbers of the words by which a generative reranker agrees and disagrees. settings: flags by name; else yes and no.
+def judging_tokens(args: TaskArguments, template: Template) -> tuple[int, int]:
+    """Numbers of the words by which a generative reranker agrees and disagrees.
 
     Raises: UsageError for a word that is not one token.
     """
-    words = {"generative_reranker_positive_token": "yes", "generative_reranker_negative_token": "no"}
-    yes, no = (_token_of(template, str(settings.get(flag, word)), flag) for flag, word in words.items())
-    return yes, no
-
-
-def _token_of(template: Template, word: str, flag: str) -> int:
-    ids = template.tokenize(word)
-    if len(ids) != 1:
-        raise UsageError(f"--{flag} {word}: is {len(ids)} tokens of this model; choose a word that is one")
-    return ids[0]
+    words = args.generative_reranker_positive_token, args.generative_reranker_negative_token
+    found = [template.tokenize(word) for word in words]
+    for flag, word, ids in zip(JUDGING_WORDS, words, found, strict=True):
+        if len(ids) != 1:
+            raise UsageError(f"--{flag} {word}: is {len(ids)} tokens of this model; choose a word that is one")
+    return found[0][0], found[1][0]
 
 
 def load_groups(args: SftArguments, template: Template) -> tuple[GroupDataset, GroupDataset | None]:
@@ -343,4 +343,7 @@ def load_groups(args: SftArguments, template: Template) -> tuple[GroupDataset, G
             rejects=rejects,
         )  # fmt: skip
 
-    return made_of_rows(args, make)
+    train, val = made_of_rows(args, make)
+    if args.task_type == "generative_reranker":
+        train.words = judging_tokens(args, template)
+    return train, val

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.checkpoint.info import with_changes
-from swiftlite.families.hf_config import classes_of
+from swiftlite.families.hf_config import classes_of, is_backbone
 from swiftlite.utils.errors import ConfigError, UsageError
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Config, Json
@@ -44,10 +44,18 @@ def head_keywords(args: BaseArguments) -> Json:
 
 
 def prepare_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: BaseArguments) -> None:
-    """Begin a head that is new, and let config.json say what the head gives and which tokens are padding."""
+    """Begin a head that is new, and let config.json say what the head gives and which tokens are padding.
+
+    Raises: UsageError for a model that classifies by another token than the last one.
+    """
     info, config = args.model_info, model.config
     head = getattr(model, "score", None)
-    if classes_of(info.config) is None and head is not None:
+    if head is None:
+        raise UsageError(
+            f"{type(model).__name__} has no layer `score` of last tokens, as decoders have; sentence-transformers trains "
+            "encoders: CrossEncoderTrainer, or transformers' Trainer"
+        )
+    if classes_of(info.config) is None:
         get_logger().info("the head is new: score.weight %s, by --seed", list(head.weight.shape))
         std = float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
         rows, hidden = head.weight.shape
@@ -58,12 +66,13 @@ def prepare_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arg
         part.pad_token_id = tokenizer.pad_token_id
     said = {"architectures": [type(model).__name__], **{name: getattr(config, name) for name in HEAD_KEYS[1:]}}
     info.config = with_changes(info.config, said)
-    if head is not None:
-        _pool_positions(model)
+    _pool_positions(model)
 
 
 def head_changes(config: Config) -> Json:
-    """What the config.json of a written classifier says besides what its source does."""
+    """What config.json of a written classifier, or of a model without output layer, says besides what its source does."""
+    if is_backbone(config):
+        return {"architectures": config["architectures"]}
     return {} if classes_of(config) is None else {name: config[name] for name in HEAD_KEYS if name in config}
 
 

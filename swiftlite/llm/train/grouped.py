@@ -160,4 +160,4 @@ def _objective(args: SftArguments, template: Template) -> Objective:
     ranking = RankingLoss(loss, args.listwise_reranker_temperature)
     if args.task_type == "reranker":
         return Reranker(ranking)
-    return GenerativeReranker(ranking, *judging_tokens(template, vars(args)))
+    return GenerativeReranker(ranking, *judging_tokens(args, template))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.arguments.train import SftArguments
+from swiftlite.checkpoint.chat import Beside as Beside
 from swiftlite.checkpoint.files import CONFIG, copy_side_files
 from swiftlite.checkpoint.new_tokens import copy_tokenizer, enter_tokens
 from swiftlite.checkpoint.vocabulary import rows_of
@@ -51,12 +52,6 @@ OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 SCALER, STATE = "scaler.pt", "trainer_state.json"
 SHARDED_OPTIMIZER = "optimizer.safetensors"  # of a sharded model: tensor PARAMETER.KEY for each state
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-class Beside(Protocol):
-    """What is written next to weights or adapters; base: the directory of the model that they come from."""
-
-    def write(self, directory: Path, base: Path) -> None: ...
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import torch
 from megatron.core.models.gpt import gpt_model
 from torch import Tensor
 
+from swiftlite.megatron.model.head import NoHead
+
 LossOf = Callable[[Tensor, slice], Tensor]  # hidden states [s, B, H] and where they stand -> losses [B, N, s]
 
 
@@ -32,6 +34,16 @@ class GPTModel(gpt_model.GPTModel):  # type: ignore[misc]
             return super()._postprocess(hidden_states=hidden_states, **others)  # type: ignore[no-any-return]
         finally:
             del self.__dict__["output_layer"]
+
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> object:
+        """megatron-core looks for the weight of an output layer on the last stage, which embedding models do not have."""
+        after = self.__dict__["post_process"]
+        headless = isinstance(getattr(self, "output_layer", None), NoHead)
+        self.post_process = after and not headless
+        try:
+            return super().sharded_state_dict(*args, **kwargs)
+        finally:
+            self.post_process = after
 
     def _gathered(self) -> int:
         """N."""

@@ -30,7 +30,7 @@ from swiftlite.megatron.model.blocks import load_blocks
 from swiftlite.megatron.model.blocks.router import TopKRouter
 from swiftlite.megatron.model.chunked_loss import GPTModel
 from swiftlite.megatron.model.config import to_transformer_config, virtual_stages
-from swiftlite.megatron.model.head import ScoreHead
+from swiftlite.megatron.model.head import NoHead, ScoreHead
 from swiftlite.megatron.model.spec import block_spec, mtp_spec
 from swiftlite.plan.memory import logits_at_once
 
@@ -97,8 +97,9 @@ def model_provider(
         _mask_padded_vocabulary(model, vocab_size, live_vocab_size)
     for adapt in (block.adapt for block in blocks if hasattr(block, "adapt")):
         adapt(model, args)
-    if post_process and description.num_labels:
-        model.output_layer = ScoreHead(config, description.num_labels)
+    labels = description.num_labels
+    if post_process and labels is not None:
+        model.output_layer = ScoreHead(config, labels) if labels else NoHead(config)
     return model
 
 

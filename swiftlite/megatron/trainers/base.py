@@ -21,7 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
-from swiftlite.checkpoint.chat import Chat
+from swiftlite.checkpoint.chat import Beside
 from swiftlite.megatron import backend
 from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.background import BackgroundWriter
@@ -70,7 +70,7 @@ class Trainer:
         parallel: ParallelState,
         pad_token_id: int,
         origin: str | Path,
-        chat: Chat | None = None,
+        chat: Beside | None = None,
     ) -> None:
         self.args, self.parallel = args, parallel
         self.pad_token_id = pad_token_id

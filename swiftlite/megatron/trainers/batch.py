@@ -229,7 +229,7 @@ class BatchLoader:
         )  # fmt: skip
 
     def load(self, micro_batches: Sequence[Sequence[int]]) -> list[MicroBatch]:
-        passes = [self.rows(samples) for samples in micro_batches]
+        passes = self.passes(micro_batches)
         size, rank = self.context
         sample_multiple = 2 * size if size > 1 else 1
         join = partial(collate_joined, sample_multiple=sample_multiple) if self.join else collate
@@ -245,6 +245,10 @@ class BatchLoader:
             _same_shapes(batches)
         batches = [self.complete(s, batch) for s, batch in zip(micro_batches, batches, strict=True)]
         return [(batch.part(size, rank) if size > 1 else batch).to(self.device) for batch in batches]
+
+    def passes(self, micro_batches: Sequence[Sequence[int]]) -> list[list[Json]]:
+        """The rows of each pass."""
+        return [self.rows(samples) for samples in micro_batches]
 
     def complete(self, samples: Sequence[int], batch: MicroBatch) -> MicroBatch:
         """What else a pass over these samples needs, before the batch is divided."""

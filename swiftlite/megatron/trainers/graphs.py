@@ -175,6 +175,7 @@ def obstacle(args: MegatronArguments, models: Sequence[MegatronModule], device: 
             config.tensor_model_parallel_size > 1 and args.train_type == "lora" and bool(args.lora_dropout)
         ) or (config.sequence_parallel and bool(args.neftune_noise_alpha)),
         "mismatched answers are batches of their own": getattr(args, "rlhf_type", None) == "kto",
+        "groups have different numbers of texts": bool(getattr(args, "groups", False)),
         "the positions with labels differ": getattr(args, "rlhf_type", None) == "gkd",
         "a dispatcher waits for the experts' token counts": not counts_stay_on_device(models),
     }  # fmt: skip

@@ -5,7 +5,7 @@ Shapes: B rows, S tokens, N samples, W numbers that the model gives for each tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -46,13 +46,14 @@ class PooledBatch(MicroBatch):
         return add_up(states.flatten(0, 1)[self.ends] * self.held.to(states)[:, None])
 
 
-def pooled(batch: MicroBatch, samples: int, targets: Tensor, pad_token_id: int) -> PooledBatch:
-    """A whole micro batch with the ends of its first samples; those behind them count for nothing."""
+def pooled(batch: MicroBatch, samples: int, targets: Tensor, last: Callable[[Sequence[int]], int]) -> PooledBatch:
+    """A whole micro batch with the ends of its first samples; those behind them count for nothing. last: which token of a
+    sample is its end."""
     ids, sequences = batch.tokens.flatten().tolist(), batch.sequences
     assert sequences is not None
     places = torch.arange(len(ids)).view(batch.tokens.shape)
     found = (places[sequences == number].tolist() for number in range(samples))
-    ends = [sample[last_token([ids[place] for place in sample], pad_token_id)] for sample in found]
+    ends = [sample[last([ids[place] for place in sample])] for sample in found]
     return PooledBatch(
         **vars(batch), ends=torch.tensor(ends, dtype=torch.int64), held=torch.ones(samples), targets=targets
     )
@@ -60,6 +61,10 @@ def pooled(batch: MicroBatch, samples: int, targets: Tensor, pad_token_id: int) 
 
 class PooledLoader(BatchLoader):
     """Makes the micro batches of a step from samples."""
+
+    def last(self, ids: Sequence[int]) -> int:
+        """Which token of a sample counts."""
+        return last_token(ids, self.pad_token_id)
 
     def targets(self, rows: Sequence[Json]) -> Tensor:
         """[N, ...]: what the samples in these rows should give."""
@@ -71,7 +76,7 @@ class PooledLoader(BatchLoader):
 
     def complete(self, samples: Sequence[int], batch: MicroBatch) -> PooledBatch:
         there = [self.dataset[i] for i in samples if i >= 0]
-        return pooled(batch, sum(len(sample_lengths(row)) for row in there), self.targets(there), self.pad_token_id)
+        return pooled(batch, sum(len(sample_lengths(row)) for row in there), self.targets(there), self.last)
 
 
 class PooledTrainer(Trainer):
@@ -82,6 +87,10 @@ class PooledTrainer(Trainer):
     def judge(self, batch: PooledBatch, outputs: Tensor) -> dict[str, Tensor]:
         """`sums` of one micro batch from outputs [N, W]; `loss` and what else is minimised have gradients."""
         raise NotImplementedError
+
+    def pooled(self, batch: PooledBatch, outputs: Tensor) -> Tensor:
+        """[N, W], the same on ranks that share samples, of what the model gives. Collective."""
+        return batch.pool(outputs)
 
     def minimised(self, sums: dict[str, Tensor]) -> Tensor:
         """The sum of losses."""
@@ -103,7 +112,7 @@ class PooledTrainer(Trainer):
 
     def loss(self, batch: PooledBatch, outputs: Tensor) -> LossResult:
         """The schedule divides by what is counted in the global batch, so this is a sum."""
-        sums = self.judge(batch, batch.pool(outputs))
+        sums = self.judge(batch, self.pooled(batch, outputs))
         seen = {name: value.detach() for name, value in sums.items()}
         if self.parallel.cp_rank:  # of ranks that share samples, and compute one loss, the first one reports it
             seen = {name: torch.zeros_like(value) for name, value in seen.items()}

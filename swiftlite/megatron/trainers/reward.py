@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from swiftlite.arguments.megatron_preference import MegatronDpoArguments
 from swiftlite.checkpoint.resolve import as_arguments
 from swiftlite.llm.dataset.prepare import load_pairs
+from swiftlite.llm.model.heads import last_token
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.pairs import PairLoader
 from swiftlite.megatron.trainers.pooled import PooledBatch, PooledTrainer, pooled
@@ -25,7 +27,7 @@ class RewardLoader(PairLoader):
     def complete(self, samples: Sequence[int], batch: MicroBatch) -> PooledBatch:  # type: ignore[override]
         pairs = [self.dataset.pair(p) for i in samples if i >= 0 for p in self.dataset.items[i]]
         margins = torch.tensor([float(pair.get("margin", 0.0)) for pair in pairs])
-        return pooled(batch, 2 * len(pairs), margins, self.pad_token_id)
+        return pooled(batch, 2 * len(pairs), margins, partial(last_token, pad_token=self.pad_token_id))
 
 
 class RewardTrainer(PooledTrainer):

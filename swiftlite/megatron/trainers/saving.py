@@ -10,7 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.checkpoint.adapter import Adapter
-from swiftlite.checkpoint.chat import Chat
+from swiftlite.checkpoint.chat import Beside
 from swiftlite.checkpoint.checkpoint import Checkpoint
 from swiftlite.checkpoint.new_tokens import copy_tokenizer
 from swiftlite.checkpoint.side_files import write_megatron_lm_args
@@ -32,7 +32,7 @@ class RunFiles:
     """Args: origin: what the run starts from. chat: what directories tell of it, on rank 0."""
 
     def __init__(
-        self, args: MegatronSftArguments, origin: Checkpoint, lora: LoraPlan | None, chat: Chat | None
+        self, args: MegatronSftArguments, origin: Checkpoint, lora: LoraPlan | None, chat: Beside | None
     ) -> None:
         self.args, self.origin = args, origin
         self.lora, self.chat = lora, chat

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from swiftlite.arguments.megatron_train import MegatronPtArguments, MegatronSftArguments
 from swiftlite.checkpoint.resolve import as_arguments
+from swiftlite.llm.dataset.groups import load_groups
 from swiftlite.llm.dataset.prepare import load_data
 from swiftlite.megatron.trainers.base import Trainer
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.megatron.trainers.classification import ClassificationTrainer
+from swiftlite.megatron.trainers.grouped import trainer_of
 from swiftlite.megatron.trainers.loss import LossFunction, language_model_loss, token_losses
 from swiftlite.megatron.trainers.run import run
 from swiftlite.train.channels import Channels
@@ -69,6 +71,8 @@ def megatron_sft_main(args: MegatronSftArguments | Sequence[str]) -> Json:
     Raises: SwiftliteError for everything a user can fix, before anything is written where possible.
     """
     args = as_arguments(MegatronSftArguments, args)
+    if args.groups:
+        return run(args, trainer_of(args.task_type), load_groups)
     return run(args, ClassificationTrainer if args.task_type == "seq_cls" else SftTrainer, load_data)
 
 

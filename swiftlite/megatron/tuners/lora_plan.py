@@ -28,6 +28,10 @@ from swiftlite.weights.storage import Files, Renamed, WeightSource, read_tensor
 LINEAR = re.compile(r"\.(linear_\w+|in_proj|out_proj)\.weight(\.\w+)?$")
 
 
+# What peft calls the task of a model by its number of labels; others classify.
+_PEFT_TASKS = {None: "CAUSAL_LM", 0: "FEATURE_EXTRACTION"}
+
+
 @dataclass(frozen=True)
 class LoraPlan:
     """The adapters of a whole model.
@@ -114,7 +118,7 @@ def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
     rank = args.lora_rank
     scale = LoraConfig(rank, args.lora_alpha, args.use_rslora).scale("", rank)
     config = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if bound.model.num_labels else "CAUSAL_LM",
+        "peft_type": "LORA", "task_type": _PEFT_TASKS.get(bound.model.num_labels, "SEQ_CLS"),
         "base_model_name_or_path": args.model or args.mcore_model,
         "r": rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "use_rslora": args.use_rslora,
         "target_modules": targets if isinstance(targets, str) else sorted(targets), "bias": "none",
@@ -141,7 +145,10 @@ def plan_lora(bound: BoundMap, args: MegatronSftArguments) -> LoraPlan:
     def values(module: str) -> tuple[Tensor, Tensor]:
         entry, position = bound.by_hf[f"{module}.weight"]
         out, into = entry.hf_shapes[position]
-        return initial_a(bound.module_name(module), rank, into, args.seed), torch.zeros(out, rank)
+        named = (
+            module if bound.model.num_labels == 0 else bound.module_name(module)
+        )  # as transformers names it otherwise
+        return initial_a(named, rank, into, args.seed), torch.zeros(out, rank)
 
     return LoraPlan({name: (rank, scale) for name in chosen}, config, values, whole=whole)
 

@@ -123,7 +123,7 @@ def test_what_is_dropped(make_template: Callable[..., Any], tmp_path: Path) -> N
     assert "data.jsonl:2 as data.jsonl:1" in dataset.report.examples["the same pair twice"]
     assert len(dataset) == 3
     dataset.store.save(tmp_path / "store")
-    loaded = GroupDataset.of(TokenStore.load(tmp_path / "store"))
+    loaded = GroupDataset.of(TokenStore.load(tmp_path / "store"), "embedding")
     assert list(loaded) == list(dataset) and loaded.content_hash() == dataset.content_hash()
     with pytest.raises(DatasetError, match="no label"):
         GroupDataset(good[:1], make_template(), Grouping("embedding", "cosine_similarity"))
