@@ -421,12 +421,11 @@ class SftArguments(TrainArguments, TunerArguments, GroupArguments):
             "sequence_parallel_size": self.sequence_parallel_size > 1,
         }  # fmt: skip
         name = next((name for name, is_asked in asked.items() if is_asked), None)
-        if name == "sequence_parallel_size":
-            raise UsageError(
-                f"--{name}: {self.trained_for} takes one token; long texts: `megatron sft --context_parallel_size`"
-            )
         if name is not None:
-            raise UsageError(f"--{name}: is for the tokens of answers; {self.trained_for} takes one; leave it out")
+            divided = "; `megatron sft --context_parallel_size` divides long texts" if name.startswith("seq") else ""
+            raise UsageError(
+                f"--{name}: is for the tokens of answers; {self.trained_for} takes one of all; leave it out{divided}"
+            )
 
     def _settle_quantisation(self) -> None:
         """--quant_bits alone means bitsandbytes."""

@@ -10,13 +10,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from swiftlite.arguments.preview import PreviewArguments
 from swiftlite.checkpoint.resolve import as_arguments, resolve
+from swiftlite.llm.dataset.loader import PlacedRow
 from swiftlite.llm.dataset.packing import pack_in_order, pack_windows
+from swiftlite.llm.dataset.preprocess import RowError
 from swiftlite.llm.dataset.report import RejectsFile
-from swiftlite.llm.dataset.rows import first_rows, read_rows
+from swiftlite.llm.dataset.rows import open_stream, read_rows
 from swiftlite.llm.pipeline import prepare_template
 from swiftlite.llm.preview_rows import Shown, Token, encoded, lengths_of, shown_of, told_beside, told_of
 from swiftlite.llm.template.base import Template
@@ -50,19 +53,18 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
     limit = args.max_drop_ratio
     args.max_drop_ratio = 1.0  # told, not enforced
     rows = (
-        list(first_rows(args, _STREAMED_ROWS, rejects))
+        list(_first_rows(args, rejects))
         if args.streaming
         else [row for part in read_rows(args, rejects) for row in part]
     )
     samples = encoded(args, rows, template, rejects)
-    report = rejects.report
-    report.total = len(rows) + report.dropped - samples.report.dropped
+    report, lengths = rejects.report, lengths_of(samples)
+    report.total = samples.report.total + report.dropped - samples.report.dropped
     kept = [rows[i] for i in samples.row_indices]
     shown = [
         one for i in range(min(args.num_rows, len(samples))) for one in shown_of(args, template, samples, i, kept[i])
     ]
     facts = [*told_of(args, template, samples), *told_beside(args, kept)]
-    lengths = lengths_of(samples)
     found = list(differences(template))
     notes = [f"differs from the checkpoint's own chat template: {line}" for line in found[:3]]
     if found[3:]:
@@ -74,6 +76,14 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
     facts += [] if args.groups else list(_packing(args, lengths))
     dropped = [f"{reason}: {place}" for reason, places in report.examples.items() for place in places]
     return Preview(", ".join(args.dataset), facts, report.table().splitlines(), dropped, shown, lengths, notes)
+
+
+def _first_rows(args: PreviewArguments, rejects: RejectsFile) -> Iterator[PlacedRow]:
+    for place, row in islice(open_stream(args), _STREAMED_ROWS):
+        if isinstance(row, RowError):
+            rejects.write(place, row.reason, row.seen, row.row)
+        else:
+            yield PlacedRow(row, place)
 
 
 def _packing(args: PreviewArguments, lengths: Sequence[int]) -> Iterator[str]:

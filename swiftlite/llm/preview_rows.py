@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,12 +57,18 @@ def tokens_of(template: Template, sample: Json, text: str | None = None) -> list
 
 
 def encoded(args: PreviewArguments, rows: Sequence[Json], template: Template, rejects: RejectsFile) -> Samples:
-    """Samples, pairs of answers, or groups of texts. Raises: DatasetError where no row can be used."""
+    """Samples, or pairs of answers or groups where they are trained on. Raises: DatasetError where no row can be used."""
     settings: Settings = {"max_drop_ratio": 1.0, "name": "data", "num_proc": args.dataset_num_proc, "rejects": rejects}
     if args.groups:
         return GroupDataset(rows, template, Grouping.of(args, str(args.loss_type)), **settings)
-    kind = PairDataset if args.rlhf_type in PAIRED else EncodedDataset
-    return kind(rows, template, **settings)
+    return (PairDataset if args.rlhf_type in PAIRED else EncodedDataset)(rows, template, **settings)
+
+
+def lengths_of(samples: Samples) -> list[int]:
+    """Tokens of each sample, of groups of each text."""
+    if isinstance(samples, GroupDataset):
+        return [size for group in samples for size in group["sizes"]]
+    return list(samples.lengths)
 
 
 def read_as_a_whole(args: PreviewArguments) -> bool:
@@ -73,8 +80,8 @@ def shown_of(args: PreviewArguments, template: Template, samples: Samples, i: in
     """Sample `i`, made of `row`; of a pair both answers, of a group each text."""
     number = str(samples.row_indices[i])
     if isinstance(samples, GroupDataset):
-        for text in samples_of([samples[i]]):
-            yield Shown(number, tokens_of(template, text), "the last one is judged")
+        said = _judged(samples[i])
+        yield from (Shown(number, tokens_of(template, text), next(said)) for text in samples_of([samples[i]]))
         return
     parts: list[tuple[str, Json, Json]] = [(number, samples[i], row)]
     if isinstance(samples, PairDataset):
@@ -92,28 +99,28 @@ def shown_of(args: PreviewArguments, template: Template, samples: Samples, i: in
         yield Shown(name, tokens, told)
 
 
-def told_of(args: PreviewArguments, template: Template, samples: Samples) -> list[str]:
-    """How rows were encoded, how many samples and tokens came of them."""
+def _judged(group: Json) -> Iterator[str]:
+    """What the loss takes each text of a group for."""
+    if "relevant" in group:
+        yield from (f"relevant {value:g}" for value in group["relevant"])
+        return
+    yield "anchor"
+    yield f"positive, label {group['label']:g}" if "label" in group else "positive"
+    yield from itertools.repeat("negative")
+
+
+def told_of(args: PreviewArguments, template: Template, samples: Samples) -> Iterator[str]:
+    """How rows are written, and how many there are."""
+    cut = f"max length {template.max_length}, truncation {args.truncation_strategy}"
     written = f"template {template.template_type} ({template.template_backend})"
-    lengths = f"max length {template.max_length}, truncation {args.truncation_strategy}"
-    tokens = sum(lengths_of(samples))
     if isinstance(samples, GroupDataset):
-        plain = TextEncoder.of(template, str(args.task_type)) is not None
-        texts = len(lengths_of(samples))
-        return [
-            f"{'plain text' if plain else written}, {lengths}",
-            f"{len(samples)} groups of {texts} texts, {tokens} tokens; the last token of each text is judged",
-        ]
-    share = "" if read_as_a_whole(args) else f", {trained_share(samples):.1%} of them with a loss"
-    kind = "pairs" if isinstance(samples, PairDataset) else "samples"
-    return [f"{written}, loss scale {args.loss_scale}, {lengths}", f"{len(samples)} {kind}, {tokens} tokens{share}"]
-
-
-def lengths_of(samples: Samples) -> list[int]:
-    """Tokens of every sample; of groups, of every text."""
-    if isinstance(samples, GroupDataset):
-        return [size for group in samples for size in group["sizes"]]
-    return list(samples.lengths)
+        lengths = lengths_of(samples)
+        yield f"{'plain text' if TextEncoder.of(template, samples.task_type) else written}, {cut}"
+        yield f"{len(samples)} groups of {len(lengths)} texts, {sum(lengths)} tokens; the last token of a text is judged"
+        return
+    yield f"{written}, loss scale {args.loss_scale}, {cut}"
+    counted = f"{len(samples)} {'pairs' if args.rlhf_type in PAIRED else 'samples'}, {sum(samples.lengths)} tokens"
+    yield counted + ("" if read_as_a_whole(args) else f", {_trained_share(samples):.1%} of them with a loss")
 
 
 def told_beside(args: PreviewArguments, rows: Sequence[Json]) -> Iterator[str]:
@@ -139,7 +146,7 @@ def _names(args: PreviewArguments) -> list[str]:
     return names_of((args.model_info.config or {}).get("id2label"), args.num_labels or 0)
 
 
-def trained_share(samples: EncodedDataset | PairDataset) -> float:
+def _trained_share(samples: EncodedDataset | PairDataset) -> float:
     answers = map(samples.sequence, range(2 * samples.pairs)) if isinstance(samples, PairDataset) else samples
     trained = sum(label != IGNORE_INDEX for sample in answers for label in sample["labels"][1:])
     return trained / max(1, sum(samples.lengths))

@@ -174,6 +174,19 @@ def test_notes_by_command_name_commands():
         (SftArguments, ["--task_type", "seq_cls", "--loss_type", "infonce"], "--task_type seq_cls has cross_entropy"),
         (SftArguments, ["--task_type", "seq_cls", "--truncation_strategy", "split"], "one conversation has one label"),
         (SftArguments, ["--task_type", "seq_cls", "--loss_scale", "all"], "--loss_scale: is for the tokens of answers"),
+        (
+            SftArguments,
+            ["--task_type", "reranker", "--num_labels", "2"],
+            "--num_labels 2: goes with --task_type seq_cls",
+        ),
+        (
+            SftArguments,
+            ["--task_type", "reranker", "--sequence_parallel_size", "2"],
+            "megatron sft --context_parallel_size` divides long texts",
+        ),
+        (MegatronSftArguments, ["--task_type", "reranker", "--packing", "true"], "join texts with --padding_free true"),
+        (MegatronSftArguments, ["--task_type", "embedding", "--mtp_num_layers", "1"], "predicts no tokens"),
+        (SftArguments, ["--generative_reranker_positive_token", "ja"], "goes with --task_type generative_reranker"),
         (SftArguments, ["--task_type", "clip"], "--task_type clip: must be one of causal_lm, seq_cls, embedding"),
         (PtArguments, ["--task_type", "seq_cls"], "--task_type seq_cls: pt trains on text"),
         (DpoArguments, ["--task_type", "embedding"], "--task_type embedding: --rlhf_type says"),
@@ -186,6 +199,21 @@ def test_notes_by_command_name_commands():
 def test_what_does_not_fit_a_task_is_refused(cls, words, said):
     with pytest.raises(UsageError, match=said):
         parse(cls, ["--model", "DIR", *words])
+
+
+# Of flags as people type them, what says the task.
+TYPED = {
+    "embedding": "--loss_type infonce --save_safetensors true --tuner_type full --max_length 8192 --finetune true",
+    "reranker": "--loss_type listwise_reranker --tuner_type lora --padding_free true --dataset_num_proc 8",
+    "generative_reranker": "--loss_type pointwise_reranker --tuner_type lora --lora_rank 8 --lr_warmup_fraction 0.05",
+}
+
+
+@pytest.mark.parametrize("task", TYPED)
+def test_groups_are_trained_on_both_sides(task):
+    for cls in (SftArguments, MegatronSftArguments):
+        args = parse(cls, ["--model", "DIR", "--task_type", task, *TYPED[task].split()])
+        assert (args.task_type, args.groups, args.num_labels) == (task, True, 1 if task == "reranker" else None)
 
 
 def test_a_reward_model_is_one_number():

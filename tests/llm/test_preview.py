@@ -169,12 +169,15 @@ def test_groups(words, capsys, tmp_path):
     words[words.index("--dataset") + 1] = str(data)
     shown = preview_main([*words, "--task_type", "embedding"])
     out = capsys.readouterr().out
-    assert "plain text, max length 200" in out and "1 groups of 3 texts" not in out
-    assert ["".join(token.text for token in one.tokens) for one in shown.shown] == ["q one", "it is", "no", "never"]
+    assert "plain text, max length 200" in out and "1 groups of 4 texts" in out
+    assert ["".join(token.text for token in each.tokens) for each in shown.shown] == ["q one", "it is", "no", "never"]
     assert "1 of 2 rows used" in out and "a label that is not 1" in out
     preview_main([*words, "--task_type", "reranker"])
     out = capsys.readouterr().out
-    assert "2 groups of 4 texts" in out and "<|im_start|>user\nq one<|im_end|>\n<|im_start|>assistant\n" in out
+    assert "2 groups of 4 texts" in out and re.findall(r"tokens, (.*)$", out, re.M) == [
+        "relevant 1", "relevant 0", "relevant 0", "relevant 0",
+    ]  # fmt: skip
+    assert "<|im_start|>user\nq one<|im_end|>\n<|im_start|>assistant\n" in out
     preview_main([*words, "--task_type", "generative_reranker", "--max_length", "300"])
     assert "<Query>: q two\n<Document>: so<|im_end|>" in capsys.readouterr().out
     with pytest.raises(UsageError, match="--task_type embedding has infonce"):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
 from typing import TypeVar
 
 from swiftlite.arguments.base import BaseArguments
 from swiftlite.llm.dataset.cache import FACTS_FILE, directory_of, labels_written
 from swiftlite.llm.dataset.classes import Labels, problem_of
 from swiftlite.llm.dataset.labels import labelled
-from swiftlite.llm.dataset.loader import PlacedRow, ReadOptions, RowStream, load_dataset
-from swiftlite.llm.dataset.preprocess import Row, RowError
+from swiftlite.llm.dataset.loader import ReadOptions, RowStream, load_dataset
+from swiftlite.llm.dataset.preprocess import Row
 from swiftlite.llm.dataset.register import register_dataset_info
 from swiftlite.llm.dataset.report import DropReport, RejectsFile
 from swiftlite.llm.dataset.sources import open_spec, parse_spec
@@ -82,17 +81,6 @@ def open_stream(args: BaseArguments, state: Json | None = None) -> RowStream:
         seed=str(args.data_seed),
         state=state,
     )
-
-
-def first_rows(args: BaseArguments, count: int, rejects: RejectsFile) -> list[Row]:
-    """The first training rows of a stream, those that can be used; others are written down."""
-    found: list[Row] = []
-    for place, row in islice(open_stream(args), count):
-        if isinstance(row, RowError):
-            rejects.write(place, row.reason, row.seen, row.row)
-        else:
-            found.append(PlacedRow(row, place))
-    return found
 
 
 def read_rows(args: BaseArguments, rejects: RejectsFile | None = None) -> tuple[list[Row], list[Row]]:

@@ -18,6 +18,7 @@ from swiftlite.cli.export import export_main
 from swiftlite.llm.dataset.pairs import PairDataset
 from swiftlite.llm.dataset.preprocess import preprocess
 from swiftlite.llm.infer import infer_main
+from swiftlite.llm.model.heads import prepare_head
 from swiftlite.llm.template import get_template
 from swiftlite.llm.train.rlhf import rlhf_main
 from swiftlite.llm.train.sft import sft_main
@@ -250,3 +251,13 @@ def test_a_run_that_resumes_ends_as_one_that_did_not(tiny_model: Callable[..., P
         sft_main(
             words(**{**common, "model": tmp_path / "one" / "checkpoint-4", "num_labels": 2}, output_dir=tmp_path / "x")
         )
+
+
+def test_encoders_are_refused() -> None:
+    """Their heads read the first token."""
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    model = transformers.BertForSequenceClassification(config)
+    with pytest.raises(UsageError, match="BertForSequenceClassification has no layer `score` of last tokens"):
+        prepare_head(model, None, SimpleNamespace(model_info=SimpleNamespace(config={})))  # type: ignore[arg-type]
