@@ -17,7 +17,7 @@ from swiftlite.train.schedule import build_optimizer
 from tests.rows import answer_rows
 
 ROWS = answer_rows(12)
-STEPS, BATCH, RATE = 20, 4, 5e-5
+STEPS, BATCH, RATE = 20, 4, 3e-5
 METRICS = ("kl", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
