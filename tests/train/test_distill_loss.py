@@ -126,9 +126,9 @@ def test_the_likeliest_tokens(beta: float) -> None:
         assert (few <= more + 1e-5).all() and few.sum() < more.sum()
     outcomes = []
     for values in (student, teacher):
-        p, ids = (values / 0.7).softmax(-1), (teacher / 0.7).topk(4).indices
+        p, ids = (values.double() / 0.7).softmax(-1), (teacher / 0.7).topk(4).indices
         named = p.gather(1, ids)
-        outcomes.append(torch.cat([named, 1 - named.sum(-1, keepdim=True)], -1).log())
+        outcomes.append(torch.cat([named, 1 - named.sum(-1, keepdim=True)], -1).log().float())
     torch.testing.assert_close(seen[1], Divergence(beta)(*outcomes).detach(), rtol=1e-5, atol=1e-5)
 
 
