@@ -45,7 +45,8 @@ def side_files(directory: Path) -> list[Path]:
 def published_files(directory: Path) -> list[Path]:
     """What of a model's or an adapter's directory belongs on a hub: side files and weights, no state of a training."""
     weights = _weights(directory, WEIGHTS) or _weights(directory, BIN_WEIGHTS)
-    return sorted({*side_files(directory), *weights, *_matching(directory, ADAPTER)})
+    pooling = _matching(directory / POOLING, [CONFIG]) if (directory / POOLING).is_dir() else []
+    return sorted({*side_files(directory), *weights, *_matching(directory, (*ADAPTER, *SENTENCE_FILES)), *pooling})
 
 
 def _weights(directory: Path, patterns: Sequence[str]) -> list[Path]:

@@ -141,7 +141,9 @@ def push(
     hub = "Hugging Face" if use_hf else "ModelScope"
     client = import_module("huggingface_hub" if use_hf else "modelscope.hub.api")
     api = (client.HfApi if use_hf else client.HubApi)(token=token)
-    files = sorted(published_files(Path(directory)), key=_push_order)
+    files = sorted(
+        (file.relative_to(directory).as_posix() for file in published_files(Path(directory))), key=_push_order
+    )
     total, step = len(files), "create the repository"
     try:
         if use_hf:
@@ -149,10 +151,10 @@ def push(
         else:
             api.create_repo(model_id, visibility="private" if private else "public", exist_ok=True, token=token)
         for number, file in enumerate(files, start=1):
-            step = f"send {file.name}"
-            logger.info("pushing %s to %s (%d of %d)", file.name, hub, number, total)
-            api.upload_file(path_or_fileobj=str(file), path_in_repo=file.name, repo_id=model_id, token=token,
-                            commit_message=f"Upload {file.name}")  # fmt: skip
+            step = f"send {file}"
+            logger.info("pushing %s to %s (%d of %d)", file, hub, number, total)
+            api.upload_file(path_or_fileobj=str(Path(directory, file)), path_in_repo=file, repo_id=model_id, token=token,
+                            commit_message=f"Upload {file}")  # fmt: skip
     except Exception as error:  # the clients raise anything from OSError to their own types
         reason = one_line(error)
         flags = f"{' --use_hf true' if use_hf else ''}{' --hub_private_repo true' if private else ''}"
@@ -170,5 +172,5 @@ def check_hub_id(model_id: str | None) -> None:
         raise UsageError(f"--hub_model_id {model_id}: must have the form ORGANISATION/NAME")
 
 
-def _push_order(file: Path) -> tuple[bool, bool, str]:
-    return file.name == "config.json", file.name.endswith(".index.json"), file.name
+def _push_order(file: str) -> tuple[bool, bool, str]:
+    return file == "config.json", file.endswith(".index.json"), file

@@ -27,6 +27,8 @@ FILES = {
     "model-00001-of-00002.safetensors": b"one" * 1000,
     "model-00002-of-00002.safetensors": b"two" * 1000,
     "tokenizer.json": b"{}",
+    "modules.json": b"[]",  # an embedding model's
+    "1_Pooling/config.json": b'{"pooling_mode_lasttoken": true}',
 }
 
 
@@ -137,7 +139,8 @@ def server() -> Iterator[str]:
 def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
-    for name, data in {**FILES, ".hidden": b""}.items():
+    (directory / "1_Pooling").mkdir()
+    for name, data in {**FILES, ".hidden": b"", "1_Pooling/notes.txt": b""}.items():
         (directory / name).write_bytes(data)
     return directory
 

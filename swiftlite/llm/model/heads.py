@@ -56,7 +56,8 @@ def prepare_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arg
             "encoders: CrossEncoderTrainer, or transformers' Trainer"
         )
     if classes_of(info.config) is None:
-        get_logger().info("the head is new: score.weight %s, by --seed", list(head.weight.shape))
+        if not args.adapters:  # which bring their own
+            get_logger().info("the head is new: score.weight %s, by --seed", list(head.weight.shape))
         std = float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
         rows, hidden = head.weight.shape
         head.weight.data.copy_(initial_head(rows, hidden, std, args.seed))
