@@ -33,6 +33,7 @@ GROUPS = [
     {"query": f"Who is number {i}? {name}", "pos": f"It is{' really' * (i % 3)} {NAMES[5 * i % 11]}",
      "neg": [NAMES[i - 5], f"the fox of {i}"][: 1 + i % 2]} for i, name in enumerate(NAMES)
 ]  # fmt: skip
+SMALL = ["--micro_batch_size", "2"]  # see test_layouts.py
 TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
 PP = ["--pipeline_model_parallel_size", "2"]
 EP = ["--expert_model_parallel_size", "2"]
@@ -62,7 +63,7 @@ ALONE: dict[str, tuple[str, str, list[str]]] = {
 }
 # one process' run, world size, flags, fault
 LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
-    "classes-dp2": ("classes", 2, [], None),
+    "classes-dp2": ("classes", 2, SMALL, None),
     "classes-tp2": ("classes", 2, TP[:2], None),
     "classes-tp2-sp": ("classes", 2, TP, None),
     "classes-pp2": ("classes", 2, PP, None),
@@ -71,16 +72,16 @@ LAYOUTS: dict[str, tuple[str, int, list[str], str | None]] = {
     "classes-packed-cp2": ("classes-packed", 2, CP, None),
     "classes-moe-ep2": ("classes-moe", 2, EP, None),
     "reward-mla-tp2-sp": ("reward-mla", 2, TP, None),
-    "reward-dp2": ("reward", 2, [], None),
+    "reward-dp2": ("reward", 2, SMALL, None),
     "reward-tp2-sp": ("reward", 2, TP, None),
     "reward-pp2": ("reward", 2, PP, None),
     # Negatives are of all ranks' micro batches: half as large ones on two ranks are the same batch.
-    "embedding-dp2": ("embedding", 2, ["--micro_batch_size", "1"], None),
+    "embedding-dp2": ("embedding", 2, SMALL, None),
     "embedding-tp2": ("embedding", 2, TP[:2], None),
     "embedding-pp2": ("embedding", 2, PP, None),
     "embedding-cp2": ("embedding", 2, CP, None),
     "embedding-lora-tp2-sp": ("embedding-lora", 2, TP, None),
-    "reranker-dp2": ("reranker", 2, [], None),
+    "reranker-dp2": ("reranker", 2, SMALL, None),
     "reranker-tp2-sp": ("reranker", 2, TP, None),
     "reranker-vpp2": ("reranker", 2, [*PP, "--num_virtual_stages_per_pipeline_rank", "2"], None),
     "reranker-free-cp2": ("reranker-free", 2, CP, None),
@@ -111,7 +112,7 @@ def case(
             "model": tiny_mla(0) if family == "moonlight" else tiny_model(family, **MODELS[family]),
             "model_type": family, "dataset": root / f"{data}-train.jsonl",
             "val_dataset": root / f"{data}-val.jsonl", "eval_steps": 4, "output_dir": output_dir,
-            "torch_dtype": "float32", "micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS, "lr": 1e-3,
+            "torch_dtype": "float32", "micro_batch_size": 4, "global_batch_size": 8, "train_iters": STEPS, "lr": 1e-3,
             "logging_steps": 1, "save_steps": 1000, "save_weights_only": "true", "report_to": "none", "adam_eps": 1e-5,
         }  # fmt: skip
         words = [word for name, value in common.items() for word in (f"--{name}", str(value))]
