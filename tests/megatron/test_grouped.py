@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -118,9 +119,10 @@ def test_adapters_of_an_embedding_model(train: Any, tmp_path: Path, model_of: Ca
     assert ours.keys() == others.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], others[name], rtol=0, atol=1e-5)
-    vectors = vectors_of(adapter)
-    torch.testing.assert_close(vectors, vectors_of(tmp_path / "run/iter_0000004-hf"), rtol=0, atol=1e-5)
-    torch.testing.assert_close(vectors, vectors_of(theirs), rtol=0, atol=1e-5)
+    vectors = vectors_of(tmp_path / "run/iter_0000004-hf")
+    if int(transformers.__version__.split(".")[0]) >= 5:  # before, AutoProcessor reads no adapter
+        for path in (adapter, theirs):
+            torch.testing.assert_close(vectors_of(path), vectors, rtol=0, atol=1e-5)
     common = ["--model", model_of("qwen3"), "--output_dir"]
     export(*common, tmp_path / "merged", "--adapters", adapter, "--merge_lora", "true")
     torch.testing.assert_close(vectors, vectors_of(tmp_path / "merged"), rtol=0, atol=1e-5)
