@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from swiftlite.arguments.parser import parse
 from swiftlite.cli.evaluate import eval_main
 from swiftlite.megatron.trainers.rlhf import megatron_rlhf_main
 from swiftlite.megatron.trainers.sft import megatron_sft_main
+from swiftlite.selftest.shrink import write_random_model
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import UsageError
 from tests.rows import preference_rows
@@ -72,6 +74,21 @@ def test_both_sides_tell_one_loss(words: Callable[..., list[str]], tmp_path: Pat
                       "--torch_dtype", "float32"])["models"][0]["results"]  # fmt: skip
     theirs = next(iter(told.values()))
     assert found == pytest.approx({f"eval_{name}": theirs[name] for name in ("loss", "loss_a", "loss_b")}, rel=1e-5)
+
+
+def test_what_only_checkpoints_need_is_left_alone(
+    words: Callable[..., list[str]], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """MTP blocks that are not trained: a run keeps them in a file for its checkpoints."""
+    tiny, model = tiny_model("glm4_moe"), tmp_path / "mtp"
+    config = json.loads((tiny / "config.json").read_text())
+    write_random_model({**config, "num_nextn_predict_layers": 1}, model)
+    for file in tiny.iterdir():
+        if not (model / file.name).exists():
+            shutil.copy(file, model)
+    flags = {"model": model, "model_type": "glm4_5", "template": "qwen3", "output_dir": tmp_path / "none"}
+    assert megatron_sft_main(words(**flags, skip_train="true"))["eval_loss"] > 0
+    assert not (tmp_path / "none").exists()
 
 
 def test_it_evaluates_alone() -> None:

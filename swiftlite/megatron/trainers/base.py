@@ -145,7 +145,8 @@ class Trainer:
                 )
         self.scale_is_found = not self.config.fp16 or (start is not None and not self.args.no_save_optim)
         room = Path(str(self.args.output_dir))
-        self.carried = {} if lora else checkpoint.carried_tensors(self.models, self.built.origin, room)
+        saves = not (lora or self.args.skip_train)
+        self.carried = checkpoint.carried_tensors(self.models, self.built.origin, room) if saves else {}
         return self.position.iteration
 
     def describe(self) -> Sequence[str]:

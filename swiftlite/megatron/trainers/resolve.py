@@ -62,9 +62,7 @@ def explain_out_of_memory(args: MegatronSftArguments, origin: str, data: Data) -
 
 def _trained(args: MegatronSftArguments) -> tuple[Adapters, Trained]:
     lora = args.train_type == "lora"
-    if args.skip_train:
-        return lambda bound: plan_lora(bound, args).ranks if lora else None, lambda bound: set()
     return (
         lambda bound: plan_lora(bound, args).ranks if lora else None,
-        lambda bound: plan_lora(bound, args).whole if lora else plan_freeze(bound, args),
+        lambda bound: () if args.skip_train else plan_lora(bound, args).whole if lora else plan_freeze(bound, args),
     )
