@@ -45,8 +45,13 @@ def side_files(directory: Path) -> list[Path]:
 def published_files(directory: Path) -> list[Path]:
     """What of a model's or an adapter's directory belongs on a hub: side files and weights, no state of a training."""
     weights = _weights(directory, WEIGHTS) or _weights(directory, BIN_WEIGHTS)
-    pooling = _matching(directory / POOLING, [CONFIG]) if (directory / POOLING).is_dir() else []
-    return sorted({*side_files(directory), *weights, *_matching(directory, (*ADAPTER, *SENTENCE_FILES)), *pooling})
+    return sorted({*side_files(directory), *weights, *_matching(directory, ADAPTER), *sentence_files(directory)})
+
+
+def sentence_files(directory: Path) -> list[Path]:
+    """What sentence-transformers reads of an embedding model, or of its adapter, besides what transformers does."""
+    pooling = directory / POOLING / CONFIG
+    return [*_matching(directory, SENTENCE_FILES), *([pooling] if is_inside(pooling, directory) else [])]
 
 
 def _weights(directory: Path, patterns: Sequence[str]) -> list[Path]:
@@ -175,12 +180,11 @@ def copy_side_files(
 
 
 def copy_sentence_files(source: Path, target: Path) -> None:
-    """What sentence-transformers reads of an embedding model, or of its adapter, next to what it becomes, if it is there."""
-    for name in SENTENCE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / POOLING).is_dir():
-        shutil.copytree(source / POOLING, target / POOLING, dirs_exist_ok=True)
+    """`sentence_files` next to what the model or adapter becomes, if there are some."""
+    for path in sentence_files(source):
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
 
 
 def update_config(path: Path, changes: Mapping[str, object], dtype: torch.dtype | None = None) -> None:
