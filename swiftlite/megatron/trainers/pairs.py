@@ -95,7 +95,8 @@ class LabelledLoader(AnswerLoader):
         return answers_of(super().answers(samples))
 
     def complete(self, samples: Sequence[int], batch: MicroBatch) -> LabelledBatch:
-        desirable = torch.tensor([answer["desirable"] for answer in self.answers(samples)], dtype=torch.bool)
+        good = [self.dataset.desirable[answer] for i in samples if i >= 0 for answer in self.dataset.items[i]]
+        desirable = torch.tensor(good, dtype=torch.bool)
         return LabelledBatch(**vars(super().complete(samples, batch)), desirable=desirable)
 
 
