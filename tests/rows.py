@@ -52,3 +52,16 @@ UNEVEN_PAIRS = [
      "rejected_response": "No idea" + " at all" * (i % 3)}
     for i in range(11)
 ]  # fmt: skip
+
+# Texts of different lengths; what is in them says their class.
+_WORDS = ("good", "bad at all", "neither of them")
+LABELLED = [
+    {"messages": [{"role": "user", "content": f"Film {i}: {_WORDS[i % 3]}. " + "It is long. " * (i % 4)}], "label": i % 3}
+    for i in range(11)
+]  # fmt: skip
+_NAMES = "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo".split()
+# Questions, each with an answer of its own and others.
+GROUPS = [
+    {"query": f"Who is number {i}? {name}", "pos": f"It is{' really' * (i % 3)} {_NAMES[5 * i % 11]}",
+     "neg": [_NAMES[i - 5], f"the fox of {i}"][: 1 + i % 2]} for i, name in enumerate(_NAMES)
+]  # fmt: skip

@@ -1,10 +1,11 @@
-"""Peak memory of training on one GPU with and without each option that saves some, and the longest text that fits.
+"""Peak memory of training with and without each option that saves some, and the longest text that fits.
 
-    python benchmarks/gpu/memory.py                        every row; docs/memory.md shows its table
+    python benchmarks/gpu/memory.py                        every row of one GPU; docs/memory.md shows its table
     python benchmarks/gpu/memory.py --rows "dense.*"       some rows
+    python benchmarks/gpu/memory.py --rows ".*cp2.*" --length 65536 --most 262144    two GPUs share the text
     python benchmarks/gpu/memory.py --tiny                 on a CPU, to see that it runs
 
-Each trial is a process of its own (a fork, so imports are paid once): three steps of one text of exactly that length.
+Each trial is a process a GPU (a fork, so imports are paid once): three steps of one text of exactly that length.
 Predicted is what the plan (`--dry_run true`) says without its allowance for CUDA; measured is what torch reserved. The
 search for the longest text begins with the plan's answer.
 """
@@ -52,7 +53,13 @@ OPTIONS: dict[str, list[str]] = {
     "moe recompute full": FULL,
     "moe full, optimizer on the host": [*FULL, *OFFLOAD],
 }
+CP2 = ["--context_parallel_size", "2"]
+OPTIONS |= {name.replace(" ", " cp2 ", 1): [*flags, *CP2] for name, flags in OPTIONS.items()}
 STEP = 1024  # lengths are multiples of it
+
+
+def gpus_of(name: str) -> int:
+    return 2 if " cp2 " in name else 1
 
 
 def words_of(name: str, length: int, args: argparse.Namespace) -> list[str]:
@@ -80,12 +87,16 @@ def predicted(name: str, length: int, args: argparse.Namespace) -> int:
     words = parse(MegatronSftArguments, words_of(name, length, args))
     words.apply_model_config(convert_hf_config(config))
     model = TrainingModel(bind_map(config), words, torch.bfloat16)
-    need = model.need(own_layout(words, 1), 1, length, 1)
+    need = model.need(own_layout(words, gpus_of(name)), 1, length, 1)
     return need.total - need.overhead
 
 
-def child(name: str, length: int, args: argparse.Namespace, result: Path) -> None:
-    log = os.open(args.directory / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+def child(name: str, length: int, args: argparse.Namespace, rank: int, gpus: int) -> None:
+    if gpus > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": gpus,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": args.port}  # fmt: skip
+        os.environ.update({key: str(value) for key, value in ranks.items()})
+    log = os.open(args.directory / f"log.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
     import torch
 
@@ -96,31 +107,41 @@ def child(name: str, length: int, args: argparse.Namespace, result: Path) -> Non
     try:
         line = megatron_sft_main(words_of(name, length, args))
         peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-        result.write_text(json.dumps({"peak": peak, "loss": line["loss"], "step_s": line.get("step_s")}))
+        found = {"peak": peak, "loss": line.get("loss"), "step_s": line.get("step_s")}
+        (args.directory / f"result.{rank}").write_text(json.dumps(found))
     except BaseException:
         traceback.print_exc()
+        os._exit(1)
     sys.stdout.flush()
     os._exit(0)
 
 
 def trial(name: str, length: int, args: argparse.Namespace) -> dict[str, float] | None:
-    """What three steps of that length took, None if they do not fit; exits where they fail otherwise."""
-    data, result = args.directory / f"{length}.jsonl", args.directory / "result.json"
+    """What three steps of that length took on the fullest GPU, None if they do not fit; says why they fail otherwise."""
+    gpus, data = gpus_of(name), args.directory / f"{length}.jsonl"
     if not data.exists():
         rows.make_data("fixed", data, length, 1)
     shutil.rmtree(args.directory / "run", ignore_errors=True)
-    result.unlink(missing_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=child, args=(name, length, args, result))
-    process.start()
-    process.join(args.trial_seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    if result.exists():
-        return dict(json.loads(result.read_text()))
-    log = (args.directory / "log").read_text(errors="replace")
-    if not re.search(r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED", log):
-        print(f"{name} at {length}: " + "\n  ".join(log.strip().splitlines()[-args.log_lines :]), flush=True)
+    results, logs = ([args.directory / f"{kind}.{rank}" for rank in range(gpus)] for kind in ("result", "log"))
+    for file in results:
+        file.unlink(missing_ok=True)
+    args.port += 1
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=child, args=(name, length, args, rank, gpus)) for rank in range(gpus)]
+    for process in processes:
+        process.start()
+    limit = time.time() + args.trial_seconds
+    while any(process.is_alive() for process in processes):
+        if time.time() > limit or any(process.exitcode for process in processes):  # the others would wait for that rank
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    if all(file.exists() for file in results):
+        found = [json.loads(file.read_text()) for file in results]
+        return {**found[0], "peak": max(line["peak"] for line in found)}
+    text = "\n".join(log.read_text(errors="replace").strip() for log in logs)
+    if not re.search(r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED", text):
+        print(f"{name} at {length}: " + "\n  ".join(text.splitlines()[-args.log_lines :]), flush=True)
     return None
 
 
@@ -153,7 +174,7 @@ def device_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=".*", help="regular expression of row names")
+    parser.add_argument("--rows", default="(?!.* cp2 ).*", help="regular expression of row names")
     parser.add_argument("--length", type=int, default=16384, help="at which peaks are compared")
     parser.add_argument("--longest", default=".*", help="rows whose longest length is looked for")
     parser.add_argument("--most", type=int, default=1 << 17, help="longest length that is tried")
@@ -164,7 +185,7 @@ def main() -> None:
     parser.add_argument("--log_lines", type=int, default=8, help="of a failed trial")
     parser.add_argument("--directory", type=Path, default=Path("/dev/shm/swiftlite-memory"))
     args = parser.parse_args()
-    args.deadline = time.time() + args.seconds
+    args.deadline, args.port = time.time() + args.seconds, 29600 + os.getpid() % 1000
     memory = 10**9 if args.tiny else device_bytes()
     args.directory.mkdir(parents=True, exist_ok=True)
     for model in ("dense", "moe"):

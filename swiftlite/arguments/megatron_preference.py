@@ -8,6 +8,7 @@ from typing import ClassVar
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.parser import Note, arguments
 from swiftlite.arguments.preference import DpoArguments
+from swiftlite.utils.errors import UsageError
 
 
 @arguments
@@ -18,6 +19,12 @@ class MegatronDpoArguments(MegatronSftArguments, DpoArguments):
     """
 
     COMMAND: ClassVar[str] = "megatron dpo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = self.skip_train and self.has_reference and self.train_type != "lora"
+        if alone and not (self.ref_model or self.ref_adapters):  # against itself every loss is that of no preference
+            raise UsageError("--skip_train true: compares with a reference; give --ref_model, what the model began with")
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:

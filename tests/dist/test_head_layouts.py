@@ -11,7 +11,7 @@ import pytest
 
 from swiftlite.train.plot import read_run
 from tests.dist.launch import curve, largest_difference, run_cases, run_layouts
-from tests.rows import UNEVEN_PAIRS
+from tests.rows import GROUPS, LABELLED, UNEVEN_PAIRS
 
 pytestmark = pytest.mark.dist
 
@@ -22,17 +22,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_hidden_layers": 4, "vocab_size": 333, "tie_word_embeddings": True, "initializer_range": 0.02},
     "qwen3_moe": {"num_hidden_layers": 2, "vocab_size": 333, "initializer_range": 0.02},
 }
-# Texts of different lengths: ranks hold different numbers of tokens. What is in them says their class.
-WORDS = ("good", "bad at all", "neither of them")
-LABELLED = [
-    {"messages": [{"role": "user", "content": f"Film {i}: {WORDS[i % 3]}. " + "It is long. " * (i % 4)}], "label": i % 3}
-    for i in range(11)
-]  # fmt: skip
-NAMES = "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo".split()
-GROUPS = [
-    {"query": f"Who is number {i}? {name}", "pos": f"It is{' really' * (i % 3)} {NAMES[5 * i % 11]}",
-     "neg": [NAMES[i - 5], f"the fox of {i}"][: 1 + i % 2]} for i, name in enumerate(NAMES)
-]  # fmt: skip
 SMALL = ["--micro_batch_size", "2"]  # see test_layouts.py
 TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
 PP = ["--pipeline_model_parallel_size", "2"]

@@ -72,6 +72,9 @@ def test_compiled_norm(zero_centred: bool) -> None:
     wide = x.double()
     wanted = torch.nn.functional.rms_norm(wide, (128,), norm.weight.double() + zero_centred, 1e-6)
     assert (norm(x) - wanted).norm() <= 5e-3 * wanted.norm()
+    trained = norm(x)
+    with torch.no_grad():
+        assert torch.equal(norm(x), trained)
     for a, b in zip(mine, torch.autograd.grad(wanted, (x, norm.weight), gradient.double()), strict=True):
         assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from swiftlite.arguments.megatron_preference import MegatronDpoArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.arguments.parser import parse
 from swiftlite.cli.evaluate import eval_main
@@ -94,5 +95,7 @@ def test_what_only_checkpoints_need_is_left_alone(
 def test_it_evaluates_alone() -> None:
     with pytest.raises(UsageError, match="give the data with --val_dataset"):
         parse(MegatronSftArguments, ["--model", "DIR", "--skip_train", "true"])
+    with pytest.raises(UsageError, match="give --ref_model, what the model began with"):
+        parse(MegatronDpoArguments, ["--mcore_model", "DIR", "--skip_train", "true", "--val_dataset", "V"])
     with pytest.raises(UsageError, match="leave out --dataset"):
         parse(MegatronSftArguments, ["--model", "D", "--skip_train", "true", "--dataset", "F", "--val_dataset", "V"])

@@ -59,18 +59,49 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Ten
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * factor).to(x.dtype)
 
 
+def _rms_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * scale
+    toward = gradient.float() * (weight.float() + 1 if zero_centered else weight.float())
+    return (scale * (toward - normed * (toward * normed).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def _rms_norm_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (gradient.float() * normed).sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+
+
+class _CompiledNorm(torch.autograd.Function):
+    """One compiled pass forward, with gradients and without: the compiler tunes each graph by its own timings, and two may
+    add in other orders, so that policy and reference of one model would differ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = eps, zero_centered
+        return _compiled(_rms_norm)(x, weight, eps, zero_centered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        eps, zero_centered = ctx.settings
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = _compiled(_rms_norm_gradient)(gradient, x, weight, eps, zero_centered)
+        if ctx.needs_input_grad[1]:
+            of_weight = _compiled(_rms_norm_weight_gradient)(gradient, x, weight, eps)
+        return of_x, of_weight, None, None
+
+
 class CompiledRMSNorm(RMSNorm):
     """RMSNorm as one kernel forward and two backward, for narrow rows such as heads, of which there are many."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__(config, hidden_size, eps)
-        self.offloaded: bool = config.fine_grained_activation_offloading
-
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None
-        if self.offloaded:  # what comes back from the host is contiguous, and the compiled backward pass insists
-            x = x.contiguous()
-        return _compiled(_rms_norm)(x, self.weight, self.eps, self.zero_centered_gamma)  # type: ignore[no-any-return]
+        return _CompiledNorm.apply(x, self.weight, self.eps, self.zero_centered_gamma)  # type: ignore[no-any-return]
 
 
 @functools.cache
