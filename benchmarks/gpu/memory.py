@@ -188,19 +188,22 @@ def main() -> None:
     args.deadline, args.port = time.time() + args.seconds, 29600 + os.getpid() % 1000
     memory = 10**9 if args.tiny else device_bytes()
     args.directory.mkdir(parents=True, exist_ok=True)
-    for model in ("dense", "moe"):
+    names = [name for name in OPTIONS if re.fullmatch(args.rows, name)]
+    makers = []
+    for model in sorted({name.split()[0] for name in names}):
         config, kind = rows.CONFIGS[model]
         rows.CONFIGS[model] = ({**config, "max_position_embeddings": 1 << 21}, kind)
         if not (args.directory / model).exists():
-            maker = multiprocessing.get_context("fork").Process(
-                target=rows.make_model, args=(model, args.directory / model, args.tiny)
-            )
-            maker.start()
-            maker.join()
+            work = (model, args.directory / model, args.tiny)
+            makers.append(multiprocessing.get_context("fork").Process(target=rows.make_model, args=work))
+            makers[-1].start()
     preload()
+    for maker in makers:
+        maker.join()
     print(f"{'':<36}{'GB at ' + str(args.length):>14}{'plan':>8}{'step s':>8}{'longest':>10}{'plan':>10}", flush=True)
-    for name in OPTIONS:
-        if not re.fullmatch(args.rows, name) or time.time() > args.deadline:
+    for name in names:
+        if time.time() > args.deadline:
+            print(f"{name:<36}no time left", flush=True)
             continue
         found = trial(name, args.length, args)
         peak = f"{found['peak'] / 1e9:.1f}" if found else "no room"

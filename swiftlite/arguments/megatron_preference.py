@@ -24,7 +24,9 @@ class MegatronDpoArguments(MegatronSftArguments, DpoArguments):
         super().__post_init__()
         alone = self.skip_train and self.has_reference and self.train_type != "lora"
         if alone and not (self.ref_model or self.ref_adapters):  # against itself every loss is that of no preference
-            raise UsageError("--skip_train true: compares with a reference; give --ref_model, what the model began with")
+            raise UsageError(
+                "--skip_train true: compares with a reference; give --ref_model, what the model began with"
+            )
 
     @property
     def directory_kinds(self) -> dict[str, tuple[str, ...]]:

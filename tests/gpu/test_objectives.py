@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, str, list[str], list[dict[str, Any]]]] = {
     "gkd": ("qwen3", "rlhf", ["--rlhf_type", "gkd", "--beta", "0.5"], preference_rows(8)),
     "gkd known": ("qwen3", "rlhf", ["--rlhf_type", "gkd", "--beta", "0.5"], preference_rows(8)),
     "classes": ("qwen3", "sft", ["--task_type", "seq_cls", "--num_labels", "3"], LABELLED[:8]),
-    "classes moe": ("qwen3_moe", "sft", ["--task_type", "seq_cls", "--num_labels", "3"], LABELLED[:8]),
+    "classes moe": ("qwen3_moe", "sft", ["--task_type", "seq_cls", "--num_labels", "3", "--lr", "1e-4"], LABELLED[:8]),
     "embedding": ("qwen3", "sft", ["--task_type", "embedding"], GROUPS[:8]),
     "reranker": ("qwen3", "sft", ["--task_type", "reranker"], GROUPS[:8]),
     "generative reranker": ("qwen3", "sft", ["--task_type", "generative_reranker", *GENERATIVE], GROUPS[:8]),
@@ -89,7 +89,7 @@ class Side:
 
     def train(self, side: str) -> list[dict[str, float]]:
         """Log lines of 8 steps on the same rows, evaluated after the fourth and the last."""
-        words = [*self._named(), *self.flags, "--dataset", str(self.data), "--train_iters", "8", "--lr", "1e-3"]
+        words = [*self._named(), "--lr", "1e-3", *self.flags, "--dataset", str(self.data), "--train_iters", "8"]
         words += ["--logging_steps", "1", "--eval_steps", "4", "--output_dir", str(self.root / side)]
         assert main([*(["megatron"] if side == "mcore" else []), self.command, *words]) == 0
         return read_run(self.root / side / "logging.jsonl")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from swiftlite.cli.main import main
 from swiftlite.train.plot import read_run
 from tests.families.cases import build_hf
 from tests.gpu.test_te import config
@@ -51,52 +53,65 @@ CASES: dict[str, tuple[str, str, list[str], list[str]]] = {
 }
 
 
-def curve(name: str, gpus: int, root: Path, tokenizer: Path) -> list[list[float]]:
-    """Loss and gradient norm of 8 steps."""
-    command, family, flags, more = CASES[name]
-    model, data, output = root / "model", root / "data.jsonl", root / str(gpus)
-    if not model.exists():
-        build_hf({**config(f"{family}:default"), "initializer_range": 0.02}, model, dtype=torch.bfloat16)
-        for file in tokenizer.iterdir():
-            shutil.copy(file, model)
-        stated = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**stated, "torch_dtype": "bfloat16"}))
-        data.write_text("".join(json.dumps(row) + "\n" for row in UNEVEN_PAIRS[:8]))
-    words = ["--model", str(model), "--model_type", family, "--template", "chatml", "--dataset", str(data)]
-    words += [
-        "--train_iters",
-        "8",
-        "--lr",
-        "1e-3",
-        "--logging_steps",
-        "1",
-        "--report_to",
-        "none",
-        "--save_weights_only",
-    ]
-    words += ["true", "--output_dir", str(output), *flags, *(more if gpus > 1 else [])]
-    ranks = {"NPROC_PER_NODE": str(gpus)} if gpus > 1 else {}
-    done = subprocess.run(
-        [sys.executable, "-m", "swiftlite", *command.split(), *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | ranks,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    if "sft" == command:
-        import transformers
+Curve = tuple[list[float], list[float]]  # loss and gradient norm of each step
 
-        if "lora" not in flags:
+
+class Runs:
+    """8 steps on the same 8 rows. What one GPU does is run once for the cases that compare with it."""
+
+    def __init__(self, root: Path, tokenizer: Path) -> None:
+        self.root, self.tokenizer = root, tokenizer
+        self.alone: dict[tuple[str, ...], Curve] = {}
+
+    def words(self, case: str, output: Path) -> tuple[list[str], list[str]]:
+        """(of the command and its model, data and output; of the case's own flags)"""
+        command, family, flags, _ = CASES[case]
+        model, data = self.root / family, self.root / "data.jsonl"
+        if not model.exists():
+            build_hf({**config(f"{family}:default"), "initializer_range": 0.02}, model, dtype=torch.bfloat16)
+            for file in self.tokenizer.iterdir():
+                shutil.copy(file, model)
+            stated = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps({**stated, "torch_dtype": "bfloat16"}))
+            data.write_text("".join(json.dumps(row) + "\n" for row in UNEVEN_PAIRS[:8]))
+        words = {"model": model, "model_type": family, "template": "chatml", "dataset": data, "train_iters": 8, "lr": 1e-3,
+                 "logging_steps": 1, "report_to": "none", "save_weights_only": "true", "output_dir": output}  # fmt: skip
+        return [*command.split(), *(word for name, value in words.items() for word in (f"--{name}", str(value)))], flags
+
+    def one(self, case: str) -> Curve:
+        key = (*CASES[case][:2], *CASES[case][2])
+        if key not in self.alone:
+            output = self.root / f"one-{len(self.alone)}"
+            common, flags = self.words(case, output)
+            assert main([*common, *flags]) == 0
+            self.alone[key] = curve(output)
+        return self.alone[key]
+
+    def two(self, case: str) -> Curve:
+        output = self.root / case.replace(" ", "-")
+        common, flags = self.words(case, output)
+        words = [sys.executable, "-m", "swiftlite", *common, *flags, *CASES[case][3]]
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"NPROC_PER_NODE": "2"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        if common[0] == "sft" and not set(LORA) & set(flags):
             transformers.AutoModelForCausalLM.from_pretrained(output / "checkpoint-8")
-    return [
-        [line[key] for line in read_run(output / "logging.jsonl") if "loss" in line] for key in ("loss", "grad_norm")
-    ]
+        return curve(output)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_compute_what_one_does(name: str, tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
-    (one, norms), (two, others) = (curve(name, gpus, tmp_path, tiny_tokenizer_dir) for gpus in (1, 2))
-    print(name, one, two, norms, others)
+def curve(output: Path) -> Curve:
+    lines = [line for line in read_run(output / "logging.jsonl") if "loss" in line]
+    return [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("two"), tiny_tokenizer_dir)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_compute_what_one_does(case: str, runs: Runs) -> None:
+    (one, norms), (two, others) = runs.one(case), runs.two(case)
+    print(case, one, two, norms, others)
     assert (
         len(two) == 8 and two[0] == pytest.approx(one[0], rel=2e-3) and others[0] == pytest.approx(norms[0], rel=2e-2)
     )

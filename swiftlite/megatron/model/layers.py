@@ -70,29 +70,30 @@ def _rms_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, eps: float, 
 def _rms_norm_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (gradient.float() * normed).sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+    return (gradient.float() * normed).sum(0).to(weight.dtype)
 
 
 class _CompiledNorm(torch.autograd.Function):
-    """One compiled pass forward, with gradients and without: the compiler tunes each graph by its own timings, and two may
-    add in other orders, so that policy and reference of one model would differ.
+    """The same kernel at every call, with gradients or without: policy and reference of one model then agree to the bit.
+
+    The compiler tunes each graph by its own timings, and two graphs may add in other orders.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.settings = eps, zero_centered
-        return _compiled(_rms_norm)(x, weight, eps, zero_centered)
+        return _compiled(_rms_norm)(_rows(x), weight, eps, zero_centered).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         eps, zero_centered = ctx.settings
-        of_x = of_weight = None
+        rows, of_x, of_weight = (_rows(gradient), _rows(x)), None, None
         if ctx.needs_input_grad[0]:
-            of_x = _compiled(_rms_norm_gradient)(gradient, x, weight, eps, zero_centered)
+            of_x = _compiled(_rms_norm_gradient)(*rows, weight, eps, zero_centered).view(x.shape)
         if ctx.needs_input_grad[1]:
-            of_weight = _compiled(_rms_norm_weight_gradient)(gradient, x, weight, eps)
+            of_weight = _compiled(_rms_norm_weight_gradient)(*rows, weight, eps)
         return of_x, of_weight, None, None
 
 
@@ -104,10 +105,17 @@ class CompiledRMSNorm(RMSNorm):
         return _CompiledNorm.apply(x, self.weight, self.eps, self.zero_centered_gamma)  # type: ignore[no-any-return]
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x [..., W] as [N, W], of which only N may vary in a compiled graph: one graph fits, whatever came before."""
+    rows = x.reshape(-1, x.shape[-1])
+    torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return rows
+
+
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` compiled; torch's compiler takes a second to import."""
-    return torch.compile(function)
+    return torch.compile(function, dynamic=False)
 
 
 def accumulate_in_place(model: torch.nn.Module) -> None:
