@@ -6,8 +6,8 @@
     python benchmarks/gpu/memory.py --tiny                 on a CPU, to see that it runs
 
 Each trial is a process a GPU (a fork, so imports are paid once): three steps of one text of exactly that length.
-Predicted is what the plan (`--dry_run true`) says without its allowance for CUDA; measured is what torch reserved. The
-search for the longest text begins with the plan's answer.
+Predicted is what the plan (`--dry_run true`) says without its allowance for CUDA; measured is what torch reserved, of which
+`used` held tensors at the fullest moment. The search for the longest text begins with the plan's answer.
 """
 
 from __future__ import annotations
@@ -106,8 +106,9 @@ def child(name: str, length: int, args: argparse.Namespace, rank: int, gpus: int
     Intervals.saves = lambda *_: False  # type: ignore[method-assign]
     try:
         line = megatron_sft_main(words_of(name, length, args))
-        peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
-        found = {"peak": peak, "loss": line.get("loss"), "step_s": line.get("step_s")}
+        gpu = torch.cuda.is_available()
+        peak, used = (torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()) if gpu else (0, 0)
+        found = {"peak": peak, "used": used, "loss": line.get("loss"), "step_s": line.get("step_s")}
         (args.directory / f"result.{rank}").write_text(json.dumps(found))
     except BaseException:
         traceback.print_exc()
@@ -200,7 +201,10 @@ def main() -> None:
     preload()
     for maker in makers:
         maker.join()
-    print(f"{'':<36}{'GB at ' + str(args.length):>14}{'plan':>8}{'step s':>8}{'longest':>10}{'plan':>10}", flush=True)
+    print(
+        f"{'':<36}{'GB at ' + str(args.length):>14}{'used':>8}{'plan':>8}{'step s':>8}{'longest':>10}{'plan':>10}",
+        flush=True,
+    )
     for name in names:
         if time.time() > args.deadline:
             print(f"{name:<36}no time left", flush=True)
@@ -208,7 +212,8 @@ def main() -> None:
         found = trial(name, args.length, args)
         peak = f"{found['peak'] / 1e9:.1f}" if found else "no room"
         seconds = f"{found['step_s']:.2f}" if found and found["step_s"] else ""
-        line = f"{name:<36}{peak:>14}{predicted(name, args.length, args) / 1e9:>8.1f}{seconds:>8}"
+        used = f"{found['used'] / 1e9:.1f}" if found else ""
+        line = f"{name:<36}{peak:>14}{used:>8}{predicted(name, args.length, args) / 1e9:>8.1f}{seconds:>8}"
         if re.fullmatch(args.longest, name) and not args.tiny:
             expected, fits = longest(name, memory, args)
             line += f"{fits:>10}{expected:>10}"

@@ -49,13 +49,19 @@ def shard(model: PreTrainedModel, args: SftArguments, device: torch.device) -> N
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if all(type(end) in (nn.Embedding, nn.Linear) for end in ends) and ends[0].weight is not ends[1].weight:
         units += [(ends[0], as_held), (ends[1], matrices)]
-    for unit, policy in [*units, (model, as_held)]:
-        groups = [(unit, policy)]
-        if computes is not None and policy is matrices:  # norms and routers first: they are not cast
-            groups = [(module, as_held) for module in unit.modules() if not _is_matrix(module)] + groups
-        for module, rounding in groups:
+    groups: list[tuple[list[nn.Module], MixedPrecisionPolicy]] = [([unit], policy) for unit, policy in units]
+    if (
+        computes is not None
+    ):  # norms and routers are not cast; they are one group, as each group costs milliseconds a pass
+        small = [
+            part for unit, policy in units if policy is matrices for part in unit.modules() if not _is_matrix(part)
+        ]
+        groups = [(small, as_held), *groups] if small else groups
+    groups.append(([model], as_held))
+    for modules, policy in groups:
+        for module in modules:
             tuner.raise_to_fp32(module)
-            fully_shard(module, mesh=mesh, reshard_after_forward=again, mp_policy=rounding, offload_policy=offload)
+        fully_shard(modules, mesh=mesh, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
     model.register_load_state_dict_pre_hook(_divide)
 
 
