@@ -63,9 +63,30 @@ def on_files(files: Any, config: Mapping[str, Any]) -> Any:
     return files
 
 
+def on_page_content(content: str, **_: Any) -> str:
+    """Marks for site.css: flags, which must not break after `--`, and tables whose cells are sentences.
+
+    Names in code may break at underscores, which does not change what is copied.
+    """
+    return re.sub(
+        r"<table>.*?</table>", _table, re.sub(r"(?<!<pre>)(?<!</span>)<code>[^<]*</code>", _flags, content), flags=re.S
+    )
+
+
+def _flags(code: re.Match[str]) -> str:
+    return re.sub(r"--(?:\w|<wbr>)+", r'<span class="flag">\g<0></span>', code[0].replace("_", "_<wbr>"))
+
+
+def _table(table: re.Match[str]) -> str:
+    cells = [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", table[0], re.S)]
+    return f'<div class="sentences">{table[0]}</div>' if max(map(len, cells), default=0) > 60 else table[0]
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     name = page.file.src_uri
     source = next((file for file, target in ELSEWHERE.items() if target == name and name != "index.md"), f"docs/{name}")
+    if name == "models.md":
+        page.meta["hide"] = ["toc"]  # one line of contents, beside a table that needs the room
     if name == "python.md":
         markdown += "\n" + make_python.reference()
     return with_site_links(markdown, source)

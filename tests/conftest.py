@@ -14,6 +14,7 @@ import pytest
 
 from swiftlite.families import tiny_configs
 from swiftlite.train.metrics import Metrics
+from tests.browser import CHROMIUM, Page
 
 os.environ["SWIFTLITE_CACHE"] = os.devnull  # nothing is kept between runs, but where a test says so
 
@@ -67,6 +68,16 @@ def imports_are_no_garbage() -> None:
     """Trainers call gc.collect(), which looks through all that torch and others imported: more than half of a tiny run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    """An empty page in a browser."""
+    if CHROMIUM is None:
+        pytest.skip("no browser on this machine: apt install chromium")
+    page = Page(tmp_path / "profile")
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ import yaml
 import swiftlite
 from swiftlite.arguments.parser import parse
 from swiftlite.cli.main import find_route, main
+from tests.browser import Page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -194,14 +195,38 @@ def test_links_of_the_site() -> None:
     assert links("[a](../examples/lora.yaml) `[b](c)`", "docs/data.md") == "a (`examples/lora.yaml`) `[b](c)`"
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    target = tmp_path_factory.mktemp("docs") / "site"
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(target)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    pages = list((tmp_path / "site").rglob("*.html"))
+    return target
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
     assert len(pages) > 25
     for page in pages:  # nothing is fetched from elsewhere
         assert not re.search(r"""<(?:script|link|img)[^>]+(?:src|href)=["']?https?:""", page.read_text()), page
+
+
+@pytest.mark.slow
+def test_the_site_fits_a_phone(site: Path, page: Page) -> None:
+    for name in ("index", "quickstart", "flags", "migration", "messages", "benchmarks", "models", "objectives"):
+        page.open(site / f"{name}.html", width=390)
+        assert page.value("document.documentElement.scrollWidth") == 390, name
+    assert page.errors == [] and {address.split(":")[0] for address in page.requests} == {"file", "data"}
+
+
+def test_flags_and_sentences_have_marks_for_the_style_sheet() -> None:
+    marked = tool("site_hooks").on_page_content
+    code = '<code><span class="flag">--num_<wbr>labels</span> 2</code>'
+    assert marked("<code>--num_labels 2</code>") == code
+    assert marked("<pre><code>--num_labels 2</code></pre>") == "<pre><code>--num_labels 2</code></pre>"
+    table = "<table><td>{}</td><td>2</td></table>"
+    assert marked(table.format("few")) == table.format("few")
+    assert marked(table.format(61 * "x")) == f'<div class="sentences">{table.format(61 * "x")}</div>'

@@ -114,8 +114,10 @@ def as_text(preview: Preview, color: bool, show_ids: bool, width: int = 100) -> 
 
     lines = [paint(_BOLD, preview.title), *preview.facts]
     lines += [paint(_RED, f"note: {note}") for note in preview.notes]
-    key = f"{paint(_GREEN, 'trained on')}, {paint(_YELLOW, 'with another weight than 1')}, {paint(_DIM, 'not trained on')}"
-    lines += ["", key if color else "⟦trained on⟧, ⟦trained on with weight 2⟧×2, the rest is not trained on"]
+    if _trains_tokens(preview):
+        known = ((_GREEN, "trained on"), (_YELLOW, "with another weight than 1"), (_DIM, "not trained on"))
+        key = ", ".join(paint(code, text) for code, text in known)
+        lines += ["", key if color else "⟦trained on⟧, ⟦trained on with weight 2⟧×2, the rest is not trained on"]
     for shown in preview.shown:
         lines += ["", paint(_BOLD, f"row {shown.row}: {len(shown.tokens)} tokens, {shown.told}")]
         lines.append("".join(_run(text, weight, color, paint) for text, weight in _runs(shown.tokens)))
@@ -126,6 +128,11 @@ def as_text(preview: Preview, color: bool, show_ids: bool, width: int = 100) -> 
     lines += [paint(_RED, f"  {line}") for line in preview.dropped]
     lines += ["", paint(_BOLD, "tokens per sample"), *histogram(preview.lengths, width)]
     return "\n".join(lines) + "\n"
+
+
+def _trains_tokens(preview: Preview) -> bool:
+    """Not where texts are read as a whole."""
+    return any(token.weight for shown in preview.shown for token in shown.tokens)
 
 
 def _runs(tokens: Sequence[Token]) -> Iterator[tuple[str, float]]:
@@ -166,12 +173,18 @@ def histogram(lengths: Sequence[int], width: int = 100) -> list[str]:
     lines = []
     for i, count in enumerate(counts):
         start = low + i * step
-        label = f"{start}" if step == 1 else f"{start}-{start + step - 1}"
-        lines.append(f"{label:>15} {count:>8} {'█' * round(room * count / max(counts))}".rstrip())
+        lines.append(f"{_bin(start, step):>15} {count:>8} {'█' * round(room * count / max(counts))}".rstrip())
+    return [*lines, _extent(lengths)]
+
+
+def _bin(start: int, step: int) -> str:
+    return f"{start}" if step == 1 else f"{start}-{start + step - 1}"
+
+
+def _extent(lengths: Sequence[int]) -> str:
     ordered = sorted(lengths)
     p95 = ordered[int(0.95 * (len(ordered) - 1))]
-    lines.append(f"shortest {ordered[0]}, median {ordered[len(ordered) // 2]}, 95 % up to {p95}, longest {ordered[-1]}")
-    return lines
+    return f"shortest {ordered[0]}, median {ordered[len(ordered) // 2]}, 95 % up to {p95}, longest {ordered[-1]}"
 
 
 # ---- files ----
@@ -182,6 +195,7 @@ def draw_lengths(lengths: Sequence[int], path: Path) -> Path | None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         get_logger().warning("matplotlib is not installed, so no histogram is drawn: pip install matplotlib")
         return None
@@ -191,28 +205,40 @@ def draw_lengths(lengths: Sequence[int], path: Path) -> Path | None:
     axis.hist(lengths, bins=min(50, max(1, max(lengths) - min(lengths) + 1)), color="#2a7")
     axis.set_xlabel("tokens per sample")
     axis.set_ylabel("samples")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
 
 
-_STYLE = """body{font:14px sans-serif;max-width:70em;margin:2em auto;color:#222}
-pre{white-space:pre-wrap;background:#f7f7f7;padding:1em;border-radius:6px;line-height:1.6}
-span{border-left:1px solid #ddd}.w0{color:#999}.w1{background:#cdf2d6}.wx{background:#ffe9a8}
-.note{color:#b00}table{border-collapse:collapse}td{padding:.1em .8em .1em 0}"""
+# Box shadows take no room: letters of different tokens join as they do in the text.
+_STYLE = """:root{color-scheme:light dark;--pre:#f7f7f7;--off:#666;--one:#cdf2d6;--other:#ffe9a8;--note:#b00}
+@media (prefers-color-scheme:dark){:root{--pre:#222;--off:#999;--one:#1c4d2c;--other:#5a4700;--note:#f77}}
+body{font:14px sans-serif;max-width:70em;margin:2em auto;padding:0 1em;overflow-wrap:anywhere}
+pre{white-space:pre-wrap;background:var(--pre);padding:1em;border-radius:6px;line-height:1.6}
+pre span{box-shadow:inset 1px 0 #8886}span:empty{padding-left:2px}
+i::before{content:"\\21B5";opacity:.4}
+.w0{color:var(--off)}.w1{background:var(--one)}.wx{background:var(--other)}.note{color:var(--note)}
+table{border-collapse:collapse;width:100%}td,th{padding:.1em .8em .1em 0;text-align:right;white-space:nowrap}
+td:last-child{width:100%}td div{background:#2a7;height:1em}"""
 
 
 def as_html(preview: Preview) -> str:
     """The report as one HTML page without anything from elsewhere; ids and weights appear under the pointer."""
     parts = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>preview of {html.escape(preview.title)}</title>",
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>preview of {html.escape(preview.title)}</title>",
         f"<style>{_STYLE}</style><h1>{html.escape(preview.title)}</h1>",
         *(f"<p>{html.escape(fact)}</p>" for fact in preview.facts),
         *(f"<p class='note'>{html.escape(note)}</p>" for note in preview.notes),
-        "<p><span class='w1'>trained on</span> <span class='wx'>another weight than 1</span> "
-        "<span class='w0'>not trained on</span></p>",
     ]
+    if _trains_tokens(preview):
+        parts.append(
+            "<p><span class='w1'>trained on</span> <span class='wx'>another weight than 1</span> "
+            "<span class='w0'>not trained on</span></p>"
+        )
     for shown in preview.shown:
         heading = html.escape(f"row {shown.row}: {len(shown.tokens)} tokens, {shown.told}")
         parts.append(f"<h2>{heading}</h2><pre>{''.join(map(_html_token, shown.tokens))}</pre>")
@@ -223,17 +249,19 @@ def as_html(preview: Preview) -> str:
 
 def _html_token(token: Token) -> str:
     kind = "w0" if not token.weight else "w1" if token.weight == 1 else "wx"
-    return f"<span class='{kind}' title='id {token.id}, weight {token.weight:g}'>{html.escape(token.text)}</span>"
+    text = html.escape(token.text).replace(
+        "\n", "<i>\n</i>"
+    )  # with a sign, so that it is seen whether it is trained on
+    return f"<span class='{kind}' title='id {token.id}, weight {token.weight:g}'>{text}</span>"
 
 
 def _html_histogram(lengths: Sequence[int]) -> str:
     counts, low, step = _counts(lengths)
     rows = (
-        f"<tr><td>{low + i * step}&ndash;{low + (i + 1) * step - 1}<td>{count}<td><div style='background:#2a7;height:1em;"
-        f"width:{40 * count / max(counts):.1f}em'></div>"
+        f"<tr><td>{_bin(low + i * step, step)}<td>{count}<td><div style='width:{100 * count / max(counts):.1f}%'></div>"
         for i, count in enumerate(counts)
     )
-    return f"<table>{''.join(rows)}</table>"
+    return f"<table><tr><th>tokens<th>samples<th>{''.join(rows)}</table><p>{_extent(lengths)}</p>"
 
 
 def preview_main(args: PreviewArguments | Sequence[str]) -> Preview:

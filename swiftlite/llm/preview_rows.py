@@ -40,11 +40,13 @@ class Shown:
 
 
 def tokens_of(template: Template, sample: Json, text: str | None = None) -> list[Token]:
-    """The tokens of an encoded sample. text: what it was encoded from; it gives divided characters their text."""
+    """The tokens of an encoded sample. text: what it was encoded from (default: what it decodes to); it gives divided
+    characters their text."""
     ids = sample["input_ids"]
     weights = sample.get("loss_scale") or [float(label != IGNORE_INDEX) for label in sample["labels"]]
     texts: list[str] | None = None
-    if text is not None and getattr(template.tokenizer, "is_fast", False):
+    text = str(template.tokenizer.decode(ids)) if text is None else text
+    if getattr(template.tokenizer, "is_fast", False):
         whole = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         if list(whole["input_ids"]) == ids:
             reached, texts = 0, []

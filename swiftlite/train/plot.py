@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+import math
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import accumulate
@@ -41,12 +44,21 @@ PANELS = (
     Panel("throughput (tokens/s)", ("tokens_per_second",)),
     Panel("MFU (share of peak)", ("mfu",)),
 )
-_STYLES, _DASHES = (
-    ("-", "--", ":"),
-    ("solid", "dash", "dot"),
-)  # of the curves of one panel, where colours tell runs apart
+# Of runs, or of one run's curves: ten strong ones, then ten pale ones.
+_COLORS = (
+    "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf "
+    "#aec7e8 #ffbb78 #98df8a #ff9896 #c5b0d5 #c49c94 #f7b6d2 #c7c7c7 #dbdb8d #9edae5"
+).split()
+_DASHES = ("solid", "dashed", "dotted")  # of the curves of one panel, where colours tell runs apart
+_PLOTLY = {"solid": "solid", "dashed": "dash", "dotted": "dot"}
+_DOTS = 50  # points below which each of them is marked
+_STEPS = "step (updates of the weights)"
+_SMOOTHED = "pale: each log line, strong: running mean"
+_FAR = 0x2E80  # from here on, letters are East Asian: the default font lacks them, and one of these has them
+_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "SimHei")
 _LONG = 100  # points from which a curve is drawn pale, with its running mean over it
 _LABEL = 60  # characters of a model's, data set's or run's name
+_HOVER = 30  # last characters of a run's name under the mouse: a phone has no room for more
 
 
 @dataclass(frozen=True)
@@ -80,20 +92,20 @@ def panels_of(runs: Runs, wanted: Sequence[str] = ()) -> list[Panel]:
 
 
 def _is_curve(line: Mapping[str, object], name: str) -> bool:
-    return name != "step" and isinstance(line[name], int | float)
+    value = line.get(name)
+    return name != "step" and isinstance(value, int | float) and math.isfinite(value)
 
 
 def curves_of(runs: Runs, panel: Panel) -> list[Curve]:
     curves = []
     for run, history in runs.items():
         for name in panel.names:
-            points = [
-                (int(str(line["step"])), float(str(line[name]))) for line in history if line.get(name) is not None
-            ]
+            points = [(int(str(line["step"])), float(str(line[name]))) for line in history if _is_curve(line, name)]
             if points:
                 steps, values = [step for step, _ in points], [value for _, value in points]
-                smooth = running_mean(values) if len(values) >= _LONG and not name.startswith("eval_") else None
-                curves.append(Curve(run, name, steps, values, smooth if name != "lr" else None))
+                noisy = len(values) >= _LONG and min(values) < max(values)
+                smooth = running_mean(values) if noisy and name != "lr" and not name.startswith("eval_") else None
+                curves.append(Curve(run, name, steps, values, smooth))
     return curves
 
 
@@ -121,7 +133,7 @@ def plot_runs(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import LogLocator, MaxNLocator
     except ImportError:
         logger.warning("matplotlib is not installed, so no plot is drawn: pip install matplotlib")
         return None
@@ -129,37 +141,49 @@ def plot_runs(
     figure = Figure(figsize=(9, 1.0 + 1.9 * sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    entries: dict[str, Line2D] = {}
+    # One legend: runs by their colours, then, grey, what lines mean in each of them.
+    entries = {short(run, _LABEL): Line2D([], [], color=_color_of(i)) for i, run in enumerate(runs) if len(runs) > 1}
+    smoothed = False
     for number, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
         for curve in curves_of(runs, panel):
             look = _look(runs, panels, panel, curve)
-            marker = "." if len(curve.steps) < 50 else None
+            marker = "." if len(curve.steps) < _DOTS else None
             if curve.smooth is not None:
+                smoothed = True
                 axis.plot(curve.steps, curve.values, **{**look, "linewidth": 0.8}, alpha=0.3)
                 axis.plot(curve.steps, curve.smooth, **look)
             else:
                 axis.plot(curve.steps, curve.values, marker=marker, **look)
-            color, dashes = str(look["color"]), str(look["linestyle"])
-            if len(runs) > 1:
-                entries.setdefault(short(curve.run, _LABEL), Line2D([], [], color=color))
-                color = "grey"
             if len(panel.names) > 1:
+                color, dashes = "grey" if len(runs) > 1 else str(look["color"]), str(look["linestyle"])
                 entries.setdefault(curve.name, Line2D([], [], color=color, linestyle=dashes))  # type: ignore[arg-type]
         axis.set_title(panel.title, loc="left", fontsize="medium")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if log_scale and number == 0:
             axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
+            low, high = axis.get_ylim()
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7) if high < 30 * low else (2, 5)))
             axis.yaxis.set_minor_formatter("{x:g}")
-    axes[-1].set_xlabel("step (updates of the weights)")
-    if any(curve.smooth for panel in panels for curve in curves_of(runs, panel)):
-        entries["pale: each log line; strong: running mean"] = Line2D([], [], color="none")
+        axis.yaxis.set_major_formatter("{x:g}")
+    axes[-1].set_xlabel(f"{_STEPS}; {_SMOOTHED}" if smoothed else _STEPS)
+    lines = textwrap.fill(title or some(list(runs), 3), 90, break_on_hyphens=False)
+    fonts = _fonts("".join([lines, *runs]))
     if entries:
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=2, fontsize="small")
-    figure.suptitle(title or ", ".join(short(run, _LABEL) for run in runs))
-    figure.savefig(target, dpi=120)
+        prop = {"family": fonts, "size": "small"}
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=2, prop=prop)
+    figure.suptitle(lines, fontfamily=fonts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing")  # boxes, where no font has the letter
+        figure.savefig(target, dpi=120)
     return target
+
+
+def _fonts(text: str) -> list[str]:
+    from matplotlib import font_manager
+
+    installed = font_manager.get_font_names() if any(ord(letter) >= _FAR for letter in text) else []
+    return ["sans-serif", *(font for font in _FONTS if font in installed)]
 
 
 def _look(runs: Runs, panels: Sequence[Panel], panel: Panel, curve: Curve) -> dict[str, object]:
@@ -167,17 +191,36 @@ def _look(runs: Runs, panels: Sequence[Panel], panel: Panel, curve: Curve) -> di
     apart, and earlier ones are wider, so that one that lies under another is seen."""
     place = panel.names.index(curve.name)
     if len(runs) == 1:
-        return {"color": _color(panels, panel, place), "linestyle": "-", "linewidth": 1.8}
+        return {"color": _color(panels, panel, place), "linestyle": "solid", "linewidth": 1.8}
     number = list(runs).index(curve.run)
-    width = 1.5 + 3 * (len(runs) - 1 - number) / len(runs)
-    return {"color": f"C{number}", "linestyle": _STYLES[place % len(_STYLES)], "linewidth": width}
+    width = 1.3 + 2 * (len(runs) - 1 - number) / len(runs)
+    return {"color": _color_of(number), "linestyle": _DASHES[place % len(_DASHES)], "linewidth": width}
+
+
+def _color_of(number: int) -> str:
+    return _COLORS[number % len(_COLORS)]
 
 
 def _color(panels: Sequence[Panel], panel: Panel, place: int) -> str:
     if panel is not panels[0] and len(panel.names) == 1:
         return "dimgrey"
     before = [p for p in panels[: panels.index(panel)] if len(p.names) > 1 or p is panels[0]]
-    return f"C{sum(len(p.names) for p in before) + place}"
+    return _color_of(sum(len(p.names) for p in before) + place)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body{{font:14px sans-serif;margin:1em;color:#222;background:#fff}} h1{{font-size:1.2em;overflow-wrap:anywhere}}
+p{{margin-bottom:30px}} .modebar{{top:-26px !important}}
+@media (prefers-color-scheme: dark) {{
+  body{{color:#ddd;background:#171717}} .plotly-graph-div{{filter:invert(.91) hue-rotate(180deg)}}
+}}</style></head><body><h1>{title}</h1><p>{said}</p>
+{figure}
+</body></html>
+"""
+# Fingers scroll the page, until they choose to zoom.
+_TOUCH = "if (matchMedia('(pointer: coarse)').matches) Plotly.relayout('{plot_id}', {dragmode: false});"
 
 
 def html_of(runs: Runs, target: Path, title: str, panels: Sequence[Panel], log_scale: bool = False) -> Path:
@@ -186,43 +229,67 @@ def html_of(runs: Runs, target: Path, title: str, panels: Sequence[Panel], log_s
     Raises: UsageError without plotly.
     """
     try:
-        from plotly import colors, graph_objects, subplots
+        from plotly import graph_objects, subplots
     except ImportError:
         raise UsageError("--html: needs plotly; pip install 'swiftlite[html]'") from None
     heights = [2] + [1] * (len(panels) - 1)
     figure = subplots.make_subplots(
         rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.2 / sum(heights),
-        row_heights=heights, subplot_titles=[panel.title for panel in panels],
+        row_heights=heights, subplot_titles=[html.escape(panel.title) for panel in panels],
     )  # fmt: skip
-    palette, named = colors.qualitative.D3, set()
+    figure.update_annotations(x=0, xanchor="left", font_size=14)
+    curves = {panel: curves_of(runs, panel) for panel in panels}
+    listed: set[str] = set()
     for row, panel in enumerate(panels, 1):
-        for curve in curves_of(runs, panel):
-            place = panel.names.index(curve.name)
-            label = curve.run if len(runs) > 1 else curve.name
-            if len(runs) > 1:
-                line = {"color": palette[list(runs).index(curve.run) % len(palette)], "dash": _DASHES[place % 3]}
-            else:
-                color = _color(panels, panel, place)
-                line = {"color": palette[int(color[1:]) % len(palette)] if color[0] == "C" else color}
-            listed = label not in named and (len(runs) > 1 or len(panel.names) > 1)
-            shared = {"legendgroup": label, "name": label, "line": line, "x": curve.steps, "mode": "lines"}
-            if curve.smooth is not None:
-                pale = graph_objects.Scatter(y=curve.values, opacity=0.3, showlegend=False, hoverinfo="skip", **shared)
-                figure.add_trace(pale, row=row, col=1)
-            said = f"%{{y:.5g}} {html.escape(' '.join(filter(None, (curve.run, curve.name))))}<extra></extra>"
-            strong = graph_objects.Scatter(
-                y=curve.smooth or curve.values, showlegend=listed, hovertemplate=said, **shared
-            )
-            figure.add_trace(strong, row=row, col=1)
-            named.add(label)
+        for curve in curves[panel]:
+            for trace in _traces(runs, panel, curve, _look(runs, panels, panel, curve), listed):
+                figure.add_trace(graph_objects.Scatter(trace), row=row, col=1)
+    figure.update_yaxes(tickformat=".5~g")
     if log_scale:
         figure.update_yaxes(type="log", row=1, col=1)
-    figure.update_xaxes(title_text="step (updates of the weights)", row=len(panels), col=1)
+    steps = [step for panel in panels for curve in curves[panel] for step in curve.steps]
+    edge = max((max(steps) - min(steps)) / 50, 0.1)
+    figure.update_xaxes(range=[min(steps) - edge, max(steps) + edge], unifiedhovertitle_text="step %{x}")
+    figure.update_xaxes(title_text=_STEPS, row=len(panels), col=1)
+    size = 190 * sum(heights)
     figure.update_layout(
-        title=html.escape(title), height=190 * sum(heights) + 160, hovermode="x unified", template="plotly_white"
-    )
-    write_text_atomic(target, figure.to_html(include_plotlyjs=True, config={"displaylogo": False}))
+        height=size + 100, margin={"l": 60, "r": 15, "t": 40, "b": 50}, hovermode="x unified", template="plotly_white",
+        legend={"orientation": "h", "y": 1 + 30 / size, "yanchor": "bottom"},
+    )  # fmt: skip
+    said = [
+        "Drag to zoom all panels (fingers first tap the glass), double-click to go back; click a name to hide its curves"
+    ]
+    said += [_SMOOTHED] * any(curve.smooth for panel in panels for curve in curves[panel])
+    if len(runs) > 1:
+        many = [panel.names for panel in panels if len(panel.names) > 1]
+        said += [f"{name}: {_DASHES[i % len(_DASHES)]}" for names in many for i, name in enumerate(names)]
+    # Without the button that sends the data to a service.
+    config = {"displaylogo": False, "showSendToCloud": False, "plotlyServerURL": ""}
+    config["modeBarButtonsToRemove"] = ["select2d", "lasso2d"]
+    drawn = figure.to_html(full_html=False, include_plotlyjs=True, config=config, post_script=_TOUCH)
+    page = _PAGE.format(title=html.escape(title), said=html.escape("; ".join(said)), figure=drawn)
+    write_text_atomic(target, page)
     return target
+
+
+def _traces(runs: Runs, panel: Panel, curve: Curve, look: Mapping[str, object], listed: set[str]) -> Iterator[Json]:
+    """The curve as plotly has it, before it what it smooths. listed: names of the legend so far; grows."""
+    label = curve.run if len(runs) > 1 else curve.name
+    line = {"color": look["color"], "dash": _PLOTLY[str(look["linestyle"])]}
+    shared = {"legendgroup": label, "name": html.escape(short(label, _LABEL)), "x": curve.steps}
+    if curve.smooth is not None:
+        yield {
+            "y": curve.values, "mode": "lines", "opacity": 0.3, "showlegend": False, "hoverinfo": "skip",
+            "line": {**line, "width": 1}, **shared,
+        }  # fmt: skip
+    names = (curve.run[-_HOVER:], curve.name) if len(runs) > 1 else (curve.name,)
+    yield {
+        "y": curve.smooth or curve.values, "mode": "lines+markers" if len(curve.steps) < _DOTS else "lines",
+        "showlegend": label not in listed and (len(runs) > 1 or len(panel.names) > 1), "line": line,
+        "marker": {"size": 4}, "hovertemplate": f"%{{y:.5g}} {html.escape(' '.join(names))}%{{_xother}}<extra></extra>",
+        **shared,
+    }  # fmt: skip
+    listed.add(label)
 
 
 def title_of(directory: Path) -> str:
@@ -289,7 +356,7 @@ def plot_main(args: PlotArguments) -> Json:
         logger.info("%s: %s", name, ", ".join(f"{key} {merged[key]:.6g}" for key in _ENDED if key in merged))
     panels = panels_of(runs, args.panels)
     first = Path(args.runs[0])
-    title = title_of(first if first.is_dir() else first.parent) if len(runs) == 1 else ", ".join(runs)
+    title = title_of(first if first.is_dir() else first.parent) if len(runs) == 1 else some(list(runs), 3)
     target = Path(args.output)
     target.parent.mkdir(parents=True, exist_ok=True)
     plot = plot_runs(runs, target, title, panels, args.log_scale)

@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from swiftlite.cli.main import main
-from swiftlite.llm.preview import _runs, as_html, as_text, histogram, preview_main
-from swiftlite.llm.preview_rows import tokens_of
+from swiftlite.llm.preview import Preview, _runs, as_html, as_text, histogram, preview_main
+from swiftlite.llm.preview_rows import Shown, Token, tokens_of
 from swiftlite.llm.template import get_template
 from swiftlite.utils.errors import DatasetError, UsageError
 
@@ -58,6 +58,22 @@ def test_report(words, capsys, tmp_path):
     assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 3
     page = (tmp_path / "r.html").read_text()
     assert page.count("class='w1'") > 10 and "&lt;|im_end|&gt;" in page and "<script" not in page
+
+
+def test_the_page_in_a_browser(tmp_path, page):
+    """Texts of the data stay text, wherever they stand, and fit a phone."""
+    asked = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>"
+    said = "<h1 onclick='alert(3)'>&amp; 巴黎 🙂</h1>\n\n" + 99 * "long"
+    shown = Shown("0", [Token(1, asked, 0.0), Token(2, said, 1.0), Token(3, "</span>", 2.0)], asked)
+    (tmp_path / "r.html").write_text(as_html(Preview(asked, [asked], [asked], [asked], [shown], [3], [asked])))
+    address = page.open(tmp_path / "r.html", width=390)
+    assert page.value("document.querySelector('pre').textContent") == f"{asked}{said}</span>"
+    assert page.value("document.querySelector('.w1[title]').textContent") == said
+    assert page.value("document.body.textContent").count(asked) == 7
+    assert page.value("document.title") == f"preview of {asked}"
+    assert page.value("document.querySelectorAll('script, img, pre h1').length") == 0
+    assert page.value("document.documentElement.scrollWidth") == 390
+    assert page.errors == [] and page.requests == [address]
 
 
 def test_colours_ids_and_weights(words, capsys):
@@ -164,13 +180,22 @@ def test_histogram_counts_all():
 def test_groups(words, capsys, tmp_path):
     """Each text of a group as the model reads it; rows that this loss cannot use are counted."""
     data = tmp_path / "groups.jsonl"
-    rows = [{"query": "q one", "pos": "it is", "neg": ["no", "never"]}, {"query": "q two", "pos": "so", "label": 0}]
+    rows = [
+        {"query": "q one", "pos": "it is", "neg": ["no", "jamais été"]},
+        {"query": "q two", "pos": "so", "label": 0},
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words[words.index("--dataset") + 1] = str(data)
     shown = preview_main([*words, "--task_type", "embedding"])
     out = capsys.readouterr().out
     assert "plain text, max length 200" in out and "1 groups of 4 texts" in out
-    assert ["".join(token.text for token in each.tokens) for each in shown.shown] == ["q one", "it is", "no", "never"]
+    assert ["".join(token.text for token in each.tokens) for each in shown.shown] == [
+        "q one",
+        "it is",
+        "no",
+        "jamais été",
+    ]
+    assert "trained on" not in out and "trained on" not in as_html(shown)
     assert "1 of 2 rows used" in out and "a label that is not 1" in out
     preview_main([*words, "--task_type", "reranker"])
     out = capsys.readouterr().out

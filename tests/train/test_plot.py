@@ -11,6 +11,7 @@ import pytest
 from swiftlite.cli.main import main
 from swiftlite.train.plot import curves_of, panels_of, plot_runs, running_mean, title_of
 from swiftlite.utils.errors import UsageError
+from tests.browser import Page
 
 SHORT = [{"step": s, "loss": 2.0 - s / 10, "lr": 1e-5, "own/metric": s, "note": "text"} for s in range(1, 9)]
 LONG = [{"step": s, "loss": 2.0 + (s % 2) / 10} for s in range(1, 401)] + [{"step": 400, "eval_loss": 2.0}]
@@ -44,6 +45,16 @@ def test_only_long_curves_are_smoothed() -> None:
     assert long.smooth is not None and max(long.smooth[20:]) - min(long.smooth[20:]) < 0.02
 
 
+def test_values_that_cannot_be_drawn_are_left_out() -> None:
+    log = [
+        {"step": s, "loss": float("inf" if s == 9 else s), "mfu": 0.1, "eval_loss": float("nan")} for s in range(200)
+    ]
+    assert [p.names for p in panels_of({"a": log})] == [("loss",), ("mfu",)]
+    loss, flat = (curves_of({"a": log}, panel)[0] for panel in panels_of({"a": log}))
+    assert len(loss.values) == 199 and loss.smooth is not None and max(loss.smooth) < 200
+    assert flat.smooth is None  # sums of rounded numbers would make it waves
+
+
 def test_the_running_mean_does_not_lag() -> None:
     line = [float(i) for i in range(400)]
     assert running_mean(line)[:390] == pytest.approx(line[:390])
@@ -74,7 +85,39 @@ def test_the_page_needs_nothing_else(runs: Path) -> None:
     assert not re.search(r"<(?:script|link|img|iframe)[^>]*\s(?:src|href)=", page)  # also no relative one
     assert "Plotly.newPlot" in page and "gradient" not in page.rpartition("Plotly.newPlot")[2]
     for curve in ("short loss", "long eval_loss", "short lr"):
-        assert f"{curve}\\u003cextra" in page
+        assert f"{curve}%{{_xother}}\\u003cextra" in page
+
+
+def test_the_page_in_a_browser(runs: Path, page: Page) -> None:
+    """Dragging zooms all panels, names hide their curves, values are under the mouse; nothing comes from elsewhere."""
+    pytest.importorskip("plotly")
+    words = ["plot", str(runs / "short"), str(runs / "long"), "--panels", "loss", "lr", "--log_scale", "true"]
+    assert main([*words, "--output", str(runs / "x.png"), "--html", str(runs / "x.html")]) == 0
+    address = page.open(runs / "x.html")
+    drawn = "document.querySelector('.js-plotly-plot')"
+    ranges = f"(l => [l.xaxis.range, l.xaxis2.range, l.yaxis.range])({drawn}._fullLayout)"
+    steps, same, _ = before = page.until(ranges)
+    assert steps == same and steps[0] < 1 and steps[1] > 400
+
+    def at(x: float, y: float, what: str = ".nsewdrag") -> tuple[float, float]:
+        """A place in the first element of a kind: here a panel to drag in. x, y: from its left and upper edge, of 1."""
+        box = f"(box => [box.x, box.y, box.width, box.height])({drawn}.querySelector('{what}').getBoundingClientRect())"
+        left, top, width, height = page.value(box)
+        return left + x * width, top + y * height
+
+    page.mouse(at(0.5, 0.5))
+    assert page.until("document.querySelector('.hoverlayer').textContent").startswith("step 20")
+    page.mouse(at(0.25, 0.2), at(0.4, 0.4), at(0.5, 0.6), pressed=True)
+    steps, same, losses = page.until(ranges, lambda found: found != before)
+    assert steps == same and 95 < steps[0] < 105 and 195 < steps[1] < 205
+    assert losses[1] - losses[0] == pytest.approx(0.4 * (before[2][1] - before[2][0]), rel=0.02)
+    page.mouse(at(0.5, 0.5, ".legendtoggle"), pressed=True)
+    shown = f"{drawn}._fullData.filter(curve => curve.visible !== true).map(curve => curve.name)"
+    assert set(page.until(shown)) == {"short"}
+    assert page.value("document.querySelectorAll('[data-title*=Share], a[href]').length") == 0
+    page.open(runs / "x.html", width=390)
+    assert page.value("document.documentElement.scrollWidth") == 390
+    assert page.errors == [] and set(page.requests) == {address}
 
 
 def test_without_plotly_the_page_says_how_to_get_it(
