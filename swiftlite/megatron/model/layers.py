@@ -163,9 +163,9 @@ class _Embedding(torch.autograd.Function):
         return None, get_dummy_wgrad(list(weight.shape), weight.dtype)
 
 
-def _embedding(ids: Tensor, weight: Any) -> Tensor:
+def _embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """A tied weight gets a gradient from the output layer too, which is added as a whole. All models come here."""
-    fp32 = hasattr(weight, "main_grad") and weight.main_grad.dtype == torch.float32
+    fp32 = getattr(getattr(weight, "main_grad", None), "dtype", None) == torch.float32
     apart = fp32 and not getattr(weight, "zero_out_wgrad", False)
     if apart and weight.requires_grad and torch.is_grad_enabled():
         return _Embedding.apply(ids, weight)  # type: ignore[no-any-return]
