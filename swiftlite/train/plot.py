@@ -40,7 +40,7 @@ PANELS = (
     Panel("rewards (nats)", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
     Panel("reward accuracy (share of pairs)", ("rewards/accuracies", "eval_rewards/accuracies")),
     Panel("learning rate (per step)", ("lr",)),
-    Panel("gradient norm (nats)", ("grad_norm",)),
+    Panel("gradient norm", ("grad_norm",)),
     Panel("throughput (tokens/s)", ("tokens_per_second",)),
     Panel("MFU (share of peak)", ("mfu",)),
 )

@@ -89,7 +89,8 @@ class _CompiledNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         eps, zero_centered = ctx.settings
-        rows, of_x, of_weight = (_rows(gradient), _rows(x)), None, None
+        rows = (_rows(gradient), _rows(x))
+        of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             of_x = _compiled(_rms_norm_gradient)(*rows, weight, eps, zero_centered).view(x.shape)
         if ctx.needs_input_grad[1]:
