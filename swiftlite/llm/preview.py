@@ -74,7 +74,7 @@ def make_preview(args: PreviewArguments, template: Template) -> Preview:
             f"{report.dropped} of {report.total} rows dropped: training stops above --max_drop_ratio {limit:g}"
         )
     facts += [] if args.groups else list(_packing(args, lengths))
-    dropped = [f"{reason}: {place}" for reason, places in report.examples.items() for place in places]
+    dropped = [f"{reason}: {place}" for reason, places in report.examples.items() for place in places[1:]]
     return Preview(", ".join(args.dataset), facts, report.table().splitlines(), dropped, shown, lengths, notes)
 
 
@@ -94,7 +94,7 @@ def _packing(args: PreviewArguments, lengths: Sequence[int]) -> Iterator[str]:
     sequences = pack_in_order(lengths, capacity) if in_order else pack_windows(lengths, capacity, args.data_seed or 0)
     used, alone = sum(lengths) / (len(sequences) * capacity), sum(lengths) / (len(lengths) * max(lengths))
     yield (
-        f"packed: {len(sequences)} sequences of {capacity} tokens, fill rate {used:.1%}; padded to the longest sample "
+        f"packed sequences of {capacity} tokens: {len(sequences)}, fill rate {used:.1%}; padded to the longest sample "
         f"instead: {alone:.1%}"
     )
 

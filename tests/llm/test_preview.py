@@ -53,7 +53,7 @@ def test_report(words, capsys, tmp_path):
     for reason in ("messages is empty", "not valid JSON", "no assistant message"):
         assert re.search(rf"1    9.1 %  {reason}, first: .*data.jsonl:\d+", out), reason
     assert "training stops above --max_drop_ratio 0.05" in out
-    assert re.search(r"packed: \d sequences of 200 tokens, fill rate \d\d.\d%", out)
+    assert re.search(r"packed sequences of 200 tokens: \d, fill rate \d\d.\d%", out)
     assert (tmp_path / "out" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
     assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 3
     page = (tmp_path / "r.html").read_text()
