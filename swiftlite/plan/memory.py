@@ -46,9 +46,11 @@ _OFFLOADED = {
 # Of a sequence that is divided, each rank has at least so many tokens: fewer are no work for a GPU.
 LEAST_TOKENS = 4096
 
-# What a divergence between student and teacher keeps for each of the student's logits (measured): of the mixture that
-# --beta between 0 and 1 makes, of a KL divergence, of a teacher whose likeliest tokens alone are known.
+# What a divergence between student and teacher takes for each of the student's logits (measured): of the mixture that
+# --beta between 0 and 1 makes, of a KL divergence, of a teacher whose likeliest tokens alone are known. It is made of so
+# many logits at a time.
 DIVERGENCE_BYTES = {"mixture": 52, "kl": 28, "top": 25}
+DIVERGENCE_LOGITS = 1 << 25
 
 # Logits of a pass up to which they are made at once, and of a chunk beyond that: 4 GB and 1 GB in bf16.
 MOST_LOGITS = 1 << 31
@@ -334,9 +336,9 @@ class TrainingModel:
             fused = self.args.cross_entropy_loss_fusion is not False
             if self.loss_bytes is None:
                 total += logits_at_once(self.args, tokens, rows) * rows * (2 * width if fused else width + 8)
-            else:  # those of all tokens with a label, taken to be all, and a teacher's of the whole step
+            else:  # those of all tokens with a label, taken to be all, their gradients; a teacher's of the whole step
                 kept = width * num_microbatches if self.beside is not None else 0
-                total += tokens * rows * (2 * width + self.loss_bytes + kept)
+                total += tokens * rows * (4 * width + kept) + min(tokens * rows, DIVERGENCE_LOGITS) * self.loss_bytes
         return total, math.ceil(sum(part.get(name, 0) for part in parts for name in away - made_again) * in_flight)
 
     def _recomputed(self, layout: Layout) -> set[str]:

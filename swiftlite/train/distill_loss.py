@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def _same(values: Tensor) -> Tensor:
@@ -40,8 +41,8 @@ class Top:
     log_probs: Tensor
     rest: Tensor
 
-    def __getitem__(self, which: Tensor) -> Top:
-        """Of some positions: numbers, or a mask."""
+    def __getitem__(self, which: Tensor | slice) -> Top:
+        """Of some positions: numbers, a mask, or some that follow each other."""
         return Top(self.ids[which], self.log_probs[which], self.rest[which])
 
     def to(self, move: Callable[[Tensor], Tensor]) -> Top:
@@ -123,3 +124,48 @@ class Divergence:
 def _term(p: Tensor, q: Tensor) -> Tensor:
     """P (log P - log Q), from log-probabilities."""
     return p.exp() * (p - q)
+
+
+Terms = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def in_chunks(terms: Terms, logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """What `terms` says of logits [N, V], `size` rows of them at a time: losses [N] and other values [N] without gradients.
+
+    A row's loss depends on no other row. Its gradient is taken at once, so that of all rows the logits and their gradient
+    stay, in their own dtype, and what a loss needs besides is there for one chunk only.
+    """
+    losses, others = _Chunks.apply(logits, terms, size)  # type: ignore[no-untyped-call]
+    return losses, others
+
+
+class _Kept(FunctionCtx):
+    needs_input_grad: tuple[bool, ...]
+    gradient: Tensor | None
+
+
+class _Chunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Kept, logits: Tensor, terms: Terms, size: int) -> tuple[Tensor, Tensor]:
+        trained = ctx.needs_input_grad[0]
+        ctx.gradient = torch.empty_like(logits) if trained else None
+        found = []
+        for first in range(
+            0, max(len(logits), 1), size
+        ):  # also of no rows: ranks with parts of a vocabulary meet in it
+            rows = slice(first, first + size)
+            with torch.set_grad_enabled(trained):
+                part = logits[rows].detach().requires_grad_(trained)
+                loss, other = terms(part, rows)
+                if ctx.gradient is not None:
+                    (ctx.gradient[rows],) = torch.autograd.grad(loss.sum(), part)
+            found.append((loss.detach(), other.detach()))
+        losses, others = (torch.cat(values) for values in zip(*found, strict=True))
+        ctx.mark_non_differentiable(others)
+        return losses, others
+
+    @staticmethod
+    def backward(ctx: _Kept, *weights: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        """weights: of the losses [N]. Once: they are multiplied into what was kept."""
+        gradient, ctx.gradient = ctx.gradient, None
+        return None if gradient is None else gradient.mul_(weights[0][:, None]), None, None

@@ -17,7 +17,7 @@ from swiftlite.arguments.parser import parse
 from swiftlite.arguments.preference import DpoArguments
 from swiftlite.checkpoint.preflight import preflight
 from swiftlite.llm.train import gkd
-from swiftlite.train.distill_loss import Divergence, Parts, Top, top_of
+from swiftlite.train.distill_loss import Divergence, Parts, Top, in_chunks, top_of
 from swiftlite.train.plot import read_run
 from swiftlite.train.reference import check_teacher, check_teacher_rows
 from swiftlite.train.schedule import build_optimizer
@@ -48,6 +48,29 @@ def test_equal_to_trl(beta: float, temperature: float) -> None:
     mine = Divergence(beta, temperature)(student[there], teacher[there]).sum() / 9
     torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(torch.autograd.grad(mine, student)[0], wanted)
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_chunks_are_the_whole(size: int) -> None:
+    """Losses and gradients, weighted afterwards; what else is told has none; no rows at all."""
+    student, teacher = (logits.flatten(0, 1) for logits in logits())
+    student = student.detach().requires_grad_()
+    weights, seen = torch.linspace(-1, 2, len(student)), []
+
+    def terms(part: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(len(part))
+        return Divergence(0.3)(part, teacher[rows]), part.logsumexp(-1)
+
+    whole, other = Divergence(0.3)(student, teacher), student.logsumexp(-1)
+    (wanted,) = torch.autograd.grad((whole * weights).sum(), student)
+    mine, told = in_chunks(terms, student, size)
+    torch.testing.assert_close((mine, told), (whole, other))
+    assert max(seen) == min(size, len(student)) and sum(seen) == len(student) and not told.requires_grad
+    torch.testing.assert_close(torch.autograd.grad((mine * weights).sum(), student)[0], wanted)
+    none = in_chunks(lambda part, rows: (Divergence()(part, teacher[:0][rows]), part.sum(-1)), student[:0], size)
+    assert [len(values) for values in none] == [0, 0]
+    with torch.no_grad():
+        torch.testing.assert_close(in_chunks(terms, student, size)[0], whole)
 
 
 class _Meeting:

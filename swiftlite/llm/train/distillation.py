@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 from swiftlite.llm.dataset.teacher import TeacherLogits
 from swiftlite.llm.template.collate import IGNORE_INDEX
 from swiftlite.llm.train.trainer import HfTrainer
+from swiftlite.plan.memory import DIVERGENCE_LOGITS
 from swiftlite.train.batches import to_device
 from swiftlite.train.checkpoints import Start
-from swiftlite.train.distill_loss import Divergence, Top
+from swiftlite.train.distill_loss import Divergence, Top, in_chunks
 from swiftlite.train.loop import Run
 from swiftlite.train.objective import Batch, LanguageModeling
 from swiftlite.utils.types import Json
@@ -43,22 +44,26 @@ class Distillation(LanguageModeling):
         targets = batch["labels"][:, 1:]
         there = targets != IGNORE_INDEX
         inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
-        student = self._logits(model, inputs, there)
-        losses = self._distances(student[:, : self.rows], inputs, batch, there)
-        entropies = cross_entropy(student.float(), targets[there], reduction="none")
+        student, labels = self._logits(model, inputs, there), targets[there]
+        distances = self._distances(inputs, batch, there)
+
+        def terms(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            entropies = cross_entropy(logits.float(), labels[rows], reduction="none")
+            return distances(logits[:, : self.rows], rows) + self.sft_alpha * entropies, entropies
+
+        losses, entropies = in_chunks(terms, student, max(DIVERGENCE_LOGITS // student.shape[1], 1))
         if "loss_scale" in batch:
             losses, entropies = (values * batch["loss_scale"][:, 1:][there] for values in (losses, entropies))
-        nll = entropies.sum()
-        return {"loss": losses.sum() + self.sft_alpha * nll, "nll": nll.detach(), "trained_tokens": there.sum()}
+        return {"loss": losses.sum(), "nll": entropies.sum(), "trained_tokens": there.sum()}
 
-    def _distances(self, student: Tensor, inputs: Batch, batch: Batch, there: Tensor) -> Tensor:
-        """[N] from the student's logits [N, V]."""
+    def _distances(self, inputs: Batch, batch: Batch, there: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """Of some rows of the student's logits [N, V]."""
         if self.teacher is None:
-            told = Top(*(batch[name] for name in TOLD))[batch["told"][:, 1:][there]]
-            return self.divergence.of_top(student, told.within(self.rows))
+            told = Top(*(batch[name] for name in TOLD))[batch["told"][:, 1:][there]].within(self.rows)
+            return lambda student, rows: self.divergence.of_top(student, told[rows])
         with torch.no_grad():
             teacher = self._logits(self.teacher, inputs, there)[:, : self.rows]
-        return self.divergence(student, teacher)
+        return lambda student, rows: self.divergence(student, teacher[rows])
 
     def _logits(self, model: torch.nn.Module, inputs: Batch, there: Tensor) -> Tensor:
         """[N, V] of the positions before tokens with a label."""

@@ -8,7 +8,7 @@ Shapes: B rows, S tokens, N positions with a label, V rows on this rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -30,8 +30,9 @@ from swiftlite.megatron.trainers.reference import build_reference, other_model
 from swiftlite.megatron.trainers.run import run as run_trainer
 from swiftlite.megatron.trainers.sft import SftTrainer
 from swiftlite.megatron.trainers.taught import TaughtBatch, TaughtLoader
+from swiftlite.plan.memory import DIVERGENCE_LOGITS
 from swiftlite.train.checkpoints import Start
-from swiftlite.train.distill_loss import Divergence, Parts
+from swiftlite.train.distill_loss import Divergence, Parts, in_chunks
 from swiftlite.train.loop import Run
 from swiftlite.train.order import Data
 from swiftlite.train.reference import divergence
@@ -111,23 +112,31 @@ class GkdTrainer(SftTrainer):
 
     def loss(self, batch: MicroBatch, logits: Tensor) -> LossResult:
         there = batch.loss_mask != 0
-        weights, student = batch.loss_mask[there], logits[there].float()
-        losses = self.distances(batch, student, there) * weights
-        nll = (vocab_parallel_cross_entropy(student.clone(), batch.labels[there]) * weights).sum()
-        total, count = losses.sum() + self.args.sft_alpha * nll, there.sum().int()
-        return total, count, {"loss": total.detach().clone(), "nll": nll.detach(), "trained_tokens": count}
+        weights, labels = batch.loss_mask[there], batch.labels[there]
+        distances = self.distances(batch, logits.shape[-1], there)
 
-    def distances(self, batch: MicroBatch, student: Tensor, there: Tensor) -> Tensor:
-        """[N] from the student's logits [N, V]."""
-        own, rank = student.shape[1], mpu.get_tensor_model_parallel_rank()
-        rows = self.args.description.padded_vocab_size or own
+        def terms(student: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            student = student.float()
+            nll = vocab_parallel_cross_entropy(student.clone(), labels[rows])
+            return distances(student, rows) + self.args.sft_alpha * nll, nll
+
+        losses, nll = in_chunks(terms, logits[there], max(DIVERGENCE_LOGITS // logits.shape[-1], 1))
+        total, count = (losses * weights).sum(), there.sum().int()
+        sums = {"loss": total.detach().clone(), "nll": (nll * weights).sum(), "trained_tokens": count}
+        return total, count, sums
+
+    def distances(self, batch: MicroBatch, own: int, there: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """Of some rows of the student's logits [N, V]. own: V."""
+        rank = mpu.get_tensor_model_parallel_rank()
+        known = self.args.description.padded_vocab_size or own
         if self.known_rows is not None:
-            rows = min(rows, self.known_rows)
-        used = max(1, min(own, rows - rank * own))  # the others pad the vocabulary
+            known = min(known, self.known_rows)
+        used = max(1, min(own, known - rank * own))  # the others pad the vocabulary
         if isinstance(batch, TaughtBatch):
-            top = batch.top[batch.told[there]].within(rows)
-            return self.divergence.of_top(student[:, :used], top, PARTS, first=rank * own)
-        return self.divergence(student[:, :used], self.taught[id(batch)][:, :used], PARTS)
+            top = batch.top[batch.told[there]].within(known)
+            return lambda student, rows: self.divergence.of_top(student[:, :used], top[rows], PARTS, first=rank * own)
+        teacher = self.taught[id(batch)][:, :used]
+        return lambda student, rows: self.divergence(student[:, :used], teacher[rows], PARTS)
 
 
 def megatron_gkd_main(args: MegatronDpoArguments | Sequence[str]) -> Json:
