@@ -76,6 +76,9 @@ def test_two_processes_with_half_a_model_equal_one(tiny_model: Callable[..., Pat
     first = compared(read_run(one / "full/logging.jsonl")[0])
     assert halved["loss"] == pytest.approx(first["loss"], rel=1e-5), "the same start"
     assert halved["grad_norm"] == pytest.approx(first["grad_norm"] / 2, rel=1e-5), "the comparison sees a lost factor"
+    layers = json.loads((tiny_model("olmo2") / "config.json").read_text())["num_hidden_layers"]
+    groups = int((two / "bf16/groups").read_text())
+    assert layers + 2 <= groups <= layers + 4, "layers, both ends, norms, what is left: each is milliseconds a pass"
     for case in ("full", "bf16", "zero2", "experts"):
         check_saved(two / case)
     check_saved(two / "classes", transformers.AutoModelForSequenceClassification)

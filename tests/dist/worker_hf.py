@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from swiftlite.llm.model.names import local_part
 from swiftlite.llm.train.rlhf import rlhf_main
@@ -43,12 +44,15 @@ def unreduced(original: Any) -> Any:
 
 
 def measured(original: Any) -> Any:
-    """Leave the bytes of this rank's parameters and optimizer states in the output directory, and the whole weights."""
+    """Leave the bytes of this rank's parameters and optimizer states in the output directory, the whole weights, and of how
+    many groups the weights are gathered."""
 
     def release(self: HfTrainer) -> None:
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         held = sum(part.nbytes for tensor in (*self.model.parameters(), *states) for part in local_part(tensor)[:1])
         (Path(self.args.output_dir) / f"bytes-{os.environ.get('RANK', 0)}").write_text(str(held))
+        groups = {id(part._get_fsdp_state()) for part in self.model.modules() if isinstance(part, FSDPModule)}
+        (Path(self.args.output_dir) / "groups").write_text(str(len(groups)))
         weights = {name: whole(parameter) for name, parameter in self.model.named_parameters()}
         torch.save(weights, Path(self.args.output_dir) / "weights.pt")
         original(self)
