@@ -249,9 +249,8 @@ def as_html(preview: Preview) -> str:
 
 def _html_token(token: Token) -> str:
     kind = "w0" if not token.weight else "w1" if token.weight == 1 else "wx"
-    text = html.escape(token.text).replace(
-        "\n", "<i>\n</i>"
-    )  # with a sign, so that it is seen whether it is trained on
+    # Line breaks with a sign, so that it is seen whether they are trained on.
+    text = html.escape(token.text).replace("\n", "<i>\n</i>")
     return f"<span class='{kind}' title='id {token.id}, weight {token.weight:g}'>{text}</span>"
 
 
