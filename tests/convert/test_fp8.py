@@ -23,7 +23,7 @@ from swiftlite.megatron.distributed import parallel_groups
 from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.state import carried_tensors
 from swiftlite.utils.errors import MapError, ShapeError
-from swiftlite.weights.fp8 import open_source
+from swiftlite.weights.fp8 import numbers_of, open_source
 from swiftlite.weights.storage import decoder
 from tests.families.cases import build_hf, config_of
 
@@ -309,6 +309,15 @@ def test_half_rows_of_an_mtp_projection(tmp_path: Path) -> None:
         assert main([*words, "--output_dir", str(tmp_path / out)]) == 0
     back = load_file(tmp_path / "back/model.safetensors")
     assert all(torch.equal(back[name], value.bfloat16()) for name, value in exact.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_each_number_is_torchs(dtype: torch.dtype) -> None:
+    """All 256 of them, infinities and NaN too; of a matrix whose rows do not follow each other."""
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    assert torch.equal(numbers_of(codes).view(torch.int32), codes.float().view(torch.int32))
+    part = codes.view(16, 16)[:, 3:9]
+    torch.testing.assert_close(numbers_of(part), part.float(), rtol=0, atol=0, equal_nan=True)
 
 
 MEASURE = """
