@@ -217,9 +217,9 @@ class Spec:
             value = convert(value, self.type, self.name)  # a choice `none` is that, not the absence of one
         beyond = isinstance(value, int | float) and not (self.least or 0) <= value <= (self.most or math.inf)
         if self.least is not None and beyond:
-            limit = (
-                f"at least {self.least}" if self.least else f"between 0 and {self.most}" if self.most else "0 or more"
-            )
+            limit = f"at least {self.least}" if self.least else "0 or more"
+            if self.most:
+                limit = f"between {self.least} and {self.most}"
             raise UsageError(f"--{self.name} {value}: must be {limit}")
         if self.path and value:
             value = [_home(item) for item in value] if isinstance(value, list) else _home(value)

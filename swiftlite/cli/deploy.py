@@ -24,6 +24,11 @@ from swiftlite.utils.logger import get_logger
 from swiftlite.weights.journal import fingerprint
 
 logger = get_logger()
+_KEY_THERE = {
+    "vllm": "set VLLM_API_KEY where it runs",
+    "sglang": "add --api-key, or `api-key: KEY` in a --config file, where it runs",
+    "transformers": "its server knows none; `swiftlite deploy` checks it",
+}
 
 
 def deploy_main(args: DeployArguments | Sequence[str]) -> None:
@@ -42,6 +47,8 @@ def deploy_main(args: DeployArguments | Sequence[str]) -> None:
     words = command(engine, args, served)
     if args.dry_run:
         sys.stdout.write(shlex.join(words) + "\n")
+        if args.api_key:
+            logger.info("the key is not in the command: %s", _KEY_THERE[engine])
         return
     _say(args, engine, served, words)
     if engine == "transformers":
@@ -70,15 +77,17 @@ def prepare(args: DeployArguments, engine: str) -> Served:
     if given:
         read = readable(given, args.checkpoint, beside)
         model = read.model
-        adapters += [("", str(read.adapter))] if read.adapter else []
+        adapters += [(args.served_model_name or name_of(given), str(read.adapter))] if read.adapter else []
     adapters += [("", args.mcore_adapter)] if args.mcore_adapter else []
     directories: dict[str, Path] = {}
     for called, path in adapters:
+        if not Path(path).is_dir():
+            raise UsageError(f"--adapters {path}: no such directory; check the path")
         adapter = readable(path, args.checkpoint, ["--model", model, *words] if model else words).adapter
         if adapter is None:
             raise UsageError(f"--adapters {path}: is a whole model; give it with --model")
         name = name or path
-        directories[called or name_of(path)] = adapter
+        directories[called or name_of(path)] = adapter.absolute()
     if len(directories) < len(adapters):
         raise UsageError(f"--adapters: several are called {' '.join(directories)}; name them: --adapters a=DIR b=DIR")
     model = model or base_of_adapter(next(iter(directories.values())))
@@ -88,8 +97,10 @@ def prepare(args: DeployArguments, engine: str) -> Served:
     args.adapters = [str(path) for path in directories.values()]
     resolve(args)
     called = args.served_model_name or (name_of(str(name)) if os.path.exists(str(name)) else str(name))
-    if called in directories:
+    if called in directories:  # the adapter is what was asked for
         called = name_of(args.model_info.model_dir)
+    if called in directories:
+        raise UsageError(f"--adapters: {called} is what the model itself is called; name it: --adapters NAME=DIR")
     directory = view(args, called, engine)
     ranks = [int(read_json(path / ADAPTER_CONFIG).get("r", 0)) for path in directories.values()]
     return Served(directory, called, directories, max(ranks, default=0))

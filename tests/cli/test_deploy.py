@@ -182,7 +182,13 @@ def test_adapters_beside_the_model_or_merged(chat_model: Path, adapter: Path, tm
 
     served = prepare("--adapters", f"one={adapter}", f"two={adapter}", "--model", str(chat_model))
     assert served.adapters == {"one": adapter, "two": adapter} and served.max_rank == 6 and served.name == "tiny"
-    assert prepare("--model", str(adapter.parent)).adapters == {f"{adapter.parent.name}-checkpoint-4": adapter}
+    of_run = prepare("--model", str(adapter.parent))  # who asks for the run by its name gets what it has learnt
+    assert of_run.adapters == {adapter.parent.name: adapter} and of_run.name == "tiny"
+    assert prepare("--model", str(adapter.parent), "--served_model_name", "law").adapters == {"law": adapter}
+    with pytest.raises(UsageError, match="--adapters: tiny is what the model itself is called"):
+        prepare("--adapters", f"tiny={adapter}", "--model", str(chat_model))
+    with pytest.raises(UsageError, match="--adapters nowhere: no such directory"):
+        prepare("--adapters", "nowhere", "--model", str(chat_model))
     alone = prepare("--adapters", str(adapter), engine="transformers")  # its config names the base
     assert not alone.adapters and alone.name == f"{adapter.parent.name}-checkpoint-4"
     ids = torch.arange(10)[None]
