@@ -300,6 +300,12 @@ def test_chat_of_the_openai_client(app: Any) -> None:
         stopped = await complete(client, stop=["help", "zzz"])
         assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("Hello! How can I ", "stop")
         assert await stream(client, stop="lp you") == ("Hello! How can I he", ["stop"])
+        for stop in ({}, {"stop": "lp you"}):  # the client above reads no further; others wait for it
+            asked = {"model": "tiny", "messages": HELLO, "stream": True, **stop}
+            raw = await client._client.post(  # as it comes, without the client's reading
+                "/v1/chat/completions", json=asked, headers={"Authorization": "Bearer the-key-of-the-test"}
+            )
+            assert raw.text.endswith("}\n\ndata: [DONE]\n\n") and raw.text.count("[DONE]") == 1
         parts = [{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]
         assert (await complete(client, messages=parts)).choices[0].message.content == SAID
         text = await client.completions.create(
@@ -344,7 +350,8 @@ BAD = [
     ({"tools": [{"type": "function"}]}, "tools must be a list"),
     ({"n": 2}, "n: transformers' server does not have it"),
     ({"response_format": {"type": "json_object"}}, "response_format: "),
-    ({"model": "other"}, "400"),
+    ({"presence_penalty": 1}, "presence_penalty: "),
+    ({"model": "other"}, "400 - Server is pinned to 'tiny'; requested 'other'"),
 ]
 
 
@@ -353,7 +360,7 @@ def test_bad_requests_are_the_clients(app: Any) -> None:
         for keywords, message in BAD:
             with pytest.raises(openai.BadRequestError, match=message):
                 await complete(client, **keywords)
-        with pytest.raises(openai.UnprocessableEntityError):
+        with pytest.raises(openai.UnprocessableEntityError, match="422 - Unexpected fields in the request: .*bogus"):
             await complete(client, extra_body={"bogus": 1})
         for path, body in (("/chat/completions", b"{"), ("/chat/completions", b"[]"), ("/completions", b"{}")):
             with pytest.raises(openai.BadRequestError):
