@@ -269,7 +269,7 @@ class DataArguments(Arguments):
         [], "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it; #<N at most",
         path=True, common=True,
     )  # fmt: skip
-    val_dataset: list[str] = field([], "the same, for evaluation", path=True, common=True)
+    val_dataset: list[str] = field([], "what is evaluated or answered, named like a --dataset", path=True, common=True)
     split_dataset_ratio: float = field(
         0.0, "share of the dataset kept for evaluation where --val_dataset is absent",
         aliases=["val_size"], common=True, least=0, most=1,
@@ -442,7 +442,7 @@ class GenerationArguments(Arguments):
     temperature: float | None = field(
         None, "0 takes the most likely token (default: the model's own)", common=True, least=0
     )
-    top_p: float | None = field(None, "nucleus sampling: among the likeliest tokens that make up this share", least=0, most=1)
+    top_p: float | None = field(None, "sample among the likeliest tokens that make up this share", least=0, most=1)
     top_k: int | None = field(None, "sample among the k most likely tokens, 0: all", least=0)
     repetition_penalty: float | None = field(None, "above 1: repeats become less likely")
     num_beams: int = field(1, "beams of beam search", least=1)

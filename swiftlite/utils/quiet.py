@@ -42,6 +42,8 @@ REMARKS = (
     Remark(r"Unable to fetch remote file due to", "peft looks for a base's copy on a hub"),
     Remark(r"The PEFT config's `base_model_name_or_path` was renamed", "a base may be given by another path or id"),
     Remark(r"WARNING: there is no optimizer on RANK", "nothing there is trained; a run's first lines tell how much is"),
+    Remark(r"Overwriting old incomplete / corrupted checkpoint", "files of a save that has begun in a directory of its own",
+           "megatron.core.dist_checkpointing.serialization"),
     Remark(r"GPTModel IS DEPRECATED", "the model class that is used here on purpose", "megatron.core.models.gpt.gpt_model"),
 )  # fmt: skip
 

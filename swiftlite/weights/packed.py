@@ -196,10 +196,10 @@ def _group_of(quantisation: Config) -> int | None:
         if (bits, symmetric, order) == (4, True, None):
             return int(group) if group and int(group) > 0 else None
     said = sorted(
-        f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}, actorder {order or 'none'}, group size {group or 'none'}"
+        f"{bits} bits, {'' if symmetric else 'a'}symmetric, actorder {order or 'none'}, group size {group or 'none'}"
         for bits, symmetric, order, group in kinds
     )
     raise ConfigError(
-        f"the weights are packed with {' and with '.join(said) or 'nothing that config_groups says'}; of weights packed by "
-        "compressed-tensors only symmetric ones of 4 bits, all alike, without actorder can be read: use the unquantised model"
+        f"the weights are packed with {' and with '.join(said) or 'nothing that is said'}; of weights packed by "
+        "compressed-tensors only symmetric ones of 4 bits, all alike, can be read: use the unquantised model"
     )
