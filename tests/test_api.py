@@ -43,11 +43,25 @@ def test_wrong_words_say_what_is_allowed() -> None:
     ]:
         with pytest.raises(UsageError, match=said):
             train(**{"objective": "sft", "model": "ORG/NAME", "dataset": "a#1", "output_dir": "out", **words})  # type: ignore[arg-type]
+    for words, said in [
+        ({"model": 5}, "model: must be a path or a hub's id, not a int"),
+        ({"dataset": ROWS[0]}, "dataset: must be a path, .* or a list of rows"),
+        ({"dataset": []}, "dataset: must be .* at least one"),
+        ({"dataset": 5}, "dataset: must be a path"),
+        ({"dataset": ["a.jsonl", ROWS[0]]}, "dataset: must be a path"),
+        ({"callbacks": [swiftlite.Callback]}, "must be an object of a class made from swiftlite.Callback"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            train(**{"objective": "sft", "model": "ORG/NAME", "dataset": "a#1", "output_dir": "out", **words})  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="no attribute 'convert'; `from swiftlite.api import convert`"):
+        swiftlite.__getattr__("convert")
     with pytest.raises(UsageError, match="to torch: must be mcore or hf"):
         convert("DIR", "out", to="torch")
 
 
-def test_both_sides_from_rows_and_back(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_both_sides_from_rows_and_back(
+    tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_model("qwen2")
     seen: list[int] = []
 
@@ -55,7 +69,9 @@ def test_both_sides_from_rows_and_back(tiny_model: Callable[..., Path], tmp_path
         def on_step(self, run: object, step: int, values: object) -> None:
             seen.append(step)
 
-    run = train("sft", model, ROWS, tmp_path / "hf", callbacks=[Watch()], **SHORT)
+    run = train("sft", model, (row for row in ROWS), tmp_path / "hf", callbacks=[Watch()], **SHORT)  # type: ignore[arg-type]
+    assert run.summary["iteration"] == 2 and f"{len(ROWS)} rows" in caplog.text  # the first one too
+    assert repr(swiftlite.Checkpoint.open(model)) == f"<Checkpoint {model}: hf, 27 tensors>"
     assert seen == [1, 2]
     assert [line["step"] for line in run.history][:2] == [1, 2] and run.checkpoint.name == "checkpoint-2"
     again = train("sft", model, ROWS, tmp_path / "hf", **SHORT, extend=True, num_train_epochs=None)

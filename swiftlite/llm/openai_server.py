@@ -137,8 +137,8 @@ class Formed:
     """A response on its way out in OpenAI's form, which transformers' own lacks: errors as there, [DONE] after a stream."""
 
     def __init__(self, send: Send) -> None:
-        self._send = send
-        self._status, self._streams, self._held = 200, False, b""
+        self._send, self._status = send, 200
+        self._streams, self._held = False, b""
 
     async def send(self, event: Event) -> None:
         body, more = cast(bytes, event.get("body", b"")), bool(event.get("more_body"))

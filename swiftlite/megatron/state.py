@@ -42,7 +42,6 @@ from swiftlite.utils.dist import all_gather
 from swiftlite.utils.errors import CheckpointError, reason
 from swiftlite.utils.io import replace_directory, write_text_atomic
 from swiftlite.utils.logger import get_logger
-from swiftlite.utils.text import listing
 from swiftlite.utils.types import Json, Settings
 from swiftlite.weights.dcp_file import common_state, load_common
 from swiftlite.weights.shard import read_shard
@@ -455,8 +454,8 @@ def _load_models(models: Sequence[torch.nn.Module], loaded: ShardedStateDict) ->
         missing = [key for key in result.missing_keys if "_extra_state" not in key]
         if missing or result.unexpected_keys:
             raise CheckpointError(
-                "the checkpoint does not fit the model: "
-                + ", ".join(filter(None, (listing("missing", missing), listing("unknown", result.unexpected_keys))))
+                f"the checkpoint does not fit the model: missing {', '.join(missing[:3]) or 'nothing'}, "
+                f"unknown {', '.join(result.unexpected_keys[:3]) or 'nothing'}"
             )
 
 

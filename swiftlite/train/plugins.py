@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from swiftlite.arguments.train import OPTIMIZERS as BUILT_IN
 from swiftlite.arguments.train import SftArguments, TrainArguments
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.text import short
 
 if TYPE_CHECKING:
     from swiftlite.train.loop import Run
@@ -65,7 +66,9 @@ def register_optimizer(name: str, make: MakeOptimizer) -> None:
 
 
 def register_callback(callback: Callback) -> None:
-    """Have every run of this process call it."""
+    """Have every run of this process call it. Raises: UsageError for what is no object of a Callback class."""
+    if not isinstance(callback, Callback):
+        raise UsageError(f"callback {short(repr(callback))}: must be an object of a class made from swiftlite.Callback")
     CALLBACKS.append(callback)
 
 
