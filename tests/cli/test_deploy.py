@@ -189,6 +189,8 @@ def test_adapters_beside_the_model_or_merged(chat_model: Path, adapter: Path, tm
         prepare("--adapters", f"tiny={adapter}", "--model", str(chat_model))
     with pytest.raises(UsageError, match="--adapters nowhere: no such directory"):
         prepare("--adapters", "nowhere", "--model", str(chat_model))
+    with pytest.raises(UsageError, match="--mcore_model nowhere: no such directory"):
+        prepare("--mcore_model", "nowhere")
     alone = prepare("--adapters", str(adapter), engine="transformers")  # its config names the base
     assert not alone.adapters and alone.name == f"{adapter.parent.name}-checkpoint-4"
     ids = torch.arange(10)[None]
@@ -256,7 +258,7 @@ def app(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         with pytest.raises(SystemExit) as ended:
             deploy.deploy_main(
                 ["--model", str(chat_model), "--infer_backend", "transformers", "--api_key", "the-key-of-the-test",
-                 "--", "--device", "cpu"]
+                 "--port", str(free_port()), "--", "--device", "cpu"]
             )  # fmt: skip
         assert ended.value.code in (0, None)
         yield found[0]  # still where the server is: the model's name is its path there
@@ -378,6 +380,22 @@ def test_bad_requests_are_the_clients(app: Any) -> None:
     ask(app, unknown, "another-key")
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded() -> None:
+    words = ["--model", "ORG/NAME", "--infer_backend", "transformers", "--port"]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        with pytest.raises(UsageError, match=f"--port {taken}: cannot be listened to: .*in use"):
+            deploy.deploy_main([*words, str(taken)])
+
+
 def test_what_the_server_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     openai_server.check_installed()
     real = openai_server.importlib.util.find_spec
@@ -390,9 +408,7 @@ def test_what_the_server_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_server_in_its_own_process(chat_model: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = ["deploy", "--model", str(chat_model), "--infer_backend", "transformers", "--port", str(port)]
     child = subprocess.Popen([sys.executable, "-m", "swiftlite", *words], stderr=subprocess.DEVNULL)
     try:
