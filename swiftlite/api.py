@@ -14,6 +14,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from signal import Signals
 from types import UnionType
@@ -24,6 +25,7 @@ from swiftlite.cli.routes import ROUTES, Route
 from swiftlite.train.plot import plot_runs, read_run, title_of
 from swiftlite.utils.directories import Directory
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.quiet import without_remarks
 from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
@@ -117,7 +119,14 @@ def convert(source: str | Path, output_dir: str | Path, *, to: str, **settings: 
     return cast(Path, _run(ROUTES[("export",)], given))
 
 
+@cache
+def _quiet() -> None:
+    """Once for a process; a script's own progress bars stay as they are."""
+    without_remarks()
+
+
 def _run(route: Route, settings: Mapping[str, object]) -> object:
+    _quiet()
     cls = cast(type[Arguments], _load(route.arguments))
     args = from_dict(cls, {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()})
     _load("swiftlite.checkpoint.preflight:check_command")(args)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import swiftlite
+from swiftlite import api
 from swiftlite.api import convert, train
 from swiftlite.utils.errors import UsageError
 
@@ -63,6 +65,7 @@ def test_both_sides_from_rows_and_back(
     tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_model("qwen2")
+    api._quiet.cache_clear()  # pytest gives each test filters of its own
     seen: list[int] = []
 
     class Watch(swiftlite.Callback):
@@ -73,6 +76,9 @@ def test_both_sides_from_rows_and_back(
     assert run.summary["iteration"] == 2 and f"{len(ROWS)} rows" in caplog.text  # the first one too
     assert repr(swiftlite.Checkpoint.open(model)) == f"<Checkpoint {model}: hf, 27 tensors>"
     assert seen == [1, 2]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.warn("Apex is not installed. Falling back", UserWarning, stacklevel=1)
+    assert not shown, "what the command leaves out"
     assert [line["step"] for line in run.history][:2] == [1, 2] and run.checkpoint.name == "checkpoint-2"
     again = train("sft", model, ROWS, tmp_path / "hf", **SHORT, extend=True, num_train_epochs=None)
     assert again.summary["iteration"] == 2  # the same rows, the same run

@@ -25,6 +25,7 @@ from swiftlite.utils.types import Json
 
 T = TypeVar("T")
 Reader = TypeVar("Reader", bound=Callable[..., object])
+REGISTERED: set[str] = set()  # names that plugins have registered so far, for fields with `plugins`
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ class Spec:
             value = [_home(item) for item in value] if isinstance(value, list) else _home(value)
         if self.choices is not None and value is not None and not (self.plugins and with_plugins):
             for item in value if isinstance(value, list) else [value]:
-                if item not in self.choices:
+                if item not in self.choices and not (self.plugins and item in REGISTERED):
                     said = (self.elsewhere or {}).get(str(item), f"must be one of {', '.join(self.choices)}")
                     raise UsageError(f"--{self.name} {item}: {said}")
         return value

@@ -53,15 +53,20 @@ def quiet() -> None:
 
     Call it before tqdm is imported: it reads its defaults from the environment then.
     """
+    without_remarks()
+    if not sys.stderr.isatty():
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL", "TQDM_DELAY"):
+            os.environ.setdefault(name, str(BAR_SECONDS))
+
+
+def without_remarks() -> None:
+    """Leave out what REMARKS names."""
     for remark in REMARKS:
         if remark.logger is None:
             warnings.filterwarnings("ignore", message=remark.text)
         else:
             pattern = re.compile(remark.text)
             logging.getLogger(remark.logger).addFilter(lambda record, p=pattern: p.match(record.getMessage()) is None)  # type: ignore[misc]
-    if not sys.stderr.isatty():
-        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL", "TQDM_DELAY"):
-            os.environ.setdefault(name, str(BAR_SECONDS))
 
 
 BAR_SECONDS = 60
