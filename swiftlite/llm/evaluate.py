@@ -112,7 +112,7 @@ def judged(args: EvalArguments, source: Json, metrics: Sequence[str]) -> Results
 
 def _scored(metrics: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Without a score of which no row counts."""
-    values = {"rows": float(len(pairs))}
+    values: dict[str, float] = {"rows": len(pairs)}
     for metric in metrics:
         values |= {name: value for name, value in scores(metric, pairs).items() if not math.isnan(value)}
     return values
