@@ -89,7 +89,10 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name not in _WHERE:
-        raise AttributeError(f"module 'swiftlite' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+        where = f"; `from swiftlite.api import {name}`" if name in ("convert", "train", "Run") else ""
+        raise AttributeError(
+            f"module 'swiftlite' has no attribute {name!r}{where}; it has {', '.join(sorted(__all__))}"
+        )
     value = getattr(import_module(_WHERE[name]), name)
     globals()[name] = value
     return value

@@ -12,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from signal import Signals
+from types import UnionType
 from typing import TYPE_CHECKING, cast
 
 from swiftlite.arguments.parser import Arguments, from_dict
@@ -23,6 +25,7 @@ from swiftlite.cli.routes import ROUTES, Route
 from swiftlite.train.plot import plot_runs, read_run, title_of
 from swiftlite.utils.directories import Directory
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.quiet import without_remarks
 from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
@@ -86,13 +89,15 @@ def train(
     trainable = sorted({words[-1] for words, route in ROUTES.items() if route.launch and ".train" in route.handler})
     if words not in ROUTES or objective not in trainable:
         raise UsageError(f"objective {objective}: must be one of {', '.join(trainable)}")
+    _check_path("model", model)
     place = "mcore_model" if side == "megatron" and Directory(Path(model)).is_megatron else "model"
     given = {place: str(model), "dataset": _names(dataset), "output_dir": str(output_dir), **settings}
-    from swiftlite.train.plugins import CALLBACKS  # torch
+    from swiftlite.train.plugins import CALLBACKS, register_callback  # torch
 
     before = len(CALLBACKS)
-    CALLBACKS.extend(callbacks)
     try:
+        for callback in callbacks:
+            register_callback(callback)
         summary = cast(Json, _run(ROUTES[words], given))
     finally:
         del CALLBACKS[before : before + len(callbacks)]
@@ -108,12 +113,20 @@ def convert(source: str | Path, output_dir: str | Path, *, to: str, **settings: 
     """
     if to not in ("mcore", "hf"):
         raise UsageError(f"to {to}: must be mcore or hf")
+    _check_path("source", source)
     place = "model" if to == "mcore" else "mcore_model"
     given = {place: str(source), f"to_{to}": True, "output_dir": str(output_dir), **settings}
     return cast(Path, _run(ROUTES[("export",)], given))
 
 
+@cache
+def _quiet() -> None:
+    """Once for a process; a script's own progress bars stay as they are."""
+    without_remarks()
+
+
 def _run(route: Route, settings: Mapping[str, object]) -> object:
+    _quiet()
     cls = cast(type[Arguments], _load(route.arguments))
     args = from_dict(cls, {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()})
     _load("swiftlite.checkpoint.preflight:check_command")(args)
@@ -125,18 +138,31 @@ def _load(path: str) -> Callable[..., object]:
     return cast(Callable[..., object], getattr(importlib.import_module(module), name))
 
 
+def _check_path(name: str, given: object) -> None:
+    if not isinstance(given, str | Path):
+        raise UsageError(f"{name}: must be a path or a hub's id, not a {type(given).__name__}")
+
+
 def _names(dataset: Data) -> list[str]:
     """What --dataset takes. Rows get a name that follows from them, so that the same rows resume a run."""
     if isinstance(dataset, str | Path):
         return [str(dataset)]
-    if not any(isinstance(item, Mapping) for item in dataset):
-        return [str(item) for item in dataset]
+    items = [] if isinstance(dataset, Mapping) or not isinstance(dataset, Iterable) else list(dataset)
+    if not items or not (_all(items, Mapping) or _all(items, str | Path)):
+        raise UsageError("dataset: must be a path, a hub's id, a list of these, or a list of rows like "
+                         '{"messages": [...]}, at least one')  # fmt: skip
+    if not _all(items, Mapping):
+        return [str(item) for item in items]
     from swiftlite.llm.dataset.register import register_dataset
 
-    rows = [dict(cast(Mapping[str, object], row)) for row in dataset]
+    rows = [dict(cast(Mapping[str, object], row)) for row in items]
     name = f"rows-{hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:12]}"
     register_dataset(name, exist_ok=True, load=lambda: rows)
     return [name]
+
+
+def _all(items: Sequence[object], kind: type | UnionType) -> bool:
+    return all(isinstance(item, kind) for item in items)
 
 
 def __getattr__(name: str) -> object:

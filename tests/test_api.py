@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import swiftlite
+from swiftlite import api
 from swiftlite.api import convert, train
 from swiftlite.utils.errors import UsageError
 
@@ -43,20 +45,40 @@ def test_wrong_words_say_what_is_allowed() -> None:
     ]:
         with pytest.raises(UsageError, match=said):
             train(**{"objective": "sft", "model": "ORG/NAME", "dataset": "a#1", "output_dir": "out", **words})  # type: ignore[arg-type]
+    for words, said in [
+        ({"model": 5}, "model: must be a path or a hub's id, not a int"),
+        ({"dataset": ROWS[0]}, "dataset: must be a path, .* or a list of rows"),
+        ({"dataset": []}, "dataset: must be .* at least one"),
+        ({"dataset": 5}, "dataset: must be a path"),
+        ({"dataset": ["a.jsonl", ROWS[0]]}, "dataset: must be a path"),
+        ({"callbacks": [swiftlite.Callback]}, "must be an object of a class made from swiftlite.Callback"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            train(**{"objective": "sft", "model": "ORG/NAME", "dataset": "a#1", "output_dir": "out", **words})  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="no attribute 'convert'; `from swiftlite.api import convert`"):
+        swiftlite.__getattr__("convert")
     with pytest.raises(UsageError, match="to torch: must be mcore or hf"):
         convert("DIR", "out", to="torch")
 
 
-def test_both_sides_from_rows_and_back(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_both_sides_from_rows_and_back(
+    tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_model("qwen2")
+    api._quiet.cache_clear()  # pytest gives each test filters of its own
     seen: list[int] = []
 
     class Watch(swiftlite.Callback):
         def on_step(self, run: object, step: int, values: object) -> None:
             seen.append(step)
 
-    run = train("sft", model, ROWS, tmp_path / "hf", callbacks=[Watch()], **SHORT)
+    run = train("sft", model, (row for row in ROWS), tmp_path / "hf", callbacks=[Watch()], **SHORT)  # type: ignore[arg-type]
+    assert run.summary["iteration"] == 2 and f"{len(ROWS)} rows" in caplog.text  # the first one too
+    assert repr(swiftlite.Checkpoint.open(model)) == f"<Checkpoint {model}: hf, 27 tensors>"
     assert seen == [1, 2]
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.warn("Apex is not installed. Falling back", UserWarning, stacklevel=1)
+    assert not shown, "what the command leaves out"
     assert [line["step"] for line in run.history][:2] == [1, 2] and run.checkpoint.name == "checkpoint-2"
     again = train("sft", model, ROWS, tmp_path / "hf", **SHORT, extend=True, num_train_epochs=None)
     assert again.summary["iteration"] == 2  # the same rows, the same run

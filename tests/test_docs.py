@@ -21,6 +21,7 @@ import yaml
 import swiftlite
 from swiftlite.arguments.parser import parse
 from swiftlite.cli.main import find_route, main
+from swiftlite.selftest import environment
 from tests.browser import Page
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,7 @@ def test_environment_variables_are_described() -> None:
     described = {name for variables in make.GROUPS.values() for name in variables}
     read = make.names_in_code()
     assert read - described == set(), "describe them in docs/make_environment.py"
+    assert set(make.GROUPS["Read by libraries, shown by `swiftlite env`"]) <= set(environment.VARIABLES)
     assert described - read == set(), "no code has these any more"
     assert (DOCS / "environment.md").read_text(encoding="utf-8") == make.page()
 

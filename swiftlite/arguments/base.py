@@ -269,7 +269,7 @@ class DataArguments(Arguments):
         [], "files, directories, registered names or hub ids: [hf::|ms::]ID[:SUBSET/SUBSET][#N], N rows of it; #<N at most",
         path=True, common=True,
     )  # fmt: skip
-    val_dataset: list[str] = field([], "the same, for evaluation", path=True, common=True)
+    val_dataset: list[str] = field([], "what is evaluated or answered, named like a --dataset", path=True, common=True)
     split_dataset_ratio: float = field(
         0.0, "share of the dataset kept for evaluation where --val_dataset is absent",
         aliases=["val_size"], common=True, least=0, most=1,
@@ -442,14 +442,19 @@ class GenerationArguments(Arguments):
     temperature: float | None = field(
         None, "0 takes the most likely token (default: the model's own)", common=True, least=0
     )
-    top_p: float | None = field(None, "nucleus sampling")
-    top_k: int | None = field(None, "sample among the k most likely tokens")
+    top_p: float | None = field(None, "sample among the likeliest tokens that make up this share", least=0, most=1)
+    top_k: int | None = field(None, "sample among the k most likely tokens, 0: all", least=0)
     repetition_penalty: float | None = field(None, "above 1: repeats become less likely")
-    num_beams: int = field(1, "beams of beam search")
+    num_beams: int = field(1, "beams of beam search", least=1)
     stop_words: list[str] = field([], "text that ends an answer")
     stream: bool | None = field(
         None, "show the answer while it is made (default: in the chat, not for a dataset)", common=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+            raise UsageError(f"--repetition_penalty {self.repetition_penalty}: must be above 0")
 
 
 PLUGINS = "Python files that register models, templates, datasets, losses, optimizers, callbacks (examples/plugins)"

@@ -37,7 +37,7 @@ class DeployArguments(EngineArguments, McoreArguments, BaseArguments):
         common=True,
     )
     served_model_name: str | None = field(
-        None, "what clients call the model (default: as its folder is called)", common=True
+        None, "what clients call what --model names (default: as its folder is called)", common=True
     )
     checkpoint: str = field("newest", "which checkpoint of a run", choices=["newest", "best"], common=True)
     dry_run: bool = field(False, "print the engine's command and start nothing", common=True)

@@ -11,9 +11,10 @@ from dataclasses import MISSING, dataclass
 
 from swiftlite.arguments.parser import Arguments, Spec, notes, show_value, specs
 
-# Parts as people fill them in, after what the command itself declares; those that are not here follow, ADVANCED ones last.
-ORDER = ("ModelArguments", "McoreArguments", "DataArguments", "TunerArguments", "TrainArguments", "ParallelArguments",
-         "GenerationArguments", "RunArguments", "TemplateArguments", "PlanArguments")  # fmt: skip
+# Parts as people fill them in; those that are not here follow, ADVANCED ones last.
+OWN = "what the command itself declares"
+ORDER = ("ModelArguments", "McoreArguments", "DataArguments", OWN, "TunerArguments", "TrainArguments", "ParallelArguments",
+         "GenerationArguments", "EngineArguments", "RunArguments", "TemplateArguments", "PlanArguments")  # fmt: skip
 LEFT = 34  # columns of a flag and its value
 _LONGEST_CHOICES = 40  # characters of a list of values that stands in place of TEXT
 
@@ -78,10 +79,10 @@ def _groups(cls: type[Arguments], shown: Iterable[Spec]) -> list[tuple[type, lis
     for spec in shown:
         groups.setdefault(spec.owner, []).append(spec)
 
-    def place(group: tuple[type, list[Spec]]) -> tuple[bool, bool, int]:
+    def place(group: tuple[type, list[Spec]]) -> tuple[bool, int]:
         owner = group[0]
-        name = owner.__name__
-        return "ADVANCED" in owner.__dict__, owner is not cls, ORDER.index(name) if name in ORDER else len(ORDER)
+        name = OWN if owner is cls else owner.__name__
+        return "ADVANCED" in owner.__dict__, ORDER.index(name) if name in ORDER else len(ORDER)
 
     return sorted(groups.items(), key=place)
 

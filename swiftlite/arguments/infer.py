@@ -75,6 +75,8 @@ class InferArguments(EngineArguments, GenerationArguments, BaseArguments):
             raise UsageError(
                 "--infer_backend vllm: answers a dataset here (--val_dataset FILE); chat with what `swiftlite deploy` serves"
             )
+        if self.infer_backend == "vllm" and self.num_beams > 1:
+            raise UsageError(f"--num_beams {self.num_beams}: not with --infer_backend vllm; use transformers")
         if self.load_data_args and (self.prompt is not None or self.val_dataset):
             raise UsageError("--load_data_args true: names the data; leave out --prompt and --val_dataset")
         if self.metric is not None and not self.val_dataset and not self.load_data_args:

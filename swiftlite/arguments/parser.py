@@ -25,6 +25,7 @@ from swiftlite.utils.types import Json
 
 T = TypeVar("T")
 Reader = TypeVar("Reader", bound=Callable[..., object])
+REGISTERED: set[str] = set()  # names that plugins have registered so far, for fields with `plugins`
 
 
 @dataclass(frozen=True)
@@ -217,15 +218,15 @@ class Spec:
             value = convert(value, self.type, self.name)  # a choice `none` is that, not the absence of one
         beyond = isinstance(value, int | float) and not (self.least or 0) <= value <= (self.most or math.inf)
         if self.least is not None and beyond:
-            limit = (
-                f"at least {self.least}" if self.least else f"between 0 and {self.most}" if self.most else "0 or more"
-            )
+            limit = f"at least {self.least}" if self.least else "0 or more"
+            if self.most:
+                limit = f"between {self.least} and {self.most}"
             raise UsageError(f"--{self.name} {value}: must be {limit}")
         if self.path and value:
             value = [_home(item) for item in value] if isinstance(value, list) else _home(value)
         if self.choices is not None and value is not None and not (self.plugins and with_plugins):
             for item in value if isinstance(value, list) else [value]:
-                if item not in self.choices:
+                if item not in self.choices and not (self.plugins and item in REGISTERED):
                     said = (self.elsewhere or {}).get(str(item), f"must be one of {', '.join(self.choices)}")
                     raise UsageError(f"--{self.name} {item}: {said}")
         return value

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.text import one_line
 
 # Stages of DeepSpeed's ZeRO -> words of --fsdp.
 ZERO = {
@@ -25,7 +26,7 @@ def zero_words(given: str) -> list[str]:
             places = [(zero.get(part) or {}).get("device", "none") for part in ("offload_param", "offload_optimizer")]
             name = f"zero{int(zero.get('stage', 0))}" + ("_offload" if set(places) != {"none"} else "")
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UsageError(f"--deepspeed {given}: is no configuration of DeepSpeed's ({error})") from None
+            raise UsageError(f"--deepspeed {given}: is no configuration of DeepSpeed's ({one_line(error)})") from None
     if name not in ZERO:
         raise UsageError(f"--deepspeed {given}: must be one of {', '.join(ZERO)}, or a JSON file of such a stage")
     return list(ZERO[name])
@@ -82,7 +83,7 @@ def fsdp_file(given: str, flag: str) -> Division:
         whole = _mapping(json.loads(given) if given.startswith("{") else _read(given))
         inner = _mapping(whole.get("fsdp_config", whole))
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--{flag} {given}: is no configuration of FSDP ({error})") from None
+        raise UsageError(f"--{flag} {given}: is no configuration of FSDP ({one_line(error)})") from None
     settings = {name.removeprefix("fsdp_"): value for name, value in inner.items()}
     known = ("sharding_strategy", "reshard_after_forward", "offload_params", "activation_checkpointing", "version")
     if not {"fsdp", "fsdp_config"} & set(whole) and not set(known) & set(settings):

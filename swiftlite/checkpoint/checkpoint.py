@@ -44,6 +44,9 @@ class Checkpoint(ModelTensors):
     new_tokens: NewTokens | None = None
     adapter: Adapter | None = None
 
+    def __repr__(self) -> str:  # a notebook shows it: neither the whole config nor each tensor
+        return f"<Checkpoint {self.directory}: {self.kind}, {', '.join(self.summary()[:1])}>"
+
     @classmethod
     def open(
         cls, directory: str | Path, *, root: Path | None = None, new_tokens: NewTokens | None = None, weights: bool = True

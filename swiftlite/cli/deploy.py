@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,15 @@ from swiftlite.utils.directories import ADAPTER_CONFIG
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.io import read_json, write_json
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import one_line
 from swiftlite.weights.journal import fingerprint
 
 logger = get_logger()
+_KEY_THERE = {
+    "vllm": "set VLLM_API_KEY where it runs",
+    "sglang": "add --api-key, or `api-key: KEY` in a --config file, where it runs",
+    "transformers": "its server knows none; `swiftlite deploy` checks it",
+}
 
 
 def deploy_main(args: DeployArguments | Sequence[str]) -> None:
@@ -38,10 +45,13 @@ def deploy_main(args: DeployArguments | Sequence[str]) -> None:
         from swiftlite.llm.openai_server import check_installed
 
         check_installed()
+        _check_port(args.host, args.port)
     served = prepare(args, engine)
     words = command(engine, args, served)
     if args.dry_run:
         sys.stdout.write(shlex.join(words) + "\n")
+        if args.api_key:
+            logger.info("the key is not in the command: %s", _KEY_THERE[engine])
         return
     _say(args, engine, served, words)
     if engine == "transformers":
@@ -62,6 +72,7 @@ def prepare(args: DeployArguments, engine: str) -> Served:
     Resolves `args`. Raises: UsageError for adapters that cannot be served so.
     """
     words = args.loading_words()
+    _check_there(args)
     # A Megatron checkpoint without a config.json takes that of --model.
     given = args.mcore_model or args.model
     beside = [*(["--model", args.model] if args.mcore_model and args.model else []), *words]
@@ -70,7 +81,7 @@ def prepare(args: DeployArguments, engine: str) -> Served:
     if given:
         read = readable(given, args.checkpoint, beside)
         model = read.model
-        adapters += [("", str(read.adapter))] if read.adapter else []
+        adapters += [(args.served_model_name or name_of(given), str(read.adapter))] if read.adapter else []
     adapters += [("", args.mcore_adapter)] if args.mcore_adapter else []
     directories: dict[str, Path] = {}
     for called, path in adapters:
@@ -78,7 +89,7 @@ def prepare(args: DeployArguments, engine: str) -> Served:
         if adapter is None:
             raise UsageError(f"--adapters {path}: is a whole model; give it with --model")
         name = name or path
-        directories[called or name_of(path)] = adapter
+        directories[called or name_of(path)] = adapter.absolute()
     if len(directories) < len(adapters):
         raise UsageError(f"--adapters: several are called {' '.join(directories)}; name them: --adapters a=DIR b=DIR")
     model = model or base_of_adapter(next(iter(directories.values())))
@@ -88,11 +99,31 @@ def prepare(args: DeployArguments, engine: str) -> Served:
     args.adapters = [str(path) for path in directories.values()]
     resolve(args)
     called = args.served_model_name or (name_of(str(name)) if os.path.exists(str(name)) else str(name))
-    if called in directories:
+    if called in directories:  # the adapter is what was asked for
         called = name_of(args.model_info.model_dir)
+    if called in directories:
+        raise UsageError(f"--adapters: {called} is what the model itself is called; name it: --adapters NAME=DIR")
     directory = view(args, called, engine)
     ranks = [int(read_json(path / ADAPTER_CONFIG).get("r", 0)) for path in directories.values()]
     return Served(directory, called, directories, max(ranks, default=0))
+
+
+def _check_there(args: DeployArguments) -> None:
+    """Raises: UsageError for a directory that is not; --model may be a hub's id."""
+    places = [("mcore_model", args.mcore_model), ("mcore_adapter", args.mcore_adapter)]
+    for flag, path in [*places, *(("adapters", path) for path in args.adapters)]:
+        if path and not Path(path).is_dir():
+            raise UsageError(f"--{flag} {path}: no such directory; check the path")
+
+
+def _check_port(host: str, port: int) -> None:
+    """transformers' server would only find out with the model loaded. Raises: UsageError if it cannot be listened to."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(f"--host {host} --port {port}: cannot be listened to: {one_line(error)}") from None
 
 
 def _merge(

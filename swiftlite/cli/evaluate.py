@@ -33,8 +33,9 @@ def eval_main(args: EvalArguments | Sequence[str]) -> Json:
     if args.eval_backend == "lm_eval" and found("lm_eval") is None:
         raise UsageError("--eval_backend lm_eval: lm-evaluation-harness is not installed; pip install 'lm-eval[hf]'")
     done = []
-    for given in args.model:
-        read = readable(given, args.checkpoint)
+    for given, read in [
+        (given, readable(given, args.checkpoint)) for given in args.model
+    ]:  # before the first is measured
         if args.eval_backend == "lm_eval":
             results: Results = benchmarks(args, read)
         else:

@@ -20,6 +20,7 @@ from swiftlite.arguments.port import PortArguments
 from swiftlite.arguments.task import JUDGING_WORDS
 from swiftlite.cli.routes import ELSEWHERE, ROUTES
 from swiftlite.utils.errors import SwiftliteError, UsageError
+from swiftlite.utils.text import one_line
 
 _ASSIGNED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?[-=]([^}]*))?\}|(\w+))")
@@ -72,7 +73,7 @@ def port_main(args: PortArguments) -> dict[str, int]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as a script ({error})") from None
+        raise UsageError(f"{path}: cannot be read as a script ({one_line(error)})") from None
     commands = list(find_commands(text))
     if not commands:
         raise UsageError(f"{path}: holds no `swift ...` or `megatron ...` command")

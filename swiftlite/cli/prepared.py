@@ -17,6 +17,7 @@ from swiftlite.arguments.export import ExportArguments
 from swiftlite.arguments.parser import parse
 from swiftlite.checkpoint.adapter import is_other_kind
 from swiftlite.checkpoint.files import side_files
+from swiftlite.checkpoint.hub import local_directory
 from swiftlite.checkpoint.info import ARGS_FILE
 from swiftlite.cli.export import export_main
 from swiftlite.llm.dataset.cache import cache_root
@@ -46,7 +47,7 @@ def readable(given: str, which: str = "newest", words: Sequence[str] = ()) -> Re
     Raises: UsageError, CheckpointError saying what a directory is that is none of these.
     """
     path = Path(given).expanduser()
-    if not path.is_dir():
+    if local_directory(given) is None:
         return Readable(given)
     path = checkpoint_of(path, which)
     found = Directory(path)

@@ -39,9 +39,11 @@ def evaluate(args: EvalArguments, model: str | None, adapter: Path | None) -> Re
     """Values of each dataset; with several, `all` has those of all rows together."""
     source: Json = {"model": model, "adapters": [str(adapter)] if adapter else []}
     results: Results = {name: {} for name in (*args.val_dataset, ALL)}
+    answered = [name for name in args.metrics if name != "loss"]
+    for metric in answered:
+        scores(metric, [("", "")])  # what is missing is told before anything is computed
     if "loss" in args.metrics:
         _add(results, trained_losses(args, source))
-    answered = [name for name in args.metrics if name != "loss"]
     if answered:
         _add(results, judged(args, source, answered))
     if len(args.val_dataset) == 1:
@@ -109,7 +111,8 @@ def judged(args: EvalArguments, source: Json, metrics: Sequence[str]) -> Results
 
 
 def _scored(metrics: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    values = {"rows": float(len(pairs))}
+    """Without a score of which no row counts."""
+    values: dict[str, float] = {"rows": len(pairs)}
     for metric in metrics:
-        values |= scores(metric, pairs)
+        values |= {name: value for name, value in scores(metric, pairs).items() if not math.isnan(value)}
     return values

@@ -15,6 +15,7 @@ from swiftlite.llm.pipeline import prepare_model_template
 from swiftlite.llm.stop_words import StopWords
 from swiftlite.llm.template.messages import Tools
 from swiftlite.utils.errors import TemplateError, UsageError
+from swiftlite.utils.logger import warn_once
 from swiftlite.utils.types import Json
 
 if TYPE_CHECKING:
@@ -77,11 +78,13 @@ class Generator:
     repetition_penalty: float | None = None
     num_beams: int = 1
     stop_words: Sequence[str] = ()
+    max_model_len: int | None = None
 
     @classmethod
     def from_arguments(cls, args: InferArguments) -> Generator:
         model, template = load_for_inference(args)
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words")
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "stop_words",
+                 "max_model_len")  # fmt: skip
         return cls(cast("Generates", model), template, **{name: getattr(args, name) for name in names})
 
     def _config(self, prompt_length: int) -> GenerationConfig:
@@ -96,10 +99,13 @@ class Generator:
             if value is not None:
                 setattr(config, name, value)
         if not config.do_sample:  # without sampling these have no meaning, and transformers warns of them
+            if given := [f"--{name}" for name in ("top_p", "top_k") if getattr(self, name) is not None]:
+                warn_once(f"{', '.join(given)}: no effect, the most likely token is taken; sample with --temperature 1")
             config.temperature = config.top_p = config.top_k = None
         config.num_beams = self.num_beams
         config.max_length = None
-        config.max_new_tokens = self.max_new_tokens or self._room(prompt_length)
+        room = self._room(prompt_length)
+        config.max_new_tokens = min(self.max_new_tokens or room, room)
         config.eos_token_id = sorted({*self.template.stop_token_ids, *end_tokens(config.eos_token_id)})
         config.pad_token_id = self.template.tokenizer.pad_token_id
         config.stop_strings = list(self.stop_words) or None
@@ -107,8 +113,8 @@ class Generator:
 
     def _room(self, prompt_length: int) -> int:
         info: ModelInfo | None = getattr(self.model, "model_info", None)
-        longest = info.max_model_len if info else None
-        room = (longest or prompt_length + 2048) - prompt_length
+        longest = self.max_model_len or (info.max_model_len if info else None)
+        room = (longest or prompt_length + max(self.max_new_tokens or 0, 2048)) - prompt_length
         if room < 1:
             raise TemplateError(
                 f"the conversation has {prompt_length} tokens, the model holds {longest}; shorten it or type `clear`"

@@ -133,7 +133,10 @@ def infer_dataset(answer: Callable[[Sequence[Question], int], Iterator[Json]], a
         answered = map(judged.add, answered)
     errors = [str(row["error"]) for row in before if row.get("response") is None]
     if before:
-        logger.info("%d of %d rows were answered before; %d are left", len(before), len(rows), len(left))
+        logger.info(
+            "%d of %d rows were answered before, by whatever model and settings; %d are left. To answer all: remove %s",
+            len(before), len(rows), len(left), unfinished if unfinished and unfinished.is_file() else path,
+        )  # fmt: skip
     if path is None:
         for row in answered:
             errors += [row["error"]] if row["response"] is None else []

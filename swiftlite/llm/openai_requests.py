@@ -63,7 +63,8 @@ def _check_unsupported(request: Mapping[str, object]) -> None:
     form = request.get("response_format")
     plain = form is None or (isinstance(form, Mapping) and form.get("type") == "text")
     asked = {"n": request.get("n") not in (None, 1), "logprobs": bool(request.get("logprobs")), "response_format": not plain,
-             "tool_choice": request.get("tool_choice") not in (None, "auto")}  # fmt: skip
+             "tool_choice": request.get("tool_choice") not in (None, "auto"),
+             "presence_penalty": bool(request.get("presence_penalty"))}  # fmt: skip
     for name, is_asked in asked.items():
         if is_asked:
             raise BadRequest(f"{name}: transformers' server does not have it; serve with vllm or sglang", name)
@@ -85,7 +86,8 @@ def _fit(request: Json, prompt: int, longest: int | None) -> None:
         return
     if prompt + (asked or 1) > longest:
         raise BadRequest(
-            f"the prompt has {prompt} tokens and {asked or 'an answer'} are to follow, the model holds {longest}",
+            f"the prompt has {prompt} tokens and the answer {f'may have {asked}' if asked else 'needs room'}; "
+            f"the model holds {longest}",
             "messages" if "messages" in request else "prompt",
         )
     if asked is None:

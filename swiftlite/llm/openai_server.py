@@ -1,8 +1,9 @@
 """transformers' own server (`transformers serve`), and around it what OpenAI's clients expect of one and it lacks.
 
 It keeps to one model, but lets clients load others and forget it, asks for no key, answers a bad request with 500, writes
-the stop word at the end of an answer, and goes on beyond the length that the model holds (transformers 5.24). The rules
-below speak OpenAI's API alone, so they stand on nothing inside transformers but `build_server`, which makes the app.
+the stop word at the end of an answer, no [DONE] after a stream, errors in another form, and goes on beyond the length that
+the model holds (transformers 5.24). The rules below speak OpenAI's API alone, so they stand on nothing inside transformers
+but `build_server`, which makes the app.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -109,7 +111,8 @@ class OpenAiRules:
         async def again() -> Event:
             return unread.pop() if unread else await receive()
 
-        await self.app(scope, again, Cut(send, stop, chat).send if stop else send)
+        formed = Formed(send).send
+        await self.app(scope, again, Cut(formed, stop, chat).send if stop else formed)
 
 
 async def _body(receive: Receive) -> bytes:
@@ -128,6 +131,40 @@ async def _answer(send: Send, status: int, message: str, kind: str, param: str |
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+class Formed:
+    """A response on its way out in OpenAI's form, which transformers' own lacks: errors as there, [DONE] after a stream."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self._status = send, 200
+        self._streams, self._held = False, b""
+
+    async def send(self, event: Event) -> None:
+        body, more = cast(bytes, event.get("body", b"")), bool(event.get("more_body"))
+        if event["type"] == "http.response.start":
+            headers = dict(cast("Sequence[tuple[bytes, bytes]]", event["headers"]))
+            self._status = cast(int, event["status"])
+            self._streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        elif self._status >= 400:
+            self._held += body
+            if not more:
+                kind = "invalid_request_error" if self._status < 500 else "server_error"
+                await _answer(self._send, self._status, _detail(self._held), kind)
+        elif self._streams and not more and not self._held.endswith(b"data: [DONE]\n\n"):
+            event = {**event, "body": body + b"data: [DONE]\n\n"}
+        if self._status < 400:
+            self._held = body or self._held
+            await self._send(event)
+
+
+def _detail(body: bytes) -> str:
+    """What an error of FastAPI says."""
+    text = body.decode(errors="replace")
+    with suppress(ValueError):
+        said = json.loads(text)
+        text = str(said.get("detail", text)) if isinstance(said, Mapping) else text
+    return text
 
 
 class Cut:

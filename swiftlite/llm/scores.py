@@ -67,7 +67,7 @@ def choice(pairs: Pairs) -> dict[str, float]:
     Also `choice_rows`, how many counted.
     """
     wanted = [(chosen(answer), letter) for answer, reference in pairs if (letter := chosen(reference)) is not None]
-    return {"choice_accuracy": _mean([float(a == b) for a, b in wanted]), "choice_rows": float(len(wanted))}
+    return {"choice_accuracy": _mean([float(a == b) for a, b in wanted]), "choice_rows": len(wanted)}
 
 
 def chosen(text: str) -> str | None:

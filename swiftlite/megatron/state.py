@@ -454,7 +454,8 @@ def _load_models(models: Sequence[torch.nn.Module], loaded: ShardedStateDict) ->
         missing = [key for key in result.missing_keys if "_extra_state" not in key]
         if missing or result.unexpected_keys:
             raise CheckpointError(
-                f"the checkpoint does not fit the model: missing {missing[:3]}, unknown {result.unexpected_keys[:3]}"
+                f"the checkpoint does not fit the model: missing {', '.join(missing[:3]) or 'nothing'}, "
+                f"unknown {', '.join(result.unexpected_keys[:3]) or 'nothing'}"
             )
 
 

@@ -53,7 +53,8 @@ PACKAGES = (
     ("swanlab", "swanlab", "--report_to swanlab", "pip install swanlab"),
 )  # fmt: skip
 VARIABLES = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "MODELSCOPE_CACHE", "CUDA_VISIBLE_DEVICES", "NPROC_PER_NODE",
-             "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_DEBUG", "OMP_NUM_THREADS")  # fmt: skip
+             "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_DEBUG", "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN",
+             "OMP_NUM_THREADS", "SWIFTLITE_CACHE", "SWIFTLITE_LOG_LEVEL")  # fmt: skip
 
 
 def env_main(args: EnvArguments | Sequence[str]) -> Json:

@@ -90,7 +90,7 @@ def build_hf(hf: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Pre
         model.tie_weights()  # each place got a parameter of its own
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise ConfigError(
-            f"transformers cannot build {read_config(hf_dir).get('architectures')} for the precision check "
+            f"transformers cannot build {' '.join(read_config(hf_dir).get('architectures') or ())} for the precision check "
             f"({' '.join(str(error).split())}); "
             "if the checkpoint brings its own code, allow it with --trust_remote_code true"
         ) from None

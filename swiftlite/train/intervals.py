@@ -89,6 +89,11 @@ class Best:
         """Name of the directory; rotation leaves it alone."""
         return self.record.get("checkpoint")
 
+    def describe(self) -> str:
+        """`eval_loss 1.90322`; without the value where an earlier run chose by another metric."""
+        value = self.record.get(self.metric)
+        return self.metric if value is None else f"{self.metric} {value:.6g}"
+
     def is_over(self, early_stop_interval: int | None) -> bool:
         """Were so many checkpoints in a row worse than the best? A run that is resumed counts anew."""
         return early_stop_interval is not None and self.worse_since >= early_stop_interval

@@ -134,7 +134,7 @@ class Run:
         deleted: list[Path] = []
         if is_main_process():
             if self.best.saved(step, written[0].name, evaluation):
-                logger.info("best so far: %s", self.best.record)
+                logger.info("best so far: %s, %s", written[0].name, self.best.describe())
             if self.best.is_over(self.args.early_stop_interval):
                 self.stop.early = "no better evaluation"
             deleted = self.record.saved(written, self.args.save_total_limit, self.best.checkpoint)
@@ -292,7 +292,7 @@ def say_ended(run: Run, engine: Engine, step: int, last: Mapping[str, float], se
     for path in run.written:
         logger.info("wrote %s", path)
     if run.best.checkpoint:
-        logger.info("best checkpoint by %s: %s", run.best.metric, run.root / run.best.checkpoint)
+        logger.info("best checkpoint: %s, %s", run.root / run.best.checkpoint, run.best.describe())
     log_next(*engine.next_command())
     if run.stopped:
         say_how_to_go_on(run.args, run.stop)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from swiftlite.arguments.parser import REGISTERED
 from swiftlite.arguments.train import OPTIMIZERS as BUILT_IN
 from swiftlite.arguments.train import SftArguments, TrainArguments
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.text import short
 
 if TYPE_CHECKING:
     from swiftlite.train.loop import Run
@@ -57,21 +59,38 @@ CALLBACKS: list[Callback] = []
 def register_objective(name: str, loss: TokenLoss) -> None:
     """What `--token_loss NAME` of sft and pt minimises, on both sides: a mean over the tokens of the global batch."""
     OBJECTIVES[name] = loss
+    REGISTERED.add(name)
 
 
 def register_optimizer(name: str, make: MakeOptimizer) -> None:
     """What `--optim NAME` is, with transformers."""
     OPTIMIZERS[name] = make
+    REGISTERED.add(name)
 
 
 def register_callback(callback: Callback) -> None:
-    """Have every run of this process call it."""
+    """Have every run of this process call it. Raises: UsageError for what is no object of a Callback class."""
+    if not isinstance(callback, Callback):
+        raise UsageError(f"callback {short(repr(callback))}: must be an object of a class made from swiftlite.Callback")
     CALLBACKS.append(callback)
 
 
 def token_loss_of(args: SftArguments) -> TokenLoss | None:
-    """What takes the place of tokens' cross entropies; None: nothing does."""
-    return registered(OBJECTIVES, args.token_loss, "token_loss") if args.token_loss else None
+    """What takes the place of tokens' cross entropies; None: nothing does. It raises UsageError where it gives others."""
+    if not args.token_loss:
+        return None
+    name, loss = args.token_loss, registered(OBJECTIVES, args.token_loss, "token_loss")
+
+    def checked(losses: Tensor) -> Tensor:
+        found = loss(losses)
+        if not isinstance(found, Tensor) or found.shape != losses.shape:
+            what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise UsageError(
+                f"--token_loss {name}: gave {what} for losses of shape {list(losses.shape)}; it must give as many"
+            )
+        return found
+
+    return checked
 
 
 def check_names(args: SftArguments) -> None:

@@ -176,7 +176,7 @@ def find_iteration(directory: Path) -> Path:
             raise CheckpointError(f"{tracker} names iteration {text}, but {directory / name}/.metadata is not there")
         return directory / name
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} does not exist; give the directory of a Megatron checkpoint")
+        raise CheckpointError(f"{directory}: no such directory; check the path")
     newest = Directory(directory).iteration
     if newest is not None:
         raise CheckpointError(f"{directory}: its {TRACKER} is missing; name the checkpoint itself, {newest}")

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TextIO
 
+from swiftlite.utils.errors import UsageError
 from swiftlite.utils.secrets import redact
 from swiftlite.utils.text import printable
 
@@ -33,15 +34,21 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
 def get_logger() -> logging.Logger:
-    """Return the `swiftlite` logger; the level is `SWIFTLITE_LOG_LEVEL` (default INFO)."""
+    """Return the `swiftlite` logger; the level is `SWIFTLITE_LOG_LEVEL` (default INFO). Raises: UsageError for another."""
     logger = logging.getLogger("swiftlite")
     if not logger.handlers:
         handler = _StderrHandler()
         handler.setFormatter(_Formatter("[%(levelname)s] %(message)s"))
         handler.addFilter(_RankZeroFilter())
+        level = os.environ.get("SWIFTLITE_LOG_LEVEL") or "INFO"
+        if level.upper() not in _LEVELS:
+            raise UsageError(f"SWIFTLITE_LOG_LEVEL is {level}: must be one of {', '.join(_LEVELS)}")
+        logger.setLevel(level.upper())
         logger.addHandler(handler)
-        logger.setLevel(os.environ.get("SWIFTLITE_LOG_LEVEL", "INFO").upper())
         logger.propagate = False
     return logger
 

@@ -42,6 +42,8 @@ REMARKS = (
     Remark(r"Unable to fetch remote file due to", "peft looks for a base's copy on a hub"),
     Remark(r"The PEFT config's `base_model_name_or_path` was renamed", "a base may be given by another path or id"),
     Remark(r"WARNING: there is no optimizer on RANK", "nothing there is trained; a run's first lines tell how much is"),
+    Remark(r"Overwriting old incomplete / corrupted checkpoint", "files of a save that has begun in a directory of its own",
+           "megatron.core.dist_checkpointing.serialization"),
     Remark(r"GPTModel IS DEPRECATED", "the model class that is used here on purpose", "megatron.core.models.gpt.gpt_model"),
 )  # fmt: skip
 
@@ -51,15 +53,20 @@ def quiet() -> None:
 
     Call it before tqdm is imported: it reads its defaults from the environment then.
     """
+    without_remarks()
+    if not sys.stderr.isatty():
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL", "TQDM_DELAY"):
+            os.environ.setdefault(name, str(BAR_SECONDS))
+
+
+def without_remarks() -> None:
+    """Leave out what REMARKS names."""
     for remark in REMARKS:
         if remark.logger is None:
             warnings.filterwarnings("ignore", message=remark.text)
         else:
             pattern = re.compile(remark.text)
             logging.getLogger(remark.logger).addFilter(lambda record, p=pattern: p.match(record.getMessage()) is None)  # type: ignore[misc]
-    if not sys.stderr.isatty():
-        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL", "TQDM_DELAY"):
-            os.environ.setdefault(name, str(BAR_SECONDS))
 
 
 BAR_SECONDS = 60

@@ -45,7 +45,9 @@ def short(text: str, most: int = 60) -> str:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What an error says; its type where it says nothing."""
+    """What an error says; its type where it says nothing. Of the system's errors not their number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 

@@ -195,7 +195,11 @@ def _group_of(quantisation: Config) -> int | None:
         bits, symmetric, order, group = kinds.pop()
         if (bits, symmetric, order) == (4, True, None):
             return int(group) if group and int(group) > 0 else None
+    said = sorted(
+        f"{bits} bits, {'' if symmetric else 'a'}symmetric, actorder {order or 'none'}, group size {group or 'none'}"
+        for bits, symmetric, order, group in kinds
+    )
     raise ConfigError(
-        f"the weights are packed as (bits, symmetric, order, group) {sorted(map(str, kinds))}; of weights packed by "
+        f"the weights are packed with {' and with '.join(said) or 'nothing that is said'}; of weights packed by "
         "compressed-tensors only symmetric ones of 4 bits, all alike, can be read: use the unquantised model"
     )

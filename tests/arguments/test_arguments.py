@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from swiftlite.arguments.base import BaseArguments, normalize_dtype
+from swiftlite.arguments.deploy import DeployArguments
 from swiftlite.arguments.export import ExportArguments, parse_bytes
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.megatron_train import MegatronSftArguments
@@ -79,6 +80,11 @@ def test_wrong_sizes(text):
         (InferArguments, {"prompt": "a", "val_dataset": ["b"]}, "give one of them"),
         (InferArguments, {"result_path": "a"}, "needs --val_dataset FILE"),
         (InferArguments, {"temperature": -1}, "--temperature -1: must be 0 or more"),
+        (InferArguments, {"top_p": 1.5}, "--top_p 1.5: must be between 0 and 1"),
+        (InferArguments, {"top_k": -1}, "--top_k -1: must be 0 or more"),
+        (InferArguments, {"num_beams": 0}, "--num_beams 0: must be at least 1"),
+        (InferArguments, {"repetition_penalty": 0.0}, "--repetition_penalty 0.0: must be above 0"),
+        (DeployArguments, {"port": 99999}, "--port 99999: must be between 1 and 65535"),
         (BaseArguments, {"split_dataset_ratio": 2}, "--split_dataset_ratio 2: must be between 0 and 1"),
         (BaseArguments, {"max_length": 0}, "--max_length 0: must be at least 1"),
         (BaseArguments, {"truncation_strategy": "cut"}, "must be one of delete, left, right, split, raise"),

@@ -90,6 +90,14 @@ def test_help_of_each_command(words, capsys, monkeypatch):
         assert len(flags[0]) >= 15 and {"model", "output_dir"} & flags[0]
 
 
+@pytest.mark.parametrize("words, flags", [("sft", "model dataset loss_type lr"), ("infer", "model val_dataset prompt seed"),
+                                          ("deploy", "model host infer_backend seed")])  # fmt: skip
+def test_the_model_and_the_data_stand_first(words, flags, capsys):
+    main([words, "--help"])
+    shown = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)
+    assert shown[0] == "model" and [name for name in shown if name in flags.split()] == flags.split()
+
+
 @pytest.mark.parametrize("words", ROUTES, ids=" ".join)
 def test_examples_parse(words):
     typed = shlex.split(ROUTES[words].example)

@@ -182,7 +182,15 @@ def test_adapters_beside_the_model_or_merged(chat_model: Path, adapter: Path, tm
 
     served = prepare("--adapters", f"one={adapter}", f"two={adapter}", "--model", str(chat_model))
     assert served.adapters == {"one": adapter, "two": adapter} and served.max_rank == 6 and served.name == "tiny"
-    assert prepare("--model", str(adapter.parent)).adapters == {f"{adapter.parent.name}-checkpoint-4": adapter}
+    of_run = prepare("--model", str(adapter.parent))  # who asks for the run by its name gets what it has learnt
+    assert of_run.adapters == {adapter.parent.name: adapter} and of_run.name == "tiny"
+    assert prepare("--model", str(adapter.parent), "--served_model_name", "law").adapters == {"law": adapter}
+    with pytest.raises(UsageError, match="--adapters: tiny is what the model itself is called"):
+        prepare("--adapters", f"tiny={adapter}", "--model", str(chat_model))
+    with pytest.raises(UsageError, match="--adapters nowhere: no such directory"):
+        prepare("--adapters", "nowhere", "--model", str(chat_model))
+    with pytest.raises(UsageError, match="--mcore_model nowhere: no such directory"):
+        prepare("--mcore_model", "nowhere")
     alone = prepare("--adapters", str(adapter), engine="transformers")  # its config names the base
     assert not alone.adapters and alone.name == f"{adapter.parent.name}-checkpoint-4"
     ids = torch.arange(10)[None]
@@ -250,7 +258,7 @@ def app(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         with pytest.raises(SystemExit) as ended:
             deploy.deploy_main(
                 ["--model", str(chat_model), "--infer_backend", "transformers", "--api_key", "the-key-of-the-test",
-                 "--", "--device", "cpu"]
+                 "--port", str(free_port()), "--", "--device", "cpu"]
             )  # fmt: skip
         assert ended.value.code in (0, None)
         yield found[0]  # still where the server is: the model's name is its path there
@@ -294,6 +302,12 @@ def test_chat_of_the_openai_client(app: Any) -> None:
         stopped = await complete(client, stop=["help", "zzz"])
         assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("Hello! How can I ", "stop")
         assert await stream(client, stop="lp you") == ("Hello! How can I he", ["stop"])
+        for stop in ({}, {"stop": "lp you"}):  # the client above reads no further; others wait for it
+            asked = {"model": "tiny", "messages": HELLO, "stream": True, **stop}
+            raw = await client._client.post(  # as it comes, without the client's reading
+                "/v1/chat/completions", json=asked, headers={"Authorization": "Bearer the-key-of-the-test"}
+            )
+            assert raw.text.endswith("}\n\ndata: [DONE]\n\n") and raw.text.count("[DONE]") == 1
         parts = [{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]
         assert (await complete(client, messages=parts)).choices[0].message.content == SAID
         text = await client.completions.create(
@@ -338,7 +352,8 @@ BAD = [
     ({"tools": [{"type": "function"}]}, "tools must be a list"),
     ({"n": 2}, "n: transformers' server does not have it"),
     ({"response_format": {"type": "json_object"}}, "response_format: "),
-    ({"model": "other"}, "400"),
+    ({"presence_penalty": 1}, "presence_penalty: "),
+    ({"model": "other"}, "400 - Server is pinned to 'tiny'; requested 'other'"),
 ]
 
 
@@ -347,7 +362,7 @@ def test_bad_requests_are_the_clients(app: Any) -> None:
         for keywords, message in BAD:
             with pytest.raises(openai.BadRequestError, match=message):
                 await complete(client, **keywords)
-        with pytest.raises(openai.UnprocessableEntityError):
+        with pytest.raises(openai.UnprocessableEntityError, match="422 - Unexpected fields in the request: .*bogus"):
             await complete(client, extra_body={"bogus": 1})
         for path, body in (("/chat/completions", b"{"), ("/chat/completions", b"[]"), ("/completions", b"{}")):
             with pytest.raises(openai.BadRequestError):
@@ -365,6 +380,22 @@ def test_bad_requests_are_the_clients(app: Any) -> None:
     ask(app, unknown, "another-key")
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded() -> None:
+    words = ["--model", "ORG/NAME", "--infer_backend", "transformers", "--port"]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        with pytest.raises(UsageError, match=f"--port {taken}: cannot be listened to: .*in use"):
+            deploy.deploy_main([*words, str(taken)])
+
+
 def test_what_the_server_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     openai_server.check_installed()
     real = openai_server.importlib.util.find_spec
@@ -377,9 +408,7 @@ def test_what_the_server_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_server_in_its_own_process(chat_model: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = ["deploy", "--model", str(chat_model), "--infer_backend", "transformers", "--port", str(port)]
     child = subprocess.Popen([sys.executable, "-m", "swiftlite", *words], stderr=subprocess.DEVNULL)
     try:

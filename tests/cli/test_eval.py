@@ -215,3 +215,25 @@ def test_a_question_alone_has_no_score(chat_model: Path, tmp_path: Path) -> None
     (values,) = run("--model", str(chat_model), "--val_dataset", str(file), "--metrics", "exact_match",
                     "--max_new_tokens", "20")[0]["results"].values()  # fmt: skip
     assert values == {"rows": 1.0, "exact_match": 1.0}
+
+
+def test_a_score_of_no_rows_is_left_out(chat_model: Path, files: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    (entry,) = run("--model", str(chat_model), "--val_dataset", files[0], "--metrics", "choice", "--max_new_tokens", "2",
+                   "--result_path", str(path))  # fmt: skip
+    assert entry["results"][files[0]] == {"rows": 2.0, "choice_rows": 0.0}  # no answer is a letter
+    assert "NaN" not in path.read_text()
+
+
+def test_what_is_missing_is_told_first(
+    chat_model: Path, files: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def not_yet(*_: Any) -> None:
+        raise AssertionError("a model was evaluated")
+
+    monkeypatch.setattr("swiftlite.llm.evaluate.trained_losses", not_yet)
+    with pytest.raises(UsageError, match="--model nowhere: no such directory"):
+        run("--model", str(chat_model), "nowhere", "--val_dataset", files[0])
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(UsageError, match="--metrics rouge: is computed by rouge-score"):
+        run("--model", str(chat_model), "--val_dataset", files[0], "--metrics", "loss", "rouge")

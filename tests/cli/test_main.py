@@ -24,6 +24,12 @@ def swiftlite(*argv, **environ):
     )  # fmt: skip
 
 
+def test_an_unknown_log_level_is_told():
+    done = swiftlite("plot", "missing", SWIFTLITE_LOG_LEVEL="loud")
+    assert done.returncode == 2
+    assert done.stderr == "swiftlite: error: SWIFTLITE_LOG_LEVEL is loud: must be one of DEBUG, INFO, WARNING, ERROR\n"
+
+
 # ---- help and version ----
 
 

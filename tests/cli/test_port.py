@@ -203,3 +203,9 @@ timeout 10h swift sft --model m21 && echo done
     assert asked["m8"].words[-1] == "$lr"
     (empty,) = find_commands("swift sft --response_prefix '' --lr 1e-4")
     assert empty.words == ["sft", "--response_prefix", "", "--lr", "1e-4"]
+
+
+def test_a_script_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["port", "missing.sh"]) == 2
+    said = "missing.sh: cannot be read as a script (No such file or directory: missing.sh)"
+    assert capsys.readouterr().err == f"swiftlite: error: {said}\n"

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from swiftlite.arguments.infer import InferArguments
 from swiftlite.arguments.parser import parse
 from swiftlite.llm import infer
-from swiftlite.utils.errors import DatasetError, UsageError
+from swiftlite.utils.errors import DatasetError, TemplateError, UsageError
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -90,6 +91,20 @@ def test_stop_words_end_the_answer_and_are_cut(model_dir: str, generator: infer.
     expected = full[: full.index(word)]
     assert stopped.answer([QUESTION]) == [expected]
     assert "".join(stopped.stream(QUESTION)) == expected
+
+
+def test_the_longest_conversation_limits_the_answer(generator: infer.Generator) -> None:
+    room = replace(generator, max_model_len=12)
+    assert (room._config(5).max_new_tokens, replace(room, max_new_tokens=3)._config(5).max_new_tokens) == (7, 3)
+    assert replace(room, max_new_tokens=30)._config(5).max_new_tokens == 7
+    with pytest.raises(TemplateError, match="the conversation has 12 tokens, the model holds 12"):
+        room._config(12)
+
+
+def test_sampling_flags_without_sampling(generator: infer.Generator, caplog: pytest.LogCaptureFixture) -> None:
+    assert replace(generator, top_p=0.5, temperature=1.0)._config(5).top_p == 0.5 and not caplog.text
+    assert replace(generator, top_p=0.5, top_k=4, temperature=0.0)._config(5).top_p is None
+    assert "--top_p, --top_k: no effect, the most likely token is taken; sample with --temperature 1" in caplog.text
 
 
 def test_leaving_a_stream_ends_the_generation(model_dir: str) -> None:
@@ -288,8 +303,9 @@ def test_adapters_are_added(model_dir: str, generator: infer.Generator, tmp_path
 
 
 def test_a_run_that_was_ended_goes_on(
-    model_dir: str, generator: infer.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    model_dir: str, generator: infer.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     file, result = tmp_path / "rows.jsonl", tmp_path / "rows.out"
     questions = ["Hello", "What?", "Who?", "Where?"]
     file.write_text("\n".join(json.dumps({"query": text, "response": "known"}) for text in questions))
@@ -313,6 +329,8 @@ def test_a_run_that_was_ended_goes_on(
     partial.write_bytes(b"".join(lines[:2]) + lines[2][:-9])  # a kill in the middle of a line
     ended, asked[:] = False, []
     assert answered(model_dir, monkeypatch, generator, file) == whole and asked == ["Who?", "Where?"]
+    said = "2 of 4 rows were answered before, by whatever model and settings; 2 are left. To answer all: remove "
+    assert f"{said}{partial}\n" in caplog.text
     assert not partial.exists()
     asked.clear()
     file.write_text(file.read_text() + "\n" + json.dumps({"query": "More?"}))

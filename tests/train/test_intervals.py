@@ -63,6 +63,7 @@ def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
         "eval_loss": 1.0,
     }
     assert Best(tmp_path, "eval_loss").checkpoint == "checkpoint-2", "a resumed run remembers"
+    assert best.describe() == "eval_loss 1" and Best(tmp_path, "eval_acc").describe() == "eval_acc"
     record = Record(tmp_path)
     for step in (1, 2, 3):
         record.saved([tmp_path / f"checkpoint-{step}"], None, None)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from swiftlite.arguments import parser
 from swiftlite.checkpoint import resolve
 from swiftlite.llm.template import loss_scale
 from swiftlite.llm.train.sft import sft_main
@@ -26,6 +27,8 @@ ROWS = [{"query": f"What is {i} plus {i}?", "response": f"It is {2 * i}."} for i
 def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has read no plugin."""
     monkeypatch.setattr(resolve, "_registered", set())
+    monkeypatch.setattr(parser, "REGISTERED", set())
+    monkeypatch.setattr(plugins, "REGISTERED", parser.REGISTERED)
     kinds: list[dict[str, Any]] = [plugins.OBJECTIVES, plugins.OPTIMIZERS, loss_scale.PATTERNS]
     before = [dict(kind) for kind in kinds]
     yield
@@ -51,7 +54,7 @@ def train(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., list
         if plugin:
             settings["external_plugins"] = EXAMPLES / f"{plugin}.py"
         main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
-        return read_run(output / "logging.jsonl")
+        return read_run(Path(settings["output_dir"]) / "logging.jsonl")
 
     return run
 
@@ -97,6 +100,23 @@ def test_objective(train: Any, tmp_path: Path) -> None:
     focal = plugins.OBJECTIVES["focal"](losses)
     torch.testing.assert_close(focal, (1 - losses.neg().exp()).square() * losses)
     assert mine[2]["loss"] < 0.999 * mine[1]["eval_loss"], "of the same weights"
+
+
+@SIDES
+def test_registered_from_python(side: Any, train: Any, tmp_path: Path) -> None:
+    """In a notebook there is no file of --external_plugins."""
+    plugins.register_objective("half", lambda losses: losses / 2)
+    whole = train(side, None, train_iters=1)
+    half = train(side, None, train_iters=1, token_loss="half", output_dir=tmp_path / "half")
+    assert half[0]["loss"] == pytest.approx(whole[0]["loss"] / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss, gave", [(torch.mean, r"shape \[\]"), (lambda losses: None, "a NoneType")])
+def test_an_objective_gives_one_loss_a_token(loss: Any, gave: str, train: Any) -> None:
+    plugins.register_objective("wrong", loss)
+    for side in (sft_main, megatron_sft_main):
+        with pytest.raises(UsageError, match=f"--token_loss wrong: gave {gave} for losses of shape .*as many"):
+            train(side, None, train_iters=1, token_loss="wrong")
 
 
 def test_names_that_nobody_registered(train: Any) -> None:

@@ -40,6 +40,9 @@ def test_log_lines_of_a_library(caplog: pytest.LogCaptureFixture, monkeypatch: p
         quiet()
     logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
     logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+    logging.getLogger("megatron.core.dist_checkpointing.serialization").warning(
+        "Overwriting old incomplete / corrupted checkpoint..."
+    )
     logger.warning("another")
     assert [record.message for record in caplog.records] == ["another"]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from swiftlite.utils.errors import UsageError
 from swiftlite.utils.logger import get_logger
+from swiftlite.utils.text import one_line
 from swiftlite.utils.types import Json
 
 Row = Json
@@ -78,7 +79,7 @@ def register_dataset_info(file: str) -> list[str]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--dataset_info {file}: cannot be read ({error}); give a JSON file") from None
+        raise UsageError(f"--dataset_info {file}: cannot be read ({one_line(error)}); give a JSON file") from None
     if isinstance(entries, Mapping):
         entries = [
             {"dataset_name": name, **entry} if isinstance(entry, Mapping) else entry for name, entry in entries.items()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.text import one_line
 
 STRATEGIES = ("default", "last_round", "all")
 
@@ -59,7 +60,9 @@ def _named(name: str, text: str) -> Weights:
         except (OSError, ValueError) as error:
             if isinstance(error, UsageError):
                 raise
-            raise UsageError(f"--loss_scale {name}: cannot be read ({error}); give {{pattern: [weight]}}") from None
+            raise UsageError(
+                f"--loss_scale {name}: cannot be read ({one_line(error)}); give {{pattern: [weight]}}"
+            ) from None
     known = [*STRATEGIES, *PATTERNS]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, or a .json file"

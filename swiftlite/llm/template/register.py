@@ -20,11 +20,13 @@ def register_template_class(name: str, template_class: type[Template]) -> None:
     TEMPLATE_CLASSES[name] = template_class
 
 
-def get_template(template_type: str, tokenizer: PreTrainedTokenizerBase, **options: object) -> Template:
-    """Make the template of a type for a tokenizer. options: see TemplateOptions.
+def get_template(template_type: str | None, tokenizer: PreTrainedTokenizerBase, **options: object) -> Template:
+    """Make the template of a type for a tokenizer; None, of a model that may be of several types: its own chat template.
 
-    Raises: UsageError for an unknown type (the nearest is named) or value.
+    Args: options: see TemplateOptions.
+    Raises: UsageError for an unknown type (the nearest is named) or value, or where there is no chat template.
     """
+    template_type = template_type or JINJA
     if template_type == JINJA:
         options["template_backend"] = "jinja"
     meta = get_template_meta(template_type)

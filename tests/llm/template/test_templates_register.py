@@ -106,6 +106,7 @@ def test_the_checkpoints_own_template_is_used_unless_another_is_asked_for(make_t
     tokenizer.chat_template = official.jinja_text("qwen3_instruct_2507")
     own = get_template("qwen3", tokenizer, template_backend="auto")
     assert own.chat.source() == tokenizer.chat_template and own.template_backend == "jinja"
+    assert get_template(None, tokenizer).chat.is_own  # model_meta.template of a model that may be of several types
     asked = get_template("qwen3", tokenizer)
     answered = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     assert "<think>" in asked.training_text({"messages": answered})[0]

@@ -137,7 +137,9 @@ def test_checkpoint_has_the_models_own_files(run: Any, tiny_model: Callable[...,
     assert not (tmp_path / "run/.saving").exists()
 
 
-def test_best_and_limit(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_and_limit(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The checkpoint of the best evaluation stays next to the newest ones."""
     evaluate = HfTrainer.evaluate
 
@@ -148,6 +150,8 @@ def test_best_and_limit(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run(sft_main, "run", split_dataset_ratio=0.25, save_steps=1, eval_steps=1, save_total_limit=2)
     assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
     assert json.loads((tmp_path / "run/best.json").read_text())["step"] == 1
+    assert "best so far: checkpoint-1, eval_loss 1\n" in caplog.text
+    assert f"best checkpoint: {tmp_path / 'run/checkpoint-1'}, eval_loss 1\n" in caplog.text
 
 
 def test_evaluation_counts_every_sample(run: Any, tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
