@@ -94,7 +94,7 @@ def their_run(
 
 
 LOSSES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {
-    "infonce": ("MultipleNegativesRankingLoss", {"scale": 20}, TRIPLETS, {"infonce_temperature": 0.05}),
+    "infonce": ("MultipleNegativesRankingLoss", {"scale": 5}, TRIPLETS, {"infonce_temperature": 0.2}),
     "cosine_similarity": ("CosineSimilarityLoss", {}, PAIRS, {}),
 }
 
