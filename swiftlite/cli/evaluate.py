@@ -33,9 +33,8 @@ def eval_main(args: EvalArguments | Sequence[str]) -> Json:
     if args.eval_backend == "lm_eval" and found("lm_eval") is None:
         raise UsageError("--eval_backend lm_eval: lm-evaluation-harness is not installed; pip install 'lm-eval[hf]'")
     done = []
-    for given, read in [
-        (given, readable(given, args.checkpoint)) for given in args.model
-    ]:  # before the first is measured
+    models = [(given, readable(given, args.checkpoint)) for given in args.model]  # before the first is measured
+    for given, read in models:
         if args.eval_backend == "lm_eval":
             results: Results = benchmarks(args, read)
         else:
