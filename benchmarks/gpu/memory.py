@@ -29,7 +29,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether th
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import rows  # noqa: E402
-from run import preload  # noqa: E402
+from run import preload, rank_environment  # noqa: E402
 
 WHOLE = ["--loss_chunk_size", str(1 << 40)]
 OFFLOAD = ["--optimizer_cpu_offload", "true"]
@@ -92,10 +92,7 @@ def predicted(name: str, length: int, args: argparse.Namespace) -> int:
 
 
 def child(name: str, length: int, args: argparse.Namespace, rank: int, gpus: int) -> None:
-    if gpus > 1:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": gpus,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": args.port}  # fmt: skip
-        os.environ.update({key: str(value) for key, value in ranks.items()})
+    os.environ.update(rank_environment(rank, gpus, args.port))
     log = os.open(args.directory / f"log.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
     import torch
@@ -139,7 +136,7 @@ def trial(name: str, length: int, args: argparse.Namespace) -> dict[str, float] 
         time.sleep(0.1)
     if all(file.exists() for file in results):
         found = [json.loads(file.read_text()) for file in results]
-        return {**found[0], "peak": max(line["peak"] for line in found)}
+        return dict(max(found, key=lambda line: line["peak"]))
     text = "\n".join(log.read_text(errors="replace").strip() for log in logs)
     if not re.search(r"out of memory|OutOfMemory|CUBLAS_STATUS_ALLOC_FAILED", text):
         print(f"{name} at {length}: " + "\n  ".join(text.splitlines()[-args.log_lines :]), flush=True)

@@ -141,6 +141,13 @@ class Running:
         return not any(process.is_alive() for process in self.processes)
 
 
+def rank_environment(rank: int, gpus: int, port: int) -> dict[str, str]:
+    """What torchrun would tell one of several processes; nothing for one alone."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": gpus,
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    return {key: str(value) for key, value in ranks.items()} if gpus > 1 else {}
+
+
 def start(row: Row, args: argparse.Namespace, gpus: list[int], port: int) -> Running:
     fork = multiprocessing.get_context("fork")
     shutil.rmtree(args.directory / slug(row), ignore_errors=True)
@@ -149,10 +156,8 @@ def start(row: Row, args: argparse.Namespace, gpus: list[int], port: int) -> Run
     common = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), **row.environment}
     processes = []
     for rank in range(row.gpus):
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": row.gpus, "LOCAL_WORLD_SIZE": row.gpus,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        several = {key: str(value) for key, value in ranks.items()} if row.gpus > 1 else {}
-        processes.append(fork.Process(target=child, args=(row, args, common | several, result)))
+        environment = common | rank_environment(rank, row.gpus, port)
+        processes.append(fork.Process(target=child, args=(row, args, environment, result)))
     for process in processes:
         process.start()
     return Running(row, gpus, processes, result, min(time.time() + args.row_seconds, args.deadline))

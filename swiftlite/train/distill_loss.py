@@ -129,13 +129,13 @@ def _term(p: Tensor, q: Tensor) -> Tensor:
 Terms = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
-def in_chunks(terms: Terms, logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """What `terms` says of logits [N, V], `size` rows of them at a time: losses [N] and other values [N] without gradients.
+def in_chunks(terms: Terms, logits: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+    """What `terms` says of logits [N, V], rows of `at_once` logits at a time: losses [N], others [N] without gradients.
 
     A row's loss depends on no other row. Its gradient is taken at once, so that of all rows the logits and their gradient
     stay, in their own dtype, and what a loss needs besides is there for one chunk only.
     """
-    losses, others = _Chunks.apply(logits, terms, size)  # type: ignore[no-untyped-call]
+    losses, others = _Chunks.apply(logits, terms, max(at_once // logits.shape[1], 1))  # type: ignore[no-untyped-call]
     return losses, others
 
 
@@ -150,9 +150,8 @@ class _Chunks(torch.autograd.Function):
         trained = ctx.needs_input_grad[0]
         ctx.gradient = torch.empty_like(logits) if trained else None
         found = []
-        for first in range(
-            0, max(len(logits), 1), size
-        ):  # also of no rows: ranks with parts of a vocabulary meet in it
+        # Also of no rows: ranks with parts of a vocabulary meet in it.
+        for first in range(0, max(len(logits), 1), size):
             rows = slice(first, first + size)
             with torch.set_grad_enabled(trained):
                 part = logits[rows].detach().requires_grad_(trained)

@@ -30,9 +30,8 @@ SCALES = (".weight_scale_inv", ".weight_scale")
 # Scales of activations and of the key/value cache: no part of the weights.
 ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".q_scale", ".k_scale", ".v_scale")
 BLOCK = (128, 128)  # where config.json does not say
-LOOKED_UP = (
-    1 << 16
-)  # numbers at a time: numpy makes indices of 8 bytes of them, which fit the cache of a processor core
+# Numbers looked up at a time: numpy makes indices of 8 bytes of them, which fit the cache of a processor core.
+LOOKED_UP = 1 << 16
 
 
 def open_source(directory: Path, config: Config) -> SafetensorsSource:
@@ -89,11 +88,10 @@ def numbers_of(raw: Tensor) -> Tensor:
     """fp32 of FP8 numbers. Looked up: on a processor core, torch's own conversion takes some four times as long."""
     numbers = torch.empty(raw.shape)
     codes, out = raw.contiguous().view(torch.uint8).view(-1).numpy(), numbers.view(-1).numpy()
+    table = _table(raw.dtype)
     for first in range(0, len(codes), LOOKED_UP):
         part = slice(first, first + LOOKED_UP)
-        np.take(
-            _table(raw.dtype), codes[part], out=out[part], mode="clip"
-        )  # without the check that a byte is below 256
+        np.take(table, codes[part], out=out[part], mode="clip")  # without the check that a byte is below 256
     return numbers
 
 

@@ -63,14 +63,16 @@ def test_chunks_are_the_whole(size: int) -> None:
 
     whole, other = Divergence(0.3)(student, teacher), student.logsumexp(-1)
     (wanted,) = torch.autograd.grad((whole * weights).sum(), student)
-    mine, told = in_chunks(terms, student, size)
+    mine, told = in_chunks(terms, student, size * student.shape[1])
     torch.testing.assert_close((mine, told), (whole, other))
     assert max(seen) == min(size, len(student)) and sum(seen) == len(student) and not told.requires_grad
     torch.testing.assert_close(torch.autograd.grad((mine * weights).sum(), student)[0], wanted)
-    none = in_chunks(lambda part, rows: (Divergence()(part, teacher[:0][rows]), part.sum(-1)), student[:0], size)
+    none = in_chunks(
+        lambda part, rows: (Divergence()(part, teacher[:0][rows]), part.sum(-1)), student[:0], size * student.shape[1]
+    )
     assert [len(values) for values in none] == [0, 0]
     with torch.no_grad():
-        torch.testing.assert_close(in_chunks(terms, student, size)[0], whole)
+        torch.testing.assert_close(in_chunks(terms, student, size * student.shape[1])[0], whole)
 
 
 class _Meeting:

@@ -51,7 +51,7 @@ class Distillation(LanguageModeling):
             entropies = cross_entropy(logits.float(), labels[rows], reduction="none")
             return distances(logits[:, : self.rows], rows) + self.sft_alpha * entropies, entropies
 
-        losses, entropies = in_chunks(terms, student, max(DIVERGENCE_LOGITS // student.shape[1], 1))
+        losses, entropies = in_chunks(terms, student, DIVERGENCE_LOGITS)
         if "loss_scale" in batch:
             losses, entropies = (values * batch["loss_scale"][:, 1:][there] for values in (losses, entropies))
         return {"loss": losses.sum(), "nll": entropies.sum(), "trained_tokens": there.sum()}

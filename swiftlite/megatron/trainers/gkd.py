@@ -120,7 +120,7 @@ class GkdTrainer(SftTrainer):
             nll = vocab_parallel_cross_entropy(student.clone(), labels[rows])
             return distances(student, rows) + self.args.sft_alpha * nll, nll
 
-        losses, nll = in_chunks(terms, logits[there], max(DIVERGENCE_LOGITS // logits.shape[-1], 1))
+        losses, nll = in_chunks(terms, logits[there], DIVERGENCE_LOGITS)
         total, count = (losses * weights).sum(), there.sum().int()
         sums = {"loss": total.detach().clone(), "nll": (nll * weights).sum(), "trained_tokens": count}
         return total, count, sums
