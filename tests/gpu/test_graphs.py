@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.families.cases import build_hf
-from tests.gpu.test_te import config
+from tests.gpu.test_te import bf16_model, config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,11 +38,7 @@ def test_losses_of_replays_are_those_of_eager_passes(
     from swiftlite.train.plot import read_run
 
     case, kind, flags = CASES[name]
-    build_hf(config(case), tmp_path / "hf", dtype=torch.bfloat16)
-    for file in tiny_tokenizer_dir.iterdir():
-        shutil.copy(file, tmp_path / "hf")
-    stated = json.loads((tmp_path / "hf/config.json").read_text())
-    (tmp_path / "hf/config.json").write_text(json.dumps({**stated, "torch_dtype": "bfloat16"}))
+    bf16_model(config(case), tmp_path / "hf", tiny_tokenizer_dir)
     rows = []
     for number in range(64):
         text = " ".join(str((number * 7 + i * i) % 100) for i in range(300))

@@ -15,8 +15,7 @@ from safetensors import safe_open
 
 from swiftlite.cli.main import main
 from swiftlite.train.plot import read_run
-from tests.families.cases import build_hf
-from tests.gpu.test_te import config
+from tests.gpu.test_te import bf16_model, config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,11 +41,7 @@ def train(tmp_path: Path, tiny_tokenizer_dir: Path) -> Callable[..., list[float]
         model = tmp_path / kind
         if not model.exists():
             wide = {"moe_intermediate_size": 128} if kind == "moe" else {}
-            build_hf({**config(CASES[kind]), **wide}, model, dtype=torch.bfloat16)
-            for file in tiny_tokenizer_dir.iterdir():
-                shutil.copy(file, model)
-            stated = json.loads((model / "config.json").read_text())
-            (model / "config.json").write_text(json.dumps({**stated, "torch_dtype": "bfloat16"}))
+            bf16_model({**config(CASES[kind]), **wide}, model, tiny_tokenizer_dir)
         words = ["--model", str(model), "--model_type", CASES[kind].split(":")[0], "--template", "chatml"]
         words += ["--dataset", str(tmp_path / "train.jsonl"), "--train_iters", str(STEPS), "--lr", "1e-3"]
         words += ["--logging_steps", "1", "--global_batch_size", "8", "--micro_batch_size", "4", "--max_length", "256"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from swiftlite.cli.main import main
 from swiftlite.megatron.trainers.rlhf import megatron_rlhf_main
 from swiftlite.megatron.trainers.sft import megatron_sft_main
 from swiftlite.train.plot import read_run
-from tests.families.cases import build_hf
-from tests.gpu.test_te import config
+from tests.gpu.test_te import bf16_model, config
 from tests.rows import GROUPS, LABELLED, answer_rows, preference_rows
 
 pytestmark = [
@@ -80,11 +78,7 @@ class Side:
     def _model(self, name: str, seed: int) -> Path:
         directory = self.root / name
         if not directory.exists():
-            build_hf(config(f"{self.family}:default"), directory, seed, torch.bfloat16)
-            for file in self.tokenizer.iterdir():
-                shutil.copy(file, directory)
-            stated = json.loads((directory / "config.json").read_text())
-            (directory / "config.json").write_text(json.dumps({**stated, "torch_dtype": "bfloat16"}))
+            bf16_model(config(f"{self.family}:default"), directory, self.tokenizer, seed)
         return directory
 
     def train(self, side: str) -> list[dict[str, float]]:

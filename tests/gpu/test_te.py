@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ IDS = torch.randint(0, 500, (2, 192), generator=torch.Generator().manual_seed(3)
 def config(case: str) -> dict[str, Any]:
     merged = {**config_of(case), **CASES[case]}
     return {k: v for k, v in merged.items() if v is not None or k in config_of(case)}
+
+
+def bf16_model(config: dict[str, Any], directory: Path, tokenizer: Path, seed: int = 0) -> None:
+    """A model that commands train in bf16, with the tokenizer of another directory."""
+    build_hf(config, directory, seed, torch.bfloat16)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, directory)
+    stated = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**stated, "torch_dtype": "bfloat16"}))
 
 
 def arguments(directory: Path, dtype: str) -> Any:

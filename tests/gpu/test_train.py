@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from swiftlite.cli.main import main
-from tests.families.cases import build_hf
-from tests.gpu.test_te import config
+from tests.gpu.test_te import bf16_model, config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,11 +19,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("case", ["qwen3:default", "glm4_5:default", "moonlight:default", "qwen3_5_moe:text"])
 def test_sft_in_bf16(case: str, tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
-    build_hf(config(case), tmp_path / "hf", dtype=torch.bfloat16)
-    for file in tiny_tokenizer_dir.iterdir():
-        shutil.copy(file, tmp_path / "hf")
-    stated = json.loads((tmp_path / "hf/config.json").read_text())
-    (tmp_path / "hf/config.json").write_text(json.dumps({**stated, "torch_dtype": "bfloat16"}))
+    bf16_model(config(case), tmp_path / "hf", tiny_tokenizer_dir)
     row = {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Swifty."}]}
     (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(row)] * 64))
     words = ["--model", str(tmp_path / "hf"), "--model_type", case.split(":")[0], "--template", "chatml"]

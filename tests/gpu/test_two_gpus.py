@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,7 @@ import transformers
 
 from swiftlite.cli.main import main
 from swiftlite.train.plot import read_run
-from tests.families.cases import build_hf
-from tests.gpu.test_te import config
+from tests.gpu.test_te import bf16_model, config
 from tests.rows import UNEVEN_PAIRS
 
 pytestmark = [
@@ -68,11 +66,7 @@ class Runs:
         command, family, flags, _ = CASES[case]
         model, data = self.root / family, self.root / "data.jsonl"
         if not model.exists():
-            build_hf({**config(f"{family}:default"), "initializer_range": 0.02}, model, dtype=torch.bfloat16)
-            for file in self.tokenizer.iterdir():
-                shutil.copy(file, model)
-            stated = json.loads((model / "config.json").read_text())
-            (model / "config.json").write_text(json.dumps({**stated, "torch_dtype": "bfloat16"}))
+            bf16_model({**config(f"{family}:default"), "initializer_range": 0.02}, model, self.tokenizer)
             data.write_text("".join(json.dumps(row) + "\n" for row in UNEVEN_PAIRS[:8]))
         words = {"model": model, "model_type": family, "template": "chatml", "dataset": data, "train_iters": 8, "lr": 1e-3,
                  "logging_steps": 1, "report_to": "none", "save_weights_only": "true", "output_dir": output}  # fmt: skip
