@@ -3,16 +3,19 @@
     python benchmarks/gpu/memory.py                        every row of one GPU; docs/memory.md shows its table
     python benchmarks/gpu/memory.py --rows "dense.*"       some rows
     python benchmarks/gpu/memory.py --rows ".*cp2.*" --length 65536 --most 262144    two GPUs share the text
+    python benchmarks/gpu/memory.py --rows "moe plain" --held    what the memory is held by at the fullest moment
     python benchmarks/gpu/memory.py --tiny                 on a CPU, to see that it runs
 
 Each trial is a process a GPU (a fork, so imports are paid once): three steps of one text of exactly that length.
 Predicted is what the plan (`--dry_run true`) says without its allowance for CUDA; measured is what torch reserved, of which
-`used` held tensors at the fullest moment. The search for the longest text begins with the plan's answer.
+`used` held tensors at the fullest moment. The longest text is looked for from the plan's answer downwards.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU must not start CUDA here
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+import held  # noqa: E402
 import rows  # noqa: E402
 from run import preload, rank_environment  # noqa: E402
 
@@ -62,11 +66,11 @@ def gpus_of(name: str) -> int:
     return 2 if " cp2 " in name else 1
 
 
-def words_of(name: str, length: int, args: argparse.Namespace) -> list[str]:
+def words_of(name: str, length: int, args: argparse.Namespace, steps: int = 3) -> list[str]:
     model = name.split()[0]
     return [
         "--model", str(args.directory / model), "--model_type", rows.CONFIGS[model][1], "--template", "chatml",
-        "--dataset", str(args.directory / f"{length}.jsonl"), "--train_iters", "3", "--global_batch_size", "1",
+        "--dataset", str(args.directory / f"{length}.jsonl"), "--train_iters", str(steps), "--global_batch_size", "1",
         "--micro_batch_size", "1", "--lr", "1e-5", "--max_length", str(length), "--truncation_strategy", "right",
         "--save_weights_only", "true", "--report_to", "none", "--cuda_graph", "false",
         "--output_dir", str(args.directory / "run"), *OPTIONS[name],
@@ -91,18 +95,30 @@ def predicted(name: str, length: int, args: argparse.Namespace) -> int:
     return need.total - need.overhead
 
 
-def child(name: str, length: int, args: argparse.Namespace, rank: int, gpus: int) -> None:
+def child(name: str, length: int, args: argparse.Namespace, steps: int, rank: int, gpus: int) -> None:
     os.environ.update(rank_environment(rank, gpus, args.port))
     log = os.open(args.directory / f"log.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    out = os.dup(1)
     os.dup2(log, 1), os.dup2(log, 2)
     import torch
 
     from swiftlite import megatron_sft_main
+    from swiftlite.megatron.trainers.base import Trainer
     from swiftlite.train.intervals import Intervals
 
     Intervals.saves = lambda *_: False  # type: ignore[method-assign]
+    if args.held and rank == 0:
+        usual, numbers = Trainer.step, itertools.count()
+
+        def step(self: Trainer) -> object:
+            if next(numbers) != 1:  # the first step makes the optimizer's states
+                return usual(self)
+            with open(out, "w") as file, contextlib.redirect_stdout(file):
+                return held.recorded(lambda: usual(self), f"{name} at {length}")
+
+        Trainer.step = step  # type: ignore[assignment,method-assign]
     try:
-        line = megatron_sft_main(words_of(name, length, args))
+        line = megatron_sft_main(words_of(name, length, args, steps))
         gpu = torch.cuda.is_available()
         peak, used = (torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()) if gpu else (0, 0)
         found = {"peak": peak, "used": used, "loss": line.get("loss"), "step_s": line.get("step_s")}
@@ -114,8 +130,8 @@ def child(name: str, length: int, args: argparse.Namespace, rank: int, gpus: int
     os._exit(0)
 
 
-def trial(name: str, length: int, args: argparse.Namespace) -> dict[str, float] | None:
-    """What three steps of that length took on the fullest GPU, None if they do not fit; says why they fail otherwise."""
+def trial(name: str, length: int, args: argparse.Namespace, steps: int = 3) -> dict[str, float] | None:
+    """What the steps of that length took on the fullest GPU, None if they do not fit; says why they fail otherwise."""
     gpus, data = gpus_of(name), args.directory / f"{length}.jsonl"
     if not data.exists():
         rows.make_data("fixed", data, length, 1)
@@ -125,7 +141,7 @@ def trial(name: str, length: int, args: argparse.Namespace) -> dict[str, float] 
         file.unlink(missing_ok=True)
     args.port += 1
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=child, args=(name, length, args, rank, gpus)) for rank in range(gpus)]
+    processes = [fork.Process(target=child, args=(name, length, args, steps, rank, gpus)) for rank in range(gpus)]
     for process in processes:
         process.start()
     limit = time.time() + args.trial_seconds
@@ -144,24 +160,20 @@ def trial(name: str, length: int, args: argparse.Namespace) -> dict[str, float] 
 
 
 def longest(name: str, memory: int, args: argparse.Namespace) -> tuple[int, int]:
-    """(longest length of which the plan says that it fits, longest one that did in at most four trials)."""
+    """(longest length of which the plan says that it fits, the first that does of it and of what is an eighth less)."""
     length, too_long = STEP, args.most + STEP
     while too_long - length > STEP:
         middle = (length + too_long) // 2 // STEP * STEP
         fits_there = predicted(name, middle, args) <= memory
         length, too_long = (middle, too_long) if fits_there else (length, middle)
-    expected, fits = length, 0
+    expected = length
     for _ in range(args.trials):
         if time.time() > args.deadline:
             break
-        if trial(name, length, args) is None:
-            length = (fits + length) // 2 // STEP * STEP if fits else length * 4 // 5 // STEP * STEP
-        else:
-            fits = max(fits, length)
-            length = min(length * 5 // 4, args.most) // STEP * STEP
-        if length in (fits, 0):
-            break
-    return expected, fits
+        if trial(name, length, args, steps=2) is not None:  # the second step has the optimizer's states
+            return expected, length
+        length = length * 7 // 8 // STEP * STEP
+    return expected, 0
 
 
 def device_bytes() -> int:
@@ -177,6 +189,7 @@ def main() -> None:
     parser.add_argument("--longest", default=".*", help="rows whose longest length is looked for")
     parser.add_argument("--most", type=int, default=1 << 17, help="longest length that is tried")
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--held", action="store_true", help="print what each trial's memory was held by")
     parser.add_argument("--tiny", action="store_true", help="tiny models, for a CPU")
     parser.add_argument("--seconds", type=float, default=560, help="start no trial after so long")
     parser.add_argument("--trial_seconds", type=float, default=90)

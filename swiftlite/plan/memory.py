@@ -384,7 +384,8 @@ class TrainingModel:
             return {"latents": tokens * (m.q_lora + m.kv_down_rows) * 2, "qkv": qkv, "attention output": output}
         gates = m.q_rows if self.args.description.attention_output_gate else 0
         qkv = tokens * (m.q_rows + gates + 2 * m.kv_rows) // tp
-        before = {"qkv before norms": qkv} if self.args.description.qk_layernorm else {}
+        normed = self.args.description.qk_layernorm
+        before = {"heads before norms": tokens * (m.q_rows + m.kv_rows) // tp} if normed else {}
         return {"qkv": qkv, "attention output": output, **before}
 
     def _scores_are_kept(self, layout: Layout) -> bool:

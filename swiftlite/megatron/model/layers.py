@@ -81,6 +81,7 @@ class _CompiledNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+        x = x.contiguous()  # keys are a part of all queries, keys and values, which need not be kept for them
         ctx.save_for_backward(x, weight)
         ctx.settings = eps, zero_centered
         return _compiled(_rms_norm)(_rows(x), weight, eps, zero_centered).view(x.shape)
