@@ -78,6 +78,13 @@ def test_compiled_norm(zero_centred: bool) -> None:
     for a, b in zip(mine, torch.autograd.grad(wanted, (x, norm.weight), gradient.double()), strict=True):
         assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm()
 
+    # Of keys, which are a part of all queries, keys and values, they alone are kept, with the same results.
+    keys = torch.cat([x, x, x], dim=-1).detach().requires_grad_()[..., 128:256]
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        assert torch.equal(norm(keys), trained)
+    assert sum(saved.untyped_storage().nbytes() for saved in kept) == x.nbytes + norm.weight.nbytes
+
 
 @pytest.mark.parametrize("case", ["glm4_5:default", "qwen3_moe:default", "deepseek_r1:default", "moonlight:default"])
 def test_fused_router(case: str, tmp_path: Path) -> None:
