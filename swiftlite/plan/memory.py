@@ -375,9 +375,10 @@ class TrainingModel:
     def _attention(self, layer: int, tokens: int, tp: int) -> dict[str, int]:
         """Values that attention, or what stands in its place, keeps between its two products."""
         m = self.bound.model
-        if m.layer_kinds[layer].linear:  # as torch computes it, in chunks of 64 tokens; kernels keep less
-            heads = m.value_heads * (8 * m.key_dim + 5 * 64)
-            return {"linear attention": tokens * (2 * m.linear_qkv + 8 * m.linear_values + heads) // tp}
+        if m.layer_kinds[layer].linear:  # as torch computes it, in fp32 and chunks of 64 tokens; kernels keep less
+            head = 4 * m.key_dim + 4 * m.value_dim + m.key_dim * m.value_dim // 64 + 12 * 64
+            in_fp32 = (m.value_heads * head + 2 * m.linear_values) * 4 // self.dtype.itemsize
+            return {"linear attention": tokens * (2 * m.linear_qkv + 3 * m.linear_values + in_fp32) // tp}
         output = tokens * m.attn_cols // tp
         if m.mla:
             qkv = tokens * (2 * m.q_rows + m.kv_up_rows) // tp

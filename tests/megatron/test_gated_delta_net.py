@@ -30,22 +30,23 @@ def by_token(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor
     return torch.stack(outs, 1)
 
 
-def inputs(batch: int) -> list[Tensor]:
+def inputs(batch: int, decay: float) -> list[Tensor]:
     torch.manual_seed(0)
     heads = (batch, int(BOUNDS[-1]), 3)
     found = [
         torch.randn(*heads, 5),
         torch.randn(*heads, 5),
         torch.randn(*heads, 7),
-        -5 * torch.rand(heads),
+        -decay * torch.rand(heads),
         torch.rand(heads),
     ]
     return [x.double().requires_grad_() for x in found]
 
 
+@pytest.mark.parametrize("decay", [5, 0.02])  # states that last for a few tokens, and for many chunks
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunks_are_the_recurrence(packed: bool) -> None:
-    made = inputs(1 if packed else 2)
+def test_chunks_are_the_recurrence(packed: bool, decay: float) -> None:
+    made = inputs(1 if packed else 2, decay)
     out = gated_delta_rule(*made, BOUNDS if packed else None)  # type: ignore[call-arg]
     samples = [x.split(LENGTHS, 1) for x in made] if packed else [(x,) for x in made]
     expected = torch.cat([by_token(*one) for one in zip(*samples, strict=True) if one[0].shape[1]], 1)

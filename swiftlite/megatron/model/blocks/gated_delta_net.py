@@ -139,7 +139,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
 def _parts(shard: ShardedTensor, sizes: Sequence[int]) -> ShardedTensorFactory:
     """What one rank's rows are of the tensors by the names PARTS."""
 
-    def divide(key: str, data: Tensor, replica: Any, *_: object) -> list[ShardedTensor]:
+    def divide(key: str, data: Tensor, replica: object, *_: object) -> list[ShardedTensor]:
         whole = replace(shard, key=key, data=data, dtype=data.dtype, replica_id=replica)
         starts = accumulate(sizes, initial=0)
         return [
@@ -174,37 +174,80 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b
         the correction. bounds: int [samples + 1], from 0 to S; None: there is one sample.
     Returns: [B, S, V, E] in the dtype of v.
     """
-    dtype, ends = v.dtype, [0, q.shape[1]] if bounds is None else bounds.tolist()
-    places, begins = _places(ends, q.device)
+    dtype = v.dtype
+    places, begins = _places([0, q.shape[1]] if bounds is None else bounds.tolist(), q.device)
 
     def chunked(x: Tensor) -> Tensor:  # [B, S, V, ...] -> [B, V, N, C, ...]
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
-        spread = x.new_zeros(*x.shape[:2], CHUNK * len(begins), *x.shape[3:]).index_copy(2, places, x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
+        if bounds is None:
+            spread = F.pad(x, (0, 0) * (x.ndim - 3) + (0, -x.shape[2] % CHUNK))
+        else:
+            spread = x.new_zeros(*x.shape[:2], CHUNK * len(begins), *x.shape[3:]).index_copy(2, places, x)
         return spread.unflatten(2, (-1, CHUNK))
 
-    q, k = (chunked(_unit(x)) for x in (q, k))
-    v, beta = (chunked(x) for x in (v, beta))
-    q = q * q.shape[-1] ** -0.5
-    decay = chunked(g).cumsum(-1)  # [B, V, N, C]
+    q, k, v, g, beta = (chunked(x) for x in (q, k, v, g, beta))
+    # Queries and keys have length one; that and all other factors of tokens go to products of [C, C], which are smaller.
+    q_scale, k_scale = _over_length(q) * q.shape[-1] ** -0.5, _over_length(k)
+    decay = g.cumsum(-1)
+    passed = decay.exp()
     between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()  # from a token (column) to a later one
-    weighted = k * beta.unsqueeze(-1)
+    between = between * k_scale.unsqueeze(-2)
     # What a token stores depends on what those before it in the chunk store: a triangular system.
-    corrections = (weighted @ k.transpose(-1, -2) * between).tril(-1)
-    right = torch.cat([v * beta.unsqueeze(-1), weighted * decay.exp().unsqueeze(-1)], -1)
-    solved = torch.linalg.solve_triangular(corrections, right, upper=False, unitriangular=True)
-    values, keys = solved.split([v.shape[-1], k.shape[-1]], -1)
-    scores = q @ k.transpose(-1, -2) * between
-    reading = q * decay.exp().unsqueeze(-1)
-    storing = (k * (decay[..., -1:] - decay).exp().unsqueeze(-1)).transpose(-1, -2)
-    left = decay[..., -1:, None].exp()
-    outs, state = list[Tensor](), left.new_zeros(())
-    for n, begin in enumerate(begins):
-        new = values[:, :, n] if begin else values[:, :, n] - keys[:, :, n] @ state
-        out = scores[:, :, n] @ new
-        outs.append(out if begin else out + reading[:, :, n] @ state)
-        added = storing[:, :, n] @ new
-        state = added if begin else state * left[:, :, n] + added
-    return torch.cat(outs, 2)[:, :, places].transpose(1, 2).to(dtype)
+    corrections = (k @ k.mT * between * (beta * k_scale).unsqueeze(-1)).tril(-1)
+    one = torch.eye(CHUNK, dtype=k.dtype, device=k.device).expand_as(corrections)
+    shares = torch.linalg.solve_triangular(corrections, one, upper=False, unitriangular=True) * beta.unsqueeze(-2)
+    values, keys = shares @ v, shares * (passed * k_scale).unsqueeze(-2) @ k
+    storing = (k * ((decay[..., -1:] - decay).exp() * k_scale).unsqueeze(-1)).mT
+    states = _States.apply(passed[..., -1:, None], keys, values, storing, begins)
+    scores = q @ k.mT * between * q_scale.unsqueeze(-1)
+    out = scores @ (values - keys @ states) + q @ states * (passed * q_scale).unsqueeze(-1)
+    out = out.flatten(2, 3)
+    return (out[:, :, : len(places)] if bounds is None else out[:, :, places]).transpose(1, 2).to(dtype)
+
+
+class _States(torch.autograd.Function):
+    """The states before each chunk. What chunk n makes of a state is carry[n] @ state + added[n]: one product a chunk waits
+    for the one before, in the backward pass too, and all else is of all chunks at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, keys: Tensor, values: Tensor, storing: Tensor, begins: Sequence[bool]
+    ) -> Tensor:
+        """left: [B, V, N, 1, 1], keys: [B, V, N, C, D], values: [B, V, N, C, E], storing: [B, V, N, D, C] -> [.., D, E]."""
+        carry, states = _carry(left, keys, storing), F.pad(storing @ values, (0, 0, 0, 0, 1, -1))
+        for n, begin in enumerate(begins):
+            if begin:
+                states[:, :, n].zero_()
+            else:
+                _add_product(states[:, :, n], carry[:, :, n - 1], states[:, :, n - 1])
+        ctx.save_for_backward(left, keys, values, storing, states)
+        ctx.begins = begins
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        left, keys, values, storing, states = ctx.saved_tensors
+        carry = _carry(left, keys, storing).mT
+        after = F.pad(gradient, (0, 0, 0, 0, -1, 1))  # of the state that each chunk leaves
+        for n in reversed(range(after.shape[2] - 1)):
+            if ctx.begins[n + 1]:
+                after[:, :, n].zero_()
+            else:
+                _add_product(after[:, :, n], carry[:, :, n + 1], after[:, :, n + 1])
+        of_new = storing.mT @ after
+        of_storing = after @ (values - keys @ states).mT
+        return (after * states).sum((-2, -1), keepdim=True), -of_new @ states.mT, of_new, of_storing, None
+
+
+def _carry(left: Tensor, keys: Tensor, storing: Tensor) -> Tensor:
+    return torch.eye(keys.shape[-1], dtype=keys.dtype, device=keys.device) * left - storing @ keys
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, of [B, V, ...], as one kernel."""
+    wide, a, b = (x.view(-1, *x.shape[2:]) for x in (out, a, b))
+    wide.baddbmm_(a, b)
 
 
 def _places(ends: Sequence[int], device: torch.device) -> tuple[Tensor, list[bool]]:
@@ -216,10 +259,9 @@ def _places(ends: Sequence[int], device: torch.device) -> tuple[Tensor, list[boo
     return torch.cat(places), begins
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Vectors of length one, as transformers computes them."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
+def _over_length(x: Tensor) -> Tensor:
+    """[..., D] -> [...], one over the vectors' lengths, as transformers computes them."""
+    return torch.rsqrt(x.square().sum(-1) + 1e-6)
 
 
 @functools.cache

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from swiftlite.arguments.parallel import MegatronArguments
+from swiftlite.megatron.model.chunked_loss import GPTModel
 
 
-def adapt(model: Any, args: MegatronArguments) -> None:
+def adapt(model: GPTModel, args: MegatronArguments) -> None:
     if hasattr(model, "embedding"):
         factor = torch.tensor(args.description.embedding_multiplier)
         model.embedding.register_forward_hook(lambda _, __, hidden: hidden * factor.to(hidden.dtype).item())
