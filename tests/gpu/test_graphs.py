@@ -20,6 +20,7 @@ LORA = ["--train_type", "lora", "--target_modules", "all-linear", "--lora_dropou
 CASES: dict[str, tuple[str, str, list[str]]] = {
     "dense": ("qwen3:default", "sft", []),
     "packed": ("qwen3:default", "sft", ["--packing", "true"]),
+    "linear packed": ("qwen3_next:default", "sft", ["--packing", "true", "--packing_length", "500"]),
     "moe": ("glm4_5:default", "sft", []),
     "moe lora": ("glm4_5:default", "sft", LORA),
     "dpo": ("qwen3:default", "dpo", LORA),

@@ -21,6 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
+from swiftlite.megatron.model.blocks.gated_delta_net import kernel
 from swiftlite.megatron.model.experts import counts_stay_on_device, implementation
 from swiftlite.megatron.trainers.batch import MicroBatch
 from swiftlite.utils.io import format_bytes
@@ -170,7 +171,9 @@ def obstacle(args: MegatronArguments, models: Sequence[MegatronModule], device: 
         "what is offloaded waits for the host": config.fine_grained_activation_offloading,
         "fp16 changes its loss scale": config.fp16,
         "context parallelism has not been tried with one": config.context_parallel_size > 1,
-        "linear attention asks where packed samples end": args.packing and config.linear_attention_freq is not None,
+        "flash-linear-attention asks where packed samples end": (
+            args.packing and config.linear_attention_freq is not None and kernel() is not None
+        ),
         "dropout of divided layers has generators of its own": bool(dropout) or (
             config.tensor_model_parallel_size > 1 and args.train_type == "lora" and bool(args.lora_dropout)
         ) or (config.sequence_parallel and bool(args.neftune_noise_alpha)),

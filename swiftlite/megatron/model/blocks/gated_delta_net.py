@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -171,39 +171,39 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b
     """The recurrence in torch, a chunk at a time, in fp32 at least.
 
     Args: q, k: [B, S, V, D]. v: [B, S, V, E]. g: [B, S, V], logarithms of the states' decay. beta: [B, S, V], shares of
-        the correction. bounds: int [samples + 1], from 0 to S; None: there is one sample.
+        the correction. bounds: int [samples + 1], where samples begin and end; None: there is one.
     Returns: [B, S, V, E] in the dtype of v.
     """
-    dtype = v.dtype
-    places, begins = _places([0, q.shape[1]] if bounds is None else bounds.tolist(), q.device)
+    dtype, length = v.dtype, q.shape[1]
 
     def chunked(x: Tensor) -> Tensor:  # [B, S, V, ...] -> [B, V, N, C, ...]
         wide = torch.promote_types(x.dtype, torch.float32)
         x = x.transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
-        if bounds is None:
-            spread = F.pad(x, (0, 0) * (x.ndim - 3) + (0, -x.shape[2] % CHUNK))
-        else:
-            spread = x.new_zeros(*x.shape[:2], CHUNK * len(begins), *x.shape[3:]).index_copy(2, places, x)
-        return spread.unflatten(2, (-1, CHUNK))
+        return F.pad(x, (0, 0) * (x.ndim - 3) + (0, -length % CHUNK)).unflatten(2, (-1, CHUNK))
 
     q, k, v, g, beta = (chunked(x) for x in (q, k, v, g, beta))
     # Queries and keys have length one; that and all other factors of tokens go to products of [C, C], which are smaller.
     q_scale, k_scale = _over_length(q) * q.shape[-1] ** -0.5, _over_length(k)
     decay = g.cumsum(-1)
-    passed = decay.exp()
+    before, after = decay.exp(), (decay[..., -1:] - decay).exp()  # from the chunk's beginning, until its end
     between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()  # from a token (column) to a later one
+    if bounds is not None:  # nothing is left of other samples
+        sample = torch.searchsorted(bounds[1:].contiguous(), torch.arange(length, device=q.device), right=True)
+        sample = F.pad(sample, (0, -length % CHUNK)).unflatten(0, (-1, CHUNK))
+        last = sample[:, -1:]
+        before, after = before * (sample == F.pad(last, (0, 0, 1, -1), value=-1)), after * (sample == last)
+        between = between * (sample.unsqueeze(-1) == sample.unsqueeze(-2))
     between = between * k_scale.unsqueeze(-2)
     # What a token stores depends on what those before it in the chunk store: a triangular system.
     corrections = (k @ k.mT * between * (beta * k_scale).unsqueeze(-1)).tril(-1)
     one = torch.eye(CHUNK, dtype=k.dtype, device=k.device).expand_as(corrections)
     shares = torch.linalg.solve_triangular(corrections, one, upper=False, unitriangular=True) * beta.unsqueeze(-2)
-    values, keys = shares @ v, shares * (passed * k_scale).unsqueeze(-2) @ k
-    storing = (k * ((decay[..., -1:] - decay).exp() * k_scale).unsqueeze(-1)).mT
-    states = _States.apply(passed[..., -1:, None], keys, values, storing, begins)
+    values, keys = shares @ v, shares * (before * k_scale).unsqueeze(-2) @ k
+    storing = (k * (after * k_scale).unsqueeze(-1)).mT
+    states = _States.apply(before[..., -1:, None], keys, values, storing)
     scores = q @ k.mT * between * q_scale.unsqueeze(-1)
-    out = scores @ (values - keys @ states) + q @ states * (passed * q_scale).unsqueeze(-1)
-    out = out.flatten(2, 3)
-    return (out[:, :, : len(places)] if bounds is None else out[:, :, places]).transpose(1, 2).to(dtype)
+    out = scores @ (values - keys @ states) + q @ states * (before * q_scale).unsqueeze(-1)
+    return out.flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype)
 
 
 class _States(torch.autograd.Function):
@@ -211,18 +211,12 @@ class _States(torch.autograd.Function):
     for the one before, in the backward pass too, and all else is of all chunks at once."""
 
     @staticmethod
-    def forward(
-        ctx: Any, left: Tensor, keys: Tensor, values: Tensor, storing: Tensor, begins: Sequence[bool]
-    ) -> Tensor:
+    def forward(ctx: Any, left: Tensor, keys: Tensor, values: Tensor, storing: Tensor) -> Tensor:
         """left: [B, V, N, 1, 1], keys: [B, V, N, C, D], values: [B, V, N, C, E], storing: [B, V, N, D, C] -> [.., D, E]."""
         carry, states = _carry(left, keys, storing), F.pad(storing @ values, (0, 0, 0, 0, 1, -1))
-        for n, begin in enumerate(begins):
-            if begin:
-                states[:, :, n].zero_()
-            else:
-                _add_product(states[:, :, n], carry[:, :, n - 1], states[:, :, n - 1])
+        for n in range(1, states.shape[2]):
+            _add_product(states[:, :, n], carry[:, :, n - 1], states[:, :, n - 1])
         ctx.save_for_backward(left, keys, values, storing, states)
-        ctx.begins = begins
         return states
 
     @staticmethod
@@ -231,13 +225,10 @@ class _States(torch.autograd.Function):
         carry = _carry(left, keys, storing).mT
         after = F.pad(gradient, (0, 0, 0, 0, -1, 1))  # of the state that each chunk leaves
         for n in reversed(range(after.shape[2] - 1)):
-            if ctx.begins[n + 1]:
-                after[:, :, n].zero_()
-            else:
-                _add_product(after[:, :, n], carry[:, :, n + 1], after[:, :, n + 1])
+            _add_product(after[:, :, n], carry[:, :, n + 1], after[:, :, n + 1])
         of_new = storing.mT @ after
         of_storing = after @ (values - keys @ states).mT
-        return (after * states).sum((-2, -1), keepdim=True), -of_new @ states.mT, of_new, of_storing, None
+        return (after * states).sum((-2, -1), keepdim=True), -of_new @ states.mT, of_new, of_storing
 
 
 def _carry(left: Tensor, keys: Tensor, storing: Tensor) -> Tensor:
@@ -248,15 +239,6 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b, of [B, V, ...], as one kernel."""
     wide, a, b = (x.view(-1, *x.shape[2:]) for x in (out, a, b))
     wide.baddbmm_(a, b)
-
-
-def _places(ends: Sequence[int], device: torch.device) -> tuple[Tensor, list[bool]]:
-    """([S], where each token is in the chunks, of which samples share none; whether a sample begins with each chunk)."""
-    places, begins = [], list[bool]()
-    for start, stop in pairwise(ends):
-        places.append(torch.arange(stop - start, device=device) + CHUNK * len(begins))
-        begins += [first == start for first in range(start, stop, CHUNK)]
-    return torch.cat(places), begins
 
 
 def _over_length(x: Tensor) -> Tensor:
