@@ -16,7 +16,7 @@ from tests.rows import UNEVEN_PAIRS
 
 pytestmark = pytest.mark.dist
 
-STEPS = 6
+STEPS = 8
 TOLERANCE = 1e-5  # relative, of loss and gradient norm, in fp32
 
 TP = ["--tensor_model_parallel_size", "2", "--sequence_parallel", "true"]
