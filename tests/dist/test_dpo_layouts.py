@@ -29,7 +29,8 @@ KNOWN = ["--precompute_ref_log_probs", "true"]
 PACKED = ["--packing", "true", "--max_length", "250", "--global_batch_size", "2", "--micro_batch_size", "1"]
 LORA = ["--ref_model", "none", "--train_type", "lora", "--lora_rank", "16", "--lora_dropout", "0", "--lr", "4e-3",
         "--lr_decay_style", "constant", "--train_iters", "8"]  # fmt: skip
-LORA_MOE = [*LORA, "--lr", "2.5e-3", "--train_iters", "17"]  # at a higher rate routing flips on rounding differences
+# At a higher rate routing flips on rounding differences.
+LORA_MOE = [*LORA, "--lr", "2.5e-3", "--train_iters", "17", "--adam_eps", "1e-5"]
 
 GKD = ["--rlhf_type", "gkd", "--rpo_alpha", "none", "--beta", "0.3", "--sft_alpha", "0.5", "--train_iters", "8"]
 TAUGHT = [*GKD, "--teacher_logits", "20"]  # what the teacher said before: the 20 likeliest tokens of each position
@@ -102,8 +103,8 @@ def argv(
 ) -> Callable[..., list[str]]:
     """`argv("qwen3", OUTPUT_DIR, *flags)`: the same 8 pairs at every step, the other 3 for evaluation.
 
-    The rate falls: at a constant one the descent turns unstable later, and rounding differences grow tenfold in three
-    steps.
+    The rate falls and adam_eps is large: else the descent turns unstable later, and rounding differences grow tenfold in
+    three steps.
     """
     root = tmp_path_factory.mktemp("data")
     for name, rows in (("train", UNEVEN_PAIRS[:8]), ("val", UNEVEN_PAIRS[8:])):
@@ -119,7 +120,7 @@ def argv(
             "val_dataset": root / "val.jsonl", "eval_steps": 3, "output_dir": output_dir, "torch_dtype": "float32",
             "micro_batch_size": 4, "global_batch_size": 8, "train_iters": STEPS, "lr": 2e-3,
             "rpo_alpha": 0.5, "logging_steps": 1, "save_steps": 1000,
-            "save_weights_only": "true", "report_to": "none", "adam_eps": 1e-5,
+            "save_weights_only": "true", "report_to": "none", "adam_eps": 1e-4,
         }  # fmt: skip
         if "gkd" in flags:
             common["teacher_model"] = common.pop("ref_model")
