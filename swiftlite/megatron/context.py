@@ -38,12 +38,12 @@ def _owners(places: Tensor, bounds: Tensor | None, size: int) -> Tensor:
     if bounds is None:
         number = places // (len(places) // (2 * size))
     else:
-        sample = _samples(places, bounds)
+        sample = samples(places, bounds)
         number = (places - bounds[sample]) // (bounds.diff()[sample] // (2 * size))
     return torch.minimum(number, 2 * size - 1 - number)
 
 
-def _samples(places: Tensor, bounds: Tensor) -> Tensor:
+def samples(places: Tensor, bounds: Tensor) -> Tensor:
     """The sample of each place; what stands behind the last one counts as a further one."""
     return torch.searchsorted(bounds[1:].contiguous(), places, right=True)
 
@@ -56,7 +56,7 @@ def my_places(total: int, bounds: Tensor | None = None, device: torch.device | N
 def positions(total: int, bounds: Tensor | None, device: torch.device) -> Tensor:
     """[T / N]: how many tokens of its sample precede each token of this rank."""
     mine = my_places(total, bounds, device)
-    return mine if bounds is None else mine - bounds[_samples(mine, bounds)]
+    return mine if bounds is None else mine - bounds[samples(mine, bounds)]
 
 
 def gather(bounds: Tensor | None, *parts: Tensor) -> tuple[Tensor, ...]:

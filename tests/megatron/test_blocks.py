@@ -20,7 +20,7 @@ from tests.megatron.test_hf_io import assert_close, live, logits
 CASES = (
     "mistral:window", "ministral:default", "ministral3:default", "glm4_0414:default", "olmo2:default", "granite:default",
     "hunyuan_v1_dense:default", "gemma2:default", "gemma3_text:default", "olmo3:default", "exaone4:default",
-    "gpt_oss:default", "phi3:default", "llama4_text:default",
+    "gpt_oss:default", "phi3:default", "llama4_text:default", "qwen3_5:text", "qwen3_next:default",
 )  # fmt: skip
 LENGTHS = (70, 1, 101)
 IDS = torch.randint(0, 300, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from swiftlite.arguments.parallel import MegatronArguments
 from swiftlite.megatron import backend
-from swiftlite.megatron.context import gather, my_places, ranks
+from swiftlite.megatron.context import gather, my_places, ranks, samples
 from swiftlite.megatron.model.layers import Offsets, rms_norm
 from swiftlite.utils.logger import get_logger
 from swiftlite.utils.types import Json, Settings
@@ -161,7 +161,7 @@ def causal_conv(x: Tensor, weight: Tensor, bounds: Tensor | None) -> Tensor:
         spread = F.pad(x, (0, 0, 0, 0, gap, 0))
     else:  # zeros before each sample
         place = torch.arange(length, device=x.device)
-        place = place + gap * torch.searchsorted(bounds[1:].contiguous(), place, right=True)
+        place = place + gap * samples(place, bounds)
         spread = x.new_zeros(length + gap * len(bounds), *x.shape[1:]).index_copy(0, place + gap, x)
     out = F.silu(F.conv1d(spread.permute(1, 2, 0), weight, groups=len(weight))).permute(2, 0, 1)
     return out if bounds is None else out[place]
@@ -188,7 +188,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, b
     before, after = decay.exp(), (decay[..., -1:] - decay).exp()  # from the chunk's beginning, until its end
     between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()  # from a token (column) to a later one
     if bounds is not None:  # nothing is left of other samples
-        sample = torch.searchsorted(bounds[1:].contiguous(), torch.arange(length, device=q.device), right=True)
+        sample = samples(torch.arange(length, device=q.device), bounds)
         sample = F.pad(sample, (0, -length % CHUNK)).unflatten(0, (-1, CHUNK))
         last = sample[:, -1:]
         before, after = before * (sample == F.pad(last, (0, 0, 1, -1), value=-1)), after * (sample == last)
