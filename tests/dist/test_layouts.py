@@ -15,8 +15,8 @@ from tests.dist.launch import MODEL_TYPES, MODELS, curve, largest_difference, ru
 pytestmark = pytest.mark.dist
 
 STEPS = 8
-FEWER = ["--train_iters", "4"]  # of models with blocks of their own
-RESUMED = ["--train_iters", "6"]
+FEWER = 4  # of models with blocks of their own
+RESUMED = 6
 TOLERANCE = 1e-5  # relative, of loss and gradient norm, in fp32
 
 # Samples of different lengths: ranks hold different data under data and expert parallelism.
@@ -167,7 +167,7 @@ def curves(argv: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFact
     """The curve of every layout, and of one process for each family under its name."""
     root = tmp_path_factory.mktemp("layouts")
     layouts = {
-        name: (family, size, flags if family in MODEL_TYPES else [*flags, *FEWER], fault)
+        name: (family, size, flags if family in MODEL_TYPES else [*flags, "--train_iters", str(FEWER)], fault)
         for name, (family, size, flags, fault) in LAYOUTS.items()
     }
     runs = {family: (family, 1, [], None) for family in MODELS} | layouts | ROUTERS
@@ -185,7 +185,7 @@ def test_the_batch_is_learnable(curves: dict[str, Any], family: str) -> None:
 @pytest.mark.parametrize("name", EQUAL)
 def test_layout_equals_one_process(curves: dict[str, Any], name: str) -> None:
     family = LAYOUTS[name][0]
-    steps = STEPS if family in MODEL_TYPES else int(FEWER[1])
+    steps = STEPS if family in MODEL_TYPES else FEWER
     assert largest_difference(curves[family][:steps], curves[name]) <= TOLERANCE
 
 
@@ -199,7 +199,7 @@ def test_a_planted_mistake_is_seen(curves: dict[str, Any], name: str) -> None:
     assert largest_difference(curves[LAYOUTS[name][0]], curves[name]) > 100 * TOLERANCE
 
 
-SAVE = [*RESUMED, "--save_steps", "3", "--save_weights_only", "false"]
+SAVE = ["--train_iters", str(RESUMED), "--save_steps", "3", "--save_weights_only", "false"]
 # world size and flags of the run that ends early, and of the one that resumes
 RESUMES: dict[str, tuple[str, tuple[int, list[str]], tuple[int, list[str]]]] = {
     "dense-dp2": ("qwen3", (2, []), (2, [])),
@@ -227,7 +227,7 @@ def test_a_killed_run_goes_on_under_any_layout(
     assert code == 0, log[-5000:]
     assert next_code == 0, next_log[-5000:]
     assert "resuming from step 3" in next_log
-    assert largest_difference(curves[family][: int(RESUMED[1])], curve(output_dir)) <= TOLERANCE
+    assert largest_difference(curves[family][:RESUMED], curve(output_dir)) <= TOLERANCE
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(
@@ -242,14 +242,14 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(
     assert code == 0, log[-5000:]
     assert (output_dir / "iter_0000006").is_dir()
     assert not list(output_dir.glob(".*saving*"))
-    assert largest_difference(curves["qwen3"][: int(RESUMED[1])], curve(output_dir)) <= TOLERANCE
+    assert largest_difference(curves["qwen3"][:RESUMED], curve(output_dir)) <= TOLERANCE
 
 
 def test_a_kill_while_saving_in_the_background_leaves_the_checkpoint_before(
     argv: Callable[..., list[str]], curves: dict[str, Any], tmp_path: Path
 ) -> None:
     output_dir = tmp_path / "run"
-    flags = [*RESUMED, "--save_steps", "2", "--save_weights_only", "false", "--async_save", "true"]
+    flags = [*SAVE, "--save_steps", "2", "--async_save", "true"]
     flags += ["--tensor_model_parallel_size", "2"]
     case = {"argv": argv("qwen3", output_dir, *flags)}
     assert run_cases(2, [case | {"fault": "kill_in_background"}])[0] != 0
@@ -259,4 +259,4 @@ def test_a_kill_while_saving_in_the_background_leaves_the_checkpoint_before(
     assert code == 0, log[-5000:]
     assert "resuming from step 2" in log
     assert [p.name for p in sorted(output_dir.glob("iter_*"))] == [f"iter_{i:07d}" for i in (2, 4, 6)]
-    assert largest_difference(curves["qwen3"][: int(RESUMED[1])], curve(output_dir)) <= TOLERANCE
+    assert largest_difference(curves["qwen3"][:RESUMED], curve(output_dir)) <= TOLERANCE
