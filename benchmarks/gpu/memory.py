@@ -8,7 +8,8 @@
 
 Each trial is a process a GPU (a fork, so imports are paid once): three steps of one text of exactly that length.
 Predicted is what the plan (`--dry_run true`) says without its allowance for CUDA; measured is what torch reserved, of which
-`used` held tensors at the fullest moment. The longest text is looked for from the plan's answer downwards.
+`used` held tensors at the fullest moment. The longest text is looked for from the plan's answer for what the GPU is named
+after (141 GB of an H200's 150) downwards.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swiftlite.plan.memory import MemoryUse
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU must not start CUDA here
@@ -77,8 +82,7 @@ def words_of(name: str, length: int, args: argparse.Namespace, steps: int = 3) -
     ]  # fmt: skip
 
 
-def predicted(name: str, length: int, args: argparse.Namespace) -> int:
-    """Bytes that the plan expects, without its allowance for CUDA."""
+def predicted(name: str, length: int, args: argparse.Namespace) -> MemoryUse:
     import torch
 
     from swiftlite.arguments.megatron_train import MegatronSftArguments
@@ -91,8 +95,7 @@ def predicted(name: str, length: int, args: argparse.Namespace) -> int:
     words = parse(MegatronSftArguments, words_of(name, length, args))
     words.apply_model_config(convert_hf_config(config))
     model = TrainingModel(bind_map(config), words, torch.bfloat16)
-    need = model.need(own_layout(words, gpus_of(name)), 1, length, 1)
-    return need.total - need.overhead
+    return model.need(own_layout(words, gpus_of(name)), 1, length, 1)
 
 
 def child(name: str, length: int, args: argparse.Namespace, steps: int, rank: int, gpus: int) -> None:
@@ -164,7 +167,7 @@ def longest(name: str, memory: int, args: argparse.Namespace) -> tuple[int, int]
     length, too_long = STEP, args.most + STEP
     while too_long - length > STEP:
         middle = (length + too_long) // 2 // STEP * STEP
-        fits_there = predicted(name, middle, args) <= memory
+        fits_there = predicted(name, middle, args).total <= memory
         length, too_long = (middle, too_long) if fits_there else (length, middle)
     expected = length
     for _ in range(args.trials):
@@ -177,9 +180,10 @@ def longest(name: str, memory: int, args: argparse.Namespace) -> tuple[int, int]
 
 
 def device_bytes() -> int:
-    """Asked for in another process: a fork of one that has started CUDA cannot use it."""
+    """What the GPU is named after, 141 GB of 150. Asked for in another process: a fork of one that has started CUDA cannot
+    use it."""
     code = "import torch; print(torch.cuda.get_device_properties(0).total_memory)"
-    return int(int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) * 0.97)
+    return int(int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) * 0.94)
 
 
 def main() -> None:
@@ -223,7 +227,8 @@ def main() -> None:
         peak = f"{found['peak'] / 1e9:.1f}" if found else "no room"
         seconds = f"{found['step_s']:.2f}" if found and found["step_s"] else ""
         used = f"{found['used'] / 1e9:.1f}" if found else ""
-        line = f"{name:<36}{peak:>14}{used:>8}{predicted(name, args.length, args) / 1e9:>8.1f}{seconds:>8}"
+        plan = predicted(name, args.length, args)
+        line = f"{name:<36}{peak:>14}{used:>8}{(plan.total - plan.overhead) / 1e9:>8.1f}{seconds:>8}"
         if re.fullmatch(args.longest, name) and not args.tiny:
             expected, fits = longest(name, memory, args)
             line += f"{fits:>10}{expected:>10}"

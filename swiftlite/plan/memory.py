@@ -35,14 +35,19 @@ _DIVIDED = (
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 # Module -> parts of a layer (TrainingModel.layer_parts) that are not kept if it is recomputed, and that wait on the host.
+# A fused input is that of a projection with which Transformer Engine computes the norm: no module of its own.
+_MLP = ("mlp", "mlp's gated", "routed", "experts", "experts' gated", "shared")
 _RECOMPUTED = {
-    "layernorm": ("attention input", "mlp input"), "mla_up_proj": ("qkv",), "mlp": ("mlp",),
-    "moe": ("routed", "experts", "experts' gated", "shared"), "moe_act": ("experts' gated",), "shared_experts": ("shared",),
+    "layernorm": ("attention input", "mlp input"), "mla_up_proj": ("qkv",),
+    "mlp": ("fused mlp input", "mlp", "mlp's gated"), "moe": ("routed", "experts", "experts' gated", "shared"),
+    "moe_act": ("experts' gated",), "shared_experts": ("shared",),
 }  # fmt: skip
 _OFFLOADED = {
-    "attn_norm": ("attention norm",), "qkv_linear": ("attention input",), "core_attn": ("qkv",),
+    "attn_norm": ("attention norm",), "qkv_linear": ("attention input", "fused attention input"), "core_attn": ("qkv",),
     "attn_proj": ("attention output",), "mlp_norm": ("mlp norm",), "expert_fc1": ("routed",), "moe_act": ("experts",),
 }  # fmt: skip
+# Inputs of linear layers that nothing but these keeps: in FP8, with an fp32 scale for 128 of them, if they compute in it.
+_IN_FP8 = ("fused attention input", "fused mlp input", "mlp's gated", "routed", "experts' gated")
 # Of a sequence that is divided, each rank has at least so many tokens: fewer are no work for a GPU.
 LEAST_TOKENS = 4096
 
@@ -323,23 +328,40 @@ class TrainingModel:
         away = {name for module in away.intersection(self.args.offload_modules) for name in _OFFLOADED[module]}
         made_again = self._recomputed(layout)
         kept = sum(size for part in parts for name, size in part.items() if name not in away | made_again)
-        extra = max((sum(part.get(name, 0) for name in made_again) for part in parts), default=0)
         if layout.recompute == "full":
+            made_again = {name for part in parts for name in part}
             row = tokens * self.bound.model.hidden * width // (layout.tp if layout.sequence_parallel else 1)
-            kept, extra = row * len(parts), max((sum(part.values()) for part in parts), default=0)
+            kept = row * len(parts)
         in_flight = layout.in_flight(rank, num_microbatches)
-        total = math.ceil(kept * in_flight) + extra
+        # Beside what is kept stands what the backward pass of a layer takes, or before it that of the loss.
+        takes = [sum(part.get(name, 0) for name in made_again) + self._gradients(part) for part in parts]
         if rank == layout.pp - 1:
-            # The fused loss writes their gradient over a copy of the logits; the plain one makes both in fp32.
-            labels = self.bound.model.num_labels
-            rows = self.bound.model.vocab // layout.tp if labels is None else max(labels, 1)
-            fused = self.args.cross_entropy_loss_fusion is not False
-            if self.loss_bytes is None:
-                total += logits_at_once(self.args, tokens, rows) * rows * (2 * width if fused else width + 8)
-            else:  # those of all tokens with a label, taken to be all, their gradients; a teacher's of the whole step
-                kept = width * num_microbatches if self.beside is not None else 0
-                total += tokens * rows * (4 * width + kept) + min(tokens * rows, DIVERGENCE_LOGITS) * self.loss_bytes
+            takes.append(self._loss(layout, tokens, num_microbatches))
+        total = math.ceil(kept * in_flight) + max(takes, default=0)
         return total, math.ceil(sum(part.get(name, 0) for part in parts for name in away - made_again) * in_flight)
+
+    @staticmethod
+    def _gradients(part: Mapping[str, int]) -> int:
+        """Bytes of those of a layer's parts that are there at a time: of its attention or its MLP, and two rows."""
+        rows, mlp = part["attention norm"] + part["mlp norm"], sum(part.get(name, 0) for name in _MLP)
+        return rows + max(mlp, sum(part.values()) - rows - mlp)
+
+    def _loss(self, layout: Layout, tokens: int, num_microbatches: int) -> int:
+        """Bytes that the output layer and the loss take until their backward pass has ended."""
+        m, width = self.bound.model, self.dtype.itemsize
+        rows = m.vocab // layout.tp if m.num_labels is None else max(m.num_labels, 1)
+        if self.loss_bytes is not None:
+            # Logits of all tokens with a label, taken to be all, their gradients; a teacher's of the whole step.
+            kept = width * num_microbatches if self.beside is not None else 0
+            return tokens * rows * (4 * width + kept) + min(tokens * rows, DIVERGENCE_LOGITS) * self.loss_bytes
+        at_once = logits_at_once(self.args, tokens, rows)
+        # The fused loss writes the gradient over the logits; the plain one makes both in fp32.
+        logits = at_once * rows * (width if self.args.cross_entropy_loss_fusion is not False else width + 8)
+        places: tuple[str, ...] = ("first", "last") if m.tied else ("last",)
+        trained = any(form.rows and form.is_trained for place in places for form in self.forms[place])
+        # Of the weight the gradient of a chunk and their sum in fp32; of the last hidden states these and their gradient.
+        weight = rows * m.hidden * (width + 4 * (at_once < tokens)) if trained else 0
+        return logits + weight + 2 * tokens * m.hidden * width
 
     def _recomputed(self, layout: Layout) -> set[str]:
         modules = self.args.recompute_modules if layout.recompute == "selective" else ()
@@ -354,7 +376,8 @@ class TrainingModel:
         m, tp = self.bound.model, layout.tp
         whole = tokens // (tp if layout.sequence_parallel else 1)
         row = whole * m.hidden
-        values = {"attention norm": row, "attention input": row, "mlp norm": row, "mlp input": row}
+        values = {"attention norm": row, "mlp norm": row, "attention input" if m.mla else "fused attention input": row,
+                  "mlp input" if m.moe_layers[layer] else "fused mlp input": row}  # fmt: skip
         values |= self._attention(layer, tokens, tp)
         if self._scores_are_kept(layout):
             values["scores"] = tokens * (self.args.seq_length or tokens) * m.heads // tp
@@ -366,8 +389,12 @@ class TrainingModel:
             values |= {"routed": routed * m.hidden, "experts": 2 * wide, "experts' gated": wide,
                        "shared": 3 * tokens * m.shared_ffn // tp}  # fmt: skip
         else:
-            values["mlp"] = 3 * tokens * m.ffn // tp
+            values |= {"mlp": 2 * tokens * m.ffn // tp, "mlp's gated": tokens * m.ffn // tp}
         found = {name: size * self.dtype.itemsize for name, size in values.items()}
+        if self.args.fp8_format:
+            found |= {name: found[name] * 33 // 64 for name in _IN_FP8 if name in found}
+            if self.args.fp8_recipe == "delayed" and "attention output" in values:  # other recipes make that again
+                found["attention output"] += values["attention output"]
         if m.moe_layers[layer]:
             found["router"] = 4 * 2 * whole * m.experts  # logits and probabilities in fp32
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from swiftlite.arguments.megatron_train import MegatronSftArguments
+from swiftlite.arguments.parser import parse
 from swiftlite.checkpoint.bind import convert_hf_config
 from swiftlite.checkpoint.info import read_config
+from swiftlite.megatron import backend
+from swiftlite.megatron.trainers.machine import check_machine
 from swiftlite.megatron.trainers.sft import SftTrainer, megatron_sft_main
 from swiftlite.train.plot import read_run
 from swiftlite.utils.errors import UsageError
+from tests.families.cases import config_of
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"What is {i} plus {i}?"},
@@ -84,6 +89,21 @@ def test_what_is_recomputed_of_latent_attention(train: Callable[..., Any]) -> No
     flags = {"recompute": "selective", "recompute_modules": "mla_up_proj layernorm"}
     again = train("again", "moonlight", torch_dtype="float32", train_iters=3, **flags)
     assert again == [pytest.approx(step, rel=1e-6) for step in plain]
+
+
+@pytest.mark.parametrize(("family", "saves"), [("qwen3", False), ("glm4_5", True), ("moonlight", True)])
+def test_norms_that_cannot_be_recomputed_alone_are_told(
+    family: str, saves: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Transformer Engine has a norm of its own before experts and before latent attention."""
+    found = replace(backend.setup(), spec="te")
+    monkeypatch.setattr(backend, "setup", lambda: found)
+    words = ["--model", "x", "--recompute", "selective", "--recompute_modules", "layernorm"]
+    args = parse(MegatronSftArguments, words)
+    args.apply_model_config(convert_hf_config(config_of(f"{family}:default")))
+    with caplog.at_level("INFO", "swiftlite"):
+        check_machine(args)
+    assert ("layernorm saves nothing" in caplog.text) is not saves
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from swiftlite.arguments.megatron_train import MegatronSftArguments
 from swiftlite.megatron import backend
 from swiftlite.megatron.model.config import torch_dtype
 from swiftlite.utils.errors import UsageError
+from swiftlite.utils.logger import get_logger
 
 
 def check_machine(args: MegatronSftArguments) -> None:
@@ -27,6 +28,13 @@ def check_machine(args: MegatronSftArguments) -> None:
     experts = {"moe_act", "expert_fc1"}.intersection(args.offload_modules)
     if "moe_act" in args.recompute_modules and args.recompute_granularity == "selective" and not with_te:
         raise UsageError("--recompute_modules moe_act: needs Transformer Engine's grouped experts; take moe")
+    model = args.description
+    norms_are_modules = model.multi_latent_attention or any(model.moe_layer_pattern) or not with_te
+    if args.recompute_granularity == "selective" and "layernorm" in args.recompute_modules and not norms_are_modules:
+        get_logger().info(
+            "--recompute_modules layernorm saves nothing here: Transformer Engine computes these norms with the projections "
+            "behind them; with mlp that of the MLP is recomputed"
+        )
     if experts and args.moe_grouped_impl == "torch":
         raise UsageError(f"--offload_modules {' '.join(experts)}: needs --moe_grouped_impl te")
     if args.fp8_format is not None:
