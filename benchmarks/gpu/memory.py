@@ -83,6 +83,7 @@ def words_of(name: str, length: int, args: argparse.Namespace, steps: int = 3) -
 
 
 def predicted(name: str, length: int, args: argparse.Namespace) -> MemoryUse:
+    """What the plan expects on each GPU."""
     import torch
 
     from swiftlite.arguments.megatron_train import MegatronSftArguments

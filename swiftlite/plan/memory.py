@@ -34,9 +34,10 @@ _DIVIDED = (
 )  # fmt: skip
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
-# Module -> parts of a layer (TrainingModel.layer_parts) that are not kept if it is recomputed, and that wait on the host.
-# A fused input is that of a projection with which Transformer Engine computes the norm: no module of its own.
+# Parts of a layer (TrainingModel.layer_parts). A fused input is that of a projection with which Transformer Engine computes
+# the norm, which is no module of its own then.
 _MLP = ("mlp", "mlp's gated", "routed", "experts", "experts' gated", "shared")
+# Module -> parts that are not kept if it is recomputed, and that wait on the host.
 _RECOMPUTED = {
     "layernorm": ("attention input", "mlp input"), "mla_up_proj": ("qkv",),
     "mlp": ("fused mlp input", "mlp", "mlp's gated"), "moe": ("routed", "experts", "experts' gated", "shared"),
@@ -393,7 +394,8 @@ class TrainingModel:
         found = {name: size * self.dtype.itemsize for name, size in values.items()}
         if self.args.fp8_format:
             found |= {name: found[name] * 33 // 64 for name in _IN_FP8 if name in found}
-            if self.args.fp8_recipe == "delayed" and "attention output" in values:  # other recipes make that again
+            # With delayed scaling attention's projection keeps its FP8 input besides; others quantise it again.
+            if self.args.fp8_recipe == "delayed" and "attention output" in values:
                 found["attention output"] += values["attention output"]
         if m.moe_layers[layer]:
             found["router"] = 4 * 2 * whole * m.experts  # logits and probabilities in fp32
