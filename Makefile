@@ -1,7 +1,6 @@
 # PYTHON: the interpreter of the environment that has `pip install -e '.[megatron,dev]'`.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
-# On two cores: a third of the time tests wait for processes of theirs, and for disks.
-JOBS ?= 3
+JOBS ?= 2
 # A file stays with one process, for its fixtures; files in their order, where quick ones are last.
 SPREAD = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 COMPAT_VENV ?= .venv-compat
