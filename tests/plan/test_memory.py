@@ -15,6 +15,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from swiftlite.arguments.megatron_export import conversion_arguments
+from swiftlite.arguments.megatron_train import MegatronSftArguments
+from swiftlite.arguments.parser import parse
 from swiftlite.checkpoint.bind import bind_map, convert_hf_config
 from swiftlite.megatron import state as checkpoint
 from swiftlite.megatron.distributed import parallel_groups
@@ -22,6 +24,7 @@ from swiftlite.megatron.model.provider import build_models
 from swiftlite.megatron.trainers.optimizer import build_optimizer, build_scheduler
 from swiftlite.megatron.trainers.wrapping import wrap_models
 from swiftlite.megatron.tuners.freeze import freeze_parameters, plan_freeze
+from swiftlite.plan.layouts import own_layout
 from swiftlite.plan.memory import Layout, TrainingModel, even_stages
 from swiftlite.plan.report import checkpoint_bytes
 from tests.conftest import GOLDEN, TINY_CONFIGS
@@ -174,28 +177,22 @@ QWEN = {
     **TINY_CONFIGS["qwen3"], "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "head_dim": 128,
     "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": False,
 }  # fmt: skip
-OFFLOAD = ["--optimizer_cpu_offload", "true"]
-AWAY = ["--fine_grained_activation_offloading", "true", "--offload_modules", "attn_norm", "qkv_linear", "core_attn",
-        "attn_proj", "mlp_norm"]  # fmt: skip
+AWAY = "attn_norm qkv_linear core_attn attn_proj mlp_norm"
 HELD = {
     "--loss_chunk_size 999999": 101.4,
     "": 93.3,
     "--recompute selective --recompute_modules mlp layernorm": 55.9,
     "--recompute full": 32.3,
-    " ".join(AWAY): 69.9,
-    " ".join(OFFLOAD): 81.2,
+    f"--fine_grained_activation_offloading true --offload_modules {AWAY}": 69.9,
+    "--optimizer_cpu_offload true": 81.2,
     "--use_precision_aware_optimizer true --exp_avg_dtype bf16 --exp_avg_sq_dtype bf16": 89.3,
     "--fp8_format e4m3 --fp8_recipe blockwise": 87.1,
-    " ".join(["--recompute full", *OFFLOAD]): 20.1,
+    "--recompute full --optimizer_cpu_offload true": 20.1,
 }
 
 
 @pytest.mark.parametrize("flags", HELD)
 def test_a_plan_is_what_gpus_held(flags: str) -> None:
-    from swiftlite.arguments.megatron_train import MegatronSftArguments
-    from swiftlite.arguments.parser import parse
-    from swiftlite.plan.layouts import own_layout
-
     args = parse(MegatronSftArguments, ["--model", "x", "--context_parallel_size", "2", *flags.split()])
     args.apply_model_config(convert_hf_config(QWEN))
     model = TrainingModel(bind_map(QWEN), args, torch.bfloat16)
@@ -252,10 +249,6 @@ def test_even_stages() -> None:
 
 
 def test_flags_ask_for_the_layout() -> None:
-    from swiftlite.arguments.megatron_train import MegatronSftArguments
-    from swiftlite.arguments.parser import parse
-    from swiftlite.plan.layouts import own_layout
-
     for layout, _ in model_of(AIR).fitting(64, 80 * 10**9, 1, 2048, 64):
         args = parse(MegatronSftArguments, ["--model", "x", *layout.flags()])
         args.apply_model_config(convert_hf_config(AIR))
